@@ -1,0 +1,251 @@
+"""One adapted linear layer, for every method: it holds θ and θ₀, nests the active adapters, merges and unmerges."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from inlay.method import Base, Method, Params, keep
+
+PREFIX = "inlay_"
+START = "inlay_start_"  # θ₀, stored beside θ so that nothing is ever decomposed again
+
+
+class Slot(nn.Module):
+    """One tensor of θ (a parameter) or one that is never trained (a buffer: sharded savers drop frozen parameters).
+
+    A leaf module with a `.weight`, because wrapping policies, hot swap and PEFT's key mapping look for that.
+    """
+
+    def __init__(self, value: Tensor, trainable: bool) -> None:
+        super().__init__()
+        if trainable:
+            self.weight = nn.Parameter(value)
+        else:
+            self.register_buffer("weight", value)
+
+    def forward(self) -> Tensor:
+        return self.weight
+
+
+@dataclass
+class Cut:
+    """One adapter on one layer. `pending`: its slots are NaN until a checkpoint or a decomposition fills them."""
+
+    method: Method
+    symbols: tuple[str, ...]
+    start: tuple[str, ...]
+    perturb: bool
+    pending: bool = True
+
+
+class Frozen:
+    """The layer without adapters, as a method sees it."""
+
+    def __init__(self, layer: InlayLinear, args: tuple, kwargs: dict) -> None:
+        self.layer, self.args, self.kwargs = layer, args, kwargs
+
+    @property
+    def weight(self) -> Tensor:
+        return self.layer.matrix()
+
+    def __call__(self, x: Tensor, /) -> Tensor:
+        return self.layer.base_layer(x, *self.args, **self.kwargs)
+
+
+class Adapted:
+    """A layer with one more adapter on it, as the next method sees it."""
+
+    def __init__(self, layer: InlayLinear, name: str, base: Base) -> None:
+        self.layer, self.name, self.base = layer, name, base
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight + self.layer.change(self.name, self.base.weight)
+
+    def __call__(self, x: Tensor, /) -> Tensor:
+        method, p, p0 = self.layer.theta(self.name)
+        drop = functools.partial(F.dropout, p=method.dropout) if self.layer.training and method.dropout else keep
+        return method.apply(p, p0, x, self.base, drop)
+
+
+class InlayLinear(nn.Module, BaseTunerLayer):
+    """y = W x + Σ s (ΔW(θ) − ΔW(θ₀)) x over the active adapters, each cut from what lies under it."""
+
+    other_param_names = ("cuts",)
+
+    def __init__(self, base_layer: nn.Module, get_apply_tensor_subclass=None) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.cuts: dict[str, Cut] = {}
+        self.merged_adapters: list[str] = []
+        self.unmerged: Any = None  # what the base held before a merge
+        self.quantization_backend = resolve_quantization_backend(
+            base_layer, get_apply_tensor_subclass=get_apply_tensor_subclass
+        )
+        self.in_features, self.out_features = _get_in_out_features(base_layer)
+
+    @property
+    def adapter_layer_names(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The containers of θ and θ₀; which there are depends on the methods in use."""
+        return tuple(name for name in self._modules if name.startswith(PREFIX))
+
+    @property
+    def scaling(self) -> dict[str, float]:
+        """What hot swap compares; the real factor belongs to the method, whose equality hot swap checks as well."""
+        return dict.fromkeys(self.cuts, 1.0)
+
+    # -- the base weight ------------------------------------------------------------------------------------------
+
+    def matrix(self) -> Tensor:
+        """The base weight as (out × in), dequantised where it is quantised."""
+        if self.quantization_backend is not None:
+            return self.get_base_weight()
+        W = self.base_layer.weight
+        return W.T if isinstance(self.base_layer, Conv1D) else W
+
+    def change(self, name: str, W: Tensor) -> Tensor:
+        """s (ΔW(θ) − ΔW(θ₀)) of one adapter over the weight W, (out × in), in θ's dtype."""
+        method, p, p0 = self.theta(name)
+        return method.s * method.offset(p, p0, W)
+
+    def theta(self, name: str) -> tuple[Method, Params, Params | None]:
+        cut = self.cuts[name]
+        if cut.pending:
+            self.settle(name)
+        p = {k: self._modules[PREFIX + k][name]() for k in cut.symbols}
+        p0 = {k: self._modules[START + k][name]() for k in cut.start}
+        return cut.method, p, p0 or None
+
+    # -- adapters come, are filled, go ----------------------------------------------------------------------------
+
+    def update_layer(self, name: str, method: Method, perturb: bool = False, inference_mode: bool = False) -> None:
+        """Add an adapter with empty (NaN) slots; `decompose` or a checkpoint fills them."""
+        shapes = method.init(torch.empty(self.out_features, self.in_features, device="meta"))
+        trained = tuple(k for k in shapes if k not in method.frozen)
+        self.cuts[name] = Cut(method, tuple(shapes), () if method.zero_init else trained, perturb)
+        for k, shape in shapes.items():
+            self._slot(PREFIX + k, name, shape, trainable=k in trained)
+        for k in self.cuts[name].start:
+            self._slot(START + k, name, shapes[k], trainable=False)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _slot(self, container: str, name: str, shape: Tensor, trainable: bool) -> None:
+        if container not in self._modules:
+            self.add_module(container, nn.ModuleDict())
+        value = torch.full(shape.shape, float("nan"), dtype=torch.float32, device=self._device())
+        self._modules[container][name] = Slot(value, trainable)
+
+    def _device(self) -> torch.device:
+        return self._get_base_layer_device_and_dtype(self.base_layer)[0] or torch.device("cpu")
+
+    def slots(self, name: str) -> dict[str, Slot]:
+        """Every stored tensor of one adapter, by its path under this layer."""
+        cut = self.cuts[name]
+        paths = [PREFIX + k for k in cut.symbols] + [START + k for k in cut.start]
+        return {f"{path}.{name}.weight": self._modules[path][name] for path in paths}
+
+    @torch.no_grad()
+    def decompose(self, name: str) -> None:
+        """Fill the slots with the method's start, computed from the base weight in fp32."""
+        cut = self.cuts[name]
+        if self._device().type == "meta":
+            return
+        start = cut.method.init(self.matrix().detach().float())
+        for k in cut.symbols:
+            self._modules[PREFIX + k][name].weight.copy_(start[k])
+        for k in cut.start:
+            self._modules[START + k][name].weight.copy_(start[k])
+        if cut.perturb:
+            for k in set(cut.symbols) - cut.method.frozen:
+                weight = self._modules[PREFIX + k][name].weight
+                weight.add_(torch.randn_like(weight), alpha=0.02)
+        cut.pending = False
+
+    def settle(self, name: str) -> None:
+        """Resolve an adapter whose config came from a checkpoint: all slots loaded, or none and it is decomposed now.
+
+        Empty slots are NaN, which no valid checkpoint holds, so this needs no word from whoever loaded the tensors.
+        """
+        empty = [path for path, slot in self.slots(name).items() if slot.weight.is_meta or slot.weight.isnan().any()]
+        if len(empty) == len(self.slots(name)) and not any(slot.weight.is_meta for slot in self.slots(name).values()):
+            self.decompose(name)
+        elif empty:
+            raise ValueError(f"adapter {name!r} was not loaded whole: no values for {', '.join(empty)}")
+        self.cuts[name].pending = False
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move, but never round θ to the base's dtype (PEFT does both)."""
+        for slot in self.slots(adapter_name).values() if adapter_name in self.cuts else ():
+            if not slot.weight.is_meta:
+                slot.to(device or self._device())
+
+    # -- forward and merge ----------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        layer: Base = Frozen(self, args, kwargs)
+        if not (self.disable_adapters or self.merged):
+            for name in self.active_adapters:
+                if name in self.cuts:
+                    layer = Adapted(self, name, layer)
+        return layer(x)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """s (ΔW(θ) − ΔW(θ₀)) in the layout of the base layer's weight."""
+        delta = self.change(adapter, self.matrix())
+        return delta.T if isinstance(self.base_layer, Conv1D) else delta
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters to the base weight: summed in fp32, rounded once. The old weight is kept for `unmerge`.
+
+        Raises:
+            ValueError: with `safe_merge`, the merged weight is not finite; the base is then untouched.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.cuts]
+        if not names:
+            return
+        old = self.matrix()
+        W = old.to(torch.promote_types(old.dtype, torch.float32))
+        for name in names:
+            W = W + self.change(name, W).to(W.dtype)
+        if safe_merge and not W.isfinite().all():
+            raise ValueError(f"merging {', '.join(names)} gives NaN or Inf; the adapter is broken, the base is untouched")
+        if self.unmerged is None:
+            weight = self.base_layer.weight
+            self.unmerged = weight.data if self.quantization_backend is None else (self.base_layer, weight)
+        self.set_base_weight((W.T if isinstance(self.base_layer, Conv1D) else W).to(old.dtype).contiguous())
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put back the very weight that was there before the merge: bit-equal, for every method."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.merged_adapters.clear()
+        if self.quantization_backend is None:
+            self.base_layer.weight.data = self.unmerged
+        else:
+            self.base_layer, weight = self.unmerged
+            self.base_layer.weight = weight
+            if hasattr(self.base_layer, "state"):
+                self.base_layer.state.CB = self.base_layer.state.SCB = None  # bitsandbytes reads them anew
+        self.unmerged = None
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    def extra_repr(self) -> str:
+        cuts = ", ".join(f"{name}: {cut.method}" for name, cut in self.cuts.items())
+        return ", ".join(part for part in (cuts, quantization_extra_repr(self)) if part)

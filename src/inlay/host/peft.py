@@ -1,0 +1,295 @@
+"""One PEFT type for the whole library: `InlayConfig`, its tuner, and the single place where PEFT learns of both."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    get_quantization_kwargs,
+    register_peft_method,
+    resolve_quantization_backend,
+)
+from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from inlay import methods
+from inlay.host.layer import PREFIX, InlayLinear
+from inlay.method import Method
+
+FORMAT_VERSION = 1
+BIAS = ("none", "all", "inlay_only")
+
+
+def add_peft_type(name: str) -> PeftType:
+    """Add a member to PEFT's closed enum. `register_peft_method` refuses names that are not members and PEFT offers
+    no entry point; a plain string in its place breaks wherever transformers reads `.value`."""
+    if name not in PeftType.__members__:
+        member = str.__new__(PeftType, name)
+        member._name_, member._value_ = name, name
+        member._sort_order_ = len(PeftType._member_names_)
+        PeftType._member_names_.append(name)
+        PeftType._member_map_[name] = member
+        PeftType._value2member_map_[name] = member
+        type.__setattr__(PeftType, name, member)
+    return PeftType[name]
+
+
+INLAY = add_peft_type("INLAY")
+
+
+@dataclass
+class InlayConfig(PeftConfig):
+    """Which method, with which hyperparameters, on which modules.
+
+    `InlayConfig(method="pissa", args={"r": 16}, target_modules="all-linear")` and
+    `InlayConfig(method=methods.PiSSA(r=16), ...)` are the same.
+
+    Args:
+        method: a method's name (`inlay methods` lists them) or an instance.
+        args: its hyperparameters.
+        scale: s in y = Wx + s (ΔW(θ) − ΔW(θ₀)) x.
+        dropout: dropout on the change only.
+        patterns: hyperparameters per module: a regex on the end of the module's name -> args that differ there, as
+            `{"k_proj": {"r": 4}, r"layers\\.[01]\\..*": {"r": 32}}`. The first that matches counts.
+        target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save, trainable_token_indices:
+            as in `LoraConfig`, "all-linear" included.
+        bias: "none", "all" or "inlay_only": which biases of the model are trained.
+        init_weights: False starts away from the identity, for tests only.
+
+    Raises:
+        ValueError: an unknown method, hyperparameter or value; the message names the choices.
+    """
+
+    method: str | Method = "bone"
+    args: dict[str, Any] = field(default_factory=dict)
+    scale: float | None = None
+    dropout: float = 0.0
+    patterns: dict[str, dict[str, Any]] = field(default_factory=dict)
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    target_parameters: list[str] | None = None
+    bias: str = "none"
+    init_weights: bool = True
+    format_version: int | None = None  # None: not read from a checkpoint
+
+    # Hot swap reads these of any config; 1 / 1 leaves our factor, which is part of the method, alone.
+    r = lora_alpha = 1
+    rank_pattern = alpha_pattern = {}
+    use_rslora = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = INLAY
+        if isinstance(self.method, Method):
+            self._take(self.method)
+        self.args = dict(self.args or {})
+        self.patterns = dict(self.patterns or {})
+        self._adopt_host_args()
+        self.target_modules = set(t) if isinstance(t := self.target_modules, list) else t
+        self.exclude_modules = set(e) if isinstance(e := self.exclude_modules, list) else e
+        self._check()
+
+    def _take(self, method: Method) -> None:
+        """Read a method instance as a name and the hyperparameters that differ from its defaults."""
+        if self.args or self.scale is not None or self.dropout:
+            raise ValueError("give hyperparameters in the method instance or in args, scale and dropout, not in both")
+        values = {f.name: getattr(method, f.name) for f in fields(method)}
+        self.args = {f.name: values[f.name] for f in fields(method) if values[f.name] != f.default}
+        self.method = method.name
+
+    def _adopt_host_args(self) -> None:
+        for key, unset in (("scale", None), ("dropout", 0.0)):
+            if key in self.args:
+                if getattr(self, key) not in (unset, self.args[key]):
+                    raise ValueError(f"{key} is given twice: {getattr(self, key)} and args[{key!r}]={self.args[key]}")
+                setattr(self, key, self.args.pop(key))
+
+    def _check(self) -> None:
+        if self.format_version is not None and self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"this adapter has format {self.format_version}, this Inlay reads up to {FORMAT_VERSION}; upgrade Inlay"
+            )
+        if self.bias not in BIAS:
+            raise ValueError(f"bias={self.bias!r} is not one of {', '.join(BIAS)}")
+        if self.target_parameters:
+            raise ValueError(
+                f"target_parameters={self.target_parameters} (fused expert weights) is not supported; "
+                "adapt linear layers through target_modules"
+            )
+        for what in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, what) is not None:
+                raise ValueError(f"{what} needs target_modules as a list of names, not {self.target_modules!r}")
+        for pattern in self.patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"patterns: {pattern!r} is not a regular expression ({error})") from None
+        for overrides in ({}, *self.patterns.values()):
+            self._build(overrides)
+
+    def _build(self, overrides: dict[str, Any]) -> Method:
+        cls = methods.find(self.method)
+        values = {"scale": self.scale, "dropout": self.dropout, **self.args, **overrides}
+        known = [f.name for f in fields(cls)]
+        for key in values:
+            if key not in known:
+                raise ValueError(f"{self.method} has no hyperparameter {key!r}; it has {', '.join(known)}")
+        return cls(**values)
+
+    def pattern_of(self, module_name: str) -> str | None:
+        """The first of `patterns` that matches the end of a module's name."""
+        return next((p for p in self.patterns if re.match(rf"(.*\.)?({p})$", module_name)), None)
+
+    def build(self, module_name: str = "") -> Method:
+        """The method with the hyperparameters of one module."""
+        pattern = self.pattern_of(module_name)
+        return self._build({} if pattern is None else self.patterns[pattern])
+
+    def to_dict(self) -> dict:
+        return {**asdict(self), "format_version": FORMAT_VERSION}
+
+
+class InlayModel(BaseTuner):
+    """The tuner: finds the modules, wraps them, decomposes one weight at a time, checks what is loaded."""
+
+    prefix = PREFIX
+    tuner_layer_cls = InlayLinear
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """As PEFT's, and: starts are computed at the end, layer by layer; a failure leaves the model as it was."""
+        config = self.peft_config[adapter_name]
+        asked = config.target_modules
+        self._touched: list[tuple[str, nn.Module, str, nn.Module]] = []
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            self._check_patterns(config, asked)
+            if config.format_version is None and state_dict is None and not low_cpu_mem_usage:
+                self._decompose(adapter_name, config)
+        except Exception:
+            for _, parent, child, module in self._touched:
+                if isinstance(module, InlayLinear):
+                    module.delete_adapter(adapter_name)
+                setattr(parent, child, module)
+            raise
+
+    def _check_patterns(self, config: InlayConfig, asked) -> None:
+        """Refuse a target or pattern that matched nothing: a typo would otherwise train less than was asked for."""
+        names = [name for name, *_ in self._touched]
+        for target in asked if isinstance(asked, (list, set)) else ():
+            if not any(name == target or name.endswith(f".{target}") for name in names):
+                raise ValueError(f"target_modules: {target!r} matches no module that can be adapted; {self._kinds()}")
+        for pattern in config.patterns:
+            if all(config.pattern_of(name) != pattern for name in names):
+                raise ValueError(f"patterns: {pattern!r} matches no adapted module (or an earlier one takes them all)")
+
+    def _kinds(self) -> str:
+        kinds = {name.rpartition(".")[2] for name, m in self.model.named_modules() if isinstance(m, LINEAR)}
+        return f"linear modules here: {', '.join(sorted(kinds)) or 'none'}"
+
+    def _decompose(self, adapter_name: str, config: InlayConfig) -> None:
+        layers = [parent.get_submodule(child) for _, parent, child, _ in self._touched]
+        for layer in tqdm(layers, desc=f"Cutting {config.method}", unit="layer", disable=None, delay=1):
+            layer.decompose(adapter_name)
+
+    def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **_) -> None:
+        if not isinstance(target, InlayLinear):
+            check_layer(target, current_key)
+        layer = target if isinstance(target, InlayLinear) else InlayLinear(target, **get_quantization_kwargs(self))
+        if layer is not target:
+            layer._active_adapter = adapter_name
+        try:
+            layer.update_layer(adapter_name, config.build(current_key), not config.init_weights, config.inference_mode)
+        except ValueError as error:
+            raise ValueError(f"{current_key}: {error}") from None
+        self._touched.append((current_key, parent, target_name, target))
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """θ is fp32; only on request does it take the base's dtype (ZeRO-3 wants one dtype for all parameters)."""
+        for layer in self.model.modules():
+            if isinstance(layer, InlayLinear) and adapter_name in layer.cuts and not autocast_adapter_dtype:
+                dtype = layer._get_base_layer_device_and_dtype(layer.base_layer)[1]
+                for slot in layer.slots(adapter_name).values() if dtype is not None and dtype.is_floating_point else ():
+                    for weight in slot.parameters():
+                        weight.data = weight.data.to(dtype)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        for layer in model.modules():
+            if isinstance(layer, InlayLinear) and adapter_name in layer.cuts and layer.cuts[adapter_name].pending:
+                layer.settle(adapter_name)  # fills the tensors that `state_dict` refers to
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        check_state(model, adapter_name, mapped)
+        return mapped
+
+
+LINEAR = (nn.Linear, Conv1D)
+
+
+def check_layer(module: nn.Module, name: str) -> None:
+    """Raise a ValueError unless the module is a linear layer we know how to adapt."""
+    backend = resolve_quantization_backend(module) if not isinstance(module, LINEAR) else None
+    if not isinstance(module, LINEAR) and (backend is None or backend.layer_type != "linear"):
+        raise ValueError(
+            f"{name} is a {type(module).__name__}, which Inlay does not adapt; target nn.Linear, transformers' Conv1D "
+            "or a quantised linear layer, and leave this one out of target_modules"
+        )
+
+
+def check_state(model: nn.Module, adapter_name: str, state: dict[str, Tensor]) -> None:
+    """Raise a ValueError unless `state` is exactly this adapter: nothing missing, extra, misshapen or non-finite."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, InlayLinear) and adapter_name in m.cuts}
+    expected = {f"{n}.{path}" for n, m in layers.items() for path in m.slots(adapter_name)}
+    there = model.state_dict()
+    faults = [f"{key} is missing" for key in sorted(expected - state.keys())]
+    for key, value in state.items():
+        if key not in there:
+            faults.append(f"{key} belongs to no module of this model")
+        elif key in expected and value.shape != there[key].shape:
+            faults.append(f"{key} has shape {tuple(value.shape)}, not {tuple(there[key].shape)}")
+        elif key in expected and not value.isfinite().all():
+            faults.append(f"{key} holds NaN or Inf")
+    if faults:
+        more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
+        raise ValueError(f"this adapter cannot be loaded here: {'; '.join(faults[:3])}{more}")
+    for layer in layers.values():
+        layer.cuts[adapter_name].pending = False
+
+
+def register() -> None:
+    """Make PEFT know the type; importing `inlay` does it, and doing it twice changes nothing."""
+    if INLAY not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        register_peft_method(name="inlay", config_cls=InlayConfig, model_cls=InlayModel)
+    PEFT_TYPE_TO_CONFIG_MAPPING[INLAY], PEFT_TYPE_TO_TUNER_MAPPING[INLAY] = InlayConfig, InlayModel
+    CONFIG_KEYS_TO_CHECK[INLAY] = ["method", "args", "scale", "dropout", "patterns"]
+
+
+register()

@@ -1,0 +1,165 @@
+"""The contract: what a method of re-cutting a pretrained weight is.
+
+A method is a differentiable map θ ↦ ΔW(θ) from a few small tensors to an update of one frozen weight W (out × in),
+and a start θ₀ computed from W. The adapted layer computes
+
+    y = W x + s (ΔW(θ) − ΔW(θ₀)) x
+
+and never touches W. What papers call a residual weight, W − s ΔW(θ₀), is this formula with the brackets moved. Because
+W stays whole, the model starts exactly at the pretrained one in every dtype, nothing is decomposed when an adapter is
+loaded (θ₀ is stored with θ), and any number of adapters can share one base.
+
+A paper is one file in `inlay/methods`: a frozen dataclass whose fields are its hyperparameters, `init` (the start),
+`delta` or, where ΔW = B A, `factors` (the equation), and `apply` only where something beats the default.
+Nothing here or there knows of PEFT.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import ClassVar, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Params = dict[str, Tensor]  # θ of one weight, keyed by the symbol the paper uses
+Drop = Callable[[Tensor], Tensor]  # dropout of this step, or the identity
+
+
+class Base(Protocol):
+    """The layer under the change: call it for its output; `weight` is its current (out × in) weight."""
+
+    @property
+    def weight(self) -> Tensor: ...
+
+    def __call__(self, x: Tensor, /) -> Tensor: ...
+
+
+def keep(x: Tensor) -> Tensor:
+    """No dropout."""
+    return x
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """One paper. Fields are hyperparameters; everything else is the paper's equation.
+
+    Attributes:
+        title: one line for people.
+        equation: ΔW in plain text.
+        paper: authors, year, arXiv id.
+        trains: what is trained, in words.
+        frozen: symbols of θ that are kept but never trained.
+        zero_init: ΔW(θ₀) = 0 for every W, so θ₀ need not be stored.
+        needs: what a data-driven `init` must have seen first (None: the weight alone).
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    equation: ClassVar[str]
+    paper: ClassVar[str]
+    trains: ClassVar[str]
+    frozen: ClassVar[frozenset[str]] = frozenset()
+    needs: ClassVar[Literal["activations", "gradients"] | None] = None
+
+    scale: float | None = field(default=None, metadata={"help": "s in y = Wx + s (ΔW(θ) − ΔW(θ₀)) x (default 1)"})
+    dropout: float = field(default=0.0, metadata={"help": "dropout on the change only, never on W x"})
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            check_value(self.name, f.name, str(f.type), f.metadata, getattr(self, f.name))
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"{self.name}: dropout={self.dropout} is not in [0, 1)")
+        if self.s <= 0:
+            raise ValueError(f"{self.name}: the factor on the change is {self.s}; give a scale (or alpha) above 0")
+
+    @property
+    def zero_init(self) -> bool:
+        return False
+
+    @property
+    def s(self) -> float:
+        """The factor on the change."""
+        return 1.0 if self.scale is None else float(self.scale)
+
+    @abstractmethod
+    def init(self, W: Tensor, stats: Params | None = None) -> Params:
+        """θ₀ for a weight W (out × in), in fp32 on W's device; on a meta tensor, the shapes alone.
+
+        Raises:
+            ValueError: a hyperparameter does not fit W's shape.
+        """
+
+    @abstractmethod
+    def delta(self, p: Params, W: Tensor) -> Tensor:
+        """ΔW(θ), (out × in), without s: what the update means. Merge, export and the tests read this."""
+
+    def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
+        """The adapted layer's output for x (..., in). `p0` is θ₀, or None where ΔW(θ₀) = 0.
+
+        Several adapters nest: each one is the `base` of the next.
+        """
+        return base(x) + F.linear(drop(x), (self.s * self.offset(p, p0, base.weight)).to(x.dtype))
+
+    def offset(self, p: Params, p0: Params | None, W: Tensor) -> Tensor:
+        """ΔW(θ) − ΔW(θ₀), (out × in): exactly zero at the start."""
+        D = self.delta(p, W)
+        return D if p0 is None else D - self.delta(like(p0, p), W)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRank(Method):
+    """A method with ΔW = B A, B (out × r), A (r × in): it writes `factors`, and its export to LoRA is exact."""
+
+    r: int = field(default=16, metadata={"help": "rank", "min": 1})
+
+    @abstractmethod
+    def factors(self, p: Params, inp: int) -> tuple[Tensor, Tensor]:
+        """(B, A) of ΔW = B A; `inp` is the width of x, for an A that is not stored."""
+
+    def delta(self, p: Params, W: Tensor) -> Tensor:
+        B, A = self.factors(p, W.shape[1])
+        return B @ A
+
+    def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
+        """y = W x + s ((B − B₀) A + B₀ (A − A₀)) x: zero at the start in any order of products, nothing large cancels."""
+        B, A = self.factors(p, x.shape[-1])
+        if p0 is not None:
+            B0, A0 = self.factors(like(p0, p), x.shape[-1])
+            B, A = torch.cat([B - B0, B0], dim=1), torch.cat([A, A - A0])
+        # The small factors go to x's dtype, never x to theirs: a copy of x per layer is PEFT's largest avoidable cost.
+        return base(x) + F.linear(F.linear(drop(x), A.to(x.dtype)), (self.s * B).to(x.dtype))
+
+
+def like(p0: Params, p: Params) -> Params:
+    """θ₀ rounded as θ was: a trainer that casts θ to bf16 must not move the start."""
+    return {k: v.to(p[k].dtype) for k, v in p0.items()}
+
+
+def check_rank(method: Method, r: int, W: Tensor) -> None:
+    """Raise the ValueError every low-rank start gives for a rank its weight cannot have."""
+    if r > min(W.shape):
+        out, inp = W.shape
+        raise ValueError(
+            f"{method.name}: r={r} is larger than the {out} × {inp} weight allows; choose r <= {min(W.shape)}"
+        )
+
+
+def check_value(owner: str, key: str, kind: str, meta, value) -> None:
+    """Raise a ValueError unless `value` has the annotated type `kind` and obeys the field's metadata."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is None and "None" in kind:
+        return
+    if "choices" in meta:
+        if value not in meta["choices"]:
+            raise ValueError(f"{owner}: {key}={value!r} is not one of {', '.join(meta['choices'])}")
+    elif kind.startswith("int") and not (number and isinstance(value, int)):
+        raise ValueError(f"{owner}: {key}={value!r} is not a whole number")
+    elif kind.startswith("float") and not (number and math.isfinite(value)):
+        raise ValueError(f"{owner}: {key}={value!r} is not a finite number")
+    if number and "min" in meta and value < meta["min"]:
+        raise ValueError(f"{owner}: {key}={value} is below {meta['min']}")

@@ -1,0 +1,25 @@
+"""One paper, one file. `METHODS` is the list; a new method is one line here."""
+
+from inlay.method import Method
+from inlay.methods.bat import Bat
+from inlay.methods.bat_col import BatCol
+from inlay.methods.bone import Bone
+from inlay.methods.lora import LoRA
+from inlay.methods.milora import MiLoRA
+from inlay.methods.pissa import PiSSA
+
+METHODS: tuple[type[Method], ...] = (LoRA, PiSSA, MiLoRA, Bone, Bat, BatCol)
+
+__all__ = ["METHODS", "Bat", "BatCol", "Bone", "LoRA", "MiLoRA", "PiSSA", "find"]
+
+
+def find(name: str) -> type[Method]:
+    """The method of that name.
+
+    Raises:
+        ValueError: there is none; the message lists all.
+    """
+    for method in METHODS:
+        if method.name == name:
+            return method
+    raise ValueError(f"unknown method {name!r}; choose one of {', '.join(m.name for m in METHODS)}")

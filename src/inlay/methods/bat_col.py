@@ -1,0 +1,43 @@
+"""Bat, by columns of blocks: the weight guides its own update, one r × r block per block of outputs.
+
+    W'_ab = W_ab (I + B_a) + B_a,   B (out/r × r × r) = 0
+
+Kang 2024, arXiv 2409.15371 v1-v3; this is the orientation of PEFT's `bat` and of the paper's figures (87.0M numbers
+on LLaMA-2-7B). It is another family than `bat` (checkpoints are not interchangeable) and has no cheap form: ΔW is
+built and applied a few block rows at a time, so a dense W' never exists. Prefer `bat` unless you repeat the paper.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from inlay import ops
+from inlay.method import Base, Drop, Method, Params, keep
+from inlay.methods.bat import check_blocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatCol(Method):
+    name = "bat_col"
+    title = "Bat in PEFT's orientation: a block per output block"
+    equation = "ΔW_ab = W_ab B_a + B_a"
+    paper = "Kang 2024, arXiv 2409.15371 v1-v3"
+    trains = "B (out/r × r × r)"
+    zero_init = True
+
+    r: int = field(default=16, metadata={"help": "block size; must divide both sides of the weight", "min": 1})
+
+    def init(self, W: Tensor, stats: Params | None = None) -> Params:
+        check_blocks(self, self.r, W)
+        return {"B": torch.zeros(W.shape[0] // self.r, self.r, self.r, device=W.device)}
+
+    def delta(self, p: Params, W: Tensor) -> Tensor:
+        return ops.bat_col_delta(W, p["B"])
+
+    def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
+        if base.weight.requires_grad:  # a trained change lies under this one: let autograd see all of W
+            return super().apply(p, p0, x, base, drop)
+        return base(x) + ops.bat_col(drop(x), self.s * p["B"], lambda: base.weight)

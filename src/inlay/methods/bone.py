@@ -1,0 +1,51 @@
+"""Bone: one trainable block shared by all input blocks of the weight.
+
+    D (r × out) = 0;   S = Σ_j x[jr : (j+1)r];   y = W x + s Dᵀ S,   that is   ΔW[o, c] = D[c mod r, o]
+
+Kang 2024, "Bone: Block-Affine Adaptation of Large Language Models", arXiv 2409.15371 v4 on (later DiSHA, MiSS).
+ΔW = B A with B = Dᵀ and a frozen A = [I I ... I]: a LoRA whose A needs no memory, so only S (r wide) is kept for the
+backward pass. Where r does not divide `in`, the last block is short. The tiled A makes the effective step √(in / r)
+times LoRA's: at a fixed learning rate that is much of its fast convergence and of its forgetting, and why we offer s,
+which the paper does not have.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from inlay.method import Base, Drop, LowRank, Params, keep
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bone(LowRank):
+    name = "bone"
+    title = "Bone: one block shared by all blocks of the weight"
+    equation = "ΔW = Dᵀ [I I ... I]"
+    paper = "Kang 2024, arXiv 2409.15371"
+    trains = "D (r × out)"
+    zero_init = True
+
+    def init(self, W: Tensor, stats: Params | None = None) -> Params:
+        out, inp = W.shape
+        if self.r > inp:
+            raise ValueError(f"bone: r={self.r} is larger than the {inp} inputs of the weight; choose r <= {inp}")
+        return {"D": torch.zeros(self.r, out, device=W.device)}
+
+    def factors(self, p: Params, inp: int) -> tuple[Tensor, Tensor]:
+        D = p["D"]
+        return D.T, torch.eye(self.r, dtype=D.dtype, device=D.device).repeat(1, -(-inp // self.r))[:, :inp]
+
+    def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
+        S = block_sum(drop(x), self.r)
+        return base(x) + F.linear(S.to(x.dtype), (self.s * p["D"].T).to(x.dtype))
+
+
+def block_sum(x: Tensor, r: int) -> Tensor:
+    """Σ_j x[..., jr : (j+1)r], (..., r), accumulated in at least fp32 without a copy of x; the last block may be short."""
+    dtype, tail = torch.promote_types(x.dtype, torch.float32), x.shape[-1] % r
+    S = x[..., : x.shape[-1] - tail].unflatten(-1, (-1, r)).sum(-2, dtype=dtype)
+    return S + F.pad(x[..., x.shape[-1] - tail :], (0, r - tail)) if tail else S

@@ -1,0 +1,41 @@
+"""MiLoRA: train the minor singular components of the weight, leave the principal ones alone.
+
+    W = U Σ Vᵀ,   ΔW = B A,   B₀ = U_m √(Σ_m / s),   A₀ = √(Σ_m / s) V_mᵀ     (m: the last r triplets)
+
+Wang et al. 2024, "MiLoRA: Harnessing Minor Singular Components for Parameter-Efficient LLM Finetuning",
+arXiv 2406.09044, section 3. Only the start is constrained, not the training. It wants LoRA-like learning rates (3e-4 at
+r 32 to 64; PiSSA's 2e-5 starve it) and gives no benefit to quantisation: the minor part carries no energy.
+`side="middle"` and `"random"` are the paper's ablations (they need a full SVD); the principal side is PiSSA.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from inlay import linalg
+from inlay.method import LowRank, Params, check_rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiLoRA(LowRank):
+    name = "milora"
+    title = "MiLoRA: the minor singular components"
+    equation = "ΔW = B A from the r smallest triplets of W"
+    paper = "Wang et al. 2024, arXiv 2406.09044"
+    trains = "A (r × in), B (out × r)"
+
+    side: Literal["minor", "middle", "random"] = field(
+        default="minor", metadata={"help": "which triplets", "choices": ("minor", "middle", "random")}
+    )
+
+    def init(self, W: Tensor, stats: Params | None = None) -> Params:
+        check_rank(self, self.r, W)
+        U, S, Vh = linalg.svd(W, self.r, self.side)
+        root = (S / self.s).sqrt()
+        return {"A": root[:, None] * Vh, "B": U * root}
+
+    def factors(self, p: Params, inp: int) -> tuple[Tensor, Tensor]:
+        return p["B"], p["A"]

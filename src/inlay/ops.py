@@ -1,0 +1,60 @@
+"""Autograd functions that keep as little for the backward pass as the mathematics allows, each with its reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+SCRATCH = 1 << 20  # numbers of ΔW built at a time
+
+
+def bat_col_delta(W: Tensor, B: Tensor) -> Tensor:
+    """ΔW_ab = W_ab B_a + B_a for W (out × in) and B (out/r × r × r), in B's dtype. The reference of `bat_col`."""
+    a, r, _ = B.shape
+    blocks = W.to(B.dtype).reshape(a, -1, r) @ B
+    return (blocks.unflatten(1, (r, -1)) + B[:, :, None]).flatten(2).flatten(0, 1)
+
+
+def bat_col(x: Tensor, B: Tensor, weight: Callable[[], Tensor]) -> Tensor:
+    """x ΔWᵀ, (..., out), for `bat_col_delta`, a few block rows at a time; differentiable in x and B.
+
+    `weight` is called in the forward and again in the backward pass: only x and B are kept, so that a quantised W is
+    dequantised twice rather than held.
+    """
+    return _BatCol.apply(x, B, weight)
+
+
+class _BatCol(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, B: Tensor, weight: Callable[[], Tensor]) -> Tensor:
+        ctx.save_for_backward(x, B)
+        ctx.weight = weight
+        y = x.new_empty(*x.shape[:-1], B.shape[0] * B.shape[1])
+        for rows, W, Ba in _block_rows(weight(), B):
+            y[..., rows] = x @ bat_col_delta(W, Ba).to(x.dtype).T
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor):
+        x, B = ctx.saved_tensors
+        flat, g, r = x.flatten(0, -2), g.flatten(0, -2), B.shape[1]
+        dx, dB = torch.zeros_like(flat), []
+        for rows, W, Ba in _block_rows(ctx.weight(), B):
+            if ctx.needs_input_grad[0]:
+                dx.addmm_(g[:, rows], bat_col_delta(W, Ba).to(g.dtype))
+            dD = (g[:, rows].T @ flat).to(B.dtype).view(len(Ba), -1, r)
+            dB.append(W.to(B.dtype).reshape(len(Ba), -1, r).mT @ dD + dD.unflatten(1, (r, -1)).sum(2))
+        return dx.view_as(x), torch.cat(dB), None
+
+
+def _block_rows(W: Tensor, B: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Groups of block rows of W that fit the scratch size, with their blocks of B and their place in y."""
+    r = B.shape[1]
+    step = max(1, SCRATCH // (r * W.shape[1]))
+    for a in range(0, len(B), step):
+        rows = slice(a * r, min(a + step, len(B)) * r)
+        yield rows, W[rows], B[a : a + step]
