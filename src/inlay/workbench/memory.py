@@ -1,0 +1,92 @@
+"""What a run will hold in memory, counted on the meta device: no weights are loaded, nothing is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+from accelerate.utils import find_executable_batch_size
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from inlay.workbench.models import load_config
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes: the frozen weights, what is trained with its gradients and AdamW's two moments, and the activations that
+    one micro-batch keeps for the backward pass."""
+
+    weights: int
+    training: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.training + self.activations
+
+
+def meta_model(name: str, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model without any memory behind it; `get_peft_model` adapts it as it would the real one."""
+    settings = load_config(name, trust_remote_code)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def trainable(model: nn.Module) -> int:
+    """How many numbers are trained."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def saved_bytes(model: nn.Module, batch: int, length: int) -> int:
+    """Bytes of activations that one forward pass keeps for the backward pass, parameters not counted."""
+    own = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        if t.untyped_storage()._cdata not in own:
+            kept[t.untyped_storage()._cdata] = t  # held, so that no later storage takes its place
+        return t
+
+    weight = next(model.parameters())
+    ids = torch.zeros(batch, length, dtype=torch.long, device=weight.device)
+    # A whole mask is given because building one looks at values, which meta tensors do not have.
+    mask = torch.zeros(batch, 1, length, length, dtype=weight.dtype, device=weight.device)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False)
+    return sum(t.untyped_storage().nbytes() for t in kept.values())
+
+
+def estimate(model: nn.Module, batch: int, length: int) -> Memory:
+    """The memory of one training step of an adapted model (on any device, the meta one included)."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    rest = {id(t): t for t in [*model.parameters(), *model.buffers()] if not t.requires_grad}.values()
+    return Memory(
+        weights=sum(t.numel() * t.element_size() for t in rest),
+        training=sum(p.numel() * p.element_size() * 4 for p in trained),
+        activations=saved_bytes(model, batch, length),
+    )
+
+
+def largest_batch(model: nn.Module, length: int, start: int = 64) -> int:
+    """The largest power of two (up to `start`) whose step fits: tried for real on a GPU, counted on a CPU, where
+    nothing would say no before the machine kills the process."""
+    if next(model.parameters()).device.type in ("cpu", "meta"):
+        one, free = saved_bytes(model, 1, length), psutil.virtual_memory().available
+        fits = [start >> k for k in range(start.bit_length()) if 1.5 * one * (start >> k) < 0.8 * free]
+        return fits[0] if fits else 1
+
+    @find_executable_batch_size(starting_batch_size=start, reduce_batch_size_fn=None)
+    def step(batch: int = 0) -> int:  # accelerate passes it
+        ids = torch.zeros(batch, length, dtype=torch.long, device=next(model.parameters()).device)
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        model.zero_grad(set_to_none=True)
+        return batch
+
+    return 1 << (step().bit_length() - 1)
+
+
+def gib(size: float) -> str:
+    """Bytes for people."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,134 @@
+"""Finding and loading a base model, and an adapter on it, with errors a person can act on."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from inlay.workbench import builtin
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve(name: str) -> str:
+    """A model's name as a folder or hub id; the built-in one also under the folder another machine kept it in.
+
+    Raises:
+        ValueError: it looks like a path and nothing is there.
+    """
+    if name == builtin.MODEL or (not Path(name).exists() and Path(name).name.startswith(builtin.FOLDER)):
+        return str(builtin.model_dir())
+    if Path(name).exists() and not (Path(name) / "config.json").exists():
+        raise ValueError(f"{name} is no model folder: it has no config.json")
+    if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ValueError(f"model folder {name} does not exist; give a folder, a hub id (owner/name) or builtin")
+    return name
+
+
+def dtype_for(name: str) -> torch.dtype:
+    """The dtype to compute in. `auto`: bf16 where the hardware multiplies it (a CPU without is 2.7 times slower)."""
+    if name != "auto":
+        return DTYPES[name]
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    capable = torch.cpu.get_capabilities()
+    return torch.bfloat16 if capable.get("amx_bf16") or capable.get("avx512_bf16") else torch.float32
+
+
+def stored_dtype(name: str) -> torch.dtype:
+    """The dtype a model's checkpoint is in."""
+    dtype = load_config(name).get_text_config().dtype
+    return dtype if isinstance(dtype, torch.dtype) else DTYPES.get(str(dtype), torch.float32)
+
+
+def load_base(
+    name: str, dtype: torch.dtype, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer, on the GPU if there is one."""
+    where = resolve(name)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"model {name!r} cannot be loaded: {first_line(error)}") from None
+    tokenizer = load_tokenizer(name, revision, trust_remote_code)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return cast(Any, model).to(device), tokenizer
+
+
+def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """A model's tokenizer."""
+    try:
+        return AutoTokenizer.from_pretrained(resolve(name), revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"the tokenizer of {name!r} cannot be loaded: {first_line(error)}") from None
+
+
+def load_config(name: str, trust_remote_code: bool = False) -> Any:
+    """A model's configuration alone."""
+    try:
+        return AutoConfig.from_pretrained(resolve(name), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"model {name!r} cannot be loaded: {first_line(error)}") from None
+
+
+def adapter_folder(path: str) -> Path:
+    """The adapter in a run folder, or the folder itself.
+
+    Raises:
+        ValueError: there is no adapter.
+    """
+    for folder in (Path(path) / "adapter", Path(path)):
+        if (folder / "adapter_config.json").is_file():
+            return folder
+    raise ValueError(f"{path} holds no adapter: neither {path}/adapter_config.json nor {path}/adapter/ is there")
+
+
+def base_of(adapter: Path) -> str:
+    """The base model an adapter names."""
+    try:
+        name = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{adapter}/adapter_config.json is not an adapter's configuration: {error!r}") from None
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{adapter} does not name its base model; give it with --model")
+    return name
+
+
+def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
+    """The adapter on its base, checked whole.
+
+    Raises:
+        ValueError: a file is missing or broken, or the tensors do not fit the model.
+    """
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise ValueError(f"{adapter} has no adapter_model.safetensors")
+    try:
+        return PeftModel.from_pretrained(model, str(adapter))
+    except Exception as error:  # safetensors, JSON and PEFT each raise their own kind
+        raise ValueError(f"adapter {adapter} cannot be loaded: {first_line(error)}") from None
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, on one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 400 else text[:400] + " ..."
+
+
+def quiet() -> None:
+    """Keep the libraries' own bars and notices out of a command's output."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import datasets
+    import transformers
+
+    warnings.simplefilter("ignore", FutureWarning)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()

@@ -1,0 +1,157 @@
+"""Records from a file, a folder, a hub or the built-in slice. What is wrong with one is a line that says where."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from inlay.workbench import builtin
+
+Record = dict[str, Any]
+
+
+def read(source: str, split: str | None = None) -> list[Record]:
+    """Records from "builtin", a local file or folder, or a hub data set: "owner/name" or "owner/name:config".
+
+    A folder gives all its files of a known kind, with `split` those whose names begin so. A hub is contacted only for
+    what cannot be a local path.
+    """
+    path = builtin.data_path() if source == builtin.MODEL else Path(source).expanduser()
+    names = sorted(file.name for file in (path if path.is_dir() else path.parent).glob("*"))
+    if path.is_file():
+        if split is not None:
+            raise _bad(path, f"one file, without a split {split!r}", "a split of a folder or of a hub data set")
+        return _read_file(path)
+    if path.is_dir():
+        chosen = [name for name in names if Path(name).suffix.lower() in READERS and name.startswith(split or "")]
+        if not chosen:
+            raise _bad(path, short(", ".join(names)), f"{split or ''}* of {KINDS}")
+        return [record for name in chosen for record in _read_file(path / name)]
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source) and path.suffix not in READERS and not path.parent.is_dir():
+        return _read_hub(source, split)
+    close = difflib.get_close_matches(path.name, names, cutoff=0.5)
+    hint = f" (did you mean {', '.join(close)}?)" if close else ""
+    raise _bad(path, f"no such file{hint}", f"builtin, {KINDS}, a folder of these, or a hub's owner/name")
+
+
+def _bad(where: Path | str, found: str, wanted: str) -> ValueError:
+    return ValueError(f"{where}: found {found}; accepted: {wanted}")
+
+
+def short(value: Any) -> str:
+    """A value for an error message."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _read_hub(source: str, split: str | None) -> list[Record]:
+    import datasets
+
+    name, _, config = source.partition(":")
+    try:
+        found = datasets.load_dataset(name, config or None, split=split)
+    except Exception as error:  # of many kinds, from many libraries; each means that this data set did not come
+        cause = " ".join(str(error).split())[:200]
+        raise ValueError(f"{source}: no local file, and the hub data set did not load: {cause}") from error
+    if isinstance(found, datasets.DatasetDict):
+        if len(found) > 1 and "train" not in found:
+            raise _bad(source, f"the splits {', '.join(map(str, found))}", "the name of one of them")
+        found = found["train"] if "train" in found else next(iter(found.values()))
+    return found.to_list()
+
+
+def _read_file(path: Path) -> list[Record]:
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise _bad(path, f"the suffix {path.suffix!r}", KINDS)
+    try:
+        records = reader(path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if not records:
+        raise _bad(path, "no record (empty)", "at least one")
+    return records
+
+
+def _read_text(path: Path) -> str:
+    raw = path.read_bytes()
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise _bad(f"{path}, line {line}", f"byte 0x{raw[error.start]:02x}", "text in UTF-8") from error
+
+
+def _parse(text: str, path: Path, line: int, wanted: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        culprit = short(text.split("\n")[error.lineno - 1])
+        raise _bad(f"{path}, line {line + error.lineno - 1}", f"{culprit} ({error.msg})", wanted) from error
+
+
+def _read_json(path: Path) -> list[Record]:
+    wanted, text = "a list of JSON objects (one object a line is .jsonl)", _read_text(path)
+    values = _parse(text, path, 1, wanted) if text.strip() else []
+    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+        raise _bad(path, short(values), wanted)
+    return values
+
+
+def _read_jsonl(path: Path) -> list[Record]:
+    wanted, values = "one JSON object a line", []
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if line.strip():
+            values.append(_parse(line, path, number, wanted))
+            if not isinstance(values[-1], dict):
+                raise _bad(f"{path}, line {number}", short(line), wanted)
+    return values
+
+
+def _read_table(path: Path) -> list[Record]:
+    """CSV or TSV below a header line. In a TSV a quotation mark is a plain character, as in GLUE's files."""
+    text = io.StringIO(_read_text(path), newline="")
+    is_tsv = path.suffix.lower() == ".tsv"
+    reader = csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE) if is_tsv else csv.reader(text, strict=True)
+    try:
+        rows = [(reader.line_num, row) for row in reader if row]
+    except csv.Error as error:
+        raise _bad(f"{path}, line {reader.line_num}", str(error), "fields that are quoted whole or not") from error
+    header = rows[0][1] if rows else []
+    if len(set(header)) < len(header) or any(re.fullmatch(r"[\s\d.-]*|.{65,}", name, re.DOTALL) for name in header):
+        raise _bad(f"{path}, line 1", short(", ".join(header)), "a header of distinct column names")
+    for line, row in rows[1:]:
+        if len(row) != len(header):
+            raise _bad(f"{path}, line {line}", f"{len(row)} fields", f"{len(header)}, as in the header")
+    return [dict(zip(header, row, strict=True)) for _, row in rows[1:]]
+
+
+def _read_parquet(path: Path) -> list[Record]:
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise _bad(path, short(str(error)), "a Parquet file") from error
+
+
+def _read_paragraphs(path: Path) -> list[Record]:
+    text = _read_text(path).replace("\r\n", "\n")
+    return [{"text": part.strip("\n")} for part in re.split(r"\n\s*\n", text) if part.strip()]
+
+
+READERS = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_table,
+    ".tsv": _read_table,
+    ".parquet": _read_parquet,
+    ".txt": _read_paragraphs,
+}
+KINDS = " ".join(READERS)

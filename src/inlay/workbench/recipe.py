@@ -1,0 +1,194 @@
+"""A recipe: everything one fine-tuning run says, as a dataclass, as YAML and as command-line flags."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import types
+import typing
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from inlay.host.peft import InlayConfig
+from inlay.methods import METHODS
+
+
+def entry(default: Any, text: str, **meta: Any) -> Any:
+    """A recipe field with its help text."""
+    meta["help"] = text
+    return field(default_factory=dict, metadata=meta) if default is dict else field(default=default, metadata=meta)
+
+
+@dataclass
+class Recipe:
+    """One fine-tuning run. Every field is a YAML key and a flag; what else trl's SFTConfig has goes in `trainer`."""
+
+    model: str = entry("builtin", "hub id, local folder, or builtin (SmolLM2-135M-Instruct)")
+    revision: str | None = entry(None, "revision of the hub model")
+    trust_remote_code: bool = entry(False, "let the model's repository run its own code")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = entry("auto", "of the base; auto: right for the machine")
+
+    data: str = entry("builtin", "file, folder or hub data set; builtin: a slice of E2E NLG")
+    split: str | None = entry(None, "split of a hub data set")
+    eval_data: str | None = entry(None, "held-out data (default: cut from data)")
+    eval_size: int | float | None = entry(None, "held-out examples, or their share (default: 100, at most a tenth)")
+    columns: dict = entry(dict, "which column plays which role: {prompt: mr, answer: ref}")
+    system: str | None = entry(None, "system message put before every example")
+    max_length: int = entry(512, "tokens; longer examples are cut", min=8)
+    packing: bool = entry(False, "pack short examples into full sequences")
+
+    method: str = entry("bone", "inlay methods lists them")
+    args: dict = entry(dict, "the method's hyperparameters; each is a flag too: --r 16")
+    scale: float | None = entry(None, "factor on the change")
+    dropout: float = entry(0.0, "dropout on the change")
+    target_modules: list | str = entry("all-linear", "names, a regex, or all-linear")
+    exclude_modules: list | str | None = entry(None, "names or a regex")
+    layers_to_transform: list | None = entry(None, "layer indices")
+    modules_to_save: list | None = entry(None, "modules trained whole and saved")
+    patterns: dict = entry(dict, "hyperparameters per module: {k_proj: {r: 4}}")
+    bias: str = entry("none", "none, all or inlay_only")
+
+    learning_rate: float = entry(5e-4, "peak learning rate", min=0)
+    epochs: float = entry(1.0, "passes over the data", min=0)
+    steps: int | None = entry(None, "optimiser steps, in place of epochs", min=1)
+    batch_size: int | Literal["auto"] = entry(8, "examples per device and step, or auto: the largest that fits", min=1)
+    accumulation: int = entry(1, "micro-batches per optimiser step", min=1)
+    scheduler: str = entry("cosine", "any of transformers' schedulers")
+    warmup: float = entry(0.03, "share of the steps (or their number, from 1 up)", min=0)
+    weight_decay: float = entry(0.0, "AdamW's", min=0)
+    optimizer: str = entry("adamw_torch", "any of transformers' optimisers")
+    max_grad_norm: float = entry(1.0, "clipping", min=0)
+    gradient_checkpointing: bool = entry(False, "less memory, about a third more time")
+    seed: int = entry(0, "of everything random", min=0)
+    trainer: dict = entry(dict, "any other field of trl's SFTConfig")
+
+    eval_every: int | None = entry(None, "steps between evaluations (default: before and after only)", min=1)
+    early_stopping: int | None = entry(None, "stop after so many evaluations without improvement", min=1)
+    keep_best: bool = entry(False, "end with the best checkpoint, not the last")
+    save_every: int | None = entry(None, "steps between checkpoints", min=1)
+    report_to: str = entry("none", "trackers: tensorboard, wandb, trackio, ...")
+
+    output: str | None = entry(None, "run folder (default: runs/<model>-<method>)")
+    overwrite: bool = entry(False, "replace a run folder that exists")
+    samples: int = entry(4, "held-out prompts answered before and after", min=0)
+    push_to_hub: str | None = entry(None, "hub repository to upload the adapter to")
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(Recipe)
+        for f in fields(self):
+            value = conform(f.name, hints[f.name], getattr(self, f.name))
+            if "min" in f.metadata and isinstance(value, (int, float)) and value < f.metadata["min"]:
+                raise ValueError(f"{f.name}: {value} is below {f.metadata['min']}")
+            setattr(self, f.name, value)
+        if self.early_stopping and not self.eval_every:
+            raise ValueError(f"early_stopping={self.early_stopping} needs eval_every: the steps between evaluations")
+        if self.keep_best and not self.eval_every:
+            raise ValueError("keep_best needs eval_every: the steps between evaluations")
+        self.config()
+
+    def config(self) -> InlayConfig:
+        """The adapter's config; raises a ValueError for an unknown method or hyperparameter."""
+        names = ("method", "args", "scale", "dropout", "patterns", "bias", "modules_to_save", "target_modules")
+        where = ("exclude_modules", "layers_to_transform")
+        return InlayConfig(task_type="CAUSAL_LM", **{name: getattr(self, name) for name in names + where})
+
+    def run_folder(self) -> Path:
+        """Where the run goes."""
+        return Path(self.output or f"runs/{Path(self.model).name}-{self.method}")
+
+    def resolved(self, **settled: Any) -> Recipe:
+        """The same recipe with nothing left to defaults of methods, and with what the run settled."""
+        method = self.config().build()
+        args = {f.name: getattr(method, f.name) for f in fields(method) if f.name not in ("scale", "dropout")}
+        return replace(self, args=args, **settled)
+
+    def to_yaml(self) -> str:
+        """Every field, as YAML."""
+        return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
+
+    def differences(self) -> str:
+        """The fields that differ from the defaults, as YAML."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return yaml.safe_dump({f.name: values[f.name] for f in fields(self) if values[f.name] != default_of(f)})
+
+
+def default_of(f) -> Any:
+    """A field's default value."""
+    return f.default if f.default is not MISSING else f.default_factory()
+
+
+def load(path: str | None, overrides: dict[str, Any]) -> Recipe:
+    """A recipe from a YAML file (or none) with `overrides` on top; hyperparameters of methods go to `args`.
+
+    Raises:
+        ValueError: the file is missing or no mapping, a key is unknown, or a value does not fit.
+    """
+    values = read_yaml(path) if path else {}
+    names, hyper = [f.name for f in fields(Recipe)], hyperparameters()
+    for key in values:
+        if key not in names:
+            close = difflib.get_close_matches(key, names, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
+            if key in hyper:
+                hint = f"it is a hyperparameter: write it under args, as args: {{{key}: {values[key]!r}}}"
+            raise ValueError(f"{path}: unknown key {key!r}; {hint}")
+    args = {**(values.get("args") or {}), **{k: v for k, v in overrides.items() if k in hyper}}
+    plain = {k: v for k, v in overrides.items() if k not in hyper}
+    return Recipe(**{**values, **plain, "args": {**args, **(plain.get("args") or {})}})
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """A YAML mapping from a file."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"recipe {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values or {}, dict):
+        raise ValueError(f"recipe {path} must be a mapping of fields to values, not a {type(values).__name__}")
+    return values or {}
+
+
+def hyperparameters() -> dict[str, str]:
+    """Every hyperparameter of every method that is no recipe field itself, with its help."""
+    own = {f.name for f in fields(Recipe)}
+    return {f.name: f.metadata["help"] for m in reversed(METHODS) for f in fields(m) if f.name not in own}
+
+
+def conform(name: str, hint: Any, value: Any) -> Any:
+    """`value` as the annotated type, reading what YAML or a flag may have left as text.
+
+    Raises:
+        ValueError: it is not of that type; the message says what is.
+    """
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    options = typing.get_args(hint) if union else (hint,)
+    for option in options:
+        for choice in typing.get_args(option) if typing.get_origin(option) is Literal else ():
+            if value == choice:
+                return value
+        if option is type(None) and value is None:
+            return None
+        if option is float and not isinstance(value, bool):  # YAML reads 5e-4 as text
+            try:
+                if math.isfinite(float(value)):
+                    return float(value)
+            except (TypeError, ValueError):
+                pass
+        elif isinstance(option, type) and isinstance(value, option) and not (option is int and isinstance(value, bool)):
+            return value
+    raise ValueError(f"{name}: {value!r} is not {' or '.join(map(describe, options))}")
+
+
+def describe(option: Any) -> str:
+    """A type in the words of a user."""
+    if typing.get_origin(option) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(option)))
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list"}
+    return words.get(option, "nothing" if option is type(None) else "a mapping")

@@ -1,0 +1,142 @@
+"""What a person looks at after a run: the loss plot, the samples, a page without network, the model card."""
+
+from __future__ import annotations
+
+import base64
+import html
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from inlay import __version__, methods
+from inlay.workbench.memory import gib
+
+if TYPE_CHECKING:
+    from inlay.workbench.train import Result
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+table { border-collapse: collapse; width: 100%; } .wide { overflow-x: auto; }
+th, td { text-align: left; vertical-align: top; padding: .4rem .8rem .4rem 0; border-bottom: 1px solid var(--line); }
+img { max-width: 100%; background: white; } pre { overflow-x: auto; padding: 1rem; border: 1px solid var(--line); }
+"""
+
+
+def plot_loss(result: Result, path: Path) -> None:
+    """Training loss per step with the held-out loss over it, as PNG (and SVG beside it)."""
+    matplotlib.rcParams["svg.hashsalt"] = "inlay"  # the same run draws the same file
+    figure = Figure(figsize=(7.5, 4), layout="constrained")
+    axes = figure.subplots()
+    steps = [(row["step"], row["loss"]) for row in result.history if "loss" in row]
+    held = [(row["step"], row["eval_loss"]) for row in result.history if "eval_loss" in row]
+    axes.plot(*zip(*steps, strict=True), color="#7fa8d1", linewidth=1.2, label="training batch") if steps else None
+    axes.plot(*zip(*held, strict=True), "o-", color="#b03a2e", label="held-out examples")
+    for step, loss in (held[0], held[-1]):
+        axes.annotate(f"{loss:.2f}", (step, loss), textcoords="offset points", xytext=(6, 6), color="#b03a2e")
+    axes.set(xlabel="optimiser step", ylabel="loss (nats per answer token)", title=title(result))
+    axes.grid(alpha=0.25)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+
+
+def title(result: Result) -> str:
+    """One line: method, base, what it trains."""
+    share = result.parameters / result.base_parameters
+    return f"{result.recipe.method} on {Path(result.recipe.model).name}: {share:.2%} of its size trained"
+
+
+def facts(result: Result) -> dict[str, str]:
+    """The table at the head of the page and the card."""
+    recipe = result.recipe
+    method = recipe.config().build()
+    return {
+        "Base model": recipe.model,
+        "Method": method.title,
+        "Equation": method.equation,
+        "Paper": method.paper,
+        "Hyperparameters": repr(method),
+        "Trained": f"{result.parameters:,} of {result.base_parameters:,} numbers",
+        "Data": recipe.data,
+        "Held-out loss": f"{result.before:.3f} before, {result.after:.3f} after",
+        "Training": f"{result.seconds:.0f} s, {result.tokens:,} tokens, {gib(result.memory)} peak memory",
+    }
+
+
+def samples_text(result: Result) -> str:
+    """`samples.md`: held-out prompts answered before and after."""
+    lines = [f"# {title(result)}", "", "Held-out prompts, greedy answers.", ""]
+    for row in result.samples:
+        lines += [f"**Prompt** {row['prompt']}", ""]
+        lines += [f"- **{name}** {' '.join(row[name].split())}" for name in ("before", "after", "reference")]
+        lines += [""]
+    return "\n".join(lines)
+
+
+def page(result: Result) -> str:
+    """`report.html`: one self-contained file."""
+    picture = base64.b64encode((result.folder / "plots" / "loss.png").read_bytes()).decode()
+    rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in facts(result).items())
+    names = ("prompt", "before", "after", "reference")
+    head = "".join(f"<th>{name}</th>" for name in names)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(row[name])}</td>" for name in names) + "</tr>" for row in result.samples
+    )
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title(result))}</title><style>{STYLE}</style></head><body>
+<h1>{html.escape(title(result))}</h1>
+<table>{rows}</table>
+<h2>Loss</h2><img alt="training and held-out loss per step" src="data:image/png;base64,{picture}">
+<h2>Held-out prompts, before and after</h2><div class="wide"><table><tr>{head}</tr>{body}</table></div>
+<h2>Recipe</h2><pre>{html.escape(result.recipe.to_yaml())}</pre>
+<h2>Versions</h2><pre>{html.escape(versions())}</pre>
+</body></html>
+"""
+
+
+def versions() -> str:
+    """The environment of the run, a line each."""
+    from inlay.workbench.train import environment
+
+    return "\n".join(f"{name} {number}" for name, number in {"inlay": __version__, **environment()}.items())
+
+
+def card(result: Result) -> str:
+    """The adapter's README for the hub."""
+    name = result.recipe.model
+    cls = methods.find(result.recipe.method)
+    base = f"base_model: {name}\n" if not os.path.exists(name) and "/" in name else ""
+    table = "\n".join(f"| {key} | {value} |" for key, value in facts(result).items())
+    return f"""---
+{base}library_name: peft
+pipeline_tag: text-generation
+tags: [inlay, {cls.name}]
+---
+# {title(result)}
+
+| | |
+|---|---|
+{table}
+
+```python
+import inlay  # makes PEFT know the adapter type
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
+```
+
+To serve it without Inlay, merge it first: `inlay merge path/to/this/folder merged/`.
+
+Recipe:
+
+```yaml
+{result.recipe.differences()}```
+
+Versions: {", ".join(versions().splitlines())}
+"""

