@@ -4,11 +4,12 @@ The top r come from block Golub-Kahan-Lanczos with full reorthogonalisation (Gol
 come from the same iteration on the inverse, W⁻¹ = V Σ⁻¹ Uᵀ, whose top triplets they are; one LU factorisation applies
 it and its adjoint. A rectangular W goes through its short-side Gram matrix while its condition number allows, else
 through a QR of its long side. A Gram matrix of a square W, or "W minus its top", would lose the minor triplets to
-rounding. Every answer is checked against W, and replaced by a full SVD if it fails.
+rounding. Every answer is checked against W, and replaced by a full SVD if it fails: so it goes for the minor side of
+most singular weights (pruned ones, with rows of zeros), and for the top r of a weight whose rank is below r.
 
-What is promised for each side: the wanted subspace to a sine of 1e-3 where the singular values on either side of the
-cut differ by more than 1 %, and otherwise (real spectra are dense) its energy Σσ² to 1e-3. As with a full SVD in fp32,
-singular values below about 1e-6 ‖W‖ are rounding.
+What is aimed at on each side: the subspace to a sine of 1e-3 where the singular values on either side of the cut
+differ by more than 1 %, otherwise (real spectra are dense) its energy Σσ² to 1e-3. Rounding limits both as it does a
+full SVD in fp32: σ is known to about 1e-6 ‖W‖, the sine to about that over the gap.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -150,13 +150,12 @@ def check_value(owner: str, key: str, kind: str, meta: Any, value: Any) -> None:
     """Raise a ValueError unless `value` has the annotated type `kind` and obeys the field's metadata."""
     if value is None and "None" in kind:
         return
-    number = type(value) in (int, float)
     if "choices" in meta:
         if value not in meta["choices"]:
             raise ValueError(f"{owner}: {key}={value!r} is not one of {', '.join(meta['choices'])}")
     elif kind.startswith("int") and type(value) is not int:
         raise ValueError(f"{owner}: {key}={value!r} is not a whole number")
-    elif kind.startswith("float") and not (number and math.isfinite(value)):
+    elif kind.startswith("float") and (type(value) not in (int, float) or not math.isfinite(cast(float, value))):
         raise ValueError(f"{owner}: {key}={value!r} is not a finite number")
-    if number and "min" in meta and value < meta["min"]:
+    if "min" in meta and value < meta["min"]:
         raise ValueError(f"{owner}: {key}={value} is below {meta['min']}")

@@ -14,6 +14,7 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from inlay.host import seal
 from inlay.method import Base, Method, Params, keep
 
 PREFIX = "inlay_"
@@ -39,13 +40,21 @@ class Slot(nn.Module):
 
 @dataclass
 class Cut:
-    """One adapter on one layer. `pending`: its slots are NaN until a checkpoint or a decomposition fills them."""
+    """One adapter on one layer. `pending`: its slots are NaN until a checkpoint or a decomposition fills them; what a
+    checkpoint fills them with must bear its `seal`."""
 
     method: Method
     symbols: tuple[str, ...]
     start: tuple[str, ...]
-    perturb: bool
+    perturb: bool = False
+    module: str = ""
+    seal: dict[str, Any] | None = None
     pending: bool = True
+
+
+def strip(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Without the adapter's name in their paths, which is free to change between save and load."""
+    return {path.replace(f".{name}.", "."): tensor for path, tensor in tensors.items()}
 
 
 class Frozen:
@@ -131,11 +140,11 @@ class InlayLinear(nn.Module, BaseTunerLayer):
 
     # -- adapters come, are filled, go ----------------------------------------------------------------------------
 
-    def update_layer(self, name: str, method: Method, perturb: bool = False, inference_mode: bool = False) -> None:
-        """Add an adapter with empty (NaN) slots; `decompose` or a checkpoint fills them."""
+    def update_layer(self, name: str, method: Method, inference_mode: bool = False, **about: Any) -> None:
+        """Add an adapter with empty (NaN) slots; `decompose` or a checkpoint fills them. `about`: more of `Cut`."""
         shapes = method.init(torch.empty(self.out_features, self.in_features, device="meta"))
         trained = tuple(k for k in shapes if k not in method.frozen)
-        self.cuts[name] = Cut(method, tuple(shapes), () if method.zero_init else trained, perturb)
+        self.cuts[name] = Cut(method, tuple(shapes), () if method.zero_init else trained, **about)
         for k, shape in shapes.items():
             self._slot(PREFIX + k, name, shape, trainable=k in trained)
         for k in self.cuts[name].start:
@@ -158,13 +167,16 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         return {f"{path}.{name}.weight": cast(Slot, self._held(path)[name]) for path in paths}
 
     @torch.no_grad()
-    def decompose(self, name: str) -> None:
-        """Fill the slots with the method's start, computed from the base weight in fp32."""
+    def decompose(self, name: str, like: str | None = None) -> None:
+        """Fill the slots with the method's start, from the base weight in fp32, or with that of the adapter `like`."""
         cut = self.cuts[name]
         cut.pending = False
         if self._device().type == "meta":  # a model without memory: shapes are all there is
             return
-        start = cut.method.init(self.matrix().detach().float())
+        if like in self.cuts and cut.start:
+            start = self._start_of(like)
+        else:
+            start = cut.method.init(self.matrix().detach().float())
         slots = self.slots(name)
         for k in cut.symbols:
             weight = slots[f"{PREFIX}{k}.{name}.weight"].weight.copy_(start[k])
@@ -172,6 +184,10 @@ class InlayLinear(nn.Module, BaseTunerLayer):
                 weight.add_(torch.randn_like(weight), alpha=0.02)
         for k in cut.start:
             slots[f"{START}{k}.{name}.weight"].weight.copy_(start[k])
+
+    def _start_of(self, name: str) -> Params:
+        cut, slots = self.cuts[name], self.slots(name)
+        return {k: slots[f"{START if k in cut.start else PREFIX}{k}.{name}.weight"].weight for k in cut.symbols}
 
     def settle(self, name: str) -> None:
         """Resolve an adapter whose config came from a checkpoint: all slots loaded, or none and it is decomposed now.
@@ -183,7 +199,31 @@ class InlayLinear(nn.Module, BaseTunerLayer):
             self.decompose(name)
         elif empty:
             raise ValueError(f"adapter {name!r} was not loaded whole: no values for {', '.join(empty)}")
-        self.cuts[name].pending = False
+        else:
+            self.check_seal(name, {path: slot.weight for path, slot in self.slots(name).items()})
+            self.cuts[name].pending = False
+
+    def check_seal(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Raise a ValueError unless what fills an adapter's slots, and the base under them, bear its seal."""
+        cut = self.cuts[name]
+        if not cut.pending or cut.seal is None:
+            return
+        if seal.of_tensors(strip(tensors, name)) != cut.seal["tensors"]:
+            raise ValueError(f"{cut.module}: the adapter's tensors are not those it was saved with (a damaged file?)")
+        if not seal.same_base(self.base_mark(), cut.seal["base"]):
+            raise ValueError(
+                f"{cut.module}: the adapter was cut from another base model; load it on its own, or set "
+                "config.seals = None to apply it here all the same"
+            )
+
+    def base_mark(self) -> str | None:
+        """The mark of the weight below all adapters; None where it cannot be told."""
+        weight = cast(Tensor, self.base_layer.weight if self.unmerged is None else self.unmerged)
+        return None if self.quantization_backend is not None or weight.is_meta else seal.of_base(weight)
+
+    def make_seal(self, name: str, tensors: dict[str, Tensor]) -> dict[str, str | None]:
+        """What `check_seal` will want to find when these tensors are loaded again."""
+        return {"tensors": seal.of_tensors(strip(tensors, name)), "base": self.base_mark()}
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move, but never round θ to the base's dtype (PEFT does both)."""

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from inlay import methods
+from inlay.host import seal
 from inlay.host.layer import PREFIX, InlayLinear
 from inlay.method import Method
 
@@ -83,6 +84,8 @@ class InlayConfig(PeftConfig):
     bias: str = "none"
     init_weights: bool = True
     format_version: int | None = None  # None: not read from a checkpoint
+    hyperparameters: str | None = None  # a digest of them, against edits of a checkpoint's config
+    seals: dict[str, dict[str, Any]] | None = None  # per module, what a checkpoint held and was cut from
 
     # Hot swap reads these of any config; 1 / 1 leaves our factor, which is part of the method, alone.
     r: ClassVar = 1
@@ -123,6 +126,11 @@ class InlayConfig(PeftConfig):
             raise ValueError(
                 f"this adapter has format {self.format_version}, this Inlay reads up to {FORMAT_VERSION}; upgrade Inlay"
             )
+        if self.format_version is not None and self.hyperparameters not in (None, self._digest()):
+            raise ValueError(
+                f"the hyperparameters of this {self.method} adapter were edited after it was saved; restore them, or "
+                "remove 'hyperparameters' from adapter_config.json to insist"
+            )
         if self.bias not in BIAS:
             raise ValueError(f"bias={self.bias!r} is not one of {', '.join(BIAS)}")
         if self.target_parameters:
@@ -160,7 +168,10 @@ class InlayConfig(PeftConfig):
         return self._build({} if pattern is None else self.patterns[pattern])
 
     def to_dict(self) -> dict:
-        return {**asdict(self), "format_version": FORMAT_VERSION}
+        return {**asdict(self), "format_version": FORMAT_VERSION, "hyperparameters": self._digest()}
+
+    def _digest(self) -> str:
+        return seal.of_values([self.method, self.args, self.scale, self.dropout, self.patterns])
 
 
 class InlayModel(BaseTuner):
@@ -185,8 +196,10 @@ class InlayModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             self._check_patterns(config, asked)
-            if config.format_version is None and state_dict is None and not low_cpu_mem_usage:
-                self._decompose(adapter_name, config)
+            # trl copies an adapter by adding another under the same config object, then copying parameters alone.
+            twin = next((n for n, c in cast(dict, self.peft_config).items() if c is config and n != adapter_name), None)
+            if twin or (config.format_version is None and state_dict is None and not low_cpu_mem_usage):
+                self._decompose(adapter_name, config, twin)
         except Exception:
             for _, parent, child, module in self._touched:
                 if isinstance(module, InlayLinear):
@@ -208,10 +221,10 @@ class InlayModel(BaseTuner):
         kinds = {name.rpartition(".")[2] for name, m in self.model.named_modules() if isinstance(m, LINEAR)}
         return f"linear modules here: {', '.join(sorted(kinds)) or 'none'}"
 
-    def _decompose(self, adapter_name: str, config: InlayConfig) -> None:
+    def _decompose(self, adapter_name: str, config: InlayConfig, twin: str | None) -> None:
         layers = [cast(InlayLinear, parent.get_submodule(child)) for _, parent, child, _ in self._touched]
         for layer in tqdm(layers, desc=f"Cutting {config.method}", unit="layer", disable=None, delay=1):
-            layer.decompose(adapter_name)
+            layer.decompose(adapter_name, like=twin)
 
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **_) -> None:
         if not isinstance(target, InlayLinear):
@@ -220,7 +233,14 @@ class InlayModel(BaseTuner):
         if layer is not target:
             layer._active_adapter = adapter_name
         try:
-            layer.update_layer(adapter_name, config.build(current_key), not config.init_weights, config.inference_mode)
+            layer.update_layer(
+                adapter_name,
+                config.build(current_key),
+                config.inference_mode,
+                perturb=not config.init_weights,
+                module=current_key,
+                seal=(config.seals or {}).get(current_key),
+            )
         except ValueError as error:
             raise ValueError(f"{current_key}: {error}") from None
         self._touched.append((current_key, parent, target_name, target))
@@ -239,11 +259,20 @@ class InlayModel(BaseTuner):
                         weight.data = weight.data.to(dtype)
 
     @classmethod
-    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
-        for layer in model.modules():
-            if isinstance(layer, InlayLinear) and adapter_name in layer.cuts and layer.cuts[adapter_name].pending:
+    def _get_adapter_state_dict(cls, model, config: Any, adapter_name, state_dict, unwanted_adapter_names):
+        """As PEFT's; on the way the config gets the seals of what is saved."""
+        layers = adapted(model, adapter_name)
+        for layer in layers.values():
+            if layer.cuts[adapter_name].pending:
                 layer.settle(adapter_name)  # fills the tensors that `state_dict` refers to
-        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        saved = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        config.seals = seals = {}
+        for name, layer in layers.items():
+            paths = {path: f"{name}.{path}" for path in layer.slots(adapter_name)}
+            if all(key in saved for key in paths.values()):  # sharded savers rename keys
+                tensors = {path: saved[key] for path, key in paths.items()}
+                seals[layer.cuts[adapter_name].module] = layer.make_seal(adapter_name, tensors)
+        return saved
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
@@ -265,9 +294,14 @@ def check_layer(module: nn.Module, name: str) -> None:
         )
 
 
+def adapted(model: nn.Module, adapter_name: str) -> dict[str, InlayLinear]:
+    """The layers that carry an adapter, by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, InlayLinear) and adapter_name in m.cuts}
+
+
 def check_state(model: nn.Module, adapter_name: str, state: dict[str, Tensor]) -> None:
     """Raise a ValueError unless `state` is exactly this adapter: nothing missing, extra, misshapen or non-finite."""
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, InlayLinear) and adapter_name in m.cuts}
+    layers = adapted(model, adapter_name)
     expected = {f"{n}.{path}" for n, m in layers.items() for path in m.slots(adapter_name)}
     there = model.state_dict()
     faults = [f"{key} is missing" for key in sorted(expected - state.keys())]
@@ -281,7 +315,8 @@ def check_state(model: nn.Module, adapter_name: str, state: dict[str, Tensor]) -
     if faults:
         more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
         raise ValueError(f"this adapter cannot be loaded here: {'; '.join(faults[:3])}{more}")
-    for layer in layers.values():
+    for name, layer in layers.items():
+        layer.check_seal(adapter_name, {path: state[f"{name}.{path}"] for path in layer.slots(adapter_name)})
         layer.cuts[adapter_name].pending = False
 
 

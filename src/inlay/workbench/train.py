@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import platform
-import resource
 import shutil
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +16,6 @@ import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
@@ -27,6 +24,7 @@ from inlay.workbench import data, memory, models, report
 from inlay.workbench.files import check_free, new_folder, write_text
 from inlay.workbench.generate import answer
 from inlay.workbench.recipe import Recipe
+from inlay.workbench.watch import Watch, duration, peak_memory
 
 RUN_FILE = "recipe.yaml"  # what makes a folder a run of ours
 
@@ -136,48 +134,6 @@ def arguments(recipe: Recipe, folder: Path, batch: int, steps: int) -> SFTConfig
         return SFTConfig(**{**values, **recipe.trainer})
     except (TypeError, ValueError) as error:
         raise ValueError(f"the trainer refuses this recipe: {models.first_line(error)}") from None
-
-
-class Watch(TrainerCallback):
-    """Follows a run: `metrics.jsonl`, and a bar on a terminal or a line now and then in a log file."""
-
-    def __init__(self, folder: Path, console: Console) -> None:
-        self.file, self.console = folder / "metrics.jsonl", console
-        self.history: list[dict[str, Any]] = []
-        self.started, self.tokens = 0.0, 0
-        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[now]}"))
-        self.bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
-        self.task = self.bar.add_task("", total=None, now="")
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.started = time.perf_counter()
-        self.bar.update(self.task, total=state.max_steps)
-        self.bar.start()
-
-    def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs) -> None:
-        logs = logs or {}
-        names = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy", "eval_mean_token_accuracy")
-        row = {"step": state.global_step, **{name: logs[name] for name in names if name in logs}}
-        if "loss" in logs:
-            self.tokens = int(logs.get("num_tokens", self.tokens))
-            seconds = time.perf_counter() - self.started
-            row |= {"tokens": self.tokens, "seconds": round(seconds, 3), "memory": peak_memory()}
-            self._show(state, row)
-        if len(row) > 1 and ("loss" in row or "eval_loss" in row):
-            self.history.append(row)
-            with self.file.open("a", encoding="utf-8") as out:
-                out.write(json.dumps(row) + "\n")
-
-    def _show(self, state, row: dict[str, Any]) -> None:
-        speed = row["tokens"] / max(row["seconds"], 1e-9)
-        now = f"loss {row['loss']:.3f}  {speed:,.0f} tokens/s  {memory.gib(row['memory'])}"
-        self.bar.update(self.task, completed=state.global_step, now=now)
-        if not self.console.is_terminal and state.global_step % max(1, state.max_steps // 20) == 0:
-            left = row["seconds"] / state.global_step * (state.max_steps - state.global_step)
-            self.console.print(f"step {state.global_step}/{state.max_steps}  {now}  {duration(left)} left")
-
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        self.bar.stop()
 
 
 def train(recipe: Recipe, console: Console | None = None) -> Result:
@@ -338,23 +294,3 @@ def environment() -> dict[str, str]:
     """The versions a run depends on."""
     names = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def peak_memory() -> int:
-    """Peak bytes: of the GPU where there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * 1024
-
-
-def duration(seconds: float) -> str:
-    """Seconds as m:ss."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-def summary(result: Result) -> dict[str, Any]:
-    """A run in a few values, for tables."""
-    keep = ("parameters", "base_parameters", "before", "after", "seconds", "tokens", "memory")
-    values = asdict(result)
-    return {name: values[name] for name in keep}

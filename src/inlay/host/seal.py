@@ -1,0 +1,45 @@
+"""Seals: what an adapter holds and what it was cut from, in a few characters per layer, so that neither changes unseen.
+
+A base is known by a sample of its weight, rounded to bf16, so that the same base loaded in fp32 or bf16 is the same. A
+quantised weight has no such mark: it is compared with nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SAMPLE = 1 << 16  # entries of a weight that are looked at: enough to tell any two models apart, cheap at any size
+
+
+def of_tensors(tensors: dict[str, Tensor]) -> str:
+    """A digest of named tensors, whatever float dtype they are kept in."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def of_base(W: Tensor) -> str:
+    """A mark of a weight. fp16 has its own, because rounding to it loses what bf16 keeps."""
+    kind = "float16" if W.dtype == torch.float16 else "bfloat16"
+    sample = W.detach().flatten()[:: max(1, W.numel() // SAMPLE)].to("cpu", torch.bfloat16)
+    digest = hashlib.sha256(str(tuple(W.shape)).encode() + sample.view(torch.int16).numpy().tobytes())
+    return f"{kind}:{digest.hexdigest()[:16]}"
+
+
+def of_values(values: Any) -> str:
+    """A digest of hyperparameters."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def same_base(one: str | None, other: str | None) -> bool:
+    """Whether two marks may be of one base; marks of different kinds, or none, cannot tell."""
+    if one is None or other is None or one.partition(":")[0] != other.partition(":")[0]:
+        return True
+    return one == other
