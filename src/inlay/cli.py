@@ -78,20 +78,14 @@ def methods(options: argparse.Namespace) -> None:
 
 def count(name: str, options: argparse.Namespace) -> str:
     """A method's trainable numbers on a model, or why there is no such number."""
-    import torch
-    from peft import get_peft_model
-
     from inlay import InlayConfig
     from inlay.workbench import memory
 
+    config = InlayConfig(method=name, args={"r": options.r}, target_modules="all-linear")
     try:
-        config = InlayConfig(method=name, args={"r": options.r}, target_modules="all-linear")
+        return f"{memory.count(options.model, config):,}"
     except ValueError as error:
-        fail(str(error))
-    try:
-        return f"{memory.trainable(get_peft_model(memory.meta_model(options.model, torch.float32), config)):,}"
-    except ValueError as error:
-        return str(error).partition(": ")[2]
+        return str(error).partition(": ")[2] or str(error)
 
 
 def generate(options: argparse.Namespace) -> None:

@@ -75,13 +75,13 @@ class Method(ABC):
             check_value(self.name, f.name, str(f.type), f.metadata, getattr(self, f.name))
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"{self.name}: dropout={self.dropout} is not in [0, 1)")
-        if self.s <= 0:
-            raise ValueError(f"{self.name}: the factor on the change is {self.s}; give a scale (or alpha) above 0")
+        if self.scale is not None and self.scale <= 0:
+            raise ValueError(f"{self.name}: scale={self.scale} is not above 0")
 
     @property
     def s(self) -> float:
         """The factor on the change."""
-        return 1.0 if self.scale is None else float(self.scale)
+        return self.scale or 1.0
 
     @abstractmethod
     def init(self, W: Tensor, stats: Params | None = None) -> Params:
@@ -112,7 +112,7 @@ class Method(ABC):
 class LowRank(Method):
     """A method with ΔW = B A, B (out × r), A (r × in): it writes `factors`, and its export to LoRA is exact."""
 
-    r: int = field(default=16, metadata={"help": "rank", "min": 1})
+    r: int = field(default=8, metadata={"help": "rank", "min": 1})
 
     @abstractmethod
     def factors(self, p: Params, inp: int) -> tuple[Tensor, Tensor]:

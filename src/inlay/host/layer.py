@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 from dataclasses import dataclass
@@ -87,6 +88,23 @@ class Adapted:
         return method.apply(p, p0, x, self.base, drop)
 
 
+def readable(base_layer: nn.Module) -> nn.Module:
+    """Keep bitsandbytes from repacking a 4-bit weight in place at its first inference on a CPU with avx512_bf16: what
+    it leaves there dequantises to other numbers, without an error.
+
+    Raises:
+        ValueError: it has already done so.
+    """
+    if getattr(base_layer, "support_avx512bf16_for_cpu", False):
+        if getattr(cast(Any, base_layer.weight).quant_state, "packing_format_for_cpu", False):
+            raise ValueError(
+                "bitsandbytes repacked this 4-bit weight when the model ran on the CPU, and it can no longer be read; "
+                "load the model anew and adapt it before its first run"
+            )
+        base_layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    return base_layer
+
+
 class InlayLinear(nn.Module, BaseTunerLayer):
     """y = W x + Σ s (ΔW(θ) − ΔW(θ₀)) x over the active adapters, each cut from what lies under it."""
 
@@ -94,7 +112,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module, get_apply_tensor_subclass=None) -> None:
         super().__init__()
-        self.base_layer = base_layer
+        self.base_layer = readable(base_layer)
         self.cuts: dict[str, Cut] = {}
         self.merged_adapters: list[str] = []
         self.unmerged: Any = None  # what the base held before a merge
@@ -267,10 +285,16 @@ class InlayLinear(nn.Module, BaseTunerLayer):
                 f"merging {', '.join(names)} gives NaN or Inf; the adapter is broken, the base is untouched"
             )
         if self.unmerged is None:
-            weight = self.base_layer.weight
-            self.unmerged = weight.data if self.quantization_backend is None else (self.base_layer, weight)
+            self.unmerged = self._what_a_merge_replaces()
         self.set_base_weight((W.T if isinstance(self.base_layer, Conv1D) else W).to(old.dtype).contiguous())
         self.merged_adapters.extend(names)
+
+    def _what_a_merge_replaces(self) -> Any:
+        if self.quantization_backend is None:
+            return cast(Tensor, self.base_layer.weight).data
+        # A backend may swap the layer, its weight, or (8-bit bitsandbytes) the state that holds the scales.
+        held = {k: copy.copy(v) for k, v in vars(self.base_layer).items() if k == "state"}
+        return self.base_layer, {"weight": self.base_layer.weight, **held}
 
     def unmerge(self) -> None:
         """Put back the very weight that was there before the merge: bit-equal, for every method."""
@@ -281,10 +305,9 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         if self.quantization_backend is None:
             self.base_layer.weight.data = self.unmerged
         else:
-            self.base_layer, weight = self.unmerged
-            self.base_layer.weight = weight
-            if hasattr(self.base_layer, "state"):
-                self.base_layer.state.CB = self.base_layer.state.SCB = None  # bitsandbytes reads them anew
+            self.base_layer, attributes = self.unmerged
+            for key, value in attributes.items():
+                setattr(self.base_layer, key, value)
         self.unmerged = None
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

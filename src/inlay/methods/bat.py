@@ -30,7 +30,7 @@ class Bat(Method):
     trains = "B (in/r × r × r)"
     zero_init = True
 
-    r: int = field(default=16, metadata={"help": "block size; must divide both sides of the weight", "min": 1})
+    r: int = field(default=8, metadata={"help": "block size; must divide both sides of the weight", "min": 1})
 
     def init(self, W: Tensor, stats: Params | None = None) -> Params:
         check_blocks(self, self.r, W)

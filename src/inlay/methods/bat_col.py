@@ -28,7 +28,7 @@ class BatCol(Method):
     trains = "B (out/r × r × r)"
     zero_init = True
 
-    r: int = field(default=16, metadata={"help": "block size; must divide both sides of the weight", "min": 1})
+    r: int = field(default=8, metadata={"help": "block size; must divide both sides of the weight", "min": 1})
 
     def init(self, W: Tensor, stats: Params | None = None) -> Params:
         check_blocks(self, self.r, W)

@@ -30,12 +30,14 @@ class LoRA(LowRank):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.alpha is not None and self.alpha <= 0:
+            raise ValueError(f"lora: alpha={self.alpha} is not above 0")
         if self.alpha is not None and self.scale is not None:
             raise ValueError(f"lora: alpha={self.alpha} and scale={self.scale} both set s; give one of them")
 
     @property
     def s(self) -> float:
-        return super().s if self.alpha is None else self.alpha / self.r
+        return (self.scale or 1.0) if self.alpha is None else self.alpha / self.r
 
     def init(self, W: Tensor, stats: Params | None = None) -> Params:
         check_rank(self, self.r, W)

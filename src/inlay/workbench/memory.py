@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import psutil
 import torch
 from accelerate.utils import find_executable_batch_size
+from peft import get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from inlay.host.peft import InlayConfig
 from inlay.workbench.models import load_config
 
 
@@ -32,6 +34,15 @@ def meta_model(name: str, dtype: torch.dtype, trust_remote_code: bool = False) -
     settings = load_config(name, trust_remote_code)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def count(name: str, config: InlayConfig) -> int:
+    """How many numbers a config trains on a model.
+
+    Raises:
+        ValueError: it does not fit the model.
+    """
+    return trainable(get_peft_model(meta_model(name, torch.float32), config))
 
 
 def trainable(model: nn.Module) -> int:

@@ -1,0 +1,88 @@
+"""Models and data that several test files share. Model fixtures give a fresh copy to every test."""
+
+import copy
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+torch.set_num_threads(2)
+
+FOREIGN = (  # warnings that are errors in this project but come from a dependency's own use of another
+    "ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning",  # peft and trl call transformers by old names
+)
+
+
+def pytest_configure(config):
+    for line in FOREIGN:
+        config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def llama_original():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=128,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def llama(llama_original):
+    """A random Llama whose linear layers are 64, 96 or 32 wide."""
+    return copy.deepcopy(llama_original)
+
+
+@pytest.fixture(scope="session")
+def gpt2_original():
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=128, n_positions=64, bos_token_id=1, eos_token_id=2)
+    return GPT2LMHeadModel(config).eval()
+
+
+@pytest.fixture
+def gpt2(gpt2_original):
+    """A random GPT-2: its linear layers are transformers' Conv1D, with the weight as (in × out)."""
+    return copy.deepcopy(gpt2_original)
+
+
+@pytest.fixture(scope="session")
+def real_model():
+    """The model that comes with the library, fp32. Shared by all tests: copy it before changing anything."""
+    from inlay.workbench.builtin import load_model
+
+    return load_model(dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def real_tokenizer():
+    from inlay.workbench.builtin import load_tokenizer
+
+    return load_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real datasets, named by the environment variable INLAY_DATA."""
+    folder = os.environ.get("INLAY_DATA")
+    if not folder:
+        pytest.skip("INLAY_DATA is not set: no folder with real data")
+    if not Path(folder).is_dir():
+        pytest.skip(f"INLAY_DATA={folder} is not a folder")
+    return Path(folder)

@@ -1,0 +1,758 @@
+"""The contract: one table with a row per method, and tests that run over every row."""
+
+import copy
+import dataclasses
+import itertools
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from inlay import InlayConfig, linalg, methods, ops
+from inlay.host.layer import PREFIX, START, InlayLinear
+from inlay.method import LowRank, Method, Params
+
+
+def low_rank(p: Params, W: Tensor) -> Tensor:
+    return torch.einsum("or,ri->oi", p["B"], p["A"])
+
+
+def bone(p: Params, W: Tensor) -> Tensor:
+    D, (out, inp) = p["D"], W.shape
+    columns = [D[c % len(D)] for c in range(inp)]
+    assert columns[0].shape == (out,)
+    return torch.stack(columns, dim=1)
+
+
+def bat(p: Params, W: Tensor) -> Tensor:
+    B, r = p["B"].to(W.dtype), p["B"].shape[-1]
+    return torch.cat([torch.cat([w @ B[b] + B[b] for b, w in enumerate(row.split(r, 1))], 1) for row in W.split(r)])
+
+
+def bat_col(p: Params, W: Tensor) -> Tensor:
+    B, r = p["B"].to(W.dtype), p["B"].shape[-1]
+    return torch.cat([torch.cat([w @ B[a] + B[a] for w in row.split(r, 1)], 1) for a, row in enumerate(W.split(r))])
+
+
+@dataclass
+class Row:
+    """What a method promises. `numbers` counts what it trains on an (m × n) weight; `delta` is ΔW(θ) written down
+    from the paper's equation, without the library."""
+
+    method: Method
+    shape: tuple[int, int]
+    trained: set[str]
+    numbers: Callable[[int, int], int]
+    delta: Callable[[Params, Tensor], Tensor]
+    seeded: bool = False  # the start is drawn at random
+    lora_exact: bool = True  # ΔW(θ) − ΔW(θ₀) is a product of thin factors
+
+
+CONTRACT = {
+    "lora": Row(methods.LoRA(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank, seeded=True),
+    "pissa": Row(methods.PiSSA(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
+    "milora": Row(methods.MiLoRA(r=8), (40, 24), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
+    "milora middle": Row(methods.MiLoRA(r=8, side="middle"), (24, 24), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
+    "milora random": Row(methods.MiLoRA(r=8, side="random"), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
+    "bone": Row(methods.Bone(r=8), (24, 40), {"D"}, lambda m, n: 8 * m, bone),
+    "bone short": Row(methods.Bone(r=7), (24, 40), {"D"}, lambda m, n: 7 * m, bone),
+    "bat": Row(methods.Bat(r=8), (24, 40), {"B"}, lambda m, n: 8 * n, bat, lora_exact=False),
+    "bat_col": Row(methods.BatCol(r=8), (24, 40), {"B"}, lambda m, n: 8 * m, bat_col, lora_exact=False),
+}
+BY_NAME = {row.method.name: row for row in reversed(CONTRACT.values())}
+every_row = pytest.mark.parametrize("row", CONTRACT.values(), ids=CONTRACT)
+every_method = pytest.mark.parametrize("row", BY_NAME.values(), ids=BY_NAME)
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class Under:
+    """A base as a method sees it: any weight, any bias."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.weight, self.bias = weight, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class Net(nn.Module):
+    """One layer of the row's shape between a nonlinearity and a head that is never adapted."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(shape[1], shape[0]), nn.Linear(shape[0], 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.layer(x)))
+
+
+def adapt(model: nn.Module, method: Method, target_modules=("layer",), name="default", **config) -> PeftModel:
+    return get_peft_model(model, InlayConfig(method=method, target_modules=list(target_modules), **config), name)
+
+
+def wander(model: nn.Module, size: float = 0.1) -> None:
+    """Move every trainable number away from its start."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p, dtype=torch.float32), alpha=size)
+
+
+def train(model: nn.Module, *inputs, steps: int = 3, lr: float = 1e-2, optimizer=torch.optim.AdamW) -> list[float]:
+    adam = optimizer([p for p in model.parameters() if p.requires_grad], lr=lr)
+    losses = []
+    for _ in range(steps):
+        out = model(*inputs)
+        loss = getattr(out, "logits", out).float().square().mean()
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        losses.append(loss.item())
+    return losses
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(torch.arange(24).view(2, 12)).logits
+
+
+def theta(row: Row, W: Tensor, scale: float | None = None) -> tuple[Method, Params, Params]:
+    """The method, random parameters away from the start, and the start, in W's dtype."""
+    method = row.method if scale is None else dataclasses.replace(row.method, scale=scale)
+    p0 = {k: v.to(W.dtype) for k, v in method.init(W.float()).items()}
+    p = {k: v if k in method.frozen else v + 0.3 * torch.randn_like(v) for k, v in p0.items()}
+    return method, p, p0
+
+
+def given(method: Method, p0: Params) -> Params | None:
+    """θ₀ as the host passes it on."""
+    return None if method.zero_init else p0
+
+
+def largest(x: Tensor) -> float:
+    return x.abs().max().item()
+
+
+def layers_of(model: nn.Module) -> list[InlayLinear]:
+    return [m for m in model.modules() if isinstance(m, InlayLinear)]
+
+
+def test_every_method_has_a_row():
+    assert {row.method.name for row in CONTRACT.values()} == {m.name for m in methods.METHODS}
+    assert len({m.name for m in methods.METHODS}) == len(methods.METHODS)
+
+
+@every_method
+def test_a_method_is_found_by_its_name_and_is_final(row):
+    cls = type(row.method)
+    assert methods.find(row.method.name) is cls
+    assert cls.__bases__[0] in (Method, LowRank)
+    assert all(getattr(cls, field) for field in ("title", "equation", "paper", "trains"))
+
+
+@every_row
+def test_init_gives_the_shapes_and_the_count_of_the_formula(row):
+    W = torch.randn(row.shape)
+    p = row.method.init(W)
+    assert set(p) - row.method.frozen == row.trained
+    assert sum(v.numel() for k, v in p.items() if k in row.trained) == row.numbers(*row.shape)
+    assert {v.dtype for v in p.values()} == {torch.float32}
+    assert all(v.isfinite().all() for v in p.values())
+
+
+@every_row
+def test_init_on_meta_tensors_gives_the_same_shapes_and_allocates_nothing(row):
+    real, meta = row.method.init(torch.randn(row.shape)), row.method.init(torch.empty(row.shape, device="meta"))
+    assert list(meta) == list(real)
+    for k in real:
+        assert meta[k].is_meta
+        assert (meta[k].shape, meta[k].dtype) == (real[k].shape, real[k].dtype)
+
+
+@every_row
+def test_init_leaves_the_weight_alone_and_shares_no_memory_with_it(row):
+    W = torch.randn(row.shape)
+    before = W.clone()
+    for value in row.method.init(W).values():
+        value.add_(1.0)
+    assert torch.equal(W, before)
+
+
+@every_row
+def test_zero_init_says_the_truth(row):
+    W = torch.randn(row.shape)
+    start = row.delta(row.method.init(W), W)
+    assert (largest(start) == 0) == row.method.zero_init
+
+
+@every_row
+def test_a_start_is_deterministic_under_a_seed(row):
+    W = torch.randn(row.shape)
+    starts = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        starts.append(row.method.init(W))
+    assert all(torch.equal(starts[0][k], starts[1][k]) for k in starts[0])
+    assert all(torch.equal(starts[0][k], starts[2][k]) for k in starts[0]) != row.seeded
+
+
+@every_row
+def test_delta_is_the_equation_of_the_paper(row):
+    W = torch.randn(row.shape, dtype=torch.float64)
+    method, p, _ = theta(row, W)
+    before = W.clone()
+    torch.testing.assert_close(method.delta(p, W), row.delta(p, W), rtol=1e-12, atol=1e-12)
+    assert torch.equal(W, before)
+
+
+@every_row
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("lead", [(5,), (2, 3), (1, 1)], ids=["2d", "3d", "one token"])
+@pytest.mark.parametrize("scale", [None, 0.37], ids=["s=1", "s=.37"])
+def test_apply_is_the_equation_with_its_gradients(row, bias, lead, scale):
+    out, inp = row.shape
+    W = torch.randn(out, inp, dtype=torch.float64)
+    b = torch.randn(out, dtype=torch.float64) if bias else None
+    method, p, p0 = theta(row, W, scale)
+    x = torch.randn(*lead, inp, dtype=torch.float64)
+    g = torch.randn(*lead, out, dtype=torch.float64)
+    leaves = [x, *(p[k] for k in sorted(row.trained))]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    y = method.apply(p, given(method, p0), x, Under(W, b))
+    s = 1.0 if scale is None else scale
+    expected = F.linear(x, W, b) + s * F.linear(x, row.delta(p, W) - row.delta(p0, W))
+    torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
+    for got, want in zip(torch.autograd.grad(y, leaves, g), torch.autograd.grad(expected, leaves, g), strict=True):
+        assert largest(want) > 0
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+@every_row
+def test_gradcheck_of_apply(row):
+    W = torch.randn(row.shape, dtype=torch.float64)
+    method, p, p0 = theta(row, W, 0.5)
+    names = sorted(row.trained)
+
+    def layer(x, *values):
+        return method.apply({**p, **dict(zip(names, values, strict=True))}, given(method, p0), x, Under(W))
+
+    inputs = [torch.randn(2, row.shape[1], dtype=torch.float64), *(p[k] for k in names)]
+    assert torch.autograd.gradcheck(layer, [i.detach().requires_grad_() for i in inputs])
+
+
+@every_row
+@pytest.mark.parametrize("frozen", ["x", "parameters"])
+def test_apply_without_a_gradient_on_one_side(row, frozen):
+    """The first layer of a model gets an x that needs no gradient, and an inference pass has no trained numbers."""
+    W = torch.randn(row.shape, dtype=torch.float64)
+    method, p, p0 = theta(row, W)
+    x = torch.randn(3, row.shape[1], dtype=torch.float64, requires_grad=frozen != "x")
+    for k in row.trained:
+        p[k].requires_grad_(frozen != "parameters")
+    leaves = [x] if frozen == "parameters" else [p[k] for k in sorted(row.trained)]
+    expected = F.linear(x, W + row.delta(p, W) - row.delta(p0, W)).square().sum()
+    got = method.apply(p, given(method, p0), x, Under(W)).square().sum()
+    for a, b in zip(torch.autograd.grad(got, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@every_row
+def test_apply_at_the_start_is_the_base_whatever_the_dtypes(row):
+    W = torch.randn(row.shape)
+    p = row.method.init(W)
+    for theta_dtype, x_dtype in itertools.product((torch.float32, torch.bfloat16), (torch.float32, torch.bfloat16)):
+        base = Under(W.to(x_dtype), torch.randn(row.shape[0], dtype=x_dtype))
+        cast = {k: v.to(theta_dtype) for k, v in p.items()}
+        x = torch.randn(9, row.shape[1], dtype=x_dtype)
+        y = row.method.apply(cast, given(row.method, p), x, base)
+        assert y.dtype == x_dtype
+        assert largest(y - base(x)) == 0
+
+
+def test_bat_col_in_many_strips_is_bat_col_in_one(monkeypatch):
+    row = CONTRACT["bat_col"]
+    W = torch.randn(row.shape, dtype=torch.float64)
+    method, p, _ = theta(row, W)
+    x = torch.randn(2, 3, row.shape[1], dtype=torch.float64, requires_grad=True)
+    p["B"].requires_grad_()
+    results = []
+    for scratch in (1 << 20, 8 * row.shape[1] * 2, 1):
+        monkeypatch.setattr(ops, "SCRATCH", scratch)
+        y = method.apply(p, None, x, Under(W))
+        results.append((y, *torch.autograd.grad(y.square().sum(), [x, p["B"]])))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-12, atol=1e-12)
+
+
+@every_row
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_layer_starts_at_the_base_exactly(row, dtype):
+    net, x = Net(row.shape).to(dtype), torch.randn(7, row.shape[1], dtype=dtype)
+    before = net(x)
+    model = adapt(net, row.method)
+    assert largest(model(x) - before) == 0
+    model.train()
+    assert largest(model(x) - before) == 0
+
+
+@every_row
+def test_the_start_is_exact_under_autocast(row):
+    net, x = Net(row.shape), torch.randn(7, row.shape[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        before = net(x)
+        assert before.dtype == torch.bfloat16
+        model = adapt(net, row.method)
+        assert largest(model(x) - before) == 0
+        model(x).float().square().sum().backward()
+    assert any(p.grad is not None and largest(p.grad) > 0 for p in model.parameters())
+
+
+@every_row
+def test_training_under_autocast_works_with_fp32_parameters(row):
+    model, x = adapt(Net(row.shape), row.method), torch.randn(7, row.shape[1])
+    wander(model)
+    full = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(x)
+        half.float().square().sum().backward()
+    torch.testing.assert_close(half.float(), full, rtol=0.05, atol=0.05)
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@every_row
+def test_exactly_the_stated_symbols_train(row):
+    model = adapt(Net(row.shape), row.method)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert {n.split(PREFIX)[1].split(".")[0] for n in trained} == row.trained
+    assert sum(p.numel() for p in trained.values()) == row.numbers(*row.shape)
+    assert model.get_nb_trainable_parameters()[0] == row.numbers(*row.shape)
+    layer = layers_of(model)[0]
+    assert any(name.startswith(START) for name in layer._modules) != row.method.zero_init
+
+
+@every_row
+def test_training_moves_the_output_and_leaves_the_base_alone(row):
+    net, x = Net(row.shape), torch.randn(7, row.shape[1])
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    start = net(x)
+    model = adapt(net, row.method)
+    losses = train(model, x, steps=5)
+    assert losses[-1] < losses[0]
+    assert largest(model(x) - start) > 1e-3
+    base = model.base_model.model
+    assert torch.equal(base.layer.base_layer.weight, before["layer.weight"])
+    assert torch.equal(base.layer.base_layer.bias, before["layer.bias"])
+    assert torch.equal(base.head.weight, before["head.weight"])
+    assert all(p.grad is None for n, p in model.named_parameters() if PREFIX not in n)
+
+
+@every_row
+def test_training_does_not_move_the_stored_start(row):
+    model, x = adapt(Net(row.shape), row.method), torch.randn(7, row.shape[1])
+    constant = {k: v.clone() for k, v in model.named_buffers()}
+    assert (len(constant) == 0) == (row.method.zero_init and not row.method.frozen)
+    train(model, x, steps=3)
+    assert all(torch.equal(v, constant[k]) for k, v in model.named_buffers())
+
+
+@every_row
+def test_the_layer_is_the_base_plus_the_dense_equation(row):
+    net = Net(row.shape)
+    W, b = net.layer.weight.detach().clone(), net.layer.bias.detach().clone()
+    model = adapt(net, dataclasses.replace(row.method, scale=0.37))
+    wander(model)
+    layer, x = layers_of(model)[0], torch.randn(2, 5, row.shape[1])
+    _, p, p0 = layer.theta("default")
+    delta = 0.37 * (row.delta(p, W) - (0 if p0 is None else row.delta(p0, W)))
+    torch.testing.assert_close(layer.get_delta_weight("default"), delta, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer(x), F.linear(x, W + delta, b), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), list(itertools.permutations(BY_NAME, 2)), ids=lambda name: name.replace("_", "-")
+)
+def test_two_active_adapters_nest_with_their_gradients(first, second):
+    """The second is cut from what the first has made of the weight, as if it were merged."""
+    shape = (24, 40)
+    rows = {"one": BY_NAME[first], "two": BY_NAME[second]}
+    net = Net(shape)
+    W, bias = net.layer.weight.detach().double(), net.layer.bias.detach().double()
+    model = adapt(net, rows["one"].method, name="one")
+    model.add_adapter("two", InlayConfig(method=rows["two"].method, scale=None, target_modules=["layer"]))
+    model.base_model.set_adapter(["one", "two"])
+    model.double()
+    wander(model, 0.2)
+    layer, x = layers_of(model)[0], torch.randn(2, 5, shape[1], dtype=torch.float64, requires_grad=True)
+    leaves, expected = [x], W
+    for name, row in rows.items():
+        _, p, p0 = layer.theta(name)
+        leaves += [p[k] for k in sorted(row.trained)]
+        expected = expected + row.delta(p, expected) - (0 if p0 is None else row.delta(p0, expected))
+    y, want = layer(x), F.linear(x, expected, bias)
+    torch.testing.assert_close(y, want, rtol=1e-8, atol=1e-8)
+    g = torch.randn_like(y)
+    for got, ref in zip(torch.autograd.grad(y, leaves, g), torch.autograd.grad(want, leaves, g), strict=True):
+        torch.testing.assert_close(got, ref, rtol=1e-8, atol=1e-8)
+
+
+@every_row
+def test_merge_in_fp32_keeps_the_output_and_unmerge_restores_the_bits(row):
+    net, x = Net(row.shape).eval(), torch.randn(7, row.shape[1])
+    before = net.layer.weight.detach().clone()
+    model = adapt(net, row.method)
+    wander(model)
+    adapted = model(x)
+    for _ in range(3):
+        model.merge_adapter()
+        assert largest(layers_of(model)[0].base_layer.weight - before) > 1e-3
+        torch.testing.assert_close(model(x), adapted, rtol=1e-5, atol=1e-5)
+        model.unmerge_adapter()
+        assert torch.equal(layers_of(model)[0].base_layer.weight, before)
+        assert torch.equal(model(x), adapted)
+
+
+@every_row
+def test_merge_in_bf16_rounds_once(row):
+    net = Net(row.shape).to(torch.bfloat16)
+    W = net.layer.weight.detach().clone()
+    model = adapt(net, row.method)
+    wander(model, 0.05)
+    layer = layers_of(model)[0]
+    _, p, p0 = layer.theta("default")
+    exact = W.double() + row.delta({k: v.double() for k, v in p.items()}, W.double())
+    exact = exact - (0 if p0 is None else row.delta({k: v.double() for k, v in p0.items()}, W.double()))
+    model.merge_adapter()
+    half_a_step = torch.ldexp(torch.ones_like(exact), torch.frexp(exact).exponent - 9)
+    error = (layer.base_layer.weight.double() - exact).abs()
+    assert layer.base_layer.weight.dtype == torch.bfloat16
+    assert (error <= half_a_step * 1.01 + 1e-6).all()
+    model.unmerge_adapter()
+    assert torch.equal(layer.base_layer.weight, W)
+
+
+@every_method
+def test_merge_and_unload_gives_a_plain_model(row, llama):
+    model = adapt(llama, row.method, LINEARS)
+    wander(model, 0.02)
+    adapted = logits(model)
+    plain = model.merge_and_unload()
+    assert not layers_of(plain)
+    assert largest(logits(plain) - adapted) < 1e-4
+
+
+@every_method
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("how", [{}, {"is_trainable": True}, {"low_cpu_mem_usage": True}], ids=str)
+def test_save_and_load_is_bit_equal_and_decomposes_nothing(row, dtype, how, llama_original, tmp_path, monkeypatch):
+    model = adapt(copy.deepcopy(llama_original).to(dtype), row.method, LINEARS)
+    train(model, torch.arange(24).view(2, 12))
+    trained = logits(model.eval())
+    with model.disable_adapter():
+        assert largest(trained - logits(model)) > 1e-3
+    model.save_pretrained(tmp_path)
+    forbid_decompositions(monkeypatch, type(row.method))
+    torch.manual_seed(99)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(llama_original).to(dtype), tmp_path, **how).eval()
+    assert torch.equal(logits(loaded), trained)
+    stored, read = adapter_tensors(model), adapter_tensors(loaded)
+    assert stored.keys() == read.keys()
+    assert all(torch.equal(stored[k], read[k]) and stored[k].dtype == read[k].dtype for k in stored)
+    assert any(p.requires_grad for p in loaded.parameters()) == bool(how.get("is_trainable"))
+
+
+def adapter_tensors(model: nn.Module) -> Params:
+    return {k: v for k, v in model.state_dict().items() if PREFIX in k}
+
+
+def forbid_decompositions(monkeypatch, cls: type[Method]) -> None:
+    """From here on only meta tensors may be decomposed or given a start."""
+
+    def guarded(function, matrix: int):
+        def call(*args, **kwargs):
+            assert args[matrix].is_meta, f"{function.__name__} decomposed a weight"
+            return function(*args, **kwargs)
+
+        return call
+
+    for module, names in (
+        (linalg, ("svd", "top_svd", "minor_svd")),
+        (torch.linalg, ("svd", "eigh", "qr", "lu_factor")),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, guarded(getattr(module, name), 0))
+    monkeypatch.setattr(cls, "init", guarded(cls.init, 1))
+
+
+def test_the_guard_against_decompositions_can_fail(llama, monkeypatch):
+    forbid_decompositions(monkeypatch, methods.PiSSA)
+    with pytest.raises(AssertionError, match="decomposed"):
+        adapt(llama, methods.PiSSA(r=8), LINEARS)
+
+
+@every_method
+def test_training_goes_on_after_loading_as_if_nothing_had_happened(row, llama_original, tmp_path):
+    x = torch.arange(24).view(2, 12)
+    model = adapt(copy.deepcopy(llama_original), row.method, LINEARS)
+    train(model, x)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(llama_original), tmp_path, is_trainable=True)
+    assert train(model, x) == train(loaded, x)
+    assert torch.equal(logits(model), logits(loaded))
+
+
+def test_adapters_of_all_methods_share_one_model(llama):
+    """Switch, disable, delete, add again: every adapter gives the bits it gave alone, and so does the base."""
+    base, x = logits(llama), torch.arange(24).view(2, 12)
+    model, seen = None, {}
+    for name, row in BY_NAME.items():
+        config = InlayConfig(method=row.method, target_modules=LINEARS)
+        if model is None:
+            model = get_peft_model(llama, config, adapter_name=name)
+        else:
+            model.add_adapter(name, config)
+        model.set_adapter(name)
+        assert torch.equal(logits(model), base)
+        train(model, x)
+        seen[name] = logits(model)
+        assert largest(seen[name] - base) > 1e-3
+    for name in [*BY_NAME, *reversed(BY_NAME)]:
+        model.set_adapter(name)
+        assert torch.equal(logits(model), seen[name])
+        with model.disable_adapter():
+            assert torch.equal(logits(model), base)
+        assert torch.equal(logits(model), seen[name])
+    for name, row in BY_NAME.items():
+        survivor = next(other for other in BY_NAME if other != name)
+        model.set_adapter(survivor)
+        model.delete_adapter(name)
+        assert torch.equal(logits(model), seen[survivor])
+        model.add_adapter(name, InlayConfig(method=row.method, target_modules=LINEARS))
+        model.set_adapter(name)
+        assert torch.equal(logits(model), base)
+        wander(model)
+        seen[name] = logits(model)
+    assert torch.equal(logits(model.unload()), base)
+
+
+@every_row
+def test_dropout_acts_on_the_change_only(row):
+    net, x = Net(row.shape), torch.randn(7, row.shape[1])
+    method = dataclasses.replace(row.method, dropout=0.5)
+    before = net.layer(x).detach()
+    model = adapt(net, method).train()
+    layer = layers_of(model)[0]
+    assert largest(layer(x) - before) == 0
+    wander(model)
+    draws = layer(x[:1].expand(4000, -1))
+    error = draws.std(0) / len(draws) ** 0.5
+    assert largest(draws.std(0)) > 0
+    model.eval()
+    plain = layer(x[:1])[0]
+    assert ((draws.mean(0) - plain).abs() < 6 * error + 1e-5).all()
+    assert torch.equal(layer(x), layer(x))
+
+
+@every_row
+def test_dropout_repeats_under_a_seed(row):
+    model, x = adapt(Net(row.shape), dataclasses.replace(row.method, dropout=0.5)).train(), torch.randn(7, row.shape[1])
+    wander(model)
+    runs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        runs.append(model(x))
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+
+
+@every_method
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradient_checkpointing_gives_the_same_gradients(row, dropout, llama):
+    model = adapt(llama, dataclasses.replace(row.method, dropout=dropout), LINEARS).train()
+    wander(model)
+    x, gradients = torch.arange(24).view(2, 12), []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        model.zero_grad()
+        torch.manual_seed(3)
+        model(x, use_cache=False).logits.square().mean().backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
+    assert any(largest(g) > 0 for g in gradients[0].values())
+    for n, g in gradients[0].items():
+        torch.testing.assert_close(gradients[1][n], g, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo does it to itself
+@every_method
+def test_compiled_output_and_gradients_are_the_eager_ones(row):
+    net, x = Net((24, 40)), torch.randn(4, 40)
+    model = adapt(net, row.method)
+    wander(model)
+    results = []
+    for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        model.zero_grad()
+        y = run(x)
+        y.square().sum().backward()
+        results.append([y.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
+    torch._dynamo.reset()
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
+
+
+@every_row
+def test_the_same_seed_trains_the_same_numbers(row):
+    results = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        model, x = adapt(Net(row.shape), dataclasses.replace(row.method, dropout=0.1)), torch.randn(7, row.shape[1])
+        train(model.train(), x)
+        results.append(adapter_tensors(model))
+    assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
+
+
+@every_row
+def test_the_change_has_the_rank_that_export_relies_on(row):
+    W = torch.randn(row.shape, dtype=torch.float64)
+    method, p, p0 = theta(row, W)
+    rank = torch.linalg.matrix_rank(row.delta(p, W) - row.delta(p0, W)).item()
+    assert isinstance(method, LowRank) == row.lora_exact
+    if row.lora_exact:
+        B, A = method.factors(p, W.shape[1])
+        torch.testing.assert_close(B @ A, row.delta(p, W), rtol=1e-10, atol=1e-10)
+        assert rank <= method.r * (1 if method.zero_init else 2)
+    else:
+        assert rank > method.r
+
+
+WRONG = [
+    ("unknown", {}, ["unknown", *(m.name for m in methods.METHODS)]),
+    ("lora", {"rank": 4}, ["rank", "r", "alpha", "scale", "dropout"]),
+    ("lora", {"r": 0}, ["r=0", "1"]),
+    ("lora", {"r": -3}, ["r=-3"]),
+    ("lora", {"r": 4.0}, ["r=4.0", "whole number"]),
+    ("lora", {"r": "4"}, ["r='4'", "whole number"]),
+    ("lora", {"r": True}, ["r=True", "whole number"]),
+    ("lora", {"r": None}, ["r=None"]),
+    ("lora", {"alpha": 16, "scale": 2.0}, ["alpha=16", "scale=2.0"]),
+    ("lora", {"alpha": -1}, ["above 0"]),
+    ("pissa", {"scale": -1.0}, ["-1.0", "above 0"]),
+    ("pissa", {"scale": 0.0}, ["above 0"]),
+    ("bone", {"scale": True}, ["scale=True", "number"]),
+    ("bone", {"scale": "1"}, ["scale='1'", "number"]),
+    ("bone", {"scale": float("nan")}, ["scale=nan"]),
+    ("bone", {"dropout": 1.0}, ["dropout=1.0", "[0, 1)"]),
+    ("bone", {"dropout": -0.1}, ["dropout=-0.1"]),
+    ("bone", {"dropout": None}, ["dropout=None"]),
+    ("milora", {"side": "major"}, ["side='major'", "minor", "middle", "random"]),
+    ("milora", {"side": ["minor"]}, ["side=['minor']"]),
+]
+
+
+@pytest.mark.parametrize(("name", "args", "words"), WRONG, ids=lambda v: str(v) if not isinstance(v, list) else "")
+def test_a_wrong_hyperparameter_is_refused_with_its_value_and_the_choices(name, args, words):
+    with pytest.raises(ValueError, match=re.escape(words[0])) as error:
+        InlayConfig(method=name, args=args, target_modules=["layer"])
+    assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        (methods.LoRA(r=25), ["layer", "r=25", "24 × 40", "r <= 24"]),
+        (methods.PiSSA(r=25), ["layer", "r=25", "24 × 40", "r <= 24"]),
+        (methods.MiLoRA(r=25), ["layer", "r=25", "24 × 40", "r <= 24"]),
+        (methods.Bone(r=41), ["layer", "r=41", "40"]),
+        (methods.Bat(r=5), ["layer", "r=5", "24 × 40", "[1, 2, 4, 8]"]),
+        (methods.BatCol(r=3), ["layer", "r=3", "24 × 40", "[1, 2, 4, 8]"]),
+    ],
+    ids=lambda v: str(v) if isinstance(v, Method) else "",
+)
+def test_a_hyperparameter_that_does_not_fit_the_weight_is_refused_by_name(method, words):
+    net = Net((24, 40))
+    with pytest.raises(ValueError, match=words[0]) as error:
+        adapt(net, method)
+    assert all(word in str(error.value) for word in words)
+    assert type(net.layer) is nn.Linear
+
+
+def test_whole_numbers_are_welcome_where_a_float_is_asked_for():
+    assert methods.LoRA(r=8, alpha=16).s == 2.0
+    assert methods.Bone(scale=2).s == 2.0
+
+
+def quantised(bits: int, shape: tuple[int, int]) -> nn.Module:
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    net = Net(shape)
+    if bits == 4:
+        layer = bnb.nn.Linear4bit(shape[1], shape[0], quant_type="nf4", compute_dtype=torch.float32)
+    else:
+        layer = bnb.nn.Linear8bitLt(shape[1], shape[0], has_fp16_weights=False)
+    layer.load_state_dict(net.layer.state_dict())
+    try:
+        net.layer = layer.to("cpu")
+        with torch.no_grad():
+            net(torch.zeros(1, shape[1]))
+    except (RuntimeError, NotImplementedError, AttributeError) as error:
+        pytest.skip(f"bitsandbytes has no {bits}-bit CPU kernels here: {error}")
+    return net
+
+
+@every_method
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_base(row, bits):
+    net, x = quantised(bits, (64, 64)), torch.randn(7, 64)
+    with torch.no_grad():
+        before = net(x)
+    packed = net.layer.weight.detach().clone()
+    assert packed.dtype in (torch.uint8, torch.int8)
+    model = adapt(net, row.method)
+    assert torch.equal(model(x), before)
+    losses = train(model, x, steps=4)
+    assert losses[-1] < losses[0]
+    trained = model(x).detach()
+    assert largest(trained - before) > 1e-3
+    with model.disable_adapter():
+        assert torch.equal(model(x), before)
+    assert torch.equal(layers_of(model)[0].base_layer.weight, packed)
+
+
+@pytest.mark.filterwarnings("ignore:Merge")
+@every_method
+@pytest.mark.parametrize("bits", [4, 8])
+def test_merging_into_a_quantised_base_and_back(row, bits):
+    model, x = adapt(quantised(bits, (64, 64)), row.method), torch.randn(7, 64)
+    wander(model)
+    with torch.no_grad():
+        with model.disable_adapter():
+            before = model(x)
+        adapted = model(x)
+        for _ in range(2):
+            model.merge_adapter()
+            assert largest(model(x) - adapted) < 0.5 * largest(before - adapted)  # it is quantised again
+            model.unmerge_adapter()
+            assert torch.equal(model(x), adapted)
+        with model.disable_adapter():
+            assert torch.equal(model(x), before)
+
+
+@every_method
+@pytest.mark.parametrize("bits", [4, 8])
+def test_an_inference_pass_does_not_change_what_is_read_of_a_quantised_weight(row, bits):
+    """On some CPUs bitsandbytes repacks a 4-bit weight at the first inference pass."""
+    net, x = quantised(bits, (64, 64)), torch.randn(7, 64)
+    model = adapt(net, row.method)
+    wander(model, 0.02)
+    layer = layers_of(model)[0]
+    W, delta = layer.matrix().float(), layer.get_delta_weight("default")
+    model.eval()
+    with torch.no_grad():
+        model(x)
+    torch.testing.assert_close(layer.matrix().float(), W, rtol=0.01, atol=1e-3)
+    torch.testing.assert_close(layer.get_delta_weight("default").float(), delta.float(), rtol=0.02, atol=2e-3)

@@ -1,0 +1,280 @@
+"""Facts that one paper, or the library that published its code, states."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, MissConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from inlay import InlayConfig, methods
+from inlay.method import Method
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def one_layer(out: int, inp: int, config) -> nn.Module:
+    """The adapted form of a linear layer that is the same for every config."""
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(inp, out))
+    return get_peft_model(net, config)
+
+
+def ours(method: Method) -> InlayConfig:
+    return InlayConfig(method=method, target_modules=["0"])
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The trained tensors of a one-layer model by the symbol in their name."""
+    return {n.split("0.")[1].split(".")[0]: p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def fill(model: nn.Module, **values: Tensor) -> None:
+    with torch.no_grad():
+        for name, p in tensors(model).items():
+            p.copy_(values[name])
+
+
+def compare(a: nn.Module, b: nn.Module, inp: int) -> None:
+    """Same output, same gradients."""
+    x = torch.randn(2, 5, inp)
+    outputs = [model(x) for model in (a, b)]
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-5)
+    for y in outputs:
+        y.square().sum().backward()
+    for p, q in zip(tensors(a).values(), tensors(b).values(), strict=True):
+        assert q.grad.abs().max() > 0
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-4)
+
+
+def low_rank(method: Method, W: Tensor) -> tuple[Tensor, Tensor]:
+    start = method.init(W)
+    return start["B"].double(), start["A"].double()
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+# Bone and Bat
+
+
+@pytest.mark.parametrize(("out", "inp"), [(24, 40), (40, 24), (24, 44)])
+def test_bone_is_pefts_miss(out, inp):
+    D = torch.randn(8, out)
+    mine = one_layer(out, inp, ours(methods.Bone(r=8)))
+    theirs = one_layer(out, inp, MissConfig(r=8, init_weights=True, target_modules=["0"]))
+    fill(mine, inlay_D=D)
+    fill(theirs, miss_block=D)
+    compare(mine, theirs, inp)
+
+
+@pytest.mark.parametrize(("out", "inp"), [(24, 40), (40, 24)])
+def test_bat_col_is_pefts_bat(out, inp):
+    B = 0.3 * torch.randn(out // 8, 8, 8)
+    mine = one_layer(out, inp, ours(methods.BatCol(r=8)))
+    theirs = one_layer(out, inp, MissConfig(r=8, init_weights="bat", target_modules=["0"]))
+    fill(mine, inlay_B=B)
+    fill(theirs, miss_block=B)
+    compare(mine, theirs, inp)
+
+
+def test_bat_row_is_not_pefts_bat():
+    """The two orientations are different families, even where the shapes agree."""
+    B, W = torch.randn(3, 8, 8), torch.randn(24, 24)
+    row, col = (m(r=8).delta({"B": B}, W) for m in (methods.Bat, methods.BatCol))
+    assert distance(row, col) > 0.1
+
+
+def test_the_free_term_of_bat_col_is_a_bone():
+    r, B = 8, torch.randn(3, 8, 8)
+    D = torch.empty(r, 24)
+    for c in range(r):
+        for a in range(3):
+            for p in range(r):
+                D[c, a * r + p] = B[a, p, c]
+    W = torch.zeros(24, 40)  # without a weight only the free term is left
+    torch.testing.assert_close(methods.BatCol(r=r).delta({"B": B}, W), methods.Bone(r=r).delta({"D": D}, W))
+
+
+def test_the_fast_form_of_bat_never_asks_for_the_weight():
+    class Closed:
+        weight = property(lambda self: pytest.fail("the weight was read"))
+
+        def __call__(self, x):
+            return F.linear(x, W)
+
+    W, x = torch.randn(24, 40, dtype=torch.float64), torch.randn(2, 3, 40, dtype=torch.float64, requires_grad=True)
+    B = torch.randn(5, 8, 8, dtype=torch.float64, requires_grad=True)
+    fast = methods.Bat(r=8, scale=0.5).apply({"B": B}, None, x, Closed())
+    dense = F.linear(x, W + 0.5 * methods.Bat(r=8).delta({"B": B}, W))
+    torch.testing.assert_close(fast, dense, rtol=1e-12, atol=1e-12)
+    g = torch.randn_like(fast)
+    for a, b in zip(torch.autograd.grad(fast, [x, B], g), torch.autograd.grad(dense, [x, B], g), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_the_step_of_bone_is_the_root_of_in_over_r():
+    """A D of norm 1 is a ΔW of norm √(n/r), and one SGD step goes n/r times as far as through an orthonormal A."""
+    r, out, inp = 8, 24, 64
+    bone, D = methods.Bone(r=r), torch.randn(8, 24)
+    W, G = torch.randn(out, inp), torch.randn(out, inp)
+    assert bone.delta({"D": D}, W).norm() == pytest.approx(math.sqrt(inp / r) * D.norm())
+    D = torch.zeros(r, out, requires_grad=True)
+    (bone.delta({"D": D}, W) * G).sum().backward()
+    bone_step = bone.delta({"D": -D.grad}, W)
+    A = torch.eye(r).repeat(1, inp // r) / math.sqrt(inp / r)  # the same rows, orthonormal
+    B = torch.zeros(out, r, requires_grad=True)
+    (methods.LoRA(r=r).delta({"B": B, "A": A}, W) * G).sum().backward()
+    torch.testing.assert_close(bone_step, inp / r * (-B.grad @ A))
+
+
+# LoRA
+
+
+@pytest.mark.parametrize("alpha", [4, 8, 20.0])
+def test_lora_is_pefts_lora(alpha):
+    A, B = torch.randn(8, 40), torch.randn(24, 8)
+    mine = one_layer(24, 40, ours(methods.LoRA(r=8, alpha=alpha)))
+    theirs = one_layer(24, 40, LoraConfig(r=8, lora_alpha=alpha, target_modules=["0"]))
+    fill(mine, inlay_A=A, inlay_B=B)
+    fill(theirs, lora_A=A, lora_B=B)
+    compare(mine, theirs, 40)
+
+
+def test_lora_starts_as_pefts_lora():
+    mine = one_layer(24, 400, ours(methods.LoRA(r=8)))
+    theirs = one_layer(24, 400, LoraConfig(r=8, target_modules=["0"]))
+    for a, b in zip(tensors(mine).values(), tensors(theirs).values(), strict=True):
+        assert a.std().item() == pytest.approx(b.std().item(), rel=0.05)
+        assert a.abs().max().item() == pytest.approx(b.abs().max().item(), rel=0.05)
+    assert tensors(mine)["inlay_A"].std().item() == pytest.approx(1 / math.sqrt(3 * 400), rel=0.05)
+
+
+# PiSSA and MiLoRA
+
+
+@pytest.mark.parametrize("scale", [None, 0.25, 4.0])
+@pytest.mark.parametrize(("out", "inp"), [(48, 80), (80, 48), (64, 64)])
+def test_pissa_starts_from_the_best_approximation(out, inp, scale):
+    W = torch.randn(out, inp)
+    method = methods.PiSSA(r=8, scale=scale)
+    B, A = low_rank(method, W)
+    U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
+    assert distance(method.s * B @ A, U[:, :8] * S[:8] @ Vh[:8]) < 1e-5
+    torch.testing.assert_close(B.T @ B, A @ A.T, rtol=1e-4, atol=1e-4)  # √Σ on either side
+    torch.testing.assert_close(torch.linalg.svdvals(method.s * B.T @ B), S[:8], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [None, 0.25, 4.0])
+@pytest.mark.parametrize(("out", "inp"), [(48, 80), (80, 48), (64, 64)])
+def test_milora_starts_from_the_last_triplets(out, inp, scale):
+    W = torch.randn(out, inp)
+    method = methods.MiLoRA(r=8, scale=scale)
+    B, A = low_rank(method, W)
+    U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
+    assert distance(method.s * B @ A, U[:, -8:] * S[-8:] @ Vh[-8:]) < 1e-3
+    torch.testing.assert_close(torch.linalg.svdvals(method.s * B.T @ B), S[-8:], rtol=1e-3, atol=1e-4)
+    assert (U[:, :-8].T @ torch.linalg.qr(B)[0]).abs().max() < 1e-3
+    assert (Vh[:-8] @ torch.linalg.qr(A.T)[0]).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("side", ["middle", "random"])
+def test_the_ablations_of_milora_take_other_triplets(side):
+    W = torch.randn(48, 80)
+    B, A = low_rank(methods.MiLoRA(r=8, side=side), W)
+    U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
+    part = U.T @ B @ A @ Vh.T
+    chosen = part.diagonal() > 0.5 * S
+    assert chosen.sum() == 8
+    torch.testing.assert_close(part, torch.diag(S * chosen), rtol=1e-3, atol=1e-3)
+    if side == "middle":
+        assert chosen.nonzero().flatten().tolist() == list(range(20, 28))
+    else:
+        assert chosen.nonzero().flatten().tolist() not in ([*range(8)], [*range(20, 28)], [*range(40, 48)])
+
+
+@pytest.mark.parametrize("method", [methods.PiSSA(r=8), methods.MiLoRA(r=8)], ids=lambda m: m.name)
+def test_the_first_gradient_is_not_zero_on_either_side(method):
+    model = one_layer(48, 80, ours(method))
+    model(torch.randn(5, 80)).square().sum().backward()
+    assert {k: bool(p.grad.norm() > 1e-3) for k, p in tensors(model).items()} == {"inlay_A": True, "inlay_B": True}
+
+
+def test_milora_moves_less_at_the_start_than_pissa():
+    """Its factors carry √σ of the smallest triplets, so the same learning rate does less."""
+    norms = []
+    for method in (methods.MiLoRA(r=8), methods.PiSSA(r=8)):
+        model, x = one_layer(64, 64, ours(method)), torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+        model(x).square().sum().backward()
+        norms.append(sum(p.grad.square().sum() for p in tensors(model).values()).sqrt().item())
+    assert norms[0] < 0.5 * norms[1]
+
+
+def test_milora_of_a_bf16_weight_starts_exactly():
+    """A residual in bf16 would lose the minor part of a weight; nothing is subtracted here."""
+    net = nn.Sequential(nn.Linear(128, 128)).to(torch.bfloat16)
+    x = torch.randn(9, 128, dtype=torch.bfloat16)
+    before = net(x)
+    assert (get_peft_model(net, ours(methods.MiLoRA(r=16)))(x) - before).abs().max() == 0
+
+
+# Real weights
+
+
+@pytest.fixture(scope="module", params=["self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj"])
+def spectrum(request, real_model):
+    """A real weight and its float64 SVD."""
+    W = real_model.get_submodule(f"model.layers.15.{request.param}").weight.detach()
+    return W, *torch.linalg.svd(W.double(), full_matrices=False)
+
+
+@pytest.mark.parametrize("r", [16, 64])
+def test_pissa_on_a_real_weight(spectrum, r):
+    W, U, S, Vh = spectrum
+    B, A = low_rank(methods.PiSSA(r=r), W)
+    rest = (W.double() - B @ A).norm()
+    assert rest <= S[r:].norm() * (1 + 1e-3)
+    assert distance(B @ A, U[:, :r] * S[:r] @ Vh[:r]) < 0.05
+    assert (U[:, 2 * r :].T @ torch.linalg.qr(B)[0]).norm() < 0.02 * math.sqrt(r)
+
+
+@pytest.mark.parametrize("r", [16, 64])
+def test_milora_on_a_real_weight(spectrum, r):
+    W, U, S, _ = spectrum
+    B, A = low_rank(methods.MiLoRA(r=r), W)
+    assert (B @ A).norm() == pytest.approx(S[-r:].norm().item(), rel=1e-2)
+    top = U[:, : max(len(S) // 2, len(S) - 4 * r)]
+    assert (top.T @ torch.linalg.qr(B)[0]).abs().max() < 1e-2
+    # Where the spectrum has no gap single triplets mix, but what is left must be the rest of the weight.
+    assert torch.linalg.svdvals(W.double() - B @ A)[: len(S) - r] == pytest.approx(S[:-r], rel=1e-2, abs=1e-4)
+
+
+# LLaMA-2-7B, counted without its 27 GB
+
+
+def llama_7b() -> LlamaForCausalLM:
+    config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
+    with torch.device("meta"):
+        return LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    ("method", "numbers"),
+    [
+        (methods.BatCol(r=64), 87_031_808),
+        (methods.Bat(r=64), 72_876_032),
+        (methods.Bone(r=64), 87_031_808),
+        (methods.LoRA(r=64), 159_907_840),
+        (methods.PiSSA(r=128), 319_815_680),
+        (methods.MiLoRA(r=32), 79_953_920),
+    ],
+    ids=lambda v: v.name if isinstance(v, Method) else "",
+)
+def test_parameters_on_llama_7b(method, numbers):
+    model = get_peft_model(llama_7b(), InlayConfig(method=method, target_modules=LINEARS))
+    assert all(p.is_meta for p in model.parameters())
+    assert all(b.is_meta for n, b in model.named_buffers() if "inlay" in n)
+    assert model.get_nb_trainable_parameters()[0] == numbers
