@@ -8,6 +8,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from inlay.workbench import builtin
+
 torch.set_num_threads(2)
 
 FOREIGN = (  # warnings that are errors in this project but come from a dependency's own use of another
@@ -86,3 +88,19 @@ def data_dir() -> Path:
     if not Path(folder).is_dir():
         pytest.skip(f"INLAY_DATA={folder} is not a folder")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> str:
+    """A random two-layer Llama with the built-in tokenizer, as a folder."""
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
+    tokenizer = builtin.load_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=len(tokenizer), max_position_embeddings=256, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

@@ -10,32 +10,16 @@ import torch
 import yaml
 from peft import AutoPeftModelForCausalLM, PeftModel
 from rich.console import Console
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 import inlay
 from inlay.cli import main
 from inlay.methods import METHODS
-from inlay.workbench import builtin, memory, models, recipe, train
+from inlay.workbench import memory, models, recipe, train
 from inlay.workbench.recipe import Recipe
 
 METHOD_NAMES = [method.name for method in METHODS]
 SILENT = Console(quiet=True)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> str:
-    """A random two-layer Llama with the built-in tokenizer, as a folder."""
-    folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
-    tokenizer = builtin.load_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=len(tokenizer), max_position_embeddings=256, pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=True,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

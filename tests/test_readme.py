@@ -1,0 +1,128 @@
+"""What the README and CONTRIBUTING say is run: tiny twins here, the real thing in `make test-all`."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from inlay import InlayConfig, methods
+from inlay.cli import main
+from inlay.workbench import recipe
+from inlay.workbench.recipe import Recipe
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+TWIN = ["--steps", "1", "--batch-size", "4", "--samples", "1", "--eval-size", "4", "--r", "4"]
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    lines = [line for block in blocks(README, "bash") for line in block.splitlines()]
+    return [words[1:] for line in lines if (words := shlex.split(line, comments=True)) and words[0] == "inlay"]
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder as a user's: their data, our recipes."""
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    rows = [{"prompt": f"Say {i}.", "completion": f"{i}!"} for i in range(20)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_command_of_the_readme_runs(workplace, tiny, capsys):
+    verbs = []
+    for words in commands():
+        extra = {"train": ["--model", tiny, *TWIN], "generate": ["--tokens", "4"], "methods": ["--model", tiny]}
+        main([*words, *extra.get(words[0], [])])
+        verbs.append(words[0])
+    assert verbs == ["train", "train", "train", "methods", "generate", "merge"]
+    assert (workplace / "runs" / "mine" / "adapter" / "adapter_model.safetensors").exists()
+    assert (workplace / "merged" / "model.safetensors").exists()
+
+
+def test_the_python_of_the_readme_runs(workplace, tiny):
+    (code,) = blocks(README, "python")
+    scope: dict = {}
+    exec(code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", tiny), scope)
+    merged = scope["merged"](input_ids=torch.arange(8)[None]).logits
+    base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16)(input_ids=torch.arange(8)[None]).logits
+    assert torch.equal(merged, base)  # nothing was trained in between
+
+
+def test_the_numbers_in_the_readme_are_those_of_inlay_methods(capsys):
+    main(["methods", "--model", "builtin", "--r", "16"])
+    counted = dict(re.findall(r"│ (\w+) .*?│ ([\d,]{5,}) ", capsys.readouterr().out))
+    told = dict(re.findall(r"^\| `(\w+)` .*?\| ([\d,]{5,}) \|", README, re.MULTILINE))
+    assert told == counted
+    assert set(told) == {method.name for method in methods.METHODS}
+
+
+def test_make_knows_what_the_readme_says():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    asked = {words.split()[1] for block in blocks(README, "bash") for words in block.splitlines() if "make " in words}
+    assert asked == {"demo", "test"}
+    assert asked <= targets
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("recipes/**/*.yaml")), ids=lambda path: path.name)
+def test_every_recipe_is_valid(path):
+    recipe.load(str(path), {})
+
+
+def test_the_demo_recipe_is_what_inlay_train_does():
+    assert recipe.load(str(ROOT / "recipes" / "e2e.yaml"), {}) == Recipe().resolved()
+
+
+def test_the_method_of_contributing_trains_saves_reloads_and_merges(tmp_path, monkeypatch):
+    (code,) = blocks((ROOT / "CONTRIBUTING.md").read_text(), "python")
+    assert len(code.strip().splitlines()) <= 32
+    (tmp_path / "rows.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    from rows import Rows
+
+    monkeypatch.setattr(methods, "METHODS", (*methods.METHODS, Rows))
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)), torch.randn(5, 6)
+    W, b = net[0].weight.clone(), net[0].bias.clone()
+    before = net(x)
+    model = get_peft_model(net, InlayConfig(method="rows", target_modules=["0"]))
+    assert torch.equal(model(x), before)
+    model(x).square().sum().backward()
+    gains = next(p for p in model.parameters() if p.requires_grad)
+    with torch.no_grad():
+        gains -= gains.grad
+    model.save_pretrained(str(tmp_path / "adapter"))
+    expected = nn.functional.linear(x, W + gains[:, None] * W, b)
+    torch.testing.assert_close(model.base_model.model[0](x), expected)
+    torch.testing.assert_close(model.merge_and_unload()[0](x), expected)
+
+
+@pytest.mark.slow
+def test_the_demo_for_real(workplace):
+    """The README's main job, as a user runs it: the loss falls below 1.6, the answers become E2E sentences."""
+    run = [sys.executable, "-m", "inlay"]
+    said = subprocess.run([*run, "train"], check=True, capture_output=True, text=True).stdout
+    before, after = (float(re.search(rf"held-out loss {when}: +([\d.]+)", said)[1]) for when in ("before", "after"))
+    assert before > 2
+    assert after < 1.6
+    prompt = "name[Aromi], eatType[coffee shop], area[riverside]"
+    folder = "runs/builtin-bone"
+    answer = subprocess.run([*run, "generate", folder, "--prompt", prompt], check=True, capture_output=True, text=True)
+    assert "Aromi" in answer.stdout
+    assert "coffee shop" in answer.stdout
+    subprocess.run([*run, "merge", folder, "merged"], check=True, capture_output=True)
+    assert (workplace / "merged" / "model.safetensors").exists()
