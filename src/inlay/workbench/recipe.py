@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import types
 import typing
@@ -96,8 +97,12 @@ class Recipe:
         return InlayConfig(task_type="CAUSAL_LM", **{name: getattr(self, name) for name in names + where})
 
     def run_folder(self) -> Path:
-        """Where the run goes."""
-        return Path(self.output or f"runs/{Path(self.model).name}-{self.method}")
+        """Where the run goes; without `output`, the first of runs/<model>-<method>, -2, -3, ... that is free."""
+        if self.output:
+            return Path(self.output)
+        name = Path("runs") / f"{Path(self.model).name}-{self.method}"
+        others = (name.with_name(f"{name.name}-{i}") for i in itertools.count(2))
+        return next(path for path in itertools.chain([name], others) if not path.exists())
 
     def resolved(self, **settled: Any) -> Recipe:
         """The same recipe with nothing left to defaults of methods, and with what the run settled."""

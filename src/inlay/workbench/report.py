@@ -12,6 +12,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from inlay import __version__, methods
+from inlay.workbench.builtin import MODEL
 from inlay.workbench.memory import gib
 
 if TYPE_CHECKING:
@@ -34,21 +35,39 @@ def plot_loss(result: Result, path: Path) -> None:
     axes = figure.subplots()
     steps = [(row["step"], row["loss"]) for row in result.history if "loss" in row]
     held = [(row["step"], row["eval_loss"]) for row in result.history if "eval_loss" in row]
-    axes.plot(*zip(*steps, strict=True), color="#7fa8d1", linewidth=1.2, label="training batch") if steps else None
-    axes.plot(*zip(*held, strict=True), "o-", color="#b03a2e", label="held-out examples")
+    axes.plot(*zip(*steps, strict=True), color="#7fa8d1", linewidth=1, alpha=0.6, label="training batch")
+    axes.plot(*zip(*smooth(steps), strict=True), color="#2b6ca3", label="training, smoothed")
+    axes.plot(*zip(*held, strict=True), "o--", color="#b03a2e", linewidth=1, label="held-out examples")
     for step, loss in (held[0], held[-1]):
-        axes.annotate(f"{loss:.2f}", (step, loss), textcoords="offset points", xytext=(6, 6), color="#b03a2e")
+        axes.annotate(
+            f"{loss:.2f}", (step, loss), textcoords="offset points", xytext=(0, 8), color="#b03a2e", ha="center"
+        )
     axes.set(xlabel="optimiser step", ylabel="loss (nats per answer token)", title=title(result))
+    axes.margins(0.05, 0.12)
     axes.grid(alpha=0.25)
     axes.legend()
     figure.savefig(path, dpi=150)
     figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
 
 
+def smooth(points: list[tuple[int, float]], weight: float = 0.85) -> list[tuple[int, float]]:
+    """An exponential mean without the pull of its start."""
+    made, mean, mass = [], 0.0, 0.0
+    for step, loss in points:
+        mean, mass = weight * mean + (1 - weight) * loss, weight * mass + 1 - weight
+        made.append((step, mean / mass))
+    return made
+
+
 def title(result: Result) -> str:
     """One line: method, base, what it trains."""
     share = result.parameters / result.base_parameters
-    return f"{result.recipe.method} on {Path(result.recipe.model).name}: {share:.2%} of its size trained"
+    return f"{result.recipe.method} on {model_name(result.recipe.model)}: {share:.2%} of its size trained"
+
+
+def model_name(name: str) -> str:
+    """A model in a few words."""
+    return "SmolLM2-135M-Instruct" if name == MODEL else Path(name).name
 
 
 def facts(result: Result) -> dict[str, str]:
@@ -56,13 +75,13 @@ def facts(result: Result) -> dict[str, str]:
     recipe = result.recipe
     method = recipe.config().build()
     return {
-        "Base model": recipe.model,
+        "Base model": model_name(recipe.model) + (" (built in)" if recipe.model == MODEL else ""),
         "Method": method.title,
         "Equation": method.equation,
         "Paper": method.paper,
         "Hyperparameters": repr(method),
         "Trained": f"{result.parameters:,} of {result.base_parameters:,} numbers",
-        "Data": recipe.data,
+        "Data": "E2E NLG (built in)" if recipe.data == MODEL else recipe.data,
         "Held-out loss": f"{result.before:.3f} before, {result.after:.3f} after",
         "Training": f"{result.seconds:.0f} s, {result.tokens:,} tokens, {gib(result.memory)} peak memory",
     }

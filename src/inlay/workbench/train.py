@@ -156,6 +156,7 @@ def train(recipe: Recipe, console: Console | None = None) -> Result:
         dtype=str(dtype).removeprefix("torch."),
         eval_size=len(rows.heldout),
         batch_size=trainer.args.per_device_train_batch_size,
+        output=str(folder),
     )
     start_folder(folder, recipe)
     trainer.args.output_dir = str(folder / "checkpoints")
@@ -165,7 +166,7 @@ def train(recipe: Recipe, console: Console | None = None) -> Result:
 
     parameters, everything = model.get_nb_trainable_parameters()
     console.print(
-        f"{recipe.method} on {Path(recipe.model).name} in {str(dtype).removeprefix('torch.')}: {parameters:,} of "
+        f"{recipe.method} on {report.model_name(recipe.model)} in {recipe.dtype}: {parameters:,} of "
         f"{everything - parameters:,} numbers are trained ({parameters / (everything - parameters):.2%})"
     )
     before = trainer.evaluate()["eval_loss"]
