@@ -17,6 +17,7 @@ from inlay.cli import main
 from inlay.methods import METHODS
 from inlay.workbench import memory, models, recipe, train
 from inlay.workbench.recipe import Recipe
+from inlay.workbench.result import Result
 
 METHOD_NAMES = [method.name for method in METHODS]
 SILENT = Console(quiet=True)
@@ -31,7 +32,7 @@ def records(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def run(tiny, records, tmp_path_factory) -> train.Result:
+def run(tiny, records, tmp_path_factory) -> Result:
     folder = tmp_path_factory.mktemp("runs") / "pissa"
     values = {"steps": 3, "batch_size": 4, "eval_size": 4, "samples": 2, "learning_rate": 1e-2, "dtype": "float32"}
     return train.train(

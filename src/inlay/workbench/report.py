@@ -6,7 +6,6 @@ import base64
 import html
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -14,9 +13,7 @@ from matplotlib.figure import Figure
 from inlay import __version__, methods
 from inlay.workbench.builtin import MODEL
 from inlay.workbench.memory import gib
-
-if TYPE_CHECKING:
-    from inlay.workbench.train import Result
+from inlay.workbench.result import Result, environment
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; }
@@ -121,8 +118,6 @@ def page(result: Result) -> str:
 
 def versions() -> str:
     """The environment of the run, a line each."""
-    from inlay.workbench.train import environment
-
     return "\n".join(f"{name} {number}" for name, number in {"inlay": __version__, **environment()}.items())
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import platform
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass, field
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,26 +22,10 @@ from inlay.workbench import data, memory, models, report
 from inlay.workbench.files import check_free, new_folder, write_text
 from inlay.workbench.generate import answer
 from inlay.workbench.recipe import Recipe
+from inlay.workbench.result import Result
 from inlay.workbench.watch import Watch, duration, peak_memory
 
 RUN_FILE = "recipe.yaml"  # what makes a folder a run of ours
-
-
-@dataclass
-class Result:
-    """What a run gave. Losses are means over answer tokens of the held-out examples; seconds are of training alone."""
-
-    recipe: Recipe
-    folder: Path
-    parameters: int
-    base_parameters: int
-    before: float
-    after: float
-    seconds: float
-    tokens: int
-    memory: int
-    history: list[dict[str, Any]] = field(default_factory=list)
-    samples: list[dict[str, str]] = field(default_factory=list)
 
 
 @dataclass
@@ -289,9 +271,3 @@ def dry_run(recipe: Recipe, console: Console) -> None:
         f"memory, counted: {memory.gib(need.total)} = weights {memory.gib(need.weights)}, adapter with gradients and "
         f"optimiser {memory.gib(need.training)}, activations {memory.gib(need.activations)}"
     )
-
-
-def environment() -> dict[str, str]:
-    """The versions a run depends on."""
-    names = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
