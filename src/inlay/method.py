@@ -122,12 +122,23 @@ class LowRank(Method):
         B, A = self.factors(p, W.shape[1])
         return B @ A
 
+    def pair(self, p: Params, p0: Params | None, inp: int) -> tuple[Tensor, Tensor]:
+        """ΔW(θ) − ΔW(θ₀) = (B − B₀) A + B₀ (A − A₀) as one product of (out × 2r) and (2r × in).
+
+        It is zero at the start in any order of products, and nothing large cancels.
+        """
+        B, A = self.factors(p, inp)
+        if p0 is None:
+            return B, A
+        B0, A0 = self.factors(like(p0, p), inp)
+        return torch.cat([B - B0, B0], dim=1), torch.cat([A, A - A0])
+
+    def offset(self, p: Params, p0: Params | None, W: Tensor) -> Tensor:
+        B, A = self.pair(p, p0, W.shape[1])
+        return B @ A
+
     def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
-        """y = W x + s ((B − B₀) A + B₀ (A − A₀)) x: zero at the start in any order of products; nothing cancels."""
-        B, A = self.factors(p, x.shape[-1])
-        if p0 is not None:
-            B0, A0 = self.factors(like(p0, p), x.shape[-1])
-            B, A = torch.cat([B - B0, B0], dim=1), torch.cat([A, A - A0])
+        B, A = self.pair(p, p0, x.shape[-1])
         # The small factors go to x's dtype, never x to theirs: a copy of x per layer is PEFT's largest avoidable cost.
         return base(x) + F.linear(F.linear(drop(x), A.to(x.dtype)), (self.s * B).to(x.dtype))
 

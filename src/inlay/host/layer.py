@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from inlay.host import seal
-from inlay.method import Base, Method, Params, keep
+from inlay.method import Base, Method, Params, keep, like
 
 PREFIX = "inlay_"
 START = "inlay_start_"  # θ₀, stored beside θ so that nothing is ever decomposed again
@@ -51,6 +51,11 @@ class Cut:
     module: str = ""
     seal: dict[str, Any] | None = None
     pending: bool = True
+
+
+def widen(p: Params) -> Params:
+    """In fp32 at least."""
+    return {k: v.to(torch.promote_types(v.dtype, torch.float32)) for k, v in p.items()}
 
 
 def strip(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -141,9 +146,10 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         return W.T if isinstance(self.base_layer, Conv1D) else W
 
     def change(self, name: str, W: Tensor) -> Tensor:
-        """s (ΔW(θ) − ΔW(θ₀)) of one adapter over the weight W, (out × in), in θ's dtype."""
+        """s (ΔW(θ) − ΔW(θ₀)) of one adapter over the weight W, (out × in), in fp32 (or better, where θ is)."""
         method, p, p0 = self.theta(name)
-        return method.s * method.offset(p, p0, W)
+        p0 = None if p0 is None else widen(like(p0, p))
+        return method.s * method.offset(widen(p), p0, W)
 
     def theta(self, name: str) -> tuple[Method, Params, Params | None]:
         cut = self.cuts[name]

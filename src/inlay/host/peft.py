@@ -189,23 +189,31 @@ class InlayModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """As PEFT's, and: starts are computed at the end, layer by layer; a failure leaves the model as it was."""
+        """As PEFT's, and: starts are computed when all layers are known; a failure leaves the model as it was."""
         config = cast(InlayConfig, cast(dict, self.peft_config)[adapter_name])
-        asked = config.target_modules
+        # trl copies an adapter by adding another under the same config object, then copying parameters alone.
+        twin = next((n for n, c in cast(dict, self.peft_config).items() if c is config and n != adapter_name), None)
+        fill = twin or (config.format_version is None and state_dict is None and not low_cpu_mem_usage)
+        self._asked = config, config.target_modules, (adapter_name, twin) if fill else None
         self._touched: list[tuple[str, nn.Module, str, nn.Module]] = []
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-            self._check_patterns(config, asked)
-            # trl copies an adapter by adding another under the same config object, then copying parameters alone.
-            twin = next((n for n, c in cast(dict, self.peft_config).items() if c is config and n != adapter_name), None)
-            if twin or (config.format_version is None and state_dict is None and not low_cpu_mem_usage):
-                self._decompose(adapter_name, config, twin)
         except Exception:
             for _, parent, child, module in self._touched:
                 if isinstance(module, InlayLinear):
                     module.delete_adapter(adapter_name)
                 setattr(parent, child, module)
             raise
+        finally:
+            self._touched = []
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        """PEFT calls this when all layers are wrapped and nothing else is changed yet: the moment to refuse or fill."""
+        config, targets, fill = self._asked
+        self._check_patterns(config, targets)
+        if fill:
+            self._decompose(*fill, config)
+        super()._mark_only_adapters_as_trainable(model)
 
     def _check_patterns(self, config: InlayConfig, asked) -> None:
         """Refuse a target or pattern that matched nothing: a typo would otherwise train less than was asked for."""
@@ -221,7 +229,7 @@ class InlayModel(BaseTuner):
         kinds = {name.rpartition(".")[2] for name, m in self.model.named_modules() if isinstance(m, LINEAR)}
         return f"linear modules here: {', '.join(sorted(kinds)) or 'none'}"
 
-    def _decompose(self, adapter_name: str, config: InlayConfig, twin: str | None) -> None:
+    def _decompose(self, adapter_name: str, twin: str | None, config: InlayConfig) -> None:
         layers = [cast(InlayLinear, parent.get_submodule(child)) for _, parent, child, _ in self._touched]
         for layer in tqdm(layers, desc=f"Cutting {config.method}", unit="layer", disable=None, delay=1):
             layer.decompose(adapter_name, like=twin)
