@@ -85,7 +85,7 @@ def test_importing_inlay_is_light():
 def test_importing_inlay_registers_the_type():
     code = "import inlay, peft; print(peft.PeftType('INLAY').value, peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING['INLAY'])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "INLAY <class 'inlay.host.peft.InlayConfig'>"
+    assert run.stdout.strip() == "INLAY <class 'inlay.host.config.InlayConfig'>"
 
 
 @pytest.mark.parametrize("name", METHOD_FILES)

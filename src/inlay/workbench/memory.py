@@ -11,7 +11,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from inlay.host.peft import InlayConfig
+from inlay.host.config import InlayConfig
 from inlay.workbench.models import load_config
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
-from inlay.host.peft import InlayConfig
+from inlay.host.config import InlayConfig
 from inlay.methods import METHODS
 
 

@@ -1,0 +1,161 @@
+"""The adapter's configuration, and the one place where PEFT's closed list of types gets a member."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar
+
+from peft import PeftConfig, PeftType
+
+from inlay import methods
+from inlay.host import seal
+from inlay.method import Method
+
+FORMAT_VERSION = 1
+BIAS = ("none", "all", "inlay_only")
+
+
+def add_peft_type(name: str) -> PeftType:
+    """Add a member to PEFT's closed enum. `register_peft_method` refuses names that are not members and PEFT offers
+    no entry point; a plain string in its place breaks wherever transformers reads `.value`."""
+    if name not in PeftType.__members__:
+        member = str.__new__(PeftType, name)
+        member._name_, member._value_ = name, name
+        object.__setattr__(member, "_sort_order_", len(PeftType._member_names_))
+        PeftType._member_names_.append(name)
+        PeftType._member_map_[name] = member
+        PeftType._value2member_map_[name] = member
+        type.__setattr__(PeftType, name, member)
+    return PeftType[name]
+
+
+INLAY = add_peft_type("INLAY")
+
+
+@dataclass
+class InlayConfig(PeftConfig):
+    """Which method, with which hyperparameters, on which modules.
+
+    `InlayConfig(method="pissa", args={"r": 16}, target_modules="all-linear")` and
+    `InlayConfig(method=methods.PiSSA(r=16), ...)` are the same.
+
+    Args:
+        method: a method's name (`inlay methods` lists them) or an instance.
+        args: its hyperparameters.
+        scale: s in y = Wx + s (ΔW(θ) − ΔW(θ₀)) x.
+        dropout: dropout on the change only.
+        patterns: hyperparameters per module: a regex on the end of the module's name -> args that differ there, as
+            `{"k_proj": {"r": 4}, r"layers\\.[01]\\..*": {"r": 32}}`. The first that matches counts.
+        target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save, trainable_token_indices:
+            as in `LoraConfig`, "all-linear" included.
+        bias: "none", "all" or "inlay_only": which biases of the model are trained.
+        init_weights: False starts away from the identity, for tests only.
+
+    Raises:
+        ValueError: an unknown method, hyperparameter or value; the message names the choices.
+    """
+
+    method: str | Method = "bone"
+    args: dict[str, Any] = field(default_factory=dict)
+    scale: float | None = None
+    dropout: float = 0.0
+    patterns: dict[str, dict[str, Any]] = field(default_factory=dict)
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    target_parameters: list[str] | None = None
+    bias: str = "none"
+    init_weights: bool = True
+    format_version: int | None = None  # None: not read from a checkpoint
+    hyperparameters: str | None = None  # a digest of them, against edits of a checkpoint's config
+    seals: dict[str, dict[str, Any]] | None = None  # per module, what a checkpoint held and was cut from
+
+    # Hot swap reads these of any config; 1 / 1 leaves our factor, which is part of the method, alone.
+    r: ClassVar = 1
+    lora_alpha: ClassVar = 1
+    rank_pattern: ClassVar = {}
+    alpha_pattern: ClassVar = {}
+    use_rslora: ClassVar = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = INLAY
+        if isinstance(self.method, Method):
+            self._take(self.method)
+        self.args = dict(self.args or {})
+        self.patterns = dict(self.patterns or {})
+        self._adopt_host_args()
+        self.target_modules = set(t) if isinstance(t := self.target_modules, list) else t
+        self.exclude_modules = set(e) if isinstance(e := self.exclude_modules, list) else e
+        self._check()
+
+    def _take(self, method: Method) -> None:
+        """Read a method instance as a name and the hyperparameters that differ from its defaults."""
+        if self.args or self.scale is not None or self.dropout:
+            raise ValueError("give hyperparameters in the method instance or in args, scale and dropout, not in both")
+        values = {f.name: getattr(method, f.name) for f in fields(method)}
+        self.args = {f.name: values[f.name] for f in fields(method) if values[f.name] != f.default}
+        self.method = method.name
+
+    def _adopt_host_args(self) -> None:
+        for key, unset in (("scale", None), ("dropout", 0.0)):
+            if key in self.args:
+                if getattr(self, key) not in (unset, self.args[key]):
+                    raise ValueError(f"{key} is given twice: {getattr(self, key)} and args[{key!r}]={self.args[key]}")
+                setattr(self, key, self.args.pop(key))
+
+    def _check(self) -> None:
+        if self.format_version is not None and self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"this adapter has format {self.format_version}, this Inlay reads up to {FORMAT_VERSION}; upgrade Inlay"
+            )
+        if self.format_version is not None and self.hyperparameters not in (None, self._digest()):
+            raise ValueError(
+                f"the hyperparameters of this {self.method} adapter were edited after it was saved; restore them, or "
+                "remove 'hyperparameters' from adapter_config.json to insist"
+            )
+        if self.bias not in BIAS:
+            raise ValueError(f"bias={self.bias!r} is not one of {', '.join(BIAS)}")
+        if self.target_parameters:
+            raise ValueError(
+                f"target_parameters={self.target_parameters} (fused expert weights) is not supported; "
+                "adapt linear layers through target_modules"
+            )
+        for what in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, what) is not None:
+                raise ValueError(f"{what} needs target_modules as a list of names, not {self.target_modules!r}")
+        for pattern in self.patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"patterns: {pattern!r} is not a regular expression ({error})") from None
+        for overrides in ({}, *self.patterns.values()):
+            self._build(overrides)
+
+    def _build(self, overrides: dict[str, Any]) -> Method:
+        cls = methods.find(str(self.method))
+        values = {"scale": self.scale, "dropout": self.dropout, **self.args, **overrides}
+        known = [f.name for f in fields(cls)]
+        for key in values:
+            if key not in known:
+                raise ValueError(f"{self.method} has no hyperparameter {key!r}; it has {', '.join(known)}")
+        return cls(**values)
+
+    def pattern_of(self, module_name: str) -> str | None:
+        """The first of `patterns` that matches the end of a module's name."""
+        return next((p for p in self.patterns if re.match(rf"(.*\.)?({p})$", module_name)), None)
+
+    def build(self, module_name: str = "") -> Method:
+        """The method with the hyperparameters of one module."""
+        pattern = self.pattern_of(module_name)
+        return self._build({} if pattern is None else self.patterns[pattern])
+
+    def to_dict(self) -> dict:
+        return {**asdict(self), "format_version": FORMAT_VERSION, "hyperparameters": self._digest()}
+
+    def _digest(self) -> str:
+        return seal.of_values([self.method, self.args, self.scale, self.dropout, self.patterns])
