@@ -996,3 +996,79 @@ for name in names:
     run = subprocess.run([sys.executable, "-c", code, str(tmp_path), *NAMES], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.split() == [word for name in NAMES for word in (name, "True")]
+
+
+# -- what a review found ----------------------------------------------------------------------------------------------
+
+
+def test_a_tied_head_is_not_merged(llama):
+    llama.lm_head.weight = llama.model.embed_tokens.weight
+    before = llama.model.embed_tokens.weight.clone()
+    model = get_peft_model(llama, InlayConfig(args={"r": 4}, target_modules=["lm_head"]))
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="shares its weight with another module"):
+            merge()
+    assert torch.equal(llama.model.embed_tokens.weight, before)
+
+
+def test_multihead_attention_is_refused():
+    net = nn.Sequential(nn.MultiheadAttention(8, 2))
+    with pytest.raises(ValueError, match="reads this weight past its layer"):
+        get_peft_model(net, InlayConfig(args={"r": 2}, target_modules=["out_proj"]))
+    assert type(net[0].out_proj).__name__ == "NonDynamicallyQuantizableLinear"
+
+
+def test_mixed_batches_are_refused(llama):
+    model = get_peft_model(llama, InlayConfig(args={"r": 4}, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="adapter_names"):
+        model(torch.arange(8)[None], adapter_names=["default"])
+
+
+def test_a_merge_survives_a_change_of_dtype(llama):
+    model = get_peft_model(llama, InlayConfig(method="pissa", args={"r": 4}, target_modules=["q_proj"]))
+    model.merge_adapter()
+    model.to(torch.float64)
+    model.unmerge_adapter()
+    assert model(torch.arange(8)[None]).logits.dtype == torch.float64
+
+
+def test_an_unmerged_adapter_counts_beside_a_merged_one(llama):
+    def config():
+        return InlayConfig(args={"r": 4}, target_modules=["q_proj"], init_weights=False)
+
+    model = get_peft_model(llama, config(), adapter_name="one")
+    model.add_adapter("two", config())
+    model.base_model.set_adapter(["one", "two"])
+    both = model(torch.arange(8)[None]).logits
+    model.merge_adapter(adapter_names=["one"])
+    torch.testing.assert_close(model(torch.arange(8)[None]).logits, both)
+
+
+def test_a_name_used_twice_replaces_the_adapter(llama):
+    get_peft_model(llama, InlayConfig(method="pissa", args={"r": 4}, target_modules=["q_proj"]))
+    with pytest.warns(UserWarning, match="second time|peft_config"):
+        model = get_peft_model(llama, InlayConfig(method="bone", args={"r": 4}, target_modules=["q_proj"]))
+    assert all("inlay_D" in name for name, p in model.named_parameters() if p.requires_grad)
+    assert not [name for name in model.state_dict() if "inlay_A" in name or "inlay_start" in name]
+
+
+@pytest.mark.parametrize("name", ["a.b", "keys", "items"])
+def test_impossible_adapter_names_are_refused(llama, name):
+    with pytest.raises(ValueError, match="cannot be called"):
+        get_peft_model(llama, InlayConfig(args={"r": 4}, target_modules=["q_proj"]), adapter_name=name)
+
+
+def test_a_reference_adapter_of_a_reused_config_is_filled(llama, tmp_path):
+    """trl's DPO adds a second adapter under the config of the first, which may not have run yet."""
+    first = InlayConfig(method="pissa", args={"r": 4}, target_modules=["q_proj"])
+    get_peft_model(copy.deepcopy(llama), first).save_pretrained(str(tmp_path))
+    model = get_peft_model(llama, InlayConfig.from_pretrained(str(tmp_path)))
+    model.add_adapter("ref", model.peft_config["default"])
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert all(b.isfinite().all() for b in model.buffers())
+
+
+def test_every_hyperparameter_is_stored(llama, tmp_path):
+    config = InlayConfig(method="milora", target_modules=["q_proj"])
+    get_peft_model(llama, config).save_pretrained(str(tmp_path))
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["args"] == {"r": 8, "side": "minor"}

@@ -111,6 +111,10 @@ def test_the_method_of_contributing_trains_saves_reloads_and_merges(tmp_path, mo
     torch.testing.assert_close(model.merge_and_unload()[0](x), expected)
 
 
+def test_the_recipe_reference_is_the_recipe():
+    assert (ROOT / "docs" / "recipe.md").read_text() == recipe.reference()
+
+
 @pytest.mark.slow
 def test_the_demo_for_real(workplace):
     """The README's main job, as a user runs it: the loss falls below 1.6, the answers become E2E sentences."""

@@ -137,3 +137,14 @@ def test_a_layer_of_one_row_is_sealed(tmp_path):
     model = get_peft_model(nn.Sequential(nn.Linear(8, 1)), InlayConfig(args={"r": 2}, target_modules=["0"]))
     model.save_pretrained(str(tmp_path))
     assert set(json.loads((tmp_path / "adapter_config.json").read_text())["seals"]) == {"0"}
+
+
+def test_an_adapter_added_over_a_merged_one_is_cut_from_the_base(saved):
+    config = InlayConfig(method="pissa", args={"r": 4}, target_modules=["q_proj"])
+    alone = get_peft_model(llama(), config).state_dict()
+    model = PeftModel.from_pretrained(llama(), str(saved[0]))
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="Unmerging"):
+        model.add_adapter("second", InlayConfig(method="pissa", args={"r": 4}, target_modules=["q_proj"]))
+    key = "base_model.model.model.layers.0.self_attn.q_proj.inlay_A.{}.weight"
+    assert torch.equal(model.state_dict()[key.format("second")], alone[key.format("default")])

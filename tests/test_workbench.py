@@ -165,7 +165,7 @@ def test_options_of_a_longer_run(tiny, records, tmp_path):
 def test_batch_size_auto_finds_one(tiny, records, tmp_path):
     made = Recipe(model=tiny, data=records, output=str(tmp_path / "r"), batch_size="auto", eval_size=4, samples=0)
     resolved = train.train(made, SILENT).recipe
-    assert resolved.batch_size == 64
+    assert resolved.batch_size == 2  # memory is ample, so that at least eight steps remain of 20 examples
 
 
 def test_examples_without_an_answer_left_are_counted(tiny, tmp_path, capsys):
@@ -183,7 +183,7 @@ def test_dry_run_shows_and_writes_nothing(tiny, records, tmp_path, capsys):
     said = capsys.readouterr().out
     config = yaml.safe_load(said[said.index("model:") : said.index("first example")])
     assert config["args"] == {"r": 4, "alpha": None}
-    assert "answer tokens marked" in said
+    assert "⟦It is" in said
     assert "trainable numbers" in said
     assert "activations" in said
     assert not out.exists()
@@ -212,9 +212,14 @@ def test_mistakes_are_one_line_and_leave_nothing(tiny, records, tmp_path, capsys
         ("--target-modules", "q_prj"): "q_prj",
         ("--target-modules", "q_proj,nothing"): "'nothing' matches no module",
         ("--patterns", "{zzz: {r: 2}}"): "'zzz' matches no adapted module",
+        ("--patterns", "{q_proj: 4}"): "needs hyperparameters as {name: value}",
+        ("--modules-to-save", "lm_haed"): "'lm_haed' matches no module",
+        ("--eval-size", "0"): "holds out nothing",
         ("--columns", "{prompt: questio}"): "questio",
         ("--eval-size", "24"): "leaves none of 24",
-        ("--trainer", "{no_such: 1}"): "no_such",
+        ("--trainer", "{loging_steps: 1}"): "did you mean 'logging_steps'?",
+        ("--trainer", "{max_steps: 1}"): "'max_steps' is set by the recipe",
+        ("--report-to", "no_tracker"): "no_tracker",
         ("--scheduler", "wavy"): "wavy",
         ("--unknown", "1"): "--unknown",
         ("--learning-rate", "fast"): "learning_rate: 'fast' is not a number",
@@ -230,6 +235,7 @@ def test_missing_things_are_named(tiny, tmp_path, capsys):
     assert "does not exist" in fails(capsys, "train", str(tmp_path / "no.yaml"))
     assert "no.jsonl" in fails(capsys, "train", "--model", tiny, "--data", str(tmp_path / "no.jsonl"), *out)
     assert "does not exist" in fails(capsys, "train", "--model", str(tmp_path / "no-model"), *out)
+    assert "does not exist" in fails(capsys, "methods", "--model", str(tmp_path / "no-model"))
     assert "holds no adapter" in fails(capsys, "generate", str(tmp_path))
     assert "holds no adapter" in fails(capsys, "merge", str(tmp_path), str(tmp_path / "o"))
     assert "invalid choice" in fails(capsys, "trane")
@@ -255,6 +261,13 @@ def test_out_of_memory_gives_advice(monkeypatch, capsys):
 
     monkeypatch.setattr("inlay.workbench.train.train", full)
     assert "--gradient-checkpointing" in fails(capsys, "train")
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert inlay.__version__ in capsys.readouterr().out
 
 
 def test_ctrl_c_exits_130(monkeypatch):
@@ -324,10 +337,68 @@ def test_merge_leaves_nothing_when_the_adapter_is_broken(run, tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"broken"}
 
 
+def test_overwriting_replaces_a_run_and_a_failure_brings_it_back(tiny, records, tmp_path, monkeypatch):
+    made = Recipe(model=tiny, data=records, output=str(tmp_path / "r"), steps=1, eval_size=4, samples=0, overwrite=True)
+    train.train(made, SILENT)
+    (tmp_path / "r" / "note").write_text("first")
+    monkeypatch.setattr("inlay.workbench.train.write", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.train(made, SILENT)
+    assert (tmp_path / "r" / "note").read_text() == "first"
+    monkeypatch.undo()
+    train.train(made, SILENT)
+    assert not (tmp_path / "r" / "note").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["r"]
+
+
+def test_a_recipe_beside_its_data_is_not_a_run(tiny, records, tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text("steps: 1")
+    arguments = ["train", str(tmp_path / "recipe.yaml"), "--model", tiny, "--data", records, "--output", str(tmp_path)]
+    assert "not made by this command" in fails(capsys, *arguments, "--overwrite")
+    assert (tmp_path / "recipe.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("system", "Answer briefly, in one line", "Answer briefly, in one line"),
+        ("system", "yes", "yes"),
+        ("output", "2024", "2024"),
+        ("target_modules", "q_proj", ["q_proj"]),
+        ("target_modules", "q_proj,v_proj", ["q_proj", "v_proj"]),
+        ("target_modules", "[qv]_proj", "[qv]_proj"),
+        ("target_modules", "[q_proj, v_proj]", ["q_proj", "v_proj"]),
+        ("target_modules", "all-linear", "all-linear"),
+        ("modules_to_save", "lm_head", ["lm_head"]),
+        ("exclude_modules", "null", None),
+        ("batch_size", "auto", "auto"),
+        ("batch_size", "4", 4),
+        ("learning_rate", "5e-4", 5e-4),
+        ("patterns", "{k_proj: {r: 2}}", {"k_proj": {"r": 2}}),
+        ("packing", "true", True),
+    ],
+)
+def test_flags_read_text_as_their_field_would(name, text, value):
+    assert getattr(recipe.load(None, {name: recipe.from_flag(name, text)}), name) == value
+
+
+def test_layer_numbers_are_numbers():
+    flags = {
+        name: recipe.from_flag(name, text) for name, text in (("layers_to_transform", "0,1"), ("target_modules", "q"))
+    }
+    assert recipe.load(None, flags).config().layers_to_transform == [0, 1]
+
+
+def test_a_share_of_held_out_data_is_a_share(tiny, records, tmp_path):
+    made = Recipe(model=tiny, data=records, eval_data=records, eval_size=0.25, output=str(tmp_path / "r"), steps=1)
+    assert train.train(made, SILENT).recipe.eval_size == 6
+
+
 def test_upload_uses_the_hub_client(run, monkeypatch):
     calls = []
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, repo, **kw: calls.append(repo))
     monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda self, **kw: calls.append(kw["folder_path"]))
+    train.claim("me/adapter")
     train.upload(run.folder / "adapter", "me/adapter")
     assert calls == ["me/adapter", str(run.folder / "adapter")]
 

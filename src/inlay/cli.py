@@ -6,12 +6,13 @@ Exit codes: 0 done, 2 the user's mistake (one line), 1 ours (a traceback), 130 i
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-import yaml
+from inlay._version import __version__
 
 COMMON = """data output method r scale target_modules learning_rate steps epochs batch_size max_length dtype
 eval_size gradient_checkpointing seed samples model overwrite""".split()
@@ -48,13 +49,14 @@ def train(options: argparse.Namespace) -> None:
 
     example:  inlay train --data mine.jsonl --method milora --r 32 --learning-rate 3e-4 --output runs/mine
     """
-    from inlay.workbench import models, recipe, train
+    from inlay.workbench import models, prepare, recipe, train
 
     models.quiet()
     given = {k: v for k, v in vars(options).items() if k not in ("verb", "run", "recipe", "dry_run")}
-    resolved = recipe.load(options.recipe, given)
+    flags = {k: recipe.from_flag(k, v) if isinstance(v, str) else v for k, v in given.items()}
+    resolved = recipe.load(options.recipe, flags)
     console = terminal()
-    train.dry_run(resolved, console) if options.dry_run else train.train(resolved, console)
+    prepare.dry_run(resolved, console) if options.dry_run else train.train(resolved, console)
 
 
 def methods(options: argparse.Namespace) -> None:
@@ -68,6 +70,7 @@ def methods(options: argparse.Namespace) -> None:
     from inlay.workbench import models
 
     models.quiet()
+    models.load_config(options.model)
     table = Table(title=f"parameters: {options.model}, r = {options.r}, all linear layers", title_justify="left")
     for column in ("method", "equation", "trains", "parameters", "paper"):
         table.add_column(column, no_wrap=column in ("method", "parameters"), justify="left")
@@ -150,6 +153,8 @@ def main(arguments: list[str] | None = None) -> None:
         print("inlay: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except (ValueError, OSError) as error:
+        if os.environ.get("INLAY_DEBUG"):
+            raise
         fail(str(error))
     except (torch.OutOfMemoryError, MemoryError):
         fail(OUT_OF_MEMORY)
@@ -162,6 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
 def parser() -> Parser:
     """All verbs with their flags."""
     top = Parser(prog="inlay", description="Fine-tune a large language model by re-cutting its own weights.")
+    top.add_argument("--version", action="version", version=f"inlay {__version__}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     add_train(add_verb(verbs, train))
 
@@ -206,7 +212,7 @@ def add_train(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--dry-run", action="store_true", help="show recipe, first example, parameters and memory; stop")
     for name in (*COMMON, *(n for n in texts if n not in COMMON)):
         text = texts[name] if name in COMMON else argparse.SUPPRESS
-        kind = {"metavar": "VALUE", "type": value, "default": argparse.SUPPRESS, "help": text}
+        kind = {"metavar": "VALUE", "default": argparse.SUPPRESS, "help": text}
         switch = {"nargs": "?", "const": True} if name in SWITCHES else {}
         verb.add_argument(f"--{name.replace('_', '-')}", dest=name, **kind, **switch)
     rest = " ".join(f"--{name.replace('_', '-')}" for name in texts if name not in COMMON)
@@ -223,20 +229,11 @@ def wrap(text: str) -> str:
     return textwrap.fill(text, 108, break_on_hyphens=False, initial_indent="  ", subsequent_indent="  ")
 
 
-def value(text: str) -> Any:
-    """A flag's text as YAML reads it; a comma makes a list."""
-    try:
-        read = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a value YAML can read") from None
-    return [value(part) for part in read.split(",")] if isinstance(read, str) and "," in read else read
-
-
 def terminal() -> Any:
     """The console for people."""
     from rich.console import Console
 
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 110)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+MERGED = "merged_from.json"  # in the checkpoint: from what it was made, and by whom it may be overwritten
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ def merge(
     folder = models.adapter_folder(str(adapter))
     name = model or models.base_of(folder)
     base_dtype = models.stored_dtype(name) if dtype == "auto" else models.dtype_for(dtype)
-    with new_folder(Path(out), overwrite, marker="config.json") as part:
+    with new_folder(Path(out), overwrite, marker=MERGED) as part:
         base, tokenizer = models.load_base(name, base_dtype)
         adapted = models.load_adapter(base, folder).eval()
         ids = torch.arange(64, device=adapted.device).remainder(base.config.get_text_config().vocab_size)[None]
@@ -49,4 +52,6 @@ def merge(
             error = (merged(input_ids=ids).logits.float() - reference).abs().max().item()
         merged.save_pretrained(str(part))
         tokenizer.save_pretrained(str(part))
+        about = {"adapter": str(adapter), "base": name, "largest_logit_difference": error}
+        (part / MERGED).write_text(json.dumps(about, indent=2), encoding="utf-8")
     return Merged(Path(out), error)

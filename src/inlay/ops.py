@@ -18,37 +18,37 @@ def bat_col_delta(W: Tensor, B: Tensor) -> Tensor:
     return (blocks.unflatten(1, (r, -1)) + B[:, :, None]).flatten(2).flatten(0, 1)
 
 
-def bat_col(x: Tensor, B: Tensor, weight: Callable[[], Tensor]) -> Tensor:
+def bat_col(x: Tensor, B: Tensor, W: Tensor, weight: Callable[[], Tensor]) -> Tensor:
     """x ΔWᵀ, (..., out), for `bat_col_delta`, a few block rows at a time; differentiable in x and B.
 
-    `weight` is called in the forward and again in the backward pass: only x and B are kept, so that a quantised W is
-    dequantised twice rather than held.
+    Only x and B are kept; `weight` is called for W again in the backward pass, so that a quantised one is dequantised
+    twice rather than held.
     """
-    return _BatCol.apply(x, B, weight)
+    return _BatCol.apply(x, B, W, weight)
 
 
 class _BatCol(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, B: Tensor, weight: Callable[[], Tensor]) -> Tensor:
+    def forward(ctx, x: Tensor, B: Tensor, W: Tensor, weight: Callable[[], Tensor]) -> Tensor:
         ctx.save_for_backward(x, B)
         ctx.weight = weight
         y = x.new_empty(*x.shape[:-1], B.shape[0] * B.shape[1])
-        for rows, W, Ba in _block_rows(weight(), B):
-            y[..., rows] = x @ bat_col_delta(W, Ba).to(x.dtype).T
+        for rows, Wa, Ba in _block_rows(W, B):
+            y[..., rows] = x @ bat_col_delta(Wa, Ba).to(x.dtype).T
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g: Tensor):
         x, B = ctx.saved_tensors
-        flat, g, r = x.flatten(0, -2), g.flatten(0, -2), B.shape[1]
+        flat, g, r = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1]), B.shape[1]
         dx, dB = torch.zeros_like(flat), []
         for rows, W, Ba in _block_rows(ctx.weight(), B):
             if ctx.needs_input_grad[0]:
                 dx.addmm_(g[:, rows], bat_col_delta(W, Ba).to(g.dtype))
             dD = (g[:, rows].T @ flat).to(B.dtype).view(len(Ba), -1, r)
             dB.append(W.to(B.dtype).reshape(len(Ba), -1, r).mT @ dD + dD.unflatten(1, (r, -1)).sum(2))
-        return dx.view_as(x), torch.cat(dB), None
+        return dx.view_as(x), torch.cat(dB), None, None
 
 
 def _block_rows(W: Tensor, B: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:

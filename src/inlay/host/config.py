@@ -113,11 +113,6 @@ class InlayConfig(PeftConfig):
             raise ValueError(
                 f"this adapter has format {self.format_version}, this Inlay reads up to {FORMAT_VERSION}; upgrade Inlay"
             )
-        if self.format_version is not None and self.hyperparameters not in (None, self._digest()):
-            raise ValueError(
-                f"the hyperparameters of this {self.method} adapter were edited after it was saved; restore them, or "
-                "remove 'hyperparameters' from adapter_config.json to insist"
-            )
         if self.bias not in BIAS:
             raise ValueError(f"bias={self.bias!r} is not one of {', '.join(BIAS)}")
         if self.target_parameters:
@@ -128,13 +123,20 @@ class InlayConfig(PeftConfig):
         for what in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, what) is not None:
                 raise ValueError(f"{what} needs target_modules as a list of names, not {self.target_modules!r}")
-        for pattern in self.patterns:
+        for pattern, overrides in self.patterns.items():
+            if not isinstance(overrides, dict):
+                raise ValueError(f"patterns: {pattern!r} needs hyperparameters as {{name: value}}, not {overrides!r}")
             try:
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(f"patterns: {pattern!r} is not a regular expression ({error})") from None
         for overrides in ({}, *self.patterns.values()):
             self._build(overrides)
+        if self.format_version is not None and self.hyperparameters not in (None, self._digest()):
+            raise ValueError(
+                f"the hyperparameters of this {self.method} adapter were edited after it was saved; restore them, or "
+                "remove 'hyperparameters' from adapter_config.json to insist"
+            )
 
     def _build(self, overrides: dict[str, Any]) -> Method:
         cls = methods.find(str(self.method))
@@ -155,7 +157,13 @@ class InlayConfig(PeftConfig):
         return self._build({} if pattern is None else self.patterns[pattern])
 
     def to_dict(self) -> dict:
-        return {**asdict(self), "format_version": FORMAT_VERSION, "hyperparameters": self._digest()}
+        """As saved: with every hyperparameter, so that a later default changes no adapter that exists."""
+        more = {"args": self._all_args(), "format_version": FORMAT_VERSION, "hyperparameters": self._digest()}
+        return {**asdict(self), **more}
+
+    def _all_args(self) -> dict[str, Any]:
+        method = self.build()
+        return {f.name: getattr(method, f.name) for f in fields(method) if f.name not in ("scale", "dropout")}
 
     def _digest(self) -> str:
-        return seal.of_values([self.method, self.args, self.scale, self.dropout, self.patterns])
+        return seal.of_values([self.method, self._all_args(), self.scale, self.dropout, self.patterns])

@@ -145,6 +145,12 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         W = cast(Tensor, self.base_layer.weight)
         return W.T if isinstance(self.base_layer, Conv1D) else W
 
+    def pristine(self) -> Tensor:
+        """The base weight as (out × in), before any merge where that is kept as a tensor."""
+        if self.unmerged is None or self.quantization_backend is not None:
+            return self.matrix()
+        return self.unmerged.T if isinstance(self.base_layer, Conv1D) else self.unmerged
+
     def change(self, name: str, W: Tensor) -> Tensor:
         """s (ΔW(θ) − ΔW(θ₀)) of one adapter over the weight W, (out × in), in fp32 (or better, where θ is)."""
         method, p, p0 = self.theta(name)
@@ -165,7 +171,12 @@ class InlayLinear(nn.Module, BaseTunerLayer):
     # -- adapters come, are filled, go ----------------------------------------------------------------------------
 
     def update_layer(self, name: str, method: Method, inference_mode: bool = False, **about: Any) -> None:
-        """Add an adapter with empty (NaN) slots; `decompose` or a checkpoint fills them. `about`: more of `Cut`."""
+        """Add an adapter with empty (NaN) slots; `decompose` or a checkpoint fills them. `about`: more of `Cut`.
+
+        One of the same name is replaced, as PEFT's layers do.
+        """
+        for container in self.adapter_layer_names:
+            self._held(container).pop(name) if name in self._held(container) else None
         shapes = method.init(torch.empty(self.out_features, self.in_features, device="meta"))
         trained = tuple(k for k in shapes if k not in method.frozen)
         self.cuts[name] = Cut(method, tuple(shapes), () if method.zero_init else trained, **about)
@@ -200,7 +211,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         if like in self.cuts and cut.start:
             start = self._start_of(like)
         else:
-            start = cut.method.init(self.matrix().detach().float())
+            start = cut.method.init(self.pristine().detach().float())
         slots = self.slots(name)
         for k in cut.symbols:
             weight = slots[f"{PREFIX}{k}.{name}.weight"].weight.copy_(start[k])
@@ -233,7 +244,10 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         if not cut.pending or cut.seal is None:
             return
         if seal.of_tensors(strip(tensors, name)) != cut.seal["tensors"]:
-            raise ValueError(f"{cut.module}: the adapter's tensors are not those it was saved with (a damaged file?)")
+            raise ValueError(
+                f"{cut.module}: the adapter's tensors are not those it was saved with (a damaged or converted file?); "
+                "set config.seals = None to load them all the same"
+            )
         if not seal.same_base(self.base_mark(), cut.seal["base"]):
             raise ValueError(
                 f"{cut.module}: the adapter was cut from another base model; load it on its own, or set "
@@ -241,9 +255,12 @@ class InlayLinear(nn.Module, BaseTunerLayer):
             )
 
     def base_mark(self) -> str | None:
-        """The mark of the weight below all adapters; None where it cannot be told."""
-        weight = cast(Tensor, self.base_layer.weight if self.unmerged is None else self.unmerged)
-        return None if self.quantization_backend is not None or weight.is_meta else seal.of_base(weight)
+        """The mark of the weight below all adapters; None where it is quantised, sharded or not there."""
+        if self.quantization_backend is not None:
+            return None
+        W = self.pristine()
+        whole = W.shape == (self.out_features, self.in_features) and seal.is_plain(W)
+        return seal.of_base(W) if whole else None
 
     def make_seal(self, name: str, tensors: dict[str, Tensor]) -> dict[str, str | None]:
         """What `check_seal` will want to find when these tensors are loaded again."""
@@ -261,15 +278,14 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         layer: Base = Frozen(self, args, kwargs)
-        if not (self.disable_adapters or self.merged):
-            for name in self.active_adapters:
-                if name in self.cuts:
-                    layer = Adapted(self, name, layer)
+        for name in () if self.disable_adapters else self.active_adapters:
+            if name in self.cuts and name not in self.merged_adapters:
+                layer = Adapted(self, name, layer)
         return layer(x)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """s (ΔW(θ) − ΔW(θ₀)) in the layout of the base layer's weight."""
-        delta = self.change(adapter, self.matrix())
+        delta = self.change(adapter, self.pristine())
         return delta.T if isinstance(self.base_layer, Conv1D) else delta
 
     @torch.no_grad()
@@ -309,7 +325,8 @@ class InlayLinear(nn.Module, BaseTunerLayer):
             return
         self.merged_adapters.clear()
         if self.quantization_backend is None:
-            self.base_layer.weight.data = self.unmerged
+            weight = cast(Tensor, self.base_layer.weight)
+            weight.data = self.unmerged.to(weight)  # the model may have moved since
         else:
             self.base_layer, attributes = self.unmerged
             for key, value in attributes.items():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
+from inlay.host import seal
 from inlay.host.config import INLAY, InlayConfig
 from inlay.host.layer import PREFIX, InlayLinear
 
@@ -42,6 +46,8 @@ class InlayModel(BaseTuner):
         twin = next((n for n, c in cast(dict, self.peft_config).items() if c is config and n != adapter_name), None)
         fill = twin or (config.format_version is None and state_dict is None and not low_cpu_mem_usage)
         self._asked = config, config.target_modules, (adapter_name, twin) if fill else None
+        if "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
+            raise ValueError(f"an adapter cannot be called {adapter_name!r}; use letters, digits and underscores")
         self._touched: list[tuple[str, nn.Module, str, nn.Module]] = []
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
@@ -57,17 +63,22 @@ class InlayModel(BaseTuner):
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         """PEFT calls this when all layers are wrapped and nothing else is changed yet: the moment to refuse or fill."""
         config, targets, fill = self._asked
-        self._check_patterns(config, targets)
+        self._check_patterns(model, config, targets)
         if fill:
             self._decompose(*fill, config)
         super()._mark_only_adapters_as_trainable(model)
 
-    def _check_patterns(self, config: InlayConfig, asked) -> None:
-        """Refuse a target or pattern that matched nothing: a typo would otherwise train less than was asked for."""
+    def _check_patterns(self, model: nn.Module, config: InlayConfig, asked) -> None:
+        """Refuse a name or pattern that matched nothing: a typo would otherwise train less than was asked for."""
         names = [name for name, *_ in self._touched]
+        everything = [name.replace(".base_layer", "") for name, _ in model.named_modules()]
         for target in asked if isinstance(asked, (list, set)) else ():
-            if not any(name == target or name.endswith(f".{target}") for name in names):
+            if not named(target, names):
                 raise ValueError(f"target_modules: {target!r} matches no module that can be adapted; {self._kinds()}")
+        for what in ("exclude_modules", "modules_to_save"):
+            for target in given if isinstance(given := getattr(config, what), (list, set)) else ():
+                if not named(target, everything):
+                    raise ValueError(f"{what}: {target!r} matches no module of this model; {self._kinds()}")
         for pattern in config.patterns:
             if all(config.pattern_of(name) != pattern for name in names):
                 raise ValueError(f"patterns: {pattern!r} matches no adapted module (or an earlier one takes them all)")
@@ -78,12 +89,17 @@ class InlayModel(BaseTuner):
 
     def _decompose(self, adapter_name: str, twin: str | None, config: InlayConfig) -> None:
         layers = [cast(InlayLinear, parent.get_submodule(child)) for _, parent, child, _ in self._touched]
+        for layer in layers:
+            if twin in layer.cuts and layer.cuts[twin].pending:
+                layer.settle(twin)
         for layer in tqdm(layers, desc=f"Cutting {config.method}", unit="layer", disable=None, delay=1):
             layer.decompose(adapter_name, like=twin)
 
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **_) -> None:
         if not isinstance(target, InlayLinear):
             check_layer(target, current_key)
+        if isinstance(parent, nn.MultiheadAttention):
+            raise ValueError(f"{current_key}: nn.MultiheadAttention reads this weight past its layer; leave it out")
         layer = target if isinstance(target, InlayLinear) else InlayLinear(target, **get_quantization_kwargs(self))
         if layer is not target:
             layer._active_adapter = adapter_name
@@ -103,6 +119,38 @@ class InlayModel(BaseTuner):
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
+
+    def _check_target_module_compatiblity(self, peft_config, model: nn.Module, target_name: str) -> None:
+        """As PEFT for its LoRA: Mamba's kernels read these weights past their layers."""
+        kind = str(self.get_model_config(model).get("model_type"))
+        if ("mamba" in kind or kind in ("falcon_h1", "nemotron_h")) and target_name in ("out_proj", "conv1d"):
+            raise ValueError(f"{target_name} of a {kind} model is read past its layer; put it in exclude_modules")
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("adapter_names (several adapters in a batch) is not supported; use set_adapter")
+        yield
+
+    def _check_merge_allowed(self) -> None:
+        """Refuse what would go wrong half-way or silently, before any weight changes.
+
+        Raises:
+            ValueError: an adapter holds NaN or Inf, or is on a weight that another module shares.
+        """
+        layers = {n: m for n, m in self.model.named_modules() if isinstance(m, InlayLinear)}
+        owners = Counter(id(m._parameters.get("weight")) for m in self.model.modules() if "weight" in m._parameters)
+        for name, layer in layers.items():
+            for adapter in (a for a in layer.active_adapters if a in layer.cuts):
+                if layer.cuts[adapter].pending:
+                    layer.settle(adapter)
+                if not all(slot.weight.isfinite().all() for slot in layer.slots(adapter).values()):
+                    raise ValueError(f"merging {adapter} would give NaN or Inf in {name}; the base is untouched")
+            if owners[id(layer.base_layer.weight)] > 1:
+                raise ValueError(
+                    f"{name} shares its weight with another module (tied embeddings), which merging would change too; "
+                    "load the base with tie_word_embeddings=False, or leave it out of target_modules"
+                )
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """θ is fp32; only on request does it take the base's dtype (ZeRO-3 wants one dtype for all parameters)."""
@@ -124,7 +172,7 @@ class InlayModel(BaseTuner):
         config.seals = seals = {}
         for name, layer in layers.items():
             paths = {path: f"{name}.{path}" for path in layer.slots(adapter_name)}
-            if all(key in saved for key in paths.values()):  # sharded savers rename keys
+            if all(key in saved and seal.is_plain(saved[key]) for key in paths.values()):  # not so when sharded
                 tensors = {path: saved[key] for path, key in paths.items()}
                 seals[layer.cuts[adapter_name].module] = layer.make_seal(adapter_name, tensors)
         return saved
@@ -137,6 +185,11 @@ class InlayModel(BaseTuner):
 
 
 LINEAR = (nn.Linear, Conv1D)
+
+
+def named(target: str, names: list[str]) -> bool:
+    """Whether one of the names is `target` or ends in it."""
+    return any(name == target or name.endswith(f".{target}") for name in names)
 
 
 def check_layer(module: nn.Module, name: str) -> None:

@@ -38,6 +38,11 @@ def of_values(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor's own numbers are here: not sharded, wrapped or on the meta device."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta
+
+
 def same_base(one: str | None, other: str | None) -> bool:
     """Whether two marks may be of one base; marks of different kinds, or none, cannot tell."""
     if one is None or other is None or one.partition(":")[0] != other.partition(":")[0]:

@@ -13,13 +13,17 @@ METHODS: tuple[type[Method], ...] = (LoRA, PiSSA, MiLoRA, Bone, Bat, BatCol)
 __all__ = ["METHODS", "Bat", "BatCol", "Bone", "LoRA", "MiLoRA", "PiSSA", "find"]
 
 
+def _descendants(cls: type[Method]) -> list[type[Method]]:
+    return [d for child in cls.__subclasses__() for d in (child, *_descendants(child))]
+
+
 def find(name: str) -> type[Method]:
-    """The method of that name.
+    """The method of that name: one of `METHODS`, or any other subclass of `Method` that has been imported.
 
     Raises:
         ValueError: there is none; the message lists all.
     """
-    for method in METHODS:
-        if method.name == name:
+    for method in (*METHODS, *_descendants(Method)):
+        if method.__dict__.get("name") == name:
             return method
     raise ValueError(f"unknown method {name!r}; choose one of {', '.join(m.name for m in METHODS)}")

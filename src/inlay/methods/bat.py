@@ -7,8 +7,9 @@ The fast form is exact and in neither paper nor code [ours]: with t = blockdiag(
 
     y = W (x + s t) + s tile(Σ_b t_b)
 
-so the base, quantised or not, is called once, on x + s t, and no dense W' exists. ΔW depends on W: two active Bats do
-not commute (each is cut from what lies under it), and unmerging restores a saved copy instead of inverting I + B.
+so the base, quantised or not, is called once, on x + s t, and no dense W' exists; in bf16 that sum is rounded like any
+activation. ΔW depends on W: two active Bats do not commute (each is cut from what lies under it), and unmerging
+restores a saved copy instead of inverting I + B.
 """
 
 from __future__ import annotations

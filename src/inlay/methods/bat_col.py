@@ -38,6 +38,7 @@ class BatCol(Method):
         return ops.bat_col_delta(W, p["B"])
 
     def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
-        if base.weight.requires_grad:  # a trained change lies under this one: let autograd see all of W
+        W = base.weight
+        if W.requires_grad:  # a trained change lies under this one: let autograd see all of W
             return super().apply(p, p0, x, base, drop)
-        return base(x) + ops.bat_col(drop(x), self.s * p["B"], lambda: base.weight)
+        return base(x) + ops.bat_col(drop(x), self.s * p["B"], W, lambda: base.weight)

@@ -33,15 +33,24 @@ def new_folder(path: Path, overwrite: bool = False, marker: str = "") -> Iterato
     try:
         yield part
         part.chmod(0o755)
-        if path.exists():
-            shutil.rmtree(path)
+        old = set_aside(path)
         os.replace(part, path)
+        if old:
+            shutil.rmtree(old)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def set_aside(path: Path) -> Path | None:
+    """Move what is at `path` to a hidden sibling, so that it is lost only once there is something in its place."""
+    if not path.exists():
+        return None
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+    return path.rename(old / path.name).parent
+
+
 def check_free(path: Path, overwrite: bool, marker: str) -> None:
-    """Refuse a path that is in use; even with `overwrite`, one that does not hold `marker` and so is not ours.
+    """Refuse a path that is in use; even with `overwrite`, one without the `marker` that this command leaves.
 
     Raises:
         ValueError: the path may not be written.

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import psutil
 import torch
-from accelerate.utils import find_executable_batch_size
 from peft import get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -81,21 +80,12 @@ def estimate(model: nn.Module, batch: int, length: int) -> Memory:
 
 
 def largest_batch(model: nn.Module, length: int, start: int = 64) -> int:
-    """The largest power of two (up to `start`) whose step fits: tried for real on a GPU, counted on a CPU, where
-    nothing would say no before the machine kills the process."""
-    if next(model.parameters()).device.type in ("cpu", "meta"):
-        one, free = saved_bytes(model, 1, length), psutil.virtual_memory().available
-        fits = [start >> k for k in range(start.bit_length()) if 1.5 * one * (start >> k) < 0.8 * free]
-        return fits[0] if fits else 1
-
-    @find_executable_batch_size(starting_batch_size=start, reduce_batch_size_fn=None)
-    def step(batch: int = 0) -> int:  # accelerate passes it
-        ids = torch.zeros(batch, length, dtype=torch.long, device=next(model.parameters()).device)
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        model.zero_grad(set_to_none=True)
-        return batch
-
-    return 1 << (step().bit_length() - 1)
+    """The largest power of two (up to `start`) whose activations, counted on the meta device, fit the free memory of
+    the GPU or, without one, of the machine, which would kill the process rather than say no."""
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+    one = saved_bytes(model, 1, length)
+    # Half as much again: what lives only for a moment in the forward and backward pass.
+    return next((start >> k for k in range(start.bit_length()) if 1.5 * one * (start >> k) < 0.8 * free), 1)
 
 
 def gib(size: float) -> str:

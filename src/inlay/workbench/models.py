@@ -25,8 +25,11 @@ def resolve(name: str) -> str:
     """
     if name == builtin.MODEL or (not Path(name).exists() and Path(name).name.startswith(builtin.FOLDER)):
         return str(builtin.model_dir())
-    if Path(name).exists() and not (Path(name) / "config.json").exists():
-        raise ValueError(f"{name} is no model folder: it has no config.json")
+    path = Path(name).expanduser()
+    if path.exists():
+        if not (path / "config.json").exists():
+            raise ValueError(f"{name} is no model folder: it has no config.json")
+        return str(path.resolve())  # an adapter names its base, and may be used from another folder
     if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ValueError(f"model folder {name} does not exist; give a folder, a hub id (owner/name) or builtin")
     return name

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import json
 import math
+import re
 import types
 import typing
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
@@ -67,7 +69,7 @@ class Recipe:
     trainer: dict = entry(dict, "any other field of trl's SFTConfig")
 
     eval_every: int | None = entry(None, "steps between evaluations (default: before and after only)", min=1)
-    early_stopping: int | None = entry(None, "stop after so many evaluations without improvement", min=1)
+    early_stopping: int | None = entry(None, "evaluations without improvement to stop after, at the best", min=1)
     keep_best: bool = entry(False, "end with the best checkpoint, not the last")
     save_every: int | None = entry(None, "steps between checkpoints", min=1)
     report_to: str = entry("none", "trackers: tensorboard, wandb, trackio, ...")
@@ -84,6 +86,8 @@ class Recipe:
             if "min" in f.metadata and isinstance(value, (int, float)) and value < f.metadata["min"]:
                 raise ValueError(f"{f.name}: {value} is below {f.metadata['min']}")
             setattr(self, f.name, value)
+        if self.eval_size is not None and self.eval_size <= 0:
+            raise ValueError(f"eval_size: {self.eval_size} holds out nothing; give a number of examples or a share")
         if self.early_stopping and not self.eval_every:
             raise ValueError(f"early_stopping={self.early_stopping} needs eval_every: the steps between evaluations")
         if self.keep_best and not self.eval_every:
@@ -94,12 +98,19 @@ class Recipe:
         """The adapter's config; raises a ValueError for an unknown method or hyperparameter."""
         names = ("method", "args", "scale", "dropout", "patterns", "bias", "modules_to_save", "target_modules")
         where = ("exclude_modules", "layers_to_transform")
-        return InlayConfig(task_type="CAUSAL_LM", **{name: getattr(self, name) for name in names + where})
+        values = {name: getattr(self, name) for name in names + where}
+        for name in (
+            "target_modules",
+            "exclude_modules",
+        ):  # a bare name is no regex of a whole path
+            if isinstance(values[name], str) and re.fullmatch(r"[\w.]+", values[name]):
+                values[name] = [values[name]]
+        return InlayConfig(task_type="CAUSAL_LM", **values)
 
     def run_folder(self) -> Path:
         """Where the run goes; without `output`, the first of runs/<model>-<method>, -2, -3, ... that is free."""
         if self.output:
-            return Path(self.output)
+            return Path(self.output).expanduser()
         name = Path("runs") / f"{Path(self.model).name}-{self.method}"
         others = (name.with_name(f"{name.name}-{i}") for i in itertools.count(2))
         return next(path for path in itertools.chain([name], others) if not path.exists())
@@ -118,6 +129,23 @@ class Recipe:
         """The fields that differ from the defaults, as YAML."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return yaml.safe_dump({f.name: values[f.name] for f in fields(self) if values[f.name] != default_of(f)})
+
+
+def reference() -> str:
+    """`docs/recipe.md`: every field with its default and what it means."""
+    rows = [f"| `{f.name}` | `{json.dumps(default_of(f))}` | {f.metadata['help']} |" for f in fields(Recipe)]
+    hyper = [f"| `{name}` | {text} |" for name, text in sorted(hyperparameters().items())]
+    lines = ["# Every field of a recipe", "", "Each is a YAML key and a flag (`learning_rate` is `--learning-rate`)."]
+    lines += ["", "| field | default | meaning |", "|---|---|---|", *rows]
+    lines += [
+        "",
+        "Hyperparameters of methods go under `args`, or are flags:",
+        "",
+        "| name | meaning |",
+        "|---|---|",
+        *hyper,
+    ]
+    return "\n".join(lines + hyper) + "\n"
 
 
 def default_of(f) -> Any:
@@ -164,6 +192,27 @@ def hyperparameters() -> dict[str, str]:
     """Every hyperparameter of every method that is no recipe field itself, with its help."""
     own = {f.name for f in fields(Recipe)}
     return {f.name: f.metadata["help"] for m in reversed(METHODS) for f in fields(m) if f.name not in own}
+
+
+def from_flag(name: str, text: str) -> Any:
+    """A flag's text as its field's type: text stays text, names with commas become a list, the rest is read as YAML.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    hint = typing.get_type_hints(Recipe).get(name)
+    options = typing.get_args(hint) or (hint,)
+    if type(None) in options and text in ("null", "none", ""):
+        return None
+    names = re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*", text)
+    if list in options and names:
+        return [yaml.safe_load(part) for part in text.split(",")]
+    if str in options and not (list in options and text.startswith("[") and text.endswith("]")):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"{name}: {text!r} cannot be read as {' or '.join(map(describe, options))}") from None
 
 
 def conform(name: str, hint: Any, value: Any) -> Any:

@@ -21,6 +21,9 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 table { border-collapse: collapse; width: 100%; } .wide { overflow-x: auto; }
 th, td { text-align: left; vertical-align: top; padding: .4rem .8rem .4rem 0; border-bottom: 1px solid var(--line); }
+@media (max-width: 40rem) { .wide th { display: none; } .wide td { display: block; border: 0; padding: .2rem 0; }
+  .wide td::before { content: attr(data-name) ": "; font-weight: 600; }
+  .wide tr { display: block; padding: .6rem 0; border-bottom: 1px solid var(--line); } }
 img { max-width: 100%; background: white; } pre { overflow-x: auto; padding: 1rem; border: 1px solid var(--line); }
 """
 
@@ -34,7 +37,8 @@ def plot_loss(result: Result, path: Path) -> None:
     held = [(row["step"], row["eval_loss"]) for row in result.history if "eval_loss" in row]
     axes.plot(*zip(*steps, strict=True), color="#7fa8d1", linewidth=1, alpha=0.6, label="training batch")
     axes.plot(*zip(*smooth(steps), strict=True), color="#2b6ca3", label="training, smoothed")
-    axes.plot(*zip(*held, strict=True), "o--", color="#b03a2e", linewidth=1, label="held-out examples")
+    mark = "o--" if len(held) > 2 else "o"  # a line through two points would claim a course
+    axes.plot(*zip(*held, strict=True), mark, color="#b03a2e", linewidth=1, label="held-out examples")
     for step, loss in (held[0], held[-1]):
         axes.annotate(
             f"{loss:.2f}", (step, loss), textcoords="offset points", xytext=(0, 8), color="#b03a2e", ha="center"
@@ -100,9 +104,8 @@ def page(result: Result) -> str:
     rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in facts(result).items())
     names = ("prompt", "before", "after", "reference")
     head = "".join(f"<th>{name}</th>" for name in names)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(row[name])}</td>" for name in names) + "</tr>" for row in result.samples
-    )
+    cells = [[f'<td data-name="{name}">{html.escape(row[name])}</td>' for name in names] for row in result.samples]
+    body = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title(result))}</title><style>{STYLE}</style></head><body>

@@ -2,74 +2,33 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from rich.console import Console
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from inlay.workbench import data, memory, models, report
-from inlay.workbench.files import check_free, new_folder, write_text
+from inlay.workbench import memory, models, report
+from inlay.workbench.files import check_free, new_folder, set_aside, write_text
 from inlay.workbench.generate import answer
+from inlay.workbench.prepare import MARK, Examples, as_dataset, at_most, examples, planned
 from inlay.workbench.recipe import Recipe
 from inlay.workbench.result import Result
 from inlay.workbench.watch import Watch, duration, peak_memory
 
-RUN_FILE = "recipe.yaml"  # what makes a folder a run of ours
 
-
-@dataclass
-class Examples:
-    """Training and held-out examples, and what was found about them."""
-
-    train: list[dict]
-    heldout: list[dict]
-    audit: data.Audit
-
-
-def examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Console) -> Examples:
-    """Read, split and audit a recipe's data; what cannot be learned from is counted and said."""
-    made = data.examples(data.read(recipe.data, recipe.split), recipe.columns or None, recipe.system)
-    if recipe.eval_data:
-        held = data.examples(data.read(recipe.eval_data), recipe.columns or None, recipe.system)
-        train, held = made, held[: int(recipe.eval_size or len(held))]
-    else:
-        builtin = recipe.data == "builtin"  # its file says which rows are held out: the last 100
-        size = recipe.eval_size or (100 if builtin else min(100, max(1, len(made) // 10)))
-        train, held = data.split(made, size, None if builtin else recipe.seed)
-    audit = data.audit(train, tokenizer, recipe.max_length)
-    console.print(f"{len(train)} examples to train on, {len(held)} held out; longest {audit.longest} tokens")
-    if audit.cut or audit.masked:
-        console.print(
-            f"[yellow]{audit.cut} answers are cut off at max_length={recipe.max_length}, "
-            f"{audit.masked} of them wholly (those are left out); raise --max-length to keep them[/yellow]"
-        )
-    if audit.shifted:
-        console.print(
-            f"[yellow]in {audit.shifted} examples the prompt's last tokens merge with the answer's first; end prompts "
-            "on a word or a line to have the model answer from what it was trained on[/yellow]"
-        )
-    if audit.masked == audit.total:
-        raise ValueError(f"no example keeps an answer within max_length={recipe.max_length}; raise it")
-    return Examples(train, held, audit)
-
-
-def as_dataset(rows: list[dict], tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Examples as trl takes them: conversations where the tokenizer has a chat template, else plain text."""
-    return Dataset.from_list(rows if tokenizer.chat_template else [data.plain(row) for row in rows])
-
-
-def arguments(recipe: Recipe, folder: Path, batch: int, steps: int) -> SFTConfig:
+def arguments(recipe: Recipe, folder: Path, batch: int, steps: int, dtype: torch.dtype) -> SFTConfig:
     """A recipe as trl's SFTConfig.
 
     Raises:
@@ -87,7 +46,7 @@ def arguments(recipe: Recipe, folder: Path, batch: int, steps: int) -> SFTConfig
         "per_device_eval_batch_size": batch,
         "gradient_accumulation_steps": recipe.accumulation,
         "lr_scheduler_type": recipe.scheduler,
-        "warmup_steps": recipe.warmup if recipe.warmup >= 1 else math.ceil(recipe.warmup * steps),
+        "warmup_steps": recipe.warmup if recipe.warmup >= 1 else min(math.ceil(recipe.warmup * steps), steps - 1),
         "weight_decay": recipe.weight_decay,
         "optim": recipe.optimizer,
         "max_grad_norm": recipe.max_grad_norm,
@@ -97,7 +56,7 @@ def arguments(recipe: Recipe, folder: Path, batch: int, steps: int) -> SFTConfig
         "packing": recipe.packing,
         "eval_packing": False,
         "bf16": False,  # the base is loaded in its compute dtype and θ stays fp32: autocast would only add casts
-        "fp16": False,
+        "fp16": dtype == torch.float16 and torch.cuda.is_available(),  # for its loss scaling
         "eval_strategy": "steps" if evaluating else "no",
         "eval_steps": evaluating,
         "save_strategy": "steps" if saving else "no",
@@ -112,10 +71,32 @@ def arguments(recipe: Recipe, folder: Path, batch: int, steps: int) -> SFTConfig
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
+    for key in recipe.trainer:
+        check_extra(key, values)
     try:
         return SFTConfig(**{**values, **recipe.trainer})
     except (TypeError, ValueError) as error:
         raise ValueError(f"the trainer refuses this recipe: {models.first_line(error)}") from None
+
+
+def check_tracker(names: str) -> None:
+    """Refuse a tracker that transformers does not know or that is not installed."""
+    known = sorted({*INTEGRATION_TO_CALLBACK, "all", "none"})
+    for name in names.split(","):
+        if name not in known:
+            raise ValueError(f"report_to: {name!r} is not one of {', '.join(known)}")
+        if name in INTEGRATION_TO_CALLBACK and name not in get_available_reporting_integrations():
+            raise ValueError(f"report_to: {name} is not installed; pip install {name}")
+
+
+def check_extra(key: str, values: dict[str, Any]) -> None:
+    """Refuse a key of `trainer` that trl does not have, or that the recipe sets itself."""
+    known = [f.name for f in fields(SFTConfig)]
+    if key not in known:
+        close = difflib.get_close_matches(key, known, 1)
+        raise ValueError(f"trainer: SFTConfig has no {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+    if key in values and key not in ("logging_steps", "save_total_limit", "per_device_eval_batch_size", "eval_packing"):
+        raise ValueError(f"trainer: {key!r} is set by the recipe itself; use its own field")
 
 
 def train(recipe: Recipe, console: Console | None = None) -> Result:
@@ -127,25 +108,43 @@ def train(recipe: Recipe, console: Console | None = None) -> Result:
     console = console or Console()
     set_seed(recipe.seed)
     folder = recipe.run_folder()
-    check_free(folder, recipe.overwrite, RUN_FILE)
+    check_free(folder, recipe.overwrite, MARK)
+    check_tracker(recipe.report_to)
+    if recipe.push_to_hub:
+        claim(recipe.push_to_hub)
     dtype = models.dtype_for(recipe.dtype)
     base, tokenizer = models.load_base(recipe.model, dtype, recipe.revision, recipe.trust_remote_code)
     rows = examples(recipe, tokenizer, console)
     with tempfile.TemporaryDirectory() as somewhere:  # a trainer creates its folder; ours waits until all is valid
         trainer = build(recipe, base, tokenizer, rows, Path(somewhere))
-    model = cast(PeftModel, trainer.model)
     recipe = recipe.resolved(
         dtype=str(dtype).removeprefix("torch."),
         eval_size=len(rows.heldout),
         batch_size=trainer.args.per_device_train_batch_size,
         output=str(folder),
     )
-    start_folder(folder, recipe)
+    old = start_folder(folder, recipe)
+    try:
+        result = run(recipe, trainer, tokenizer, rows, console)
+    except BaseException:
+        give_up(folder, old)
+        raise
+    if old:
+        shutil.rmtree(old)
+    console.print(f"run folder: {folder}")
+    if recipe.push_to_hub:
+        upload(folder / "adapter", recipe.push_to_hub)
+        console.print(f"uploaded to {recipe.push_to_hub}")
+    return result
+
+
+def run(recipe: Recipe, trainer: SFTTrainer, tokenizer: Any, rows: Examples, console: Console) -> Result:
+    """Evaluate, train, evaluate, and write everything into the run folder."""
+    folder, model = Path(str(recipe.output)), cast(PeftModel, trainer.model)
     trainer.args.output_dir = str(folder / "checkpoints")
     watch = Watch(folder, console)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(watch)
-
     parameters, everything = model.get_nb_trainable_parameters()
     console.print(
         f"{recipe.method} on {report.model_name(recipe.model)} in {recipe.dtype}: {parameters:,} of "
@@ -155,14 +154,12 @@ def train(recipe: Recipe, console: Console | None = None) -> Result:
     console.print(f"held-out loss before: {before:.3f}")
     prompts = [row["prompt"] for row in rows.heldout if "prompt" in row][: recipe.samples]
     answers = [answer(model, tokenizer, prompts)] if prompts else []
-
     began = time.perf_counter()
     try:
         trainer.train()
     finally:
         watch.bar.stop()
     seconds = time.perf_counter() - began
-
     after = trainer.evaluate()["eval_loss"]
     console.print(f"held-out loss after:  {after:.3f}  ({duration(seconds)}, {memory.gib(peak_memory())} peak)")
     answers += [answer(model, tokenizer, prompts)] if prompts else []
@@ -170,7 +167,7 @@ def train(recipe: Recipe, console: Console | None = None) -> Result:
         recipe, folder, parameters, everything - parameters, before, after, seconds, watch.tokens, peak_memory(),
         watch.history, samples(rows.heldout, answers),
     )  # fmt: skip
-    finish(result, model, console)
+    write(result, model)
     return result
 
 
@@ -178,17 +175,12 @@ def build(recipe: Recipe, base, tokenizer, rows: Examples, folder: Path) -> SFTT
     """The trainer for a recipe; `batch_size: auto` is settled here."""
     batch = recipe.batch_size
     if batch == "auto":
-        probe = (
-            base
-            if base.device.type != "cpu"
-            else get_peft_model(memory.meta_model(recipe.model, base.dtype), recipe.config())
-        )
-        batch = memory.largest_batch(probe, min(recipe.max_length, rows.audit.longest))
+        batch = memory.largest_batch(*planned(recipe, rows, base.dtype), start=at_most(rows))
     steps = recipe.steps or math.ceil(recipe.epochs * len(rows.train) / (batch * recipe.accumulation))
     stop: list[TrainerCallback] = [EarlyStoppingCallback(recipe.early_stopping)] if recipe.early_stopping else []
     return SFTTrainer(
         base,
-        args=arguments(recipe, folder, batch, steps),
+        args=arguments(recipe, folder, batch, steps, base.dtype),
         train_dataset=as_dataset(rows.train, tokenizer),
         eval_dataset=as_dataset(rows.heldout, tokenizer),
         processing_class=tokenizer,
@@ -197,15 +189,26 @@ def build(recipe: Recipe, base, tokenizer, rows: Examples, folder: Path) -> SFTT
     )
 
 
-def start_folder(folder: Path, recipe: Recipe) -> None:
-    """Create the run folder with its resolved recipe."""
+def start_folder(folder: Path, recipe: Recipe) -> Path | None:
+    """Create the run folder with its resolved recipe; give back where the one it replaces was put."""
     try:
-        if folder.exists():
-            shutil.rmtree(folder)
+        old = set_aside(folder)
         folder.mkdir(parents=True)
-        write_text(folder / RUN_FILE, recipe.to_yaml())
+        (folder / MARK).touch()
+        write_text(folder / "recipe.yaml", recipe.to_yaml())
+        return old
     except OSError as error:
         raise ValueError(f"{folder} cannot be written: {error.strerror}") from None
+
+
+def give_up(folder: Path, old: Path | None) -> None:
+    """After a failure: keep a folder that has a checkpoint, else leave things as they were before the run."""
+    if any((folder / "checkpoints").glob("checkpoint-*")):
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    if old:
+        (old / folder.name).rename(folder)
+        old.rmdir()
 
 
 def samples(heldout: list[dict], answers: list[list[str]]) -> list[dict[str, str]]:
@@ -219,8 +222,8 @@ def samples(heldout: list[dict], answers: list[list[str]]) -> list[dict[str, str
     ]
 
 
-def finish(result: Result, model: PeftModel, console: Console) -> None:
-    """Write the adapter with its card, the samples, the plots and the report; upload when asked."""
+def write(result: Result, model: PeftModel) -> None:
+    """The adapter with its card, the samples, the plots and the report."""
     with new_folder(result.folder / "adapter") as part:
         model.save_pretrained(str(part))
         (part / "README.md").write_text(report.card(result), encoding="utf-8")
@@ -228,10 +231,16 @@ def finish(result: Result, model: PeftModel, console: Console) -> None:
     report.plot_loss(result, result.folder / "plots" / "loss.png")
     write_text(result.folder / "samples.md", report.samples_text(result))
     write_text(result.folder / "report.html", report.page(result))
-    console.print(f"run folder: {result.folder}")
-    if result.recipe.push_to_hub:
-        upload(result.folder / "adapter", result.recipe.push_to_hub)
-        console.print(f"uploaded to {result.recipe.push_to_hub}")
+
+
+def claim(repository: str) -> None:
+    """Create the hub repository, or see that it may be written, before hours are spent."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().create_repo(repository, exist_ok=True)
+    except Exception as error:  # network, rights and names fail in many ways
+        raise ValueError(f"push_to_hub: {repository} cannot be written: {models.first_line(error)}") from None
 
 
 def upload(folder: Path, repository: str) -> None:
@@ -239,35 +248,8 @@ def upload(folder: Path, repository: str) -> None:
     from huggingface_hub import HfApi
 
     try:
-        HfApi().create_repo(repository, exist_ok=True)
         HfApi().upload_folder(repo_id=repository, folder_path=str(folder))
     except Exception as error:  # network, rights and names fail in many ways, none of them worth losing the run for
         raise ValueError(
             f"upload to {repository} failed (the run is in {folder}): {models.first_line(error)}"
         ) from None
-
-
-def dry_run(recipe: Recipe, console: Console) -> None:
-    """Show what a run would do: recipe, first example with its answer marked, parameters, memory. Loads no weights."""
-    check_free(recipe.run_folder(), recipe.overwrite, RUN_FILE)
-    dtype = models.dtype_for(recipe.dtype)
-    tokenizer = models.load_tokenizer(recipe.model, recipe.revision, recipe.trust_remote_code)
-    rows = examples(recipe, tokenizer, console)
-    model = get_peft_model(memory.meta_model(recipe.model, dtype, recipe.trust_remote_code), recipe.config())
-    length = min(recipe.max_length, rows.audit.longest)
-    batch = memory.largest_batch(model, length) if recipe.batch_size == "auto" else recipe.batch_size
-    if recipe.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-        model.enable_input_require_grads()
-    recipe = recipe.resolved(dtype=str(dtype).removeprefix("torch."), eval_size=len(rows.heldout), batch_size=batch)
-    need = memory.estimate(model, batch, length)
-    shown = data.render(rows.train[0], tokenizer, recipe.max_length)
-    console.print(recipe.to_yaml().rstrip(), markup=False, highlight=False)
-    console.print("\nfirst example, [reverse]answer tokens marked[/reverse]:")
-    console.print(shown.prompt, end="", markup=False, highlight=False)
-    console.print(shown.answer, style="reverse", markup=False, highlight=False)
-    console.print(f"\n{memory.trainable(model):,} trainable numbers; batch {batch} × {length} tokens")
-    console.print(
-        f"memory, counted: {memory.gib(need.total)} = weights {memory.gib(need.weights)}, adapter with gradients and "
-        f"optimiser {memory.gib(need.training)}, activations {memory.gib(need.activations)}"
-    )

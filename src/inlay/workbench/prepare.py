@@ -1,0 +1,99 @@
+"""Before a run: the examples it learns from, the model without memory, and what both will need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from inlay.workbench import data, memory, models
+from inlay.workbench.files import check_free
+from inlay.workbench.recipe import Recipe
+
+MARK = ".inlay-run"  # what makes a folder a run of ours, which --overwrite may replace
+
+
+@dataclass
+class Examples:
+    """Training and held-out examples, and what was found about them."""
+
+    train: list[dict]
+    heldout: list[dict]
+    audit: data.Audit
+
+
+def examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Console) -> Examples:
+    """Read, split and audit a recipe's data; what cannot be learned from is counted and said."""
+    made = data.examples(data.read(recipe.data, recipe.split), recipe.columns or None, recipe.system)
+    if recipe.eval_data:
+        held = data.examples(data.read(recipe.eval_data), recipe.columns or None, recipe.system)
+        size = recipe.eval_size or len(held)
+        train, held = made, held[: max(1, round(size * len(held)) if size < 1 else int(size))]
+    else:
+        builtin = recipe.data == "builtin"  # its file says which rows are held out: the last 100
+        size = recipe.eval_size or (100 if builtin else min(100, max(1, len(made) // 10)))
+        train, held = data.split(made, size, None if builtin else recipe.seed)
+    audit = data.audit(train, tokenizer, recipe.max_length)
+    console.print(f"{len(train)} examples to train on, {len(held)} held out; longest {audit.longest} tokens")
+    if audit.cut or audit.masked:
+        console.print(
+            f"{audit.cut} answers are cut off at max_length={recipe.max_length}, "
+            f"{audit.masked} of them wholly (those are left out); raise --max-length to keep them",
+            style="yellow",
+        )
+    if audit.shifted:
+        console.print(
+            f"in {audit.shifted} examples the prompt's last tokens merge with the answer's first; end prompts "
+            "on a word or a line to have the model answer from what it was trained on",
+            style="yellow",
+        )
+    if audit.masked == audit.total:
+        raise ValueError(f"no example keeps an answer within max_length={recipe.max_length}; raise it")
+    return Examples(train, held, audit)
+
+
+def as_dataset(rows: list[dict], tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Examples as trl takes them: conversations where the tokenizer has a chat template, else plain text."""
+    return Dataset.from_list(rows if tokenizer.chat_template else [data.plain(row) for row in rows])
+
+
+def at_most(rows: Examples) -> int:
+    """The largest batch worth having: a power of two that leaves eight steps an epoch, up to 64."""
+    return min(64, 1 << max(0, (len(rows.train) // 8).bit_length() - 1))
+
+
+def planned(recipe: Recipe, rows: Examples, dtype: torch.dtype) -> tuple[PeftModel, int]:
+    """The adapted model without memory behind it, as it will train, and its longest sequence."""
+    model = get_peft_model(memory.meta_model(recipe.model, dtype, recipe.trust_remote_code), recipe.config())
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+    return model, min(recipe.max_length, rows.audit.longest)
+
+
+def dry_run(recipe: Recipe, console: Console) -> None:
+    """Show what a run would do: recipe, first example with its answer marked, parameters, memory. Loads no weights."""
+    check_free(recipe.run_folder(), recipe.overwrite, MARK)
+    dtype = models.dtype_for(recipe.dtype)
+    tokenizer = models.load_tokenizer(recipe.model, recipe.revision, recipe.trust_remote_code)
+    rows = examples(recipe, tokenizer, console)
+    model, length = planned(recipe, rows, dtype)
+    batch = (
+        memory.largest_batch(model, length, start=at_most(rows)) if recipe.batch_size == "auto" else recipe.batch_size
+    )
+    recipe = recipe.resolved(dtype=str(dtype).removeprefix("torch."), eval_size=len(rows.heldout), batch_size=batch)
+    need = memory.estimate(model, batch, length)
+    shown = data.render(rows.train[0], tokenizer, recipe.max_length)
+    console.print(recipe.to_yaml().rstrip(), soft_wrap=True)
+    console.print("\nfirst example, the tokens that are learned from in ⟦⟧:")
+    console.print(f"{shown.prompt}⟦{shown.answer.rstrip()}⟧", soft_wrap=True)
+    console.print(f"\n{memory.trainable(model):,} trainable numbers; batch {batch} × {length} tokens")
+    console.print(
+        f"memory, counted: {memory.gib(need.total)} = weights {memory.gib(need.weights)}, adapter with gradients and "
+        f"optimiser {memory.gib(need.training)}, activations {memory.gib(need.activations)}; "
+        "the libraries and what lives only for a moment come on top"
+    )
