@@ -145,7 +145,7 @@ def reference() -> str:
         "|---|---|",
         *hyper,
     ]
-    return "\n".join(lines + hyper) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def default_of(f) -> Any:
