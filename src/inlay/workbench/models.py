@@ -68,16 +68,18 @@ def load_base(
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """A model's tokenizer."""
+    where = resolve(name)
     try:
-        return AutoTokenizer.from_pretrained(resolve(name), revision=revision, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"the tokenizer of {name!r} cannot be loaded: {first_line(error)}") from None
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> Any:
     """A model's configuration alone."""
+    where = resolve(name)
     try:
-        return AutoConfig.from_pretrained(resolve(name), trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model {name!r} cannot be loaded: {first_line(error)}") from None
 
