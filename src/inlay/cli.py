@@ -70,12 +70,19 @@ def methods(options: argparse.Namespace) -> None:
     from inlay.workbench import models
 
     models.quiet()
-    models.load_config(options.model)
-    table = Table(title=f"parameters: {options.model}, r = {options.r}, all linear layers", title_justify="left")
+    try:
+        models.load_config(options.model or "builtin")
+        caption = f"parameters: {options.model or 'builtin'}, r = {options.r}, all linear layers"
+    except ValueError as error:
+        if options.model:
+            raise
+        caption = f"no parameter counts: {error}"
+    table = Table(title=caption, title_justify="left")
     for column in ("method", "equation", "trains", "parameters", "paper"):
         table.add_column(column, no_wrap=column in ("method", "parameters"), justify="left")
     for method in METHODS:
-        table.add_row(method.name, method.equation, method.trains, count(method.name, options), method.paper)
+        numbers = "" if caption.startswith("no ") else count(method.name, options)
+        table.add_row(method.name, method.equation, method.trains, numbers, method.paper)
     terminal().print(table)
 
 
@@ -86,7 +93,7 @@ def count(name: str, options: argparse.Namespace) -> str:
 
     config = InlayConfig(method=name, args={"r": options.r}, target_modules="all-linear")
     try:
-        return f"{memory.count(options.model, config):,}"
+        return f"{memory.count(options.model or 'builtin', config):,}"
     except ValueError as error:
         return str(error).partition(": ")[2] or str(error)
 
@@ -172,7 +179,7 @@ def parser() -> Parser:
     add_train(add_verb(verbs, train))
 
     verb = add_verb(verbs, methods)
-    verb.add_argument("--model", default="builtin", help="hub id, folder or builtin")
+    verb.add_argument("--model", help="hub id, folder or builtin (default)")
     verb.add_argument("--r", type=int, default=16, help="rank or block size (default 16)")
 
     verb = add_verb(verbs, generate)
