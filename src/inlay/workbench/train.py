@@ -27,6 +27,8 @@ from inlay.workbench.recipe import Recipe
 from inlay.workbench.result import Result
 from inlay.workbench.watch import Watch, duration, peak_memory
 
+INTERRUPTED = "interrupted"  # the adapter of a run that Ctrl-C ended
+
 
 def arguments(recipe: Recipe, folder: Path, batch: int, steps: int, dtype: torch.dtype) -> SFTConfig:
     """A recipe as trl's SFTConfig.
@@ -157,6 +159,11 @@ def run(recipe: Recipe, trainer: SFTTrainer, tokenizer: Any, rows: Examples, con
     began = time.perf_counter()
     try:
         trainer.train()
+    except KeyboardInterrupt:
+        with new_folder(folder / INTERRUPTED) as part:
+            model.save_pretrained(str(part))
+        console.print(f"stopped at step {trainer.state.global_step}; the adapter so far is in {folder / INTERRUPTED}")
+        raise
     finally:
         watch.bar.stop()
     seconds = time.perf_counter() - began
@@ -202,8 +209,8 @@ def start_folder(folder: Path, recipe: Recipe) -> Path | None:
 
 
 def give_up(folder: Path, old: Path | None) -> None:
-    """After a failure: keep a folder that has a checkpoint, else leave things as they were before the run."""
-    if any((folder / "checkpoints").glob("checkpoint-*")):
+    """After a failure: keep a folder that holds something trained, else leave things as they were before the run."""
+    if (folder / INTERRUPTED).exists() or any((folder / "checkpoints").glob("checkpoint-*")):
         return
     shutil.rmtree(folder, ignore_errors=True)
     if old:
