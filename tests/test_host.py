@@ -559,7 +559,7 @@ class Toy(Method):
     frozen = frozenset({"C"})
     zero_init = True
 
-    def init(self, W, stats=None):
+    def start(self, W, stats=None):
         return {"C": torch.randn_like(W), "d": torch.zeros(W.shape[0], device=W.device)}
 
     def delta(self, p, W):

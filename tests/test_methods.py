@@ -124,7 +124,7 @@ def logits(model: nn.Module) -> Tensor:
 def theta(row: Row, W: Tensor, scale: float | None = None) -> tuple[Method, Params, Params]:
     """The method, random parameters away from the start, and the start, in W's dtype."""
     method = row.method if scale is None else dataclasses.replace(row.method, scale=scale)
-    p0 = {k: v.to(W.dtype) for k, v in method.init(W.float()).items()}
+    p0 = {k: v.to(W.dtype) for k, v in method.start(W.float()).items()}
     p = {k: v if k in method.frozen else v + 0.3 * torch.randn_like(v) for k, v in p0.items()}
     return method, p, p0
 
@@ -158,7 +158,7 @@ def test_a_method_is_found_by_its_name_and_is_final(row):
 @every_row
 def test_init_gives_the_shapes_and_the_count_of_the_formula(row):
     W = torch.randn(row.shape)
-    p = row.method.init(W)
+    p = row.method.start(W)
     assert set(p) - row.method.frozen == row.trained
     assert sum(v.numel() for k, v in p.items() if k in row.trained) == row.numbers(*row.shape)
     assert {v.dtype for v in p.values()} == {torch.float32}
@@ -167,7 +167,7 @@ def test_init_gives_the_shapes_and_the_count_of_the_formula(row):
 
 @every_row
 def test_init_on_meta_tensors_gives_the_same_shapes_and_allocates_nothing(row):
-    real, meta = row.method.init(torch.randn(row.shape)), row.method.init(torch.empty(row.shape, device="meta"))
+    real, meta = row.method.start(torch.randn(row.shape)), row.method.start(torch.empty(row.shape, device="meta"))
     assert list(meta) == list(real)
     for k in real:
         assert meta[k].is_meta
@@ -178,7 +178,7 @@ def test_init_on_meta_tensors_gives_the_same_shapes_and_allocates_nothing(row):
 def test_init_leaves_the_weight_alone_and_shares_no_memory_with_it(row):
     W = torch.randn(row.shape)
     before = W.clone()
-    for value in row.method.init(W).values():
+    for value in row.method.start(W).values():
         value.add_(1.0)
     assert torch.equal(W, before)
 
@@ -186,7 +186,7 @@ def test_init_leaves_the_weight_alone_and_shares_no_memory_with_it(row):
 @every_row
 def test_zero_init_says_the_truth(row):
     W = torch.randn(row.shape)
-    start = row.delta(row.method.init(W), W)
+    start = row.delta(row.method.start(W), W)
     assert (largest(start) == 0) == row.method.zero_init
 
 
@@ -196,7 +196,7 @@ def test_a_start_is_deterministic_under_a_seed(row):
     starts = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        starts.append(row.method.init(W))
+        starts.append(row.method.start(W))
     assert all(torch.equal(starts[0][k], starts[1][k]) for k in starts[0])
     assert all(torch.equal(starts[0][k], starts[2][k]) for k in starts[0]) != row.seeded
 
@@ -265,7 +265,7 @@ def test_apply_without_a_gradient_on_one_side(row, frozen):
 @every_row
 def test_apply_at_the_start_is_the_base_whatever_the_dtypes(row):
     W = torch.randn(row.shape)
-    p = row.method.init(W)
+    p = row.method.start(W)
     for theta_dtype, x_dtype in itertools.product((torch.float32, torch.bfloat16), (torch.float32, torch.bfloat16)):
         base = Under(W.to(x_dtype), torch.randn(row.shape[0], dtype=x_dtype))
         cast = {k: v.to(theta_dtype) for k, v in p.items()}
@@ -486,7 +486,7 @@ def forbid_decompositions(monkeypatch, cls: type[Method]) -> None:
     ):
         for name in names:
             monkeypatch.setattr(module, name, guarded(getattr(module, name), 0))
-    monkeypatch.setattr(cls, "init", guarded(cls.init, 1))
+    monkeypatch.setattr(cls, "start", guarded(cls.start, 1))
 
 
 def test_the_guard_against_decompositions_can_fail(llama, monkeypatch):

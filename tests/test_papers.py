@@ -50,7 +50,7 @@ def compare(a: nn.Module, b: nn.Module, inp: int) -> None:
 
 
 def low_rank(method: Method, W: Tensor) -> tuple[Tensor, Tensor]:
-    start = method.init(W)
+    start = method.start(W)
     return start["B"].double(), start["A"].double()
 
 

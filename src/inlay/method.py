@@ -9,7 +9,7 @@ and never touches W. What papers call a residual weight, W − s ΔW(θ₀), is 
 W stays whole, the model starts exactly at the pretrained one in every dtype, nothing is decomposed when an adapter is
 loaded (θ₀ is stored with θ), and any number of adapters can share one base.
 
-A paper is one file in `inlay/methods`: a frozen dataclass whose fields are its hyperparameters, `init` (the start),
+A paper is one file in `inlay/methods`: a frozen dataclass whose fields are its hyperparameters, `start` (θ₀),
 `delta` or, where ΔW = B A, `factors` (the equation), and `apply` only where something beats the default.
 Nothing here or there knows of PEFT.
 """
@@ -54,8 +54,8 @@ class Method(ABC):
         paper: authors, year, arXiv id.
         trains: what is trained, in words.
         frozen: symbols of θ that are kept but never trained.
-        zero_init: ΔW(θ₀) = 0 for every W, so θ₀ need not be stored.
-        needs: what a data-driven `init` must have seen first (None: the weight alone).
+        zero_init: ΔW(θ₀) = 0 for every W, so θ₀ need not be stored; a property where it depends on a hyperparameter.
+        needs: what a data-driven `start` must have seen first (None: the weight alone).
     """
 
     name: ClassVar[str]
@@ -84,7 +84,7 @@ class Method(ABC):
         return self.scale or 1.0
 
     @abstractmethod
-    def init(self, W: Tensor, stats: Params | None = None) -> Params:
+    def start(self, W: Tensor, stats: Params | None = None) -> Params:
         """θ₀ for a weight W (out × in), in fp32 on W's device; on a meta tensor, the shapes alone.
 
         Raises:
@@ -101,6 +101,13 @@ class Method(ABC):
         Several adapters nest: each one is the `base` of the next.
         """
         return base(x) + F.linear(drop(x), (self.s * self.offset(p, p0, base.weight)).to(x.dtype))
+
+    def schedule(self, p: Params, t: float) -> frozenset[str]:
+        """The symbols that stay as they are from now on, when a fraction t of all optimiser steps is done.
+
+        The host calls it after every step; a method may also change θ in place here.
+        """
+        return frozenset()
 
     def offset(self, p: Params, p0: Params | None, W: Tensor) -> Tensor:
         """ΔW(θ) − ΔW(θ₀), (out × in): exactly zero at the start."""

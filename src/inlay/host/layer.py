@@ -177,7 +177,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         """
         for container in self.adapter_layer_names:
             self._held(container).pop(name) if name in self._held(container) else None
-        shapes = method.init(torch.empty(self.out_features, self.in_features, device="meta"))
+        shapes = method.start(torch.empty(self.out_features, self.in_features, device="meta"))
         trained = tuple(k for k in shapes if k not in method.frozen)
         self.cuts[name] = Cut(method, tuple(shapes), () if method.zero_init else trained, **about)
         for k, shape in shapes.items():
@@ -211,7 +211,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         if like in self.cuts and cut.start:
             start = self._start_of(like)
         else:
-            start = cut.method.init(self.pristine().detach().float())
+            start = cut.method.start(self.pristine().detach().float())
         slots = self.slots(name)
         for k in cut.symbols:
             weight = slots[f"{PREFIX}{k}.{name}.weight"].weight.copy_(start[k])

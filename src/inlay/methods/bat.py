@@ -33,7 +33,7 @@ class Bat(Method):
 
     r: int = field(default=8, metadata={"help": "block size; must divide both sides of the weight", "min": 1})
 
-    def init(self, W: Tensor, stats: Params | None = None) -> Params:
+    def start(self, W: Tensor, stats: Params | None = None) -> Params:
         check_blocks(self, self.r, W)
         return {"B": torch.zeros(W.shape[1] // self.r, self.r, self.r, device=W.device)}
 

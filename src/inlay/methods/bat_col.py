@@ -30,7 +30,7 @@ class BatCol(Method):
 
     r: int = field(default=8, metadata={"help": "block size; must divide both sides of the weight", "min": 1})
 
-    def init(self, W: Tensor, stats: Params | None = None) -> Params:
+    def start(self, W: Tensor, stats: Params | None = None) -> Params:
         check_blocks(self, self.r, W)
         return {"B": torch.zeros(W.shape[0] // self.r, self.r, self.r, device=W.device)}
 

@@ -29,7 +29,7 @@ class Bone(LowRank):
     trains = "D (r × out)"
     zero_init = True
 
-    def init(self, W: Tensor, stats: Params | None = None) -> Params:
+    def start(self, W: Tensor, stats: Params | None = None) -> Params:
         out, inp = W.shape
         if self.r > inp:
             raise ValueError(f"bone: r={self.r} is larger than the {inp} inputs of the weight; choose r <= {inp}")

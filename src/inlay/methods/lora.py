@@ -39,7 +39,7 @@ class LoRA(LowRank):
     def s(self) -> float:
         return (self.scale or 1.0) if self.alpha is None else self.alpha / self.r
 
-    def init(self, W: Tensor, stats: Params | None = None) -> Params:
+    def start(self, W: Tensor, stats: Params | None = None) -> Params:
         check_rank(self, self.r, W)
         out, inp = W.shape
         A = torch.empty(self.r, inp, device=W.device)

@@ -31,7 +31,7 @@ class MiLoRA(LowRank):
         default="minor", metadata={"help": "which triplets", "choices": ("minor", "middle", "random")}
     )
 
-    def init(self, W: Tensor, stats: Params | None = None) -> Params:
+    def start(self, W: Tensor, stats: Params | None = None) -> Params:
         check_rank(self, self.r, W)
         U, S, Vh = linalg.svd(W, self.r, self.side)
         root = (S / self.s).sqrt()

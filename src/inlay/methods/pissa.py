@@ -24,7 +24,7 @@ class PiSSA(LowRank):
     paper = "Meng et al. 2024, arXiv 2404.02948"
     trains = "A (r × in), B (out × r)"
 
-    def init(self, W: Tensor, stats: Params | None = None) -> Params:
+    def start(self, W: Tensor, stats: Params | None = None) -> Params:
         check_rank(self, self.r, W)
         U, S, Vh = linalg.top_svd(W, self.r)
         root = (S / self.s).sqrt()
