@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from inlay import ops
+
 Params = dict[str, Tensor]  # θ of one weight, keyed by the symbol the paper uses
 Drop = Callable[[Tensor], Tensor]  # dropout of this step, or the identity
 
@@ -100,7 +102,11 @@ class Method(ABC):
 
         Several adapters nest: each one is the `base` of the next.
         """
-        return base(x) + F.linear(drop(x), (self.s * self.offset(p, p0, base.weight)).to(x.dtype))
+        if base.weight.requires_grad:  # a trained change lies under this one: let autograd see all of it
+            return base(x) + F.linear(drop(x), (self.s * self.offset(p, p0, base.weight)).to(x.dtype))
+        return base(x) + ops.product(
+            drop(x), lambda *values: self.s * self.offset(dict(zip(p, values, strict=True)), p0, base.weight), *p.values()
+        )
 
     def schedule(self, p: Params, t: float) -> frozenset[str]:
         """The symbols that stay as they are from now on, when a fraction t of all optimiser steps is done.

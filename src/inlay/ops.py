@@ -5,10 +5,48 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 SCRATCH = 1 << 20  # numbers of ΔW built at a time
+
+
+def product(x: Tensor, build: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """x Dᵀ, (..., out), for a matrix D = build(*tensors), (out × in); differentiable in x and the tensors.
+
+    Only x and the tensors are kept: the backward pass builds D again, and gᵀx lives for a moment. D is built in the
+    tensors' own precision (autocast does not reach it) and rounded once, to the dtype of the product.
+    """
+    if torch.compiler.is_compiling():  # the compiler decides itself what to keep and what to compute twice
+        return F.linear(x, build(*tensors).to(x.dtype))
+    return _Product.apply(x, build, *tensors)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, build: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *tensors)
+        ctx.build = build
+        with torch.autocast(x.device.type, enabled=False):
+            D = build(*tensors)
+        return F.linear(x, D.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor):
+        x, *tensors = ctx.saved_tensors
+        need_x, _, *needs = ctx.needs_input_grad
+        leaves = [t.detach().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
+        with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+            D = ctx.build(*leaves)
+        dx = (g @ D.detach().to(g.dtype)).to(x.dtype) if need_x else None
+        trained = [leaf for leaf in leaves if leaf.requires_grad]
+        grads = iter(())
+        if trained:
+            dD = g.reshape(-1, g.shape[-1]).T @ x.reshape(-1, x.shape[-1]).to(g.dtype)
+            grads = iter(torch.autograd.grad(D, trained, dD.to(D.dtype)))
+        return dx, None, *(next(grads) if need else None for need in needs)
 
 
 def bat_col_delta(W: Tensor, B: Tensor) -> Tensor:
