@@ -22,6 +22,11 @@ def low_rank(p: Params, W: Tensor) -> Tensor:
     return torch.einsum("or,ri->oi", p["B"], p["A"])
 
 
+def lamda(p: Params, W: Tensor) -> Tensor:
+    B = torch.cat([p[k] for k in sorted(p) if k.startswith("B_")], dim=1)
+    return torch.einsum("ok,kr,ri->oi", B, p["S"], p["A"])
+
+
 def bone(p: Params, W: Tensor) -> Tensor:
     D, (out, inp) = p["D"], W.shape
     columns = [D[c % len(D)] for c in range(inp)]
@@ -53,12 +58,20 @@ class Row:
     lora_exact: bool = True  # ΔW(θ) − ΔW(θ₀) is a product of thin factors
 
 
+LAMDA = {"S", "B_1", "B_2", "B_3", "B_4"}
 CONTRACT = {
     "lora": Row(methods.LoRA(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank, seeded=True),
     "pissa": Row(methods.PiSSA(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
     "milora": Row(methods.MiLoRA(r=8), (40, 24), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
     "milora middle": Row(methods.MiLoRA(r=8, side="middle"), (24, 24), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
     "milora random": Row(methods.MiLoRA(r=8, side="random"), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
+    "lamda": Row(methods.LaMDA(r=8, stages=4), (24, 40), LAMDA, lambda m, n: 64 + 8 * m, lamda),
+    "lamda svd_zero": Row(
+        methods.LaMDA(r=8, stages=4, init="svd_zero"), (40, 24), LAMDA, lambda m, n: 64 + 8 * m, lamda
+    ),
+    "lamda kaiming": Row(
+        methods.LaMDA(r=7, stages=4, init="kaiming"), (24, 40), LAMDA, lambda m, n: 49 + 7 * m, lamda, seeded=True
+    ),
     "bone": Row(methods.Bone(r=8), (24, 40), {"D"}, lambda m, n: 8 * m, bone),
     "bone short": Row(methods.Bone(r=7), (24, 40), {"D"}, lambda m, n: 7 * m, bone),
     "bat": Row(methods.Bat(r=8), (24, 40), {"B"}, lambda m, n: 8 * n, bat, lora_exact=False),
@@ -225,7 +238,7 @@ def test_apply_is_the_equation_with_its_gradients(row, bias, lead, scale):
     for leaf in leaves:
         leaf.requires_grad_()
     y = method.apply(p, given(method, p0), x, Under(W, b))
-    s = 1.0 if scale is None else scale
+    s = method.s if scale is None else scale
     expected = F.linear(x, W, b) + s * F.linear(x, row.delta(p, W) - row.delta(p0, W))
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
     for got, want in zip(torch.autograd.grad(y, leaves, g), torch.autograd.grad(expected, leaves, g), strict=True):
@@ -256,7 +269,7 @@ def test_apply_without_a_gradient_on_one_side(row, frozen):
     for k in row.trained:
         p[k].requires_grad_(frozen != "parameters")
     leaves = [x] if frozen == "parameters" else [p[k] for k in sorted(row.trained)]
-    expected = F.linear(x, W + row.delta(p, W) - row.delta(p0, W)).square().sum()
+    expected = F.linear(x, W + method.s * (row.delta(p, W) - row.delta(p0, W))).square().sum()
     got = method.apply(p, given(method, p0), x, Under(W)).square().sum()
     for a, b in zip(torch.autograd.grad(got, leaves), torch.autograd.grad(expected, leaves), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
@@ -425,8 +438,9 @@ def test_merge_in_bf16_rounds_once(row):
     wander(model, 0.05)
     layer = layers_of(model)[0]
     _, p, p0 = layer.theta("default")
-    exact = W.double() + row.delta({k: v.double() for k, v in p.items()}, W.double())
-    exact = exact - (0 if p0 is None else row.delta({k: v.double() for k, v in p0.items()}, W.double()))
+    delta = row.delta({k: v.double() for k, v in p.items()}, W.double())
+    delta = delta - (0 if p0 is None else row.delta({k: v.double() for k, v in p0.items()}, W.double()))
+    exact = W.double() + row.method.s * delta
     model.merge_adapter()
     half_a_step = torch.ldexp(torch.ones_like(exact), torch.frexp(exact).exponent - 9)
     error = (layer.base_layer.weight.double() - exact).abs()

@@ -8,5 +8,6 @@ from inlay import methods
 from inlay._version import __version__
 from inlay.export import merge
 from inlay.host.peft import InlayConfig
+from inlay.host.schedule import Schedule, step
 
-__all__ = ["InlayConfig", "__version__", "merge", "methods"]
+__all__ = ["InlayConfig", "Schedule", "__version__", "merge", "methods", "step"]

@@ -104,9 +104,11 @@ class Method(ABC):
         """
         if base.weight.requires_grad:  # a trained change lies under this one: let autograd see all of it
             return base(x) + F.linear(drop(x), (self.s * self.offset(p, p0, base.weight)).to(x.dtype))
-        return base(x) + ops.product(
-            drop(x), lambda *values: self.s * self.offset(dict(zip(p, values, strict=True)), p0, base.weight), *p.values()
-        )
+
+        def change(*values: Tensor) -> Tensor:
+            return self.s * self.offset(dict(zip(p, values, strict=True)), p0, base.weight)
+
+        return base(x) + ops.product(drop(x), change, *p.values())
 
     def schedule(self, p: Params, t: float) -> frozenset[str]:
         """The symbols that stay as they are from now on, when a fraction t of all optimiser steps is done.
@@ -151,6 +153,12 @@ class LowRank(Method):
         return B @ A
 
     def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
+        if "A" in self.frozen:  # then A x, r wide, is all that need be kept, if dropout comes after it
+
+            def left(*values: Tensor) -> Tensor:
+                return self.s * self.pair(dict(zip(p, values, strict=True)), p0, x.shape[-1])[0]
+
+            return base(x) + ops.product(drop(F.linear(x, p["A"].to(x.dtype))), left, *p.values())
         B, A = self.pair(p, p0, x.shape[-1])
         # The small factors go to x's dtype, never x to theirs: a copy of x per layer is PEFT's largest avoidable cost.
         return base(x) + F.linear(F.linear(drop(x), A.to(x.dtype)), (self.s * B).to(x.dtype))
@@ -181,5 +189,9 @@ def check_value(owner: str, key: str, kind: str, meta: Any, value: Any) -> None:
         raise ValueError(f"{owner}: {key}={value!r} is not a whole number")
     elif kind.startswith("float") and (type(value) not in (int, float) or not math.isfinite(cast(float, value))):
         raise ValueError(f"{owner}: {key}={value!r} is not a finite number")
+    if "above" in meta and value <= meta["above"]:
+        raise ValueError(f"{owner}: {key}={value} is not above {meta['above']}")
+    if "max" in meta and value > meta["max"]:
+        raise ValueError(f"{owner}: {key}={value} is above {meta['max']}")
     if "min" in meta and value < meta["min"]:
         raise ValueError(f"{owner}: {key}={value} is below {meta['min']}")

@@ -38,6 +38,20 @@ class Slot(nn.Module):
     def forward(self) -> Tensor:
         return self.weight
 
+    def freeze(self) -> nn.Parameter | None:
+        """Make a parameter a buffer with the same numbers, and give it back for its optimiser to forget.
+
+        A buffer, because PEFT turns gradients back on whenever adapters are switched, and sharded savers drop
+        parameters without gradients. The optimiser's groups keep the parameter, so its checkpoints still fit.
+        """
+        if "weight" not in self._parameters:
+            return None
+        weight = cast(nn.Parameter, self.weight)
+        del self.weight
+        self.register_buffer("weight", weight.detach())
+        weight.requires_grad_(False).grad = None
+        return weight
+
 
 @dataclass
 class Cut:
@@ -162,8 +176,9 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         if cut.pending:
             self.settle(name)
         p = {k: self._held(PREFIX + k)[name]() for k in cut.symbols}
-        p0 = {k: self._held(START + k)[name]() for k in cut.start}
-        return cut.method, p, p0 or None
+        if not cut.start:
+            return cut.method, p, None
+        return cut.method, p, {k: self._held(START + k)[name]() if k in cut.start else p[k] for k in cut.symbols}
 
     def _held(self, container: str) -> nn.ModuleDict:
         return cast(nn.ModuleDict, self._modules[container])
@@ -237,6 +252,17 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         else:
             self.check_seal(name, {path: slot.weight for path, slot in self.slots(name).items()})
             self.cuts[name].pending = False
+
+    @torch.no_grad()
+    def advance(self, t: float) -> list[nn.Parameter]:
+        """Let the active adapters' methods follow the training to its fraction t; gives back what is now frozen."""
+        frozen = []
+        for name in (a for a in self.active_adapters if a in self.cuts):
+            method, p, _ = self.theta(name)
+            for k in sorted(method.schedule(p, t)):
+                weight = cast(Slot, self._held(PREFIX + k)[name]).freeze()
+                frozen += [] if weight is None else [weight]
+        return frozen
 
     def check_seal(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Raise a ValueError unless what fills an adapter's slots, and the base under them, bear its seal."""

@@ -1,4 +1,4 @@
-"""The weights of a model as its checkpoint stores them, one tensor at a time: no model is built, no second copy held."""
+"""The weights of a model as its checkpoint stores them, one tensor at a time: no model is built, nothing held twice."""
 
 from __future__ import annotations
 

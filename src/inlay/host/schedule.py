@@ -1,0 +1,48 @@
+"""What a method does in the course of training (LaMDA freezes), for the Trainer and for a loop written by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from inlay.host.layer import InlayLinear
+
+
+def step(model: nn.Module, t: float, optimizer: torch.optim.Optimizer | None = None) -> int:
+    """Call it after every optimiser step, and once before the first one when a run is resumed.
+
+    What a method freezes at t stays bit for bit as it is: no gradient is computed for it, and no optimiser moves it.
+
+    Args:
+        model: adapted, also within DDP or torch.compile; only its active adapters are looked at.
+        t: the fraction of all optimiser steps that is done, 0 to 1.
+        optimizer: if given, its state for what is frozen now is released.
+
+    Returns:
+        How many numbers of the model are still trained.
+
+    Raises:
+        ValueError: t is not in [0, 1].
+    """
+    if not 0.0 <= t <= 1.0:
+        raise ValueError(f"t={t} is not the fraction of the training that is done: it must be in [0, 1]")
+    for module in model.modules():
+        for weight in module.advance(t) if isinstance(module, InlayLinear) else ():
+            if optimizer is not None:
+                optimizer.state.pop(weight, None)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+class Schedule(TrainerCallback):
+    """`step` for transformers' Trainer and trl's trainers: `Trainer(..., callbacks=[Schedule()])`."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.on_step_end(args, state, control, model, **kwargs)  # a resumed run goes on where its schedule was
+
+    def on_step_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        step(model, min(1.0, state.global_step / max(1, state.max_steps)), optimizer)
