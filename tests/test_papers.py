@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, MissConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DebertaV2Config, DebertaV2Model, LlamaConfig, LlamaForCausalLM
 
-from inlay import InlayConfig, methods
+from inlay import InlayConfig, methods, step
 from inlay.method import Method
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -221,6 +221,86 @@ def test_milora_of_a_bf16_weight_starts_exactly():
     assert (get_peft_model(net, ours(methods.MiLoRA(r=16)))(x) - before).abs().max() == 0
 
 
+# LaMDA
+
+
+@pytest.mark.parametrize("scale", [None, 0.25])
+@pytest.mark.parametrize(("out", "inp"), [(48, 80), (80, 48), (64, 64)])
+def test_lamda_starts_between_the_first_singular_vectors(out, inp, scale):
+    W = torch.randn(out, inp)
+    method = methods.LaMDA(r=10, stages=4, scale=scale)
+    p = {k: v.double() for k, v in method.start(W).items()}
+    B, S, A = torch.cat([p[f"B_{i}"] for i in (1, 2, 3, 4)], 1), p["S"], p["A"]
+    assert [p[f"B_{i}"].shape[1] for i in (1, 2, 3, 4)] == [3, 3, 2, 2]
+    U, sigma, Vh = torch.linalg.svd(W.double(), full_matrices=False)
+    eye = torch.eye(10, dtype=torch.float64)
+    torch.testing.assert_close(B.T @ B, eye, rtol=0, atol=1e-5)
+    torch.testing.assert_close(A @ A.T, eye, rtol=0, atol=1e-5)
+    torch.testing.assert_close(method.s * S, torch.diag(sigma[:10]), rtol=1e-5, atol=1e-5)
+    assert distance(method.s * B @ S @ A, U[:, :10] * sigma[:10] @ Vh[:10]) < 1e-5
+
+
+def first_gradients(method: Method) -> dict[str, float]:
+    model = one_layer(48, 80, ours(method))
+    model(torch.randn(5, 80)).square().sum().backward()
+    return {k.removeprefix("inlay_"): p.grad.norm().item() for k, p in tensors(model).items()}
+
+
+def test_what_moves_first_in_lamda():
+    svd, zero, kaiming = (first_gradients(methods.LaMDA(r=8, stages=2, init=k)) for k in ("svd", "svd_zero", "kaiming"))
+    assert min(svd.values()) > 1e-3
+    assert zero["S"] > 1e-3
+    assert zero["B_1"] == zero["B_2"] == 0  # B moves only after S has
+    assert kaiming["S"] == 0
+    assert min(kaiming["B_1"], kaiming["B_2"]) > 1e-3
+
+
+def test_the_published_start_of_lamda():
+    p = methods.LaMDA(r=64, init="kaiming").start(torch.randn(96, 400))
+    assert methods.LaMDA(r=64, init="kaiming").s == 16 / 64
+    assert methods.LaMDA(r=64, init="kaiming", scale=2.0).s == 2.0
+    for k, inp in (("A", 400), ("S", 64)):  # nn.Linear's default: uniform within ±1/√in
+        assert p[k].abs().max().item() == pytest.approx(1 / math.sqrt(inp), rel=0.05)
+        assert p[k].std().item() == pytest.approx(1 / math.sqrt(3 * inp), rel=0.05)
+    assert all(p[f"B_{i}"].abs().max() == 0 for i in range(1, 9))
+
+
+def test_dropout_of_lamda_is_on_the_rank_side():
+    """Before the frozen A it would keep a copy of x for the backward pass."""
+    shapes, layer = [], methods.LaMDA(r=8)
+    W = torch.randn(24, 40)
+    p = layer.start(W)
+
+    class Base:
+        weight = W
+
+        def __call__(self, x):
+            return F.linear(x, W)
+
+    def drop(x: Tensor) -> Tensor:
+        shapes.append(tuple(x.shape))
+        return x
+
+    layer.apply(p, dict(p), torch.randn(5, 40), Base(), drop)
+    assert shapes == [(5, 8)]
+
+
+def test_the_count_behind_lamdas_17_7():
+    """DeBERTa-v3-base, the six linears of twelve layers: LoRA's r = 8 against what LaMDA's r = 32 ends with."""
+    targets = ["query_proj", "key_proj", "value_proj", "dense"]
+    counts = {}
+    for method in (methods.LoRA(r=8), methods.LaMDA(r=32)):
+        with torch.device("meta"):
+            net = DebertaV2Model(
+                DebertaV2Config(vocab_size=128100, relative_attention=True, pos_att_type=["p2c", "c2p"])
+            )
+        config = InlayConfig(method=method, target_modules=targets, exclude_modules=".*pooler.*")
+        model = get_peft_model(net, config)
+        counts[method.name] = step(model, 0.0), step(model, 1.0)
+    assert counts == {"lora": (1_327_104, 1_327_104), "lamda": (73_728 + 12 * 32 * (5 * 768 + 3072), 73_728)}
+    assert 1_327_104 / 73_728 == 18.0  # the paper says 17.7
+
+
 # Real weights
 
 
@@ -270,6 +350,7 @@ def llama_7b() -> LlamaForCausalLM:
         (methods.LoRA(r=64), 159_907_840),
         (methods.PiSSA(r=128), 319_815_680),
         (methods.MiLoRA(r=32), 79_953_920),
+        (methods.LaMDA(r=64), 224 * 64 * 64 + 87_031_808),
     ],
     ids=lambda v: v.name if isinstance(v, Method) else "",
 )

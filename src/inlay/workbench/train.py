@@ -19,6 +19,7 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_rep
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
+from inlay.host.schedule import Schedule
 from inlay.workbench import memory, models, report
 from inlay.workbench.files import check_free, new_folder, set_aside, write_text
 from inlay.workbench.generate import answer
@@ -192,7 +193,7 @@ def build(recipe: Recipe, base, tokenizer, rows: Examples, folder: Path) -> SFTT
         eval_dataset=as_dataset(rows.heldout, tokenizer),
         processing_class=tokenizer,
         peft_config=recipe.config(),
-        callbacks=stop,
+        callbacks=[Schedule(), *stop],
     )
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from inlay.workbench.memory import gib
+from inlay.workbench.memory import gib, trainable
 
 
 class Watch(TrainerCallback):
@@ -33,7 +33,7 @@ class Watch(TrainerCallback):
         self.bar.update(self.task, total=state.max_steps)
         self.bar.start()
 
-    def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs) -> None:
+    def on_log(self, args, state, control, logs: dict[str, Any] | None = None, model=None, **kwargs) -> None:
         logs = logs or {}
         names = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy", "eval_mean_token_accuracy")
         row = {"step": state.global_step, **{name: logs[name] for name in names if name in logs}}
@@ -41,6 +41,7 @@ class Watch(TrainerCallback):
             self.tokens = int(logs.get("num_tokens", self.tokens))
             seconds = time.perf_counter() - self.started
             row |= {"tokens": self.tokens, "seconds": round(seconds, 3), "memory": peak_memory()}
+            row |= {"trained": trainable(model)} if model is not None else {}
             self._show(state, row)
         if len(row) > 1 and ("loss" in row or "eval_loss" in row):
             self.history.append(row)
@@ -50,10 +51,16 @@ class Watch(TrainerCallback):
     def _show(self, state, row: dict[str, Any]) -> None:
         speed = row["tokens"] / max(row["seconds"], 1e-9)
         now = f"loss {row['loss']:.3f}  {speed:,.0f} tokens/s  {gib(row['memory'])}"
+        now += f"  {row['trained']:,} trained" if self.falls(row) else ""
         self.bar.update(self.task, completed=state.global_step, now=now)
         if not self.console.is_terminal and state.global_step % max(1, state.max_steps // 20) == 0:
             left = row["seconds"] / state.global_step * (state.max_steps - state.global_step)
             self.console.print(f"step {state.global_step}/{state.max_steps}  {now}  {duration(left)} left")
+
+    def falls(self, row: dict[str, Any]) -> bool:
+        """Whether a schedule has frozen anything since the first step, so that the number is worth a look."""
+        first = next((r["trained"] for r in self.history if "trained" in r), None)
+        return first is not None and row.get("trained", first) != first
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         self.bar.stop()
