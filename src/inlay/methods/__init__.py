@@ -4,13 +4,14 @@ from inlay.method import Method
 from inlay.methods.bat import Bat
 from inlay.methods.bat_col import BatCol
 from inlay.methods.bone import Bone
+from inlay.methods.dota import DoTA
 from inlay.methods.lora import LoRA
 from inlay.methods.milora import MiLoRA
 from inlay.methods.pissa import PiSSA
 
-METHODS: tuple[type[Method], ...] = (LoRA, PiSSA, MiLoRA, Bone, Bat, BatCol)
+METHODS: tuple[type[Method], ...] = (LoRA, PiSSA, MiLoRA, Bone, Bat, BatCol, DoTA)
 
-__all__ = ["METHODS", "Bat", "BatCol", "Bone", "LoRA", "MiLoRA", "PiSSA", "find"]
+__all__ = ["METHODS", "Bat", "BatCol", "Bone", "DoTA", "LoRA", "MiLoRA", "PiSSA", "find"]
 
 
 def _descendants(cls: type[Method]) -> list[type[Method]]:
