@@ -44,6 +44,16 @@ def bat_col(p: Params, W: Tensor) -> Tensor:
     return torch.cat([torch.cat([w @ B[a] + B[a] for w in row.split(r, 1)], 1) for a, row in enumerate(W.split(r))])
 
 
+def mpo(p: Params, W: Tensor) -> Tensor:
+    """MPO[o_1..o_N, i_1..i_N] = Σ over the bonds of Π_k T_k[d_{k-1}, o_k, i_k, d_k], with one letter to an index."""
+    cores = [p[f"T{k + 1}"] for k in range(len(p))]
+    letter = [iter("abcdefgh"), iter("ijklmnop"), iter("qrstuvwx")]
+    bonds, rows, columns = ([next(it) for _ in range(len(cores) + 1)] for it in letter)
+    terms = [bonds[k] + rows[k] + columns[k] + bonds[k + 1] for k in range(len(cores))]
+    out = bonds[0] + "".join(rows[:-1]) + "".join(columns[:-1]) + bonds[-1]
+    return torch.einsum(f"{','.join(terms)}->{out}", *cores).reshape(W.shape)
+
+
 @dataclass
 class Row:
     """What a method promises. `numbers` counts what it trains on an (m × n) weight; `delta` is ΔW(θ) written down
@@ -59,6 +69,8 @@ class Row:
 
 
 LAMDA = {"S", "B_1", "B_2", "B_3", "B_4"}
+
+# fmt: off
 CONTRACT = {
     "lora": Row(methods.LoRA(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank, seeded=True),
     "pissa": Row(methods.PiSSA(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
@@ -76,8 +88,23 @@ CONTRACT = {
     "bone short": Row(methods.Bone(r=7), (24, 40), {"D"}, lambda m, n: 7 * m, bone),
     "bat": Row(methods.Bat(r=8), (24, 40), {"B"}, lambda m, n: 8 * n, bat, lora_exact=False),
     "bat_col": Row(methods.BatCol(r=8), (24, 40), {"B"}, lambda m, n: 8 * m, bat_col, lora_exact=False),
+    # 24 = 2 · 4 · 3 and 40 = 2 · 5 · 4; 24 = 4 · 6 and 40 = 5 · 8
+    "dota": Row(
+        methods.DoTA(bond=2, cores=3), (24, 40), {"T1", "T2", "T3"},
+        lambda m, n: 2 * (2 * 2) + 2 * (4 * 5) * 2 + (3 * 4) * 2, mpo, lora_exact=False,
+    ),
+    "dota random": Row(
+        methods.DoTA(bond=4, cores=2, init="random"), (24, 40), {"T1", "T2"},
+        lambda m, n: (4 * 5) * 4 + 4 * (6 * 8), mpo, seeded=True, lora_exact=False,
+    ),
+    "dota odd": Row(
+        methods.DoTA(bond=3, cores=3, shapes=[[1, 7, 3], [13, 1, 2]]), (21, 26), {"T1", "T2", "T3"},
+        lambda m, n: 13 * 3 + 3 * 7 * 3 + 3 * 6, mpo, lora_exact=False,
+    ),
 }
+# fmt: on
 BY_NAME = {row.method.name: row for row in reversed(CONTRACT.values())}
+pytestmark = pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning")  # of these small weights it is large
 every_row = pytest.mark.parametrize("row", CONTRACT.values(), ids=CONTRACT)
 every_method = pytest.mark.parametrize("row", BY_NAME.values(), ids=BY_NAME)
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -642,7 +669,7 @@ def test_the_change_has_the_rank_that_export_relies_on(row):
         torch.testing.assert_close(B @ A, row.delta(p, W), rtol=1e-10, atol=1e-10)
         assert rank <= method.r * (1 if method.zero_init else 2)
     else:
-        assert rank > method.r
+        assert rank > row.numbers(*row.shape) / sum(row.shape)  # more than as many numbers give as thin factors
 
 
 WRONG = [
@@ -671,6 +698,18 @@ WRONG = [
     ("lamda", {"stages": 0}, ["stages=0", "below 1"]),
     ("lamda", {"freeze_order": "first"}, ["freeze_order='first'", "largest", "smallest"]),
     ("milora", {"side": ["minor"]}, ["side=['minor']"]),
+    ("dota", {"r": 8}, ["'r'", "bond", "cores", "shapes", "init"]),
+    ("dota", {"bond": 0}, ["bond=0", "1"]),
+    ("dota", {"bond": 4.0}, ["bond=4.0", "whole number"]),
+    ("dota", {"cores": 0}, ["cores=0", "1"]),
+    ("dota", {"init": "svd"}, ["init='svd'", "mpo", "random"]),
+    ("dota", {"shapes": 4}, ["shapes=4", "[[o_1..o_N], [i_1..i_N]]", "{dimension: factors}"]),
+    ("dota", {"shapes": [[4, 6]], "cores": 2}, ["shapes=[[4, 6]]", "pair"]),
+    ("dota", {"shapes": [[4, 6], [5, 8]]}, ["[4, 6]", "2 factors", "cores=5", "set cores=2"]),
+    ("dota", {"shapes": [[4, 6], [5, 8.0]], "cores": 2}, ["[5, 8.0]", "whole numbers"]),
+    ("dota", {"shapes": [[4, 0], [5, 8]], "cores": 2}, ["[4, 0]", "from 1 on"]),
+    ("dota", {"shapes": {"40": [5, 9]}, "cores": 2}, ["[5, 9]", "45", "40", "[5, 8]"]),
+    ("dota", {"shapes": {"wide": [5, 8]}, "cores": 2}, ["'wide'", "whole numbers as keys"]),
 ]
 
 
@@ -691,6 +730,10 @@ def test_a_wrong_hyperparameter_is_refused_with_its_value_and_the_choices(name, 
         (methods.Bone(r=41), ["layer", "r=41", "40"]),
         (methods.Bat(r=5), ["layer", "r=5", "24 × 40", "[1, 2, 4, 8]"]),
         (methods.BatCol(r=3), ["layer", "r=3", "24 × 40", "[1, 2, 4, 8]"]),
+        (
+            methods.DoTA(cores=2, shapes=[[4, 6], [5, 9]]),
+            ["layer", "[5, 9]", "45", "40", "[5, 8]", "{dimension: factors}"],
+        ),
     ],
     ids=lambda v: str(v) if isinstance(v, Method) else "",
 )

@@ -12,7 +12,7 @@ import inlay
 PACKAGE = Path(inlay.__file__).parent
 FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
 METHOD_FILES = [name for name in FILES if name.startswith("methods/") and name != "methods/__init__.py"]
-CORE = ["method.py", "ops.py", "linalg.py", *(name for name in FILES if name.startswith("methods/"))]
+CORE = ["method.py", "ops.py", "linalg.py", "trains.py", *(name for name in FILES if name.startswith("methods/"))]
 PLOTTING = {"matplotlib", "plotly", "seaborn", "altair", "bokeh"}
 
 
@@ -47,7 +47,7 @@ def test_the_mathematics_imports_torch_and_itself_only(name):
     allowed = {"torch", "triton", "inlay", *sys.stdlib_module_names}
     assert roots(name) <= allowed
     own = {module for module in imported(FILES[name].read_text()) if module.startswith("inlay.")}
-    rooms = ("inlay.method", "inlay.methods", "inlay.ops", "inlay.linalg")
+    rooms = ("inlay.method", "inlay.methods", "inlay.ops", "inlay.linalg", "inlay.trains")
     assert all(module.startswith(rooms) for module in own), own
 
 

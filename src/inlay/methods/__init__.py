@@ -4,14 +4,15 @@ from inlay.method import Method
 from inlay.methods.bat import Bat
 from inlay.methods.bat_col import BatCol
 from inlay.methods.bone import Bone
+from inlay.methods.dota import DoTA
 from inlay.methods.lamda import LaMDA
 from inlay.methods.lora import LoRA
 from inlay.methods.milora import MiLoRA
 from inlay.methods.pissa import PiSSA
 
-METHODS: tuple[type[Method], ...] = (LoRA, PiSSA, MiLoRA, LaMDA, Bone, Bat, BatCol)
+METHODS: tuple[type[Method], ...] = (LoRA, PiSSA, MiLoRA, LaMDA, DoTA, Bone, Bat, BatCol)
 
-__all__ = ["METHODS", "Bat", "BatCol", "Bone", "LaMDA", "LoRA", "MiLoRA", "PiSSA", "find"]
+__all__ = ["METHODS", "Bat", "BatCol", "Bone", "DoTA", "LaMDA", "LoRA", "MiLoRA", "PiSSA", "find"]
 
 
 def _descendants(cls: type[Method]) -> list[type[Method]]:

@@ -1,0 +1,203 @@
+"""Tensor trains over a matrix: MPO(T1..TN)[o, i] = T1[o_1, i_1] T2[o_2, i_2] ... TN[o_N, i_N].
+
+The rows m = Π o_k and the columns n = Π i_k are split into N factors each, and core T_k has the shape
+(d_{k-1}, o_k, i_k, d_k) with d_0 = d_N = 1. The bond d_k is at most min(Π_{l<=k} o_l i_l, Π_{l>k} o_l i_l): there the
+train holds any matrix exactly. A train is a list of its cores.
+
+A matrix is cut from left to right (Oseledets 2011, "Tensor-Train Decomposition", theorem 2.2: the error is at most the
+root of the sum of the squares of what the bonds cut off). A wide unfolding goes through its short side; its Gram matrix
+is summed in fp64, so that nothing above the rounding of an fp32 weight is lost.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inlay import linalg
+
+Train = list[Tensor]
+Shape = tuple[int, int, int, int]
+
+SMALL = 1024  # up to this short side a full eigendecomposition is as fast as a few triplets
+STRIP = 1 << 14  # columns of an unfolding in fp64 at a time
+NOTHING = 1e-12  # a singular value this far below the largest is rounding
+
+
+def factorise(dimension: int, cores: int) -> list[int]:
+    """As many factors of a dimension as there are cores, as equal as its primes allow, the largest in the middle.
+
+    Each prime, largest first, goes to the smallest factor so far; factors fall off from the middle, to the right first.
+    """
+    factors = [1] * cores
+    for prime in reversed(_primes(dimension)):
+        factors[factors.index(min(factors))] *= prime
+    places = sorted(range(cores), key=lambda k: (abs(2 * k + 1 - cores), -k))
+    return [factor for _, factor in sorted(zip(places, sorted(factors, reverse=True), strict=True))]
+
+
+def _primes(number: int) -> list[int]:
+    found, divisor = [], 2
+    while divisor * divisor <= number:
+        while number % divisor == 0:
+            found.append(divisor)
+            number //= divisor
+        divisor += 1
+    return [*found, number] if number > 1 else found
+
+
+def read_factors(owner: str, given: Any, cores: int) -> Any:
+    """Factors given by hand, as JSON keeps them: [[o_1..o_N], [i_1..i_N]], {"dimension": factors}, or None.
+
+    Raises:
+        ValueError: not of that form, not as many as there are cores, or not factors of their dimension.
+    """
+    if given is None:
+        return None
+    if isinstance(given, Mapping):
+        if bad := [key for key in given if not str(key).isdecimal() or int(key) < 1]:
+            raise ValueError(f"{owner}: shapes={given!r}: {bad[0]!r} is not a dimension; use whole numbers as keys")
+        return {str(int(k)): _check_factors(owner, v, cores, int(k)) for k, v in given.items()}
+    if not isinstance(given, (list, tuple)) or len(given) != 2:
+        raise ValueError(
+            f"{owner}: shapes={given!r} is neither a pair [[o_1..o_N], [i_1..i_N]] nor a mapping {{dimension: factors}}"
+        )
+    return [_check_factors(owner, factors, cores) for factors in given]
+
+
+def choose_factors(owner: str, given: Any, cores: int, W: Tensor) -> tuple[list[int], list[int]]:
+    """The factors of the rows and of the columns of W: those `read_factors` returned, else `factorise`.
+
+    Raises:
+        ValueError: a given pair does not multiply to the shape of W.
+    """
+    out, inp = W.shape
+    if isinstance(given, list):
+        return _check_factors(owner, given[0], cores, out), _check_factors(owner, given[1], cores, inp)
+    known = given or {}
+    rows, columns = (known.get(str(d)) or factorise(d, cores) for d in (out, inp))
+    return rows, columns
+
+
+def _check_factors(owner: str, factors: Any, cores: int, dimension: int | None = None) -> list[int]:
+    if not isinstance(factors, (list, tuple)) or not all(type(f) is int and f >= 1 for f in factors):
+        raise ValueError(f"{owner}: shapes: {factors!r} is not a list of whole numbers from 1 on")
+    if len(factors) != cores:
+        raise ValueError(
+            f"{owner}: shapes: {list(factors)} has {len(factors)} factors for cores={cores}; "
+            f"give {cores} factors (1 is one) or set cores={len(factors)}"
+        )
+    if dimension is not None and math.prod(factors) != dimension:
+        raise ValueError(
+            f"{owner}: shapes: {list(factors)} multiplies to {math.prod(factors)}, the weight has {dimension} there; "
+            f"use for example {factorise(dimension, cores)}, or a mapping {{dimension: factors}} where weights differ"
+        )
+    return list(factors)
+
+
+def shapes(rows: list[int], columns: list[int], bond: int) -> list[Shape]:
+    """The shapes of the cores, with every bond min(bond, full bond)."""
+    pairs = [o * i for o, i in zip(rows, columns, strict=True)]
+    bonds = [min(bond, math.prod(pairs[:k]), math.prod(pairs[k:])) for k in range(len(pairs) + 1)]
+    return list(zip(bonds, rows, columns, bonds[1:], strict=False))
+
+
+@torch.no_grad()
+def decompose(W: Tensor, cores: list[Shape]) -> Train:
+    """The train of these shapes cut from W (m × n): fp64, on W's device, every core but the last orthonormal.
+
+    Its norm is therefore that of the last core. A zero or rank-deficient W is welcome.
+
+    Raises:
+        ValueError: W is not finite.
+    """
+    if not W.isfinite().all():
+        raise ValueError(f"the weight of shape {tuple(W.shape)} has entries that are NaN or infinite")
+    N = len(cores)
+    rest = W.float().reshape([s[1] for s in cores] + [s[2] for s in cores])
+    rest = rest.permute([axis for k in range(N) for axis in (k, N + k)]).reshape(1, -1)
+    train = []
+    for shape in cores[:-1]:
+        rest = rest.reshape(math.prod(shape[:3]), -1)
+        if shape[3] == len(rest):  # nothing is cut off here
+            U = torch.eye(len(rest), dtype=torch.float64, device=W.device)
+        else:
+            U = _leading(rest, shape[3])
+            rest = torch.cat([(U.mT @ strip.double()).float() for strip in rest.split(STRIP, 1)], 1)
+        train.append(U.reshape(shape))
+    return [*train, rest.reshape(cores[-1]).double()]
+
+
+def _leading(A: Tensor, d: int) -> Tensor:
+    """An orthonormal basis (rows × d), fp64, of the d leading left singular directions of A."""
+    wide = A.shape[0] <= A.shape[1]
+    if min(A.shape) > SMALL:
+        U, _, _ = linalg.top_svd(A, d)
+        return torch.linalg.qr(U.double()).Q
+    gram = sum(strip.double() @ strip.double().mT for strip in (A if wide else A.mT).split(STRIP, 1))
+    V = torch.linalg.eigh(gram).eigenvectors[:, -d:].flip(1)
+    return V if wide else torch.linalg.qr(A.double() @ V).Q
+
+
+@torch.no_grad()
+def balance(train: Train) -> Train:
+    """The same matrix with the root of each bond's singular values on both sides and all cores of one norm, fp32.
+
+    Takes what `decompose` gives. What a bond does not use (its singular value is zero) becomes zero on both sides.
+    """
+    train, scales = list(train), []
+    for k in range(len(train) - 1, 0, -1):
+        U, S, Vh = torch.linalg.svd(train[k].flatten(1), full_matrices=False)
+        train[k], train[k - 1] = Vh.view_as(train[k]), train[k - 1] @ (U * S)
+        used = S[0] * NOTHING < S
+        scales.append((torch.where(used, S, 0).sqrt(), torch.where(used, S, torch.inf).rsqrt()))
+    for k, (root, inverse) in enumerate(reversed(scales)):
+        train[k] = train[k] * inverse
+        train[k + 1] = root[:, None, None, None] * train[k + 1]
+    norms = torch.stack([core.norm() for core in train])
+    if norms.min() > 0:
+        factors = norms.log().mean().exp() / norms
+        train = [core * factor for core, factor in zip(train, factors, strict=True)]
+    return [core.float() for core in train]
+
+
+def gaussian(train: Train) -> Train:
+    """Normal cores of the shapes of a decomposed train, from the global generator, fp32.
+
+    Each core has the same expected squared norm, and the product that of the train.
+    """
+    # E ‖product‖² = Π_k E ‖T_k‖² / Π_k d_k, as each bond is summed over d_k independent terms.
+    square = train[-1].square().sum() * math.prod(core.shape[3] for core in train)
+    each = square ** (1 / len(train))
+    return [torch.randn(c.shape, device=c.device) * (each / c.numel()).sqrt().float() for c in train]
+
+
+def contract(train: Sequence[Tensor]) -> Tensor:
+    """The matrix (Π o_k × Π i_k) of a train, differentiable: from both ends to one product at a bond in the middle."""
+    sizes = [core.shape[1] * core.shape[2] for core in train]
+    halves = [min(math.prod(sizes[:k]), math.prod(sizes[k:])) for k in range(len(train) + 1)]
+    middle = halves.index(max(halves))
+    left, right = train[0].new_ones(1, 1, 1), train[0].new_ones(1, 1, 1)
+    for core in train[:middle]:  # (o, i, d)
+        left = torch.tensordot(left, core, 1).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+    for core in reversed(train[middle:]):  # (d, o, i)
+        right = torch.tensordot(core, right, 1).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    # Rows and columns are sorted on the two halves, which are small; the product is only transposed once.
+    return torch.tensordot(left, right, 1).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+
+
+def difference(train: Sequence[Tensor], start: Sequence[Tensor], factor: float = 1.0) -> Tensor:
+    """factor (contract(train) − contract(start)), (Π o_k × Π i_k): nothing large cancels, and equals give exactly zero.
+
+    Σ_k S_1..S_{k-1} (T_k − S_k) T_{k+1}..T_N is itself a train of twice the bonds, with the cores [[S, T − S], [0, T]].
+    """
+    first, *others = (torch.cat([S, T - S], 3) for T, S in zip(train, start, strict=True))
+    blocks = [factor * first]
+    for upper, T in zip(others, train[1:], strict=True):
+        blocks.append(torch.cat([upper, torch.cat([torch.zeros_like(T), T], 3)]))
+    blocks[-1] = blocks[-1][..., 1:]
+    return contract(blocks)
