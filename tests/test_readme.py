@@ -45,21 +45,28 @@ def workplace(tmp_path, monkeypatch):
 def test_every_command_of_the_readme_runs(workplace, tiny, capsys):
     verbs = []
     for words in commands():
+        words = [tiny if word == "builtin" else word for word in words]
         extra = {"train": ["--model", tiny, *TWIN], "generate": ["--tokens", "4"], "methods": ["--model", tiny]}
         main([*words, *extra.get(words[0], [])])
         verbs.append(words[0])
-    assert verbs == ["train", "train", "train", "methods", "generate", "merge"]
+    assert verbs == ["train", "train", "train", "methods", "generate", "inspect", "fold", "merge"]
+    assert (workplace / "spectra" / "spectra.json").exists()
+    assert (workplace / "folded" / "base" / "model.safetensors").exists()
     assert (workplace / "runs" / "mine" / "adapter" / "adapter_model.safetensors").exists()
     assert (workplace / "merged" / "model.safetensors").exists()
 
 
 def test_the_python_of_the_readme_runs(workplace, tiny):
-    (code,) = blocks(README, "python")
+    code, loop = blocks(README, "python")
     scope: dict = {}
     exec(code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", tiny), scope)
     merged = scope["merged"](input_ids=torch.arange(8)[None]).logits
     base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16)(input_ids=torch.arange(8)[None]).logits
     assert torch.equal(merged, base)  # nothing was trained in between
+    lamda = InlayConfig(method=methods.LaMDA(r=4), target_modules=["q_proj", "v_proj"])
+    scope = {"model": get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), lamda)}
+    exec(loop, scope)
+    assert scope["trained"] == 4 * 16
 
 
 def test_the_numbers_in_the_readme_are_those_of_inlay_methods(capsys):

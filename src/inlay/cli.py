@@ -72,7 +72,7 @@ def methods(options: argparse.Namespace) -> None:
     models.quiet()
     try:
         models.load_config(options.model or "builtin")
-        caption = f"parameters: {options.model or 'builtin'}, r = {options.r}, all linear layers"
+        caption = f"parameters: {options.model or 'builtin'}, r = {options.r} where there is one, all linear layers"
     except ValueError as error:
         if options.model:
             raise
@@ -81,17 +81,18 @@ def methods(options: argparse.Namespace) -> None:
     for column in ("method", "equation", "trains", "parameters", "paper"):
         table.add_column(column, no_wrap=column in ("method", "parameters"), justify="left")
     for method in METHODS:
-        numbers = "" if caption.startswith("no ") else count(method.name, options)
+        numbers = "" if caption.startswith("no ") else count(method, options)
         table.add_row(method.name, method.equation, method.trains, numbers, method.paper)
     terminal().print(table)
 
 
-def count(name: str, options: argparse.Namespace) -> str:
+def count(method: Any, options: argparse.Namespace) -> str:
     """A method's trainable numbers on a model, or why there is no such number."""
     from inlay import InlayConfig
     from inlay.workbench import memory
 
-    config = InlayConfig(method=name, args={"r": options.r}, target_modules="all-linear")
+    args = {"r": options.r} if any(f.name == "r" for f in fields(method)) else {}
+    config = InlayConfig(method=method.name, args=args, target_modules="all-linear")
     try:
         return f"{memory.count(options.model or 'builtin', config):,}"
     except ValueError as error:
