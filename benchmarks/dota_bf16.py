@@ -5,9 +5,9 @@
 A bf16 weight and input, fp32 cores of DoTA (5 cores, bond 16) that have moved by a relative step; the reference is the
 change x ΔWᵀ in fp64. "DoTA" is what the layer adds to its base; "sum" is the change of a layer that adds ΔW to its
 weight in bf16 first, judged in fp64 so that only the rounding of that sum counts. "arrives" is the part of the update
-that is in the change: its regression on the reference. The last four columns (y) are the same after a layer's output has
-been rounded to bf16 as well. That takes from both, as it does from any adapter on a bf16 layer: a change below half a
-rounding step of y is lost where it is added.
+that is in the change: its regression on the reference. The last four columns (y) are the same after a layer's output
+has been rounded to bf16 as well. That takes from both, as it does from any adapter on a bf16 layer: a change below half
+a rounding step of y is lost where it is added.
 """
 
 from __future__ import annotations
