@@ -25,6 +25,8 @@ lint: $(DEV)
 
 bench: $(DEV)  ## the measurements behind benchmarks/results
 	$(BIN)/python benchmarks/decompose.py
+	$(BIN)/python benchmarks/saved.py
+	$(BIN)/python benchmarks/dota_bf16.py
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

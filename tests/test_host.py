@@ -4,7 +4,7 @@ import copy
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import peft
 import pytest
@@ -26,8 +26,13 @@ TOKENS = torch.arange(24).view(2, 12)
 every_method = pytest.mark.parametrize("name", NAMES)
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning")  # of these small weights it is large
+
+
 def config(name="pissa", target_modules=LINEARS, r=8, **more) -> InlayConfig:
-    return InlayConfig(method=name, args={"r": r}, target_modules=target_modules, **more)
+    """Of any method; `r` is its size, whatever the method calls that."""
+    size = next(f.name for f in fields(methods.find(name)) if f.name in ("r", "bond"))
+    return InlayConfig(method=name, args={size: r}, target_modules=target_modules, **more)
 
 
 def logits(model: nn.Module, tokens: Tensor = TOKENS) -> Tensor:

@@ -138,15 +138,17 @@ def test_the_adapter_loads_with_peft_alone(run):
     assert model.peft_config["default"].method == "pissa"
 
 
+@pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning")  # of this tiny model's weights it is large
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_every_method_trains_from_the_command_line(method, tiny, records, tmp_path, capsys):
     out = tmp_path / "run"
-    flags = "--r 4 --steps 2 --batch-size 4 --eval-size 4 --samples 1 --dtype float32".split()
+    size = "bond" if method == "dota" else "r"
+    flags = f"--{size} 4 --steps 2 --batch-size 4 --eval-size 4 --samples 1 --dtype float32".split()
     main(["train", "--model", tiny, "--data", records, "--method", method, "--output", str(out), *flags])
     assert "held-out loss after" in capsys.readouterr().out
     base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     adapted = models.load_adapter(base, out / "adapter")
-    assert adapted.peft_config["default"].args["r"] == 4
+    assert adapted.peft_config["default"].args[size] == 4
 
 
 def test_options_of_a_longer_run(tiny, records, tmp_path):
