@@ -26,7 +26,7 @@ class Weights:
         try:
             one = cached_file(where, ONE, revision=revision, _raise_exceptions_for_missing_entries=False)
             index = None if one else cached_file(where, MANY, revision=revision)
-            paths = [one] if one else get_checkpoint_shard_files(where, index, revision=revision)[0]
+            paths = [one] if one else get_checkpoint_shard_files(where, index, revision=revision)[0] or []
             self.prefix = _base_prefix(model)
             self._files: dict[str, Path] = {}
             for path in map(Path, paths):
