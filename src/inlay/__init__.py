@@ -7,7 +7,8 @@ and TRL's trainers take an `InlayConfig` like any of PEFT's own.
 from inlay import methods
 from inlay._version import __version__
 from inlay.export import merge
+from inlay.folding import fold
 from inlay.host.peft import InlayConfig
 from inlay.host.schedule import Schedule, step
 
-__all__ = ["InlayConfig", "Schedule", "__version__", "merge", "methods", "step"]
+__all__ = ["InlayConfig", "Schedule", "__version__", "fold", "merge", "methods", "step"]

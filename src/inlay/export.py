@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ def merge(
 ) -> Merged:
     """Write base + adapter as an ordinary checkpoint that transformers loads without Inlay.
 
-    Each weight is merged in fp32 and rounded once to the base's dtype.
+    Each weight is merged in fp32 and rounded once to the base's dtype; a quantised base is dequantised first.
 
     Args:
         adapter: a run folder or an adapter folder.
@@ -43,12 +44,13 @@ def merge(
     name = model or models.base_of(folder)
     base_dtype = models.stored_dtype(name) if dtype == "auto" else models.dtype_for(dtype)
     with new_folder(Path(out), overwrite, marker=MERGED) as part:
-        base, tokenizer = models.load_base(name, base_dtype)
-        adapted = models.load_adapter(base, folder).eval()
-        ids = torch.arange(64, device=adapted.device).remainder(base.config.get_text_config().vocab_size)[None]
+        adapted, tokenizer = models.load_adapted(folder, name, base_dtype)
+        config: Any = adapted.eval().config
+        ids = torch.arange(64, device=adapted.device).remainder(config.get_text_config().vocab_size)[None]
         with torch.no_grad():
             reference = adapted(input_ids=ids).logits.float()
-            merged = adapted.merge_and_unload(safe_merge=True)
+            models.dequantise(adapted)
+            merged = adapted.merge_and_unload(safe_merge=True).to(base_dtype)
             error = (merged(input_ids=ids).logits.float() - reference).abs().max().item()
         merged.save_pretrained(str(part))
         tokenizer.save_pretrained(str(part))

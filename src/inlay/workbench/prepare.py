@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from inlay.folding import fold
 from inlay.workbench import data, memory, models
 from inlay.workbench.files import check_free
 from inlay.workbench.recipe import Recipe
@@ -75,6 +78,23 @@ def planned(recipe: Recipe, rows: Examples, dtype: torch.dtype) -> tuple[PeftMod
     return model, min(recipe.max_length, rows.audit.longest)
 
 
+def load(recipe: Recipe, dtype: torch.dtype, folder: Path, console: Console) -> PreTrainedModel | PeftModel:
+    """The model a recipe trains, quantised if it says so; after a fold (in `folder`) it is adapted already."""
+    from inlay.workbench import packing
+
+    options = (recipe.revision, recipe.trust_remote_code)
+    if recipe.quantize != "nf4":
+        quantization = None if recipe.quantize == "none" else packing.settings(recipe.quantize, dtype)
+        return models.load_base(recipe.model, dtype, *options, quantization)[0]
+    made = fold(
+        recipe.model, folder, recipe.config(), rounds=recipe.fold_rounds, revision=options[0],
+        trust_remote_code=options[1],
+    )  # fmt: skip
+    plain, folded = (statistics.mean(getattr(e, kind) for e in made.errors) for kind in ("plain", "folded"))
+    console.print(f"folded: the base starts at a relative error of {folded:.4f} per weight (plain NF4: {plain:.4f})")
+    return models.load_adapted(made.adapter, str(made.base), dtype, trainable=True)[0]
+
+
 def dry_run(recipe: Recipe, console: Console) -> None:
     """Show what a run would do: recipe, first example with its answer marked, parameters, memory. Loads no weights."""
     check_free(recipe.run_folder(), recipe.overwrite, MARK)
@@ -86,7 +106,7 @@ def dry_run(recipe: Recipe, console: Console) -> None:
         memory.largest_batch(model, length, start=at_most(rows)) if recipe.batch_size == "auto" else recipe.batch_size
     )
     recipe = recipe.resolved(dtype=str(dtype).removeprefix("torch."), eval_size=len(rows.heldout), batch_size=batch)
-    need = memory.estimate(model, batch, length)
+    need = memory.estimate(model, batch, length, recipe.quantize)
     shown = data.render(rows.train[0], tokenizer, recipe.max_length)
     console.print(recipe.to_yaml().rstrip(), soft_wrap=True)
     console.print("\nfirst example, the tokens that are learned from in ⟦⟧:")
