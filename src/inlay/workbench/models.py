@@ -141,9 +141,7 @@ def dequantise(model: PeftModel) -> None:
     if getattr(base, "hf_quantizer", None) is None:
         return
     base.dequantize(torch.float32)
-    base._weight_conversions = (
-        None  # how packed tensors were read has no reverse; that of the architecture is found anew
-    )
+    base._weight_conversions = None  # reading packed tensors has no reverse; transformers finds its own
     for layer in model.modules():
         if isinstance(layer, InlayLinear):
             layer.quantization_backend = None
