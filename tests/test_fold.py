@@ -352,6 +352,26 @@ def test_a_recipe_on_a_quantised_base(quantize, method, plain, tmp_path, capsys)
     torch.testing.assert_close(merged(IDS).logits, adapted.eval()(IDS).logits, rtol=1e-3, atol=1e-3)
 
 
+def test_a_fold_is_trained_again_and_again(folds, tmp_path, capsys):
+    """As the model of a recipe; with the hyperparameters it was folded with, which are part of its base."""
+    made = folds("pissa")
+    flags = ["train", "--model", str(made.folder), "--method", "pissa", "--output", str(tmp_path / "run"), *RUN]
+    main([*flags, "--r", "8"])
+    adapted, _ = models.load_adapted(tmp_path / "run" / "adapter", dtype=torch.float32)
+    assert not torch.equal(adapted.eval()(IDS).logits, load(made)(IDS).logits)
+    assert adapted.base_model.model.name_or_path == str(made.base.resolve())
+    capsys.readouterr()
+    for wrong, says in {
+        ("--r", "4"): "was folded with args={'r': 8}",
+        ("--method", "bone"): "was folded with method=pissa",
+        ("--r", "8", "--target-modules", "q_proj"): "was folded with target_modules",
+        ("--r", "8", "--quantize", "nf4"): "is folded already",
+    }.items():
+        with pytest.raises(SystemExit):
+            main([*flags, "--overwrite", *wrong])
+        assert says in capsys.readouterr().err, wrong
+
+
 @pytest.mark.parametrize("method", ["pissa", "lamda", "lora"])
 @pytest.mark.parametrize("kind", ["folded", "offset"])
 def test_trl_leaves_theta_in_fp32_where_schedule_is_given(method, kind, folds, plain, tmp_path):

@@ -178,6 +178,16 @@ def test_examples_without_an_answer_left_are_counted(tiny, tmp_path, capsys):
     assert "answers are cut off at max_length=64" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning")
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_every_method_has_a_dry_run(method, tiny, records, tmp_path, capsys):
+    """It counts on the meta device, where not everything exists that a real device has (autocast, values)."""
+    size = "bond" if method == "dota" else "r"
+    flags = ["--data", records, "--method", method, f"--{size}", "4", "--output", str(tmp_path / "run")]
+    main(["train", "--model", tiny, *flags, "--dry-run"])
+    assert "activations" in capsys.readouterr().out
+
+
 def test_dry_run_shows_and_writes_nothing(tiny, records, tmp_path, capsys):
     out = tmp_path / "run"
     main(["train", "--model", tiny, "--data", records, "--method", "lora", "--r", "4", "--output", str(out),

@@ -29,12 +29,19 @@ def resolve(name: str) -> str:
         return str(builtin.model_dir())
     path = Path(name).expanduser()
     if path.exists():
+        path = path / "base" if fold_at(name) else path
         if not (path / "config.json").exists():
             raise ValueError(f"{name} is no model folder: it has no config.json")
         return str(path.resolve())  # an adapter names its base, and may be used from another folder
     if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ValueError(f"model folder {name} does not exist; give a folder, a hub id (owner/name) or builtin")
     return name
+
+
+def fold_at(name: str) -> Path | None:
+    """The adapter of a fold, if a model's name is the folder of one."""
+    adapter = Path(name).expanduser() / "adapter"
+    return adapter if (adapter.parent / FOLDED).exists() and (adapter / "adapter_config.json").exists() else None
 
 
 def dtype_for(name: str) -> torch.dtype:
@@ -68,7 +75,7 @@ def load_base(
     """
     where = resolve(name)
     if (Path(where) / FOLDED).exists() and not folded:
-        raise ValueError(f"{name} is a folded base, no model without its adapter; give its adapter, or the first model")
+        raise ValueError(f"{name} is a folded base, no model without its adapter; give the folder of both")
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if quantization is not None:
         if getattr(load_config(name, trust_remote_code), "quantization_config", None):

@@ -13,6 +13,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from inlay.folding import fold
+from inlay.host.config import InlayConfig
 from inlay.workbench import data, memory, models
 from inlay.workbench.files import check_free
 from inlay.workbench.recipe import Recipe
@@ -78,10 +79,27 @@ def planned(recipe: Recipe, rows: Examples, dtype: torch.dtype) -> tuple[PeftMod
     return model, min(recipe.max_length, rows.audit.longest)
 
 
+def check_fold(recipe: Recipe, adapter: Path) -> None:
+    """Refuse to train a fold as another method than the one it was made with."""
+    asked, made = recipe.config().to_dict(), InlayConfig.from_pretrained(str(adapter)).to_dict()
+    names = ["method", "args", "scale", "dropout", "patterns"]
+    names += ["target_modules"] if recipe.target_modules != "all-linear" else []
+    for name in names:
+        if asked[name] != made[name]:
+            raise ValueError(
+                f"{recipe.model} was folded with {name}={made[name]}, which is fixed; this recipe says {asked[name]}"
+            )
+    if recipe.quantize != "none":
+        raise ValueError(f"{recipe.model} is folded already; leave out quantize: {recipe.quantize}")
+
+
 def load(recipe: Recipe, dtype: torch.dtype, folder: Path, console: Console) -> PreTrainedModel | PeftModel:
     """The model a recipe trains, quantised if it says so; after a fold (in `folder`) it is adapted already."""
     from inlay.workbench import packing
 
+    if adapter := models.fold_at(recipe.model):
+        check_fold(recipe, adapter)
+        return models.load_adapted(adapter, dtype=dtype, trainable=True)[0]
     options = (recipe.revision, recipe.trust_remote_code)
     if recipe.quantize != "nf4":
         quantization = None if recipe.quantize == "none" else packing.settings(recipe.quantize, dtype)
