@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from inlay.host.config import FORMAT_VERSION, InlayConfig
+from inlay.host.config import InlayConfig
 
 if TYPE_CHECKING:
     from inlay.workbench.packing import Error
@@ -67,10 +67,8 @@ def fold(
         ValueError: the method does not fit the model, a target is not quantised, or `out` exists.
     """
     import torch
-    from peft import get_peft_model
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    from inlay.host.peft import adapted
     from inlay.workbench import memory, models, packing
     from inlay.workbench.files import new_folder, write_text
 
@@ -83,11 +81,10 @@ def fold(
     dtype = models.stored_dtype(model, trust_remote_code)
     blank = memory.meta_model(model, dtype, trust_remote_code)
     full = get_keys_to_not_convert(blank)
-    cuts = [layer.cuts["default"] for layer in adapted(get_peft_model(blank, replace(config)), "default").values()]
-    for cut in cuts:
-        if cut.module in full:
-            raise ValueError(f"{cut.module} stays in full precision in a 4-bit checkpoint; leave it out of the targets")
-    plan = packing.Plan({cut.module: cut.method for cut in cuts}, rounds, done)
+    plan = packing.Plan(packing.methods_of(blank, config), rounds, done)
+    for module in plan.methods:
+        if module in full:
+            raise ValueError(f"{module} stays in full precision in a 4-bit checkpoint; leave it out of the targets")
     with new_folder(Path(out), overwrite, marker=FOLDED) as part:
         try:
             base, tokenizer = models.load_base(
@@ -97,25 +94,12 @@ def fold(
             if plan.failure:
                 raise plan.failure
         packing.finish(base)
-        about = {"model": model, "method": repr(cuts[0].method), "rounds": rounds}
+        about = {"model": model, "method": repr(config.build()), "rounds": rounds}
         base.save_pretrained(str(part / "base"))
         tokenizer.save_pretrained(str(part / "base"))
-        save_adapter(base, config, plan.starts, part / "adapter", str((Path(out) / "base").resolve()))
+        packing.save_adapter(base, config, plan.starts, part / "adapter", str((Path(out) / "base").resolve()))
         for folder in (part, part / "base"):
             write_text(folder / FOLDED, json.dumps(about, indent=2))
         rows = [f"{e.module},{e.plain:.5f},{e.folded:.5f},{e.round}" for e in plan.errors]
         write_text(part / "errors.csv", "\n".join(["module,plain,folded,round", *rows]) + "\n")
     return Folded(Path(out), plan.errors)
-
-
-def save_adapter(base: Any, config: InlayConfig, starts: dict, folder: Path, name: str) -> None:
-    """The adapter at its start, on the base it was folded into."""
-    from peft import get_peft_model
-
-    from inlay.host.peft import adapted
-
-    model = get_peft_model(base, replace(config, folded=True, format_version=FORMAT_VERSION))
-    for layer in adapted(model, "default").values():
-        layer.fill("default", starts[layer.cuts["default"].module])
-    model.peft_config["default"].base_model_name_or_path = name
-    model.save_pretrained(str(folder), save_embedding_layers=False)  # it would look for a base that is not there yet

@@ -7,17 +7,21 @@ before each weight is packed. So the full model is never in memory, and what is 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft import get_peft_model
 from torch import Tensor
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils import is_bitsandbytes_available
 from transformers.utils.quantization_config import QuantizationMethod
 
+from inlay.host.config import FORMAT_VERSION, InlayConfig
+from inlay.host.peft import adapted
 from inlay.method import Method, Params
 
 NAME = "inlay_fold"
@@ -47,6 +51,21 @@ class Plan:
     def __deepcopy__(self, memo: Any) -> Plan:
         """transformers copies the settings it is given; what it finds out must be found here."""
         return self
+
+
+def methods_of(blank: PreTrainedModel, config: InlayConfig) -> dict[str, Method]:
+    """The method for every weight that a config targets in a model without memory."""
+    cuts = [layer.cuts["default"] for layer in adapted(get_peft_model(blank, replace(config)), "default").values()]
+    return {cut.module: cut.method for cut in cuts}
+
+
+def save_adapter(base: Any, config: InlayConfig, starts: dict[str, Params], folder: Path, name: str) -> None:
+    """The adapter at its start, on the base it was folded into, which will be at `name`."""
+    model = get_peft_model(base, replace(config, folded=True, format_version=FORMAT_VERSION))
+    for layer in adapted(model, "default").values():
+        layer.fill("default", starts[layer.cuts["default"].module])
+    model.peft_config["default"].base_model_name_or_path = name
+    model.save_pretrained(str(folder), save_embedding_layers=False)  # it would look for a base that is not there yet
 
 
 def settings(kind: str, dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig:
