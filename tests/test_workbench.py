@@ -81,7 +81,7 @@ def test_resolving_leaves_no_hyperparameter_to_a_default():
         ("dtype: fp8", "one of auto, float32, bfloat16, float16"),
         ("learning_rate: .nan", "learning_rate: nan is not a number"),
         ("early_stopping: 2", "needs eval_every"),
-        ("method: dora", "unknown method 'dora'; choose one of lora, pissa, milora, bone, bat, bat_col"),
+        ("method: dora", "unknown method 'dora'; choose one of lora, pissa, milora, lamda, dota, bone, bat, bat_col"),
         ("args: {rank: 3}", "bone has no hyperparameter 'rank'; it has scale, dropout, r"),
         ("[1, 2]", "must be a mapping"),
         ("a: [", "is not YAML"),
@@ -219,7 +219,7 @@ def test_mistakes_are_one_line_and_leave_nothing(tiny, records, tmp_path, capsys
     out = tmp_path / "run"
     base = ["train", "--model", tiny, "--data", records, "--output", str(out), "--eval-size", "4"]
     cases = {
-        ("--r", "99"): "choose r <= 32",
+        ("--r", "99"): "choose r <= 64",
         ("--method", "bat", "--r", "5"): "does not divide both sides",
         ("--target-modules", "q_prj"): "q_prj",
         ("--target-modules", "q_proj,nothing"): "'nothing' matches no module",

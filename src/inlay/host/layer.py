@@ -79,19 +79,26 @@ class Adapted:
 
 
 def readable(base_layer: nn.Module) -> nn.Module:
-    """Keep bitsandbytes from repacking a 4-bit weight in place at its first inference on a CPU with avx512_bf16: what
-    it leaves there dequantises to other numbers, without an error.
+    """Keep bitsandbytes on a CPU from two faults in 4-bit weights: where there is avx512_bf16 it repacks one in place at
+    its first inference, and what it leaves dequantises to other numbers; and it misreads rows that end inside a block.
 
     Raises:
-        ValueError: it has already done so.
+        ValueError: it has already repacked the weight.
     """
-    if getattr(base_layer, "support_avx512bf16_for_cpu", False):
-        if getattr(cast(Any, base_layer.weight).quant_state, "packing_format_for_cpu", False):
-            raise ValueError(
-                "bitsandbytes repacked this 4-bit weight when the model ran on the CPU, and it can no longer be read; "
-                "load the model anew and adapt it before its first run"
-            )
+    state = getattr(getattr(base_layer, "weight", None), "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
+        raise ValueError(
+            "bitsandbytes repacked this 4-bit weight when the model ran on the CPU, and it can no longer be read; "
+            "load the model anew and adapt it before its first run"
+        )
+    if hasattr(base_layer, "support_avx512bf16_for_cpu"):
         base_layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    if state is not None and state.absmax.device.type == "cpu" and state.shape[-1] % state.blocksize:
+        warnings.warn(
+            f"bitsandbytes misreads a 4-bit weight of shape {tuple(state.shape)} on the CPU, with or without adapters: "
+            f"{state.shape[-1]} is no multiple of its block of {state.blocksize}",
+            stacklevel=2,
+        )
     return base_layer
 
 
