@@ -288,9 +288,10 @@ class InlayLinear(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move, but never round θ to the base's dtype (PEFT does both)."""
+        device = device or self._device()
         for slot in self.slots(adapter_name).values() if adapter_name in self.cuts else ():
-            if not slot.weight.is_meta:
-                slot.to(device or self._device())
+            if not slot.weight.is_meta and device.type != "meta":  # numbers that move there are lost
+                slot.to(device)
 
     # -- forward and merge ----------------------------------------------------------------------------------------
 
