@@ -1,4 +1,4 @@
-"""From an adapter to files other tools read: the merged checkpoint."""
+"""From an adapter to files other tools read: a plain LoRA, the merged checkpoint."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+EXPORTED = "export.json"  # in a LoRA folder: rank and error of every weight
 MERGED = "merged_from.json"  # in the checkpoint: from what it was made, and by whom it may be overwritten
 
 
@@ -57,3 +58,60 @@ def merge(
         about = {"adapter": str(adapter), "base": name, "largest_logit_difference": error}
         (part / MERGED).write_text(json.dumps(about, indent=2), encoding="utf-8")
     return Merged(Path(out), error)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A LoRA folder, its rank, and each weight's relative error (0: exact)."""
+
+    folder: Path
+    rank: int
+    errors: dict[str, float]
+
+
+def export_lora(
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    model: str | None = None,
+    dtype: str = "float32",
+    pad: bool = True,
+    overwrite: bool = False,
+) -> Exported:
+    """Write an adapter as an ordinary PEFT LoRA folder, which needs no Inlay to load; vLLM serves it.
+
+    Exact where ΔW is low rank (LoRA, PiSSA, MiLoRA, LaMDA, Bone), at most twice the adapter's rank; else the nearest
+    of a rank. The base's weights are read only for methods that read them.
+
+    Args:
+        adapter: a run folder or an adapter folder.
+        out: appears whole or not at all.
+        rank: at most so many ranks per weight.
+        energy: as many as keep this share of ‖ΔW‖², in (0, 1].
+        model: the base, if not the one the adapter names.
+        dtype: of the LoRA's tensors: float32, bfloat16 or float16.
+        pad: with zeros to the next rank that vLLM serves.
+        overwrite: replace an earlier export at `out`.
+
+    Raises:
+        ValueError: the change has full rank and neither `rank` nor `energy` is given, or a path cannot be used.
+    """
+    from inlay.workbench import lora, models
+    from inlay.workbench.files import new_folder
+
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank={rank} is below 1")
+    if energy is not None and not 0 < energy <= 1:
+        raise ValueError(f"energy={energy} is not in (0, 1]")
+    if dtype not in models.DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not one of {', '.join(models.DTYPES)}")
+    folder = models.adapter_folder(str(adapter))
+    base = model or models.base_of(folder)
+    with new_folder(Path(out), overwrite, marker=EXPORTED) as part:
+        blank = lora.load(folder, base)
+        made = list(lora.changes(blank, base, rank, energy))
+        size = lora.padded(made, pad)
+        lora.write(part, folder, blank, made, size, models.DTYPES[dtype])
+    return Exported(Path(out), size, {c.module: c.error for c in made})

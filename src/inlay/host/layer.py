@@ -79,8 +79,8 @@ class Adapted:
 
 
 def readable(base_layer: nn.Module) -> nn.Module:
-    """Keep bitsandbytes on a CPU from two faults in 4-bit weights: where there is avx512_bf16 it repacks one in place at
-    its first inference, and what it leaves dequantises to other numbers; and it misreads rows that end inside a block.
+    """Guard against two faults of bitsandbytes in 4-bit weights on a CPU: where there is avx512_bf16 it repacks one in
+    place at its first inference, and then it dequantises to other numbers; and it misreads rows that end in a block.
 
     Raises:
         ValueError: it has already repacked the weight.
