@@ -176,6 +176,25 @@ def fold(options: argparse.Namespace) -> None:
     print(f"{made.base} ({memory.gib(size)}), {made.adapter}; each weight's error: {made.folder / 'errors.csv'}")
 
 
+def export(options: argparse.Namespace) -> None:
+    """Write an adapter as a plain LoRA: a PEFT folder (vLLM serves it), or GGUF for llama.cpp and Ollama.
+
+    example:  inlay export runs/builtin-bone lora/ --to lora
+    """
+    from inlay import export
+    from inlay.workbench import models
+
+    models.quiet()
+    done = export.export_lora(
+        options.adapter, options.out, to=options.to, rank=options.rank, energy=options.energy, model=options.model,
+        dtype=options.dtype, pad=not options.no_pad, overwrite=options.overwrite,
+    )  # fmt: skip
+    for module, error in done.errors.items() if any(e > 1e-5 for e in done.errors.values()) else ():
+        print(f"{module}: relative error {error:.2e}")
+    worst = max(done.errors.values())
+    print(f"{done.folder}: rank {done.rank}, {'exact' if worst < 1e-5 else f'largest relative error {worst:.2e}'}")
+
+
 def merge(options: argparse.Namespace) -> None:
     """Write base + adapter as an ordinary checkpoint, which transformers, vLLM and others load without Inlay.
 
@@ -237,6 +256,17 @@ def parser() -> Parser:
     verb.add_argument("--rounds", type=int, default=1, help="quantise, decompose again what that lost, ... (default 1)")
     verb.add_argument("--overwrite", action="store_true", help="replace an earlier fold")
     add_fields(verb, WHAT_AND_WHERE)
+
+    verb = add_verb(verbs, export)
+    verb.add_argument("adapter", help="run folder or adapter folder")
+    verb.add_argument("out", help="folder of the LoRA")
+    verb.add_argument("--to", default="lora", choices=("lora", "gguf"), help="lora (default): for PEFT and vLLM")
+    verb.add_argument("--rank", type=int, help="at most so many ranks (DoTA, Bat: needed, or --energy)")
+    verb.add_argument("--energy", type=float, help="as many ranks as keep this share of the change, 0 to 1")
+    verb.add_argument("--no-pad", action="store_true", help="do not fill up to a rank that vLLM serves")
+    verb.add_argument("--model", help="base model (default: the one the adapter names)")
+    verb.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    verb.add_argument("--overwrite", action="store_true", help="replace an earlier export")
 
     verb = add_verb(verbs, merge)
     verb.add_argument("adapter", help="run folder or adapter folder")

@@ -73,6 +73,7 @@ def export_lora(
     adapter: str | Path,
     out: str | Path,
     *,
+    to: str = "lora",
     rank: int | None = None,
     energy: float | None = None,
     model: str | None = None,
@@ -88,6 +89,7 @@ def export_lora(
     Args:
         adapter: a run folder or an adapter folder.
         out: appears whole or not at all.
+        to: "lora", a PEFT folder, or "gguf", one for llama.cpp and Ollama.
         rank: at most so many ranks per weight.
         energy: as many as keep this share of ‖ΔW‖², in (0, 1].
         model: the base, if not the one the adapter names.
@@ -98,9 +100,11 @@ def export_lora(
     Raises:
         ValueError: the change has full rank and neither `rank` nor `energy` is given, or a path cannot be used.
     """
-    from inlay.workbench import lora, models
+    from inlay.workbench import llamacpp, lora, models
     from inlay.workbench.files import new_folder
 
+    if to not in ("lora", "gguf"):
+        raise ValueError(f"to={to!r} is not one of lora, gguf")
     if rank is not None and rank < 1:
         raise ValueError(f"rank={rank} is below 1")
     if energy is not None and not 0 < energy <= 1:
@@ -109,9 +113,18 @@ def export_lora(
         raise ValueError(f"dtype={dtype!r} is not one of {', '.join(models.DTYPES)}")
     folder = models.adapter_folder(str(adapter))
     base = model or models.base_of(folder)
+    settings = models.load_config(base)
+    if to == "gguf":
+        llamacpp.check(settings, str(out))
     with new_folder(Path(out), overwrite, marker=EXPORTED) as part:
         blank = lora.load(folder, base)
         made = list(lora.changes(blank, base, rank, energy))
         size = lora.padded(made, pad)
-        lora.write(part, folder, blank, made, size, models.DTYPES[dtype])
+        if to == "gguf":
+            llamacpp.write(part / llamacpp.FILE, settings, made, size, models.DTYPES[dtype])
+            (part / "Modelfile").write_text(llamacpp.modelfile(base), encoding="utf-8")
+        else:
+            lora.write(part, folder, blank, made, size, models.DTYPES[dtype])
+        rows = [{"module": c.module, "rank": c.rank, "error": c.error} for c in made]
+        (part / EXPORTED).write_text(json.dumps({"rank": size, "weights": rows}, indent=1), encoding="utf-8")
     return Exported(Path(out), size, {c.module: c.error for c in made})

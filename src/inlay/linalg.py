@@ -87,7 +87,7 @@ def compress(B: Tensor, A: Tensor) -> Triplets:
         Q, R = torch.linalg.qr(B.double())
         P, L = torch.linalg.qr(A.double().mT)
         U, S, Vh = torch.linalg.svd(R @ L.mT)
-        t = int((1e-14 * S[0] < S).sum())
+        t = max(1, int((1e-14 * S[0] < S).sum()))
         return Q @ U[:, :t], S[:t], Vh[:t] @ P.mT
 
 

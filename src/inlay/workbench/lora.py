@@ -6,7 +6,6 @@ the nearest of a rank, and how near is said. The base is not loaded; where a met
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +75,7 @@ def change(layer: InlayLinear, W: Tensor, rank: int | None, energy: float | None
         U, S, Vh = linalg.compress(method.s * B, A)
     elif rank is None and energy is None:
         raise ValueError(
-            f"the change of a {method.name} adapter has full rank, so that a LoRA is an approximation: say how near, with "
+            f"the change of a {method.name} adapter has full rank, so a LoRA only comes near it: say how near, with "
             "a rank or an energy (0.9, say); or merge the adapter, which is exact"
         )
     else:
@@ -135,8 +134,6 @@ def write(folder: Path, source: Path, model: PeftModel, made: list[Change], r: i
     )
     config.save_pretrained(str(folder))
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    rows = [{"module": c.module, "rank": c.rank, "error": c.error} for c in made]
-    (folder / "export.json").write_text(json.dumps({"rank": r, "weights": rows}, indent=1), encoding="utf-8")
 
 
 def targets(model: PeftModel, names: list[str]) -> list[str]:
