@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from inlay.workbench import data, memory, models
+from inlay.workbench import data, memory, models, ranks
 from inlay.workbench.files import check_free
 from inlay.workbench.recipe import Recipe
 
@@ -81,6 +81,7 @@ def dry_run(recipe: Recipe, console: Console) -> None:
     dtype = models.dtype_for(recipe.dtype)
     tokenizer = models.load_tokenizer(recipe.model, recipe.revision, recipe.trust_remote_code)
     rows = examples(recipe, tokenizer, console)
+    recipe = ranks.settle(recipe, console)
     model, length = planned(recipe, rows, dtype)
     batch = (
         memory.largest_batch(model, length, start=at_most(rows)) if recipe.batch_size == "auto" else recipe.batch_size

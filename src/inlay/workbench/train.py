@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from inlay.host.schedule import Schedule
-from inlay.workbench import memory, models, report
+from inlay.workbench import memory, models, ranks, report
 from inlay.workbench.files import check_free, new_folder, set_aside, write_text
 from inlay.workbench.generate import answer
 from inlay.workbench.prepare import MARK, Examples, as_dataset, at_most, examples, planned
@@ -118,6 +118,7 @@ def train(recipe: Recipe, console: Console | None = None) -> Result:
     dtype = models.dtype_for(recipe.dtype)
     base, tokenizer = models.load_base(recipe.model, dtype, recipe.revision, recipe.trust_remote_code)
     rows = examples(recipe, tokenizer, console)
+    recipe = ranks.settle(recipe, console)
     with tempfile.TemporaryDirectory() as somewhere:  # a trainer creates its folder; ours waits until all is valid
         trainer = build(recipe, base, tokenizer, rows, Path(somewhere))
     recipe = recipe.resolved(
