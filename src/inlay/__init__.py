@@ -9,5 +9,6 @@ from inlay._version import __version__
 from inlay.export import merge
 from inlay.host.peft import InlayConfig
 from inlay.host.schedule import Schedule, step
+from inlay.workbench.inspect import inspect
 
-__all__ = ["InlayConfig", "Schedule", "__version__", "merge", "methods", "step"]
+__all__ = ["InlayConfig", "Schedule", "__version__", "inspect", "merge", "methods", "step"]

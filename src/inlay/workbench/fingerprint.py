@@ -23,7 +23,9 @@ def of_tensor(tensor: Tensor) -> str:
         ValueError: it is on the meta device and holds nothing.
     """
     if tensor.is_meta:
-        raise ValueError(f"a meta tensor of shape {tuple(tensor.shape)} has no content to fingerprint; load its weights")
+        raise ValueError(
+            f"a meta tensor of shape {tuple(tensor.shape)} has no content to fingerprint; load its weights"
+        )
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
     flat = tensor.detach().reshape(-1)
     for part in flat.split(CHUNK // flat.element_size()) if len(flat) else ():
