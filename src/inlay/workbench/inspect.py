@@ -130,11 +130,11 @@ def table(found: Inspection) -> Table:
         title_justify="left",
         caption_justify="left",
     )
-    for column in ("module", "count", "out × in", "σ max", "condition", "eff. rank", f"E({found.r})", "ranks"):
+    for column in ("module", "out × in", "σ max", "condition", "eff. rank", f"E({found.r})", "ranks"):
         made.add_column(column, no_wrap=True, justify="left" if column == "module" else "right")
-    made.add_column(f"numbers / at r = {found.r}", justify="right")
+    made.add_column(f"numbers / r = {found.r}", justify="right")
     for kind, weights in found.kinds.items():
-        made.add_row(kind, *cells(list(weights.values()), found.r))
+        made.add_row(f"{kind} ({len(weights)})", *cells(list(weights.values()), found.r))
     return made
 
 
@@ -142,7 +142,6 @@ def cells(weights: list[Weight], r: int) -> Iterator[str]:
     """What the table says of one type."""
     shapes, ranks = sorted({w.shape for w in weights}), sorted({w.rank for w in weights})
     energies = [w.energy(r) for w in weights]
-    yield str(len(weights))
     yield "{} × {}".format(*shapes[0]) if len(shapes) == 1 else f"{len(shapes)} shapes"
     yield f"{statistics.median(w.S[0].item() for w in weights):.3g}"
     yield f"{statistics.median(condition(w.S) for w in weights):.2g}"

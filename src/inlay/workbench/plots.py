@@ -13,6 +13,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from inlay.workbench.ranks import Inspection, Weight, split
+from inlay.workbench.report import model_name
 
 DEPTH = colormaps["viridis"].resampled(256)
 
@@ -38,32 +39,28 @@ def depth(name: str) -> int:
     return int(split(name)[1] or -1)
 
 
-def model_title(found: Inspection) -> str:
-    """The model in a few words."""
-    return Path(found.model).name
-
-
 def spectra(found: Inspection) -> Figure:
     """σ_i / σ_1 on a log axis: a panel per type of module, a curve per layer, coloured by depth."""
     kinds = found.kinds
     across = min(4, len(kinds))
     down = -(-len(kinds) // across)
     figure = Figure(figsize=(3.1 * across + 1, 2.6 * down + 0.6), layout="constrained")
-    axes = figure.subplots(down, across, sharey=True, squeeze=False)
+    axes = figure.subplots(down, across, sharey="row", squeeze=False)
     deepest = max(1, *(depth(name) for name in found.weights))
     shade = Normalize(0, deepest)
     for axis, (kind, weights) in zip(axes.flat, kinds.items(), strict=False):
         for name, weight in weights.items():
-            S = weight.S / weight.S[0].clamp_min(1e-30)
-            axis.semilogy(range(1, len(S) + 1), S.clamp_min(1e-9), color=DEPTH(shade(depth(name))), linewidth=0.8)
+            S = (weight.S / weight.S[0].clamp_min(1e-30)).clamp_min(1e-9)
+            shown = S[: max(2, len(S) - len(S) // 50)]  # the last 2 % may fall by decades and flatten all the rest
+            axis.semilogy(range(1, len(shown) + 1), shown, color=DEPTH(shade(depth(name))), linewidth=0.8)
         axis.axvline(found.r, color="0.5", linewidth=0.8, linestyle="--")
         axis.set_title(kind, fontsize=10)
         axis.grid(alpha=0.25)
     for axis in axes.flat[len(kinds) :]:
         axis.set_axis_off()
-    figure.supxlabel(f"index i (dashed: r = {found.r})", fontsize=10)
+    figure.supxlabel(f"index i (dashed: r = {found.r}; the last 2 % are left out)", fontsize=10)
     figure.supylabel("σᵢ / σ₁", fontsize=10)
-    figure.suptitle(f"Singular values of {model_title(found)}", fontsize=12)
+    figure.suptitle(f"Singular values of {model_name(found.model)}", fontsize=12)
     if len({depth(name) for name in found.weights}) > 1:
         figure.colorbar(ScalarMappable(shade, DEPTH), ax=axes, label="layer", fraction=0.03, pad=0.01)
     return figure
@@ -85,7 +82,7 @@ def heat_map(found: Inspection, title: str, value: Callable[[Weight], float], fo
     axes.set_xticks(range(len(kinds)), labels=list(kinds), rotation=30, ha="right", fontsize=9)
     axes.set_yticks(range(len(layers)), labels=[str(i) if i >= 0 else "–" for i in layers], fontsize=8)
     axes.set(xlabel="module", ylabel="layer")
-    axes.set_title(f"{model_title(found)}\n{title}", fontsize=10)
+    axes.set_title(f"{model_name(found.model)}\n{title}", fontsize=10)
     figure.colorbar(picture, ax=axes, fraction=0.06)
     return figure
 
