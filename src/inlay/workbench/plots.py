@@ -47,12 +47,11 @@ def spectra(found: Inspection) -> Figure:
     figure = Figure(figsize=(3.1 * across + 1, 2.6 * down + 0.6), layout="constrained")
     axes = figure.subplots(down, across, sharey="row", squeeze=False)
     deepest = max(1, *(depth(name) for name in found.weights))
-    shade = Normalize(0, deepest)
     for axis, (kind, weights) in zip(axes.flat, kinds.items(), strict=False):
         for name, weight in weights.items():
             S = (weight.S / weight.S[0].clamp_min(1e-30)).clamp_min(1e-9)
             shown = S[: max(2, len(S) - len(S) // 50)]  # the last 2 % may fall by decades and flatten all the rest
-            axis.semilogy(range(1, len(shown) + 1), shown, color=DEPTH(shade(depth(name))), linewidth=0.8)
+            axis.semilogy(range(1, len(shown) + 1), shown, color=DEPTH(depth(name) / deepest), linewidth=0.8)
         axis.axvline(found.r, color="0.5", linewidth=0.8, linestyle="--")
         axis.set_title(kind, fontsize=10)
         axis.grid(alpha=0.25)
@@ -62,7 +61,7 @@ def spectra(found: Inspection) -> Figure:
     figure.supylabel("σᵢ / σ₁", fontsize=10)
     figure.suptitle(f"Singular values of {model_name(found.model)}", fontsize=12)
     if len({depth(name) for name in found.weights}) > 1:
-        figure.colorbar(ScalarMappable(shade, DEPTH), ax=axes, label="layer", fraction=0.03, pad=0.01)
+        figure.colorbar(ScalarMappable(Normalize(0, deepest), DEPTH), ax=axes, label="layer", fraction=0.03, pad=0.01)
     return figure
 
 
@@ -74,10 +73,11 @@ def heat_map(found: Inspection, title: str, value: Callable[[Weight], float], fo
     figure = Figure(figsize=(1.6 + 0.85 * len(kinds) + 0.9, 1.6 + 0.26 * len(layers)), layout="constrained")
     axes = figure.subplots()
     picture = axes.imshow(rows, aspect="auto", cmap="viridis")
+    low, high = picture.get_clim()
     for i, row in enumerate(rows):
         for j, number in enumerate(row):
             if number == number:  # a layer may lack a type
-                light = float(picture.norm(number)) > 0.6
+                light = number > low + 0.6 * (high - low)
                 axes.text(j, i, f"{number:{form}}", ha="center", va="center", fontsize=7.5, color="k" if light else "w")
     axes.set_xticks(range(len(kinds)), labels=list(kinds), rotation=30, ha="right", fontsize=9)
     axes.set_yticks(range(len(layers)), labels=[str(i) if i >= 0 else "–" for i in layers], fontsize=8)
