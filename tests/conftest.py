@@ -1,5 +1,6 @@
 """Models and data that several test files share. Model fixtures give a fresh copy to every test."""
 
+import contextlib
 import copy
 import os
 from pathlib import Path
@@ -20,6 +21,18 @@ FOREIGN = (  # warnings that are errors in this project but come from a dependen
 def pytest_configure(config):
     for line in FOREIGN:
         config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """What tests keep is gone after them; of the user's own cache they only read the built-in model."""
+    folder = tmp_path_factory.mktemp("cache")
+    with contextlib.suppress(ValueError):  # it is not installed: the tests that need it will say so
+        model = builtin.model_dir()
+        (folder / model.name).symlink_to(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("INLAY_CACHE", str(folder))
+        yield folder
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """Facts that one paper, or the library that published its code, states."""
 
 import math
+import statistics
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import DebertaV2Config, DebertaV2Model, LlamaConfig, LlamaForC
 
 from inlay import InlayConfig, methods, step
 from inlay.method import Method
+from inlay.workbench import ranks
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -372,3 +374,14 @@ def test_parameters_on_llama_7b(method, numbers):
     assert all(p.is_meta for p in model.parameters())
     assert all(b.is_meta for n, b in model.named_buffers() if "inlay" in n)
     assert model.get_nb_trainable_parameters()[0] == numbers
+
+
+# LaMDA++
+
+
+def test_types_differ_more_than_layers_in_the_built_in_model():
+    """The (lower) medians over all layers of E(32), and why each type of module spends a budget of its own."""
+    config = InlayConfig(method="lora", args={"r": 8}, target_modules=["k_proj", "q_proj", "up_proj"])
+    found = ranks.inspection("builtin", config, "flat")
+    medians = {k: statistics.median_low(w.energy(32) for w in of.values()) for k, of in found.kinds.items()}
+    assert medians == pytest.approx({"k_proj": 0.495, "q_proj": 0.375, "up_proj": 0.158}, abs=1e-3)

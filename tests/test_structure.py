@@ -12,7 +12,14 @@ import inlay
 PACKAGE = Path(inlay.__file__).parent
 FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
 METHOD_FILES = [name for name in FILES if name.startswith("methods/") and name != "methods/__init__.py"]
-CORE = ["method.py", "ops.py", "linalg.py", "trains.py", *(name for name in FILES if name.startswith("methods/"))]
+CORE = [
+    "method.py",
+    "ops.py",
+    "linalg.py",
+    "trains.py",
+    "allocate.py",
+    *(name for name in FILES if name.startswith("methods/")),
+]
 PLOTTING = {"matplotlib", "plotly", "seaborn", "altair", "bokeh"}
 
 

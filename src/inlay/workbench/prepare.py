@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from inlay.folding import fold
 from inlay.host.config import InlayConfig
-from inlay.workbench import data, memory, models
+from inlay.workbench import data, memory, models, ranks
 from inlay.workbench.files import check_free
 from inlay.workbench.recipe import Recipe
 
@@ -119,6 +119,7 @@ def dry_run(recipe: Recipe, console: Console) -> None:
     dtype = models.dtype_for(recipe.dtype)
     tokenizer = models.load_tokenizer(recipe.model, recipe.revision, recipe.trust_remote_code)
     rows = examples(recipe, tokenizer, console)
+    recipe = ranks.settle(recipe, console)
     model, length = planned(recipe, rows, dtype)
     batch = (
         memory.largest_batch(model, length, start=at_most(rows)) if recipe.batch_size == "auto" else recipe.batch_size

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from inlay.host.config import InlayConfig
-from inlay.methods import METHODS
+from inlay.methods import METHODS, find
 
 
 def entry(default: Any, text: str, **meta: Any) -> Any:
@@ -57,6 +57,9 @@ class Recipe:
     layers_to_transform: list | None = entry(None, "layer indices")
     modules_to_save: list | None = entry(None, "modules trained whole and saved")
     patterns: dict = entry(dict, "hyperparameters per module: {k_proj: {r: 4}}")
+    allocate: Literal["none", "energy", "energy_peaked"] = entry(
+        "none", "ranks per layer from the weights' spectra (LaMDA++), within what r trains; they end up in patterns"
+    )
     bias: str = entry("none", "none, all or inlay_only")
 
     learning_rate: float = entry(5e-4, "peak learning rate", min=0)
@@ -97,6 +100,8 @@ class Recipe:
             raise ValueError(f"early_stopping={self.early_stopping} needs eval_every: the steps between evaluations")
         if self.keep_best and not self.eval_every:
             raise ValueError("keep_best needs eval_every: the steps between evaluations")
+        if self.allocate != "none":
+            check_allocate(self)
         self.config()
 
     def config(self) -> InlayConfig:
@@ -134,6 +139,16 @@ class Recipe:
         """The fields that differ from the defaults, as YAML."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return yaml.safe_dump({f.name: values[f.name] for f in fields(self) if values[f.name] != default_of(f)})
+
+
+def check_allocate(recipe: Recipe) -> None:
+    """Refuse ranks to allocate where there are none, or where they are given already."""
+    if recipe.patterns:
+        raise ValueError(f"allocate={recipe.allocate} sets patterns itself; remove one of the two")
+    if "r" not in [f.name for f in fields(find(recipe.method))]:
+        raise ValueError(
+            f"allocate={recipe.allocate}: {recipe.method} has no rank r; set allocate: none or choose a method with r"
+        )
 
 
 def reference() -> str:

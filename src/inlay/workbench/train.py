@@ -22,7 +22,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from inlay.host.schedule import Schedule
-from inlay.workbench import memory, models, report
+from inlay.workbench import memory, models, ranks, report
 from inlay.workbench.files import check_free, new_folder, set_aside, write_text
 from inlay.workbench.generate import answer
 from inlay.workbench.prepare import MARK, Examples, as_dataset, at_most, examples, load, planned
@@ -120,6 +120,7 @@ def train(recipe: Recipe, console: Console | None = None) -> Result:
     dtype = models.dtype_for(recipe.dtype)
     tokenizer = models.load_tokenizer(recipe.model, recipe.revision, recipe.trust_remote_code)
     rows = examples(recipe, tokenizer, console)
+    recipe = ranks.settle(recipe, console)
     with room_beside(folder) as part:  # the run's folder waits until all is valid
         model = load(recipe, dtype, part / "folded", console)
         trainer = build(recipe, model, tokenizer, rows, part)

@@ -1,0 +1,150 @@
+"""Ranks per layer from the spectra of the pretrained weights, under a budget, without training (LaMDA++).
+
+    E_l(r) = Σ_{i<=r} σ_i² / Σ_i σ_i²,   the share of layer l's energy in its first r triplets
+
+Azizi, Kundu, Pedram 2024, "LaMDA", arXiv 2406.12832, allocate ranks by a normalised energy score of the pretrained
+weights; formula, set of ranks and budget are open there, and [ours]: ranks come from {r/4, r/2, r, 3r/2, 2r}; each type
+of module (q_proj, ...) spends what its modules would train at r, because types differ far more than layers do; every
+layer starts at its smallest rank, and again and again the layer with the largest score is raised to its next one, until
+nothing fits. E_l is taken at the layer's present rank:
+
+    flat    (1 − E_l) / Δnumbers   what a layer still lacks, per number that the next rank costs: it evens out
+    peaked  E_l / Δnumbers         what it has already: the most peaked layers go to 2r, one after the other
+
+Pure functions of numbers; they know no method and no model, so they serve every method whose size is an r.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+Direction = Literal["flat", "peaked"]
+DIRECTIONS = ("flat", "peaked")
+Cost = Callable[[str, int], int]  # the numbers a module trains at a rank; a ValueError where it cannot have that rank
+
+
+class Rung(NamedTuple):
+    """One rank a layer may have: what it costs, and the share of the energy it covers."""
+
+    rank: int
+    cost: int
+    energy: float
+
+
+def energy(S: Tensor, r: int) -> float:
+    """E(r) of the singular values S (k,), in descending order: in [0, 1], and 1 for a weight of zeros."""
+    squares = S.double().square()
+    total = squares.sum()
+    return min(1.0, (squares[:r].sum() / total).item()) if total > 0 else 1.0
+
+
+def kind_of(name: str) -> str:
+    """The type of a module: the last component of its name."""
+    return name.rpartition(".")[2]
+
+
+def rank_set(r: int) -> list[int]:
+    """{r/4, r/2, r, 3r/2, 2r}, rounded down, at least 1, ascending and distinct.
+
+    Raises:
+        ValueError: r is not a whole number from 1 up.
+    """
+    if type(r) is not int or r < 1:
+        raise ValueError(f"r={r!r} is not a rank to allocate around; choose a whole number from 1 up")
+    return sorted({max(1, r * quarters // 4) for quarters in (1, 2, 4, 6, 8)})
+
+
+def allocate(
+    spectra: Mapping[str, Tensor],
+    r: int,
+    cost: Cost,
+    direction: Direction = "flat",
+    kind: Callable[[str], str] = kind_of,
+) -> dict[str, int]:
+    """A rank for every module; those of one kind together cost at most what they would with r everywhere.
+
+    The same arguments give the same ranks; between equal scores the earlier module is raised first.
+
+    Args:
+        spectra: the singular values (k,) of each module's weight, descending, k = min(out, in).
+        r: the rank that sets the budget.
+        cost: the numbers a module trains at a rank. Ranks for which it raises a ValueError (Bat's blocks must divide a
+            weight's sides) are left out, and so are those above k.
+        direction: "flat" gives more to the flatter spectra, "peaked" to the more peaked ones.
+        kind: which modules share a budget.
+
+    Raises:
+        ValueError: r, direction or a spectrum cannot be used, or a module cannot have the rank r.
+    """
+    ranks = rank_set(r)
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction={direction!r} is not one of {', '.join(DIRECTIONS)}")
+    if not spectra:
+        raise ValueError("there are no spectra to allocate ranks by; give at least one module's singular values")
+    for name, S in spectra.items():
+        _check_spectrum(name, S)
+    groups: dict[str, list[str]] = {}
+    for name in spectra:
+        groups.setdefault(kind(name), []).append(name)
+    chosen: dict[str, int] = {}
+    for names in groups.values():
+        budget = sum(cost(name, r) for name in names)
+        ladders = [_ladder(name, spectra[name], ranks, cost) for name in names]
+        steps = _climb(ladders, budget, direction)
+        chosen |= {name: ladder[step].rank for name, ladder, step in zip(names, ladders, steps, strict=True)}
+    return {name: chosen[name] for name in spectra}
+
+
+def _check_spectrum(name: str, S: Tensor) -> None:
+    fault = None
+    if S.ndim != 1 or not len(S):
+        fault = f"have the shape {tuple(S.shape)}; give one dimension, min(out, in) long"
+    elif not S.isfinite().all():
+        fault = "hold NaN or Inf; repair the weight or leave the module out"
+    elif (S < 0).any() or (S[1:] > S[:-1]).any():
+        fault = "are not non-negative and descending; sort them, largest first"
+    if fault:
+        raise ValueError(f"the singular values of {name} {fault}")
+
+
+def _ladder(name: str, S: Tensor, ranks: list[int], cost: Cost) -> list[Rung]:
+    """The ranks a module may have, ascending, each costing more than the one before."""
+    rungs: list[Rung] = []
+    for rank in [rank for rank in ranks if rank <= len(S)] or [len(S)]:
+        try:
+            price = cost(name, rank)
+        except ValueError:
+            continue
+        if not rungs or price > rungs[-1].cost:
+            rungs.append(Rung(rank, price, energy(S, rank)))
+    if not rungs:
+        raise ValueError(f"{name} can have none of the ranks {ranks}; choose another r, or leave the module out")
+    return rungs
+
+
+def _climb(ladders: list[list[Rung]], budget: int, direction: Direction) -> list[int]:
+    """The rung of every ladder, as indices, when nothing more fits the budget."""
+    steps = [0] * len(ladders)
+    left = budget - sum(ladder[0].cost for ladder in ladders)
+    heap = [(_urgency(ladder, 0, direction), i) for i, ladder in enumerate(ladders) if len(ladder) > 1]
+    heapq.heapify(heap)
+    while heap:
+        _, i = heapq.heappop(heap)
+        now, then = ladders[i][steps[i] : steps[i] + 2]
+        if then.cost - now.cost > left:
+            continue  # for good: what is left only shrinks
+        left -= then.cost - now.cost
+        steps[i] += 1
+        if steps[i] + 1 < len(ladders[i]):
+            heapq.heappush(heap, (_urgency(ladders[i], steps[i], direction), i))
+    return steps
+
+
+def _urgency(ladder: list[Rung], step: int, direction: Direction) -> float:
+    """Minus the score of a ladder's next step: the smallest comes first, of equal ones the earliest module's."""
+    now, then = ladder[step : step + 2]
+    return -(1 - now.energy if direction == "flat" else now.energy) / (then.cost - now.cost)

@@ -1,0 +1,151 @@
+"""From a model and a config to a rank per module: spectra, what a rank costs with this method, and the allocator."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from inlay.allocate import Direction, allocate, energy, kind_of
+from inlay.host.config import InlayConfig
+from inlay.workbench import spectra
+from inlay.workbench.recipe import Recipe
+from inlay.workbench.spectra import Shape
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One module: its (out, in), singular values and rank, and the numbers it trains at that rank and at the same r
+    everywhere."""
+
+    shape: Shape
+    S: Tensor
+    rank: int
+    numbers: int
+    uniform: int
+
+    def energy(self, r: int) -> float:
+        """The share of Σσ² in the first r triplets."""
+        return energy(self.S, r)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The spectra of a model's adapted modules and the ranks they lead to."""
+
+    model: str
+    method: str
+    r: int
+    direction: Direction
+    weights: dict[str, Weight]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank of each module."""
+        return {name: weight.rank for name, weight in self.weights.items()}
+
+    @property
+    def kinds(self) -> dict[str, dict[str, Weight]]:
+        """The modules by type, the last component of their names."""
+        groups: dict[str, dict[str, Weight]] = {}
+        for name, weight in self.weights.items():
+            groups.setdefault(kind_of(name), {})[name] = weight
+        return groups
+
+    def summary(self) -> str:
+        """One line: the range of ranks, and the numbers trained against the budget."""
+        ranks, weights = self.ranks.values(), self.weights.values()
+        numbers, uniform = sum(w.numbers for w in weights), sum(w.uniform for w in weights)
+        return (
+            f"ranks by energy ({self.direction}): {min(ranks)} to {max(ranks)}, "
+            f"{numbers:,} numbers; r = {self.r} everywhere: {uniform:,}"
+        )
+
+
+def inspection(
+    model: str, config: InlayConfig, direction: Direction, revision: str | None = None, trust_remote_code: bool = False
+) -> Inspection:
+    """Spectra and ranks of the modules that a config adapts.
+
+    Raises:
+        ValueError: the model or the config cannot be used, or the method has no rank.
+    """
+    r = rank_of(config)
+    shapes = spectra.targets(model, config, trust_remote_code)
+    values = spectra.spectra(model, shapes, revision, trust_remote_code)
+    cost = cost_of(config, shapes)
+    ranks = allocate(values, r, cost, direction)
+    weights = {
+        name: Weight(shapes[name], values[name], ranks[name], cost(name, ranks[name]), cost(name, r)) for name in shapes
+    }
+    return Inspection(model, str(config.method), r, direction, weights)
+
+
+def rank_of(config: InlayConfig) -> int:
+    """A config's r.
+
+    Raises:
+        ValueError: its method has none.
+    """
+    method = config.build()
+    r = {f.name: getattr(method, f.name) for f in fields(method)}.get("r")
+    if r is None:
+        raise ValueError(f"{method.name} has no rank r to allocate; choose a method with one, such as lamda or lora")
+    return r
+
+
+def cost_of(config: InlayConfig, shapes: Mapping[str, Shape]) -> Callable[[str, int], int]:
+    """The numbers that a config's method trains on a module at a rank, asked of the method itself on a meta tensor."""
+    method: Any = config.build()
+
+    @functools.cache
+    def count(shape: Shape, rank: int) -> int:
+        start = replace(method, r=rank).start(torch.empty(shape, device="meta"))
+        return sum(p.numel() for symbol, p in start.items() if symbol not in method.frozen)
+
+    return lambda name, rank: count(shapes[name], rank)
+
+
+def patterns(ranks: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """Ranks as a recipe's `patterns`: regexes for whole names, of which one takes all layers with the same rank."""
+    groups: dict[tuple[str, str, int], list[str]] = {}
+    for name, rank in ranks.items():
+        head, index, tail = split(name)
+        groups.setdefault((head, tail, rank), []).append(index)
+    # ^, because a pattern may otherwise match the end of a longer name
+    return {
+        f"^{re.escape(head)}{any_of(indices)}{re.escape(tail)}": {"r": rank}
+        for (head, tail, rank), indices in groups.items()
+    }
+
+
+def any_of(words: list[str]) -> str:
+    """A regex for one of several words without special characters."""
+    return words[0] if len(words) == 1 else f"({'|'.join(words)})"
+
+
+def split(name: str) -> tuple[str, str, str]:
+    """A module's name before, at and after its layer's index, the first number among its components."""
+    found = re.match(r"(|.*?\.)(\d+)(\..*|)$", name)
+    return (found[1], found[2], found[3]) if found else (name, "", "")
+
+
+def settle(recipe: Recipe, console: Console) -> Recipe:
+    """The recipe with its ranks allocated: explicit in `patterns`, so that it runs again, and its adapter loads,
+    without any spectra.
+
+    Raises:
+        ValueError: the model cannot be read, or does not fit the recipe.
+    """
+    if recipe.allocate == "none":
+        return recipe
+    direction: Direction = "peaked" if recipe.allocate == "energy_peaked" else "flat"
+    found = inspection(recipe.model, recipe.config(), direction, recipe.revision, recipe.trust_remote_code)
+    console.print(found.summary())
+    return replace(recipe, allocate="none", patterns=patterns(found.ranks))
