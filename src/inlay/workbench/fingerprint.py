@@ -29,7 +29,7 @@ def of_tensor(tensor: Tensor) -> str:
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
     flat = tensor.detach().reshape(-1)
     for part in flat.split(CHUNK // flat.element_size()) if len(flat) else ():
-        digest.update(memoryview(part.cpu().contiguous().view(torch.uint8).numpy()))
+        digest.update(part.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
