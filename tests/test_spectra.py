@@ -205,7 +205,7 @@ def test_a_cache_that_cannot_be_written_costs_time_only(tmp_path, monkeypatch):
 
 def test_a_weight_that_cannot_be_read_is_named(tiny, llama, tmp_path):
     shapes = spectra.targets(tiny, ALL)
-    with pytest.raises(ValueError, match="stores no tensor lm_head.weight .tied to another"):
+    with pytest.raises(ValueError, match=r"stores no tensor lm_head\.weight \(tied to another"):
         spectra.spectra(tiny, {"lm_head": (10, 32)})
     name = "model.layers.0.mlp.up_proj"
     with pytest.raises(ValueError, match=rf"{name} is stored as \(48, 32\), not as \(7, 7\)"):
@@ -237,7 +237,8 @@ def test_patterns_give_every_module_its_rank_and_no_other():
 def test_every_method_with_an_r_stays_within_its_budget(uneven, method, direction):
     config = InlayConfig(method=method, args={"r": 8}, target_modules="all-linear")
     found = ranks.inspection(uneven, config, direction)
-    assert len(set(found.ranks.values())) > 1
+    # Bat's next block size is 16, which two layers cannot pay for; then the ranks are those of the budget.
+    assert len(set(found.ranks.values())) > 1 or (method.startswith("bat") and set(found.ranks.values()) == {8})
     for of in found.kinds.values():
         assert sum(w.numbers for w in of.values()) <= sum(w.uniform for w in of.values())
     config.patterns = ranks.patterns(found.ranks)

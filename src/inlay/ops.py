@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +24,17 @@ def product(x: Tensor, build: Callable[..., Tensor], *tensors: Tensor) -> Tensor
     return _Product.apply(x, build, *tensors)
 
 
+def _own_precision(device: str) -> AbstractContextManager:
+    """Autocast off, on devices that have it (the meta device does not)."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, build: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(x, *tensors)
         ctx.build = build
-        with torch.autocast(x.device.type, enabled=False):
+        with _own_precision(x.device.type):
             D = build(*tensors)
         return F.linear(x, D.to(x.dtype))
 
@@ -38,7 +44,7 @@ class _Product(torch.autograd.Function):
         x, *tensors = ctx.saved_tensors
         need_x, _, *needs = ctx.needs_input_grad
         leaves = [t.detach().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
-        with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        with torch.enable_grad(), _own_precision(x.device.type):
             D = ctx.build(*leaves)
         dx = (g @ D.detach().to(g.dtype)).to(x.dtype) if need_x else None
         trained = [leaf for leaf in leaves if leaf.requires_grad]
