@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def of_tensor(tensor: Tensor) -> str:
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
     flat = tensor.detach().reshape(-1)
     for part in flat.split(CHUNK // flat.element_size()) if len(flat) else ():
-        digest.update(memoryview(part.cpu().contiguous().view(torch.uint8).numpy()))
+        digest.update(cast(Any, part.cpu().contiguous().view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 
