@@ -819,3 +819,9 @@ def test_an_inference_pass_does_not_change_what_is_read_of_a_quantised_weight(ro
         model(x)
     torch.testing.assert_close(layer.matrix().float(), W, rtol=0.01, atol=1e-3)
     torch.testing.assert_close(layer.get_delta_weight("default").float(), delta.float(), rtol=0.02, atol=2e-3)
+
+
+def test_a_4_bit_weight_that_bitsandbytes_misreads_is_named():
+    net = quantised(4, (64, 96))
+    with pytest.warns(UserWarning, match="96 is no multiple of its block of 64"):
+        adapt(net, methods.Bone(r=4))

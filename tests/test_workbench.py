@@ -81,7 +81,7 @@ def test_resolving_leaves_no_hyperparameter_to_a_default():
         ("dtype: fp8", "one of auto, float32, bfloat16, float16"),
         ("learning_rate: .nan", "learning_rate: nan is not a number"),
         ("early_stopping: 2", "needs eval_every"),
-        ("method: dora", "unknown method 'dora'; choose one of lora, pissa, milora, bone, bat, bat_col"),
+        ("method: dora", "unknown method 'dora'; choose one of lora, pissa, milora, lamda, dota, bone, bat, bat_col"),
         ("args: {rank: 3}", "bone has no hyperparameter 'rank'; it has scale, dropout, r"),
         ("[1, 2]", "must be a mapping"),
         ("a: [", "is not YAML"),
@@ -178,6 +178,16 @@ def test_examples_without_an_answer_left_are_counted(tiny, tmp_path, capsys):
     assert "answers are cut off at max_length=64" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning")
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_every_method_has_a_dry_run(method, tiny, records, tmp_path, capsys):
+    """It counts on the meta device, where not everything exists that a real device has (autocast, values)."""
+    size = "bond" if method == "dota" else "r"
+    flags = ["--data", records, "--method", method, f"--{size}", "4", "--output", str(tmp_path / "run")]
+    main(["train", "--model", tiny, *flags, "--dry-run"])
+    assert "activations" in capsys.readouterr().out
+
+
 def test_dry_run_shows_and_writes_nothing(tiny, records, tmp_path, capsys):
     out = tmp_path / "run"
     main(["train", "--model", tiny, "--data", records, "--method", "lora", "--r", "4", "--output", str(out),
@@ -209,7 +219,7 @@ def test_mistakes_are_one_line_and_leave_nothing(tiny, records, tmp_path, capsys
     out = tmp_path / "run"
     base = ["train", "--model", tiny, "--data", records, "--output", str(out), "--eval-size", "4"]
     cases = {
-        ("--r", "99"): "choose r <= 32",
+        ("--r", "99"): "choose r <= 64",
         ("--method", "bat", "--r", "5"): "does not divide both sides",
         ("--target-modules", "q_prj"): "q_prj",
         ("--target-modules", "q_proj,nothing"): "'nothing' matches no module",

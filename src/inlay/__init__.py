@@ -6,9 +6,10 @@ and TRL's trainers take an `InlayConfig` like any of PEFT's own.
 
 from inlay import methods
 from inlay._version import __version__
-from inlay.export import merge
+from inlay.export import export_lora, merge
+from inlay.folding import fold
 from inlay.host.peft import InlayConfig
 from inlay.host.schedule import Schedule, step
 from inlay.workbench.inspect import inspect
 
-__all__ = ["InlayConfig", "Schedule", "__version__", "inspect", "merge", "methods", "step"]
+__all__ = ["InlayConfig", "Schedule", "__version__", "export_lora", "fold", "inspect", "merge", "methods", "step"]

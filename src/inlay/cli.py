@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -16,6 +16,8 @@ from inlay._version import __version__
 
 COMMON = """data output method r scale target_modules learning_rate steps epochs batch_size max_length dtype
 eval_size gradient_checkpointing seed samples model overwrite""".split()
+WHAT_AND_WHERE = """method r bond cores init scale args target_modules exclude_modules layers_to_transform patterns
+revision trust_remote_code""".split()
 OUT_OF_MEMORY = """out of memory. What helps, most first: --batch-size auto (or a smaller one, with --accumulation to
 make up for it), --gradient-checkpointing true, a smaller --max-length, --dtype bfloat16, a model quantised to 4 bits;
 inlay train --dry-run counts what a setting needs"""
@@ -109,9 +111,12 @@ def generate(options: argparse.Namespace) -> None:
 
     models.quiet()
     folder = models.adapter_folder(options.adapter) if options.adapter else None
-    name = options.model or (models.base_of(folder) if folder else "builtin")
-    model, tokenizer = models.load_base(name, models.dtype_for(options.dtype))
-    model = models.load_adapter(model, folder).eval() if folder else model
+    dtype = models.dtype_for(options.dtype)
+    if folder:
+        model, tokenizer = models.load_adapted(folder, options.model, dtype)
+    else:
+        model, tokenizer = models.load_base(options.model or "builtin", dtype)
+    model.eval()
     extra = {"do_sample": True, "temperature": options.temperature} if options.temperature > 0 else {}
     chat = [{"role": "system", "content": options.system}] if options.system else []
     if options.prompt is not None:
@@ -135,6 +140,59 @@ def read_line() -> str:
         return input("> ").strip()
     except EOFError:
         return ""
+
+
+def fold(options: argparse.Namespace) -> None:
+    """Cut a method's piece out of a model, quantise the rest to 4 bits, and write both: out/base and out/adapter.
+
+    example:  inlay fold meta-llama/Llama-3.2-1B folded/ --method dota --bond 32
+    """
+    import statistics
+
+    from rich.table import Table
+    from tqdm import tqdm
+
+    from inlay import folding
+    from inlay.workbench import memory, models, recipe
+
+    models.quiet()
+    rest = ("verb", "run", "model", "out", "overwrite", "rounds")
+    flags = {k: recipe.from_flag(k, v) for k, v in vars(options).items() if k not in rest and isinstance(v, str)}
+    flags |= {k: v for k, v in vars(options).items() if k not in rest and isinstance(v, bool)}
+    asked = recipe.load(None, {**flags, "model": options.model})
+    with tqdm(desc="folding", unit="weight", disable=None) as bar:
+        made = folding.fold(
+            asked.model, options.out, asked.config(), rounds=options.rounds, revision=asked.revision,
+            trust_remote_code=asked.trust_remote_code, overwrite=options.overwrite, done=lambda _: bar.update(),
+        )  # fmt: skip
+    table = Table("weights", "plain NF4", "folded", title="mean ‖W' − W‖ / ‖W‖", title_justify="left")
+    groups: dict[str, list] = {}
+    for error in made.errors:
+        groups.setdefault(error.module.rpartition(".")[2], []).append(error)
+    for kind, errors in (*groups.items(), ("all", made.errors)):
+        table.add_row(kind, *(f"{statistics.mean(getattr(e, k) for e in errors):.4f}" for k in ("plain", "folded")))
+    terminal().print(table)
+    size = sum(file.stat().st_size for file in made.base.iterdir())
+    print(f"{made.base} ({memory.gib(size)}), {made.adapter}; each weight's error: {made.folder / 'errors.csv'}")
+
+
+def export(options: argparse.Namespace) -> None:
+    """Write an adapter as a plain LoRA: a PEFT folder (vLLM serves it), or GGUF for llama.cpp and Ollama.
+
+    example:  inlay export runs/builtin-bone lora/ --to lora
+    """
+    from inlay import export
+    from inlay.workbench import models
+
+    models.quiet()
+    done = export.export_lora(
+        options.adapter, options.out, to=options.to, rank=options.rank, energy=options.energy, model=options.model,
+        dtype=options.dtype, pad=not options.no_pad, overwrite=options.overwrite,
+    )  # fmt: skip
+    for module, error in done.errors.items() if any(e > 1e-5 for e in done.errors.values()) else ():
+        print(f"{module}: relative error {error:.2e}")
+    worst = max(done.errors.values())
+    print(f"{done.folder}: rank {done.rank}, {'exact' if worst < 1e-5 else f'largest relative error {worst:.2e}'}")
 
 
 def merge(options: argparse.Namespace) -> None:
@@ -207,6 +265,24 @@ def parser() -> Parser:
     verb.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
     verb.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
 
+    verb = add_verb(verbs, fold)
+    verb.add_argument("model", help="hub id, folder or builtin")
+    verb.add_argument("out", help="folder of the new base and adapter")
+    verb.add_argument("--rounds", type=int, default=1, help="quantise, decompose again what that lost, ... (default 1)")
+    verb.add_argument("--overwrite", action="store_true", help="replace an earlier fold")
+    add_fields(verb, WHAT_AND_WHERE)
+
+    verb = add_verb(verbs, export)
+    verb.add_argument("adapter", help="run folder or adapter folder")
+    verb.add_argument("out", help="folder of the LoRA")
+    verb.add_argument("--to", default="lora", choices=("lora", "gguf"), help="lora (default): for PEFT and vLLM")
+    verb.add_argument("--rank", type=int, help="at most so many ranks (DoTA, Bat: needed, or --energy)")
+    verb.add_argument("--energy", type=float, help="as many ranks as keep this share of the change, 0 to 1")
+    verb.add_argument("--no-pad", action="store_true", help="do not fill up to a rank that vLLM serves")
+    verb.add_argument("--model", help="base model (default: the one the adapter names)")
+    verb.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    verb.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+
     verb = add_verb(verbs, merge)
     verb.add_argument("adapter", help="run folder or adapter folder")
     verb.add_argument("out", help="folder of the new checkpoint")
@@ -242,16 +318,25 @@ def add_train(verb: argparse.ArgumentParser) -> None:
     """Every recipe field and every hyperparameter as a flag; help shows the common ones and names the rest."""
     from inlay.workbench.recipe import Recipe, hyperparameters
 
-    texts = {**{f.name: f.metadata["help"] for f in fields(Recipe)}, **hyperparameters()}
     verb.add_argument("recipe", nargs="?", help="YAML file; flags override it")
     verb.add_argument("--dry-run", action="store_true", help="show recipe, first example, parameters and memory; stop")
-    for name in (*COMMON, *(n for n in texts if n not in COMMON)):
-        text = texts[name] if name in COMMON else argparse.SUPPRESS
-        kind = {"metavar": "VALUE", "default": argparse.SUPPRESS, "help": text}
+    names = [f.name for f in fields(Recipe)] + list(hyperparameters())
+    rest = [name for name in names if name not in COMMON]
+    add_fields(verb, COMMON)
+    add_fields(verb, rest, hidden=True)
+    flags = " ".join(f"--{name.replace('_', '-')}" for name in rest)
+    verb.epilog = f"also, each as in the recipe:\n{wrap(flags)}\n\n{verb.epilog}"
+
+
+def add_fields(verb: argparse.ArgumentParser, names: Sequence[str], hidden: bool = False) -> None:
+    """Recipe fields and hyperparameters as flags."""
+    from inlay.workbench.recipe import Recipe, hyperparameters
+
+    texts = {**{f.name: f.metadata["help"] for f in fields(Recipe)}, **hyperparameters()}
+    for name in names:
+        kind = {"metavar": "VALUE", "default": argparse.SUPPRESS, "help": argparse.SUPPRESS if hidden else texts[name]}
         switch = {"nargs": "?", "const": True} if name in SWITCHES else {}
         verb.add_argument(f"--{name.replace('_', '-')}", dest=name, **kind, **switch)
-    rest = " ".join(f"--{name.replace('_', '-')}" for name in texts if name not in COMMON)
-    verb.epilog = f"also, each as in the recipe:\n{wrap(rest)}\n\n{verb.epilog}"
 
 
 SWITCHES = ("overwrite", "packing", "keep_best", "gradient_checkpointing", "trust_remote_code")

@@ -78,6 +78,19 @@ def minor_svd(W: Tensor, r: int) -> Triplets:
     return svd(W, r, "minor")
 
 
+def compress(B: Tensor, A: Tensor) -> Triplets:
+    """The singular triplets of B A, B (m, k), A (k, n), k small: U (m, t), S (t,) descending, Vh (t, n), t its rank.
+
+    By QR of both factors and the SVD of a k × k matrix, in fp64: B A, (m, n), is never formed.
+    """
+    with torch.no_grad():
+        Q, R = torch.linalg.qr(B.double())
+        P, L = torch.linalg.qr(A.double().mT)
+        U, S, Vh = torch.linalg.svd(R @ L.mT)
+        t = max(1, int((1e-14 * S[0] < S).sum()))
+        return Q @ U[:, :t], S[:t], Vh[:t] @ P.mT
+
+
 def _check_arguments(W: Tensor, r: int, side: str) -> None:
     if side not in ("top", "minor", "middle", "random"):
         raise ValueError(f"side must be 'top', 'minor', 'middle' or 'random', not {side!r}")

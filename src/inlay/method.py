@@ -57,6 +57,7 @@ class Method(ABC):
         trains: what is trained, in words.
         frozen: symbols of θ that are kept but never trained.
         zero_init: ΔW(θ₀) = 0 for every W, so θ₀ need not be stored; a property where it depends on a hyperparameter.
+        reads_weight: ΔW depends on W, so that it cannot be told from θ alone.
         needs: what a data-driven `start` must have seen first (None: the weight alone).
     """
 
@@ -67,6 +68,7 @@ class Method(ABC):
     trains: ClassVar[str]
     frozen: ClassVar[frozenset[str]] = frozenset()
     zero_init: ClassVar[bool] = False
+    reads_weight: ClassVar[bool] = False
     needs: ClassVar[Literal["activations", "gradients"] | None] = None
 
     scale: float | None = field(default=None, metadata={"help": "s in y = Wx + s (ΔW(θ) − ΔW(θ₀)) x (default 1)"})

@@ -190,11 +190,14 @@ def contract(train: Sequence[Tensor]) -> Tensor:
     return torch.tensordot(left, right, 1).transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
 
-def difference(train: Sequence[Tensor], start: Sequence[Tensor], factor: float = 1.0) -> Tensor:
+def difference(train: Sequence[Tensor], start: Sequence[Tensor] | None, factor: float = 1.0) -> Tensor:
     """factor (contract(train) − contract(start)), (Π o_k × Π i_k): nothing large cancels, and equals give exactly zero.
+    Without a start nothing is subtracted.
 
     Σ_k S_1..S_{k-1} (T_k − S_k) T_{k+1}..T_N is itself a train of twice the bonds, with the cores [[S, T − S], [0, T]].
     """
+    if start is None:
+        return contract([factor * train[0], *train[1:]])
     first, *others = (torch.cat([S, T - S], 3) for T, S in zip(train, start, strict=True))
     blocks = [factor * first]
     for upper, T in zip(others, train[1:], strict=True):

@@ -51,6 +51,7 @@ class InlayConfig(PeftConfig):
             as in `LoraConfig`, "all-linear" included.
         bias: "none", "all" or "inlay_only": which biases of the model are trained.
         init_weights: False starts away from the identity, for tests only.
+        folded: the base is W − s ΔW(θ₀), quantised, as `inlay.fold` makes it; set in what it writes, never by hand.
 
     Raises:
         ValueError: an unknown method, hyperparameter or value; the message names the choices.
@@ -70,6 +71,7 @@ class InlayConfig(PeftConfig):
     target_parameters: list[str] | None = None
     bias: str = "none"
     init_weights: bool = True
+    folded: bool = False
     format_version: int | None = None  # None: not read from a checkpoint
     hyperparameters: str | None = None  # a digest of them, against edits of a checkpoint's config
     seals: dict[str, dict[str, Any]] | None = None  # per module, what a checkpoint held and was cut from
@@ -166,4 +168,5 @@ class InlayConfig(PeftConfig):
         return {f.name: getattr(method, f.name) for f in fields(method) if f.name not in ("scale", "dropout")}
 
     def _digest(self) -> str:
-        return seal.of_values([self.method, self._all_args(), self.scale, self.dropout, self.patterns])
+        values = [self.method, self._all_args(), self.scale, self.dropout, self.patterns]
+        return seal.of_values([*values, "folded"] if self.folded else values)

@@ -16,47 +16,17 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from inlay.host import seal
+from inlay.host.slot import Slot
 from inlay.method import Base, Method, Params, keep, like
 
 PREFIX = "inlay_"
 START = "inlay_start_"  # θ₀, stored beside θ so that nothing is ever decomposed again
 
 
-class Slot(nn.Module):
-    """One tensor of θ (a parameter) or one that is never trained (a buffer: sharded savers drop frozen parameters).
-
-    A leaf module with a `.weight`, because wrapping policies, hot swap and PEFT's key mapping look for that.
-    """
-
-    def __init__(self, value: Tensor, trainable: bool) -> None:
-        super().__init__()
-        if trainable:
-            self.weight = nn.Parameter(value)
-        else:
-            self.register_buffer("weight", value)
-
-    def forward(self) -> Tensor:
-        return self.weight
-
-    def freeze(self) -> nn.Parameter | None:
-        """Make a parameter a buffer with the same numbers, and give it back for its optimiser to forget.
-
-        A buffer, because PEFT turns gradients back on whenever adapters are switched, and sharded savers drop
-        parameters without gradients. The optimiser's groups keep the parameter, so its checkpoints still fit.
-        """
-        if "weight" not in self._parameters:
-            return None
-        weight = cast(nn.Parameter, self.weight)
-        del self.weight
-        self.register_buffer("weight", weight.detach())
-        weight.requires_grad_(False).grad = None
-        return weight
-
-
 @dataclass
 class Cut:
     """One adapter on one layer. `pending`: its slots are NaN until a checkpoint or a decomposition fills them; what a
-    checkpoint fills them with must bear its `seal`."""
+    checkpoint fills them with must bear its `seal`. `folded`: s ΔW(θ₀) was taken out of the base, so there is no θ₀."""
 
     method: Method
     symbols: tuple[str, ...]
@@ -64,6 +34,7 @@ class Cut:
     perturb: bool = False
     module: str = ""
     seal: dict[str, Any] | None = None
+    folded: bool = False
     pending: bool = True
 
 
@@ -108,19 +79,26 @@ class Adapted:
 
 
 def readable(base_layer: nn.Module) -> nn.Module:
-    """Keep bitsandbytes from repacking a 4-bit weight in place at its first inference on a CPU with avx512_bf16: what
-    it leaves there dequantises to other numbers, without an error.
+    """Guard against two faults of bitsandbytes in 4-bit weights on a CPU: where there is avx512_bf16 it repacks one in
+    place at its first inference, and then it dequantises to other numbers; and it misreads rows that end in a block.
 
     Raises:
-        ValueError: it has already done so.
+        ValueError: it has already repacked the weight.
     """
-    if getattr(base_layer, "support_avx512bf16_for_cpu", False):
-        if getattr(cast(Any, base_layer.weight).quant_state, "packing_format_for_cpu", False):
-            raise ValueError(
-                "bitsandbytes repacked this 4-bit weight when the model ran on the CPU, and it can no longer be read; "
-                "load the model anew and adapt it before its first run"
-            )
+    state = getattr(getattr(base_layer, "weight", None), "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
+        raise ValueError(
+            "bitsandbytes repacked this 4-bit weight when the model ran on the CPU, and it can no longer be read; "
+            "load the model anew and adapt it before its first run"
+        )
+    if hasattr(base_layer, "support_avx512bf16_for_cpu"):
         base_layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    if state is not None and state.absmax.device.type == "cpu" and state.shape[-1] % state.blocksize:
+        warnings.warn(
+            f"bitsandbytes misreads a 4-bit weight of shape {tuple(state.shape)} on the CPU, with or without adapters: "
+            f"{state.shape[-1]} is no multiple of its block of {state.blocksize}",
+            stacklevel=2,
+        )
     return base_layer
 
 
@@ -194,7 +172,8 @@ class InlayLinear(nn.Module, BaseTunerLayer):
             self._held(container).pop(name) if name in self._held(container) else None
         shapes = method.start(torch.empty(self.out_features, self.in_features, device="meta"))
         trained = tuple(k for k in shapes if k not in method.frozen)
-        self.cuts[name] = Cut(method, tuple(shapes), () if method.zero_init else trained, **about)
+        start = () if method.zero_init or about.get("folded") else trained
+        self.cuts[name] = Cut(method, tuple(shapes), start, **about)
         for k, shape in shapes.items():
             self._slot(PREFIX + k, name, shape, trainable=k in trained)
         for k in self.cuts[name].start:
@@ -205,7 +184,9 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         if container not in self._modules:
             self.add_module(container, nn.ModuleDict())
         value = torch.full(shape.shape, float("nan"), dtype=torch.float32, device=self._device())
-        self._held(container)[name] = Slot(value, trainable)
+        self._held(container)[name] = slot = Slot(value, trainable)
+        if trainable and self.quantization_backend is not None:
+            slot.exact = value  # trl casts θ to bf16 on quantised bases, by replacing `.data`
 
     def _device(self) -> torch.device:
         return self._get_base_layer_device_and_dtype(self.base_layer)[0] or torch.device("cpu")
@@ -223,11 +204,22 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         cut.pending = False
         if self._device().type == "meta":  # a model without memory: shapes are all there is
             return
-        if like in self.cuts and cut.start:
+        if like in self.cuts and (cut.start or cut.folded):
             start = self._start_of(like)
+        elif cut.folded:
+            raise ValueError(
+                f"{cut.module}: a folded adapter has no start of its own; load one with its base, or make both with "
+                "inlay.fold"
+            )
         else:
             start = cut.method.start(self.pristine().detach().float())
-        slots = self.slots(name)
+        self.fill(name, start)
+
+    @torch.no_grad()
+    def fill(self, name: str, start: Params) -> None:
+        """Give the slots of θ and θ₀ their numbers."""
+        cut, slots = self.cuts[name], self.slots(name)
+        cut.pending = False
         for k in cut.symbols:
             weight = slots[f"{PREFIX}{k}.{name}.weight"].weight.copy_(start[k])
             if cut.perturb and k not in cut.method.frozen:
@@ -274,29 +266,32 @@ class InlayLinear(nn.Module, BaseTunerLayer):
                 f"{cut.module}: the adapter's tensors are not those it was saved with (a damaged or converted file?); "
                 "set config.seals = None to load them all the same"
             )
-        if not seal.same_base(self.base_mark(), cut.seal["base"]):
+        mark = self.base_mark(cut.folded)
+        if not seal.same_base(mark, cut.seal["base"]) or (cut.folded and mark is not None and mark != cut.seal["base"]):
             raise ValueError(
                 f"{cut.module}: the adapter was cut from another base model; load it on its own, or set "
                 "config.seals = None to apply it here all the same"
             )
 
-    def base_mark(self) -> str | None:
-        """The mark of the weight below all adapters; None where it is quantised, sharded or not there."""
+    def base_mark(self, folded: bool = False) -> str | None:
+        """The mark of the weight below all adapters; None where it is sharded, not there, or quantised and not
+        `folded`: the same base in another quantisation serves as well, but for what something was folded into."""
         if self.quantization_backend is not None:
-            return None
+            return seal.of_packed(cast(Tensor, self.base_layer.weight)) if folded else None
         W = self.pristine()
         whole = W.shape == (self.out_features, self.in_features) and seal.is_plain(W)
         return seal.of_base(W) if whole else None
 
     def make_seal(self, name: str, tensors: dict[str, Tensor]) -> dict[str, str | None]:
         """What `check_seal` will want to find when these tensors are loaded again."""
-        return {"tensors": seal.of_tensors(strip(tensors, name)), "base": self.base_mark()}
+        return {"tensors": seal.of_tensors(strip(tensors, name)), "base": self.base_mark(self.cuts[name].folded)}
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move, but never round θ to the base's dtype (PEFT does both)."""
+        device = device or self._device()
         for slot in self.slots(adapter_name).values() if adapter_name in self.cuts else ():
-            if not slot.weight.is_meta:
-                slot.to(device or self._device())
+            if not slot.weight.is_meta and device.type != "meta":  # numbers that move there are lost
+                slot.to(device)
 
     # -- forward and merge ----------------------------------------------------------------------------------------
 

@@ -44,7 +44,8 @@ class InlayModel(BaseTuner):
         config = cast(InlayConfig, cast(dict, self.peft_config)[adapter_name])
         # trl copies an adapter by adding another under the same config object, then copying parameters alone.
         twin = next((n for n, c in cast(dict, self.peft_config).items() if c is config and n != adapter_name), None)
-        fill = twin or (config.format_version is None and state_dict is None and not low_cpu_mem_usage)
+        fresh = config.format_version is None and not config.folded
+        fill = twin or (fresh and state_dict is None and not low_cpu_mem_usage)
         self._asked = config, config.target_modules, (adapter_name, twin) if fill else None
         if "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
             raise ValueError(f"an adapter cannot be called {adapter_name!r}; use letters, digits and underscores")
@@ -112,6 +113,7 @@ class InlayModel(BaseTuner):
                 perturb=not config.init_weights,
                 module=current_key,
                 seal=(config.seals or {}).get(current_key),
+                folded=config.folded,
             )
         except ValueError as error:
             raise ValueError(f"{current_key}: {error}") from None
@@ -159,6 +161,7 @@ class InlayModel(BaseTuner):
             if isinstance(layer, InlayLinear) and adapter_name in layer.cuts and not autocast_adapter_dtype:
                 dtype = layer._get_base_layer_device_and_dtype(layer.base_layer)[1]
                 for slot in layer.slots(adapter_name).values() if dtype is not None and dtype.is_floating_point else ():
+                    slot.exact = None
                     for weight in slot.parameters():
                         weight.data = weight.data.to(dtype)
 
@@ -234,7 +237,7 @@ def register() -> None:
     if INLAY not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(name="inlay", config_cls=InlayConfig, model_cls=InlayModel)
     PEFT_TYPE_TO_CONFIG_MAPPING[INLAY], PEFT_TYPE_TO_TUNER_MAPPING[INLAY] = InlayConfig, InlayModel
-    CONFIG_KEYS_TO_CHECK[INLAY] = ["method", "args", "scale", "dropout", "patterns"]
+    CONFIG_KEYS_TO_CHECK[INLAY] = ["method", "args", "scale", "dropout", "patterns", "folded"]
 
 
 register()

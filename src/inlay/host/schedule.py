@@ -9,6 +9,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from inlay.host.layer import InlayLinear
+from inlay.host.slot import restore_precision
 
 
 def step(model: nn.Module, t: float, optimizer: torch.optim.Optimizer | None = None) -> int:
@@ -37,7 +38,13 @@ def step(model: nn.Module, t: float, optimizer: torch.optim.Optimizer | None = N
 
 
 class Schedule(TrainerCallback):
-    """`step` for transformers' Trainer and trl's trainers: `Trainer(..., callbacks=[Schedule()])`."""
+    """`step` for transformers' Trainer and trl's trainers: `Trainer(..., callbacks=[Schedule()])`.
+
+    On a quantised base it also keeps θ in fp32, which trl would cast to bf16.
+    """
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        restore_precision(model)  # before there is an optimiser, or DDP
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.on_step_end(args, state, control, model, **kwargs)  # a resumed run goes on where its schedule was

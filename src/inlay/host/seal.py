@@ -1,14 +1,14 @@
 """Seals: what an adapter holds and what it was cut from, in a few characters per layer, so that neither changes unseen.
 
 A base is known by a sample of its weight, rounded to bf16, so that the same base loaded in fp32 or bf16 is the same. A
-quantised weight has no such mark: it is compared with nothing.
+quantised weight has a mark only where something was folded into it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -31,6 +31,18 @@ def of_base(W: Tensor) -> str:
     sample = W.detach().flatten()[:: max(1, W.numel() // SAMPLE)].to("cpu", torch.bfloat16)
     digest = hashlib.sha256(str(tuple(W.shape)).encode() + sample.view(torch.int16).numpy().tobytes())
     return f"{kind}:{digest.hexdigest()[:16]}"
+
+
+def of_packed(weight: Tensor) -> str | None:
+    """A mark of a quantised weight as it is stored; None where its bytes are not here."""
+    if weight.is_meta or not hasattr(weight, "quant_state"):
+        return None if weight.is_meta else type(weight).__name__
+    state = cast(Any, weight).quant_state
+    digest = hashlib.sha256(f"{tuple(state.shape)}{state.blocksize}".encode())
+    for part in (weight.data, state.absmax):
+        sample = part.detach().flatten()[:: max(1, part.numel() // SAMPLE)].cpu()
+        digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
+    return f"{state.quant_type}:{digest.hexdigest()[:16]}"
 
 
 def of_values(values: Any) -> str:

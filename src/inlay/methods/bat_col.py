@@ -27,6 +27,7 @@ class BatCol(Method):
     paper = "Kang 2024, arXiv 2409.15371 v1-v3"
     trains = "B (out/r × r × r)"
     zero_init = True
+    reads_weight = True
 
     r: int = field(default=8, metadata={"help": "block size; must divide both sides of the weight", "min": 1})
 

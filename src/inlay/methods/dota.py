@@ -64,11 +64,10 @@ class DoTA(Method):
         return trains.contract(list(p.values()))
 
     def offset(self, p: Params, p0: Params | None, W: Tensor) -> Tensor:
-        assert p0 is not None  # it is stored, as zero_init is False
-        return trains.difference(list(p.values()), list(like(p0, p).values()))
+        start = None if p0 is None else list(like(p0, p).values())
+        return trains.difference(list(p.values()), start)
 
     def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
-        assert p0 is not None
-        start = list(like(p0, p).values())
+        start = None if p0 is None else list(like(p0, p).values())
         # W is not asked for: a quantised one would be dequantised for nothing.
         return base(x) + ops.product(drop(x), lambda *cores: trains.difference(cores, start, self.s), *p.values())

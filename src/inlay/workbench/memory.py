@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import psutil
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.quantizers.base import get_keys_to_not_convert
 
 from inlay.host.config import InlayConfig
 from inlay.workbench.models import load_config
+
+NF4 = (4 + 8 / 64 + 32 / (64 * 256)) / 8  # bits, those of a block's scale, and those of 256 scales' own
+PACKED = {"nf4": NF4, "nf4_offset": NF4, "int8": 1.0}  # bytes a number
 
 
 @dataclass(frozen=True)
@@ -68,15 +73,25 @@ def saved_bytes(model: nn.Module, batch: int, length: int) -> int:
     return sum(t.untyped_storage().nbytes() for t in kept.values())
 
 
-def estimate(model: nn.Module, batch: int, length: int) -> Memory:
-    """The memory of one training step of an adapted model (on any device, the meta one included)."""
+def estimate(model: nn.Module, batch: int, length: int, quantize: str = "none") -> Memory:
+    """The memory of one training step of an adapted model (on any device, the meta one included), whose linear layers
+    will be quantised as a recipe says."""
     trained = [p for p in model.parameters() if p.requires_grad]
     rest = {id(t): t for t in [*model.parameters(), *model.buffers()] if not t.requires_grad}.values()
     return Memory(
-        weights=sum(t.numel() * t.element_size() for t in rest),
+        weights=round(sum(t.numel() * t.element_size() for t in rest) - saved_by_packing(model, quantize)),
         training=sum(p.numel() * p.element_size() * 4 for p in trained),
         activations=saved_bytes(model, batch, length),
     )
+
+
+def saved_by_packing(model: nn.Module, quantize: str) -> float:
+    """Bytes by which a quantised checkpoint of the model is smaller."""
+    if quantize == "none":
+        return 0
+    plain = get_keys_to_not_convert(cast(PeftModel, model).get_base_model())
+    linear = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.split(".")[-1] not in plain]
+    return sum(m.weight.numel() * (m.weight.element_size() - PACKED[quantize]) for m in linear)
 
 
 def largest_batch(model: nn.Module, length: int, start: int = 64) -> int:

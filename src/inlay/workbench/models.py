@@ -12,6 +12,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from inlay.folding import FOLDED
+from inlay.host.layer import InlayLinear
 from inlay.workbench import builtin
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -27,12 +29,19 @@ def resolve(name: str) -> str:
         return str(builtin.model_dir())
     path = Path(name).expanduser()
     if path.exists():
+        path = path / "base" if fold_at(name) else path
         if not (path / "config.json").exists():
             raise ValueError(f"{name} is no model folder: it has no config.json")
         return str(path.resolve())  # an adapter names its base, and may be used from another folder
     if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ValueError(f"model folder {name} does not exist; give a folder, a hub id (owner/name) or builtin")
     return name
+
+
+def fold_at(name: str) -> Path | None:
+    """The adapter of a fold, if a model's name is the folder of one."""
+    adapter = Path(name).expanduser() / "adapter"
+    return adapter if (adapter.parent / FOLDED).exists() and (adapter / "adapter_config.json").exists() else None
 
 
 def dtype_for(name: str) -> torch.dtype:
@@ -45,18 +54,33 @@ def dtype_for(name: str) -> torch.dtype:
     return torch.bfloat16 if capable.get("amx_bf16") or capable.get("avx512_bf16") else torch.float32
 
 
-def stored_dtype(name: str) -> torch.dtype:
+def stored_dtype(name: str, trust_remote_code: bool = False) -> torch.dtype:
     """The dtype a model's checkpoint is in."""
-    dtype = load_config(name).get_text_config().dtype
+    dtype = load_config(name, trust_remote_code).get_text_config().dtype
     return dtype if isinstance(dtype, torch.dtype) else DTYPES.get(str(dtype), torch.float32)
 
 
 def load_base(
-    name: str, dtype: torch.dtype, revision: str | None = None, trust_remote_code: bool = False
+    name: str,
+    dtype: torch.dtype,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    quantization: Any = None,
+    folded: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model and its tokenizer, on the GPU if there is one."""
+    """A causal language model and its tokenizer, on the GPU if there is one; quantised on the way, if so asked.
+
+    Raises:
+        ValueError: it cannot be loaded, is to be quantised and is so already, or (unless `folded`) is half of a fold.
+    """
     where = resolve(name)
+    if (Path(where) / FOLDED).exists() and not folded:
+        raise ValueError(f"{name} is a folded base, no model without its adapter; give the folder of both")
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if quantization is not None:
+        if getattr(load_config(name, trust_remote_code), "quantization_config", None):
+            raise ValueError(f"model {name!r} is quantised already; adapt it as it is, with quantize: none")
+        options["quantization_config"] = quantization
     try:
         model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
     except (OSError, ValueError, KeyError) as error:
@@ -97,17 +121,40 @@ def adapter_folder(path: str) -> Path:
 
 
 def base_of(adapter: Path) -> str:
-    """The base model an adapter names."""
+    """The base model an adapter names; a folded one's is beside it, wherever the two were moved."""
     try:
-        name = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        name = config["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{adapter}/adapter_config.json is not an adapter's configuration: {error!r}") from None
     if not isinstance(name, str) or not name:
         raise ValueError(f"{adapter} does not name its base model; give it with --model")
-    return name
+    beside = adapter.resolve().parent / "base"
+    return str(beside) if config.get("folded") and (beside / FOLDED).exists() else name
 
 
-def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
+def load_adapted(
+    adapter: Path, name: str | None = None, dtype: torch.dtype | None = None, trainable: bool = False
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """An adapter on its base (or another one named), and the tokenizer; without a dtype, in the stored one."""
+    name = name or base_of(adapter)
+    base, tokenizer = load_base(name, dtype or stored_dtype(name), folded=True)
+    return load_adapter(base, adapter, trainable), tokenizer
+
+
+def dequantise(model: PeftModel) -> None:
+    """Give an adapted model plain fp32 weights, if it stands on packed ones."""
+    base: Any = model.get_base_model()
+    if getattr(base, "hf_quantizer", None) is None:
+        return
+    base.dequantize(torch.float32)
+    base._weight_conversions = None  # reading packed tensors has no reverse; transformers finds its own
+    for layer in model.modules():
+        if isinstance(layer, InlayLinear):
+            layer.quantization_backend = None
+
+
+def load_adapter(model: PreTrainedModel, adapter: Path, trainable: bool = False) -> PeftModel:
     """The adapter on its base, checked whole.
 
     Raises:
@@ -116,7 +163,7 @@ def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
     if not (adapter / "adapter_model.safetensors").is_file():
         raise ValueError(f"{adapter} has no adapter_model.safetensors")
     try:
-        return PeftModel.from_pretrained(model, str(adapter))
+        return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
     except Exception as error:  # safetensors, JSON and PEFT each raise their own kind
         raise ValueError(f"adapter {adapter} cannot be loaded: {first_line(error)}") from None
 
@@ -134,6 +181,7 @@ def quiet() -> None:
     import transformers
 
     warnings.simplefilter("ignore", FutureWarning)
+    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()

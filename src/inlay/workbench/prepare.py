@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from inlay.folding import fold
+from inlay.host.config import InlayConfig
 from inlay.workbench import data, memory, models, ranks
 from inlay.workbench.files import check_free
 from inlay.workbench.recipe import Recipe
@@ -75,6 +79,40 @@ def planned(recipe: Recipe, rows: Examples, dtype: torch.dtype) -> tuple[PeftMod
     return model, min(recipe.max_length, rows.audit.longest)
 
 
+def check_fold(recipe: Recipe, adapter: Path) -> None:
+    """Refuse to train a fold as another method than the one it was made with."""
+    asked, made = recipe.config().to_dict(), InlayConfig.from_pretrained(str(adapter)).to_dict()
+    names = ["method", "args", "scale", "dropout", "patterns"]
+    names += ["target_modules"] if recipe.target_modules != "all-linear" else []
+    for name in names:
+        if asked[name] != made[name]:
+            raise ValueError(
+                f"{recipe.model} was folded with {name}={made[name]}, which is fixed; this recipe says {asked[name]}"
+            )
+    if recipe.quantize != "none":
+        raise ValueError(f"{recipe.model} is folded already; leave out quantize: {recipe.quantize}")
+
+
+def load(recipe: Recipe, dtype: torch.dtype, folder: Path, console: Console) -> PreTrainedModel | PeftModel:
+    """The model a recipe trains, quantised if it says so; after a fold (in `folder`) it is adapted already."""
+    from inlay.workbench import packing
+
+    if adapter := models.fold_at(recipe.model):
+        check_fold(recipe, adapter)
+        return models.load_adapted(adapter, dtype=dtype, trainable=True)[0]
+    options = (recipe.revision, recipe.trust_remote_code)
+    if recipe.quantize != "nf4":
+        quantization = None if recipe.quantize == "none" else packing.settings(recipe.quantize, dtype)
+        return models.load_base(recipe.model, dtype, *options, quantization)[0]
+    made = fold(
+        recipe.model, folder, recipe.config(), rounds=recipe.fold_rounds, revision=options[0],
+        trust_remote_code=options[1],
+    )  # fmt: skip
+    plain, folded = (statistics.mean(getattr(e, kind) for e in made.errors) for kind in ("plain", "folded"))
+    console.print(f"folded: the base starts at a relative error of {folded:.4f} per weight (plain NF4: {plain:.4f})")
+    return models.load_adapted(made.adapter, str(made.base), dtype, trainable=True)[0]
+
+
 def dry_run(recipe: Recipe, console: Console) -> None:
     """Show what a run would do: recipe, first example with its answer marked, parameters, memory. Loads no weights."""
     check_free(recipe.run_folder(), recipe.overwrite, MARK)
@@ -87,7 +125,7 @@ def dry_run(recipe: Recipe, console: Console) -> None:
         memory.largest_batch(model, length, start=at_most(rows)) if recipe.batch_size == "auto" else recipe.batch_size
     )
     recipe = recipe.resolved(dtype=str(dtype).removeprefix("torch."), eval_size=len(rows.heldout), batch_size=batch)
-    need = memory.estimate(model, batch, length)
+    need = memory.estimate(model, batch, length, recipe.quantize)
     shown = data.render(rows.train[0], tokenizer, recipe.max_length)
     console.print(recipe.to_yaml().rstrip(), soft_wrap=True)
     console.print("\nfirst example, the tokens that are learned from in ⟦⟧:")

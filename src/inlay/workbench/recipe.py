@@ -34,6 +34,11 @@ class Recipe:
     trust_remote_code: bool = entry(False, "let the model's repository run its own code")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = entry("auto", "of the base; auto: right for the machine")
 
+    quantize: Literal["none", "nf4", "nf4_offset", "int8"] = entry(
+        "none", "base in 4 or 8 bits; nf4: folded (QDoTA, QPiSSA), nf4_offset and int8: quantised as it is"
+    )
+    fold_rounds: int = entry(1, "quantize: nf4: rounds of quantising and decomposing again what that lost", min=1)
+
     data: str = entry("builtin", "file, folder or hub data set; builtin: a slice of E2E NLG")
     split: str | None = entry(None, "split of a hub data set")
     eval_data: str | None = entry(None, "held-out data (default: cut from data)")

@@ -7,6 +7,8 @@ import math
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +25,7 @@ from inlay.host.schedule import Schedule
 from inlay.workbench import memory, models, ranks, report
 from inlay.workbench.files import check_free, new_folder, set_aside, write_text
 from inlay.workbench.generate import answer
-from inlay.workbench.prepare import MARK, Examples, as_dataset, at_most, examples, planned
+from inlay.workbench.prepare import MARK, Examples, as_dataset, at_most, examples, load, planned
 from inlay.workbench.recipe import Recipe
 from inlay.workbench.result import Result
 from inlay.workbench.watch import Watch, duration, peak_memory
@@ -116,18 +118,23 @@ def train(recipe: Recipe, console: Console | None = None) -> Result:
     if recipe.push_to_hub:
         claim(recipe.push_to_hub)
     dtype = models.dtype_for(recipe.dtype)
-    base, tokenizer = models.load_base(recipe.model, dtype, recipe.revision, recipe.trust_remote_code)
+    tokenizer = models.load_tokenizer(recipe.model, recipe.revision, recipe.trust_remote_code)
     rows = examples(recipe, tokenizer, console)
     recipe = ranks.settle(recipe, console)
-    with tempfile.TemporaryDirectory() as somewhere:  # a trainer creates its folder; ours waits until all is valid
-        trainer = build(recipe, base, tokenizer, rows, Path(somewhere))
-    recipe = recipe.resolved(
-        dtype=str(dtype).removeprefix("torch."),
-        eval_size=len(rows.heldout),
-        batch_size=trainer.args.per_device_train_batch_size,
-        output=str(folder),
-    )
-    old = start_folder(folder, recipe)
+    with room_beside(folder) as part:  # the run's folder waits until all is valid
+        model = load(recipe, dtype, part / "folded", console)
+        trainer = build(recipe, model, tokenizer, rows, part)
+        recipe = recipe.resolved(
+            dtype=str(dtype).removeprefix("torch."),
+            eval_size=len(rows.heldout),
+            batch_size=trainer.args.per_device_train_batch_size,
+            output=str(folder),
+        )
+        old = start_folder(folder, recipe)
+        if (part / "folded").exists():
+            for name in ("base", "errors.csv"):
+                (part / "folded" / name).rename(folder / name)
+            cast(Any, trainer.model).peft_config["default"].base_model_name_or_path = str((folder / "base").resolve())
     try:
         result = run(recipe, trainer, tokenizer, rows, console)
     except BaseException:
@@ -180,8 +187,8 @@ def run(recipe: Recipe, trainer: SFTTrainer, tokenizer: Any, rows: Examples, con
     return result
 
 
-def build(recipe: Recipe, base, tokenizer, rows: Examples, folder: Path) -> SFTTrainer:
-    """The trainer for a recipe; `batch_size: auto` is settled here."""
+def build(recipe: Recipe, base: Any, tokenizer, rows: Examples, folder: Path) -> SFTTrainer:
+    """The trainer for a recipe and its base, which is adapted here unless it is so already; settles `batch_size`."""
     batch = recipe.batch_size
     if batch == "auto":
         batch = memory.largest_batch(*planned(recipe, rows, base.dtype), start=at_most(rows))
@@ -193,9 +200,25 @@ def build(recipe: Recipe, base, tokenizer, rows: Examples, folder: Path) -> SFTT
         train_dataset=as_dataset(rows.train, tokenizer),
         eval_dataset=as_dataset(rows.heldout, tokenizer),
         processing_class=tokenizer,
-        peft_config=recipe.config(),
+        peft_config=None if isinstance(base, PeftModel) else recipe.config(),
         callbacks=[Schedule(), *stop],
     )
+
+
+@contextmanager
+def room_beside(folder: Path) -> Iterator[Path]:
+    """A temporary folder on the same disk as `folder`; of the parents made for it, none stays empty."""
+    missing = [p for p in folder.parents if not p.exists()]
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as part:
+            yield Path(part)
+    except PermissionError as error:
+        raise ValueError(f"{folder} cannot be written: {error.strerror}") from None
+    finally:
+        for parent in missing:
+            with suppress(OSError):
+                parent.rmdir()
 
 
 def start_folder(folder: Path, recipe: Recipe) -> Path | None:

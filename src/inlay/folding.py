@@ -1,0 +1,105 @@
+"""Folding: the base becomes Q(W − s ΔW(θ₀)) in 4 bits, and the adapter s ΔW(θ) is what makes it whole again.
+
+QDoTA and QPiSSA are this. The offset form on a plain 4-bit base starts at Q(W); the folded one at Q(W − s ΔW(θ₀)) +
+s ΔW(θ₀), which is nearer to W where ΔW(θ₀) carries energy, as the principal components do and the minor ones do not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from inlay.host.config import InlayConfig
+
+if TYPE_CHECKING:
+    from inlay.workbench.packing import Error
+
+FOLDED = "folded.json"  # in the folder, and in its base, which is not a model without the adapter
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What a fold made: a 4-bit base and its adapter, and the error of each weight against plain NF4."""
+
+    folder: Path
+    errors: list[Error]
+
+    @property
+    def base(self) -> Path:
+        return self.folder / "base"
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / "adapter"
+
+
+def fold(
+    model: str,
+    out: str | Path,
+    config: InlayConfig,
+    *,
+    quantization: str = "nf4",
+    rounds: int = 1,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    done: Callable[[str], object] = lambda module: None,
+) -> Folded:
+    """Write `out`/base, an ordinary 4-bit checkpoint of W − s ΔW(θ₀), and `out`/adapter, which fits no other base.
+
+    Each weight is decomposed in fp32 and quantised (NF4 in blocks of 64, double quantisation, products in bf16) while
+    the model loads, so that memory holds the 4-bit model and one weight. Linear layers the config does not target are
+    quantised as they are.
+
+    Args:
+        model: hub id, folder or builtin; not quantised.
+        out: appears whole or not at all.
+        config: the method and its target modules.
+        quantization: "nf4", the only one.
+        rounds: quantise, decompose again what that lost, and so on; each weight keeps its best round.
+        overwrite: replace an earlier fold at `out`.
+        done: called with the name of each weight that is finished.
+
+    Raises:
+        ValueError: the method does not fit the model, a target is not quantised, or `out` exists.
+    """
+    import torch
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    from inlay.workbench import memory, models, packing
+    from inlay.workbench.files import new_folder, write_text
+
+    if quantization != "nf4":
+        raise ValueError(f"quantization={quantization!r} is not one of nf4")
+    if type(rounds) is not int or rounds < 1:
+        raise ValueError(f"rounds={rounds!r} is not a whole number from 1 up")
+    if config.folded:
+        raise ValueError("this config is of a folded adapter; fold with a fresh one")
+    dtype = models.stored_dtype(model, trust_remote_code)
+    blank = memory.meta_model(model, dtype, trust_remote_code)
+    full = get_keys_to_not_convert(blank)
+    plan = packing.Plan(packing.methods_of(blank, config), rounds, done)
+    for module in plan.methods:
+        if module in full:
+            raise ValueError(f"{module} stays in full precision in a 4-bit checkpoint; leave it out of the targets")
+    with new_folder(Path(out), overwrite, marker=FOLDED) as part:
+        try:
+            base, tokenizer = models.load_base(
+                model, dtype, revision, trust_remote_code, packing.folding(plan, torch.bfloat16)
+            )
+        finally:
+            if plan.failure:
+                raise plan.failure
+        packing.finish(base)
+        about = {"model": model, "method": repr(config.build()), "rounds": rounds}
+        base.save_pretrained(str(part / "base"))
+        tokenizer.save_pretrained(str(part / "base"))
+        packing.save_adapter(base, config, plan.starts, part / "adapter", str((Path(out) / "base").resolve()))
+        for folder in (part, part / "base"):
+            write_text(folder / FOLDED, json.dumps(about, indent=2))
+        rows = [f"{e.module},{e.plain:.5f},{e.folded:.5f},{e.round}" for e in plan.errors]
+        write_text(part / "errors.csv", "\n".join(["module,plain,folded,round", *rows]) + "\n")
+    return Folded(Path(out), plan.errors)

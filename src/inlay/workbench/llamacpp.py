@@ -1,0 +1,67 @@
+"""A LoRA as llama.cpp reads it: a GGUF file of kind "adapter", and the Ollama Modelfile beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from torch import Tensor
+
+from inlay.workbench.lora import Change, widened
+
+# transformers' model_type -> llama.cpp's architecture, and whether llama.cpp keeps the rows of q and k in its own order
+ARCHITECTURES = {
+    "llama": (gguf.MODEL_ARCH.LLAMA, True),
+    "mistral": (gguf.MODEL_ARCH.LLAMA, True),
+    "qwen2": (gguf.MODEL_ARCH.QWEN2, False),
+    "qwen3": (gguf.MODEL_ARCH.QWEN3, False),
+    "gemma": (gguf.MODEL_ARCH.GEMMA, False),
+    "gemma2": (gguf.MODEL_ARCH.GEMMA2, False),
+}
+FILE = "adapter.gguf"
+
+
+def interleaved(B: Tensor, heads: int) -> Tensor:
+    """The rows of a rotated projection, (heads · d × ...), from halves (transformers) to pairs (llama.cpp)."""
+    return B.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def check(config: Any, folder: str) -> None:
+    """Raise a ValueError unless this library knows how llama.cpp names and orders a model's weights."""
+    if config.model_type not in ARCHITECTURES:
+        raise ValueError(
+            f"{config.model_type} models are not written as GGUF here (these are: {', '.join(ARCHITECTURES)}); export "
+            f"--to lora and run llama.cpp's convert_lora_to_gguf.py {folder}"
+        )
+
+
+def write(path: Path, config: Any, made: list[Change], r: int, dtype: torch.dtype) -> None:
+    """The GGUF file. Its tensors are fp32 or fp16 (bf16 becomes fp32, which holds it)."""
+    arch, reorders = ARCHITECTURES[config.model_type]
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(r))
+    for change in made:
+        name = names.get_name(change.module)
+        if name is None:
+            raise ValueError(f"{change.module} has no name in llama.cpp; leave it out of target_modules, or merge")
+        B, A = widened(change, r)
+        kind = change.module.rpartition(".")[2]
+        B = interleaved(B, heads[kind]) if reorders and kind in heads else B
+        for part, value in (("lora_a", A), ("lora_b", B)):
+            value = value.to(torch.float16 if dtype == torch.float16 else torch.float32)
+            writer.add_tensor(f"{name}.weight.{part}", value.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def modelfile(base: str) -> str:
+    """An Ollama Modelfile; the base has to be there as GGUF."""
+    return f"# The base as GGUF: {base}\nFROM ./base.gguf\nADAPTER ./{FILE}\n"
