@@ -347,3 +347,12 @@ def test_mistakes_with_allocate_are_one_line(uneven, records, tmp_path, capsys):
 def test_without_allocate_a_recipe_stays_as_it_is(capsys):
     made = Recipe()
     assert ranks.settle(made, None) is made
+
+
+def test_ranks_are_allocated_before_a_fold(uneven, records, tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = "--r 8 --steps 1 --batch-size 4 --eval-size 4 --samples 0 --quantize nf4 --allocate energy".split()
+    main(["train", "--model", uneven, "--data", records, "--method", "pissa", "--output", str(out), *flags])
+    model = AutoPeftModelForCausalLM.from_pretrained(str(out / "adapter"))
+    held = {cut.module: cut.method.r for m in model.modules() for cut in getattr(m, "cuts", {}).values()}
+    assert held == inlay.inspect(uneven, "pissa", 8).ranks
