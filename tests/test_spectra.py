@@ -205,7 +205,7 @@ def test_a_cache_that_cannot_be_written_costs_time_only(tmp_path, monkeypatch):
 
 def test_a_weight_that_cannot_be_read_is_named(tiny, llama, tmp_path):
     shapes = spectra.targets(tiny, ALL)
-    with pytest.raises(ValueError, match=r"stores no tensor lm_head\.weight .tied to another"):
+    with pytest.raises(ValueError, match=r"stores no tensor lm_head\.weight \(tied to another"):
         spectra.spectra(tiny, {"lm_head": (10, 32)})
     name = "model.layers.0.mlp.up_proj"
     with pytest.raises(ValueError, match=rf"{name} is stored as \(128, 64\), not as \(7, 7\)"):
@@ -237,8 +237,8 @@ def test_patterns_give_every_module_its_rank_and_no_other():
 def test_every_method_with_an_r_stays_within_its_budget(uneven, method, direction):
     config = InlayConfig(method=method, args={"r": 8}, target_modules="all-linear")
     found = ranks.inspection(uneven, config, direction)
-    if not method.startswith("bat"):  # whose blocks of 12 do not divide these weights, so that the budget is spent at 8
-        assert len(set(found.ranks.values())) > 1
+    # Bat's next block size is 16, which two layers cannot pay for; then the ranks are those of the budget.
+    assert len(set(found.ranks.values())) > 1 or (method.startswith("bat") and set(found.ranks.values()) == {8})
     for of in found.kinds.values():
         assert sum(w.numbers for w in of.values()) <= sum(w.uniform for w in of.values())
     config.patterns = ranks.patterns(found.ranks)
@@ -347,3 +347,12 @@ def test_mistakes_with_allocate_are_one_line(uneven, records, tmp_path, capsys):
 def test_without_allocate_a_recipe_stays_as_it_is(capsys):
     made = Recipe()
     assert ranks.settle(made, None) is made
+
+
+def test_ranks_are_allocated_before_a_fold(uneven, records, tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = "--r 8 --steps 1 --batch-size 4 --eval-size 4 --samples 0 --quantize nf4 --allocate energy".split()
+    main(["train", "--model", uneven, "--data", records, "--method", "pissa", "--output", str(out), *flags])
+    model = AutoPeftModelForCausalLM.from_pretrained(str(out / "adapter"))
+    held = {cut.module: cut.method.r for m in model.modules() for cut in getattr(m, "cuts", {}).values()}
+    assert held == inlay.inspect(uneven, "pissa", 8).ranks

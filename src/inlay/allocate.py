@@ -8,7 +8,8 @@ of module (q_proj, ...) spends what its modules would train at r, because types 
 layer starts at its smallest rank, and again and again the layer with the largest score is raised to its next one, until
 nothing fits. E_l is taken at the layer's present rank:
 
-    flat    (1 − E_l) / Δnumbers   what a layer still lacks, per number that the next rank costs: it evens out
+    flat    (1 − E_l) / Δnumbers   what a layer still lacks, per number that the next rank costs; it evens out, and
+                            layers that differ by less than a step keep one rank
     peaked  E_l / Δnumbers         what it has already: the most peaked layers go to 2r, one after the other
 
 Pure functions of numbers; they know no method and no model, so they serve every method whose size is an r.

@@ -8,6 +8,7 @@ are left to one thread: two are no faster, and on cores that others use they wai
 
 from __future__ import annotations
 
+import copy
 import os
 import uuid
 import warnings
@@ -37,7 +38,8 @@ def targets(model: str, config: InlayConfig, trust_remote_code: bool = False) ->
     Raises:
         ValueError: the model or the config cannot be used, or they do not fit each other.
     """
-    empty = get_peft_model(memory.meta_model(model, torch.float32, trust_remote_code), config)
+    own = copy.deepcopy(config)  # PEFT writes what it finds into a config
+    empty = get_peft_model(memory.meta_model(model, torch.float32, trust_remote_code), own)
     layers = adapted(empty, "default").values()
     return {layer.cuts["default"].module: (layer.out_features, layer.in_features) for layer in layers}
 
