@@ -27,6 +27,8 @@ bench: $(DEV)  ## the measurements behind benchmarks/results
 	$(BIN)/python benchmarks/decompose.py
 	$(BIN)/python benchmarks/saved.py
 	$(BIN)/python benchmarks/dota_bf16.py
+	$(BIN)/python benchmarks/fold.py
+	$(BIN)/python benchmarks/papers.py
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,5 +1,5 @@
-"""Train every recipe of recipes/small on the built-in model, one process each, and write the table that docs/papers.md
-reads: python benchmarks/papers.py [NAME ...]. One seed and one learning rate each: it shows that a method trains, not
+"""Train every recipe of recipes/small on the built-in model, one process each, and write the table that ends
+docs/papers.md: python benchmarks/papers.py [NAME ...]. One seed and one learning rate each: it shows that a method trains, not
 which one is best. Rows of recipes that are not run again are kept."""
 
 from __future__ import annotations
@@ -47,7 +47,11 @@ def main() -> None:
             writer.writerows(rows)
         lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
         lines += ["| " + " | ".join(str(row[c]) for c in COLUMNS) + " |" for row in rows]
-        OUT.with_suffix(".md").write_text("\n".join(lines) + "\n")
+        table_text = "\n".join(lines) + "\n"
+        OUT.with_suffix(".md").write_text(table_text)
+        page = ROOT / "docs" / "papers.md"
+        head = page.read_text().partition("| recipe |")[0]
+        page.write_text(head + table_text)
 
 
 if __name__ == "__main__":

@@ -49,10 +49,11 @@ def test_every_command_of_the_readme_runs(workplace, tiny, capsys):
         extra = {"train": ["--model", tiny, *TWIN], "generate": ["--tokens", "4"], "methods": ["--model", tiny]}
         main([*words, *extra.get(words[0], [])])
         verbs.append(words[0])
-    assert verbs == ["train", "train", "train", "methods", "generate", "inspect", "fold", "merge"]
+    assert verbs == ["train", "train", "train", "methods", "generate", "inspect", "fold", "export", "merge"]
     assert (workplace / "spectra" / "spectra.json").exists()
     assert (workplace / "folded" / "base" / "model.safetensors").exists()
     assert (workplace / "runs" / "mine" / "adapter" / "adapter_model.safetensors").exists()
+    assert (workplace / "lora" / "adapter_model.safetensors").exists()
     assert (workplace / "merged" / "model.safetensors").exists()
 
 
@@ -120,6 +121,17 @@ def test_the_method_of_contributing_trains_saves_reloads_and_merges(tmp_path, mo
 
 def test_the_recipe_reference_is_the_recipe():
     assert (ROOT / "docs" / "recipe.md").read_text() == recipe.reference()
+
+
+def test_the_papers_page_shows_what_was_measured():
+    """Its table is the benchmark's, a row for every small recipe, and every file it names is there."""
+    page = (ROOT / "docs" / "papers.md").read_text()
+    measured = (ROOT / "benchmarks" / "results" / "papers.md").read_text()
+    assert page.endswith(measured)
+    rows = set(re.findall(r"^\| (\w+) \| \w+ \| \d", measured, re.MULTILINE))
+    assert rows == {path.stem for path in (ROOT / "recipes" / "small").glob("*.yaml")}
+    assert all((ROOT / "docs" / path).exists() for path in re.findall(r"\]\((\.\.[^)]*)\)", page))
+    assert {m.name for m in methods.METHODS} - {"lora"} <= set(re.findall(r"`(\w+)(?:\(|`)", page))
 
 
 @pytest.mark.slow
