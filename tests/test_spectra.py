@@ -139,7 +139,7 @@ def test_threads_are_given_back():
 def test_the_targets_are_those_that_an_adapter_gets(tiny):
     config = InlayConfig(method="lora", args={"r": 2}, target_modules=["q_proj", "down_proj"], layers_to_transform=[1])
     shapes = spectra.targets(tiny, config)
-    assert shapes == {"model.layers.1.self_attn.q_proj": (32, 32), "model.layers.1.mlp.down_proj": (32, 48)}
+    assert shapes == {"model.layers.1.self_attn.q_proj": (64, 64), "model.layers.1.mlp.down_proj": (64, 128)}
     assert len(spectra.targets(tiny, ALL)) == 14
 
 
@@ -172,7 +172,7 @@ def test_models_share_what_they_have_in_common(tiny, folder, computed, tmp_path)
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1
     model.save_pretrained(tmp_path / "other")
     spectra.spectra(str(tmp_path / "other"), shapes)
-    assert computed == [(48, 32)]
+    assert computed == [(128, 64)]
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "bit", "other", "unmarked"])
@@ -206,9 +206,9 @@ def test_a_cache_that_cannot_be_written_costs_time_only(tmp_path, monkeypatch):
 def test_a_weight_that_cannot_be_read_is_named(tiny, llama, tmp_path):
     shapes = spectra.targets(tiny, ALL)
     with pytest.raises(ValueError, match=r"stores no tensor lm_head\.weight \(tied to another"):
-        spectra.spectra(tiny, {"lm_head": (10, 32)})
+        spectra.spectra(tiny, {"lm_head": (10, 64)})
     name = "model.layers.0.mlp.up_proj"
-    with pytest.raises(ValueError, match=rf"{name} is stored as \(48, 32\), not as \(7, 7\)"):
+    with pytest.raises(ValueError, match=rf"{name} is stored as \(128, 64\), not as \(7, 7\)"):
         spectra.spectra(tiny, {name: (7, 7)})
     llama.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.inf
     llama.save_pretrained(tmp_path / "inf")
@@ -290,7 +290,7 @@ def test_mistakes_in_inspect_are_one_line(uneven, tmp_path, capsys):
     assert "dota has no hyperparameter 'r'" in fails(capsys, "inspect", uneven, "--method", "dota")
     assert "choose one of lora" in fails(capsys, "inspect", uneven, "--method", "dora")
     assert "r=0 is below 1" in fails(capsys, "inspect", uneven, "--r", "0")
-    assert "choose r <= 16" in fails(capsys, "inspect", uneven, "--r", "99", "--target-modules", "k_proj")
+    assert "choose r <= 32" in fails(capsys, "inspect", uneven, "--r", "99", "--target-modules", "k_proj")
     assert "q_prj" in fails(capsys, "inspect", uneven, "--target-modules", "q_prj,v_proj")
     assert "list of names" in fails(capsys, "inspect", uneven, "--layers", "0")
     assert "does not exist" in fails(capsys, "inspect", str(tmp_path / "no"))
