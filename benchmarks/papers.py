@@ -1,6 +1,6 @@
 """Train every recipe of recipes/small on the built-in model, one process each, and write the table that ends
-docs/papers.md: python benchmarks/papers.py [NAME ...]. One seed and one learning rate each: it shows that a method trains, not
-which one is best. Rows of recipes that are not run again are kept."""
+docs/papers.md: python benchmarks/papers.py [NAME ...]. One seed and one learning rate each: it shows that a method
+trains, not which one is best. Rows of recipes that are not run again are kept."""
 
 from __future__ import annotations
 
