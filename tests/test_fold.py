@@ -1,5 +1,6 @@
 """Quantised bases: folding (QDoTA, QPiSSA), the offset form in a recipe, and what may be loaded on what."""
 
+import copy
 import csv
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
@@ -347,8 +349,7 @@ def test_a_recipe_on_a_quantised_base(quantize, method, plain, tmp_path, capsys)
     assert getattr(merged.config, "quantization_config", None) is None
     adapted, _ = models.load_adapted(moved / "adapter", dtype=torch.float32)
     for layer in layers(adapted).values():
-        if quantize == "nf4":
-            layer.base_layer.compute_dtype = torch.float32
+        assert quantize != "nf4" or layer.base_layer.compute_dtype == torch.float32
     torch.testing.assert_close(merged(IDS).logits, adapted.eval()(IDS).logits, rtol=1e-3, atol=1e-3)
 
 
@@ -411,6 +412,136 @@ def test_a_cast_of_changed_numbers_is_widened_not_undone(plain):
     inlay.host.slot.restore_precision(model)
     assert torch.equal(weight, changed)
     assert weight.dtype == torch.float32
+
+
+def test_precision_outlives_copies_moves_loads_and_a_second_trainer(folds):
+    """What trl does to a parameter is undone, whatever happened to it before; a cast that is meant stays."""
+
+    def cast(model):
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data = p.data.bfloat16()
+
+    made = folds("pissa")
+    ways = {
+        "low memory": PeftModel.from_pretrained(
+            base(made.base), str(made.adapter), is_trainable=True, low_cpu_mem_usage=True
+        ),
+        "copy": copy.deepcopy(load(made, trainable=True)),
+        "there and back": load(made, trainable=True).double().float(),
+    }
+    for model in ways.values():
+        for _ in range(2):  # a second trainer on the same model
+            wander(model)
+            exact = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+            cast(model)
+            inlay.host.slot.restore_precision(model)
+            assert all(map(torch.equal, exact, [p for p in model.parameters() if p.requires_grad]))
+    half = load(made, trainable=True).half()
+    inlay.host.slot.restore_precision(half)
+    assert {p.dtype for p in half.parameters() if p.requires_grad} == {torch.float16}
+
+
+def test_what_is_trained_whole_keeps_its_dtype_too(plain, tmp_path):
+    flags = ["--quantize", "nf4", "--modules-to-save", "norm", "--method", "bone", "--r", "4", *RUN]
+    main(["train", "--model", plain, "--output", str(tmp_path / "run"), *flags])
+    stored = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.float32}
+    assert any("norm" in name for name in stored)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_a_head_is_trained_whole_on_a_quantised_base(plain, tmp_path):
+    flags = ["--quantize", "nf4_offset", "--modules-to-save", "lm_head", "--method", "bone", "--r", "4", *RUN]
+    main(["train", "--model", plain, "--output", str(tmp_path / "run"), *flags])
+
+
+def test_a_quantised_module_is_not_trained_whole(plain):
+    packed = AutoModelForCausalLM.from_pretrained(plain, quantization_config=packing.settings("nf4"))
+    with pytest.raises(ValueError, match="down_proj is quantised and cannot be trained whole"):
+        get_peft_model(packed, InlayConfig(target_modules=["q_proj"], modules_to_save=["down_proj"]))
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "nf4_offset"])
+def test_a_merge_reads_layers_without_an_adapter_too(quantize, plain, tmp_path, capsys):
+    """bitsandbytes repacks them at the first inference pass on some CPUs."""
+    flags = ["--quantize", quantize, "--method", "pissa", "--r", "4", "--target-modules", "q_proj,v_proj", *RUN]
+    main(["train", "--model", plain, "--output", str(tmp_path / "run"), *flags])
+    main(["merge", str(tmp_path / "run"), str(tmp_path / "merged")])
+    error = float(capsys.readouterr().out.rpartition(" ")[2])
+    assert error < 1e-3
+    adapted, _ = models.load_adapted(tmp_path / "run" / "adapter", dtype=torch.float32)
+    if quantize == "nf4":
+        torch.testing.assert_close(base(tmp_path / "merged")(IDS).logits, adapted(IDS).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_a_folded_base_computes_in_the_dtype_asked_for(folds):
+    for dtype in (torch.float32, torch.bfloat16):
+        model, _ = models.load_adapted(folds("pissa").adapter, dtype=dtype)
+        assert model(IDS).logits.dtype == dtype
+        assert {m.compute_dtype for m in model.modules() if hasattr(m, "compute_dtype")} == {dtype}
+
+
+def test_a_folded_adapter_saved_while_merged_is_still_its_bases(folds, tmp_path):
+    model = load(folds("pissa"))
+    logits = model(IDS).logits
+    model.merge_adapter()
+    model.save_pretrained(str(tmp_path))
+    assert torch.equal(PeftModel.from_pretrained(base(folds("pissa").base), str(tmp_path)).eval()(IDS).logits, logits)
+
+
+def test_hot_swap_keeps_to_the_base(folds, plain, tmp_path):
+    from peft.utils.hotswap import hotswap_adapter
+
+    other = AutoModelForCausalLM.from_pretrained(plain)
+    other.model.layers[0].mlp.up_proj.weight.data += 0.01
+    other.save_pretrained(tmp_path / "other")
+    builtin.load_tokenizer().save_pretrained(tmp_path / "other")
+    elsewhere = inlay.fold(str(tmp_path / "other"), tmp_path / "f", config("pissa"))
+    model = load(folds("pissa"))
+    with pytest.raises(ValueError, match="folded_base"):
+        hotswap_adapter(model, str(elsewhere.adapter), "default")
+    hotswap_adapter(model, str(folds("pissa").adapter), "default")
+
+
+def test_a_moved_fold_trains_and_names_its_new_place(plain, tmp_path, capsys):
+    inlay.fold(plain, tmp_path / "f", config("bone"))
+    (tmp_path / "f").rename(tmp_path / "moved")
+    flags = ["--model", str(tmp_path / "moved"), "--method", "bone", "--r", "4", *RUN]
+    main(["train", *flags, "--output", str(tmp_path / "run")])
+    main(["generate", str(tmp_path / "run"), "--prompt", "hi", "--tokens", "2"])
+    capsys.readouterr()
+    for wrong in (["--bias", "all"], ["--modules-to-save", "norm"], ["--exclude-modules", "q_proj"]):
+        for more in (["--dry-run"], []):
+            with pytest.raises(SystemExit):
+                main(["train", *flags, "--output", str(tmp_path / "no"), *wrong, *more])
+            assert "was folded with" in capsys.readouterr().err
+
+
+def test_what_cannot_be_folded_is_named(plain, tmp_path):
+    tensors = load_file(f"{plain}/model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    for fault, says in (("nan", "up_proj holds NaN or Inf"), ("missing", "stores no weight for model.layers.0.mlp.up")):
+        broken = dict(tensors)
+        broken[name] = torch.full_like(broken[name], torch.nan)
+        if fault == "missing":
+            del broken[name]
+        shutil.copytree(plain, tmp_path / fault)
+        save_file(broken, tmp_path / fault / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=says):
+            inlay.fold(str(tmp_path / fault), tmp_path / "f", config("bone"))
+    assert not (tmp_path / "f").exists()
+
+
+def test_a_loaded_config_may_fold_again(plain, tmp_path, folds):
+    again = InlayConfig.from_pretrained(str(folds("bone").adapter))
+    again.folded = False
+    inlay.fold(plain, tmp_path / "f", again)
+
+
+def test_bat_on_a_quantised_base_is_merged_not_exported(folds, tmp_path):
+    with pytest.raises(ValueError, match="is stored quantised, and a bat adapter is no LoRA without its weight"):
+        inlay.export_lora(folds("bat").adapter, tmp_path / "l", rank=4)
 
 
 def test_counted_weights_are_those_of_the_packed_model(plain):

@@ -1077,3 +1077,15 @@ def test_every_hyperparameter_is_stored(llama, tmp_path):
     config = InlayConfig(method="milora", target_modules=["q_proj"])
     get_peft_model(llama, config).save_pretrained(str(tmp_path))
     assert json.loads((tmp_path / "adapter_config.json").read_text())["args"] == {"r": 8, "side": "minor"}
+
+
+def test_trained_tokens_merge_and_unload(llama):
+    config = InlayConfig(method="bone", args={"r": 4}, target_modules=["q_proj"], trainable_token_indices=[1, 2])
+    model = get_peft_model(llama, config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p), alpha=0.1)
+    ids = torch.arange(8)[None]
+    expected = model(ids).logits
+    torch.testing.assert_close(model.merge_and_unload()(ids).logits, expected)

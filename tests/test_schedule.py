@@ -324,3 +324,21 @@ def test_two_processes_freeze_in_step(tmp_path):
         optimizer.zero_grad()
     alone = {k: v for k, v in model.state_dict().items() if PREFIX in k}
     assert all(torch.allclose(one[k], v, rtol=1e-4, atol=1e-5) for k, v in alone.items())
+
+
+def test_a_reference_copy_has_what_was_frozen(llama_original):
+    """trl's DPO copies an adapter by its parameters; frozen blocks are buffers."""
+    model = get_peft_model(copy.deepcopy(llama_original), InlayConfig(method="lamda", args={"r": 4}))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p), alpha=0.1)
+    step(model, 1.0)
+    ids = torch.arange(8)[None]
+    logits = model.eval()(ids).logits
+    model.add_adapter("ref", model.peft_config["default"])
+    for name, p in list(model.named_parameters()):
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(p.data)
+    model.set_adapter("ref")
+    assert torch.equal(model(ids).logits, logits)

@@ -64,7 +64,8 @@ def fold(
         done: called with the name of each weight that is finished.
 
     Raises:
-        ValueError: the method does not fit the model, a target is not quantised, or `out` exists.
+        ValueError: the method does not fit the model, a target is not quantised or not stored, a weight holds NaN or
+            Inf, or `out` exists.
     """
     import torch
     from transformers.quantizers.base import get_keys_to_not_convert
@@ -78,6 +79,7 @@ def fold(
         raise ValueError(f"rounds={rounds!r} is not a whole number from 1 up")
     if config.folded:
         raise ValueError("this config is of a folded adapter; fold with a fresh one")
+    tokenizer = models.load_tokenizer(model, revision, trust_remote_code)
     dtype = models.stored_dtype(model, trust_remote_code)
     blank = memory.meta_model(model, dtype, trust_remote_code)
     full = get_keys_to_not_convert(blank)
@@ -87,12 +89,12 @@ def fold(
             raise ValueError(f"{module} stays in full precision in a 4-bit checkpoint; leave it out of the targets")
     with new_folder(Path(out), overwrite, marker=FOLDED) as part:
         try:
-            base, tokenizer = models.load_base(
-                model, dtype, revision, trust_remote_code, packing.folding(plan, torch.bfloat16)
-            )
+            base, _ = models.load_base(model, dtype, revision, trust_remote_code, packing.folding(plan, torch.bfloat16))
         finally:
             if plan.failure:
                 raise plan.failure
+        for module in plan.methods.keys() - plan.starts.keys():
+            raise ValueError(f"the checkpoint of {model!r} stores no weight for {module}; leave it out of the targets")
         packing.finish(base)
         about = {"model": model, "method": repr(config.build()), "rounds": rounds}
         base.save_pretrained(str(part / "base"))

@@ -72,6 +72,7 @@ class InlayConfig(PeftConfig):
     bias: str = "none"
     init_weights: bool = True
     folded: bool = False
+    folded_base: str | None = None  # a digest of what it was folded into
     format_version: int | None = None  # None: not read from a checkpoint
     hyperparameters: str | None = None  # a digest of them, against edits of a checkpoint's config
     seals: dict[str, dict[str, Any]] | None = None  # per module, what a checkpoint held and was cut from

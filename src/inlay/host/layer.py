@@ -186,7 +186,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         value = torch.full(shape.shape, float("nan"), dtype=torch.float32, device=self._device())
         self._held(container)[name] = slot = Slot(value, trainable)
         if trainable and self.quantization_backend is not None:
-            slot.exact = value  # trl casts θ to bf16 on quantised bases, by replacing `.data`
+            slot.watch()  # trl casts θ to bf16 on quantised bases, by replacing `.data`
 
     def _device(self) -> torch.device:
         return self._get_base_layer_device_and_dtype(self.base_layer)[0] or torch.device("cpu")
@@ -214,6 +214,10 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         else:
             start = cut.method.start(self.pristine().detach().float())
         self.fill(name, start)
+        for k in cut.symbols if like is not None and like in self.cuts else ():
+            mine, twin = (cast(Slot, self._held(PREFIX + k)[n]).weight for n in (name, like))
+            if not isinstance(twin, nn.Parameter):  # who copies an adapter copies its parameters, not its buffers
+                mine.copy_(twin)
 
     @torch.no_grad()
     def fill(self, name: str, start: Params) -> None:
@@ -228,8 +232,8 @@ class InlayLinear(nn.Module, BaseTunerLayer):
             slots[f"{START}{k}.{name}.weight"].weight.copy_(start[k])
 
     def _start_of(self, name: str) -> Params:
-        cut, slots = self.cuts[name], self.slots(name)
-        return {k: slots[f"{START if k in cut.start else PREFIX}{k}.{name}.weight"].weight for k in cut.symbols}
+        cut = self.cuts[name]
+        return {k: self._held((START if k in cut.start else PREFIX) + k)[name]() for k in cut.symbols}
 
     def settle(self, name: str) -> None:
         """Resolve an adapter whose config came from a checkpoint: all slots loaded, or none and it is decomposed now.
@@ -277,7 +281,8 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         """The mark of the weight below all adapters; None where it is sharded, not there, or quantised and not
         `folded`: the same base in another quantisation serves as well, but for what something was folded into."""
         if self.quantization_backend is not None:
-            return seal.of_packed(cast(Tensor, self.base_layer.weight)) if folded else None
+            weight = self.unmerged[1]["weight"] if self.unmerged else self.base_layer.weight
+            return seal.of_packed(cast(Tensor, weight)) if folded else None
         W = self.pristine()
         whole = W.shape == (self.out_features, self.in_features) and seal.is_plain(W)
         return seal.of_base(W) if whole else None

@@ -85,6 +85,11 @@ class InlayModel(BaseTuner):
             if pattern not in used:
                 raise ValueError(f"patterns: {pattern!r} matches no adapted module (or an earlier one takes them all)")
 
+        for target in config.modules_to_save or ():
+            for name, module in model.named_modules():
+                if named(target, [name]) and resolve_quantization_backend(module) is not None:
+                    raise ValueError(f"modules_to_save: {name} is quantised and cannot be trained whole; leave it out")
+
     def _kinds(self) -> str:
         kinds = {name.rpartition(".")[2] for name, m in self.model.named_modules() if isinstance(m, LINEAR)}
         return f"linear modules here: {', '.join(sorted(kinds)) or 'none'}"
@@ -122,6 +127,13 @@ class InlayModel(BaseTuner):
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """As PEFT for its LoRA: what is unloaded is whole already (PEFT copies a view of trained tokens into it)."""
+        if hasattr(new_module, "base_layer"):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:
+            setattr(parent, child_name, new_module)
 
     def _check_target_module_compatiblity(self, peft_config, model: nn.Module, target_name: str) -> None:
         """As PEFT for its LoRA: Mamba's kernels read these weights past their layers."""
@@ -179,6 +191,7 @@ class InlayModel(BaseTuner):
             if all(key in saved and seal.is_plain(saved[key]) for key in paths.values()):  # not so when sharded
                 tensors = {path: saved[key] for path, key in paths.items()}
                 seals[layer.cuts[adapter_name].module] = layer.make_seal(adapter_name, tensors)
+        config.folded_base = seal.of_values([s["base"] for s in seals.values()]) if config.folded else None
         return saved
 
     @classmethod
@@ -237,7 +250,7 @@ def register() -> None:
     if INLAY not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(name="inlay", config_cls=InlayConfig, model_cls=InlayModel)
     PEFT_TYPE_TO_CONFIG_MAPPING[INLAY], PEFT_TYPE_TO_TUNER_MAPPING[INLAY] = InlayConfig, InlayModel
-    CONFIG_KEYS_TO_CHECK[INLAY] = ["method", "args", "scale", "dropout", "patterns", "folded"]
+    CONFIG_KEYS_TO_CHECK[INLAY] = ["method", "args", "scale", "dropout", "patterns", "folded", "folded_base"]
 
 
 register()

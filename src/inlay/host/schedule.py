@@ -40,13 +40,16 @@ def step(model: nn.Module, t: float, optimizer: torch.optim.Optimizer | None = N
 class Schedule(TrainerCallback):
     """`step` for transformers' Trainer and trl's trainers: `Trainer(..., callbacks=[Schedule()])`.
 
-    On a quantised base it also keeps θ in fp32, which trl would cast to bf16.
+    On a quantised base it also keeps θ in fp32, which trl would cast to bf16 (in DDP only where it is among the
+    `callbacks` that the trainer is made with).
     """
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         restore_precision(model)  # before there is an optimiser, or DDP
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if not torch.distributed.is_initialized():  # for a callback that was added later
+            restore_precision(model)
         self.on_step_end(args, state, control, model, **kwargs)  # a resumed run goes on where its schedule was
 
     def on_step_end(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 
@@ -20,19 +21,33 @@ class Slot(nn.Module):
             self.weight = nn.Parameter(value)
         else:
             self.register_buffer("weight", value)
-        self.exact: Tensor | None = None  # the same memory under a second name, where a cast of θ is to be undone
+        self.exact: Tensor | None = None  # the weight's memory under a second name, where a cast is to be undone
 
     def forward(self) -> Tensor:
         return self.weight
 
     def restore(self) -> None:
         """Give a parameter that was cast to half precision its fp32 numbers back, where nothing else changed them."""
-        weight, exact, self.exact = self._parameters.get("weight"), self.exact, None
-        if weight is None or exact is None or weight.dtype == exact.dtype:
-            return
-        exact = exact.to(weight.device)
-        same = exact.shape == weight.shape and torch.equal(exact.to(weight.dtype), weight.data)
-        weight.data = exact if same else weight.data.to(exact.dtype)
+        weight = self._parameters.get("weight")
+        if weight is not None and self.exact is not None:
+            weight.data = self.exact = uncast(weight.data, self.exact)
+
+    def watch(self) -> None:
+        """From here on a cast of this parameter is to be undone."""
+        self.exact = self.weight.data if "weight" in self._parameters else None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        made = super()._apply(fn, recurse)  # a move, or a cast that is meant
+        self.watch() if self.exact is not None else None
+        return made
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.watch() if self.exact is not None else None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # of a copy, whose parameters have memory of their own
+        self.watch() if self.exact is not None and self.exact.dtype == self.weight.dtype else None
 
     def freeze(self) -> nn.Parameter | None:
         """Make a parameter a buffer with the same numbers, and give it back for its optimiser to forget.
@@ -49,8 +64,20 @@ class Slot(nn.Module):
         return weight
 
 
+def uncast(value: Tensor, exact: Tensor) -> Tensor:
+    """`exact`, if `value` is a rounding of it, else `value` in its dtype."""
+    exact = exact.to(value.device)
+    same = exact.shape == value.shape and torch.equal(exact.to(value.dtype), value)
+    return exact if same else value.to(exact.dtype)
+
+
 def restore_precision(model: nn.Module) -> None:
-    """Give θ its fp32 numbers back, which trl's trainers cast to bf16 when the base is quantised."""
+    """Give what is trained its own dtype and numbers back: trl casts it to bf16 when the base is quantised."""
     for module in model.modules():
         if isinstance(module, Slot):
             module.restore()
+        elif isinstance(module, ModulesToSaveWrapper):
+            for own in module.modules_to_save.values():
+                for p, first in zip(own.parameters(), module.original_module.parameters(), strict=True):
+                    if p.dtype != first.dtype and p.is_floating_point():
+                        p.data = uncast(p.data, first.data).clone()

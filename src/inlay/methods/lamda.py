@@ -69,7 +69,7 @@ class LaMDA(LowRank):
         if p0 is None:
             return self.factors(p, inp)
         p0 = like(p0, p)
-        moved = {"S": p["S"], **{k: p[k] - p0[k] for k in p if k != "S"}}
+        moved = {k: v if k in "AS" else v - p0[k] for k, v in p.items()}
         return self.factors(moved, inp)[0] + self.factors({**p0, "S": p["S"] - p0["S"]}, inp)[0], p["A"]
 
     def schedule(self, p: Params, t: float) -> frozenset[str]:

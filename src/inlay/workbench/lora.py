@@ -60,7 +60,13 @@ def changes(model: PeftModel, base: str, rank: int | None = None, energy: float 
         W = torch.empty(layer.out_features, layer.in_features, device="meta")
         if cut.method.reads_weight:
             weights = weights or Weights(base)
-            W = weights.read(f"{cut.module}.weight").float()
+            W = weights.read(f"{cut.module}.weight")
+            if not W.is_floating_point():
+                raise ValueError(
+                    f"{cut.module} is stored quantised, and a {cut.method.name} adapter is no LoRA without its weight; "
+                    "merge it, which is exact, or name the base in full precision"
+                )
+            W = W.float()
             W = W if W.shape == (layer.out_features, layer.in_features) else W.T
         yield change(layer, W, rank, energy)
 

@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from inlay.folding import FOLDED
-from inlay.host.layer import InlayLinear
+from inlay.host.layer import InlayLinear, readable
 from inlay.workbench import builtin
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -86,8 +86,24 @@ def load_base(
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model {name!r} cannot be loaded: {first_line(error)}") from None
     tokenizer = load_tokenizer(name, revision, trust_remote_code)
+    for module in model.modules():
+        readable(module)
+    settle_dtype(model, dtype)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return cast(Any, model).to(device), tokenizer
+
+
+def settle_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Let a model that was stored quantised compute in the dtype asked for, which transformers ignores."""
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is None or not quantizer.pre_quantized:
+        return
+    for p in model.parameters():
+        if p.is_floating_point():
+            p.data = p.data.to(dtype)
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):
+            module.compute_dtype = dtype  # type: ignore[assignment]
 
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -139,7 +155,9 @@ def load_adapted(
     """An adapter on its base (or another one named), and the tokenizer; without a dtype, in the stored one."""
     name = name or base_of(adapter)
     base, tokenizer = load_base(name, dtype or stored_dtype(name), folded=True)
-    return load_adapter(base, adapter, trainable), tokenizer
+    model = load_adapter(base, adapter, trainable)
+    model.peft_config["default"].base_model_name_or_path = resolve(name)
+    return model, tokenizer
 
 
 def dequantise(model: PeftModel) -> None:
@@ -147,6 +165,8 @@ def dequantise(model: PeftModel) -> None:
     base: Any = model.get_base_model()
     if getattr(base, "hf_quantizer", None) is None:
         return
+    for module in base.modules():
+        readable(module)
     base.dequantize(torch.float32)
     base._weight_conversions = None  # reading packed tensors has no reverse; transformers finds its own
     for layer in model.modules():

@@ -55,13 +55,15 @@ class Plan:
 
 def methods_of(blank: PreTrainedModel, config: InlayConfig) -> dict[str, Method]:
     """The method for every weight that a config targets in a model without memory."""
-    cuts = [layer.cuts["default"] for layer in adapted(get_peft_model(blank, replace(config)), "default").values()]
+    fresh = replace(config, hyperparameters=None, seals=None)
+    cuts = [layer.cuts["default"] for layer in adapted(get_peft_model(blank, fresh), "default").values()]
     return {cut.module: cut.method for cut in cuts}
 
 
 def save_adapter(base: Any, config: InlayConfig, starts: dict[str, Params], folder: Path, name: str) -> None:
     """The adapter at its start, on the base it was folded into, which will be at `name`."""
-    model = get_peft_model(base, replace(config, folded=True, format_version=FORMAT_VERSION))
+    fresh = replace(config, folded=True, format_version=FORMAT_VERSION, hyperparameters=None, seals=None)
+    model = get_peft_model(base, fresh)
     for layer in adapted(model, "default").values():
         layer.fill("default", starts[layer.cuts["default"].module])
     model.peft_config["default"].base_model_name_or_path = name
@@ -133,6 +135,8 @@ class FoldingQuantizer(Bnb4BitHfQuantizer):
 def cut(plan: Plan, module: str, W: Tensor, pack: Callable[[Tensor], Any], transposed: bool) -> Any:
     """The packed residual of W (out × in), the best of the plan's rounds; its θ₀ and errors go into the plan."""
     method, W, best = plan.methods[module], W.float(), None
+    if not W.isfinite().all():
+        raise ValueError(f"the weight of {module} holds NaN or Inf; repair it or leave that module out")
     plain = error_of(unpack(pack(W.T if transposed else W)) - W, W)
     what = W
     for turn in range(1, 2 if method.zero_init else plan.rounds + 1):

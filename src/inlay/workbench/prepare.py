@@ -83,7 +83,8 @@ def check_fold(recipe: Recipe, adapter: Path) -> None:
     """Refuse to train a fold as another method than the one it was made with."""
     asked, made = recipe.config().to_dict(), InlayConfig.from_pretrained(str(adapter)).to_dict()
     names = ["method", "args", "scale", "dropout", "patterns"]
-    names += ["target_modules"] if recipe.target_modules != "all-linear" else []
+    names += ["bias", "modules_to_save", "exclude_modules", "layers_to_transform"]
+    names += ["target_modules"] if recipe.target_modules != "all-linear" else []  # all that were folded
     for name in names:
         if asked[name] != made[name]:
             raise ValueError(
@@ -116,6 +117,8 @@ def load(recipe: Recipe, dtype: torch.dtype, folder: Path, console: Console) -> 
 def dry_run(recipe: Recipe, console: Console) -> None:
     """Show what a run would do: recipe, first example with its answer marked, parameters, memory. Loads no weights."""
     check_free(recipe.run_folder(), recipe.overwrite, MARK)
+    if adapter := models.fold_at(recipe.model):
+        check_fold(recipe, adapter)
     dtype = models.dtype_for(recipe.dtype)
     tokenizer = models.load_tokenizer(recipe.model, recipe.revision, recipe.trust_remote_code)
     rows = examples(recipe, tokenizer, console)
@@ -125,7 +128,7 @@ def dry_run(recipe: Recipe, console: Console) -> None:
         memory.largest_batch(model, length, start=at_most(rows)) if recipe.batch_size == "auto" else recipe.batch_size
     )
     recipe = recipe.resolved(dtype=str(dtype).removeprefix("torch."), eval_size=len(rows.heldout), batch_size=batch)
-    need = memory.estimate(model, batch, length, recipe.quantize)
+    need = memory.estimate(model, batch, length, "nf4" if models.fold_at(recipe.model) else recipe.quantize)
     shown = data.render(rows.train[0], tokenizer, recipe.max_length)
     console.print(recipe.to_yaml().rstrip(), soft_wrap=True)
     console.print("\nfirst example, the tokens that are learned from in ⟦⟧:")
