@@ -215,7 +215,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
             start = cut.method.start(self.pristine().detach().float())
         self.fill(name, start)
         for k in cut.symbols if like is not None and like in self.cuts else ():
-            mine, twin = (cast(Slot, self._held(PREFIX + k)[n]).weight for n in (name, like))
+            mine, twin = (cast(Slot, self._held(PREFIX + k)[n]).weight for n in (name, str(like)))
             if not isinstance(twin, nn.Parameter):  # who copies an adapter copies its parameters, not its buffers
                 mine.copy_(twin)
 
