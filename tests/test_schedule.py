@@ -1,6 +1,7 @@
 """A method may change what it trains as training goes on (LaMDA does): the hand-written loop, the Trainer, DDP."""
 
 import copy
+import datetime
 import json
 import math
 
@@ -292,7 +293,8 @@ def test_inlay_train_shows_the_numbers_falling(tiny, tmp_path, capsys):
 
 def one_process(rank: int, folder: str, unused: bool) -> None:
     """Four steps of DDP on half of the batch each; B is frozen on the way."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    wait = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=wait)
     model, x = small()
     model = DistributedDataParallel(model, find_unused_parameters=unused)
     optimizer = adamw(model)

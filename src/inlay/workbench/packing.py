@@ -53,16 +53,21 @@ class Plan:
         return self
 
 
+def unmarked(config: InlayConfig) -> InlayConfig:
+    """A copy of a config, without what a checkpoint may have said of its own base and tensors."""
+    return replace(config, hyperparameters=None, seals=None, base_model_name_or_path=None)
+
+
 def methods_of(blank: PreTrainedModel, config: InlayConfig) -> dict[str, Method]:
     """The method for every weight that a config targets in a model without memory."""
-    fresh = replace(config, hyperparameters=None, seals=None)
+    fresh = unmarked(config)
     cuts = [layer.cuts["default"] for layer in adapted(get_peft_model(blank, fresh), "default").values()]
     return {cut.module: cut.method for cut in cuts}
 
 
 def save_adapter(base: Any, config: InlayConfig, starts: dict[str, Params], folder: Path, name: str) -> None:
     """The adapter at its start, on the base it was folded into, which will be at `name`."""
-    fresh = replace(config, folded=True, format_version=FORMAT_VERSION, hyperparameters=None, seals=None)
+    fresh = replace(unmarked(config), folded=True, format_version=FORMAT_VERSION)
     model = get_peft_model(base, fresh)
     for layer in adapted(model, "default").values():
         layer.fill("default", starts[layer.cuts["default"].module])
