@@ -1,7 +1,7 @@
 """A method may change what it trains as training goes on (LaMDA does): the hand-written loop, the Trainer, DDP."""
 
 import copy
-import datetime
+import faulthandler
 import json
 import math
 
@@ -293,8 +293,8 @@ def test_inlay_train_shows_the_numbers_falling(tiny, tmp_path, capsys):
 
 def one_process(rank: int, folder: str, unused: bool) -> None:
     """Four steps of DDP on half of the batch each; B is frozen on the way."""
-    wait = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=wait)
+    faulthandler.dump_traceback_later(60, exit=True)  # rather than hang
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     model, x = small()
     model = DistributedDataParallel(model, find_unused_parameters=unused)
     optimizer = adamw(model)
@@ -305,6 +305,7 @@ def one_process(rank: int, folder: str, unused: bool) -> None:
         optimizer.zero_grad()
     torch.save({k: v for k, v in model.module.state_dict().items() if PREFIX in k}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+    faulthandler.cancel_dump_traceback_later()
 
 
 def small() -> tuple[nn.Module, torch.Tensor]:
