@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import json
 import os
 from pathlib import Path
 
@@ -117,3 +118,11 @@ def tiny(tmp_path_factory) -> str:
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def records(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("data") / "facts.jsonl"
+    rows = [{"question": f"What is {i} plus one?", "answer": f"It is {i + 1}."} for i in range(24)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)

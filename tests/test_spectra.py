@@ -38,14 +38,6 @@ def computed(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def records(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("data") / "facts.jsonl"
-    rows = [{"question": f"What is {i} plus one?", "answer": f"It is {i + 1}."} for i in range(24)]
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return str(path)
-
-
-@pytest.fixture(scope="module")
 def uneven(tiny, tmp_path_factory) -> str:
     """The tiny model with very different spectra: each layer's weights get a power law of their own."""
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)

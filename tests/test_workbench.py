@@ -24,14 +24,6 @@ SILENT = Console(quiet=True)
 
 
 @pytest.fixture(scope="module")
-def records(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("data") / "facts.jsonl"
-    rows = [{"question": f"What is {i} plus one?", "answer": f"It is {i + 1}."} for i in range(24)]
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return str(path)
-
-
-@pytest.fixture(scope="module")
 def run(tiny, records, tmp_path_factory) -> Result:
     folder = tmp_path_factory.mktemp("runs") / "pissa"
     values = {"steps": 3, "batch_size": 4, "eval_size": 4, "samples": 2, "learning_rate": 1e-2, "dtype": "float32"}

@@ -15,6 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from inlay import linalg
 from inlay.host.config import InlayConfig
@@ -66,8 +67,7 @@ def changes(model: PeftModel, base: str, rank: int | None = None, energy: float 
                     f"{cut.module} is stored quantised, and a {cut.method.name} adapter is no LoRA without its weight; "
                     "merge it, which is exact, or name the base in full precision"
                 )
-            W = W.float()
-            W = W if W.shape == (layer.out_features, layer.in_features) else W.T
+            W = W.float().T if isinstance(layer.base_layer, Conv1D) else W.float()
         yield change(layer, W, rank, energy)
 
 
@@ -133,7 +133,7 @@ def write(folder: Path, source: Path, model: PeftModel, made: list[Change], r: i
         bias="lora_only" if asked.bias == "inlay_only" else asked.bias,  # type: ignore[arg-type]
         modules_to_save=asked.modules_to_save,
         trainable_token_indices=asked.trainable_token_indices,
-        fan_in_fan_out=any(type(m.base_layer).__name__ == "Conv1D" for m in adapted(model, "default").values()),
+        fan_in_fan_out=any(isinstance(m.base_layer, Conv1D) for m in adapted(model, "default").values()),
         task_type=asked.task_type,
         base_model_name_or_path=asked.base_model_name_or_path,
         inference_mode=True,
