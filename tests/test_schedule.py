@@ -304,6 +304,8 @@ def one_process(rank: int, folder: str, unused: bool) -> None:
         step(model, i / 8, optimizer)
         optimizer.zero_grad()
     torch.save({k: v for k, v in model.module.state_dict().items() if PREFIX in k}, f"{folder}/{rank}.pt")
+    # torch's reducer, if it outlives the group, ends gloo's threads while it holds the GIL that they may still need.
+    del model
     dist.destroy_process_group()
     faulthandler.cancel_dump_traceback_later()
 
@@ -314,7 +316,6 @@ def small() -> tuple[nn.Module, torch.Tensor]:
     return get_peft_model(net, InlayConfig(method=LAMDA, target_modules=["0", "2"])), x
 
 
-@pytest.mark.slow  # gloo's processes have hung here in about one run of four, without a word of where
 def test_two_processes_freeze_in_step(tmp_path):
     torch.multiprocessing.spawn(one_process, (str(tmp_path), True), nprocs=2)
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
