@@ -344,7 +344,7 @@ def test_a_recipe_on_a_quantised_base(quantize, method, plain, tmp_path, capsys)
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
     moved = out.rename(tmp_path / "moved")
     main(["generate", str(moved), "--prompt", "hi", "--tokens", "2"])
-    main(["merge", str(moved), str(tmp_path / "merged")])
+    main(["merge", str(moved), str(tmp_path / "merged"), "--dtype", "float32"])
     merged = base(tmp_path / "merged")
     assert getattr(merged.config, "quantization_config", None) is None
     adapted, _ = models.load_adapted(moved / "adapter", dtype=torch.float32)
@@ -467,7 +467,7 @@ def test_a_merge_reads_layers_without_an_adapter_too(quantize, plain, tmp_path, 
     """bitsandbytes repacks them at the first inference pass on some CPUs."""
     flags = ["--quantize", quantize, "--method", "pissa", "--r", "4", "--target-modules", "q_proj,v_proj", *RUN]
     main(["train", "--model", plain, "--output", str(tmp_path / "run"), *flags])
-    main(["merge", str(tmp_path / "run"), str(tmp_path / "merged")])
+    main(["merge", str(tmp_path / "run"), str(tmp_path / "merged"), "--dtype", "float32"])
     error = float(capsys.readouterr().out.rpartition(" ")[2])
     assert error < 1e-3
     adapted, _ = models.load_adapted(tmp_path / "run" / "adapter", dtype=torch.float32)

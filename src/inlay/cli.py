@@ -196,7 +196,7 @@ def export(options: argparse.Namespace) -> None:
 
 
 def merge(options: argparse.Namespace) -> None:
-    """Write base + adapter as an ordinary checkpoint, which transformers, vLLM and others load without Inlay.
+    """Write base + adapter as an ordinary checkpoint, which transformers, vLLM or llama.cpp load without Inlay.
 
     example:  inlay merge runs/builtin-bone merged/
     """
@@ -204,8 +204,14 @@ def merge(options: argparse.Namespace) -> None:
     from inlay.workbench import models
 
     models.quiet()
-    done = export.merge(options.adapter, options.out, options.model, options.dtype, options.overwrite)
-    print(f"{done.folder}: largest logit difference to the adapter on a probe batch {done.logit_error:.2e}")
+    done = export.merge(
+        options.adapter, options.out, options.model, options.dtype, options.overwrite,
+        to=options.to, shard=options.shard, probe=not options.no_probe,
+    )  # fmt: skip
+    mean = sum(done.lost.values()) / max(1, len(done.lost))
+    print(f"{done.folder}: rounding lost {mean:.1e} of the change of a weight, at most {max(done.lost.values()):.1e}")
+    if done.logit_error is not None:
+        print(f"largest logit difference to the adapter on a probe batch {done.logit_error:.2e}")
 
 
 def inspect(options: argparse.Namespace) -> None:
@@ -288,6 +294,11 @@ def parser() -> Parser:
     verb.add_argument("out", help="folder of the new checkpoint")
     verb.add_argument("--model", help="base model (default: the one the adapter names)")
     verb.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    verb.add_argument(
+        "--to", default="safetensors", choices=("safetensors", "gguf"), help="gguf: for llama.cpp, Ollama"
+    )
+    verb.add_argument("--shard", default="4GB", help="at most so large a file, as 500MB (default 4GB)")
+    verb.add_argument("--no-probe", action="store_true", help="do not compare its logits with the adapter's")
     verb.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
 
     verb = add_verb(verbs, inspect)

@@ -7,57 +7,81 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 EXPORTED = "export.json"  # in a LoRA folder: rank and error of every weight
 MERGED = "merged_from.json"  # in the checkpoint: from what it was made, and by whom it may be overwritten
 
 
 @dataclass(frozen=True)
 class Merged:
-    """A merged checkpoint: where it is and how far its logits are from the adapter's on a probe batch."""
+    """A merged checkpoint.
+
+    Attributes:
+        folder: where it is.
+        logit_error: the largest difference of its logits from the adapter's in fp32 on a probe batch, if asked for.
+        lost: per merged weight, the share of the change that the one rounding lost.
+    """
 
     folder: Path
-    logit_error: float
+    logit_error: float | None
+    lost: dict[str, float]
 
 
 def merge(
-    adapter: str | Path, out: str | Path, model: str | None = None, dtype: str = "auto", overwrite: bool = False
+    adapter: str | Path,
+    out: str | Path,
+    model: str | None = None,
+    dtype: str = "auto",
+    overwrite: bool = False,
+    *,
+    to: str = "safetensors",
+    shard: str = "4GB",
+    probe: bool = True,
 ) -> Merged:
-    """Write base + adapter as an ordinary checkpoint that transformers loads without Inlay.
+    """Write base + adapter as an ordinary checkpoint that transformers loads without Inlay, or as GGUF for llama.cpp.
 
-    Each weight is merged in fp32 and rounded once to the base's dtype; a quantised base is dequantised first.
+    Each weight is merged in fp32 and rounded once. Weights pass from the base's files to the new ones one at a time, so
+    that memory holds one new file and a few fp32 copies of the largest weight; the probe afterwards needs the model in
+    fp32, and takes to the disk where that does not fit. A 4-bit or 8-bit base becomes 16 bits wide.
 
     Args:
         adapter: a run folder or an adapter folder.
         out: the new checkpoint's folder; it appears whole or not at all.
         model: the base, if not the one the adapter names.
-        dtype: the checkpoint's: auto (the one the base is stored in), float32, bfloat16 or float16.
+        dtype: the checkpoint's: auto (each tensor keeps its own), float32, bfloat16 or float16.
         overwrite: replace a checkpoint that is at `out`.
+        to: "safetensors", or "gguf": one file with the tokenizer in it, and an Ollama Modelfile.
+        shard: how large a file may be, as 500MB or 4GB.
+        probe: compare the new model's logits with the adapter's.
 
     Raises:
-        ValueError: no adapter there, a broken one, a base that does not fit, or `out` exists.
+        ValueError: no adapter there, a broken one, a base that does not fit, one that cannot be written as GGUF, or
+            `out` exists.
     """
-    from inlay.workbench import models
+    from inlay.workbench import gguf_model, lora, merging, models
     from inlay.workbench.files import new_folder
+    from inlay.workbench.weights import Weights
 
+    if dtype != "auto" and dtype not in models.DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not one of auto, {', '.join(models.DTYPES)}")
+    if to not in ("safetensors", "gguf"):
+        raise ValueError(f"to={to!r} is not one of safetensors, gguf")
+    limit = merging.size_of(shard)
     folder = models.adapter_folder(str(adapter))
     name = model or models.base_of(folder)
-    base_dtype = models.stored_dtype(name) if dtype == "auto" else models.dtype_for(dtype)
     with new_folder(Path(out), overwrite, marker=MERGED) as part:
-        adapted, tokenizer = models.load_adapted(folder, name, base_dtype)
-        config: Any = adapted.eval().config
-        ids = torch.arange(64, device=adapted.device).remainder(config.get_text_config().vocab_size)[None]
-        with torch.no_grad():
-            reference = adapted(input_ids=ids).logits.float()
-            models.dequantise(adapted)
-            merged = adapted.merge_and_unload(safe_merge=True).to(base_dtype)
-            error = (merged(input_ids=ids).logits.float() - reference).abs().max().item()
-        merged.save_pretrained(str(part))
-        tokenizer.save_pretrained(str(part))
-        about = {"adapter": str(adapter), "base": name, "largest_logit_difference": error}
-        (part / MERGED).write_text(json.dumps(about, indent=2), encoding="utf-8")
-    return Merged(Path(out), error)
+        blank = lora.load(folder, name)
+        config: Any = blank.get_base_model().config
+        tensors = merging.merge(blank, folder, Weights(name), width := merging.width(dtype, config))
+        if to == "gguf":
+            made = gguf_model.write_merged(part, config, name, tensors, str(out))
+        else:
+            made = merging.write(part, tensors, limit)
+            merging.describe(part, config, name, width)
+        error = merging.probe(folder, name, part) if probe else None
+        lost = {new.name.removesuffix(".weight"): new.lost for new in made if new.lost is not None}
+        about = {"adapter": str(adapter), "base": name, "largest_logit_difference": error, "lost_in_rounding": lost}
+        (part / MERGED).write_text(json.dumps(about, indent=1), encoding="utf-8")
+    return Merged(Path(out), error, lost)
 
 
 @dataclass(frozen=True)

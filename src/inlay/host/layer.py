@@ -270,8 +270,13 @@ class InlayLinear(nn.Module, BaseTunerLayer):
                 f"{cut.module}: the adapter's tensors are not those it was saved with (a damaged or converted file?); "
                 "set config.seals = None to load them all the same"
             )
-        mark = self.base_mark(cut.folded)
-        if not seal.same_base(mark, cut.seal["base"]) or (cut.folded and mark is not None and mark != cut.seal["base"]):
+        self.check_base(name, self.base_mark(cut.folded))
+
+    def check_base(self, name: str, mark: str | None) -> None:
+        """Raise a ValueError if a weight with this mark (None: unknown) is not what an adapter was cut from."""
+        cut = self.cuts[name]
+        known = None if cut.seal is None else cut.seal["base"]
+        if not seal.same_base(mark, known) or (cut.folded and mark is not None and mark != known):
             raise ValueError(
                 f"{cut.module}: the adapter was cut from another base model; load it on its own, or set "
                 "config.seals = None to apply it here all the same"

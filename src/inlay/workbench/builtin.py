@@ -85,14 +85,20 @@ def load_tokenizer() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(model_dir())
 
 
-def _convert(gguf: Path, folder: Path) -> None:
-    # The GGUF reader draws its bar whatever transformers is told; log records have their own way to stderr. The random
-    # state is kept, so that a first run draws the same numbers as every later one.
-    with _quiet(), redirect_stderr(io.StringIO()), torch.random.fork_rng(devices=[]):
+def load_gguf(file: Path) -> PreTrainedModel:
+    """The model in a GGUF file, unpacked to fp32."""
+    # The GGUF reader draws its bar whatever transformers is told; log records have their own way to stderr.
+    with _quiet(), redirect_stderr(io.StringIO()):
         unpack = GgufConfig(dequantize=True)
-        packed = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, quantization_config=unpack, dtype=torch.float32
+        return AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, quantization_config=unpack, dtype=torch.float32
         )
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    # The random state is kept, so that a first run draws the same numbers as every later one.
+    with _quiet(), redirect_stderr(io.StringIO()), torch.random.fork_rng(devices=[]):
+        packed = load_gguf(gguf)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         # transformers refuses to save what it read from a GGUF, even unpacked; the same weights in a model made from
         # the config are free of that mark (and a weight that was still packed would not fit).

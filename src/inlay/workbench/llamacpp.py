@@ -23,8 +23,12 @@ ARCHITECTURES = {
 FILE = "adapter.gguf"
 
 
-def interleaved(B: Tensor, heads: int) -> Tensor:
-    """The rows of a rotated projection, (heads · d × ...), from halves (transformers) to pairs (llama.cpp)."""
+def interleaved(B: Tensor, module: str, config: Any) -> Tensor:
+    """The rows of a rotated projection, (heads · d × ...), from halves (transformers) to pairs (llama.cpp), where it
+    wants them so."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(module.rpartition(".")[2])
+    if heads is None or not ARCHITECTURES[config.model_type][1]:
+        return B
     return B.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
@@ -39,9 +43,8 @@ def check(config: Any, folder: str) -> None:
 
 def write(path: Path, config: Any, made: list[Change], r: int, dtype: torch.dtype) -> None:
     """The GGUF file. Its tensors are fp32 or fp16 (bf16 becomes fp32, which holds it)."""
-    arch, reorders = ARCHITECTURES[config.model_type]
+    arch = ARCHITECTURES[config.model_type][0]
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -51,11 +54,14 @@ def write(path: Path, config: Any, made: list[Change], r: int, dtype: torch.dtyp
         if name is None:
             raise ValueError(f"{change.module} has no name in llama.cpp; leave it out of target_modules, or merge")
         B, A = widened(change, r)
-        kind = change.module.rpartition(".")[2]
-        B = interleaved(B, heads[kind]) if reorders and kind in heads else B
-        for part, value in (("lora_a", A), ("lora_b", B)):
+        for part, value in (("lora_a", A), ("lora_b", interleaved(B, change.module, config))):
             value = value.to(torch.float16 if dtype == torch.float16 else torch.float32)
             writer.add_tensor(f"{name}.weight.{part}", value.contiguous().numpy())
+    close(writer)
+
+
+def close(writer: gguf.GGUFWriter) -> None:
+    """Write what was added."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -18,11 +18,12 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from inlay import linalg
+from inlay.host import seal
 from inlay.host.config import InlayConfig
 from inlay.host.layer import PREFIX, START, InlayLinear, widen
 from inlay.host.peft import adapted
 from inlay.method import LowRank
-from inlay.workbench import memory
+from inlay.workbench import memory, models
 from inlay.workbench.weights import Weights
 
 TINY = torch.finfo(torch.float64).tiny
@@ -46,7 +47,7 @@ class Change:
 
 def load(folder: Path, base: str) -> PeftModel:
     """An adapter on its base without the base's memory: θ is there, W is not."""
-    return PeftModel.from_pretrained(memory.meta_model(base, torch.float32), str(folder), low_cpu_mem_usage=True)
+    return models.load_adapter(memory.meta_model(base, torch.float32), folder, light=True)
 
 
 def changes(model: PeftModel, base: str, rank: int | None = None, energy: float | None = None) -> Iterator[Change]:
@@ -67,7 +68,9 @@ def changes(model: PeftModel, base: str, rank: int | None = None, energy: float 
                     f"{cut.module} is stored quantised, and a {cut.method.name} adapter is no LoRA without its weight; "
                     "merge it, which is exact, or name the base in full precision"
                 )
-            W = W.float().T if isinstance(layer.base_layer, Conv1D) else W.float()
+            W = W.T if isinstance(layer.base_layer, Conv1D) else W
+            layer.check_base("default", seal.of_base(W))
+            W = W.float()
         yield change(layer, W, rank, energy)
 
 

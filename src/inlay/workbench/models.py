@@ -174,8 +174,8 @@ def dequantise(model: PeftModel) -> None:
             layer.quantization_backend = None
 
 
-def load_adapter(model: PreTrainedModel, adapter: Path, trainable: bool = False) -> PeftModel:
-    """The adapter on its base, checked whole.
+def load_adapter(model: PreTrainedModel, adapter: Path, trainable: bool = False, light: bool = False) -> PeftModel:
+    """The adapter on its base, checked whole; `light`: a base that has no memory gets θ alone.
 
     Raises:
         ValueError: a file is missing or broken, or the tensors do not fit the model.
@@ -183,7 +183,7 @@ def load_adapter(model: PreTrainedModel, adapter: Path, trainable: bool = False)
     if not (adapter / "adapter_model.safetensors").is_file():
         raise ValueError(f"{adapter} has no adapter_model.safetensors")
     try:
-        return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
+        return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable, low_cpu_mem_usage=light)
     except Exception as error:  # safetensors, JSON and PEFT each raise their own kind
         raise ValueError(f"adapter {adapter} cannot be loaded: {first_line(error)}") from None
 
@@ -191,7 +191,7 @@ def load_adapter(model: PreTrainedModel, adapter: Path, trainable: bool = False)
 def first_line(error: BaseException) -> str:
     """What an exception says, on one line."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 400 else text[:400] + " ..."
+    return text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"
 
 
 def quiet() -> None:

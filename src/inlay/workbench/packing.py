@@ -20,9 +20,11 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils import is_bitsandbytes_available
 from transformers.utils.quantization_config import QuantizationMethod
 
+from inlay.host import seal
 from inlay.host.config import FORMAT_VERSION, InlayConfig
 from inlay.host.peft import adapted
 from inlay.method import Method, Params
+from inlay.workbench.weights import Weights
 
 NAME = "inlay_fold"
 
@@ -158,6 +160,24 @@ def cut(plan: Plan, module: str, W: Tensor, pack: Callable[[Tensor], Any], trans
     plan.errors.append(Error(module, plain, error, turn))
     plan.done(module)
     return packed
+
+
+def dense(weights: Weights, name: str) -> tuple[Tensor, str | None]:
+    """A weight that bitsandbytes packed, out of a checkpoint: its numbers (out × in) in fp32, and its mark.
+
+    Raises:
+        ValueError: something else packed it.
+    """
+    W, beside = weights.read(name), {end: weights.read(key) for end, key in weights.beside(name).items()}
+    if any(end.startswith("quant_state.") for end in beside):
+        from bitsandbytes.nn import Params4bit
+
+        packed = Params4bit.from_prequantized(W, beside, device="cpu")
+        packed.quant_state.dtype = torch.float32
+        return unpack(packed), seal.of_packed(packed)
+    if W.dtype == torch.int8 and "SCB" in beside:
+        return W.float() * (beside["SCB"].float() / 127)[:, None], None
+    raise ValueError(f"{name} is stored as {W.dtype} which is not read here; name the base in full precision")
 
 
 def unpack(packed: Any) -> Tensor:

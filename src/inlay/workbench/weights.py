@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from inlay.workbench import models
+from inlay.workbench import memory, models
 
 ONE, MANY = "model.safetensors", "model.safetensors.index.json"
 
@@ -22,12 +27,11 @@ class Weights:
     """
 
     def __init__(self, model: str, revision: str | None = None, trust_remote_code: bool = False) -> None:
-        self.model, where = model, models.resolve(model)
+        self.model, self.trust_remote_code, where = model, trust_remote_code, models.resolve(model)
         try:
             one = cached_file(where, ONE, revision=revision, _raise_exceptions_for_missing_entries=False)
             index = None if one else cached_file(where, MANY, revision=revision)
             paths = [one] if one else get_checkpoint_shard_files(where, index, revision=revision)[0] or []
-            self.prefix = _base_prefix(model, trust_remote_code)
             self._files: dict[str, Path] = {}
             for path in map(Path, paths):
                 with safe_open(path, "pt") as file:
@@ -39,10 +43,23 @@ class Weights:
         """The stored names of all tensors, sorted."""
         return sorted(self._files)
 
+    @functools.cached_property
+    def stored(self) -> dict[str, str]:
+        """The stored name of every tensor that the model holds as it is stored, by the model's own name: checkpoints
+        leave out a leading module, or keep the names of an older release."""
+        blank = memory.meta_model(self.model, torch.float32, self.trust_remote_code)
+        conversions = get_model_conversion_mapping(blank)
+        names = [c for c in conversions if isinstance(c, WeightRenaming)]
+        layouts: Any = [c for c in conversions if not isinstance(c, WeightRenaming)]
+        there, found = blank.state_dict(), {}
+        for key in self._files:
+            name, converted = rename_source_key(key, names, layouts, blank.base_model_prefix, there)
+            found |= {name: key} if converted is None else {}
+        return found
+
     def key(self, name: str) -> str | None:
-        """The stored name of a tensor of the model: checkpoints of some base models leave out the leading module."""
-        choices = (name, name.removeprefix(f"{self.prefix}."), f"{self.prefix}.{name}")
-        return next((key for key in choices if key in self._files), None)
+        """The stored name of a tensor of the model."""
+        return name if name in self._files else self.stored.get(name)
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU, in the dtype it is stored in.
@@ -62,10 +79,15 @@ class Weights:
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{self._files[key]} cannot be read: {models.first_line(error)}") from None
 
+    def beside(self, name: str) -> dict[str, str]:
+        """The stored names of what a quantiser put beside a weight, by their ends; empty where it is stored plainly."""
+        weight = self.key(name) or name
+        module = weight.removesuffix("weight")
+        own = [k for k in self._files if self.owner(k) == weight]
+        return {k.removeprefix(module).removeprefix("weight."): k for k in own}
 
-def _base_prefix(model: str, trust_remote_code: bool) -> str:
-    """What the causal language model calls the model under its head."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    cls = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(models.load_config(model, trust_remote_code)), None)
-    return getattr(cls, "base_model_prefix", "model")
+    def owner(self, key: str) -> str | None:
+        """The stored name of the weight whose scales and codes a stored tensor is a part of, if it is."""
+        module, _, end = key.partition(".weight.")
+        module = module if end else key.removesuffix(".SCB").removesuffix(".weight_format")
+        return f"{module}.weight" if module != key and f"{module}.weight" in self._files else None

@@ -1,0 +1,172 @@
+"""A whole model as one GGUF file, for llama.cpp and Ollama: its shape, its tokenizer and its weights.
+
+Only what this file knows to be right is written: four families of models, byte-level BPE tokenizers whose way to split
+a text has a name in llama.cpp. For all else the error says which of llama.cpp's own scripts to run.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from inlay.workbench import llamacpp, models
+from inlay.workbench.merging import New
+
+FILE = "model.gguf"
+MODELS = ("llama", "mistral", "qwen2", "qwen3")
+KINDS = {
+    torch.float32: gguf.GGMLQuantizationType.F32,
+    torch.float16: gguf.GGMLQuantizationType.F16,
+    torch.bfloat16: gguf.GGMLQuantizationType.BF16,
+}
+# How a tokenizer splits a text before its merges, and llama.cpp's name for that.
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLITS = {
+    ("ByteLevel",): "gpt-2",
+    ("Digits", "ByteLevel"): "smollm",
+    (WORDS % r"\p{N}{1,3}", "bytes"): "llama-bpe",
+    (WORDS % r"\p{N}", "bytes"): "qwen2",
+}
+
+
+def write_merged(folder: Path, config: Any, base: str, tensors: Iterable[New], out: str) -> list[New]:
+    """A merged model, and an Ollama Modelfile, in a folder that will be `out`."""
+    with tempfile.TemporaryDirectory() as tokenizer:
+        models.load_tokenizer(base).save_pretrained(tokenizer)
+        config.save_pretrained(tokenizer)
+        split = check_model(config, Path(tokenizer), out)
+        made = write_model(folder / FILE, config, Path(tokenizer), split, tensors)
+    (folder / "Modelfile").write_text(f"FROM ./{FILE}\n", encoding="utf-8")
+    return made
+
+
+def check_model(config: Any, tokenizer: Path, out: str) -> str:
+    """llama.cpp's name for how a model's tokenizer splits a text.
+
+    Raises:
+        ValueError: the model or its tokenizer is none that is written here; it says what to run.
+    """
+    split, unknown = pre_tokenizer(tokenizer), None
+    if config.model_type not in MODELS:
+        unknown = f"{config.model_type} models are"
+    elif config.rope_parameters["rope_type"] not in ("default", "llama3"):
+        unknown = f"positions of type {config.rope_parameters['rope_type']} are"
+    elif split is None:
+        unknown = "its tokenizer is"
+    if unknown:
+        raise ValueError(
+            f"{unknown} not written as GGUF here; merge without --to gguf, then run llama.cpp's "
+            f"convert_hf_to_gguf.py {out}"
+        )
+    return str(split)
+
+
+def pre_tokenizer(folder: Path) -> str | None:
+    """What llama.cpp calls the splitting of a byte-level BPE tokenizer; None where it is another one."""
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    first = content.get("pre_tokenizer") or {}
+    steps = []
+    for step in first.get("pretokenizers", [first]):
+        own = {"ByteLevel": "ByteLevel" if step.get("use_regex", True) else "bytes"}
+        pattern = step.get("pattern", {}).get("Regex") if step.get("behavior") == "Isolated" else None
+        steps.append(own.get(step.get("type"), pattern or step.get("type")))
+        if step.get("add_prefix_space") or (step.get("type") == "Digits" and not step.get("individual_digits")):
+            return None
+    return SPLITS.get(tuple(steps)) if content.get("model", {}).get("type") == "BPE" else None
+
+
+def write_model(path: Path, config: Any, tokenizer: Path, split: str, tensors: Iterable[New]) -> list[New]:
+    """A whole model as one GGUF file, its tensors one at a time; gives them back without their values.
+
+    Args:
+        path: of the file.
+        config: the model's.
+        tokenizer: the folder with the tokenizer's files.
+        split: what `check_model` gave.
+        tensors: matrices keep their dtype (fp32, fp16 or bf16), vectors are fp32, as llama.cpp wants them.
+    """
+    arch = llamacpp.ARCHITECTURES[config.model_type][0]
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch], use_temp_file=True)
+    add_settings(writer, config)
+    add_tokenizer(writer, config, tokenizer, split)
+    made = []
+    for new in tensors:
+        if new.name.endswith("rotary_emb.inv_freq"):
+            continue
+        module, _, end = new.name.rpartition(".")
+        name = names.get_name(module)
+        if name is None:
+            raise ValueError(f"{new.name} has no name in llama.cpp; merge without --to gguf")
+        value = llamacpp.interleaved(new.value, module, config)
+        add(writer, f"{name}.{end}", value if value.ndim > 1 else value.float())
+        made.append(New(new.key, new.name, new.value.new_empty(0), new.lost))
+    for name, value in positions(config):
+        add(writer, name, value)
+    llamacpp.close(writer)
+    return made
+
+
+def add(writer: gguf.GGUFWriter, name: str, value: Tensor) -> None:
+    """One tensor, in its own dtype."""
+    kind = KINDS[value.dtype]
+    numbers: Any = gguf.quants.quantize(value.float().contiguous().numpy(), kind)
+    writer.add_tensor(name, numbers, raw_dtype=kind)
+
+
+def positions(config: Any) -> Iterator[tuple[str, Tensor]]:
+    """Llama 3's slowed rotations, as factors on the usual ones."""
+    if config.rope_parameters["rope_type"] == "llama3":
+        usual = config.rope_parameters["rope_theta"] ** -(
+            torch.arange(0, head_dim(config), 2).float() / head_dim(config)
+        )
+        yield "rope_freqs.weight", usual / ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0]
+
+
+def head_dim(config: Any) -> int:
+    """The width of one attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def add_settings(writer: gguf.GGUFWriter, config: Any) -> None:
+    """The model's shape."""
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_dim(config))
+    writer.add_value_length(head_dim(config))
+    writer.add_rope_dimension_count(head_dim(config))
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        writer.add_sliding_window(config.sliding_window)
+
+
+def add_tokenizer(writer: gguf.GGUFWriter, config: Any, folder: Path, split: str) -> None:
+    """Tokens, merges, special tokens and the chat template."""
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    kinds = {i: (token, gguf.TokenType.NORMAL) for token, i in content["model"]["vocab"].items()}
+    for token in content["added_tokens"]:
+        kind = gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED
+        kinds[token["id"]] = token["content"], kind
+    rest = gguf.TokenType.UNUSED
+    tokens, types = zip(*(kinds.get(i, (f"[PAD{i}]", rest)) for i in range(config.vocab_size)), strict=True)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(split)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    gguf.SpecialVocab(folder, load_merges=True, n_vocab=config.vocab_size).add_to_gguf(writer, quiet=True)

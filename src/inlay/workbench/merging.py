@@ -1,0 +1,213 @@
+"""A base with an adapter merged into it: one weight after another, from the base's files to new ones.
+
+No model is built: what an adapter leaves alone is copied as it is stored, so that memory holds one new file and the
+fp32 copies of one weight, and the new checkpoint has the names, the dtypes and the layout of the old one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.pytorch_utils import Conv1D
+
+from inlay.host import seal
+from inlay.host.layer import PREFIX
+from inlay.host.peft import adapted
+from inlay.workbench import builtin, models, packing
+from inlay.workbench.weights import MANY, ONE, Weights
+
+TINY = torch.finfo(torch.float32).tiny
+TEXT = "The Vaults is a pub near the river. It serves Italian food at £20 to £25, has 3 of 5 stars, and opens at 17:30."
+TOKENS = ".token_adapter.trainable_tokens_delta"
+
+
+@dataclass(frozen=True)
+class New:
+    """A tensor of the merged model: its stored name, the model's name of it, and, where an adapter changed it, the
+    share of that change which the one rounding lost, ‖rounded − exact‖ / ‖change‖."""
+
+    key: str
+    name: str
+    value: Tensor
+    lost: float | None = None
+
+
+@torch.no_grad()
+def merge(model: PeftModel, folder: Path, weights: Weights, dtype: torch.dtype | None) -> Iterator[New]:
+    """Every tensor of the merged model, in the order of the stored names; those that are no longer tied come last.
+
+    Args:
+        model: the adapter on a base without memory (see `lora.load`).
+        folder: where it was loaded from.
+        weights: of the base.
+        dtype: of all floating tensors; None: each keeps its own.
+
+    Raises:
+        ValueError: the base is not the adapter's, is packed in an unknown way, or a merged weight overflows.
+    """
+    base: Any = model.get_base_model()
+    layers = {layer.cuts["default"].module: layer for layer in adapted(model, "default").values()}
+    whole, rows = trained(model, folder, weights)
+    names = {key: name for name, key in weights.stored.items()}
+
+    def new(key: str, name: str, source: str) -> New:
+        module = name.removesuffix(".weight")
+        transposed = isinstance(plain(base, module), Conv1D)
+        old, mark = read(weights, source, transposed)
+        W, change = old, None
+        if module in layers and name != module:
+            layers[module].check_base("default", mark)
+            change = layers[module].change("default", W.float())
+            W = W.float() + change
+        if module in rows:
+            W = W.index_copy(0, torch.tensor(rows[module][0]), rows[module][1].to(W.dtype))
+        if name in whole:
+            W = whole[name].T if transposed else whole[name]
+        made = W.to(dtype or old.dtype) if W.is_floating_point() else W
+        if not made.isfinite().all() and old.isfinite().all():
+            raise ValueError(f"the merged {name} does not fit {made.dtype}; choose the dtype bfloat16 or float32")
+        lost = None if change is None else ((made.float() - W).norm() / change.norm().clamp(min=TINY)).item()
+        return New(key, name, (made.T if transposed else made).contiguous(), lost)
+
+    for key in weights.names():
+        if weights.owner(key) is None:
+            yield new(key, names.get(key, key), key)
+    twins = {name: source for name, source in base.all_tied_weights_keys.items() if weights.key(name) is None}
+    changed = {*whole, *(f"{module}.weight" for module in layers)}
+    for name, source in twins.items():
+        if name in changed or source in changed:
+            base.config.tie_word_embeddings = False
+            yield new(name, name, source)
+
+
+def read(weights: Weights, key: str, transposed: bool) -> tuple[Tensor, str | None]:
+    """A weight of the base, a linear layer's as (out × in), and its mark; a packed one is in that shape as it is."""
+    if weights.beside(key):
+        return packing.dense(weights, key)
+    W = weights.read(key).T if transposed else weights.read(key)
+    return W, seal.of_base(W) if W.ndim == 2 and W.is_floating_point() else None
+
+
+def plain(base: Any, module: str) -> Any:
+    """The module of a name, under what an adapter put around it; None where a name is no module's."""
+    try:
+        found = base.get_submodule(module)
+    except AttributeError:
+        return None
+    return getattr(found, "base_layer", found)
+
+
+def trained(
+    model: PeftModel, folder: Path, weights: Weights
+) -> tuple[dict[str, Tensor], dict[str, tuple[list[int], Tensor]]]:
+    """What an adapter holds beside θ: tensors that were trained whole, and rows of embeddings (indices, values)."""
+    config: Any = model.peft_config["default"]
+    whole, rows = {}, {}
+    for key, value in load_file(folder / "adapter_model.safetensors").items():
+        name = key.removeprefix("base_model.model.").replace(".base_layer.bias", ".bias")
+        if name.endswith(TOKENS):
+            module, asked = name.removesuffix(TOKENS), config.trainable_token_indices
+            found = asked if isinstance(asked, list) else next(v for k, v in asked.items() if module.endswith(k))
+            rows[module] = found, value
+        elif f".{PREFIX}" not in key and ".base_layer." not in name and not same(weights, name, value):
+            whole[name] = value
+    return whole, rows
+
+
+def same(weights: Weights, name: str, value: Tensor) -> bool:
+    """Whether the base has a tensor just so: PEFT saves embeddings along, trained or not, where a head is adapted."""
+    return weights.key(name) is not None and torch.equal(weights.read(name).to(value.dtype), value)
+
+
+def write(folder: Path, tensors: Iterator[New], limit: int) -> list[New]:
+    """The tensors as safetensors files of at most `limit` bytes (or one tensor), and their index; gives back what they
+    were, without their values."""
+    made: list[New] = []
+    files: list[list[str]] = []
+    part: dict[str, Tensor] = {}
+    total = 0
+
+    def flush() -> None:
+        save_file(part, folder / f"part-{len(files)}", metadata={"format": "pt"})
+        files.append(list(part))
+        part.clear()
+
+    for new in tensors:
+        size = new.value.nbytes
+        if part and size + sum(t.nbytes for t in part.values()) > limit:
+            flush()
+        part[new.key], total = new.value, total + size
+        made.append(New(new.key, new.name, new.value.new_empty(0), new.lost))
+    flush()
+    where = {}
+    for i, keys in enumerate(files):
+        name = ONE if len(files) == 1 else f"model-{i + 1:05}-of-{len(files):05}.safetensors"
+        (folder / f"part-{i}").rename(folder / name)
+        where |= dict.fromkeys(keys, name)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (folder / MANY).write_text(json.dumps(index, indent=1), encoding="utf-8")
+    return made
+
+
+def width(dtype: str, config: Any) -> torch.dtype | None:
+    """What "auto" means for a base: 16 bits where it is quantised, else None, which is each tensor's own dtype."""
+    if dtype != "auto":
+        return models.DTYPES[dtype]
+    own = config.get_text_config().dtype if getattr(config, "quantization_config", None) else None
+    return own if own in (None, torch.float16) else torch.bfloat16
+
+
+def describe(folder: Path, config: Any, base: str, dtype: torch.dtype | None) -> None:
+    """The configuration and the tokenizer of the merged model, beside its weights."""
+    config.__dict__.pop("quantization_config", None)
+    config.dtype = dtype or config.dtype
+    config.save_pretrained(folder)
+    with contextlib.suppress(OSError):
+        GenerationConfig.from_pretrained(models.resolve(base)).save_pretrained(folder)
+    models.load_tokenizer(base).save_pretrained(folder)
+
+
+def probe(adapter: Path, base: str, merged: Path) -> float:
+    """The largest difference of logits between the adapter on its base and the merged model, both in fp32."""
+    model, tokenizer = models.load_adapted(adapter, base, torch.float32)
+    ids = torch.tensor([tokenizer.encode(TEXT)])
+    before = logits(model, ids)
+    del model
+    return (logits(load(merged), ids) - before).abs().max().item()
+
+
+def load(merged: Path) -> Any:
+    """A merged model in fp32, also out of a GGUF file."""
+    for file in merged.glob("*.gguf"):
+        return builtin.load_gguf(file)
+    return models.load_base(str(merged), torch.float32)[0]
+
+
+@torch.no_grad()
+def logits(model: Any, ids: Tensor) -> Tensor:
+    """(1, tokens, vocabulary), on the CPU."""
+    return model.eval()(input_ids=ids.to(model.device)).logits.float().cpu()
+
+
+def size_of(text: str) -> int:
+    """Bytes from 500MB, 4GB or a number.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(|k|m|g)i?b?", str(text).strip().lower())
+    if not found or not float(found[1]):
+        raise ValueError(f"{text!r} is no size; write it as 500MB or 4GB")
+    return int(float(found[1]) * 1000 ** " kmg".index(found[2] or " "))
