@@ -1,0 +1,339 @@
+"""PEFT's LoRA, MiSS and Bone adapters, as Inlay adapters with the same outputs.
+
+PEFT itself builds the adapter on a base without memory, and says which modules it targets, and what rank and factor
+each one has; its rules for names and patterns are not repeated here. What its file holds must be exactly that.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, MissConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.miss.layer import MissLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from inlay import linalg
+from inlay.host import seal
+from inlay.host.config import InlayConfig
+from inlay.host.layer import PREFIX, START
+from inlay.host.peft import adapted
+from inlay.workbench import memory, models, starts
+from inlay.workbench.lora import targets
+from inlay.workbench.weights import Weights
+
+ROOT = "base_model.model."
+KINDS = ("LORA", "MISS", "BONE")
+WHERE = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias"}
+KEPT = {
+    "LORA": WHERE | {"r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "use_rslora"}
+    | {"trainable_token_indices"},
+    "MISS": WHERE | {"r", "miss_dropout", "mini_r", "init_weights"},
+    "BONE": WHERE | {"r", "init_weights"},
+}  # fmt: skip
+SILENT = """peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode
+init_lora_weights loftq_config eva_config corda_config lora_ga_config megatron_core qalora_group_size""".split()
+WHY = {
+    "use_dora": "DoRA rescales the rows of the merged weight",
+    "lora_bias": "lora_bias adds a bias to the change",
+    "target_parameters": "it adapts fused expert weights, not linear layers",
+    "alora_invocation_tokens": "an aLoRA is active on a part of the text only",
+    "arrow_config": "Arrow routes between adapters",
+    "layer_replication": "it adapts a model whose layers were copied",
+    "ensure_weight_tying": "it ties adapters on tied weights",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A PEFT adapter as it lies in its folder."""
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    @property
+    def kind(self) -> str:
+        return str(self.config.get("peft_type"))
+
+
+@dataclass
+class Translation:
+    """The same adapter in Inlay's terms: the hyperparameters of each module and θ, θ₀ by their names in a file."""
+
+    method: str
+    dropout: float
+    targets: list[str] = field(default_factory=list)
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def put(self, module: str, settings: dict[str, Any], theta: dict[str, Tensor]) -> None:
+        self.settings[module] = settings
+        for path, value in theta.items():
+            self.tensors[f"{ROOT}{module}.{path}.weight"] = value.float().contiguous()
+
+
+def read(folder: Path) -> Source:
+    """An adapter's config and tensors.
+
+    Raises:
+        ValueError: its type is not one we know, or a file is missing or broken.
+    """
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        kind = config["peft_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}/adapter_config.json is not an adapter's configuration: {error!r}") from None
+    if kind == "INLAY":
+        raise ValueError(f"{folder} is an Inlay adapter already; use it as it is")
+    if kind not in KINDS:
+        raise ValueError(f"{folder}: peft_type={kind!r} is not one of {', '.join(KINDS)}")
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file() and (folder / "adapter_model.bin").is_file():
+        raise ValueError(
+            f"{folder}/adapter_model.bin is a pickle, which can run any code when it is read; where you trust it, load "
+            "the adapter with PEFT, save it with safe_serialization=True, and import that"
+        )
+    try:
+        return Source(folder, config, load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read: {models.first_line(error)}") from None
+
+
+def translate(source: Source, base: str, first: Source | None) -> Translation:
+    """The adapter in Inlay's terms. `first`: the same adapter before training.
+
+    Raises:
+        ValueError: something in it has no equal here, its files do not fit the base, or its start is lost.
+    """
+    check_config(source)
+    if source.kind != "LORA":
+        if first is not None:
+            raise ValueError(f"a {source.kind} adapter leaves the base as it is; leave out the initial adapter")
+        return from_miss(source, base)
+    judge = build(source, base, LoraConfig, {"init_lora_weights": True})
+    check_tensors(judge, source)
+    if first is not None:
+        check_tensors(judge, first)
+    return from_lora(source, base, judge, first)
+
+
+def check_config(source: Source) -> None:
+    """Raise a ValueError for a setting that changes the outputs in a way Inlay does not know."""
+    for key, value in source.config.items():
+        if value and key not in KEPT[source.kind] and key not in SILENT:
+            raise ValueError(f"{key}={value!r} has no equal in Inlay{f': {WHY[key]}' if key in WHY else ''}")
+    if (task := source.config.get("task_type")) not in (None, "CAUSAL_LM"):
+        raise ValueError(f"task_type={task!r} is not CAUSAL_LM, and only causal language models are loaded here")
+
+
+def build(source: Source, base: str, kind: type, changed: dict[str, Any]) -> PeftModel:
+    """The adapter on its base as PEFT builds it, without memory.
+
+    Raises:
+        ValueError: PEFT cannot build it.
+    """
+    blank = memory.meta_model(base, torch.float32)
+    kept = {k: v for k, v in source.config.items() if k in KEPT[source.kind]}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of settings that do nothing here, as Conv1D's fan_in_fan_out
+            return get_peft_model(blank, kind(**(kept | changed)), low_cpu_mem_usage=True)
+    except Exception as error:  # PEFT raises many kinds
+        raise ValueError(f"PEFT cannot build this adapter on {base}: {models.first_line(error)}") from None
+
+
+def check_tensors(judge: PeftModel, source: Source) -> None:
+    """Raise a ValueError unless the file holds the tensors that the config asks for, and no others."""
+    asked = get_peft_model_state_dict(judge, save_embedding_layers=False)
+    faults = [f"{key} is missing" for key in sorted(asked.keys() - source.tensors.keys())]
+    faults += [f"{key} belongs to no module it targets" for key in sorted(source.tensors.keys() - asked.keys())]
+    for key in sorted(asked.keys() & source.tensors.keys()):
+        if (found := tuple(source.tensors[key].shape)) != (shape := tuple(asked[key].shape)):
+            faults.append(f"{key} has shape {found}, not {shape}")
+    if faults:
+        more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
+        raise ValueError(
+            f"{source.folder} does not hold the adapter its config describes: {'; '.join(faults[:3])}{more}"
+        )
+
+
+def layers(judge: PeftModel, kind: type) -> dict[str, Any]:
+    """PEFT's adapted layers by the name of the module.
+
+    Raises:
+        ValueError: one of them is not linear.
+    """
+    found = {n.removeprefix(ROOT): m for n, m in judge.named_modules() if isinstance(m, kind)}
+    for name, layer in found.items():
+        if isinstance(layer, LoraLayer) and type(layer) is not LoraLinear:
+            what = type(layer.get_base_layer()).__name__
+            raise ValueError(f"{name} is a {what}, and Inlay adapts linear layers only; import has nothing for it")
+    return found
+
+
+# -- MiSS and Bone ----------------------------------------------------------------------------------------------------
+
+
+def from_miss(source: Source, base: str) -> Translation:
+    """Bone, or Bat in PEFT's orientation; by the tensors: what PEFT 0.14 called Bone is Bat since."""
+    block = f"{source.kind.lower()}_block"
+    tensors = {k.replace(f".{block}", ".miss_block"): v for k, v in source.tensors.items()}
+    source = Source(source.folder, source.config, tensors)
+    bat = any(v.ndim == 3 for k, v in tensors.items() if k.endswith(".miss_block"))
+    init = source.config.get("init_weights", True)
+    judge = build(source, base, MissConfig, {"init_weights": "bat" if bat else init})
+    check_tensors(judge, source)
+    dropout = source.config.get("miss_dropout", 0.0)
+    made = Translation("bat_col" if bat else "bone", 0.0 if bat else dropout)
+    if bat and dropout:
+        made.notes.append(f"PEFT ignores miss_dropout={dropout} where init_weights='bat', so it is 0 here")
+    if init == "mini":
+        made.notes.append("MiSS's mini block is repeated over the outputs: training goes on with all of Bone's numbers")
+    for name, layer in layers(judge, MissLayer).items():
+        D = tensors[f"{ROOT}{name}.miss_block"]
+        if bat:
+            made.put(name, {"r": D.shape[1]}, {PREFIX + "B": D})
+        else:
+            made.put(name, {"r": D.shape[0]}, {PREFIX + "D": D.repeat(1, layer.out_features // D.shape[1])})
+    made.targets = targets(judge, list(made.settings))
+    return made
+
+
+# -- LoRA -------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def from_lora(source: Source, base: str, judge: PeftModel, first: Source | None) -> Translation:
+    """LoRA: as it is where the base was left alone, else against its start."""
+    found = layers(judge, LoraLayer)
+    start = str(source.config.get("init_lora_weights", True)).lower()
+    moved = starts.moves_base(start, first is not None)
+    made = Translation(
+        "pissa" if moved and start.startswith("pissa") else "lora", source.config.get("lora_dropout", 0.0)
+    )
+    made.targets = targets(judge, list(found))
+    if start == "mica":
+        made.notes.append("MiCA keeps B as it is in training; here it is trained too")
+    if moved:
+        starts.check(start, {name: layer.get_base_layer() for name, layer in found.items()}, judge)
+    weights = Weights(base, source.config.get("revision")) if moved and first is None else None
+    furthest = 0.0
+    for name, layer in found.items():
+        (A, B), r, s = pair(source, name), layer.r["default"], layer.scaling["default"]
+        if not moved:
+            made.put(name, *lora(A, B, s))
+            continue
+        if first is not None:
+            A0, B0 = pair(first, name)
+        else:
+            assert weights is not None
+            A0, B0 = starts.compute(start, matrix(weights, name, layer.get_base_layer()), r, s)
+        A0, B0 = starts.aligned(A0, B0, A)
+        furthest = max(furthest, starts.distance(A, B, A0, B0, name))
+        if made.method == "pissa":
+            theta = {PREFIX + "A": A, PREFIX + "B": B, START + "A": A0, START + "B": B0}
+            made.put(name, {"r": r, "scale": s}, theta)
+        else:
+            made.put(name, *lora(torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1), s))
+    if moved:
+        made.notes += starts.notes(start, furthest, None if weights is None else base)
+    return made
+
+
+def pair(source: Source, name: str) -> tuple[Tensor, Tensor]:
+    """A (r × in) and B (out × r) in fp32."""
+    A, B = (source.tensors[f"{ROOT}{name}.lora_{k}.weight"].float() for k in "AB")
+    return A, B
+
+
+def lora(A: Tensor, B: Tensor, s: float) -> Any:
+    """The hyperparameters and θ of a LoRA s B A, compressed where it has more ranks than the weight allows."""
+    if A.shape[0] > (most := min(A.shape[1], B.shape[0])):
+        U, S, Vh = linalg.compress(B, A)
+        root = S.sqrt()
+        A, B = torch.zeros(most, A.shape[1]), torch.zeros(B.shape[0], most)
+        A[: len(S)], B[:, : len(S)] = root[:, None] * Vh, U * root
+    return {"r": A.shape[0], "alpha": float(f"{s * A.shape[0]:.12g}")}, {PREFIX + "A": A, PREFIX + "B": B}
+
+
+def matrix(weights: Weights, name: str, layer: nn.Module) -> Tensor:
+    """A base weight as (out × in) in the dtype it is stored in."""
+    W = weights.read(f"{name}.weight")
+    if W.dtype not in models.DTYPES.values():
+        raise ValueError(
+            f"{name} is stored as {W.dtype}, and the start cannot be computed from that; name another base"
+        )
+    return W.T if isinstance(layer, Conv1D) else W
+
+
+# -- out --------------------------------------------------------------------------------------------------------------
+
+
+def write(folder: Path, source: Source, base: str, made: Translation) -> None:
+    """Save the adapter as PEFT saves it, filled on a base without memory, and seal it."""
+    settings, patterns = common(made.settings)
+    bias = source.config.get("bias") or "none"
+    config = InlayConfig(
+        method=made.method,
+        args=settings,
+        dropout=made.dropout,
+        patterns=patterns,
+        target_modules=made.targets,
+        modules_to_save=source.config.get("modules_to_save"),
+        trainable_token_indices=source.config.get("trainable_token_indices"),
+        bias="inlay_only" if bias.endswith("_only") else bias,
+        task_type=source.config.get("task_type"),
+        base_model_name_or_path=base,
+        revision=source.config.get("revision"),
+    )
+    model = get_peft_model(memory.meta_model(base, torch.float32), config, low_cpu_mem_usage=True)
+    own = (".lora_A.", ".lora_B.", f".{source.kind.lower()}_block")
+    rest = {k: v for k, v in source.tensors.items() if not any(part in k for part in own)}  # biases, whole modules
+    set_peft_model_state_dict(model, rest | made.tensors, low_cpu_mem_usage=True)
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    assert config.seals is not None
+    for name, mark in marks(model, base, source.config.get("revision")).items():
+        config.seals[name]["base"] = mark
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+
+
+def common(settings: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The hyperparameters most modules have, and `patterns` for the others: whole names, those that agree in one."""
+    kinds = {tuple(values.items()): values for values in settings.values()}
+    count = Counter(tuple(values.items()) for values in settings.values())
+    (most, _), *others = count.most_common()
+    patterns = {}
+    for other in (key for key, _ in others):
+        names = [re.escape(name) for name, values in settings.items() if tuple(values.items()) == other]
+        patterns["|".join(names)] = kinds[other]
+    return kinds[most], patterns
+
+
+def marks(model: PeftModel, base: str, revision: str | None) -> dict[str, str]:
+    """The marks of the base's weights, where they lie on this machine."""
+    if not Path(base).is_dir():
+        return {}
+    try:
+        weights = Weights(base, revision)
+    except ValueError:
+        return {}
+    found = {}
+    for layer in adapted(model, "default").values():
+        name = layer.cuts["default"].module
+        if weights.key(f"{name}.weight") and (W := weights.read(f"{name}.weight")).dtype in models.DTYPES.values():
+            found[name] = seal.of_base(W.T if isinstance(layer.base_layer, Conv1D) else W)
+    return found
