@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, MissConfig, PeftModel, get_peft_model
+from peft import LoraConfig, LoraGAConfig, MissConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -20,6 +20,7 @@ MLP = ["up_proj", "down_proj"]
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:PiSSA changes the base weights:UserWarning"),  # PEFT's, of a second adapter
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
 ]
 
@@ -92,7 +93,6 @@ LORAS = {
 
 @pytest.mark.parametrize("case", LORAS)
 @pytest.mark.filterwarnings("ignore:Using Rank-Stabilized LoRA with rank_pattern")
-@pytest.mark.filterwarnings("ignore:.*lm_head.*:UserWarning")
 def test_a_lora_computes_the_same(case, tiny, tmp_path):
     settings = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", **LORAS[case]}
     model = theirs(tiny, tmp_path / "peft", LoraConfig(**settings))
@@ -104,3 +104,289 @@ def test_a_lora_computes_the_same(case, tiny, tmp_path):
     with torch.no_grad(), mine.disable_adapter():
         if "modules_to_save" not in settings and "trainable_token_indices" not in settings:
             assert torch.equal(mine(IDS).logits, base(tiny)(IDS).logits)
+
+
+BLOCKS = {
+    "miss": {"target_modules": "all-linear", "r": 8},
+    "miss, short last block": {"target_modules": ATTENTION, "r": 7},
+    "miss, dropout": {"target_modules": ATTENTION, "miss_dropout": 0.2},
+    "random": {"target_modules": ATTENTION, "init_weights": False},
+    "mini": {"target_modules": ATTENTION, "init_weights": "mini", "mini_r": 16},
+    "bat": {"target_modules": "all-linear", "init_weights": "bat", "r": 16, "miss_dropout": 0.2},
+    "layers": {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1], "init_weights": "bat", "r": 16},
+    "whole modules": {"target_modules": ATTENTION, "modules_to_save": ["norm"]},
+}
+
+
+@pytest.mark.parametrize("kind", ["MISS", "BONE"])
+@pytest.mark.parametrize("case", BLOCKS)
+def test_miss_and_the_old_bone_compute_the_same(case, kind, tiny, tmp_path):
+    """PEFT 0.21 has no Bone any more; its adapters are MiSS's under other names, and it had neither mini nor dropout."""
+    settings = {"r": 4, "task_type": "CAUSAL_LM", **BLOCKS[case]}
+    if kind == "BONE" and settings.get("init_weights") == "mini":
+        pytest.skip("Bone had no mini")
+    model = theirs(tiny, tmp_path / "peft", MissConfig(**settings))
+    if kind == "BONE":
+        as_bone(tmp_path / "peft")
+    done = inlay.import_adapter(tmp_path / "peft", tmp_path / "ours")
+    assert done.method == ("bat_col" if settings.get("init_weights") == "bat" else "bone")
+    same(ours(tiny, done.folder), model)
+    stored = json.loads((done.folder / "adapter_config.json").read_text())
+    assert stored["dropout"] == (0.2 if case == "miss, dropout" and kind == "MISS" else 0)
+
+
+def as_bone(folder: Path) -> None:
+    """A MiSS folder in the format of PEFT's former Bone."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config = {k: v for k, v in config.items() if k not in ("miss_dropout", "mini_r")} | {"peft_type": "BONE"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    renamed = {k.replace("miss_block", "bone_block"): v for k, v in tensors.items()}
+    save_file(renamed, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+@pytest.mark.parametrize("start", [True, "pissa"])
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")
+def test_conv1d_and_biases(start, bias, gpt2_original, tmp_path):
+    gpt2_original.save_pretrained(tmp_path / "gpt2")
+    folder = str(tmp_path / "gpt2")
+    config = LoraConfig(
+        r=4, init_lora_weights=start, bias=bias, fan_in_fan_out=True, target_modules=["c_attn", "c_fc", "attn.c_proj"]
+    )
+    model = theirs(folder, tmp_path / "peft", config)
+    inlay.import_adapter(tmp_path / "peft", tmp_path / "ours")
+    stored = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert stored["bias"] == {"lora_only": "inlay_only"}.get(bias, bias)
+    assert all(mark["base"] for mark in stored["seals"].values())
+    same(ours(folder, tmp_path / "ours"), model)
+
+
+def gradients(model: torch.nn.Module) -> torch.nn.Module:
+    """Something for LoRA-GA to start from."""
+    for m in model.modules():
+        if isinstance(m, torch.nn.Linear):
+            m._peft_loraga_grad = torch.randn_like(m.weight)
+    return model
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "lora_ga"])
+def test_a_start_is_read_from_the_adapter_before_training(start, tiny, tmp_path):
+    """Also where it is random or came from data, and PEFT's own reload computes something else."""
+    more = {"lora_ga_config": LoraGAConfig()} if start == "lora_ga" else {}
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=ATTENTION, init_lora_weights=start, **more)
+    model = get_peft_model(gradients(base(tiny)), config).eval()
+    model.save_pretrained(str(tmp_path / "initial"))
+    shake(model)
+    model.save_pretrained(str(tmp_path / "peft"))
+    random = start in ("pissa_niter_4", "lora_ga")
+    if random:
+        with pytest.raises(ValueError, match="--initial"):
+            inlay.import_adapter(tmp_path / "peft", tmp_path / "ours")
+        again = PeftModel.from_pretrained(base(tiny), str(tmp_path / "peft")).eval()
+        with torch.no_grad():
+            assert (again(IDS).logits - model(IDS).logits).abs().max() > 0.01  # PEFT's fault, without a word
+    done = inlay.import_adapter(tmp_path / "peft", tmp_path / "ours", initial=tmp_path / "initial")
+    assert done.method == ("pissa" if "pissa" in start else "lora")
+    same(ours(tiny, tmp_path / "ours"), model)
+
+
+def test_what_peft_converted_is_a_plain_lora(tiny, tmp_path):
+    """Saved with path_initial_model_for_weight_conversion it has twice the rank and needs no start."""
+    config = LoraConfig(r=4, target_modules=ATTENTION, init_lora_weights="pissa", task_type="CAUSAL_LM")
+    model = get_peft_model(base(tiny), config).eval()
+    model.peft_config["default"].init_lora_weights = True  # as PEFT asks for
+    model.save_pretrained(str(tmp_path / "initial"))
+    shake(model)
+    model.save_pretrained(str(tmp_path / "peft"), path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    done = inlay.import_adapter(tmp_path / "peft", tmp_path / "ours")
+    assert done.method == "lora"
+    assert done.notes == ()
+    same(ours(tiny, tmp_path / "ours"), model)
+    model.save_pretrained(str(tmp_path / "raw"))  # says init_lora_weights=True as well, but is B A on the residual
+    assert inlay.import_adapter(tmp_path / "raw", tmp_path / "two", initial=tmp_path / "initial").method == "lora"
+    same(ours(tiny, tmp_path / "two"), model)
+
+
+def test_a_start_may_differ_in_signs(tiny, tmp_path):
+    """LAPACK chooses those of singular vectors: a checkpoint from another machine may have them turned."""
+    config = LoraConfig(r=4, target_modules=ATTENTION, init_lora_weights="pissa")
+    model = theirs(tiny, tmp_path / "peft", config)
+    path = tmp_path / "peft" / "adapter_model.safetensors"
+    turned = {k: -v for k, v in load_file(path).items()}
+    save_file(turned, path, metadata={"format": "pt"})
+    inlay.import_adapter(tmp_path / "peft", tmp_path / "ours")
+    mine = ours(tiny, tmp_path / "ours")
+    same(mine, model)
+    for layer in (m for m in mine.modules() if isinstance(m, InlayLinear)):
+        _, p, p0 = layer.theta("default")
+        assert (p["A"] - p0["A"]).norm() < p0["A"].norm()
+
+
+def test_the_real_model_with_pissa(real_model, tmp_path):
+    from inlay.workbench import builtin
+
+    folder = str(builtin.model_dir())
+    config = LoraConfig(r=16, target_modules=["q_proj", "v_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")
+    model = get_peft_model(copy.deepcopy(real_model), config).eval()
+    shake(model, 0.01)
+    model.save_pretrained(str(tmp_path / "peft"))
+    done = inlay.import_adapter(tmp_path / "peft", tmp_path / "ours", model="builtin")
+    ids = torch.arange(1000, 1048)[None]
+    with torch.no_grad():
+        wanted, start = model(input_ids=ids).logits, real_model(input_ids=ids).logits
+        found = ours(folder, done.folder)(input_ids=ids).logits
+        assert (wanted - start).abs().max() > 1
+        assert (found - wanted).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["lora", "pissa", "olora", "miss", "bat"])
+def test_it_is_an_adapter_like_any_other(kind, tiny, tmp_path):
+    """It trains on, saves, merges, exports, stands beside another, and is refused on another base."""
+    lora = {"lora": True, "pissa": "pissa", "olora": "olora"}
+    config = (
+        LoraConfig(r=4, target_modules=ATTENTION, init_lora_weights=lora[kind])
+        if kind in lora
+        else MissConfig(r=16, target_modules=ATTENTION, init_weights={"bat": "bat"}.get(kind, True))
+    )
+    theirs(tiny, tmp_path / "peft", config)
+    folder = inlay.import_adapter(tmp_path / "peft", tmp_path / "ours").folder
+    model = ours(tiny, folder, is_trainable=True)
+    before = model(IDS).logits.detach()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    assert not torch.equal(model(IDS).logits, before)
+    model.save_pretrained(str(tmp_path / "more"))
+    same(ours(tiny, tmp_path / "more"), model)
+    model.load_adapter(str(folder), "two")
+    model.set_adapter("two")
+    torch.testing.assert_close(model(IDS).logits, before, rtol=1e-5, atol=1e-5)
+    made = inlay.export_lora(folder, tmp_path / "lora", rank=64 if kind == "bat" else None)
+    same(PeftModel.from_pretrained(base(tiny), str(made.folder)).eval(), ours(tiny, folder))
+    merged = ours(tiny, folder).merge_and_unload()
+    torch.testing.assert_close(merged(IDS).logits, before, rtol=1e-5, atol=1e-5)
+    other = base(tiny)
+    shake(other)
+    with pytest.raises(ValueError, match="another base model"):
+        PeftModel.from_pretrained(other, str(folder))
+
+
+def test_a_lora_needs_no_weights_of_the_base(tiny, tmp_path):
+    model = theirs(tiny, tmp_path / "peft", LoraConfig(r=4, target_modules=ATTENTION))
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text((Path(tiny) / "config.json").read_text())
+    inlay.import_adapter(tmp_path / "peft", tmp_path / "ours", model=str(tmp_path / "bare"))
+    stored = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert {mark["base"] for mark in stored["seals"].values()} == {None}
+    assert stored["base_model_name_or_path"] == str(tmp_path / "bare")
+    same(ours(tiny, tmp_path / "ours"), model)
+
+
+def edited(folder: Path, **changed) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+
+
+MISTAKES = {
+    "dora": ({"use_dora": True}, "use_dora=True has no equal in Inlay: DoRA rescales"),
+    "bias": ({"lora_bias": True}, "lora_bias=True has no equal"),
+    "alora": ({"alora_invocation_tokens": [1, 2]}, "an aLoRA is active on a part of the text only"),
+    "experts": ({"target_parameters": ["mlp.experts.w"]}, "fused expert weights"),
+    "copies": ({"layer_replication": [[0, 2], [1, 2]]}, "layers were copied"),
+    "later": ({"use_new_variant": {"x": 1}}, "use_new_variant={'x': 1} has no equal in Inlay"),
+    "task": ({"task_type": "SEQ_CLS"}, "task_type='SEQ_CLS' is not CAUSAL_LM"),
+    "type": ({"peft_type": "LOHA"}, "peft_type='LOHA' is not one of LORA, MISS, BONE"),
+    "inlay": ({"peft_type": "INLAY"}, "is an Inlay adapter already"),
+    "random": ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4' is a random decomposition"),
+    "corda": ({"init_lora_weights": "corda"}, "'corda' came from data"),
+    "gradients": ({"init_lora_weights": "lora_ga"}, "'lora_ga' came from gradients"),
+    "loftq": (
+        {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
+        "quantises the base when it is loaded",
+    ),
+    "start": ({"init_lora_weights": "magic"}, "init_lora_weights='magic' is not one of true, false"),
+    "rank": ({"r": 5}, "lora_A.weight has shape (4, 64), not (5, 64)"),
+    "rank in words": ({"r": "four"}, "PEFT cannot build this adapter"),
+    "fewer": ({"target_modules": ["q_proj"]}, "belongs to no module it targets"),
+    "more": ({"target_modules": ["q_proj", "k_proj", "up_proj"]}, "up_proj.lora_A.weight is missing"),
+    "base": ({"base_model_name_or_path": None}, "does not name its base model"),
+    "no base": ({"base_model_name_or_path": "./nothing"}, "model folder ./nothing does not exist"),
+    "alpha": ({"lora_alpha": 0}, "alpha=0.0 is not above 0"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_are_named_and_leave_nothing(case, tiny, tmp_path, capsys):
+    theirs(tiny, tmp_path / "peft", LoraConfig(r=4, target_modules=["q_proj", "k_proj"]))
+    changed, says = MISTAKES[case]
+    edited(tmp_path / "peft", **changed)
+    refused([str(tmp_path / "peft"), str(tmp_path / "out")], says, capsys)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["peft"]
+
+
+def refused(arguments: list[str], says: str, capsys) -> None:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(["import", *arguments])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert says in said, said
+    assert len(said.strip().splitlines()) == 1
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")
+def test_what_has_no_equal_is_refused(tiny, gpt2_original, tmp_path, capsys):
+    """Embeddings, a start on tied weights, OLoRA on a Conv1D, a resized vocabulary, a pickle, a broken file."""
+    out = str(tmp_path / "out")
+
+    def tried(name: str, config, says: str, *more: str, folder: str = tiny) -> None:
+        if not (tmp_path / name).exists():
+            theirs(folder, tmp_path / name, config)
+        refused([str(tmp_path / name), out, *more], says, capsys)
+
+    tried("tokens", LoraConfig(target_modules=["embed_tokens"]), "embed_tokens is a Embedding")
+    tried("tied", LoraConfig(target_modules=["lm_head"], init_lora_weights="olora"), "lm_head shares its weight")
+    gpt2_original.save_pretrained(tmp_path / "gpt2")
+    tried(
+        "conv1d",
+        LoraConfig(target_modules=["attn.c_proj"], init_lora_weights="olora"),
+        "is a Conv1D",
+        folder=str(tmp_path / "gpt2"),
+    )
+    grown = base(tiny)
+    grown.resize_token_embeddings(grown.get_input_embeddings().num_embeddings + 2, mean_resizing=False)
+    get_peft_model(grown, LoraConfig(target_modules=["q_proj"])).save_pretrained(str(tmp_path / "grown"))
+    tried("grown", None, "that is not the base's (a resized vocabulary")
+    theirs(tiny, tmp_path / "plain", LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="gaussian"))
+    tried("plain", None, "'gaussian' leaves the base as it is", "--initial", str(tmp_path / "plain"))
+    theirs(tiny, tmp_path / "p", LoraConfig(target_modules=["q_proj"]), initial=tmp_path / "zero")
+    tried("p", None, "the initial adapter is zero", "--initial", str(tmp_path / "zero"))
+    theirs(tiny, tmp_path / "miss", MissConfig(r=4, target_modules=["q_proj"]))
+    tried("miss", None, "a MISS adapter leaves the base as it is", "--initial", str(tmp_path / "miss"))
+    tensors = tmp_path / "plain" / "adapter_model.safetensors"
+    values = load_file(tensors)
+    save_file({k: v / 0 for k, v in values.items()}, tensors)
+    tried("plain", None, "holds NaN or Inf")
+    tensors.write_bytes(tensors.read_bytes()[:-8])
+    tried("plain", None, "cannot be read")
+    tensors.unlink()
+    tried("plain", None, "cannot be read")
+    (tmp_path / "plain" / "adapter_model.bin").write_bytes(b"not looked at")
+    tried("plain", None, "is a pickle")
+    (tmp_path / "plain" / "adapter_config.json").write_text("{")
+    tried("plain", None, "is not an adapter's configuration")
+    (tmp_path / "empty").mkdir()
+    tried("empty", None, "holds no adapter")
+
+
+def test_the_command(tiny, tmp_path, capsys):
+    theirs(tiny, tmp_path / "peft", LoraConfig(r=4, target_modules=ATTENTION, init_lora_weights="olora"))
+    main(["import", str(tmp_path / "peft"), str(tmp_path / "ours")])
+    said = capsys.readouterr().out.strip().splitlines()
+    assert said[-1] == f"{tmp_path / 'ours'}: lora on 8 weights"
+    assert [line for line in said if line.startswith("note: its start was computed from")]
+    assert [line for line in said if line.startswith("note: its start is no method here")]
+    refused([str(tmp_path / "peft"), str(tmp_path / "ours")], "exists; choose another output", capsys)
+    main(["import", str(tmp_path / "peft"), str(tmp_path / "ours"), "--overwrite"])
+    refused([str(tmp_path / "peft"), str(tmp_path / "peft"), "--overwrite"], "is not overwritten", capsys)

@@ -10,7 +10,7 @@ import json
 import re
 import warnings
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.miss.layer import MissLayer
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -77,6 +77,7 @@ class Translation:
     targets: list[str] = field(default_factory=list)
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    rest: dict[str, Tensor] = field(default_factory=dict)  # biases, modules that were trained whole
     notes: list[str] = field(default_factory=list)
 
     def put(self, module: str, settings: dict[str, Any], theta: dict[str, Tensor]) -> None:
@@ -124,10 +125,8 @@ def translate(source: Source, base: str, first: Source | None) -> Translation:
             raise ValueError(f"a {source.kind} adapter leaves the base as it is; leave out the initial adapter")
         return from_miss(source, base)
     judge = build(source, base, LoraConfig, {"init_lora_weights": True})
-    check_tensors(judge, source)
-    if first is not None:
-        check_tensors(judge, first)
-    return from_lora(source, base, judge, first)
+    source = alone(judge, source, base)
+    return from_lora(source, base, judge, None if first is None else alone(judge, first, base))
 
 
 def check_config(source: Source) -> None:
@@ -155,9 +154,32 @@ def build(source: Source, base: str, kind: type, changed: dict[str, Any]) -> Pef
         raise ValueError(f"PEFT cannot build this adapter on {base}: {models.first_line(error)}") from None
 
 
-def check_tensors(judge: PeftModel, source: Source) -> None:
-    """Raise a ValueError unless the file holds the tensors that the config asks for, and no others."""
+def alone(judge: PeftModel, source: Source, base: str) -> Source:
+    """The adapter without copies of the base's weights, which PEFT stores with one on the embeddings or the head.
+
+    Raises:
+        ValueError: the file does not hold what its config asks for, or weights that are not those of the base.
+    """
     asked = get_peft_model_state_dict(judge, save_embedding_layers=False)
+    own = dict(judge.get_base_model().named_parameters(remove_duplicate=False))
+    copies = {k for k in source.tensors.keys() - asked.keys() if k.removeprefix(ROOT) in own}
+    weights = Weights(base, source.config.get("revision")) if copies else None
+    for key in sorted(copies):
+        assert weights is not None
+        names = [n.replace(".base_layer", "") for n, p in own.items() if p is own[key.removeprefix(ROOT)]]  # tied ones
+        value, W = source.tensors[key], weights.read(next((n for n in names if weights.key(n)), names[0]))
+        if value.shape != W.shape or not torch.equal(value, W.to(value.dtype)):
+            raise ValueError(
+                f"{source.folder} holds a {names[0]} that is not the base's (a resized vocabulary, or PiSSA on it?); "
+                "save the base with it, and name that base"
+            )
+    source = replace(source, tensors={k: v for k, v in source.tensors.items() if k not in copies})
+    check_tensors(asked, source)
+    return source
+
+
+def check_tensors(asked: dict[str, Tensor], source: Source) -> None:
+    """Raise a ValueError unless the file holds the tensors that the config asks for, and no others."""
     faults = [f"{key} is missing" for key in sorted(asked.keys() - source.tensors.keys())]
     faults += [f"{key} belongs to no module it targets" for key in sorted(source.tensors.keys() - asked.keys())]
     for key in sorted(asked.keys() & source.tensors.keys()):
@@ -184,31 +206,33 @@ def layers(judge: PeftModel, kind: type) -> dict[str, Any]:
     return found
 
 
+def other(source: Source, own: tuple[str, ...]) -> dict[str, Tensor]:
+    """What was trained beside the adapter's own tensors."""
+    return {k: v for k, v in source.tensors.items() if not any(part in k for part in own)}
+
+
 # -- MiSS and Bone ----------------------------------------------------------------------------------------------------
 
 
 def from_miss(source: Source, base: str) -> Translation:
-    """Bone, or Bat in PEFT's orientation; by the tensors: what PEFT 0.14 called Bone is Bat since."""
-    block = f"{source.kind.lower()}_block"
-    tensors = {k.replace(f".{block}", ".miss_block"): v for k, v in source.tensors.items()}
-    source = Source(source.folder, source.config, tensors)
-    bat = any(v.ndim == 3 for k, v in tensors.items() if k.endswith(".miss_block"))
-    init = source.config.get("init_weights", True)
-    judge = build(source, base, MissConfig, {"init_weights": "bat" if bat else init})
-    check_tensors(judge, source)
-    dropout = source.config.get("miss_dropout", 0.0)
+    """Bone, or Bat in PEFT's orientation. The Bone type that PEFT had up to 0.18 is MiSS under other names."""
+    tensors = {k.replace(".bone_block", ".miss_block"): v for k, v in source.tensors.items()}
+    judge = build(source, base, MissConfig, {})
+    source = alone(judge, replace(source, tensors=tensors), base)
+    init, dropout = source.config.get("init_weights", True), source.config.get("miss_dropout", 0.0)
+    bat = init == "bat"
     made = Translation("bat_col" if bat else "bone", 0.0 if bat else dropout)
     if bat and dropout:
         made.notes.append(f"PEFT ignores miss_dropout={dropout} where init_weights='bat', so it is 0 here")
     if init == "mini":
         made.notes.append("MiSS's mini block is repeated over the outputs: training goes on with all of Bone's numbers")
     for name, layer in layers(judge, MissLayer).items():
-        D = tensors[f"{ROOT}{name}.miss_block"]
+        D = source.tensors[f"{ROOT}{name}.miss_block"]
         if bat:
             made.put(name, {"r": D.shape[1]}, {PREFIX + "B": D})
         else:
             made.put(name, {"r": D.shape[0]}, {PREFIX + "D": D.repeat(1, layer.out_features // D.shape[1])})
-    made.targets = targets(judge, list(made.settings))
+    made.targets, made.rest = targets(judge, list(made.settings)), other(source, (".miss_block",))
     return made
 
 
@@ -224,7 +248,7 @@ def from_lora(source: Source, base: str, judge: PeftModel, first: Source | None)
     made = Translation(
         "pissa" if moved and start.startswith("pissa") else "lora", source.config.get("lora_dropout", 0.0)
     )
-    made.targets = targets(judge, list(found))
+    made.targets, made.rest = targets(judge, list(found)), other(source, (".lora_A.", ".lora_B."))
     if start == "mica":
         made.notes.append("MiCA keeps B as it is in training; here it is trained too")
     if moved:
@@ -296,19 +320,19 @@ def write(folder: Path, source: Source, base: str, made: Translation) -> None:
         trainable_token_indices=source.config.get("trainable_token_indices"),
         bias="inlay_only" if bias.endswith("_only") else bias,
         task_type=source.config.get("task_type"),
+        auto_mapping=source.config.get("auto_mapping"),
         base_model_name_or_path=base,
         revision=source.config.get("revision"),
     )
     model = get_peft_model(memory.meta_model(base, torch.float32), config, low_cpu_mem_usage=True)
-    own = (".lora_A.", ".lora_B.", f".{source.kind.lower()}_block")
-    rest = {k: v for k, v in source.tensors.items() if not any(part in k for part in own)}  # biases, whole modules
-    set_peft_model_state_dict(model, rest | made.tensors, low_cpu_mem_usage=True)
-    model.save_pretrained(str(folder), save_embedding_layers=False)
+    set_peft_model_state_dict(model, made.rest | made.tensors, low_cpu_mem_usage=True)
+    saved = get_peft_model_state_dict(model, save_embedding_layers=False)  # and, on the way, the config's seals
     assert config.seals is not None
     for name, mark in marks(model, base, source.config.get("revision")).items():
         config.seals[name]["base"] = mark
     config.inference_mode = True
     config.save_pretrained(str(folder))
+    save_file(saved | made.rest, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def common(settings: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
