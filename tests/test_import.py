@@ -115,13 +115,14 @@ BLOCKS = {
     "bat": {"target_modules": "all-linear", "init_weights": "bat", "r": 16, "miss_dropout": 0.2},
     "layers": {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1], "init_weights": "bat", "r": 16},
     "whole modules": {"target_modules": ATTENTION, "modules_to_save": ["norm"]},
+    "biases": {"target_modules": ATTENTION, "bias": "MiSS_only"},
 }
 
 
 @pytest.mark.parametrize("kind", ["MISS", "BONE"])
 @pytest.mark.parametrize("case", BLOCKS)
 def test_miss_and_the_old_bone_compute_the_same(case, kind, tiny, tmp_path):
-    """PEFT 0.21 has no Bone any more; its adapters are MiSS's under other names, and it had neither mini nor dropout."""
+    """PEFT 0.21 has no Bone any more: its adapters are MiSS's under other names, without mini and dropout."""
     settings = {"r": 4, "task_type": "CAUSAL_LM", **BLOCKS[case]}
     if kind == "BONE" and settings.get("init_weights") == "mini":
         pytest.skip("Bone had no mini")
@@ -270,6 +271,18 @@ def test_it_is_an_adapter_like_any_other(kind, tiny, tmp_path):
     shake(other)
     with pytest.raises(ValueError, match="another base model"):
         PeftModel.from_pretrained(other, str(folder))
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_on_the_head(start, tiny, tmp_path):
+    """Beside an adapter on the head PEFT stores the head itself, which is then W − s B₀ A₀."""
+    untied = AutoModelForCausalLM.from_pretrained(tiny, tie_word_embeddings=False)
+    shake(untied)
+    untied.save_pretrained(tmp_path / "untied")
+    folder = str(tmp_path / "untied")
+    model = theirs(folder, tmp_path / "peft", LoraConfig(target_modules=["lm_head"], init_lora_weights=start))
+    inlay.import_adapter(tmp_path / "peft", tmp_path / "ours")
+    same(ours(folder, tmp_path / "ours"), model)
 
 
 def test_a_lora_needs_no_weights_of_the_base(tiny, tmp_path):

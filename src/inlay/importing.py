@@ -46,11 +46,11 @@ def import_adapter(
     Raises:
         ValueError: no such adapter, a broken one, a kind or variant with no equal here, or a start that is lost.
     """
-    from inlay.workbench import imported, models
+    from inlay.workbench import foreign, imported, models
     from inlay.workbench.files import new_folder
 
-    source = imported.read(models.adapter_folder(str(adapter)))
-    first = None if initial is None else imported.read(models.adapter_folder(str(initial)))
+    source = foreign.read(models.adapter_folder(str(adapter)))
+    first = None if initial is None else foreign.read(models.adapter_folder(str(initial)))
     base = models.resolve(model or models.base_of(source.folder))
     with new_folder(Path(out), overwrite, marker=IMPORTED) as part:
         found = imported.translate(source, base, first)

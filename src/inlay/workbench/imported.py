@@ -1,14 +1,8 @@
-"""PEFT's LoRA, MiSS and Bone adapters, as Inlay adapters with the same outputs.
-
-PEFT itself builds the adapter on a base without memory, and says which modules it targets, and what rank and factor
-each one has; its rules for names and patterns are not repeated here. What its file holds must be exactly that.
-"""
+"""PEFT's LoRA, MiSS and Bone adapters, as Inlay adapters with the same outputs."""
 
 from __future__ import annotations
 
-import json
 import re
-import warnings
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,11 +10,9 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, MissConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.miss.layer import MissLayer
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -29,43 +21,10 @@ from inlay.host import seal
 from inlay.host.config import InlayConfig
 from inlay.host.layer import PREFIX, START
 from inlay.host.peft import adapted
-from inlay.workbench import memory, models, starts
+from inlay.workbench import foreign, memory, models, starts
+from inlay.workbench.foreign import ROOT, Source
 from inlay.workbench.lora import targets
 from inlay.workbench.weights import Weights
-
-ROOT = "base_model.model."
-KINDS = ("LORA", "MISS", "BONE")
-WHERE = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias"}
-KEPT = {
-    "LORA": WHERE | {"r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "use_rslora"}
-    | {"trainable_token_indices"},
-    "MISS": WHERE | {"r", "miss_dropout", "mini_r", "init_weights"},
-    "BONE": WHERE | {"r", "init_weights"},
-}  # fmt: skip
-SILENT = """peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode
-init_lora_weights loftq_config eva_config corda_config lora_ga_config megatron_core qalora_group_size""".split()
-WHY = {
-    "use_dora": "DoRA rescales the rows of the merged weight",
-    "lora_bias": "lora_bias adds a bias to the change",
-    "target_parameters": "it adapts fused expert weights, not linear layers",
-    "alora_invocation_tokens": "an aLoRA is active on a part of the text only",
-    "arrow_config": "Arrow routes between adapters",
-    "layer_replication": "it adapts a model whose layers were copied",
-    "ensure_weight_tying": "it ties adapters on tied weights",
-}
-
-
-@dataclass(frozen=True)
-class Source:
-    """A PEFT adapter as it lies in its folder."""
-
-    folder: Path
-    config: dict[str, Any]
-    tensors: dict[str, Tensor]
-
-    @property
-    def kind(self) -> str:
-        return str(self.config.get("peft_type"))
 
 
 @dataclass
@@ -86,124 +45,18 @@ class Translation:
             self.tensors[f"{ROOT}{module}.{path}.weight"] = value.float().contiguous()
 
 
-def read(folder: Path) -> Source:
-    """An adapter's config and tensors.
-
-    Raises:
-        ValueError: its type is not one we know, or a file is missing or broken.
-    """
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        kind = config["peft_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder}/adapter_config.json is not an adapter's configuration: {error!r}") from None
-    if kind == "INLAY":
-        raise ValueError(f"{folder} is an Inlay adapter already; use it as it is")
-    if kind not in KINDS:
-        raise ValueError(f"{folder}: peft_type={kind!r} is not one of {', '.join(KINDS)}")
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file() and (folder / "adapter_model.bin").is_file():
-        raise ValueError(
-            f"{folder}/adapter_model.bin is a pickle, which can run any code when it is read; where you trust it, load "
-            "the adapter with PEFT, save it with safe_serialization=True, and import that"
-        )
-    try:
-        return Source(folder, config, load_file(path))
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read: {models.first_line(error)}") from None
-
-
 def translate(source: Source, base: str, first: Source | None) -> Translation:
     """The adapter in Inlay's terms. `first`: the same adapter before training.
 
     Raises:
         ValueError: something in it has no equal here, its files do not fit the base, or its start is lost.
     """
-    check_config(source)
+    foreign.check_config(source)
     if source.kind != "LORA":
         if first is not None:
             raise ValueError(f"a {source.kind} adapter leaves the base as it is; leave out the initial adapter")
         return from_miss(source, base)
-    judge = build(source, base, LoraConfig, {"init_lora_weights": True})
-    source = alone(judge, source, base)
-    return from_lora(source, base, judge, None if first is None else alone(judge, first, base))
-
-
-def check_config(source: Source) -> None:
-    """Raise a ValueError for a setting that changes the outputs in a way Inlay does not know."""
-    for key, value in source.config.items():
-        if value and key not in KEPT[source.kind] and key not in SILENT:
-            raise ValueError(f"{key}={value!r} has no equal in Inlay{f': {WHY[key]}' if key in WHY else ''}")
-    if (task := source.config.get("task_type")) not in (None, "CAUSAL_LM"):
-        raise ValueError(f"task_type={task!r} is not CAUSAL_LM, and only causal language models are loaded here")
-
-
-def build(source: Source, base: str, kind: type, changed: dict[str, Any]) -> PeftModel:
-    """The adapter on its base as PEFT builds it, without memory.
-
-    Raises:
-        ValueError: PEFT cannot build it.
-    """
-    blank = memory.meta_model(base, torch.float32)
-    kept = {k: v for k, v in source.config.items() if k in KEPT[source.kind]}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of settings that do nothing here, as Conv1D's fan_in_fan_out
-            return get_peft_model(blank, kind(**(kept | changed)), low_cpu_mem_usage=True)
-    except Exception as error:  # PEFT raises many kinds
-        raise ValueError(f"PEFT cannot build this adapter on {base}: {models.first_line(error)}") from None
-
-
-def alone(judge: PeftModel, source: Source, base: str) -> Source:
-    """The adapter without copies of the base's weights, which PEFT stores with one on the embeddings or the head.
-
-    Raises:
-        ValueError: the file does not hold what its config asks for, or weights that are not those of the base.
-    """
-    asked = get_peft_model_state_dict(judge, save_embedding_layers=False)
-    own = dict(judge.get_base_model().named_parameters(remove_duplicate=False))
-    copies = {k for k in source.tensors.keys() - asked.keys() if k.removeprefix(ROOT) in own}
-    weights = Weights(base, source.config.get("revision")) if copies else None
-    for key in sorted(copies):
-        assert weights is not None
-        names = [n.replace(".base_layer", "") for n, p in own.items() if p is own[key.removeprefix(ROOT)]]  # tied ones
-        value, W = source.tensors[key], weights.read(next((n for n in names if weights.key(n)), names[0]))
-        if value.shape != W.shape or not torch.equal(value, W.to(value.dtype)):
-            raise ValueError(
-                f"{source.folder} holds a {names[0]} that is not the base's (a resized vocabulary, or PiSSA on it?); "
-                "save the base with it, and name that base"
-            )
-    source = replace(source, tensors={k: v for k, v in source.tensors.items() if k not in copies})
-    check_tensors(asked, source)
-    return source
-
-
-def check_tensors(asked: dict[str, Tensor], source: Source) -> None:
-    """Raise a ValueError unless the file holds the tensors that the config asks for, and no others."""
-    faults = [f"{key} is missing" for key in sorted(asked.keys() - source.tensors.keys())]
-    faults += [f"{key} belongs to no module it targets" for key in sorted(source.tensors.keys() - asked.keys())]
-    for key in sorted(asked.keys() & source.tensors.keys()):
-        if (found := tuple(source.tensors[key].shape)) != (shape := tuple(asked[key].shape)):
-            faults.append(f"{key} has shape {found}, not {shape}")
-    if faults:
-        more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
-        raise ValueError(
-            f"{source.folder} does not hold the adapter its config describes: {'; '.join(faults[:3])}{more}"
-        )
-
-
-def layers(judge: PeftModel, kind: type) -> dict[str, Any]:
-    """PEFT's adapted layers by the name of the module.
-
-    Raises:
-        ValueError: one of them is not linear.
-    """
-    found = {n.removeprefix(ROOT): m for n, m in judge.named_modules() if isinstance(m, kind)}
-    for name, layer in found.items():
-        if isinstance(layer, LoraLayer) and type(layer) is not LoraLinear:
-            what = type(layer.get_base_layer()).__name__
-            raise ValueError(f"{name} is a {what}, and Inlay adapts linear layers only; import has nothing for it")
-    return found
+    return from_lora(source, base, first)
 
 
 def other(source: Source, own: tuple[str, ...]) -> dict[str, Tensor]:
@@ -217,8 +70,8 @@ def other(source: Source, own: tuple[str, ...]) -> dict[str, Tensor]:
 def from_miss(source: Source, base: str) -> Translation:
     """Bone, or Bat in PEFT's orientation. The Bone type that PEFT had up to 0.18 is MiSS under other names."""
     tensors = {k.replace(".bone_block", ".miss_block"): v for k, v in source.tensors.items()}
-    judge = build(source, base, MissConfig, {})
-    source = alone(judge, replace(source, tensors=tensors), base)
+    judge = foreign.build(source, base, MissConfig, {})
+    source = foreign.alone(judge, replace(source, tensors=tensors), base)
     init, dropout = source.config.get("init_weights", True), source.config.get("miss_dropout", 0.0)
     bat = init == "bat"
     made = Translation("bat_col" if bat else "bone", 0.0 if bat else dropout)
@@ -226,7 +79,7 @@ def from_miss(source: Source, base: str) -> Translation:
         made.notes.append(f"PEFT ignores miss_dropout={dropout} where init_weights='bat', so it is 0 here")
     if init == "mini":
         made.notes.append("MiSS's mini block is repeated over the outputs: training goes on with all of Bone's numbers")
-    for name, layer in layers(judge, MissLayer).items():
+    for name, layer in foreign.layers(judge, MissLayer).items():
         D = source.tensors[f"{ROOT}{name}.miss_block"]
         if bat:
             made.put(name, {"r": D.shape[1]}, {PREFIX + "B": D})
@@ -240,19 +93,22 @@ def from_miss(source: Source, base: str) -> Translation:
 
 
 @torch.no_grad()
-def from_lora(source: Source, base: str, judge: PeftModel, first: Source | None) -> Translation:
+def from_lora(source: Source, base: str, first: Source | None) -> Translation:
     """LoRA: as it is where the base was left alone, else against its start."""
-    found = layers(judge, LoraLayer)
+    judge = foreign.build(source, base, LoraConfig, {"init_lora_weights": True})
+    found = foreign.layers(judge, LoraLayer)
     start = str(source.config.get("init_lora_weights", True)).lower()
     moved = starts.moves_base(start, first is not None)
+    if moved:
+        starts.check(start, {name: layer.get_base_layer() for name, layer in found.items()}, judge)
+    source = foreign.alone(judge, source, base, found if moved else ())
+    first = None if first is None else foreign.alone(judge, first, base, found)
     made = Translation(
         "pissa" if moved and start.startswith("pissa") else "lora", source.config.get("lora_dropout", 0.0)
     )
     made.targets, made.rest = targets(judge, list(found)), other(source, (".lora_A.", ".lora_B."))
     if start == "mica":
         made.notes.append("MiCA keeps B as it is in training; here it is trained too")
-    if moved:
-        starts.check(start, {name: layer.get_base_layer() for name, layer in found.items()}, judge)
     weights = Weights(base, source.config.get("revision")) if moved and first is None else None
     furthest = 0.0
     for name, layer in found.items():
@@ -321,7 +177,6 @@ def write(folder: Path, source: Source, base: str, made: Translation) -> None:
         bias="inlay_only" if bias.endswith("_only") else bias,
         task_type=source.config.get("task_type"),
         auto_mapping=source.config.get("auto_mapping"),
-        base_model_name_or_path=base,
         revision=source.config.get("revision"),
     )
     model = get_peft_model(memory.meta_model(base, torch.float32), config, low_cpu_mem_usage=True)
@@ -331,6 +186,7 @@ def write(folder: Path, source: Source, base: str, made: Translation) -> None:
     for name, mark in marks(model, base, source.config.get("revision")).items():
         config.seals[name]["base"] = mark
     config.inference_mode = True
+    config.base_model_name_or_path = base  # which PEFT has just set to what transformers calls it
     config.save_pretrained(str(folder))
     save_file(saved | made.rest, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
