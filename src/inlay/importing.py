@@ -32,7 +32,8 @@ def import_adapter(
     A LoRA becomes `lora`, MiSS and Bone become `bone` or, where the weight guides its update, `bat_col`. PEFT trains
     PiSSA, OLoRA, LoRA-GA and CorDA on W − s B₀ A₀ and stores neither that nor the start: B₀ A₀ is computed again where
     it is a function of W (PiSSA by full SVD, OLoRA), or read from `initial`. PiSSA becomes `pissa` with its start
-    stored; the others, which are no method here, an exact `lora` of twice the rank.
+    stored; the others, which are no method here, an exact `lora` of twice the rank. Where PEFT rounded W − s B₀ A₀ to
+    half precision, outputs agree to that rounding, which is not repeated.
 
     Args:
         adapter: a PEFT adapter's folder, or a folder with one in `adapter/`; safetensors only.

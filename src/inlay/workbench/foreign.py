@@ -130,8 +130,8 @@ def alone(judge: PeftModel, source: Source, base: str, residual: Collection[str]
         other = names[0].removesuffix(".weight") not in residual and not torch.equal(value, W.to(value.dtype))
         if value.shape != W.shape or other:
             raise ValueError(
-                f"{source.folder} holds a {names[0]} that is not the base's (a resized vocabulary?); save the base with "
-                "it, and name that base"
+                f"{source.folder} holds a {names[0]} that is not the base's (a resized vocabulary?); save the base "
+                "with it, and name that"
             )
     source = replace(source, tensors={k: v for k, v in source.tensors.items() if k not in copies})
     check_tensors(asked, source)

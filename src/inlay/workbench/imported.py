@@ -110,7 +110,7 @@ def from_lora(source: Source, base: str, first: Source | None) -> Translation:
     if start == "mica":
         made.notes.append("MiCA keeps B as it is in training; here it is trained too")
     weights = Weights(base, source.config.get("revision")) if moved and first is None else None
-    furthest = 0.0
+    furthest = doubt = 0.0
     for name, layer in found.items():
         (A, B), r, s = pair(source, name), layer.r["default"], layer.scaling["default"]
         if not moved:
@@ -120,7 +120,8 @@ def from_lora(source: Source, base: str, first: Source | None) -> Translation:
             A0, B0 = pair(first, name)
         else:
             assert weights is not None
-            A0, B0 = starts.compute(start, matrix(weights, name, layer.get_base_layer()), r, s)
+            A0, B0, unsure = starts.compute(start, matrix(weights, name, layer.get_base_layer()), r, s)
+            doubt = max(doubt, unsure)
         A0, B0 = starts.aligned(A0, B0, A)
         furthest = max(furthest, starts.distance(A, B, A0, B0, name))
         if made.method == "pissa":
@@ -129,7 +130,7 @@ def from_lora(source: Source, base: str, first: Source | None) -> Translation:
         else:
             made.put(name, *lora(torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1), s))
     if moved:
-        made.notes += starts.notes(start, furthest, None if weights is None else base)
+        made.notes += starts.notes(start, furthest, None if weights is None else base, doubt)
     return made
 
 

@@ -7,8 +7,6 @@ computes with other weights than it was trained on, without a word.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -59,15 +57,21 @@ def check(start: str, layers: dict[str, nn.Module], model: nn.Module) -> None:
             raise ValueError(f"{name} is a Conv1D, whose OLoRA start PEFT subtracts untransposed; it has no equal here")
 
 
-def compute(start: str, W: Tensor, r: int, s: float) -> tuple[Tensor, Tensor]:
-    """A₀ and B₀ of a weight (out × in), in fp32. Their product is that of PEFT: factors differ at most in signs, where
-    σ_r > σ_r+1 (PiSSA), or the first r columns of W are independent (OLoRA)."""
+def compute(start: str, W: Tensor, r: int, s: float) -> tuple[Tensor, Tensor, float]:
+    """A₀ and B₀ of a weight (out × in), in fp32, and how far s B₀ A₀ may be from another LAPACK's, over its norm.
+
+    Factors differ in signs at most, which the product does not know, unless σ_r = σ_r+1 (PiSSA; Wedin's theorem), or
+    the first r columns of W are dependent (OLoRA): then the subspace itself is a matter of rounding.
+    """
+    W, eps = W.float(), torch.finfo(torch.float32).eps
     if start == "olora":
-        Q, R = torch.linalg.qr(W.float())
-        return R[:r], Q[:, :r]
-    U, S, Vh = torch.linalg.svd(W.float(), full_matrices=False)
+        Q, R = torch.linalg.qr(W)
+        pivots = R.diagonal()[:r].abs()
+        return R[:r], Q[:, :r], min(1.0, (eps * pivots.max() / pivots.min()).item())
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    doubt = 0.0 if r >= len(S) else (eps * S[0] / (S[r - 1] - S[r]) * S[r - 1] / S[:r].norm()).item()
     root = (S[:r] / s).sqrt()
-    return root[:, None] * Vh[:r], U[:, :r] * root
+    return root[:, None] * Vh[:r], U[:, :r] * root, min(1.0, doubt)
 
 
 def aligned(A0: Tensor, B0: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,14 +92,16 @@ def distance(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor, name: str) -> float:
     return ((B @ A - start).norm() / start.norm()).item()
 
 
-def notes(start: str, furthest: float, base: str | None) -> list[str]:
+def notes(start: str, moved: float, base: str | None, doubt: float) -> list[str]:
     """What to know of an adapter that was imported against its start; `base`: from which that was computed."""
-    said: list[Any] = []
+    said = []
     if base is not None:
         said.append(
-            f"its start was computed from {base}, as full-precision weights; training moved it by at most "
-            f"{furthest:.1%} of its norm (much more than expected: another base, or one that was quantised)"
+            f"its start was computed from {base}; training moved it by {moved:.1%} of its norm at most (if that is far "
+            "more than expected, it was another base, or a quantised one)"
         )
+    if doubt > 1e-3:
+        said.append(f"its start is ill-determined: on another machine it may have differed by {doubt:.1%} of its norm")
     if not start.startswith("pissa"):
         said.append("its start is no method here: it is part of a LoRA of twice the rank, and is trained on with it")
     return said
