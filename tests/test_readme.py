@@ -49,11 +49,13 @@ def test_every_command_of_the_readme_runs(workplace, tiny, capsys):
         extra = {"train": ["--model", tiny, *TWIN], "generate": ["--tokens", "4"], "methods": ["--model", tiny]}
         main([*words, *extra.get(words[0], [])])
         verbs.append(words[0])
-    assert verbs == ["train", "train", "train", "methods", "generate", "inspect", "fold", "export", "merge"]
+    rest = ["methods", "generate", "inspect", "fold", "export", "import", "merge"]
+    assert verbs == ["train", "train", "train", *rest]
     assert (workplace / "spectra" / "spectra.json").exists()
     assert (workplace / "folded" / "base" / "model.safetensors").exists()
     assert (workplace / "runs" / "mine" / "adapter" / "adapter_model.safetensors").exists()
     assert (workplace / "lora" / "adapter_model.safetensors").exists()
+    assert (workplace / "imported" / "adapter_model.safetensors").exists()
     assert (workplace / "merged" / "model.safetensors").exists()
 
 

@@ -10,6 +10,18 @@ from inlay.export import export_lora, merge
 from inlay.folding import fold
 from inlay.host.peft import InlayConfig
 from inlay.host.schedule import Schedule, step
+from inlay.importing import import_adapter
 from inlay.workbench.inspect import inspect
 
-__all__ = ["InlayConfig", "Schedule", "__version__", "export_lora", "fold", "inspect", "merge", "methods", "step"]
+__all__ = [
+    "InlayConfig",
+    "Schedule",
+    "__version__",
+    "export_lora",
+    "fold",
+    "import_adapter",
+    "inspect",
+    "merge",
+    "methods",
+    "step",
+]

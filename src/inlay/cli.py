@@ -195,6 +195,22 @@ def export(options: argparse.Namespace) -> None:
     print(f"{done.folder}: rank {done.rank}, {'exact' if worst < 1e-5 else f'largest relative error {worst:.2e}'}")
 
 
+def import_(options: argparse.Namespace) -> None:
+    """Make a LoRA, MiSS or Bone adapter of PEFT an Inlay adapter with the same outputs.
+
+    example:  inlay import lora/ imported/
+    """
+    from inlay import importing
+    from inlay.workbench import models
+
+    models.quiet()
+    given = {k: v for k, v in vars(options).items() if k not in ("verb", "run")}
+    done = importing.import_adapter(**given)
+    for note in done.notes:
+        print(f"note: {note}")
+    print(f"{done.folder}: {done.method} on {done.weights} weights")
+
+
 def merge(options: argparse.Namespace) -> None:
     """Write base + adapter as an ordinary checkpoint, which transformers, vLLM or llama.cpp load without Inlay.
 
@@ -289,6 +305,13 @@ def parser() -> Parser:
     verb.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     verb.add_argument("--overwrite", action="store_true", help="replace an earlier export")
 
+    verb = add_verb(verbs, import_)
+    verb.add_argument("adapter", help="folder of a PEFT adapter")
+    verb.add_argument("out", help="folder of the Inlay adapter")
+    verb.add_argument("--model", help="base model (default: the one the adapter names)")
+    verb.add_argument("--initial", help="the same adapter as saved before training (PiSSA and its relatives)")
+    verb.add_argument("--overwrite", action="store_true", help="replace an earlier import")
+
     verb = add_verb(verbs, merge)
     verb.add_argument("adapter", help="run folder or adapter folder")
     verb.add_argument("out", help="folder of the new checkpoint")
@@ -319,7 +342,10 @@ def add_verb(verbs: Any, function: Callable[[argparse.Namespace], None]) -> argp
     """A subcommand from a function."""
     text, _, example = (function.__doc__ or "").partition("example:")
     verb = verbs.add_parser(
-        function.__name__, help=text.split(".")[0], description=text.strip(), epilog=f"example: {example.rstrip()}"
+        function.__name__.rstrip("_"),
+        help=text.split(".")[0],
+        description=text.strip(),
+        epilog=f"example: {example.rstrip()}",
     )
     verb.set_defaults(run=function)
     return verb

@@ -1,0 +1,61 @@
+"""From PEFT's own adapters to Inlay's."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+IMPORTED = "imported.json"  # in the folder: where it came from, and what was noted
+
+
+@dataclass(frozen=True)
+class Imported:
+    """An adapter made from one of PEFT's: its folder, its method, how many weights it changes, and what to know."""
+
+    folder: Path
+    method: str
+    weights: int
+    notes: tuple[str, ...]
+
+
+def import_adapter(
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    model: str | None = None,
+    initial: str | Path | None = None,
+    overwrite: bool = False,
+) -> Imported:
+    """Write a LoRA, MiSS or Bone adapter of PEFT as an Inlay adapter with the same outputs.
+
+    A LoRA becomes `lora`, MiSS and Bone become `bone` or, where the weight guides its update, `bat_col`. PEFT trains
+    PiSSA, OLoRA, LoRA-GA and CorDA on W − s B₀ A₀ and stores neither that nor the start: B₀ A₀ is computed again where
+    it is a function of W (PiSSA by full SVD, OLoRA), or read from `initial`. PiSSA becomes `pissa` with its start
+    stored; the others, which are no method here, an exact `lora` of twice the rank. Where PEFT rounded W − s B₀ A₀ to
+    half precision, outputs agree to that rounding, which is not repeated.
+
+    Args:
+        adapter: a PEFT adapter's folder, or a folder with one in `adapter/`; safetensors only.
+        out: appears whole or not at all.
+        model: the base, if not the one the adapter names. Its weights are read for starts alone, one at a time, and
+            sampled for the seals where they are on this machine.
+        initial: the same adapter as it was saved before training, for starts that are random or came from data (it is
+            what PEFT calls `path_initial_model_for_weight_conversion`).
+        overwrite: replace an earlier import at `out`.
+
+    Raises:
+        ValueError: no such adapter, a broken one, a kind or variant with no equal here, or a start that is lost.
+    """
+    from inlay.workbench import foreign, imported, models
+    from inlay.workbench.files import new_folder
+
+    source = foreign.read(models.adapter_folder(str(adapter)))
+    first = None if initial is None else foreign.read(models.adapter_folder(str(initial)))
+    base = models.resolve(model or models.base_of(source.folder))
+    with new_folder(Path(out), overwrite, marker=IMPORTED) as part:
+        found = imported.translate(source, base, first)
+        imported.write(part, source, base, found)
+        about = {"adapter": str(adapter), "peft_type": source.kind, "notes": found.notes}
+        (part / IMPORTED).write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
+    return Imported(Path(out), found.method, len(found.settings), tuple(found.notes))

@@ -1,0 +1,220 @@
+"""PEFT's LoRA, MiSS and Bone adapters, as Inlay adapters with the same outputs."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, MissConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.miss.layer import MissLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from inlay import linalg
+from inlay.host import seal
+from inlay.host.config import InlayConfig
+from inlay.host.layer import PREFIX, START
+from inlay.host.peft import adapted
+from inlay.workbench import foreign, memory, models, starts
+from inlay.workbench.foreign import ROOT, Source
+from inlay.workbench.lora import targets
+from inlay.workbench.weights import Weights
+
+
+@dataclass
+class Translation:
+    """The same adapter in Inlay's terms: the hyperparameters of each module and θ, θ₀ by their names in a file."""
+
+    method: str
+    dropout: float
+    targets: list[str] = field(default_factory=list)
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    rest: dict[str, Tensor] = field(default_factory=dict)  # biases, modules that were trained whole
+    notes: list[str] = field(default_factory=list)
+
+    def put(self, module: str, settings: dict[str, Any], theta: dict[str, Tensor]) -> None:
+        self.settings[module] = settings
+        for path, value in theta.items():
+            self.tensors[f"{ROOT}{module}.{path}.weight"] = value.float().contiguous()
+
+
+def translate(source: Source, base: str, first: Source | None) -> Translation:
+    """The adapter in Inlay's terms. `first`: the same adapter before training.
+
+    Raises:
+        ValueError: something in it has no equal here, its files do not fit the base, or its start is lost.
+    """
+    foreign.check_config(source)
+    if source.kind != "LORA":
+        if first is not None:
+            raise ValueError(f"a {source.kind} adapter leaves the base as it is; leave out the initial adapter")
+        return from_miss(source, base)
+    return from_lora(source, base, first)
+
+
+def other(source: Source, own: tuple[str, ...]) -> dict[str, Tensor]:
+    """What was trained beside the adapter's own tensors."""
+    return {k: v for k, v in source.tensors.items() if not any(part in k for part in own)}
+
+
+# -- MiSS and Bone ----------------------------------------------------------------------------------------------------
+
+
+def from_miss(source: Source, base: str) -> Translation:
+    """Bone, or Bat in PEFT's orientation. The Bone type that PEFT had up to 0.18 is MiSS under other names."""
+    tensors = {k.replace(".bone_block", ".miss_block"): v for k, v in source.tensors.items()}
+    judge = foreign.build(source, base, MissConfig, {})
+    source = foreign.alone(judge, replace(source, tensors=tensors), base)
+    init, dropout = source.config.get("init_weights", True), source.config.get("miss_dropout", 0.0)
+    bat = init == "bat"
+    made = Translation("bat_col" if bat else "bone", 0.0 if bat else dropout)
+    if bat and dropout:
+        made.notes.append(f"PEFT ignores miss_dropout={dropout} where init_weights='bat', so it is 0 here")
+    if init == "mini":
+        made.notes.append("MiSS's mini block is repeated over the outputs: training goes on with all of Bone's numbers")
+    for name, layer in foreign.layers(judge, MissLayer).items():
+        D = source.tensors[f"{ROOT}{name}.miss_block"]
+        if bat:
+            made.put(name, {"r": D.shape[1]}, {PREFIX + "B": D})
+        else:
+            made.put(name, {"r": D.shape[0]}, {PREFIX + "D": D.repeat(1, layer.out_features // D.shape[1])})
+    made.targets, made.rest = targets(judge, list(made.settings)), other(source, (".miss_block",))
+    return made
+
+
+# -- LoRA -------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def from_lora(source: Source, base: str, first: Source | None) -> Translation:
+    """LoRA: as it is where the base was left alone, else against its start."""
+    judge = foreign.build(source, base, LoraConfig, {"init_lora_weights": True})
+    found = foreign.layers(judge, LoraLayer)
+    start = str(source.config.get("init_lora_weights", True)).lower()
+    moved = starts.moves_base(start, first is not None)
+    if moved:
+        starts.check(start, {name: layer.get_base_layer() for name, layer in found.items()}, judge)
+    source = foreign.alone(judge, source, base, found if moved else ())
+    first = None if first is None else foreign.alone(judge, first, base, found)
+    made = Translation(
+        "pissa" if moved and start.startswith("pissa") else "lora", source.config.get("lora_dropout", 0.0)
+    )
+    made.targets, made.rest = targets(judge, list(found)), other(source, (".lora_A.", ".lora_B."))
+    if start == "mica":
+        made.notes.append("MiCA keeps B as it is in training; here it is trained too")
+    weights = Weights(base, source.config.get("revision")) if moved and first is None else None
+    furthest = doubt = 0.0
+    for name, layer in found.items():
+        (A, B), r, s = pair(source, name), layer.r["default"], layer.scaling["default"]
+        if not moved:
+            made.put(name, *lora(A, B, s))
+            continue
+        if first is not None:
+            A0, B0 = pair(first, name)
+        else:
+            assert weights is not None
+            A0, B0, unsure = starts.compute(start, matrix(weights, name, layer.get_base_layer()), r, s)
+            doubt = max(doubt, unsure)
+        A0, B0 = starts.aligned(A0, B0, A)
+        furthest = max(furthest, starts.distance(A, B, A0, B0, name))
+        if made.method == "pissa":
+            theta = {PREFIX + "A": A, PREFIX + "B": B, START + "A": A0, START + "B": B0}
+            made.put(name, {"r": r, "scale": s}, theta)
+        else:
+            made.put(name, *lora(torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1), s))
+    if moved:
+        made.notes += starts.notes(start, furthest, None if weights is None else base, doubt)
+    return made
+
+
+def pair(source: Source, name: str) -> tuple[Tensor, Tensor]:
+    """A (r × in) and B (out × r) in fp32."""
+    A, B = (source.tensors[f"{ROOT}{name}.lora_{k}.weight"].float() for k in "AB")
+    return A, B
+
+
+def lora(A: Tensor, B: Tensor, s: float) -> Any:
+    """The hyperparameters and θ of a LoRA s B A, compressed where it has more ranks than the weight allows."""
+    if A.shape[0] > (most := min(A.shape[1], B.shape[0])):
+        U, S, Vh = linalg.compress(B, A)
+        root = S.sqrt()
+        A, B = torch.zeros(most, A.shape[1]), torch.zeros(B.shape[0], most)
+        A[: len(S)], B[:, : len(S)] = root[:, None] * Vh, U * root
+    return {"r": A.shape[0], "alpha": float(f"{s * A.shape[0]:.12g}")}, {PREFIX + "A": A, PREFIX + "B": B}
+
+
+def matrix(weights: Weights, name: str, layer: nn.Module) -> Tensor:
+    """A base weight as (out × in) in the dtype it is stored in."""
+    W = weights.read(f"{name}.weight")
+    if W.dtype not in models.DTYPES.values():
+        raise ValueError(
+            f"{name} is stored as {W.dtype}, and the start cannot be computed from that; name another base"
+        )
+    return W.T if isinstance(layer, Conv1D) else W
+
+
+# -- out --------------------------------------------------------------------------------------------------------------
+
+
+def write(folder: Path, source: Source, base: str, made: Translation) -> None:
+    """Save the adapter as PEFT saves it, filled on a base without memory, and seal it."""
+    settings, patterns = common(made.settings)
+    bias = source.config.get("bias") or "none"
+    config = InlayConfig(
+        method=made.method,
+        args=settings,
+        dropout=made.dropout,
+        patterns=patterns,
+        target_modules=made.targets,
+        modules_to_save=source.config.get("modules_to_save"),
+        trainable_token_indices=source.config.get("trainable_token_indices"),
+        bias="inlay_only" if bias.endswith("_only") else bias,
+        task_type=source.config.get("task_type"),
+        auto_mapping=source.config.get("auto_mapping"),
+        revision=source.config.get("revision"),
+    )
+    model = get_peft_model(memory.meta_model(base, torch.float32), config, low_cpu_mem_usage=True)
+    set_peft_model_state_dict(model, made.rest | made.tensors, low_cpu_mem_usage=True)
+    saved = get_peft_model_state_dict(model, save_embedding_layers=False)  # and, on the way, the config's seals
+    assert config.seals is not None
+    for name, mark in marks(model, base, source.config.get("revision")).items():
+        config.seals[name]["base"] = mark
+    config.inference_mode = True
+    config.base_model_name_or_path = base  # which PEFT has just set to what transformers calls it
+    config.save_pretrained(str(folder))
+    save_file(saved | made.rest, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def common(settings: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The hyperparameters most modules have, and `patterns` for the others: whole names, those that agree in one."""
+    kinds = {tuple(values.items()): values for values in settings.values()}
+    count = Counter(tuple(values.items()) for values in settings.values())
+    (most, _), *others = count.most_common()
+    patterns = {}
+    for other in (key for key, _ in others):
+        names = [re.escape(name) for name, values in settings.items() if tuple(values.items()) == other]
+        patterns["|".join(names)] = kinds[other]
+    return kinds[most], patterns
+
+
+def marks(model: PeftModel, base: str, revision: str | None) -> dict[str, str]:
+    """The marks of the base's weights, where they lie on this machine."""
+    if not Path(base).is_dir():
+        return {}
+    try:
+        weights = Weights(base, revision)
+    except ValueError:
+        return {}
+    found = {}
+    for layer in adapted(model, "default").values():
+        name = layer.cuts["default"].module
+        if weights.key(f"{name}.weight") and (W := weights.read(f"{name}.weight")).dtype in models.DTYPES.values():
+            found[name] = seal.of_base(W.T if isinstance(layer.base_layer, Conv1D) else W)
+    return found
