@@ -18,7 +18,14 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from inlay.workbench.files import cache_folder
@@ -85,13 +92,13 @@ def load_tokenizer() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(model_dir())
 
 
-def load_gguf(file: Path) -> PreTrainedModel:
-    """The model in a GGUF file, unpacked to fp32."""
+def load_gguf(file: Path, config: PretrainedConfig | None = None) -> PreTrainedModel:
+    """The model in a GGUF file, unpacked to fp32; with the configuration that the file tells of, or a fuller one."""
     # The GGUF reader draws its bar whatever transformers is told; log records have their own way to stderr.
     with _quiet(), redirect_stderr(io.StringIO()):
-        unpack = GgufConfig(dequantize=True)
+        unpack, known = GgufConfig(dequantize=True), {} if config is None else {"config": config}
         return AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, quantization_config=unpack, dtype=torch.float32
+            file.parent, gguf_file=file.name, quantization_config=unpack, dtype=torch.float32, **known
         )
 
 

@@ -7,6 +7,7 @@ fp32 copies of one weight, and the new checkpoint has the names, the dtypes and 
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import re
 from collections.abc import Iterator
@@ -182,16 +183,17 @@ def describe(folder: Path, config: Any, base: str, dtype: torch.dtype | None) ->
 def probe(adapter: Path, base: str, merged: Path) -> float:
     """The largest difference of logits between the adapter on its base and the merged model, both in fp32."""
     model, tokenizer = models.load_adapted(adapter, base, torch.float32)
-    ids = torch.tensor([tokenizer.encode(TEXT)])
+    ids, config = torch.tensor([tokenizer.encode(TEXT)]), copy.deepcopy(model.get_base_model().config)
     before = logits(model, ids)
     del model
-    return (logits(load(merged), ids) - before).abs().max().item()
+    return (logits(load(merged, config), ids) - before).abs().max().item()
 
 
-def load(merged: Path) -> Any:
-    """A merged model in fp32, also out of a GGUF file."""
+def load(merged: Path, config: Any) -> Any:
+    """A merged model in fp32; out of a GGUF file with the configuration of the base, which says more than the file."""
     for file in merged.glob("*.gguf"):
-        return builtin.load_gguf(file)
+        config.__dict__.pop("quantization_config", None)
+        return builtin.load_gguf(file, None if config.model_type == "mistral" else config)  # to GGUF that is a llama
     return models.load_base(str(merged), torch.float32)[0]
 
 
