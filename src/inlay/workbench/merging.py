@@ -183,7 +183,8 @@ def describe(folder: Path, config: Any, base: str, dtype: torch.dtype | None) ->
 def probe(adapter: Path, base: str, merged: Path) -> float:
     """The largest difference of logits between the adapter on its base and the merged model, both in fp32."""
     model, tokenizer = models.load_adapted(adapter, base, torch.float32)
-    ids, config = torch.tensor([tokenizer.encode(TEXT)]), copy.deepcopy(model.get_base_model().config)
+    config: Any = copy.deepcopy(model.get_base_model().config)
+    ids = torch.tensor([tokenizer.encode(TEXT)]) % config.get_text_config().vocab_size
     before = logits(model, ids)
     del model
     return (logits(load(merged, config), ids) - before).abs().max().item()
