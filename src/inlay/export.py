@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ class Exported:
 
 
 def export_lora(
-    adapter: str | Path,
+    adapter: str | Path | Mapping[str, float],
     out: str | Path,
     *,
     to: str = "lora",
@@ -111,7 +112,7 @@ def export_lora(
     of a rank. The base's weights are read only for methods that read them.
 
     Args:
-        adapter: a run folder or an adapter folder.
+        adapter: a run folder or an adapter folder; or several, of any methods, each with a weight: their weighted sum.
         out: appears whole or not at all.
         to: "lora", a PEFT folder, or "gguf", one for llama.cpp and Ollama.
         rank: at most so many ranks per weight.
@@ -122,7 +123,8 @@ def export_lora(
         overwrite: replace an earlier export at `out`.
 
     Raises:
-        ValueError: the change has full rank and neither `rank` nor `energy` is given, or a path cannot be used.
+        ValueError: the change has full rank and neither `rank` nor `energy` is given, adapters do not fit each other
+            or the format, or a path cannot be used.
     """
     from inlay.workbench import llamacpp, lora, models
     from inlay.workbench.files import new_folder
@@ -135,20 +137,28 @@ def export_lora(
         raise ValueError(f"energy={energy} is not in (0, 1]")
     if dtype not in models.DTYPES:
         raise ValueError(f"dtype={dtype!r} is not one of {', '.join(models.DTYPES)}")
-    folder = models.adapter_folder(str(adapter))
-    base = model or models.base_of(folder)
+    asked = dict(adapter) if isinstance(adapter, Mapping) else {str(adapter): 1.0}
+    folders = {models.adapter_folder(str(path)): float(weight) for path, weight in asked.items()}
+    bases = {str(models.resolve(models.base_of(folder))): models.base_of(folder) for folder in folders}
+    if len(bases) != 1 and not model:
+        raise ValueError(f"the adapters name {len(bases)} bases, {', '.join(bases)}; name the one they share")
+    base, first = model or next(iter(bases.values())), next(iter(folders))
     settings = models.load_config(base)
     if to == "gguf":
         llamacpp.check(settings, str(out))
+    for folder in folders if to == "gguf" or len(folders) > 1 else ():
+        if more := sorted(lora.others(folder)):
+            kind = "a GGUF file" if to == "gguf" else "a weighted sum"
+            raise ValueError(f"{folder} also trained {more[0]} whole, which {kind} has no place for; merge the adapter")
     with new_folder(Path(out), overwrite, marker=EXPORTED) as part:
-        blank = lora.load(folder, base)
-        made = list(lora.changes(blank, base, rank, energy))
+        loaded = [(weight, lora.load(folder, base)) for folder, weight in folders.items()]
+        made = list(lora.changes(loaded, base, rank, energy))
         size = lora.padded(made, pad)
         if to == "gguf":
             llamacpp.write(part / llamacpp.FILE, settings, made, size, models.DTYPES[dtype])
             (part / "Modelfile").write_text(llamacpp.modelfile(base), encoding="utf-8")
         else:
-            lora.write(part, folder, blank, made, size, models.DTYPES[dtype])
+            lora.write(part, first, loaded[0][1], made, size, models.DTYPES[dtype])
         rows = [{"module": c.module, "rank": c.rank, "error": c.error} for c in made]
         (part / EXPORTED).write_text(json.dumps({"rank": size, "weights": rows}, indent=1), encoding="utf-8")
     return Exported(Path(out), size, {c.module: c.error for c in made})

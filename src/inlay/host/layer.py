@@ -305,14 +305,30 @@ class InlayLinear(nn.Module, BaseTunerLayer):
 
     # -- forward and merge ----------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        """y, (..., out), for x, (..., in). `adapter_names`: per row of x, the one adapter it is for, if any is."""
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if adapter_names is not None and not self.disable_adapters:
+            return self._per_row(x, adapter_names, args, kwargs)
+        active = () if self.disable_adapters else self.active_adapters
+        return self._under([name for name in active if name not in self.merged_adapters], args, kwargs)(x)
+
+    def _under(self, names: list[str], args: tuple, kwargs: dict) -> Base:
+        """The layer under these adapters, each cut from what lies below."""
         layer: Base = Frozen(self, args, kwargs)
-        for name in () if self.disable_adapters else self.active_adapters:
-            if name in self.cuts and name not in self.merged_adapters:
-                layer = Adapted(self, name, layer)
-        return layer(x)
+        for name in names:
+            layer = Adapted(self, name, layer) if name in self.cuts else layer
+        return layer
+
+    def _per_row(self, x: Tensor, names: list[str], args: tuple, kwargs: dict) -> Tensor:
+        """The rows of one adapter are computed together."""
+        parts, order = [], []
+        for name in dict.fromkeys(names):
+            rows = [i for i, own in enumerate(names) if own == name]
+            parts.append(self._under([name], args, kwargs)(x[rows]))
+            order += rows
+        return torch.cat(parts)[torch.tensor(order, device=x.device).argsort()]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """s (ΔW(θ) − ΔW(θ₀)) in the layout of the base layer's weight."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    AuxiliaryTrainingWrapper,
     get_quantization_kwargs,
     register_peft_method,
     resolve_quantization_backend,
@@ -143,9 +145,30 @@ class InlayModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError("adapter_names (several adapters in a batch) is not supported; use set_adapter")
-        yield
+        """Hand `adapter_names`, one per request of a batch ("__base__": none), to every layer that knows adapters.
+
+        Raises:
+            ValueError: in training, with an adapter that is not there or not on its own, or with a merged one.
+        """
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        layers = [m for m in self.modules() if isinstance(m, (InlayLinear, AuxiliaryTrainingWrapper))]
+        known = set(cast(dict, self.peft_config)) | {"__base__"}
+        if self.training:
+            raise ValueError("adapter_names is for inference; call model.eval(), or train one adapter at a time")
+        if not isinstance(names, (list, tuple)) or not names or not set(names) <= known:
+            raise ValueError(f"adapter_names={names!r} is no list of one of {', '.join(sorted(known))} for each row")
+        if any(m.merged_adapters for m in layers if isinstance(m, InlayLinear)):
+            raise ValueError("adapter_names needs the plain base; call unmerge_adapter() first")
+        hook = partial(for_rows, names=list(names), beams=kwargs.get("num_beams") or 1)
+        hooks = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _check_merge_allowed(self) -> None:
         """Refuse what would go wrong half-way or silently, before any weight changes.
@@ -199,6 +222,15 @@ class InlayModel(BaseTuner):
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_state(model, adapter_name, mapped)
         return mapped
+
+
+def for_rows(module: nn.Module, args: tuple, kwargs: dict, names: list[str], beams: int) -> tuple[tuple, dict]:
+    """A forward hook: which adapter each row is for. A decoder has a row for each beam of a request."""
+    rows = len(args[0] if args else next(iter(kwargs.values())))
+    own = names if rows == len(names) else [name for name in names for _ in range(beams)]
+    if rows != len(own):
+        raise ValueError(f"adapter_names has {len(names)} names for {rows} rows; give one for each row of the batch")
+    return args, {**kwargs, "adapter_names": own}
 
 
 LINEAR = (nn.Linear, Conv1D)

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from inlay import linalg
 from inlay.host import seal
 from inlay.host.config import InlayConfig
-from inlay.host.layer import PREFIX, START, InlayLinear, widen
+from inlay.host.layer import PREFIX, START, InlayLinear
 from inlay.host.peft import adapted
 from inlay.method import LowRank
 from inlay.workbench import memory, models
@@ -50,59 +50,82 @@ def load(folder: Path, base: str) -> PeftModel:
     return models.load_adapter(memory.meta_model(base, torch.float32), folder, light=True)
 
 
-def changes(model: PeftModel, base: str, rank: int | None = None, energy: float | None = None) -> Iterator[Change]:
-    """The change of every adapted weight.
+Weighted = tuple[float, PeftModel]  # a weight, and an adapter on a base without memory
+
+
+def changes(
+    adapters: list[Weighted], base: str, rank: int | None = None, energy: float | None = None
+) -> Iterator[Change]:
+    """The change of every adapted weight; of several adapters, their weighted sum.
 
     Raises:
-        ValueError: a method's change has full rank and neither `rank` nor `energy` is given.
+        ValueError: a method's change has full rank and neither `rank` nor `energy` is given; or the adapters, or the
+            base, were not cut from the same weights.
     """
     weights: Weights | None = None
-    for layer in adapted(model, "default").values():
-        cut = layer.cuts["default"]
-        W = torch.empty(layer.out_features, layer.in_features, device="meta")
-        if cut.method.reads_weight:
+    found: dict[str, list[tuple[float, InlayLinear]]] = {}
+    for weight, model in adapters:
+        for layer in adapted(model, "default").values():
+            found.setdefault(layer.cuts["default"].module, []).append((weight, layer))
+    for module, parts in found.items():
+        one = parts[0][1]
+        known = [sealed["base"] for _, layer in parts if (sealed := layer.cuts["default"].seal)]
+        for _, layer in parts:
+            for mark in known:
+                layer.check_base("default", mark)
+        W = torch.empty(one.out_features, one.in_features, device="meta")
+        if any(layer.cuts["default"].method.reads_weight for _, layer in parts):
             weights = weights or Weights(base)
-            W = weights.read(f"{cut.module}.weight")
+            W = weights.read(f"{module}.weight")
             if not W.is_floating_point():
                 raise ValueError(
-                    f"{cut.module} is stored quantised, and a {cut.method.name} adapter is no LoRA without its weight; "
-                    "merge it, which is exact, or name the base in full precision"
+                    f"{module} is stored quantised, and {one.cuts['default'].method.name} reads its weight: it is no "
+                    "LoRA without; merge the adapter, which is exact, or name the base in full precision"
                 )
-            W = W.T if isinstance(layer.base_layer, Conv1D) else W
-            layer.check_base("default", seal.of_base(W))
+            W = W.T if isinstance(one.base_layer, Conv1D) else W
+            for _, layer in parts:
+                layer.check_base("default", seal.of_base(W))
             W = W.float()
-        yield change(layer, W, rank, energy)
+        yield change(parts, W, rank, energy)
 
 
 @torch.no_grad()
-def change(layer: InlayLinear, W: Tensor, rank: int | None, energy: float | None) -> Change:
-    """One weight's change, exact where the method is low rank and the rank allows it."""
-    cut, (method, p, p0) = layer.cuts["default"], layer.theta("default")
-    if isinstance(method, LowRank):
-        p = {k: v.double() for k, v in p.items()}
-        B, A = method.pair(p, None if p0 is None else {k: v.double() for k, v in p0.items()}, layer.in_features)
-        U, S, Vh = linalg.compress(method.s * B, A)
+def change(parts: list[tuple[float, InlayLinear]], W: Tensor, rank: int | None, energy: float | None) -> Change:
+    """One weight's change, exact where the methods are low rank and the rank allows it."""
+    one, exact = parts[0][1], all(isinstance(layer.theta("default")[0], LowRank) for _, layer in parts)
+    if exact:
+        factors = [factors_of(weight, layer) for weight, layer in parts]
+        U, S, Vh = linalg.compress(torch.cat([B for B, _ in factors], 1), torch.cat([A for _, A in factors]))
     elif rank is None and energy is None:
+        name = next(m.name for _, layer in parts if not isinstance(m := layer.theta("default")[0], LowRank))
         raise ValueError(
-            f"the change of a {method.name} adapter has full rank, so a LoRA only comes near it: say how near, with "
+            f"the change of a {name} adapter has full rank, so a LoRA only comes near it: say how near, with "
             "a rank or an energy (0.9, say); or merge the adapter, which is exact"
         )
     else:
-        D = method.s * method.offset(widen(p), None if p0 is None else widen(p0), W)
+        D = torch.stack([weight * layer.change("default", W) for weight, layer in parts]).sum(0)
         narrow = energy is None and rank is not None and rank < min(D.shape)
         U, S, Vh = linalg.top_svd(D, rank) if narrow and rank else torch.linalg.svd(D, full_matrices=False)
     energies = S.double().square().cumsum(0)
-    whole = energies[-1] if isinstance(method, LowRank) else D.double().square().sum()
+    whole = energies[-1] if exact else D.double().square().sum()
     r = min(len(S), rank or len(S))
     if energy is not None:
         r = min(r, int((energies < energy * whole).sum()) + 1)
     root = S[:r].sqrt()
     B, A = (U[:, :r] * root).float(), (root[:, None] * Vh[:r]).float()
-    if isinstance(method, LowRank):
+    if exact:
         lost = (whole - energies[r - 1]).clamp(min=0) if r < len(S) else 0 * whole
     else:
         lost = (D - B @ A).double().square().sum()
-    return Change(cut.module, B, A, (lost / whole.clamp(min=TINY)).sqrt().item())
+    return Change(one.cuts["default"].module, B, A, (lost / whole.clamp(min=TINY)).sqrt().item())
+
+
+def factors_of(weight: float, layer: InlayLinear) -> tuple[Tensor, Tensor]:
+    """B (out × r) and A (r × in) in fp64, whose product is the weighted change of a low-rank method."""
+    method, p, p0 = layer.theta("default")
+    wide, wide0 = ({k: v.double() for k, v in (q or {}).items()} for q in (p, p0))
+    B, A = cast(LowRank, method).pair(wide, None if p0 is None else wide0, layer.in_features)
+    return weight * method.s * B, A
 
 
 def padded(made: list[Change], pad: bool) -> int:
@@ -118,16 +141,19 @@ def widened(c: Change, r: int) -> tuple[Tensor, Tensor]:
     return B, A
 
 
+def others(folder: Path) -> dict[str, Tensor]:
+    """What an adapter holds beside θ and θ₀: modules and biases that were trained whole, rows of embeddings."""
+    stored = load_file(folder / "adapter_model.safetensors")
+    return {k: v for k, v in stored.items() if f".{PREFIX}" not in k and f".{START}" not in k}
+
+
 def write(folder: Path, source: Path, model: PeftModel, made: list[Change], r: int, dtype: torch.dtype) -> None:
     """An ordinary PEFT folder: adapter_config.json and adapter_model.safetensors."""
-    tensors = {}
+    tensors = others(source)
     for c in made:
         B, A = widened(c, r)
         for kind, value in (("lora_A", A), ("lora_B", B)):
             tensors[f"base_model.model.{c.module}.{kind}.weight"] = value.to(dtype).contiguous()
-    own = (f".{PREFIX}", f".{START}")
-    stored = load_file(source / "adapter_model.safetensors")
-    tensors |= {k: v for k, v in stored.items() if not any(part in k for part in own)}  # modules_to_save, biases
     asked = cast(InlayConfig, InlayConfig.from_pretrained(str(source)))
     config = LoraConfig(
         r=r,

@@ -1,0 +1,136 @@
+"""llama.cpp reads what we write: the built-in model with our LoRA, and merged, against our own logits and greedy text.
+
+`make serve-check` builds llama-cpp-python (minutes; a C++ compiler and cmake) in an environment of its own, which never
+sees Inlay, and runs this. Its table is kept in checks/serve.md. Exit status 1 where a row is out of its bound: on the
+fp32 file 2 % of what the adapter does to the logits, and the same greedy text; on the published 4-bit file, where
+llama.cpp rounds activations to 8 bits, twice the difference that its base has without an adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import get_peft_model
+
+import inlay
+from inlay.workbench import builtin, models
+
+SERVER = Path(__file__).parent / "server.py"
+PROMPT = "name[Blue Spice], eatType[pub], food[Italian], priceRange[20-25], area[riverside]"
+METHODS = {
+    "lora": {"r": 8}, "pissa": {"r": 16}, "milora": {"r": 16}, "lamda": {"r": 16}, "bone": {"r": 16},
+    "bat": {"r": 16}, "bat_col": {"r": 16}, "dota": {"bond": 8},
+}  # fmt: skip
+LORA = ("lora", "pissa", "milora", "lamda", "bone")  # those that are a LoRA exactly
+CLOSE, TOKENS = 0.02, 24  # of the adapter's effect on the logits; of greedy text
+
+
+def adapted(method: str, folder: Path, moved: float = 0.03) -> torch.nn.Module:
+    """An adapter whose updates have the share `moved` of each weight's norm, saved."""
+    config = inlay.InlayConfig(method=method, args=METHODS[method], target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(builtin.load_model(), config).eval()
+    torch.manual_seed(0)
+    layers = [m for m in model.modules() if hasattr(m, "cuts")]
+    with torch.no_grad():
+        for layer in layers if moved else ():
+            own = [p for p in layer.parameters() if p.requires_grad]
+            steps, first = [1e-3 * torch.randn_like(p) for p in own], [p.clone() for p in own]
+            for _ in range(8):  # ΔW is not linear in θ
+                for p, start, step in zip(own, first, steps, strict=True):
+                    p.copy_(start + step)
+                more = (moved * layer.matrix().norm() / layer.get_delta_weight("default").norm()).sqrt()
+                steps = [step * more for step in steps]
+    model.save_pretrained(str(folder))
+    return model
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
+    return model(input_ids=torch.tensor([ids])).logits[0].float()
+
+
+@torch.no_grad()
+def greedy(model: torch.nn.Module, ids: list[int]) -> list[int]:
+    made = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=TOKENS, do_sample=False, eos_token_id=None)
+    return made[0, len(ids) :].tolist()
+
+
+def main(python: str) -> int:
+    """Make the files, let the server answer, compare."""
+    models.quiet()
+    ids = builtin.load_tokenizer().encode(PROMPT)
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, plain = Path(temporary), builtin.load_model().eval()
+        start, text = logits(plain, ids), greedy(plain, ids)
+        adapted("bone", folder / "zero", moved=0.0)
+        inlay.merge(folder / "zero", folder / "base", to="gguf", probe=False)
+        bases = {"fp32": folder / "base" / "model.gguf", "4 bits, as published": builtin.gguf_path()}
+        for name, file in bases.items():
+            rows.append(compare(name, "none", serve(python, file, None, ids), start, text, start))
+        for method in METHODS:
+            ours = adapted(method, folder / method)
+            mine, text = logits(ours, ids), greedy(ours, ids)
+            if method in LORA:
+                inlay.export_lora(folder / method, folder / "exported", to="gguf", overwrite=True)
+                for name, file in bases.items():
+                    answer = serve(python, file, folder / "exported" / "adapter.gguf", ids)
+                    rows.append(compare(name, f"{method}, LoRA", answer, mine, text, start))
+            inlay.merge(folder / method, folder / "merged", to="gguf", probe=False, overwrite=True)
+            answer = serve(python, folder / "merged" / "model.gguf", None, ids)
+            rows.append(compare("fp32", f"{method}, merged", answer, mine, text, start))
+    floor = next(row.error for row in rows if row.base != "fp32")
+    failed = [row for row in rows if not row.good(floor)]
+    columns = "base", "adapter", "largest logit difference", "effect of the adapter", "share", "equal greedy tokens"
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines += [str(row) for row in rows]
+    about = "llama.cpp against us on the built-in model; updates of 3 % of each weight's norm. `make serve-check`"
+    (Path(__file__).parent / "serve.md").write_text("\n".join([about, "", *lines, ""]))
+    print("\n".join(lines))
+    print(f"{len(rows)} rows, {len(failed)} out of bounds", *failed, sep="\n")
+    return int(bool(failed))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One answer of llama.cpp beside ours."""
+
+    base: str
+    adapter: str
+    error: float
+    effect: float
+    same: int
+
+    def good(self, floor: float) -> bool:
+        if self.base != "fp32":
+            return self.error <= 2 * floor
+        return self.same == TOKENS and self.error < CLOSE * (self.effect or 1.0)
+
+    def __str__(self) -> str:
+        effect = f"{self.effect:.1f} | {self.error / self.effect:.2%}" if self.effect else "|"
+        return f"| {self.base} | {self.adapter} | {self.error:.1e} | {effect} | {self.same} of {TOKENS} |"
+
+
+def compare(base: str, adapter: str, answer: dict, mine: torch.Tensor, text: list[int], start: torch.Tensor) -> Row:
+    error, effect = (torch.tensor(answer["logits"]) - mine).abs().max().item(), (mine - start).abs().max().item()
+    same = next((i for i, (a, b) in enumerate(zip(answer["text"], text, strict=True)) if a != b), TOKENS)
+    return Row(base, adapter, error, effect, same)
+
+
+def serve(python: str, model: Path, lora: Path | None, ids: list[int]) -> dict:
+    """What llama.cpp answers."""
+    job = json.dumps({"model": str(model), "lora": str(lora) if lora else None, "ids": ids, "tokens": TOKENS})
+    done = subprocess.run([python, str(SERVER)], input=job, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"llama.cpp ended with status {done.returncode}: {done.stderr[-500:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
