@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
@@ -107,8 +108,9 @@ class InlayLinear(nn.Module, BaseTunerLayer):
 
     other_param_names = ("cuts",)
 
-    def __init__(self, base_layer: nn.Module, get_apply_tensor_subclass=None) -> None:
+    def __init__(self, base_layer: nn.Module, home: torch.device | None = None, get_apply_tensor_subclass=None) -> None:
         super().__init__()
+        self.home = home  # where it computes, if its weight is kept elsewhere (on the disk) until then
         self.base_layer = readable(base_layer)
         self.cuts: dict[str, Cut] = {}
         self.merged_adapters: list[str] = []
@@ -134,7 +136,8 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         """The base weight as (out × in), dequantised where it is quantised."""
         if self.quantization_backend is not None:
             return self.get_base_weight()
-        W = cast(Tensor, self.base_layer.weight)
+        with align_module_device(self.base_layer):  # it may lie on the disk until it is used
+            W = cast(Tensor, self.base_layer.weight)
         return W.T if isinstance(self.base_layer, Conv1D) else W
 
     def pristine(self) -> Tensor:
@@ -189,7 +192,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
             slot.watch()  # trl casts θ to bf16 on quantised bases, by replacing `.data`
 
     def _device(self) -> torch.device:
-        return self._get_base_layer_device_and_dtype(self.base_layer)[0] or torch.device("cpu")
+        return self.home or self._get_base_layer_device_and_dtype(self.base_layer)[0] or torch.device("cpu")
 
     def slots(self, name: str) -> dict[str, Slot]:
         """Every stored tensor of one adapter, by its path under this layer."""

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
+import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import (
@@ -78,9 +79,10 @@ class InlayModel(BaseTuner):
         for target in asked if isinstance(asked, (list, set)) else ():
             if not named(target, names):
                 raise ValueError(f"target_modules: {target!r} matches no module that can be adapted; {self._kinds()}")
+        heads = HEADS.get(str(config.task_type), ())  # which PEFT adds to modules_to_save, whether there or not
         for what in ("exclude_modules", "modules_to_save"):
             for target in given if isinstance(given := getattr(config, what), (list, set)) else ():
-                if not named(target, everything):
+                if not named(target, everything) and target not in heads:
                     raise ValueError(f"{what}: {target!r} matches no module of this model; {self._kinds()}")
         used = {config.pattern_of(name) for name in names}
         for pattern in config.patterns:
@@ -93,8 +95,15 @@ class InlayModel(BaseTuner):
                     raise ValueError(f"modules_to_save: {name} is quantised and cannot be trained whole; leave it out")
 
     def _kinds(self) -> str:
-        kinds = {name.rpartition(".")[2] for name, m in self.model.named_modules() if isinstance(m, LINEAR)}
-        return f"linear modules here: {', '.join(sorted(kinds)) or 'none'}"
+        linear = [name for name, m in self.model.named_modules() if isinstance(m, LINEAR)]
+        kinds = {name.removesuffix(".base_layer").rpartition(".")[2] for name in linear}
+        return f"linear modules here: {', '.join(sorted(kinds)) or 'none'}{self._fused()}"
+
+    def _fused(self) -> str:
+        """What is to be said of experts that one parameter holds together."""
+        fused = {n.rpartition(".")[2] for n, p in self.model.named_parameters() if p.ndim == 3 and "expert" in n}
+        names = ", ".join(sorted(fused))
+        return f" ({names} hold all experts in one tensor, which no method here cuts)" if fused else ""
 
     def _decompose(self, adapter_name: str, twin: str | None, config: InlayConfig) -> None:
         layers = [cast(InlayLinear, parent.get_submodule(child)) for _, parent, child, _ in self._touched]
@@ -109,7 +118,9 @@ class InlayModel(BaseTuner):
             check_layer(target, current_key)
         if isinstance(parent, nn.MultiheadAttention):
             raise ValueError(f"{current_key}: nn.MultiheadAttention reads this weight past its layer; leave it out")
-        layer = target if isinstance(target, InlayLinear) else InlayLinear(target, **get_quantization_kwargs(self))
+        layer = target
+        if not isinstance(layer, InlayLinear):
+            layer = InlayLinear(target, home_of(self.model, target), **get_quantization_kwargs(self))
         if layer is not target:
             layer._active_adapter = adapter_name
         try:
@@ -131,11 +142,9 @@ class InlayModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """As PEFT for its LoRA: what is unloaded is whole already (PEFT copies a view of trained tokens into it)."""
-        if hasattr(new_module, "base_layer"):
-            super()._replace_module(parent, child_name, new_module, child)
-        else:
-            setattr(parent, child_name, new_module)
+        """Without what PEFT does beside it: a layer is whole when it is unloaded, and an adapter's tensors are where
+        its layer computes (PEFT moves them to where the weight lies, and what goes to the meta device is lost)."""
+        setattr(parent, child_name, new_module)
 
     def _check_target_module_compatiblity(self, peft_config, model: nn.Module, target_name: str) -> None:
         """As PEFT for its LoRA: Mamba's kernels read these weights past their layers."""
@@ -174,11 +183,13 @@ class InlayModel(BaseTuner):
         """Refuse what would go wrong half-way or silently, before any weight changes.
 
         Raises:
-            ValueError: an adapter holds NaN or Inf, or is on a weight that another module shares.
+            ValueError: an adapter holds NaN or Inf, or is on a weight that another module shares or that is on disk.
         """
         layers = {n: m for n, m in self.model.named_modules() if isinstance(m, InlayLinear)}
         owners = Counter(id(m._parameters.get("weight")) for m in self.model.modules() if "weight" in m._parameters)
         for name, layer in layers.items():
+            if layer.home is not None:
+                raise ValueError(f"{name} is kept on the disk; inlay.merge merges from file to file instead")
             for adapter in (a for a in layer.active_adapters if a in layer.cuts):
                 if layer.cuts[adapter].pending:
                     layer.settle(adapter)
@@ -234,6 +245,7 @@ def for_rows(module: nn.Module, args: tuple, kwargs: dict, names: list[str], bea
 
 
 LINEAR = (nn.Linear, Conv1D)
+HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
 def named(target: str, names: list[str]) -> bool:
@@ -249,6 +261,14 @@ def check_layer(module: nn.Module, name: str) -> None:
             f"{name} is a {type(module).__name__}, which Inlay does not adapt; target nn.Linear, transformers' Conv1D "
             "or a quantised linear layer, and leave this one out of target_modules"
         )
+
+
+def home_of(model: nn.Module, module: nn.Module) -> torch.device | None:
+    """Where a module computes whose weight accelerate keeps on the disk; None for all others."""
+    devices = cast(dict, getattr(model, "hf_device_map", None) or {})
+    if "disk" not in devices.values() or not any(p.is_meta for p in module.parameters()):
+        return None
+    return torch.device(next((d for d in devices.values() if d not in ("cpu", "disk")), "cpu"))
 
 
 def adapted(model: nn.Module, adapter_name: str) -> dict[str, InlayLinear]:
