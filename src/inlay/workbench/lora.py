@@ -46,7 +46,17 @@ class Change:
 
 
 def load(folder: Path, base: str) -> PeftModel:
-    """An adapter on its base without the base's memory: θ is there, W is not."""
+    """An adapter on its base without the base's memory: θ is there, W is not.
+
+    Raises:
+        ValueError: it is none of a causal language model, or cannot be loaded.
+    """
+    task = str(InlayConfig.from_pretrained(str(folder)).task_type or "CAUSAL_LM")
+    if task != "CAUSAL_LM":
+        raise ValueError(
+            f"{folder} is an adapter for {task}; files of causal language models are written here. In Python, "
+            "PeftModel.from_pretrained(...).merge_and_unload() merges any"
+        )
     return models.load_adapter(memory.meta_model(base, torch.float32), folder, light=True)
 
 
