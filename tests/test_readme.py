@@ -49,14 +49,16 @@ def test_every_command_of_the_readme_runs(workplace, tiny, capsys):
         extra = {"train": ["--model", tiny, *TWIN], "generate": ["--tokens", "4"], "methods": ["--model", tiny]}
         main([*words, *extra.get(words[0], [])])
         verbs.append(words[0])
-    rest = ["methods", "generate", "inspect", "fold", "export", "import", "merge"]
+    rest = ["methods", "generate", "inspect", "fold", "export", "import", "export", "merge", "merge"]
     assert verbs == ["train", "train", "train", *rest]
     assert (workplace / "spectra" / "spectra.json").exists()
     assert (workplace / "folded" / "base" / "model.safetensors").exists()
     assert (workplace / "runs" / "mine" / "adapter" / "adapter_model.safetensors").exists()
     assert (workplace / "lora" / "adapter_model.safetensors").exists()
     assert (workplace / "imported" / "adapter_model.safetensors").exists()
+    assert (workplace / "mix" / "adapter_model.safetensors").exists()
     assert (workplace / "merged" / "model.safetensors").exists()
+    assert (workplace / "served" / "model.gguf").exists()
 
 
 def test_the_python_of_the_readme_runs(workplace, tiny):
@@ -150,4 +152,6 @@ def test_the_demo_for_real(workplace):
     assert "Aromi" in answer.stdout
     assert "coffee shop" in answer.stdout
     subprocess.run([*run, "merge", folder, "merged"], check=True, capture_output=True)
+    assert (workplace / "mix" / "adapter_model.safetensors").exists()
     assert (workplace / "merged" / "model.safetensors").exists()
+    assert (workplace / "served" / "model.gguf").exists()
