@@ -1,0 +1,82 @@
+"""Our configs in the shapes in which PEFT's test modules list theirs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from inlay import InlayConfig, methods
+
+NAMES = [method.name for method in methods.METHODS]
+
+
+def kwargs(name: str, size: int = 2, **more: Any) -> dict[str, Any]:
+    """An InlayConfig's arguments; 2 fits every layer of PEFT's test models, its 10 × 20 ones among them."""
+    return {"method": name, "args": {"bond" if name == "dota" else "r": size}, **more}
+
+
+def subclass(name: str) -> type[InlayConfig]:
+    """For tests that want a class whose defaults will do: our config with another default method."""
+    return dataclass(type(f"{name}InlayConfig", (InlayConfig,), {"method": name, "__annotations__": {"method": str}}))
+
+
+def custom(name: str) -> list[tuple]:
+    """What PEFT tries every linear method of its own with, and Conv1D, whose weight lies the other way round."""
+    return [
+        (f"{name} {what}", model, InlayConfig, kwargs(name, size, **more))
+        for what, model, size, more in [
+            ("one layer by name", "MLP", 2, {"target_modules": "lin0"}),
+            ("one layer in a list", "MLP", 2, {"target_modules": ["lin0"]}),
+            ("the other layer", "MLP", 2, {"target_modules": ["lin1"]}),
+            ("both layers", "MLP", 2, {"target_modules": ["lin0", "lin1"]}),
+            ("modules_to_save", "MLP", 2, {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}),
+            ("modules_to_save twice", "MLP", 2, {"target_modules": ["lin0", "lin1"], "modules_to_save": ["lin1"]}),
+            ("dropout", "MLP", 2, {"target_modules": ["lin0"], "dropout": 0.1}),
+            ("scale", "MLP", 2, {"target_modules": ["lin0"], "scale": 2.0}),
+            ("layer norm", "MLP_LayerNorm", 2, {"target_modules": ["lin0", "lin1"]}),
+            ("Conv1D", "EmbConv1D", 1, {"target_modules": ["conv1d"]}),
+            ("trained tokens", "EmbConv1D", 1, {"target_modules": ["conv1d"], "trainable_token_indices": {"emb": [0, 10]}}),
+            ("beside a convolution", "Conv2d", 2, {"target_modules": ["lin0"]}),
+        ]
+    ]  # fmt: skip
+
+
+def together(name: str) -> list[tuple]:
+    """Two adapters, on the same layer and on different ones."""
+    one, other = (kwargs(name, target_modules=[layer], init_weights=False) for layer in ("lin0", "lin1"))
+    return [(f"{name} same", name, InlayConfig, one, one), (f"{name} different", name, InlayConfig, one, other)]
+
+
+def mixed(name: str, one: dict[str, Any], other: dict[str, Any]) -> tuple:
+    return f"{name} mixed", *(InlayConfig(**kwargs(name, **more), init_weights=False) for more in (one, other))
+
+
+def models(task: str) -> list[tuple]:
+    """For transformers' models, on the layers PEFT adapts by default."""
+    return [(InlayConfig, kwargs(name, task_type=task)) for name in NAMES]
+
+
+# The parameters of PEFT's tests that we replace, by file, by the name of the module's list.
+LISTS: dict[str, dict[str, list]] = {
+    "test_custom_models.py": {
+        "TEST_CASES": [case for name in NAMES for case in custom(name)],
+        "ALL_PEFT_CONFIG_CLASSES": [InlayConfig, *map(subclass, NAMES)],
+        "MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES": [case for name in NAMES for case in together(name)],
+        "MIXED_ADAPTER_TEST_CASES": [
+            mixed(name, {"target_modules": ["lin0"]}, {"target_modules": ["lin0"], "size": 1}) for name in NAMES
+        ],
+    },
+    "test_decoder_models.py": {"ALL_CONFIGS": models("CAUSAL_LM")},
+    "test_encoder_decoder_models.py": {"ALL_CONFIGS": models("SEQ_2_SEQ_LM")},
+    "test_feature_extraction_models.py": {"ALL_CONFIGS": models("FEATURE_EXTRACTION")},
+    "test_seq_classifier.py": {"ALL_CONFIGS": models("SEQ_CLS")},
+    "test_token_classification_qa.py": {
+        "TOKEN_CLS_CONFIGS": models("TOKEN_CLS"),
+        "QA_CONFIGS": models("QUESTION_ANS"),
+    },
+    "test_config.py": {
+        "ALL_CONFIG_CLASSES": [(InlayConfig, {}), *((InlayConfig, kwargs(name)) for name in NAMES)],
+        "LAYER_INDEXING_CONFIG_CLASSES": [(InlayConfig, kwargs(name)) for name in NAMES],
+    },
+    "test_quantization.py": {"TEST_CASES": [(InlayConfig, kwargs(name)) for name in NAMES]},
+}
