@@ -8,7 +8,7 @@ READY  := $(VENV)/.installed
 DEV    := $(VENV)/.installed-dev
 SERVE  := .venv-serve
 
-.PHONY: demo test test-all lint bench serve-check clean
+.PHONY: demo test test-all lint bench serve-check peft-suite clean
 
 demo: $(READY)  ## environment, install, and the main job: SmolLM2-135M learns E2E
 	$(BIN)/inlay train --output runs/demo --overwrite
@@ -31,6 +31,10 @@ bench: $(DEV)  ## the measurements behind benchmarks/results
 	$(BIN)/python benchmarks/fold.py
 	$(BIN)/python benchmarks/export.py
 	$(BIN)/python benchmarks/papers.py
+
+peft-suite: $(DEV)  ## PEFT's own tests on our configs
+	$(PIP) install scipy attrs
+	OMP_NUM_THREADS=1 $(BIN)/python -m peft_suite.run
 
 serve-check: $(READY) $(SERVE)/.installed  ## llama.cpp reads our LoRA and our merged model
 	$(BIN)/python checks/serve.py $(SERVE)/bin/python

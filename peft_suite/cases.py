@@ -35,7 +35,7 @@ def custom(name: str) -> list[tuple]:
             ("scale", "MLP", 2, {"target_modules": ["lin0"], "scale": 2.0}),
             ("layer norm", "MLP_LayerNorm", 2, {"target_modules": ["lin0", "lin1"]}),
             ("Conv1D", "EmbConv1D", 1, {"target_modules": ["conv1d"]}),
-            ("trained tokens", "EmbConv1D", 1, {"target_modules": ["conv1d"], "trainable_token_indices": {"emb": [0, 10]}}),
+            ("tokens", "EmbConv1D", 1, {"target_modules": ["conv1d"], "trainable_token_indices": {"emb": [0, 10]}}),
             ("beside a convolution", "Conv2d", 2, {"target_modules": ["lin0"]}),
         ]
     ]  # fmt: skip
@@ -44,7 +44,7 @@ def custom(name: str) -> list[tuple]:
 def together(name: str) -> list[tuple]:
     """Two adapters, on the same layer and on different ones."""
     one, other = (kwargs(name, target_modules=[layer], init_weights=False) for layer in ("lin0", "lin1"))
-    return [(f"{name} same", name, InlayConfig, one, one), (f"{name} different", name, InlayConfig, one, other)]
+    return [(f"{name} same", "Inlay", InlayConfig, one, one), (f"{name} different", "Inlay", InlayConfig, one, other)]
 
 
 def mixed(name: str, one: dict[str, Any], other: dict[str, Any]) -> tuple:
@@ -79,4 +79,23 @@ LISTS: dict[str, dict[str, list]] = {
         "LAYER_INDEXING_CONFIG_CLASSES": [(InlayConfig, kwargs(name)) for name in NAMES],
     },
     "test_quantization.py": {"TEST_CASES": [(InlayConfig, kwargs(name)) for name in NAMES]},
+}
+
+
+class InPlaceOfLora(InlayConfig):
+    """For files that write out a LoraConfig in each test: ours, from the arguments of PEFT's."""
+
+    def __init__(self, init_lora_weights: bool = True, lora_dropout: float = 0.0, **more: Any) -> None:
+        asked = {k: v for k, v in more.items() if k not in ("r", "lora_alpha")}
+        asked |= {"bias": "inlay_only"} if asked.get("bias") == "lora_only" else {}
+        args = {"args": {"r": 2}} if "method" not in asked else {}
+        super().__init__(
+            **{"method": "pissa", **args, "init_weights": init_lora_weights, "dropout": lora_dropout, **asked}
+        )
+
+
+# Of these files only the tests that ask nothing of LoRA itself; all else in them is about one of PEFT's methods.
+WRITTEN_OUT = {
+    "test_low_level_api.py": "TestInjectAdapterFromStateDict|TestPeftStateDict|test_modules_to_save",
+    "test_initialization.py": "Deepspeed|CustomModelConfigWarning|LowCpuMemUsage|NamingConflictWarning",
 }

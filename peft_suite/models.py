@@ -12,6 +12,7 @@ WIDE = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "vo
 LLAMA = {**WIDE, "intermediate_size": 64, "num_key_value_heads": 2, "pad_token_id": 0, "max_position_embeddings": 512}
 BERT = {**WIDE, "intermediate_size": 37, "max_position_embeddings": 512, "pad_token_id": 0}
 OPT = {**WIDE, "ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 512}
+NF4 = {"hidden_size": 64, "word_embed_proj_dim": 64, "num_hidden_layers": 12}  # 4-bit blocks are 64 wide
 GPT = {"n_embd": 32, "n_head": 4, "n_layer": 2, "vocab_size": 1024, "n_positions": 512, "bos_token_id": 0}
 BART = {
     "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
@@ -26,7 +27,7 @@ GEMMA = {**LLAMA, "head_dim": 8, "sliding_window": 64}
 
 MODELS = {
     "peft-internal-testing/tiny-random-OPTForCausalLM": (t.OPTForCausalLM, t.OPTConfig, OPT),
-    "peft-internal-testing/opt-125m": (t.OPTForCausalLM, t.OPTConfig, {**OPT, "num_hidden_layers": 12}),
+    "peft-internal-testing/opt-125m": (t.OPTForCausalLM, t.OPTConfig, {**OPT, **NF4}),
     "peft-internal-testing/tiny-random-GPT2LMHeadModel": (t.GPT2LMHeadModel, t.GPT2Config, GPT),
     "peft-internal-testing/tiny-random-gpt2": (t.GPT2LMHeadModel, t.GPT2Config, GPT),
     "peft-internal-testing/tiny-random-GPTJForCausalLM": (t.GPTJForCausalLM, t.GPTJConfig, {**GPT, "rotary_dim": 4}),

@@ -14,7 +14,7 @@ import tarfile
 from importlib.metadata import version
 from pathlib import Path
 
-from peft_suite.cases import LISTS
+from peft_suite.cases import LISTS, WRITTEN_OUT
 from peft_suite.models import write
 
 ROOT = Path(__file__).parent.parent
@@ -47,11 +47,12 @@ def prepare(sources: Path) -> Path:
 def main(arguments: list[str]) -> int:
     work = prepare(fetch(f"peft-{version('peft')}"))
     write(CACHE / "hub")
-    files = [a for a in arguments if a.startswith("test_")] or list(LISTS)
+    files = [a for a in arguments if a.endswith(".py")] or [*LISTS, *WRITTEN_OUT]
     options = [a for a in arguments if a not in files]
     offline = {"HF_HUB_CACHE": str(CACHE / "hub"), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "pytest", "-q", "--disable-warnings", "-p", "peft_suite.plugin", *options, *(f"tests/{f}" for f in files)]
+    pytest = [sys.executable, "-m", "pytest", "-q", "--disable-warnings", "-p", "peft_suite.plugin"]
+    command = [*pytest, *options, *(f"tests/{f}" for f in files)]
     return subprocess.run(command, cwd=work, env={**os.environ, **offline, "PYTHONPATH": path}, check=False).returncode
 
 

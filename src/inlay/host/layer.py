@@ -106,13 +106,14 @@ def readable(base_layer: nn.Module) -> nn.Module:
 class InlayLinear(nn.Module, BaseTunerLayer):
     """y = W x + Σ s (ΔW(θ) − ΔW(θ₀)) x over the active adapters, each cut from what lies under it."""
 
-    other_param_names = ("cuts",)
+    other_param_names = ("cuts", "scaling")
 
     def __init__(self, base_layer: nn.Module, home: torch.device | None = None, get_apply_tensor_subclass=None) -> None:
         super().__init__()
         self.home = home  # where it computes, if its weight is kept elsewhere (on the disk) until then
         self.base_layer = readable(base_layer)
         self.cuts: dict[str, Cut] = {}
+        self.scaling: dict[str, float] = {}  # hot swap compares it; the real factor belongs to the method, as it checks
         self.merged_adapters: list[str] = []
         self.unmerged: Any = None  # what the base held before a merge
         self.quantization_backend = resolve_quantization_backend(
@@ -124,11 +125,6 @@ class InlayLinear(nn.Module, BaseTunerLayer):
     def adapter_layer_names(self) -> tuple[str, ...]:  # type: ignore[override]
         """The containers of θ and θ₀; which there are depends on the methods in use."""
         return tuple(name for name in self._modules if name.startswith(PREFIX))
-
-    @property
-    def scaling(self) -> dict[str, float]:
-        """What hot swap compares; the real factor belongs to the method, whose equality hot swap checks as well."""
-        return dict.fromkeys(self.cuts, 1.0)
 
     # -- the base weight ------------------------------------------------------------------------------------------
 
@@ -166,8 +162,11 @@ class InlayLinear(nn.Module, BaseTunerLayer):
 
     # -- adapters come, are filled, go ----------------------------------------------------------------------------
 
-    def update_layer(self, name: str, method: Method, inference_mode: bool = False, **about: Any) -> None:
+    def update_layer(
+        self, name: str, method: Method, inference_mode: bool = False, light: bool = False, **about: Any
+    ) -> None:
         """Add an adapter with empty (NaN) slots; `decompose` or a checkpoint fills them. `about`: more of `Cut`.
+        `light`: without memory until then (PEFT sees to parameters, not to buffers).
 
         One of the same name is replaced, as PEFT's layers do.
         """
@@ -176,17 +175,19 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         shapes = method.start(torch.empty(self.out_features, self.in_features, device="meta"))
         trained = tuple(k for k in shapes if k not in method.frozen)
         start = () if method.zero_init or about.get("folded") else trained
+        self.scaling[name] = 1.0
         self.cuts[name] = Cut(method, tuple(shapes), start, **about)
+        device = torch.device("meta") if light else self._device()
         for k, shape in shapes.items():
-            self._slot(PREFIX + k, name, shape, trainable=k in trained)
+            self._slot(PREFIX + k, name, shape, k in trained, device)
         for k in self.cuts[name].start:
-            self._slot(START + k, name, shapes[k], trainable=False)
+            self._slot(START + k, name, shapes[k], False, device)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def _slot(self, container: str, name: str, shape: Tensor, trainable: bool) -> None:
+    def _slot(self, container: str, name: str, shape: Tensor, trainable: bool, device: torch.device) -> None:
         if container not in self._modules:
             self.add_module(container, nn.ModuleDict())
-        value = torch.full(shape.shape, float("nan"), dtype=torch.float32, device=self._device())
+        value = torch.full(shape.shape, float("nan"), dtype=torch.float32, device=device)
         self._held(container)[name] = slot = Slot(value, trainable)
         if trainable and self.quantization_backend is not None:
             slot.watch()  # trl casts θ to bf16 on quantised bases, by replacing `.data`

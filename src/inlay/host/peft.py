@@ -49,7 +49,10 @@ class InlayModel(BaseTuner):
         twin = next((n for n, c in cast(dict, self.peft_config).items() if c is config and n != adapter_name), None)
         fresh = config.format_version is None and not config.folded
         fill = twin or (fresh and state_dict is None and not low_cpu_mem_usage)
-        self._asked = config, config.target_modules, (adapter_name, twin) if fill else None
+        self._asked, self._light = (
+            (config, config.target_modules, (adapter_name, twin) if fill else None),
+            low_cpu_mem_usage,
+        )
         if "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
             raise ValueError(f"an adapter cannot be called {adapter_name!r}; use letters, digits and underscores")
         self._touched: list[tuple[str, nn.Module, str, nn.Module]] = []
@@ -76,10 +79,11 @@ class InlayModel(BaseTuner):
         """Refuse a name or pattern that matched nothing: a typo would otherwise train less than was asked for."""
         names = [name for name, *_ in self._touched]
         everything = [name.replace(".base_layer", "") for name, _ in model.named_modules()]
+        whole = [n for n in everything if any(named(t, [n]) for t in config.modules_to_save or ())]  # not cut as well
         for target in asked if isinstance(asked, (list, set)) else ():
-            if not named(target, names):
+            if not named(target, names + whole):
                 raise ValueError(f"target_modules: {target!r} matches no module that can be adapted; {self._kinds()}")
-        heads = HEADS.get(str(config.task_type), ())  # which PEFT adds to modules_to_save, whether there or not
+        heads = HEADS if config.task_type in TASKS else ()  # PEFT adds all of these, whether a model has them or not
         for what in ("exclude_modules", "modules_to_save"):
             for target in given if isinstance(given := getattr(config, what), (list, set)) else ():
                 if not named(target, everything) and target not in heads:
@@ -128,6 +132,7 @@ class InlayModel(BaseTuner):
                 adapter_name,
                 config.build(current_key),
                 config.inference_mode,
+                self._light,
                 perturb=not config.init_weights,
                 module=current_key,
                 seal=(config.seals or {}).get(current_key),
@@ -165,12 +170,20 @@ class InlayModel(BaseTuner):
             return
         layers = [m for m in self.modules() if isinstance(m, (InlayLinear, AuxiliaryTrainingWrapper))]
         known = set(cast(dict, self.peft_config)) | {"__base__"}
+        # In PEFT's words, which who catches them knows.
         if self.training:
-            raise ValueError("adapter_names is for inference; call model.eval(), or train one adapter at a time")
-        if not isinstance(names, (list, tuple)) or not names or not set(names) <= known:
-            raise ValueError(f"adapter_names={names!r} is no list of one of {', '.join(sorted(known))} for each row")
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        if not isinstance(names, (list, tuple)) or not names:
+            raise ValueError(f"adapter_names={names!r} is no list with one of {', '.join(sorted(known))} for each row")
+        if unknown := sorted(set(names) - known):
+            known_ones = ", ".join(sorted(known))
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; there are {known_ones}"
+            )
         if any(m.merged_adapters for m in layers if isinstance(m, InlayLinear)):
-            raise ValueError("adapter_names needs the plain base; call unmerge_adapter() first")
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
         hook = partial(for_rows, names=list(names), beams=kwargs.get("num_beams") or 1)
         hooks = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in layers]
         try:
@@ -194,7 +207,10 @@ class InlayModel(BaseTuner):
                 if layer.cuts[adapter].pending:
                     layer.settle(adapter)
                 if not all(slot.weight.isfinite().all() for slot in layer.slots(adapter).values()):
-                    raise ValueError(f"merging {adapter} would give NaN or Inf in {name}; the base is untouched")
+                    raise ValueError(
+                        f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken: it holds NaN "
+                        f"or Inf in {name}; the base is untouched"
+                    )
             if owners[id(layer.base_layer.weight)] > 1:
                 raise ValueError(
                     f"{name} shares its weight with another module (tied embeddings), which merging would change too; "
@@ -216,7 +232,8 @@ class InlayModel(BaseTuner):
         """As PEFT's; on the way the config gets the seals of what is saved."""
         layers = adapted(model, adapter_name)
         for layer in layers.values():
-            if layer.cuts[adapter_name].pending:
+            blank = any(slot.weight.is_meta for slot in layer.slots(adapter_name).values())  # shapes are all there is
+            if layer.cuts[adapter_name].pending and not blank:
                 layer.settle(adapter_name)  # fills the tensors that `state_dict` refers to
         saved = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         config.seals = seals = {}
@@ -227,6 +244,12 @@ class InlayModel(BaseTuner):
                 seals[layer.cuts[adapter_name].module] = layer.make_seal(adapter_name, tensors)
         config.folded_base = seal.of_values([s["base"] for s in seals.values()]) if config.folded else None
         return saved
+
+    @classmethod
+    def _get_learnable_bias_state_dict(cls, model, state_dict, config: Any):
+        """As PEFT's, less those of modules saved whole: they are saved already, and under keys that can be loaded."""
+        biases = super()._get_learnable_bias_state_dict(model, state_dict, config)
+        return {key: bias for key, bias in biases.items() if ".modules_to_save." not in key}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
@@ -240,12 +263,15 @@ def for_rows(module: nn.Module, args: tuple, kwargs: dict, names: list[str], bea
     rows = len(args[0] if args else next(iter(kwargs.values())))
     own = names if rows == len(names) else [name for name in names for _ in range(beams)]
     if rows != len(own):
-        raise ValueError(f"adapter_names has {len(names)} names for {rows} rows; give one for each row of the batch")
+        raise ValueError(
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(names)} and {rows} respectively."
+        )
     return args, {**kwargs, "adapter_names": own}
 
 
 LINEAR = (nn.Linear, Conv1D)
-HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+HEADS, TASKS = ("classifier", "score", "qa_outputs"), (None, "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 def named(target: str, names: list[str]) -> bool:
