@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from inlay.folding import FOLDED
-from inlay.host.layer import InlayLinear, readable
+from inlay.host.layer import readable
 from inlay.workbench import builtin
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -158,20 +158,6 @@ def load_adapted(
     model = load_adapter(base, adapter, trainable)
     model.peft_config["default"].base_model_name_or_path = resolve(name)
     return model, tokenizer
-
-
-def dequantise(model: PeftModel) -> None:
-    """Give an adapted model plain fp32 weights, if it stands on packed ones."""
-    base: Any = model.get_base_model()
-    if getattr(base, "hf_quantizer", None) is None:
-        return
-    for module in base.modules():
-        readable(module)
-    base.dequantize(torch.float32)
-    base._weight_conversions = None  # reading packed tensors has no reverse; transformers finds its own
-    for layer in model.modules():
-        if isinstance(layer, InlayLinear):
-            layer.quantization_backend = None
 
 
 def load_adapter(model: PreTrainedModel, adapter: Path, trainable: bool = False, light: bool = False) -> PeftModel:
