@@ -87,7 +87,7 @@ def test_what_a_batch_of_several_cannot_be(tiny):
     ids = torch.randint(3, 400, (2, 6))
     for names, says in (
         (["bone", "none"], "adapter.*: none; there are"),
-        (["bone"] * 3, "3 names for 2 rows"),
+        (["bone"] * 3, "got 3 and 2"),
         ([], "no list"),
     ):
         with pytest.raises(ValueError, match=says):
