@@ -33,7 +33,10 @@ Drop = Callable[[Tensor], Tensor]  # dropout of this step, or the identity
 
 
 class Base(Protocol):
-    """The layer under the change: call it for its output; `weight` is its current (out × in) weight."""
+    """The layer under the change: call it for its output; `weight` is its current (out × in) weight.
+
+    One that is a plain frozen nn.Linear may say so by a `linear`, its (weight, bias), for `ops` to join products.
+    """
 
     @property
     def weight(self) -> Tensor: ...
@@ -104,6 +107,12 @@ class Method(ABC):
 
         Several adapters nest: each one is the `base` of the next.
         """
+        if drop is keep and (linear := ops.wide(base, x)) is not None:
+
+            def whole(*values: Tensor) -> Tensor:
+                return self.s * self.offset(dict(zip(p, values, strict=True)), p0, linear[0])
+
+            return ops.dense(x, *linear, whole, *p.values())
         if base.weight.requires_grad:  # a trained change lies under this one: let autograd see all of it
             return base(x) + F.linear(drop(x), (self.s * self.offset(p, p0, base.weight)).to(x.dtype))
 
@@ -154,7 +163,18 @@ class LowRank(Method):
         B, A = self.pair(p, p0, W.shape[1])
         return B @ A
 
+    def joined(self, p: Params, p0: Params | None, inp: int) -> tuple[Tensor, Tensor | None]:
+        """`pair` with s in B; an A of None is [I I ... I]."""
+        B, A = self.pair(p, p0, inp)
+        return self.s * B, A
+
     def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
+        if drop is keep and (linear := ops.plain(base, x)) is not None:
+
+            def build(*values: Tensor) -> tuple[Tensor, Tensor | None]:
+                return self.joined(dict(zip(p, values, strict=True)), p0, x.shape[-1])
+
+            return ops.low_rank(x, *linear, build, "A" not in self.frozen, *p.values())
         if "A" in self.frozen:  # then A x, r wide, is all that need be kept, if dropout comes after it
 
             def left(*values: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +54,127 @@ class _Product(torch.autograd.Function):
             dD = g.reshape(-1, g.shape[-1]).T @ x.reshape(-1, x.shape[-1]).to(g.dtype)
             grads = iter(torch.autograd.grad(D, trained, dD.to(D.dtype)))
         return dx, None, *(next(grads) if need else None for need in needs)
+
+
+def plain(base: Any, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """The (W, bias) of a base that is nothing but a frozen nn.Linear in x's dtype, for products that join with its own.
+
+    None where that cannot be told or done: a quantised base, hooks, a trained weight, autocast, a graph being compiled.
+    """
+    found = None if torch.compiler.is_compiling() else getattr(base, "linear", None)
+    fits = found is not None and found[0].dtype == x.dtype and found[0].device == x.device
+    return found if fits and not torch.is_autocast_enabled(x.device.type) else None
+
+
+def wide(base: Any, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """As `plain`, where W + ΔW may be summed before the product: in fp32 and wider; bf16 would round ΔW away."""
+    return plain(base, x) if x.dtype in (torch.float32, torch.float64) else None
+
+
+def low_rank(
+    x: Tensor,
+    W: Tensor,
+    bias: Tensor | None,
+    build: Callable[..., tuple[Tensor, Tensor | None]],
+    trains_A: bool,
+    *p: Tensor,
+) -> Tensor:
+    """x Wᵀ + bias + (x Aᵀ) Bᵀ, (..., out), for (B, A) = build(*p); differentiable in x and p, W and bias are frozen.
+
+    The small products are added into the large ones, forward and backward, so that no second tensor of the size of y
+    or of x is written and read again. p and x Aᵀ, r wide, are kept, x only if `trains_A`. An A of None stands for
+    [I I ... I] (r × in): x Aᵀ is then the sum of x's blocks.
+    """
+    return _LowRank.apply(x, W, bias, build, trains_A, *p)
+
+
+def low_rank_reference(x: Tensor, W: Tensor, bias: Tensor | None, B: Tensor, A: Tensor | None) -> Tensor:
+    """What `low_rank` computes."""
+    u = block_sum(x, B.shape[1]) if A is None else F.linear(x, A.to(x.dtype))
+    return F.linear(x, W, bias) + F.linear(u.to(x.dtype), B.to(x.dtype))
+
+
+class _LowRank(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, W: Tensor, bias: Tensor | None, build: Callable, trains_A: bool, *p: Tensor) -> Tensor:
+        with _own_precision(x.device.type):
+            B, A = build(*p)
+        u = (block_sum(x, B.shape[1]) if A is None else F.linear(x, A.to(x.dtype))).to(x.dtype)
+        y = F.linear(x, W, bias)
+        y.view(-1, y.shape[-1]).addmm_(u.reshape(-1, u.shape[-1]), B.to(x.dtype).T)
+        ctx.build, ctx.shape = build, x.shape
+        ctx.save_for_backward(x if trains_A and A is not None and any(ctx.needs_input_grad[5:]) else None, u, W, *p)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor):
+        x, u, W, *p = ctx.saved_tensors
+        need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
+        with torch.enable_grad(), _own_precision(g.device.type):
+            leaves = [t.detach().requires_grad_(need) for t, need in zip(p, needs, strict=True)]
+            B, A = ctx.build(*leaves)
+        g, u, dx = g.reshape(-1, g.shape[-1]), u.reshape(-1, u.shape[-1]), None
+        v = g @ B.detach().to(g.dtype)
+        if need_x:
+            dx = g @ W
+            dx.addmm_(v, A.detach().to(g.dtype)) if A is not None else add_blocks(dx, v)
+            dx = dx.view(ctx.shape)
+        ends, slopes = [], []
+        if B.requires_grad:
+            ends, slopes = [B], [(g.T @ u).to(B.dtype)]
+        if A is not None and A.requires_grad:
+            ends, slopes = [*ends, A], [*slopes, (v.T @ x.reshape(-1, x.shape[-1])).to(A.dtype)]
+        trained = [leaf for leaf in leaves if leaf.requires_grad]
+        grads = iter(torch.autograd.grad(ends, trained, slopes) if trained else ())
+        return dx, None, None, None, None, *(next(grads) if need else None for need in needs)
+
+
+def block_sum(x: Tensor, r: int) -> Tensor:
+    """Σ_j x[..., jr : (j+1)r], (..., r), accumulated in at least fp32 with no copy of x; a last block may be short."""
+    dtype, tail = torch.promote_types(x.dtype, torch.float32), x.shape[-1] % r
+    S = x[..., : x.shape[-1] - tail].unflatten(-1, (-1, r)).sum(-2, dtype=dtype)
+    return S + F.pad(x[..., x.shape[-1] - tail :], (0, r - tail)) if tail else S
+
+
+def add_blocks(x: Tensor, v: Tensor) -> Tensor:
+    """Add v (n × r) to every block of r columns of x (n × in), in place: the transpose of `block_sum`."""
+    r, tail = v.shape[1], x.shape[1] % v.shape[1]
+    x[:, : x.shape[1] - tail].unflatten(1, (-1, r)).add_(v[:, None])
+    x[:, x.shape[1] - tail :].add_(v[:, :tail]) if tail else None
+    return x
+
+
+def dense(x: Tensor, W: Tensor, bias: Tensor | None, build: Callable[..., Tensor], *p: Tensor) -> Tensor:
+    """x (W + D)ᵀ + bias, (..., out), for D = build(*p), in one product; differentiable in x and p.
+
+    Three products of the size of a layer in all (the floor of a dense update), where `product` beside the base makes
+    five. For fp32 and wider: a sum in bf16 would round a small D away.
+    """
+    return _Dense.apply(x, W, bias, build, *p)
+
+
+class _Dense(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, W: Tensor, bias: Tensor | None, build: Callable[..., Tensor], *p: Tensor) -> Tensor:
+        ctx.save_for_backward(x, W, *p)
+        ctx.build = build
+        return F.linear(x, build(*p).to(x.dtype).add_(W), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor):
+        x, W, *p = ctx.saved_tensors
+        leaves = [t.detach().requires_grad_(need) for t, need in zip(p, ctx.needs_input_grad[4:], strict=True)]
+        with torch.enable_grad():
+            D = ctx.build(*leaves)
+        g = g.reshape(-1, g.shape[-1])
+        dx = (g @ (D.detach() + W)).view(x.shape) if ctx.needs_input_grad[0] else None
+        trained = [leaf for leaf in leaves if leaf.requires_grad]
+        grads = iter(())
+        if trained:
+            grads = iter(torch.autograd.grad(D, trained, (g.T @ x.reshape(-1, x.shape[-1])).to(D.dtype)))
+        return dx, None, None, None, *(next(grads) if need else None for need in ctx.needs_input_grad[4:])
 
 
 def bat_col_delta(W: Tensor, B: Tensor) -> Tensor:

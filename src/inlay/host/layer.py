@@ -59,6 +59,17 @@ class Frozen:
     def weight(self) -> Tensor:
         return self.layer.matrix()
 
+    @property
+    def linear(self) -> tuple[Tensor, Tensor | None] | None:
+        """Its weight and bias, if calling it means nothing more than these."""
+        layer = self.layer.base_layer
+        hooks = layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook")
+        if type(layer) is not nn.Linear or hooks or self.args or self.kwargs or self.layer.quantization_backend:
+            return None
+        tensors = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
+        whole = all(type(t) in (Tensor, nn.Parameter) and not t.requires_grad for t in tensors)
+        return (layer.weight, layer.bias) if whole else None
+
     def __call__(self, x: Tensor, /) -> Tensor:
         return self.layer.base_layer(x, *self.args, **self.kwargs)
 

@@ -40,6 +40,8 @@ class BatCol(Method):
 
     def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
         W = base.weight
-        if W.requires_grad:  # a trained change lies under this one: let autograd see all of W
+        if (
+            drop is keep and ops.wide(base, x)
+        ) or W.requires_grad:  # where a trained change lies under this one, autograd has to see all of W
             return super().apply(p, p0, x, base, drop)
         return base(x) + ops.bat_col(drop(x), self.s * p["B"], W, lambda: base.weight)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from inlay import ops
 from inlay.method import Base, Drop, LowRank, Params, keep
 
 
@@ -39,13 +40,11 @@ class Bone(LowRank):
         D = p["D"]
         return D.T, torch.eye(self.r, dtype=D.dtype, device=D.device).repeat(1, -(-inp // self.r))[:, :inp]
 
+    def joined(self, p: Params, p0: Params | None, inp: int) -> tuple[Tensor, Tensor | None]:
+        return self.s * p["D"].T, None
+
     def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
-        S = block_sum(drop(x), self.r)
+        if drop is keep and ops.plain(base, x) is not None:
+            return super().apply(p, p0, x, base)
+        S = ops.block_sum(drop(x), self.r)
         return base(x) + F.linear(S.to(x.dtype), (self.s * p["D"].T).to(x.dtype))
-
-
-def block_sum(x: Tensor, r: int) -> Tensor:
-    """Σ_j x[..., jr : (j+1)r], (..., r), accumulated in at least fp32 with no copy of x; a last block may be short."""
-    dtype, tail = torch.promote_types(x.dtype, torch.float32), x.shape[-1] % r
-    S = x[..., : x.shape[-1] - tail].unflatten(-1, (-1, r)).sum(-2, dtype=dtype)
-    return S + F.pad(x[..., x.shape[-1] - tail :], (0, r - tail)) if tail else S

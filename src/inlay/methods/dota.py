@@ -69,5 +69,7 @@ class DoTA(Method):
 
     def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
         start = None if p0 is None else list(like(p0, p).values())
+        if drop is keep and ops.wide(base, x):
+            return super().apply(p, p0, x, base)
         # W is not asked for: a quantised one would be dequantised for nothing.
         return base(x) + ops.product(drop(x), lambda *cores: trains.difference(cores, start, self.s), *p.values())
