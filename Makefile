@@ -29,6 +29,7 @@ bench: $(DEV)  ## the measurements behind benchmarks/results
 	$(BIN)/python benchmarks/saved.py
 	$(BIN)/python benchmarks/dota_bf16.py
 	$(BIN)/python benchmarks/fold.py
+	$(BIN)/python benchmarks/layer.py
 	$(BIN)/python benchmarks/export.py
 	$(BIN)/python benchmarks/papers.py
 

@@ -145,12 +145,11 @@ def main() -> None:
                         times = (f"{row[k]} ({row[f'{k}_low']} to {row[f'{k}_high']})" for k in ("forward", "step"))
                         text += [f"| {row['layer']} | {' | '.join(times)} | {row['kept_MiB']} |"]
                     print("\n".join(text[-len(new) - 3 :]), flush=True)
-    name = (
-        torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    )
+    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     about = (
-        f"Time of one adapted layer over that of the frozen one (median, quartiles), and what it keeps for its backward "
-        f"pass beside x; adapters in fp32. {name}, torch {torch.__version__}. `python benchmarks/layer.py`"
+        "Time of one adapted layer over that of the frozen one (median, quartiles), and what it keeps for its backward "
+        f"pass beside x; adapters in fp32. {torch.cuda.get_device_name() if device == 'cuda' else cpu}, torch "
+        f"{torch.__version__}. `python benchmarks/layer.py`"
     )
     asked.out.mkdir(parents=True, exist_ok=True)
     (asked.out / "layer.md").write_text("\n".join([about, *text, ""]), encoding="utf-8")
