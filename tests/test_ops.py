@@ -144,3 +144,21 @@ def test_products_are_joined_only_where_a_layer_is_nothing_else(what, monkeypatc
         assert len(calls) == 2  # the one that lies on the layer itself; the other lies on that
         return
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("inp", [40, 43])
+def test_blocks_in_half_precision(inp):
+    """There the block sum is a product with tiled identities, rounded once: values and gradients near those of fp64."""
+    torch.manual_seed(0)
+    x, W = torch.randn(64, inp).bfloat16(), torch.randn(24, inp).bfloat16()
+    B = torch.randn(24, 5, requires_grad=True)
+    x1, x2 = x.clone().requires_grad_(), x.double().requires_grad_()
+    y = ops.low_rank(x1, W, None, lambda B: (B, None), True, B)
+    wanted = ops.low_rank_reference(x2, W.double(), None, B, None)
+    g = torch.randn_like(y)
+    for found, known in zip(
+        (y, *torch.autograd.grad(y, (x1, B), g)),
+        (wanted, *torch.autograd.grad(wanted, (x2, B), g.double())),
+        strict=True,
+    ):
+        assert (found.double() - known.double()).norm() < 0.01 * known.double().norm()
