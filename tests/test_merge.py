@@ -62,6 +62,7 @@ def test_files_are_sharded_and_keep_dtypes_names_and_ties(untied, tmp_path):
     assert {k for k, v in stored.items() if v.dtype != new[k].dtype} == set()
     assert {k for k, v in stored.items() if not torch.equal(v, new[k])} == {k for k in stored if "q_proj" in k}
     assert base(tmp_path / "m").config.tie_word_embeddings is not untied
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype="auto").dtype == torch.bfloat16
     for name, lost in made.lost.items():  # rounded once, from the fp32 sum
         layer = model.get_submodule(f"base_model.model.{name}")
         D = layer.get_delta_weight("default").detach()
@@ -184,6 +185,14 @@ def test_a_checkpoint_under_other_names(tmp_path, tiny):
     assert "embed_tokens.weight" in load_file(tmp_path / "base" / "model.safetensors")
     model = adapter(str(tmp_path / "base"), tmp_path / "a", "milora")
     inlay.merge(tmp_path / "a", tmp_path / "m")
+    torch.testing.assert_close(base(tmp_path / "m")(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_base_without_a_tokenizer(tiny, tmp_path):
+    base(tiny).save_pretrained(tmp_path / "base")
+    model = adapter(str(tmp_path / "base"), tmp_path / "a", "bone")
+    made = inlay.merge(tmp_path / "a", tmp_path / "m")
+    assert made.logit_error < 1e-4
     torch.testing.assert_close(base(tmp_path / "m")(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-5)
 
 

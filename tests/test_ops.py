@@ -156,9 +156,7 @@ def test_blocks_in_half_precision(inp):
     y = ops.low_rank(x1, W, None, lambda B: (B, None), True, B)
     wanted = ops.low_rank_reference(x2, W.double(), None, B, None)
     g = torch.randn_like(y)
-    for found, known in zip(
-        (y, *torch.autograd.grad(y, (x1, B), g)),
-        (wanted, *torch.autograd.grad(wanted, (x2, B), g.double())),
-        strict=True,
-    ):
+    ours = (y, *torch.autograd.grad(y, (x1, B), g))
+    theirs = (wanted, *torch.autograd.grad(wanted, (x2, B), g.double()))
+    for found, known in zip(ours, theirs, strict=True):
         assert (found.double() - known.double()).norm() < 0.01 * known.double().norm()

@@ -69,6 +69,23 @@ def test_generation_with_beams_and_modules_that_were_trained_whole(tiny):
             assert torch.equal(mixed[i], wanted[0])
 
 
+def test_several_answers_to_a_request(tiny):
+    model = crowd(base(tiny), ["bone", "pissa"])
+    ids = torch.randint(3, 400, (2, 6))
+    more = {"max_new_tokens": 3, "do_sample": True, "num_return_sequences": 3, "eos_token_id": None, "top_k": 1}
+    mixed = model.generate(input_ids=ids, adapter_names=["pissa", "bone"], **more)
+    for i, name in enumerate(("pissa", "bone")):
+        model.set_adapter(name)
+        assert torch.equal(mixed[3 * i : 3 * i + 3], model.generate(input_ids=ids[i : i + 1], **more))
+
+
+def test_an_adapter_that_is_named_twice_counts_twice(tiny, tmp_path, capsys):
+    D = dense(adapter(tiny, tmp_path / "a", "pissa"))
+    main(["export", str(tmp_path / "a"), str(tmp_path / "l"), "--weight", "0.5", "--add", f"{tmp_path / 'a'}=0.25"])
+    for name, found in product(tmp_path / "l").items():
+        torch.testing.assert_close(found, 0.75 * D[name], rtol=1e-4, atol=1e-6)
+
+
 def test_an_encoder_and_its_decoder(tmp_path):
     """With beams the decoder has more rows than the encoder."""
     torch.manual_seed(0)
@@ -145,6 +162,7 @@ def test_sums_that_make_no_sense(tiny, tmp_path, capsys):
         (f"{tmp_path / 'b'}=1",): "name 2 bases",
         (f"{tmp_path / 'b'}=1", "--model", tiny): "was cut from another base",
         (f"{tmp_path / 'whole'}=1",): "also trained base_model.model.model.norm.weight whole",
+        (f"{tmp_path / 'a'}=nan",): "is not a finite number",
         (f"{tmp_path / 'b'}",): "write it as ADAPTER=WEIGHT",
         (f"{tmp_path / 'b'}=much",): "write it as ADAPTER=WEIGHT",
     }

@@ -185,7 +185,9 @@ def export(options: argparse.Namespace) -> None:
     from inlay.workbench import models
 
     models.quiet()
-    adapters = {options.adapter: options.weight, **dict(map(weighted, options.add))}
+    adapters = {options.adapter: options.weight}
+    for path, weight in map(weighted, options.add):
+        adapters[path] = adapters.get(path, 0.0) + weight
     done = export.export_lora(
         adapters, options.out, to=options.to, rank=options.rank, energy=options.energy, model=options.model,
         dtype=options.dtype, pad=not options.no_pad, overwrite=options.overwrite,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,7 @@ def merge(
             made = gguf_model.write_merged(part, config, name, tensors, str(out))
         else:
             made = merging.write(part, tensors, limit)
-            merging.describe(part, config, name, width)
+            merging.describe(part, blank, name, width)
         error = merging.probe(folder, name, part) if probe else None
         lost = {new.name.removesuffix(".weight"): new.lost for new in made if new.lost is not None}
         about = {"adapter": str(adapter), "base": name, "largest_logit_difference": error, "lost_in_rounding": lost}
@@ -138,6 +139,9 @@ def export_lora(
     if dtype not in models.DTYPES:
         raise ValueError(f"dtype={dtype!r} is not one of {', '.join(models.DTYPES)}")
     asked = dict(adapter) if isinstance(adapter, Mapping) else {str(adapter): 1.0}
+    for path, weight in asked.items():
+        if not math.isfinite(weight):
+            raise ValueError(f"the weight {weight} of {path} is not a finite number")
     folders = {models.adapter_folder(str(path)): float(weight) for path, weight in asked.items()}
     bases = {str(models.resolve(models.base_of(folder))): models.base_of(folder) for folder in folders}
     if len(bases) != 1 and not model:

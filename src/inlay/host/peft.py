@@ -184,7 +184,9 @@ class InlayModel(BaseTuner):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        hook = partial(for_rows, names=list(names), beams=kwargs.get("num_beams") or 1)
+        hook = partial(
+            for_rows, names=list(names), beams=max(kwargs.get(k) or 1 for k in ("num_beams", "num_return_sequences"))
+        )
         hooks = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in layers]
         try:
             yield
@@ -258,10 +260,10 @@ class InlayModel(BaseTuner):
         return mapped
 
 
-def for_rows(module: nn.Module, args: tuple, kwargs: dict, names: list[str], beams: int) -> tuple[tuple, dict]:
-    """A forward hook: which adapter each row is for. A decoder has a row for each beam of a request."""
+def for_rows(module: nn.Module, args: tuple, kwargs: dict, names: list[str], each: int) -> tuple[tuple, dict]:
+    """A forward hook: which adapter each row is for. A decoder has a row for each beam of a request, or each answer."""
     rows = len(args[0] if args else next(iter(kwargs.values())))
-    own = names if rows == len(names) else [name for name in names for _ in range(beams)]
+    own = names if rows == len(names) else [name for name in names for _ in range(each)]
     if rows != len(own):
         raise ValueError(
             "Length of `adapter_names` should be the same as the number of inputs, but got "

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -170,22 +170,30 @@ def width(dtype: str, config: Any) -> torch.dtype | None:
     return own if own in (None, torch.float16) else torch.bfloat16
 
 
-def describe(folder: Path, config: Any, base: str, dtype: torch.dtype | None) -> None:
+def describe(folder: Path, model: PeftModel, base: str, dtype: torch.dtype | None) -> None:
     """The configuration and the tokenizer of the merged model, beside its weights."""
+    config = models.load_config(base)
     config.__dict__.pop("quantization_config", None)
-    config.dtype = dtype or config.dtype
+    config.tie_word_embeddings = cast(Any, model.get_base_model()).config.tie_word_embeddings
+    for part in (config, config.get_text_config()):
+        part.dtype = dtype or part.dtype
     config.save_pretrained(folder)
     with contextlib.suppress(OSError):
         GenerationConfig.from_pretrained(models.resolve(base)).save_pretrained(folder)
-    models.load_tokenizer(base).save_pretrained(folder)
+    with contextlib.suppress(ValueError):  # a base without a tokenizer gives a model without one
+        models.load_tokenizer(base).save_pretrained(folder)
 
 
 def probe(adapter: Path, base: str, merged: Path) -> float:
     """The largest difference of logits between the adapter on its base and the merged model, both in fp32."""
-    model, tokenizer = models.load_adapted(adapter, base, torch.float32)
-    config: Any = copy.deepcopy(model.get_base_model().config)
-    ids = torch.tensor([tokenizer.encode(TEXT)]) % config.get_text_config().vocab_size
-    before = logits(model, ids)
+    model: Any = models.load_model(base, torch.float32, folded=True)
+    config = copy.deepcopy(model.config)
+    try:
+        ids = torch.tensor([models.load_tokenizer(base).encode(TEXT)])
+    except ValueError:  # it has none
+        ids = torch.arange(32)[None] * 101
+    ids %= config.get_text_config().vocab_size
+    before = logits(models.load_adapter(model, adapter), ids)
     del model
     return (logits(load(merged, config), ids) - before).abs().max().item()
 
@@ -195,7 +203,7 @@ def load(merged: Path, config: Any) -> Any:
     for file in merged.glob("*.gguf"):
         config.__dict__.pop("quantization_config", None)
         return builtin.load_gguf(file, None if config.model_type == "mistral" else config)  # to GGUF that is a llama
-    return models.load_base(str(merged), torch.float32)[0]
+    return models.load_model(str(merged), torch.float32)
 
 
 @torch.no_grad()

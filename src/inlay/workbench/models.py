@@ -68,7 +68,20 @@ def load_base(
     quantization: Any = None,
     folded: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model and its tokenizer, on the GPU if there is one; quantised on the way, if so asked.
+    """A causal language model and its tokenizer; as `load_model`."""
+    tokenizer = load_tokenizer(name, revision, trust_remote_code)
+    return load_model(name, dtype, revision, trust_remote_code, quantization, folded), tokenizer
+
+
+def load_model(
+    name: str,
+    dtype: torch.dtype,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    quantization: Any = None,
+    folded: bool = False,
+) -> PreTrainedModel:
+    """A causal language model, on the GPU if there is one; quantised on the way, if so asked.
 
     Raises:
         ValueError: it cannot be loaded, is to be quantised and is so already, or (unless `folded`) is half of a fold.
@@ -85,12 +98,11 @@ def load_base(
         model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model {name!r} cannot be loaded: {first_line(error)}") from None
-    tokenizer = load_tokenizer(name, revision, trust_remote_code)
     for module in model.modules():
         readable(module)
     settle_dtype(model, dtype)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return cast(Any, model).to(device), tokenizer
+    return cast(Any, model).to(device)
 
 
 def settle_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:

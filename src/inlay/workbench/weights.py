@@ -37,7 +37,8 @@ class Weights:
                 with safe_open(path, "pt") as file:
                     self._files |= dict.fromkeys(file.keys(), path)
         except (OSError, SafetensorError, json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f"the weights of {model!r} cannot be read: {models.first_line(error)}") from None
+            hint = "" if isinstance(error, SafetensorError) else " (safetensors only; save the model again)"
+            raise ValueError(f"the weights of {model!r} cannot be read{hint}: {models.first_line(error)}") from None
 
     def names(self) -> list[str]:
         """The stored names of all tensors, sorted."""
