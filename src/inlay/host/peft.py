@@ -184,9 +184,8 @@ class InlayModel(BaseTuner):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        hook = partial(
-            for_rows, names=list(names), beams=max(kwargs.get(k) or 1 for k in ("num_beams", "num_return_sequences"))
-        )
+        each = max(kwargs.get(k) or 1 for k in ("num_beams", "num_return_sequences"))
+        hook = partial(for_rows, names=list(names), each=each)
         hooks = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in layers]
         try:
             yield
