@@ -46,8 +46,9 @@ ON_DISK = {
 
 
 @every_method
-def test_a_model_whose_second_half_is_on_the_disk(method, tiny, tmp_path):
+def test_a_model_whose_second_half_is_on_the_disk(method, tiny, tmp_path, monkeypatch):
     """It starts, it reloads, and it says how to merge."""
+    monkeypatch.chdir(tmp_path)  # PEFT writes copies under it
     wanted = moved(get_peft_model(base(tiny), config(method, target_modules="all-linear", task_type="CAUSAL_LM")))
     wanted.save_pretrained(str(tmp_path / "a"))
 

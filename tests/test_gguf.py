@@ -150,8 +150,15 @@ def test_what_cannot_be_written_says_what_to_run(tmp_path, gpt2_original, capsys
     content["pre_tokenizer"]["add_prefix_space"] = True
     (Path(other) / "tokenizer.json").write_text(json.dumps(content))
     adapter(other, tmp_path / "d", "bone")
+    adapter(folder_of(tmp_path / "f", "llama", hidden_act="gelu"), tmp_path / "e", "bone")
     capsys.readouterr()
-    for name, says in {"a": "positions of type yarn", "b": "gpt2 models", "d": "its tokenizer"}.items():
+    said_of = {
+        "a": "positions of type yarn",
+        "b": "gpt2 models",
+        "d": "its tokenizer",
+        "e": "models with gelu in place of silu",
+    }
+    for name, says in said_of.items():
         with pytest.raises(SystemExit) as stop:
             main(["merge", str(tmp_path / name), str(tmp_path / "out"), "--to", "gguf"])
         said = capsys.readouterr().err

@@ -622,6 +622,17 @@ def test_the_stored_start_is_a_buffer_that_is_saved(llama):
 # Hot swap
 
 
+@pytest.mark.parametrize("left", [["down_proj"], ["layers.0.mlp.down_proj"], r".*layers\.0\..*"])
+def test_what_is_left_out_of_all_linear_layers_is_left_out_again(left, llama_original, tmp_path):
+    config = InlayConfig(args={"r": 4}, target_modules="all-linear", exclude_modules=left)
+    model = get_peft_model(copy.deepcopy(llama_original), config)
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(copy.deepcopy(llama_original), str(tmp_path))
+    names = [{n for n, m in each.named_modules() if isinstance(m, InlayLinear)} for each in (model, loaded)]
+    assert names[0] == names[1]
+    assert not any("layers.0.mlp.down_proj" in name for name in names[0])
+
+
 def test_hotswap_of_adapters_with_the_same_hyperparameters(llama_original, tmp_path):
     answers = []
     for i in range(2):

@@ -1,6 +1,7 @@
 """A merged checkpoint: the adapter's outputs in stock transformers, from files that were never all in memory."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from test_export import IDS, adapter, base, every_method
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import inlay
 from inlay import InlayConfig
@@ -186,6 +187,61 @@ def test_a_checkpoint_under_other_names(tmp_path, tiny):
     model = adapter(str(tmp_path / "base"), tmp_path / "a", "milora")
     inlay.merge(tmp_path / "a", tmp_path / "m")
     torch.testing.assert_close(base(tmp_path / "m")(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+def test_a_twin_that_is_stored_as_well(tiny, tmp_path):
+    """A tied head that the file holds too is no longer tied once it differs."""
+    base(tiny).save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    stored = load_file(file)
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
+    save_file(stored, file, metadata={"format": "pt"})
+    copy_tokenizer(tmp_path / "base")
+    model = adapter(str(tmp_path / "base"), tmp_path / "a", "bone", target_modules=["lm_head"])
+    inlay.merge(tmp_path / "a", tmp_path / "m")
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["tie_word_embeddings"] is False
+    torch.testing.assert_close(base(tmp_path / "m")(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_base_that_only_others_can_read(tiny, tmp_path, capsys):
+    """Nothing is written that lacks the adapter."""
+    adapter(tiny, tmp_path / "a", "bone")
+    base(tiny).save_pretrained(tmp_path / "other")
+    copy_tokenizer(tmp_path / "other")
+    file = tmp_path / "other" / "model.safetensors"
+    stored = load_file(file)
+    renamed = {k.replace("q_proj.weight", "q_proj.qweight"): v for k, v in stored.items()}
+    save_file(renamed, file, metadata={"format": "pt"})
+    missing = "does not store model.layers.0.self_attn.q_proj.weight (nor 1 more) plainly"
+    for method, says in ((None, missing), ("gptq", "in the format of gptq")):
+        config = json.loads((tmp_path / "other" / "config.json").read_text())
+        config |= {"quantization_config": {"quant_method": method, "bits": 4}} if method else {}
+        (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=re.escape(says)):
+            inlay.merge(tmp_path / "a", tmp_path / "m", model=str(tmp_path / "other"), probe=False)
+        assert not (tmp_path / "m").exists()
+
+
+def test_a_merge_does_not_write_over_what_it_reads(tiny, tmp_path):
+    adapter(tiny, tmp_path / "a", "bone")
+    inlay.merge(tmp_path / "a", tmp_path / "one", probe=False)
+    adapter(str(tmp_path / "one"), tmp_path / "b", "bone")
+    for out in (tmp_path / "one", tmp_path / "b", tmp_path):
+        with pytest.raises(ValueError, match="which the merge reads"):
+            inlay.merge(tmp_path / "b", out, overwrite=True)
+
+
+def test_the_tokenizer_beside_the_adapter_goes_along(tiny, tmp_path):
+    adapter(tiny, tmp_path / "a", "bone")
+    from inlay.workbench import builtin
+
+    tokenizer = builtin.load_tokenizer()
+    tokenizer.chat_template = "{{ messages }} of the adapter"
+    tokenizer.save_pretrained(tmp_path / "a")
+    inlay.merge(tmp_path / "a", tmp_path / "m", probe=False)
+    assert AutoTokenizer.from_pretrained(tmp_path / "m").chat_template == tokenizer.chat_template
 
 
 def test_a_base_without_a_tokenizer(tiny, tmp_path):

@@ -113,6 +113,19 @@ def test_what_a_layer_keeps(method):
     assert sum(t.nbytes for t in kept.values()) <= (x.nbytes if method == "bat" else 512 * 8 * 4)
 
 
+def test_a_patched_or_watched_layer_is_called():
+    model, x = layer("pissa"), torch.randn(3, 40)
+    base = base_of(model)
+    before, forward = model(x), base.forward
+    base.forward = lambda x: 2 * forward(x)
+    torch.testing.assert_close(model(x), before + forward(x))
+    del base.forward
+    seen = []
+    base.register_full_backward_hook(lambda *_: seen.append(1))
+    model(x.requires_grad_()).sum().backward()
+    assert seen
+
+
 def base_of(model):
     return model.base_model.model[0].base_layer
 

@@ -148,6 +148,37 @@ def test_a_weighted_sum_with_a_full_rank_change_says_its_error(tiny, tmp_path):
         assert ((found[name] - wanted).norm() / wanted.norm()).item() == pytest.approx(made.errors[name], abs=1e-4)
 
 
+def test_an_adapter_under_two_paths_counts_twice(tiny, tmp_path, monkeypatch):
+    D = dense(adapter(tiny, tmp_path / "a", "pissa"))
+    monkeypatch.chdir(tmp_path)
+    inlay.export_lora({"a": 1.0, str(tmp_path / "a"): 1.0}, "l")
+    for name, found in product(tmp_path / "l").items():
+        torch.testing.assert_close(found, 2 * D[name], rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="no adapter was named"):
+        inlay.export_lora({}, "m")
+
+
+def test_a_weight_does_not_reach_what_was_trained_whole(tiny, tmp_path):
+    adapter(tiny, tmp_path / "a", "bone", modules_to_save=["model.norm"])
+    with pytest.raises(ValueError, match="a weighted LoRA has no place for"):
+        inlay.export_lora({str(tmp_path / "a"): 0.5}, tmp_path / "l")
+
+
+def test_a_row_of_an_adapter_that_trains_no_head_has_the_bases(tiny):
+    """Only one of two adapters trains tokens."""
+    model = crowd(base(tiny), ["bone", "pissa"])
+    config = InlayConfig(method="lora", args={"r": 2}, target_modules=["q_proj"], trainable_token_indices=[5, 6])
+    model.add_adapter("tokens", config)
+    ids = torch.randint(3, 9, (3, 6))
+    with torch.no_grad():
+        model(input_ids=ids, adapter_names=["tokens", "bone", "__base__"])
+    biased = crowd(base(tiny), ["bone"], bias="all")
+    with pytest.raises(ValueError, match="bias='none'"):
+        biased(input_ids=ids, adapter_names=["bone"] * 3)
+    with pytest.raises(ValueError, match="no list"):
+        model(input_ids=ids, adapter_names=[["bone"], ["bone"], ["bone"]])
+
+
 def test_sums_that_make_no_sense(tiny, tmp_path, capsys):
     adapter(tiny, tmp_path / "a", "bone")
     adapter(tiny, tmp_path / "whole", "bone", modules_to_save=["model.norm"])

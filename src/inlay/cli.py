@@ -195,7 +195,9 @@ def export(options: argparse.Namespace) -> None:
     for module, error in done.errors.items() if any(e > 1e-5 for e in done.errors.values()) else ():
         print(f"{module}: relative error {error:.2e}")
     worst = max(done.errors.values())
-    print(f"{done.folder}: rank {done.rank}, {'exact' if worst < 1e-5 else f'largest relative error {worst:.2e}'}")
+    rounded = "" if options.dtype == "float32" else f", then rounded to {options.dtype}"
+    exact = "exact" if worst < 1e-5 else f"largest relative error {worst:.2e}"
+    print(f"{done.folder}: rank {done.rank}, {exact}{rounded}")
 
 
 def import_(options: argparse.Namespace) -> None:
@@ -236,8 +238,10 @@ def merge(options: argparse.Namespace) -> None:
         options.adapter, options.out, options.model, options.dtype, options.overwrite,
         to=options.to, shard=options.shard, probe=not options.no_probe,
     )  # fmt: skip
-    mean = sum(done.lost.values()) / max(1, len(done.lost))
-    print(f"{done.folder}: rounding lost {mean:.1e} of the change of a weight, at most {max(done.lost.values()):.1e}")
+    mean, most = sum(done.lost.values()) / max(1, len(done.lost)), max(done.lost.values(), default=0.0)
+    print(f"{done.folder}: rounding lost {mean:.1e} of the change of a weight, at most {most:.1e}")
+    if mean > 0.1:
+        print("note: this dtype is too coarse for so small a change; merge with --dtype float32, or serve the adapter")
     if done.logit_error is not None:
         print(f"largest logit difference to the adapter on a probe batch {done.logit_error:.2e}")
 

@@ -42,8 +42,8 @@ def merge(
     """Write base + adapter as an ordinary checkpoint that transformers loads without Inlay, or as GGUF for llama.cpp.
 
     Each weight is merged in fp32 and rounded once. Weights pass from the base's files to the new ones one at a time, so
-    that memory holds one new file and a few fp32 copies of the largest weight; the probe afterwards needs the model in
-    fp32, and takes to the disk where that does not fit. A 4-bit or 8-bit base becomes 16 bits wide.
+    that memory holds one new file and a few fp32 copies of the largest weight. The probe afterwards needs the whole
+    model in fp32; leave it out where that does not fit. A 4-bit or 8-bit base becomes 16 bits wide.
 
     Args:
         adapter: a run folder or an adapter folder.
@@ -70,15 +70,18 @@ def merge(
     limit = merging.size_of(shard)
     folder = models.adapter_folder(str(adapter))
     name = model or models.base_of(folder)
+    for used in (folder, Path(models.resolve(name))):
+        if used.exists() and used.resolve().is_relative_to(Path(out).resolve()):
+            raise ValueError(f"{out} holds {used}, which the merge reads; choose another output")
     with new_folder(Path(out), overwrite, marker=MERGED) as part:
         blank = lora.load(folder, name)
         config: Any = blank.get_base_model().config
         tensors = merging.merge(blank, folder, Weights(name), width := merging.width(dtype, config))
         if to == "gguf":
-            made = gguf_model.write_merged(part, config, name, tensors, str(out))
+            made = gguf_model.write_merged(part, config, merging.tokenizer_of(folder, name), tensors, str(out))
         else:
             made = merging.write(part, tensors, limit)
-            merging.describe(part, blank, name, width)
+            merging.describe(part, blank, folder, name, width)
         error = merging.probe(folder, name, part) if probe else None
         lost = {new.name.removesuffix(".weight"): new.lost for new in made if new.lost is not None}
         about = {"adapter": str(adapter), "base": name, "largest_logit_difference": error, "lost_in_rounding": lost}
@@ -138,21 +141,25 @@ def export_lora(
         raise ValueError(f"energy={energy} is not in (0, 1]")
     if dtype not in models.DTYPES:
         raise ValueError(f"dtype={dtype!r} is not one of {', '.join(models.DTYPES)}")
-    asked = dict(adapter) if isinstance(adapter, Mapping) else {str(adapter): 1.0}
-    for path, weight in asked.items():
+    asked = list(adapter.items()) if isinstance(adapter, Mapping) else [(str(adapter), 1.0)]
+    folders: dict[Path, float] = {}
+    for path, weight in asked:
         if not math.isfinite(weight):
             raise ValueError(f"the weight {weight} of {path} is not a finite number")
-    folders = {models.adapter_folder(str(path)): float(weight) for path, weight in asked.items()}
-    bases = {str(models.resolve(models.base_of(folder))): models.base_of(folder) for folder in folders}
+        folder = models.adapter_folder(str(path)).resolve()
+        folders[folder] = folders.get(folder, 0.0) + float(weight)
+    if not folders:
+        raise ValueError("no adapter was named; give at least one, with its weight")
+    bases = {} if model else {str(models.resolve(models.base_of(f))): models.base_of(f) for f in folders}
     if len(bases) != 1 and not model:
         raise ValueError(f"the adapters name {len(bases)} bases, {', '.join(bases)}; name the one they share")
     base, first = model or next(iter(bases.values())), next(iter(folders))
     settings = models.load_config(base)
     if to == "gguf":
         llamacpp.check(settings, str(out))
-    for folder in folders if to == "gguf" or len(folders) > 1 else ():
+    for folder in folders if to == "gguf" or list(folders.values()) != [1.0] else ():
         if more := sorted(lora.others(folder)):
-            kind = "a GGUF file" if to == "gguf" else "a weighted sum"
+            kind = "a GGUF file" if to == "gguf" else "a weighted LoRA"
             raise ValueError(f"{folder} also trained {more[0]} whole, which {kind} has no place for; merge the adapter")
     with new_folder(Path(out), overwrite, marker=EXPORTED) as part:
         loaded = [(weight, lora.load(folder, base)) for folder, weight in folders.items()]

@@ -63,7 +63,9 @@ def plain(base: Any, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
     """
     found = None if torch.compiler.is_compiling() else getattr(base, "linear", None)
     fits = found is not None and found[0].dtype == x.dtype and found[0].device == x.device
-    return found if fits and not torch.is_autocast_enabled(x.device.type) else None
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return found if fits and not autocast else None
 
 
 def wide(base: Any, x: Tensor) -> tuple[Tensor, Tensor | None] | None:

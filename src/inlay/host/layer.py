@@ -14,6 +14,7 @@ from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from inlay.host import seal
@@ -63,11 +64,13 @@ class Frozen:
     def linear(self) -> tuple[Tensor, Tensor | None] | None:
         """Its weight and bias, if calling it means nothing more than these."""
         layer = self.layer.base_layer
-        hooks = layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook")
+        own = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+        hooks = own or _has_any_global_hook() or hasattr(layer, "_hf_hook") or "forward" in vars(layer)
         if type(layer) is not nn.Linear or hooks or self.args or self.kwargs or self.layer.quantization_backend:
             return None
         tensors = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
-        whole = all(type(t) in (Tensor, nn.Parameter) and not t.requires_grad for t in tensors)
+        trained = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        whole = all(type(t) in (Tensor, nn.Parameter) for t in tensors) and not trained
         return (layer.weight, layer.bias) if whole else None
 
     def __call__(self, x: Tensor, /) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,8 +81,10 @@ class InlayModel(BaseTuner):
         names = [name for name, *_ in self._touched]
         everything = [name.replace(".base_layer", "") for name, _ in model.named_modules()]
         whole = [n for n in everything if any(named(t, [n]) for t in config.modules_to_save or ())]  # not cut as well
+        loaded = left_out(config) if config.format_version is not None else []
+        left = [n for n in everything if any(re.fullmatch(f"(.*\\.)?({t})", n) for t in loaded)]
         for target in asked if isinstance(asked, (list, set)) else ():
-            if not named(target, names + whole):
+            if not named(target, names + whole + left):
                 raise ValueError(f"target_modules: {target!r} matches no module that can be adapted; {self._kinds()}")
         heads = HEADS if config.task_type in TASKS else ()  # PEFT adds all of these, whether a model has them or not
         for what in ("exclude_modules", "modules_to_save"):
@@ -173,7 +176,7 @@ class InlayModel(BaseTuner):
         # In PEFT's words, which who catches them knows.
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        if not isinstance(names, (list, tuple)) or not names:
+        if not isinstance(names, (list, tuple)) or not names or not all(isinstance(n, str) for n in names):
             raise ValueError(f"adapter_names={names!r} is no list with one of {', '.join(sorted(known))} for each row")
         if unknown := sorted(set(names) - known):
             known_ones = ", ".join(sorted(known))
@@ -184,7 +187,11 @@ class InlayModel(BaseTuner):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        each = max(kwargs.get(k) or 1 for k in ("num_beams", "num_return_sequences"))
+        if any(config.bias != "none" for config in cast(dict, self.peft_config).values()):
+            raise ValueError("adapter_names needs adapters with bias='none': trained biases are part of every row")
+        told = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
+        kinds = ("num_beams", "num_return_sequences")
+        each = max(kwargs.get(k) or getattr(told, k, None) or 1 for k in kinds)
         hook = partial(for_rows, names=list(names), each=each)
         hooks = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in layers]
         try:
@@ -259,8 +266,16 @@ class InlayModel(BaseTuner):
         return mapped
 
 
+def left_out(config: InlayConfig) -> list[str]:
+    """What a config excludes, as regular expressions: PEFT stores what it expanded, without taking these out."""
+    asked = config.exclude_modules
+    return [asked] if isinstance(asked, str) else [re.escape(name) for name in asked or ()]
+
+
 def for_rows(module: nn.Module, args: tuple, kwargs: dict, names: list[str], each: int) -> tuple[tuple, dict]:
     """A forward hook: which adapter each row is for. A decoder has a row for each beam of a request, or each answer."""
+    if isinstance(module, AuxiliaryTrainingWrapper):  # which not every adapter trains
+        names = [name if name in module._adapters else "__base__" for name in names]
     rows = len(args[0] if args else next(iter(kwargs.values())))
     own = names if rows == len(names) else [name for name in names for _ in range(each)]
     if rows != len(own):

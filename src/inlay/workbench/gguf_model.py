@@ -37,10 +37,13 @@ SPLITS = {
 }
 
 
-def write_merged(folder: Path, config: Any, base: str, tensors: Iterable[New], out: str) -> list[New]:
-    """A merged model, and an Ollama Modelfile, in a folder that will be `out`."""
+def write_merged(folder: Path, config: Any, source: str, tensors: Iterable[New], out: str) -> list[New]:
+    """A merged model with the tokenizer of `source`, and an Ollama Modelfile, in a folder that will be `out`.
+
+    The tensors pass through a temporary file, in $TMPDIR, of the model's size.
+    """
     with tempfile.TemporaryDirectory() as tokenizer:
-        models.load_tokenizer(base).save_pretrained(tokenizer)
+        models.load_tokenizer(source).save_pretrained(tokenizer)
         config.save_pretrained(tokenizer)
         split = check_model(config, Path(tokenizer), out)
         made = write_model(folder / FILE, config, Path(tokenizer), split, tensors)
@@ -57,6 +60,10 @@ def check_model(config: Any, tokenizer: Path, out: str) -> str:
     split, unknown = pre_tokenizer(tokenizer), None
     if config.model_type not in MODELS:
         unknown = f"{config.model_type} models are"
+    elif config.hidden_act != "silu":
+        unknown = f"models with {config.hidden_act} in place of silu are"
+    elif len(set(getattr(config, "layer_types", None) or ())) > 1:
+        unknown = "models with several kinds of attention are"
     elif config.rope_parameters["rope_type"] not in ("default", "llama3"):
         unknown = f"positions of type {config.rope_parameters['rope_type']} are"
     elif split is None:

@@ -152,9 +152,20 @@ def widened(c: Change, r: int) -> tuple[Tensor, Tensor]:
 
 
 def others(folder: Path) -> dict[str, Tensor]:
-    """What an adapter holds beside θ and θ₀: modules and biases that were trained whole, rows of embeddings."""
+    """What an adapter holds beside θ and θ₀: modules and biases that were trained whole, rows of embeddings.
+
+    Not the embeddings that PEFT saves along, as they are, where a head is adapted.
+    """
+    config = cast(InlayConfig, InlayConfig.from_pretrained(str(folder)))
     stored = load_file(folder / "adapter_model.safetensors")
-    return {k: v for k, v in stored.items() if f".{PREFIX}" not in k and f".{START}" not in k}
+    rest = {k: v for k, v in stored.items() if f".{PREFIX}" not in k and f".{START}" not in k}
+
+    def trained(key: str) -> bool:
+        module = key.rpartition(".")[0]
+        whole = any(f".{module}.".find(f".{name}.") >= 0 for name in config.modules_to_save or ())
+        return whole or "token_adapter" in key or (config.bias != "none" and key.endswith("bias"))
+
+    return {k: v for k, v in rest.items() if trained(k)}
 
 
 def write(folder: Path, source: Path, model: PeftModel, made: list[Change], r: int, dtype: torch.dtype) -> None:
@@ -163,7 +174,10 @@ def write(folder: Path, source: Path, model: PeftModel, made: list[Change], r: i
     for c in made:
         B, A = widened(c, r)
         for kind, value in (("lora_A", A), ("lora_B", B)):
-            tensors[f"base_model.model.{c.module}.{kind}.weight"] = value.to(dtype).contiguous()
+            name, rounded = f"base_model.model.{c.module}.{kind}.weight", value.to(dtype).contiguous()
+            if not rounded.isfinite().all():
+                raise ValueError(f"{name} does not fit {dtype}; choose the dtype bfloat16 or float32")
+            tensors[name] = rounded
     asked = cast(InlayConfig, InlayConfig.from_pretrained(str(source)))
     config = LoraConfig(
         r=r,

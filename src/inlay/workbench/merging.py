@@ -59,7 +59,10 @@ def merge(model: PeftModel, folder: Path, weights: Weights, dtype: torch.dtype |
     """
     base: Any = model.get_base_model()
     layers = {layer.cuts["default"].module: layer for layer in adapted(model, "default").values()}
+    check(base.config)
     whole, rows = trained(model, folder, weights)
+    waiting = {*whole, *(f"{module}.weight" for module in (*layers, *rows))}
+    tied = dict(base.all_tied_weights_keys)
     names = {key: name for name, key in weights.stored.items()}
 
     def new(key: str, name: str, source: str) -> New:
@@ -81,15 +84,35 @@ def merge(model: PeftModel, folder: Path, weights: Weights, dtype: torch.dtype |
         lost = None if change is None else ((made.float() - W).norm() / change.norm().clamp(min=TINY)).item()
         return New(key, name, (made.T if transposed else made).contiguous(), lost)
 
+    changed = {*whole, *(f"{module}.weight" for module in layers)}
     for key in weights.names():
         if weights.owner(key) is None:
-            yield new(key, names.get(key, key), key)
-    twins = {name: source for name, source in base.all_tied_weights_keys.items() if weights.key(name) is None}
-    changed = {*whole, *(f"{module}.weight" for module in layers)}
-    for name, source in twins.items():
+            made = new(key, names.get(key, key), key)
+            waiting.discard(made.name)
+            yield made
+    for name, source in tied.items():
         if name in changed or source in changed:
             base.config.tie_word_embeddings = False
-            yield new(name, name, source)
+            if weights.key(name) is None:
+                waiting.discard(name)
+                yield new(name, name, source)
+    if waiting:
+        raise ValueError(
+            f"the checkpoint of {weights.model!r} does not store {min(waiting)} (nor {len(waiting) - 1} more) "
+            "plainly; merge in Python: PeftModel.from_pretrained(...).merge_and_unload()"
+        )
+
+
+def check(config: Any) -> None:
+    """Raise a ValueError for a base whose stored weights only another library can read."""
+    packed = getattr(config, "quantization_config", None) or {}
+    kind = packed.get("quant_method") if isinstance(packed, dict) else getattr(packed, "quant_method", None)
+    kind = getattr(kind, "value", kind)
+    if kind not in (None, "bitsandbytes"):
+        raise ValueError(
+            f"the base is stored in the format of {kind}, which is not merged here; name the model in full precision "
+            "as the base, or merge in Python: PeftModel.from_pretrained(...).merge_and_unload()"
+        )
 
 
 def read(weights: Weights, key: str, transposed: bool) -> tuple[Tensor, str | None]:
@@ -170,8 +193,8 @@ def width(dtype: str, config: Any) -> torch.dtype | None:
     return own if own in (None, torch.float16) else torch.bfloat16
 
 
-def describe(folder: Path, model: PeftModel, base: str, dtype: torch.dtype | None) -> None:
-    """The configuration and the tokenizer of the merged model, beside its weights."""
+def describe(folder: Path, model: PeftModel, adapter: Path, base: str, dtype: torch.dtype | None) -> None:
+    """The configuration of the merged model, and the adapter's tokenizer or else the base's, beside its weights."""
     config = models.load_config(base)
     config.__dict__.pop("quantization_config", None)
     config.tie_word_embeddings = cast(Any, model.get_base_model()).config.tie_word_embeddings
@@ -181,7 +204,12 @@ def describe(folder: Path, model: PeftModel, base: str, dtype: torch.dtype | Non
     with contextlib.suppress(OSError):
         GenerationConfig.from_pretrained(models.resolve(base)).save_pretrained(folder)
     with contextlib.suppress(ValueError):  # a base without a tokenizer gives a model without one
-        models.load_tokenizer(base).save_pretrained(folder)
+        models.load_tokenizer(tokenizer_of(adapter, base)).save_pretrained(folder)
+
+
+def tokenizer_of(adapter: Path, base: str) -> str:
+    """Where a merged model's tokenizer comes from: beside the adapter, if one was saved there."""
+    return str(adapter) if (adapter / "tokenizer.json").exists() else base
 
 
 def probe(adapter: Path, base: str, merged: Path) -> float:
@@ -202,7 +230,7 @@ def load(merged: Path, config: Any) -> Any:
     """A merged model in fp32; out of a GGUF file with the configuration of the base, which says more than the file."""
     for file in merged.glob("*.gguf"):
         config.__dict__.pop("quantization_config", None)
-        return builtin.load_gguf(file, None if config.model_type == "mistral" else config)  # to GGUF that is a llama
+        return builtin.load_gguf(file, None if config.model_type == "mistral" else config)  # in GGUF that is a llama
     return models.load_model(str(merged), torch.float32)
 
 
@@ -218,7 +246,7 @@ def size_of(text: str) -> int:
     Raises:
         ValueError: it is none of these.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(|k|m|g)i?b?", str(text).strip().lower())
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(|k|m|g|t)i?b?", str(text).strip().lower())
     if not found or not float(found[1]):
         raise ValueError(f"{text!r} is no size; write it as 500MB or 4GB")
-    return int(float(found[1]) * 1000 ** " kmg".index(found[2] or " "))
+    return int(float(found[1]) * 1000 ** " kmgt".index(found[2] or " "))

@@ -96,7 +96,7 @@ def load_model(
         options["quantization_config"] = quantization
     try:
         model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(f"model {name!r} cannot be loaded: {first_line(error)}") from None
     for module in model.modules():
         readable(module)
@@ -119,8 +119,8 @@ def settle_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """A model's tokenizer."""
-    where = resolve(name)
+    """A model's tokenizer, or one that lies in a folder without a model."""
+    where = name if (Path(name) / "tokenizer.json").exists() else resolve(name)
     try:
         return AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -142,7 +142,7 @@ def adapter_folder(path: str) -> Path:
     Raises:
         ValueError: there is no adapter.
     """
-    for folder in (Path(path) / "adapter", Path(path)):
+    for folder in (Path(path), Path(path) / "adapter"):
         if (folder / "adapter_config.json").is_file():
             return folder
     raise ValueError(f"{path} holds no adapter: neither {path}/adapter_config.json nor {path}/adapter/ is there")
