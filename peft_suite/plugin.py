@@ -64,7 +64,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Func
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when == "call" or report.outcome != "passed":
-        outcome = "known" if hasattr(report, "wasxfail") else report.outcome
+        outcome = "known" if hasattr(report, "wasxfail") and report.skipped else report.outcome
         counts[report.nodeid.partition("::")[0].rpartition("/")[2]][outcome] += 1
 
 

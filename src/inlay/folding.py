@@ -89,7 +89,7 @@ def fold(
             raise ValueError(f"{module} stays in full precision in a 4-bit checkpoint; leave it out of the targets")
     with new_folder(Path(out), overwrite, marker=FOLDED) as part:
         try:
-            base, _ = models.load_base(model, dtype, revision, trust_remote_code, packing.folding(plan, torch.bfloat16))
+            base = models.load_model(model, dtype, revision, trust_remote_code, packing.folding(plan, torch.bfloat16))
         finally:
             if plan.failure:
                 raise plan.failure

@@ -61,16 +61,11 @@ def stored_dtype(name: str, trust_remote_code: bool = False) -> torch.dtype:
 
 
 def load_base(
-    name: str,
-    dtype: torch.dtype,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    quantization: Any = None,
-    folded: bool = False,
+    name: str, dtype: torch.dtype, revision: str | None = None, trust_remote_code: bool = False, **more: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer; as `load_model`."""
     tokenizer = load_tokenizer(name, revision, trust_remote_code)
-    return load_model(name, dtype, revision, trust_remote_code, quantization, folded), tokenizer
+    return load_model(name, dtype, revision, trust_remote_code, **more), tokenizer
 
 
 def load_model(

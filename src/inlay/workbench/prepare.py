@@ -104,7 +104,7 @@ def load(recipe: Recipe, dtype: torch.dtype, folder: Path, console: Console) -> 
     options = (recipe.revision, recipe.trust_remote_code)
     if recipe.quantize != "nf4":
         quantization = None if recipe.quantize == "none" else packing.settings(recipe.quantize, dtype)
-        return models.load_base(recipe.model, dtype, *options, quantization)[0]
+        return models.load_model(recipe.model, dtype, *options, quantization)
     made = fold(
         recipe.model, folder, recipe.config(), rounds=recipe.fold_rounds, revision=options[0],
         trust_remote_code=options[1],
