@@ -169,19 +169,20 @@ class LowRank(Method):
         return self.s * B, A
 
     def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
+        inp = x.shape[-1]  # a closure over x would keep all of it until the backward pass
         if drop is keep and (linear := ops.plain(base, x)) is not None:
 
             def build(*values: Tensor) -> tuple[Tensor, Tensor | None]:
-                return self.joined(dict(zip(p, values, strict=True)), p0, x.shape[-1])
+                return self.joined(dict(zip(p, values, strict=True)), p0, inp)
 
             return ops.low_rank(x, *linear, build, "A" not in self.frozen, *p.values())
         if "A" in self.frozen:  # then A x, r wide, is all that need be kept, if dropout comes after it
 
             def left(*values: Tensor) -> Tensor:
-                return self.s * self.pair(dict(zip(p, values, strict=True)), p0, x.shape[-1])[0]
+                return self.s * self.pair(dict(zip(p, values, strict=True)), p0, inp)[0]
 
             return base(x) + ops.product(drop(F.linear(x, p["A"].to(x.dtype))), left, *p.values())
-        B, A = self.pair(p, p0, x.shape[-1])
+        B, A = self.pair(p, p0, inp)
         # The small factors go to x's dtype, never x to theirs: a copy of x per layer is PEFT's largest avoidable cost.
         return base(x) + F.linear(F.linear(drop(x), A.to(x.dtype)), (self.s * B).to(x.dtype))
 
