@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import functools
 import warnings
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
@@ -19,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from inlay.host import seal
 from inlay.host.slot import Slot
-from inlay.method import Base, Method, Params, keep, like
+from inlay.method import Base, Drop, Method, Params, like
 
 PREFIX = "inlay_"
 START = "inlay_start_"  # θ₀, stored beside θ so that nothing is ever decomposed again
@@ -89,8 +87,7 @@ class Adapted:
 
     def __call__(self, x: Tensor, /) -> Tensor:
         method, p, p0 = self.layer.theta(self.name)
-        drop = functools.partial(F.dropout, p=method.dropout) if self.layer.training and method.dropout else keep
-        return method.apply(p, p0, x, self.base, drop)
+        return method.apply(p, p0, x, self.base, Drop(method.dropout if self.layer.training else 0.0))
 
 
 def readable(base_layer: nn.Module) -> nn.Module:
