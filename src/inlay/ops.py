@@ -186,9 +186,11 @@ def pull(built: Sequence[tuple[Tensor | None, Tensor | None]], leaves: Sequence[
 
 def masks(shape: Sequence[int], like: Tensor, p: float, seed: int) -> Iterator[tuple[slice, Tensor]]:
     """The dropout mask of a seed for a (rows × width) tensor, scaled, in strips of rows; none where p is 0."""
-    generator = torch.Generator(like.device).manual_seed(seed)
+    if not p:
+        return
+    generator = None if like.is_meta else torch.Generator(like.device).manual_seed(seed)  # there is none for meta
     height = max(1, SCRATCH // shape[1])
-    for i in range(0, shape[0] if p else 0, height):
+    for i in range(0, shape[0], height):
         rows = slice(i, min(i + height, shape[0]))
         yield rows, like.new_empty(rows.stop - i, shape[1]).bernoulli_(1 - p, generator=generator).div_(1 - p)
 

@@ -25,7 +25,7 @@ from inlay.method import Base, Drop, Method, Params, keep
 from inlay.methods import find
 from inlay.workbench import memory, packing
 from inlay.workbench.models import first_line
-from inlay.workbench.simulate import Head, Step, simulate
+from inlay.workbench.simulate import TILE, Step, simulate
 
 UNEVEN = ("patterns", "layers_to_transform", "rank_pattern", "alpha_pattern")  # what makes equal layers differ
 LARGEST = 1024  # rank that is looked for
@@ -121,7 +121,7 @@ class Run:
 
     def largest_batch(self, length: int, budget: float) -> int:
         """The largest batch whose step's peak is within `budget` bytes; 0: not even one sequence."""
-        full = -(-Head.TOKENS // length)  # from here on a tile of the logits grows no more
+        full = -(-TILE[0] // length)  # from here on a tile of the logits grows no more
         knots = sorted({1, full, 2 * full})
         steps = [self.step(batch, length) for batch in knots]
 
@@ -157,8 +157,8 @@ class Run:
     def largest_size(self, need: Callable[[Run], float], budget: float, sizes: list[int] | None = None) -> int | None:
         """The largest rank with which what a run needs is within the budget; None: none is.
 
-            run.largest_size(lambda run: run.parameters, 1e6)
-            run.largest_size(lambda run: run.step(4, 1024).peak, 24 * 2**30)
+        run.largest_size(lambda run: run.parameters, 1e6)
+        run.largest_size(lambda run: run.step(4, 1024).peak, 24 * 2**30)
         """
         sizes = self.sizes() if sizes is None else sizes
         fit = bisect.bisect_right(sizes, budget, key=lambda n: need(self.sized(n)))

@@ -8,6 +8,7 @@ head with its loss.
 
 from __future__ import annotations
 
+import itertools
 import math
 import weakref
 from collections.abc import Iterator
@@ -40,6 +41,10 @@ WITHIN = {
     "bitsandbytes.gemm_4bit.default": lambda made, x, W, shape, *_: math.prod(shape) * (x.element_size() + 4 / 64),
     "bitsandbytes.int8_scaled_mm.default": lambda made, *_: 4 * made.numel(),
 }
+
+
+TILE = (4096, 32768)  # tokens and words
+COPIES = {"cpu": (13, 29), "cuda": (0, 0)}  # bytes beside each number of a tile, forward and backward
 
 
 @dataclass(frozen=True)
@@ -134,10 +139,11 @@ def attention(
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
     """As torch's: a mask of booleans becomes one of q's dtype, in every layer anew."""
-    mask = torch.empty_like(attn_mask, dtype=q.dtype) if attn_mask is not None else None
-    return ATEN._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, dropout_p, is_causal, attn_mask=mask, scale=scale
-    )[0]
+    mask = attn_mask
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.empty_like(mask, dtype=q.dtype)
+    fused = ATEN._scaled_dot_product_flash_attention_for_cpu
+    return fused(q, k, v, dropout_p, is_causal, attn_mask=mask, scale=scale)[0]
 
 
 class Head(torch.autograd.Function):
@@ -146,23 +152,21 @@ class Head(torch.autograd.Function):
     On a GPU a kernel folds the tile into the loss. On a CPU torch does, over copies of it in fp32.
     """
 
-    TOKENS, WORDS = 4096, 32768  # of a tile
-    COPIES = {"cpu": (13, 29), "cuda": (0, 0)}  # bytes beside each number of a tile, forward and backward
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, device: str) -> Tensor:
         ctx.save_for_backward(x, W)
         ctx.device = device
-        for _ in Head.tiles(x, W, Head.COPIES[device][0]):
+        for _ in Head.tiles(x, W, COPIES[device][0]):
             pass
         return x.new_empty(len(x), dtype=torch.float32)
 
     @staticmethod
     def backward(ctx: Any, *g: Tensor) -> Any:
         x, W = ctx.saved_tensors
-        dx, dW = (torch.zeros_like(t, dtype=torch.float32) if n else None for t, n in zip((x, W), ctx.needs_input_grad))
-        for rows, words, tile in Head.tiles(x, W, Head.COPIES[ctx.device][1]):
-            wide = Tensor.float if ctx.device == "cpu" else lambda t: t
+        wide = Tensor.float if ctx.device == "cpu" else Tensor.detach
+        wanted = zip((x, W), ctx.needs_input_grad, strict=False)
+        dx, dW = (torch.zeros_like(t, dtype=torch.float32) if need else None for t, need in wanted)
+        for rows, words, tile in Head.tiles(x, W, COPIES[ctx.device][1]):
             if dx is not None:
                 dx[rows].addmm_(wide(tile), wide(W[words]))
             if dW is not None:
@@ -172,14 +176,14 @@ class Head(torch.autograd.Function):
     @staticmethod
     def tiles(x: Tensor, W: Tensor, copies: int) -> Iterator[tuple[slice, slice, Tensor]]:
         """The tiles of x Wᵀ, in one buffer."""
-        buffer = x.new_empty(min(len(x), Head.TOKENS), Head.WORDS)
-        for row in range(0, len(x), Head.TOKENS):
-            for word in range(0, len(W), Head.WORDS):
-                rows, words = slice(row, row + Head.TOKENS), slice(word, word + Head.WORDS)
-                tile = buffer[: len(x[rows]), : len(W[words])]
-                torch.mm(x[rows], W[words].T, out=tile)
-                tile.new_empty(copies * tile.numel(), dtype=torch.uint8)
-                yield rows, words, tile
+        tall, wide = TILE
+        buffer = x.new_empty(min(len(x), tall), wide)
+        for i, j in itertools.product(range(0, len(x), tall), range(0, len(W), wide)):
+            rows, words = slice(i, min(i + tall, len(x))), slice(j, min(j + wide, len(W)))
+            tile = buffer[: rows.stop - i, : words.stop - j]
+            torch.mm(x[rows], W[words].T, out=tile)
+            tile.new_empty(copies * tile.numel(), dtype=torch.uint8)
+            yield rows, words, tile
 
 
 def simulate(model: nn.Module, batch: int, length: int, device: str) -> Step:
