@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def small(tmp_path_factory):
 @pytest.fixture(scope="session")
 def benchmark():
     spec = importlib.util.spec_from_file_location("benchmark_plan", BENCHMARK)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look for their names
     spec.loader.exec_module(module)
     return module
 

@@ -121,16 +121,17 @@ class Run:
 
     def largest_batch(self, length: int, budget: float) -> int:
         """The largest batch whose step's peak is within `budget` bytes; 0: not even one sequence."""
-        full = -(-TILE[0] // length)  # from here on a tile of the logits grows no more
-        knots = sorted({1, full, 2 * full})
-        steps = [self.step(batch, length) for batch in knots]
+        full = max(1, TILE[0] // max(1, length - 1))  # beyond it a tile of the logits grows no more
+        if self.step(1, length).peak > budget:
+            return 0
+        grows = full > 1 and self.step(full, length).peak > budget
+        low, high = (1, full) if grows else (full + 1, 2 * full + 2)
+        first, last = self.step(low, length), self.step(high, length)
 
         def peak(batch: int) -> float:
-            i = min(max(1, bisect.bisect_left(knots, batch)), len(knots) - 1)
-            share = (batch - knots[i - 1]) / (knots[i] - knots[i - 1])
-            return steps[i - 1].towards(steps[i], share).peak
+            return first.towards(last, (batch - low) / (high - low)).peak
 
-        return bisect.bisect_right(range(1, MOST), budget, key=peak)
+        return low - 1 + bisect.bisect_right(range(low, MOST), budget, key=peak)
 
     @property
     def size(self) -> int | None:

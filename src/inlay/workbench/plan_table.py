@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftConfig
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from transformers.utils import is_bitsandbytes_available
@@ -179,20 +180,18 @@ def base(run: Run) -> str:
 def show(found: Sequence[Row], console: Console) -> None:
     """A table for each base."""
     for name in dict.fromkeys(row.base for row in found):
-        first = found[0]
-        title = f"base in {name}; batch {first.batch_size} × {first.length} tokens; GiB unless said"
-        table = Table(title=title, title_justify="left")
-        heads = "method|r|trained|adapter file|frozen|gradients, moments|saved|peak|checkpointed|time|checkpointed"
+        what = f"batch {found[0].batch_size} × {found[0].length} tokens, base in {name}"
+        title = f"{what}; GiB; time over the frozen limit's; ckpt: gradient checkpointing"
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+        heads = "method|r|trained|file,\nMiB|frozen|grads,\nmoments|saved|peak|ckpt\npeak|time|ckpt\ntime"
         for head in heads.split("|"):
-            table.add_column(
-                head, justify="left" if head == "method" else "right", no_wrap=head in ("method", "trained")
-            )
+            table.add_column(head, justify="left" if head == "method" else "right", no_wrap=True)
         own = [row for row in found if row.base == name]
         for row, twin in zip(own[::2], own[1::2], strict=True):
             step = row.step
             sizes = [step.frozen, step.gradients + step.optimizer, step.activations, step.peak, twin.step.peak]
             table.add_row(
-                row.method, str(row.size or ""), f"{step.parameters:,.0f}", gib(step.file),
+                row.method, str(row.size or ""), f"{step.parameters:,.0f}", f"{step.file / 2**20:,.1f}",
                 *(f"{size / 2**30:.2f}" for size in sizes), f"{row.time:.2f}", f"{twin.time:.2f}",
             )  # fmt: skip
         console.print(table)
@@ -211,10 +210,12 @@ def show_fits(found: Sequence[Fit], gigabytes: float, by_rank: bool, console: Co
         f"batch {best.batch_size} × {best.length} tokens (peak {gib(best.peak or 0)})"
     )
     kinds = list(dict.fromkeys((fit.base, fit.checkpointing) for fit in sorted(found, key=lambda f: f.base == "nf4")))
-    table = Table(title="largest rank" if by_rank else "largest batch × length", title_justify="left")
-    table.add_column("method")
+    what = "largest rank" if by_rank else "largest batch × length"
+    title = f"{what}; ckpt: gradient checkpointing"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("method", no_wrap=True)
     for kind, checkpointing in kinds:
-        table.add_column(f"{kind}, checkpointed" if checkpointing else kind, justify="right")
+        table.add_column(f"{kind}\nckpt" if checkpointing else kind, justify="right", no_wrap=True)
     names = dict.fromkeys((fit.method, None if by_rank else fit.size) for fit in found)
     for name, size in names:
         own = [f for f in found if f.method == name and (by_rank or f.size == size)]

@@ -30,6 +30,8 @@ from inlay.workbench.memory import layers_of, trainable
 ATEN = torch.ops.aten
 FLOPS = {
     **flop_registry,
+    ATEN.addmm_: flop_registry[ATEN.addmm],
+    ATEN.baddbmm_: flop_registry[ATEN.baddbmm],
     ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[ATEN._scaled_dot_product_flash_attention],
     ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
         ATEN._scaled_dot_product_flash_attention_backward
