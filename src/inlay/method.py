@@ -85,6 +85,11 @@ class Method(ABC):
         """The factor on the change."""
         return self.scale or 1.0
 
+    @property
+    def draws(self) -> bool:
+        """Whether `start` draws from torch's global generator: for values a field's metadata lists under "draws"."""
+        return any(getattr(self, f.name) in f.metadata.get("draws", ()) for f in fields(self))
+
     @abstractmethod
     def start(self, W: Tensor, stats: Params | None = None) -> Params:
         """θ₀ for a weight W (out × in), in fp32 on W's device; on a meta tensor, the shapes alone.

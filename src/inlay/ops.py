@@ -186,7 +186,7 @@ def pull(built: Sequence[tuple[Tensor | None, Tensor | None]], leaves: Sequence[
 
 def masks(shape: Sequence[int], like: Tensor, p: float, seed: int) -> Iterator[tuple[slice, Tensor]]:
     """The dropout mask of a seed for a (rows × width) tensor, scaled, in strips of rows; none where p is 0."""
-    generator = torch.Generator(like.device).manual_seed(seed)
+    generator = None if like.is_meta or not p else torch.Generator(like.device).manual_seed(seed)
     height = max(1, SCRATCH // shape[1])
     for i in range(0, shape[0] if p else 0, height):
         rows = slice(i, min(i + height, shape[0]))
