@@ -21,7 +21,7 @@ from inlay import cache, linalg
 from inlay._version import __version__
 from inlay.method import Method, Params
 
-COSTLY = 0.1  # seconds from which on a start is kept
+COSTLY = 0.01  # seconds from which on a start is kept
 COPIES = 8  # fp32 copies of its weight that a decomposition holds, at most
 
 
