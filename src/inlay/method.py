@@ -166,11 +166,13 @@ class LowRank(Method):
     def joined(self, p: Params, p0: Params | None, inp: int) -> tuple[Tensor, Tensor | None]:
         """`pair` with s in B; an A of None is [I I ... I]."""
         B, A = self.pair(p, p0, inp)
-        return self.s * B, A
+        return B if self.s == 1 else self.s * B, A
 
     def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
+        inp = x.shape[-1]  # what `build` refers to lives until the backward pass: never x
+
         def build(*values: Tensor) -> tuple[Tensor, Tensor | None]:
-            return self.joined(dict(zip(p, values, strict=True)), p0, x.shape[-1])
+            return self.joined(dict(zip(p, values, strict=True)), p0, inp)
 
         linear = ops.plain(base, x)
         change = ops.low_rank(x, linear, build, "A" not in self.frozen, drop, *p.values())
