@@ -94,10 +94,9 @@ def main() -> None:
     rows = []
     for name, laps in found.items():
         middle = {what: statistics.median(lap[what] for lap in laps) for what in laps[0]}
-        rows.append(
-            [name, *(f"{middle[w]:.2f}" for w in ("start", "save", "load", "merge")), f"{middle['MB']:.1f}"]
-            + [f"{max(lap['reload'] for lap in laps):.1e}"]
-        )
+        seconds = [f"{middle[what]:.2f}" for what in ("start", "save", "load", "merge")]
+        off = max(lap["reload"] for lap in laps)
+        rows.append([name, *seconds, f"{middle['MB']:.1f}", f"{off:.1e}"])
     text = [
         f"Seconds to start, save, load and merge an adapter on SmolLM2-135M, its size, and how far the logits are off "
         f"after reloading. {machine()}. `python benchmarks/adapters.py`",
