@@ -164,6 +164,21 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def write(rows: list[dict[str, Any]], out: Path) -> None:
+    """The table so far, which says so if it ends early."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    ratios = sorted(row["planned"] / row["peak"] for row in rows)
+    some = "" if len(rows) == len(CASES) else f" The first {len(rows)} of {len(CASES)} cases; the rest was not run."
+    text = (
+        f"Peak memory of a training step, r = 16 (DoTA: bond 16) on all linear layers: planned from the configuration, "
+        f"and measured ({device}, torch {torch.__version__}; larger: a random Llama of 8 layers, 1536 wide). Ratios "
+        f"from {ratios[0]:.3f} to {ratios[-1]:.3f}.{some} The last column is what the whole process grew by, GiB. "
+        f"`python benchmarks/plan.py`\n\n{table(rows)}\n"
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "plan.md").write_text(text, encoding="utf-8")
+
+
 def larger(folder: Path) -> None:
     """Random weights in the folder."""
     from transformers import LlamaForCausalLM
@@ -192,18 +207,8 @@ def main() -> None:
                 planned = pool.apply(predicted, (case, folder))
             rows.append({**asdict(case), "planned": planned, **measured})
             print(table(rows[-1:]).splitlines()[-1], flush=True)
-    if asked.cases:
-        return
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    ratios = sorted(row["planned"] / row["peak"] for row in rows)
-    text = (
-        f"Peak memory of a training step, r = 16 (DoTA: bond 16) on all linear layers: planned from the configuration, "
-        f"and measured ({device}, torch {torch.__version__}; larger: a random Llama of 8 layers, 1536 wide). Ratios "
-        f"from {ratios[0]:.3f} to {ratios[-1]:.3f}. The last column is what the whole process grew by, GiB. "
-        f"`python benchmarks/plan.py`\n\n{table(rows)}\n"
-    )
-    asked.out.mkdir(parents=True, exist_ok=True)
-    (asked.out / "plan.md").write_text(text, encoding="utf-8")
+            if not asked.cases:
+                write(rows, asked.out)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The joined products against plain references: values, gradients (in fp64), what they keep, when they step aside."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -217,6 +219,12 @@ def test_what_a_layer_keeps(method):
         model(x)
     held = kept.pop(x.untyped_storage().data_ptr(), None)
     assert (held is not None) is (method not in ("lamda", "bone"))
+    inside = 2 * x  # as between two layers: alive only while something refers to it
+    ref = weakref.ref(inside)
+    y = model(inside)
+    del inside
+    assert (ref() is not None) is (held is not None)
+    assert y.requires_grad
     assert sum(t.nbytes for t in kept.values()) <= (x.nbytes if method == "bat" else 512 * 8 * 4)
 
 

@@ -85,6 +85,11 @@ class Method(ABC):
         """The factor on the change."""
         return self.scale or 1.0
 
+    @property
+    def draws(self) -> bool:
+        """Whether `start` draws from torch's global generator: for values a field's metadata lists under "draws"."""
+        return any(getattr(self, f.name) in f.metadata.get("draws", ()) for f in fields(self))
+
     @abstractmethod
     def start(self, W: Tensor, stats: Params | None = None) -> Params:
         """θ₀ for a weight W (out × in), in fp32 on W's device; on a meta tensor, the shapes alone.
@@ -161,10 +166,10 @@ class LowRank(Method):
     def joined(self, p: Params, p0: Params | None, inp: int) -> tuple[Tensor, Tensor | None]:
         """`pair` with s in B; an A of None is [I I ... I]."""
         B, A = self.pair(p, p0, inp)
-        return self.s * B, A
+        return B if self.s == 1 else self.s * B, A
 
     def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
-        inp = x.shape[-1]  # a closure over x would keep all of it until the backward pass
+        inp = x.shape[-1]  # what `build` refers to lives until the backward pass: never x
 
         def build(*values: Tensor) -> tuple[Tensor, Tensor | None]:
             return self.joined(dict(zip(p, values, strict=True)), p0, inp)

@@ -41,7 +41,7 @@ class DoTA(Method):
         default=None, hash=False, metadata={"help": "factors: [[o1..oN], [i1..iN]] or {dimension: factors}"}
     )
     init: Literal["mpo", "random"] = field(
-        default="mpo", metadata={"help": "start of the cores", "choices": ("mpo", "random")}
+        default="mpo", metadata={"help": "start of the cores", "choices": ("mpo", "random"), "draws": ("random",)}
     )
 
     def __post_init__(self) -> None:
