@@ -77,11 +77,11 @@ class Run:
         depths = None if uneven else memory.depths(self.blank())
         return [self.build(depth) for depth in depths or (None,)]
 
-    def whole(self, first: Step, last: Step) -> Step:
-        """Of the whole model, what has these values for the first and the last of `parts`."""
+    @cached_property
+    def share(self) -> float:
+        """How far from the first to the last of `parts` (and beyond) the whole model lies."""
         few, more = (len(memory.layers_of(self.parts[i])) for i in (0, -1))
-        share = (len(memory.layers_of(self.blank())) - few) / (more - few) if more > few else 0.0
-        return first.towards(last, share)
+        return (len(memory.layers_of(self.blank())) - few) / (more - few) if more > few else 0.0
 
     def blank(self, layers: int | None = None) -> Any:
         return memory.meta_model(self.model, self.dtype, self.trust_remote_code, layers)
@@ -111,13 +111,14 @@ class Run:
             except (RuntimeError, TypeError, AttributeError) as error:
                 what = f"a step of {self.model} cannot be followed without its weights"
                 raise ValueError(f"{what}: {first_line(error)}") from error
-            self.known[batch, length] = self.whole(steps[0], steps[-1])
+            self.known[batch, length] = steps[0].towards(steps[-1], self.share)
         return self.known[batch, length]
 
     @cached_property
     def parameters(self) -> int:
         """How many numbers are trained."""
-        return round(self.step(1, 8).parameters)
+        first, last = (memory.trainable(self.parts[i]) for i in (0, -1))
+        return round(first + self.share * (last - first))
 
     def largest_batch(self, length: int, budget: float) -> int:
         """The largest batch whose step's peak is within `budget` bytes; 0: not even one sequence."""
