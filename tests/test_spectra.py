@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import inlay
 from inlay import InlayConfig
 from inlay.cli import main
+from inlay.methods import METHODS
 from inlay.workbench import fingerprint, memory, plots, ranks, recipe, spectra
 from inlay.workbench.recipe import Recipe
 from inlay.workbench.weights import Weights
@@ -224,7 +226,7 @@ def test_patterns_give_every_module_its_rank_and_no_other():
     assert list(ranks.patterns({"a.0.q": 4, "a.1.q": 4}).items()) == [(r"^a\.(0|1)\.q", {"r": 4})]
 
 
-@pytest.mark.parametrize("method", ["lora", "pissa", "milora", "lamda", "bone", "bat", "bat_col"])
+@pytest.mark.parametrize("method", [m.name for m in METHODS if "r" in (f.name for f in fields(m))])
 @pytest.mark.parametrize("direction", ["flat", "peaked"])
 def test_every_method_with_an_r_stays_within_its_budget(uneven, method, direction):
     config = InlayConfig(method=method, args={"r": 8}, target_modules="all-linear")

@@ -62,15 +62,15 @@ class LaMDA(LowRank):
         blocks = B.tensor_split(min(self.stages, self.r), 1)
         return {"A": A, "S": S, **{f"B_{i}": block.clone() for i, block in enumerate(blocks, 1)}}
 
-    def factors(self, p: Params, inp: int) -> tuple[Tensor, Tensor]:
+    def factors(self, p: Params, W: Tensor) -> tuple[Tensor, Tensor]:
         return torch.cat([p[k] for k in p if k.startswith("B")], 1) @ p["S"], p["A"]
 
-    def pair(self, p: Params, p0: Params | None, inp: int) -> tuple[Tensor, Tensor]:
+    def pair(self, p: Params, p0: Params | None, W: Tensor) -> tuple[Tensor, Tensor]:
         if p0 is None:
-            return self.factors(p, inp)
+            return self.factors(p, W)
         p0 = like(p0, p)
         moved = {k: v if k in "AS" else v - p0[k] for k, v in p.items()}
-        return self.factors(moved, inp)[0] + self.factors({**p0, "S": p["S"] - p0["S"]}, inp)[0], p["A"]
+        return self.factors(moved, W)[0] + self.factors({**p0, "S": p["S"] - p0["S"]}, W)[0], p["A"]
 
     def schedule(self, p: Params, t: float) -> frozenset[str]:
         names = [k for k in p if k.startswith("B")]
