@@ -58,7 +58,7 @@ def svd(W: Tensor, r: int, side: Side) -> Triplets:
     if W.is_meta:
         new = W.to(torch.float32).new_empty
         return new(W.shape[0], r), new(r), new(r, W.shape[1])
-    with _full_precision(W.device):
+    with full_precision(W.device):
         A, scale = _scaled(W)
         if W.shape[0] >= W.shape[1]:
             U, S, V = _tall_svd(A, r, side)
@@ -99,7 +99,7 @@ def qr(W: Tensor, r: int) -> tuple[Tensor, Tensor]:
     if W.is_meta:
         return W.new_empty(W.shape[0], r, dtype=torch.float32), W.new_empty(r, W.shape[1], dtype=torch.float32)
     _check_finite(W)
-    with _full_precision(W.device):
+    with full_precision(W.device):
         Q = torch.linalg.qr(W[:, :r].double()).Q.float()
         return Q, (Q.mT @ W.float()).triu()
 
@@ -114,7 +114,7 @@ def ldu(W: Tensor, r: int) -> Triplets:
         new = W.to(torch.float32).new_empty
         return new(W.shape[0], r), new(r), new(r, W.shape[1])
     _check_finite(W)
-    with _full_precision(W.device):
+    with full_precision(W.device):
         LU, pivots, _ = torch.linalg.lu_factor_ex(W[:, :r].double())
         order = list(range(len(W)))
         for i, j in enumerate(pivots.tolist()):
@@ -169,7 +169,7 @@ def _check_arguments(W: Tensor, r: int, side: str) -> None:
 
 
 @contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
+def full_precision(device: torch.device) -> Iterator[None]:
     """No gradients, and fp32 products that are fp32: training often allows TF32 or bf16, which have 3 digits."""
     backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # pyright: ignore
     before = [backend.fp32_precision for backend in backends]
@@ -189,7 +189,7 @@ def _scaled(W: Tensor) -> tuple[Tensor, Tensor]:
     low, high = A.aminmax()
     scale = torch.maximum(-low, high)
     if not scale.isfinite():
-        raise ValueError(f"the weight of shape {tuple(W.shape)} has entries that are NaN or infinite")
+        _check_finite(W)
     scale = torch.where(scale > 0, scale, 1)
     return (A / scale).float(), scale.float()
 

@@ -43,11 +43,11 @@ class MoRA(LowRank):
         return tile(p["M"].T, W.shape[0]).T, A[:, :inp] + F.pad(A[:, inp:], (0, inp - short))
 
     def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
-        y, z, k = base(x), drop(x), len(p["M"])
-        S = ops.block_sum(z, k)
-        if tail := z.shape[-1] % k:
-            S = S + F.pad(z[..., : k - tail], (tail, 0))
-        return y + tile(F.linear(S.to(x.dtype), (self.s * p["M"]).to(x.dtype)), y.shape[-1])
+        y, k = base(x), len(p["M"])
+        S = ops.block_sum(x, k)
+        if tail := x.shape[-1] % k:
+            S = S + F.pad(x[..., : k - tail], (tail, 0))
+        return y + tile(F.linear(drop(S.to(x.dtype)), (self.s * p["M"]).to(x.dtype)), y.shape[-1])
 
 
 def square(method: Method, r: int, W: Tensor, even: bool = False) -> Tensor:

@@ -14,11 +14,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from inlay import ops
-from inlay.method import Base, Drop, LowRank, Params, check_rank, keep
+from inlay.method import LowRank, Params, check_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +28,7 @@ class PEANuT(LowRank):
     trains = "A (out × r), B (r × out)"
     zero_init = True
     reads_weight = True
+    draws = True  # type: ignore[assignment]
 
     def start(self, W: Tensor, stats: Params | None = None) -> Params:
         check_rank(self, self.r, W)
@@ -39,9 +38,3 @@ class PEANuT(LowRank):
 
     def factors(self, p: Params, W: Tensor) -> tuple[Tensor, Tensor]:
         return p["B"].T, torch.relu(p["A"].T @ W.to(p["A"].dtype))
-
-    def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
-        if (drop is keep and ops.plain(base, x) is not None) or base.weight.requires_grad:
-            return super().apply(p, p0, x, base, drop)
-        u = ops.product(drop(x), lambda A: self.factors({**p, "A": A}, base.weight)[1], p["A"])
-        return base(x) + F.linear(u, (self.s * p["B"]).T.to(x.dtype))

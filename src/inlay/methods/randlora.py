@@ -16,7 +16,6 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from inlay import linalg, ops
@@ -56,17 +55,14 @@ class RandLoRA(Method):
         return (2 / math.sqrt(len(lam)) * lam[:, :, None] * A * gamma[:, None]).flatten(0, 1)
 
     def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
-        tall = p["gamma"].shape[1] == x.shape[-1]
+        linear, tall = ops.plain(base, x), p["gamma"].shape[1] == x.shape[-1]
+        y = base(x) if linear is None else None
+        out = len(linear[0]) if y is None else y.shape[-1]
+        B = self.bases(p, max(out, x.shape[-1]), x.dtype)
 
-        def scaled(*values: Tensor) -> Tensor:
-            return self.s * self.mixture(*values) if tall else self.s * self.mixture(*values).T
+        def build(*values: Tensor) -> tuple[Tensor, Tensor]:
+            A = self.s * self.mixture(*values)
+            return (B, A) if tall else (A.T, B.T)
 
-        if drop is keep and (linear := ops.plain(base, x)) is not None:
-            B = self.bases(p, max(linear[0].shape), x.dtype)
-            join = (lambda *v: (B, scaled(*v))) if tall else (lambda *v: (scaled(*v), B.T))
-            return ops.low_rank(x, *linear, join, tall, *p.values())
-        y = base(x)
-        B = self.bases(p, max(y.shape[-1], x.shape[-1]), x.dtype)
-        if tall:
-            return y + F.linear(ops.product(drop(x), scaled, *p.values()), B)
-        return y + ops.product(F.linear(drop(x), B.T), scaled, *p.values())
+        change = ops.low_rank(x, linear, build, tall, drop, *p.values())
+        return change if y is None else y + change

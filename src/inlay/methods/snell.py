@@ -28,6 +28,7 @@ class SNELL(Method):
     equation = "ΔW = the largest entries of κ(B, A)"
     paper = "Shen et al. 2024, arXiv 2411.01800"
     trains = "A (2 × in × r/2), B (2 × out × r/2)"
+    draws = True  # type: ignore[assignment]
 
     r: int = field(default=8, metadata={"help": "numbers per row and column, even", "min": 2})
     sparsity: float = field(default=0.9, metadata={"help": "share of ΔW that is 0", "min": 0, "max": 1})
