@@ -5,7 +5,7 @@
 
 Albert et al. 2025, "RandLoRA: Full-rank parameter-efficient fine-tuning of large models", arXiv 2502.00987. N r is at
 least the smaller side: the rank is full once the γ_j differ. N (r + short) numbers are trained, fewer as r grows. 2/√N
-is the paper's scale; PEFT's default is 20, `scale` 10 √N here. The bases follow from `seed` (the same on every
+is the paper's scale; PEFT's default is 20, `scale` 10 √N here. The bases follow from `basis_seed` (the same on every
 machine), are not stored, and are shared by all weights of a shape [ours: PEFT cuts all from one of the largest shape].
 They hold as many numbers as one such W, and a pass costs up to two layers more; x and N r numbers per token are kept.
 """
@@ -32,7 +32,7 @@ class RandLoRA(Method):
     zero_init = True
 
     r: int = field(default=32, metadata={"help": "rank of each basis", "min": 1})
-    seed: int = field(default=0, metadata={"help": "of the bases", "min": 0})
+    basis_seed: int = field(default=0, metadata={"help": "seed of the random bases", "min": 0, "max": 1 << 20})
 
     def start(self, W: Tensor, stats: Params | None = None) -> Params:
         check_rank(self, self.r, W)
@@ -47,11 +47,11 @@ class RandLoRA(Method):
 
     def bases(self, p: Params, long: int, dtype: torch.dtype) -> Tensor:
         """[B_1 ... B_N], (long × N r)."""
-        return linalg.noise(long, p["lambda"].numel(), 2 * self.seed, dtype, p["lambda"].device)
+        return linalg.noise(long, p["lambda"].numel(), 2 * self.basis_seed, dtype, p["lambda"].device)
 
     def mixture(self, lam: Tensor, gamma: Tensor) -> Tensor:
         """2/√N diag(λ_j) A diag(γ_j) of all j below each other, (N r × short)."""
-        A = linalg.noise(self.r, gamma.shape[1], 2 * self.seed + 1, lam.dtype, lam.device)
+        A = linalg.noise(self.r, gamma.shape[1], 2 * self.basis_seed + 1, lam.dtype, lam.device)
         return (2 / math.sqrt(len(lam)) * lam[:, :, None] * A * gamma[:, None]).flatten(0, 1)
 
     def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
