@@ -1,5 +1,7 @@
 """The joined products against plain references: values, gradients (in fp64), what they keep, when they step aside."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -219,6 +221,12 @@ def test_what_a_layer_keeps(method):
         model(x)
     held = kept.pop(x.untyped_storage().data_ptr(), None)
     assert (held is not None) is (method not in ("lamda", "bone", "svfit", "loldu", "mora", "randlora"))
+    inside = 2 * x  # as between two layers: alive only while something refers to it
+    ref = weakref.ref(inside)
+    y = model(inside)
+    del inside
+    assert (ref() is not None) is (held is not None)
+    assert y.requires_grad
     # MoRA is 16 wide here, with one block filled up; RandLoRA's bases are 24 wide together.
     width = {"bat": 40, "mora": 16, "mora_rope": 18, "randlora": 24}.get(method, 8)
     assert sum(t.nbytes for t in kept.values()) <= 512 * width * 4

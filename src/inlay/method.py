@@ -166,12 +166,14 @@ class LowRank(Method):
     def joined(self, p: Params, p0: Params | None, W: Tensor) -> tuple[Tensor, Tensor | None]:
         """`pair` with s in B; an A of None is [I I ... I]."""
         B, A = self.pair(p, p0, W)
-        return self.s * B, A
+        return B if self.s == 1 else self.s * B, A
 
     def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
         if self.reads_weight and base.weight.requires_grad:  # a trained change lies under this one, in ΔW as well
             return super().apply(p, p0, x, base, drop)
-        shape = x.new_empty(0, x.shape[-1])  # W where it is not read: it may be quantised, and x is not to be held
+        shape = x.new_empty(
+            0, x.shape[-1]
+        )  # for W where it is not read; `build` lives until the backward pass, so never x
 
         def build(*values: Tensor) -> tuple[Tensor, Tensor | None]:
             W = base.weight if self.reads_weight else shape

@@ -10,6 +10,7 @@ twice; x is kept by reference, in no other dtype, or not at all.
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -78,14 +79,30 @@ def plain(base: Any, x: Tensor) -> Linear | None:
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which nn.Linear multiplies x here: its own, or autocast's."""
-    device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if on else x.dtype
+    on = autocast_is_on(x.device.type) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if on else x.dtype
 
 
 def own_precision(device: str) -> AbstractContextManager:
-    """Autocast off, on devices that have it (the meta device does not)."""
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    """Autocast off; entering that is slow, so only where it is on."""
+    return torch.autocast(device, enabled=False) if autocast_is_on(device) else nullcontext()
+
+
+def autocast_is_on(device: str) -> bool:
+    """Also asked of devices that have none, such as meta."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def fused(*tensors: Tensor) -> Any:
+    """The module of Triton kernels, where they are switched on (INLAY_TRITON=1) and can take these tensors."""
+    if os.environ.get("INLAY_TRITON") != "1" or torch.compiler.is_compiling():
+        return None
+    there = all(t.is_cuda for t in tensors) or os.environ.get("TRITON_INTERPRET") == "1"
+    if not there or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        return None
+    from inlay import kernels
+
+    return kernels
 
 
 # -- ΔW = B A ---------------------------------------------------------------------------------------------------------
@@ -132,7 +149,7 @@ class _LowRank(torch.autograd.Function):
                     torch.mm(mask.mul_(flat[rows]), cast(Tensor, A).T, out=u[rows])
             else:
                 u = (block_sum(flat, B.shape[1]) if A is None else flat @ A.T).to(dtype)
-                for rows, mask in masks(u.shape, u, drop, ctx.seed):
+                for rows, mask in masks(u.shape, u, drop, ctx.seed) if drop else ():
                     u[rows] *= mask
             y = u @ B.T if W is None else F.linear(flat, W, bias).addmm_(u, B.T)
         ctx.save_for_backward(x if ctx.on_x and any(ctx.needs_input_grad[6:]) else None, u, W, *p)
@@ -161,7 +178,7 @@ class _LowRank(torch.autograd.Function):
                     if dA is not None and flat is not None:
                         dA += v[rows].T @ mask.mul_(flat[rows])
             else:
-                for rows, mask in masks(v.shape, v, ctx.drop, ctx.seed):
+                for rows, mask in masks(v.shape, v, ctx.drop, ctx.seed) if ctx.drop else ():
                     v[rows] *= mask
                 if dx is not None:
                     add_blocks(dx, v) if right is None else dx.addmm_(v, right)
@@ -178,30 +195,34 @@ def leaves_of(tensors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
 def pull(built: Sequence[tuple[Tensor | None, Tensor | None]], leaves: Sequence[Tensor]) -> list[Tensor | None]:
     """The gradients of leaves, None for those that want none, from the slopes of tensors built of them."""
     pairs = [(t, slope.to(t.dtype)) for t, slope in built if t is not None and slope is not None and t.requires_grad]
-    wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    ends, slopes = zip(*pairs, strict=True) if pairs else ((), ())
-    grads = iter(torch.autograd.grad(ends, wanted, slopes) if wanted else ())
+    if all(t.is_leaf for t, _ in pairs):  # nothing was built
+        slopes = {id(t): slope for t, slope in pairs}
+        return [slopes.get(id(leaf)) for leaf in leaves]
+    ends, slopes = zip(*pairs, strict=True)
+    grads = iter(torch.autograd.grad(ends, [leaf for leaf in leaves if leaf.requires_grad], slopes))
     return [next(grads) if leaf.requires_grad else None for leaf in leaves]
 
 
 def masks(shape: Sequence[int], like: Tensor, p: float, seed: int) -> Iterator[tuple[slice, Tensor]]:
-    """The dropout mask of a seed for a (rows × width) tensor, scaled, in strips of rows; none where p is 0."""
-    generator = None if like.is_meta or not p else torch.Generator(like.device).manual_seed(seed)
+    """The dropout mask of a seed for a (rows × width) tensor, scaled, in strips of rows."""
+    generator = None if like.is_meta else torch.Generator(like.device).manual_seed(seed)
     height = max(1, SCRATCH // shape[1])
-    for i in range(0, shape[0] if p else 0, height):
+    for i in range(0, shape[0], height):
         rows = slice(i, min(i + height, shape[0]))
         yield rows, like.new_empty(rows.stop - i, shape[1]).bernoulli_(1 - p, generator=generator).div_(1 - p)
 
 
 def tiles(r: int, inp: int, like: Tensor) -> Tensor | None:
     """[I I ... I], (r × in), in half precision, which multiplies faster than it adds, and sums in fp32; else None."""
-    if like.element_size() >= 4:
+    if like.element_size() >= 4 or fused(like) is not None:
         return None
     return torch.eye(r, dtype=like.dtype, device=like.device).repeat(1, -(-inp // r))[:, :inp]
 
 
 def block_sum(x: Tensor, r: int) -> Tensor:
     """Σ_j x[..., jr : (j+1)r], (..., r), accumulated in at least fp32 with no copy of x; a last block may be short."""
+    if x.dtype != torch.float64 and (kernels := fused(x)) is not None:
+        return kernels.block_sum(x, r)
     dtype, tail = torch.promote_types(x.dtype, torch.float32), x.shape[-1] % r
     S = x[..., : x.shape[-1] - tail].unflatten(-1, (-1, r)).sum(-2, dtype=dtype)
     return S + F.pad(x[..., x.shape[-1] - tail :], (0, r - tail)) if tail else S

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inlay import linalg
+from inlay import linalg, ops
 
 Train = list[Tensor]
 Shape = tuple[int, int, int, int]
@@ -196,6 +196,8 @@ def halves(train: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 def rows(i: int, j: int, left: Tensor, right: Tensor) -> Tensor:
     """Rows i to j, multiples of o', of the matrix (o o' × i i') that two halves stand for."""
     part = left[i // right.shape[1] : j // right.shape[1]]
+    if part.dtype != torch.float64 and (kernels := ops.fused(part, right)) is not None:
+        return kernels.train_rows(part, right)
     # Rows and columns are sorted on the two halves, which are small; the product is only transposed once.
     return torch.tensordot(part, right, 1).transpose(1, 2).flatten(2, 3).flatten(0, 1)
 

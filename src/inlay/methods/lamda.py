@@ -69,8 +69,8 @@ class LaMDA(LowRank):
         if p0 is None:
             return self.factors(p, W)
         p0 = like(p0, p)
-        moved = {k: v if k in "AS" else v - p0[k] for k, v in p.items()}
-        return self.factors(moved, W)[0] + self.factors({**p0, "S": p["S"] - p0["S"]}, W)[0], p["A"]
+        B, B0 = (torch.cat([v for k, v in q.items() if k.startswith("B")], 1) for q in (p, p0))
+        return (B - B0) @ p["S"] + B0 @ (p["S"] - p0["S"]), p["A"]
 
     def schedule(self, p: Params, t: float) -> frozenset[str]:
         names = [k for k in p if k.startswith("B")]
