@@ -171,9 +171,7 @@ class LowRank(Method):
     def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
         if self.reads_weight and base.weight.requires_grad:  # a trained change lies under this one, in ΔW as well
             return super().apply(p, p0, x, base, drop)
-        shape = x.new_empty(
-            0, x.shape[-1]
-        )  # for W where it is not read; `build` lives until the backward pass, so never x
+        shape = x.new_empty(0, x.shape[-1])  # what `build` refers to lives until the backward pass: never x
 
         def build(*values: Tensor) -> tuple[Tensor, Tensor | None]:
             W = base.weight if self.reads_weight else shape
