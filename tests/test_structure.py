@@ -15,6 +15,7 @@ METHOD_FILES = [name for name in FILES if name.startswith("methods/") and name !
 CORE = [
     "method.py",
     "ops.py",
+    "kernels.py",
     "linalg.py",
     "trains.py",
     "allocate.py",
