@@ -14,13 +14,13 @@ TRITON := .triton
 demo: $(READY)  ## environment, install, and the main job: SmolLM2-135M learns E2E
 	$(BIN)/inlay train --output runs/demo --overwrite
 
-test: $(DEV) $(TRITON) lint  ## under ten minutes on two cores
+test: $(DEV) lint  ## under ten minutes on two cores
 	$(BIN)/python -m pytest -q
 
-test-all: $(DEV) $(TRITON) lint  ## and what takes longer
+test-all: $(DEV) lint  ## and what takes longer
 	$(BIN)/python -m pytest -q -m "slow or not slow"
 
-lint: $(DEV)
+lint: $(DEV) $(TRITON)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
