@@ -29,7 +29,6 @@ from peft import LoraConfig, MissConfig, get_peft_model
 from torch import Tensor, nn
 
 from inlay import InlayConfig
-from inlay.methods import METHODS
 
 warnings.simplefilter("ignore")
 SHAPES, CENTRE = ("576x1536", "2048x2048", "4096x4096", "4096x11008"), "4096x4096"
@@ -39,6 +38,7 @@ CASES = [
     *(f"{CENTRE}:{tokens}:16:{precision}" for precision in ("fp32", "bf16") for tokens in (512, 8192)),
     *(f"{CENTRE}:2048:{r}:{precision}" for precision in ("fp32", "bf16") for r in (8, 64)),
 ]
+OURS = ("lora", "pissa", "milora", "lamda", "dota", "bone", "bat", "bat_col")
 Config = Callable[[], Any]
 
 
@@ -58,7 +58,7 @@ def candidates(r: int) -> dict[str, Config | None]:
         "PEFT DoRA": lambda: LoraConfig(**lora, use_dora=True),
         "PEFT MiSS": lambda: MissConfig(r=r, target_modules=["0"]),
         "PEFT Bat": lambda: MissConfig(r=r, target_modules=["0"], init_weights="bat"),
-        **{m.name: ours(m.name) for m in METHODS},
+        **{name: ours(name) for name in OURS},
         "lora, dropout": ours("lora", dropout=0.05),
     }
 

@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from inlay import InlayConfig
-from inlay.methods import METHODS
 from inlay.workbench import models
 
 warnings.simplefilter("ignore")
 CASES = ("builtin:256:fp32", "llama:512:fp32", "llama:512:bf16", "llama:512:bf16:checkpointed")
+OURS = ("lora", "pissa", "milora", "lamda", "dota", "bone", "bat", "bat_col")
 COMPILED = ("frozen", "PEFT LoRA", "lora", "lamda", "bone", "bat", "dota")
 
 
@@ -46,10 +46,10 @@ def candidates() -> dict[str, Callable[[], Any] | None]:
         "PEFT MiSS": lambda: MissConfig(r=16, **everywhere),
         "PEFT Bat": lambda: MissConfig(r=16, init_weights="bat", **everywhere),
         **{
-            m.name: lambda m=m: InlayConfig(
-                method=m.name, args={"bond" if m.name == "dota" else "r": 16}, init_weights=False, **everywhere
+            name: lambda name=name: InlayConfig(
+                method=name, args={"bond" if name == "dota" else "r": 16}, init_weights=False, **everywhere
             )
-            for m in METHODS
+            for name in OURS
         },
     }
 

@@ -55,14 +55,18 @@ class RandLoRA(Method):
         return (2 / math.sqrt(len(lam)) * lam[:, :, None] * A * gamma[:, None]).flatten(0, 1)
 
     def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
-        linear, tall = ops.plain(base, x), p["gamma"].shape[1] == x.shape[-1]
-        y = base(x) if linear is None else x.new_zeros(())
-        out = y.shape[-1] if linear is None else len(linear[0])
-        B = self.bases(p, max(out, x.shape[-1]), x.dtype)
+        tall = p["gamma"].shape[1] == x.shape[-1]
 
-        def build(*values: Tensor) -> tuple[Tensor, Tensor]:
-            A = self.s * self.mixture(*values)
-            return (B, A) if tall else (A.T, B.T)
+        def product(linear: ops.Linear | None, out: int) -> Tensor:
+            B = self.bases(p, max(out, x.shape[-1]), x.dtype)
 
-        change = ops.low_rank(x, linear, build, tall, drop, *p.values())
-        return y + change if linear is None else change
+            def build(*values: Tensor) -> tuple[Tensor, Tensor]:
+                A = self.s * self.mixture(*values)
+                return (B, A) if tall else (A.T, B.T)
+
+            return ops.low_rank(x, linear, build, tall, drop, *p.values())
+
+        if (linear := ops.plain(base, x)) is not None:
+            return product(linear, len(linear[0]))
+        y = base(x)
+        return y + product(None, y.shape[-1])
