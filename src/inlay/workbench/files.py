@@ -1,12 +1,13 @@
-"""Writing so that nothing is ever half there: to a temporary name, then one rename."""
+"""Writing so that nothing is ever half there: to a temporary name, then one rename; and by one process at a time."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -16,10 +17,50 @@ def cache_folder() -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file at once."""
+    """Write a text file at once, and onto the disk."""
     part = path.with_name(f".{path.name}.part")
     part.write_text(text, encoding="utf-8")
+    sync(part)
     os.replace(part, path)
+
+
+def sync(path: Path) -> None:
+    """Have what was written to a file, or renamed in a folder, outlive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold `path` against other processes until the block ends. Of a process that dies, the system lets go itself.
+
+    Of the parents made for it, none stays empty.
+
+    Raises:
+        ValueError: another process holds it, or its parent cannot be written.
+    """
+    lock, missing = path.with_name(f".{path.name}.lock"), [p for p in path.parents if not p.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with lock.open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(file.fileno()).st_nlink == 0:  # who held it was about to remove it
+                raise BlockingIOError
+            try:
+                yield
+            finally:
+                lock.unlink()
+    except BlockingIOError:
+        raise ValueError(f"{path} is in use by another process; wait for it to end, or choose another output") from None
+    except PermissionError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror}") from None
+    finally:
+        for parent in missing:
+            with suppress(OSError):
+                parent.rmdir()
 
 
 @contextmanager
