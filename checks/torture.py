@@ -4,8 +4,9 @@
     python checks/torture.py 3 --model builtin    # SmolLM2-135M
 
 Each recipe runs once undisturbed. Then it is started again, killed (SIGKILL) after a random time, gone on with by
-`--resume`, killed again, until it ends; and so on until as many kills are counted as asked for. Exit status 1 if anything
-differs. Processes are forked from one that has imported the libraries and computed nothing, to save their start-up.
+`--resume`, killed again, until it ends; and so on until as many kills are counted as asked for. Exit status 1 if
+anything differs. Processes are forked from one that has imported the libraries and computed nothing, to save their
+start-up.
 """
 
 from __future__ import annotations
@@ -38,7 +39,6 @@ RECIPES = {
     "lora": "--method lora --r 4 --modules-to-save lm_head --samples 1",
     "nf4": "--method pissa --r 4 --quantize nf4 --fold-rounds 2",
 }  # fmt: skip
-STEPS = 12
 PART = ".part"
 
 
@@ -88,7 +88,7 @@ def outcome(run: Path) -> dict[str, object]:
     return {"metrics": curve, **{name: (run / "adapter" / name).read_bytes() for name in files}}
 
 
-def moment(run: Path) -> str:
+def moment(run: Path, last: int) -> str:
     """Where a run was when it died."""
     if not (run / "recipe.yaml").exists():
         return "before the run folder"
@@ -98,7 +98,7 @@ def moment(run: Path) -> str:
     if not found:
         return "before the first checkpoint"
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
-    return "training" if steps[-1]["step"] < STEPS or "loss" in steps[-1] else "after training"
+    return "training" if steps[-1]["step"] < last or "loss" in steps[-1] else "after training"
 
 
 def main() -> None:
@@ -106,6 +106,7 @@ def main() -> None:
     parser.add_argument("kills", type=int)
     parser.add_argument("--model", default="tiny", help="tiny (default) or any that inlay train takes")
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--more", default="", help="flags for inlay train")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     asked = parser.parse_args()
@@ -124,8 +125,10 @@ def main() -> None:
         references: dict[str, tuple[dict, float]] = {}
         while kills.total() < asked.kills:
             recipe = asked.recipes[trials % len(asked.recipes)]
-            common = f"--model {model} --data {data} --output {run} --steps {STEPS} --save-every 2 --dtype float32"
-            common += " --max-length 64 --eval-size 2 --samples 0 --batch-size 4"
+            common = (
+                f"--model {model} --data {data} --output {run} --steps {asked.steps} --save-every 2 --dtype float32"
+            )
+            common += " --dtype float32 --max-length 64 --eval-size 2 --samples 0 --batch-size 4"
             flags = split(f"{common} {RECIPES[recipe]} {asked.more}")
             if recipe not in references:
                 began = time.monotonic()
@@ -139,7 +142,7 @@ def main() -> None:
                 go_on = ["--resume", str(run)] if (run / "recipe.yaml").exists() else flags
                 running = in_process(lambda go_on=go_on: cli.main(["train", *go_on]), log, after)
                 if running:
-                    kills[moment(run)] += 1
+                    kills[moment(run, asked.steps)] += 1
                     here += 1
             found = outcome(run)
             for part in expected:

@@ -1,6 +1,6 @@
 """The command line. A verb is a function: its docstring is its help, its arguments are declared beside it.
 
-Exit codes: 0 done, 2 the user's mistake (one line), 1 ours (a traceback), 130 interrupted.
+Exit codes: 0 done, 2 the user's mistake (one line), 1 ours (a traceback), 130 interrupted (and how to go on).
 """
 
 from __future__ import annotations

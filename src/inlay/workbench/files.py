@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 
 def cache_folder() -> Path:
@@ -42,25 +43,33 @@ def locked(path: Path) -> Iterator[None]:
     Raises:
         ValueError: another process holds it, or its parent cannot be written.
     """
-    lock, missing = path.with_name(f".{path.name}.lock"), [p for p in path.parents if not p.exists()]
+    missing = [parent for parent in path.parents if not parent.exists()]
+    lock = path.with_name(f".{path.name}.lock")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with lock.open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(file.fileno()).st_nlink == 0:  # who held it was about to remove it
-                raise BlockingIOError
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = lock.open("a")
+        except OSError as error:
+            raise ValueError(f"{path} cannot be written: {error.strerror}") from None
+        with file:
+            take(file, path)
             try:
                 yield
             finally:
-                lock.unlink()
-    except BlockingIOError:
-        raise ValueError(f"{path} is in use by another process; wait for it to end, or choose another output") from None
-    except PermissionError as error:
-        raise ValueError(f"{path} cannot be written: {error.strerror}") from None
+                lock.unlink(missing_ok=True)
     finally:
         for parent in missing:
             with suppress(OSError):
                 parent.rmdir()
+
+
+def take(lock: IO[str], path: Path) -> None:
+    """Lock an open file, for the process alone, or raise the ValueError of `locked`."""
+    with suppress(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(lock.fileno()).st_nlink:  # else who held it has just removed it
+            return
+    raise ValueError(f"{path} is in use by another process; wait for it to end, or choose another output")
 
 
 @contextmanager

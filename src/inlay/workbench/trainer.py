@@ -5,9 +5,11 @@ from __future__ import annotations
 import signal
 import threading
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -15,6 +17,7 @@ from trl import SFTTrainer
 
 from inlay.workbench import checkpoints
 from inlay.workbench.checkpoints import Checkpoint
+from inlay.workbench.models import first_line
 
 
 class Stop(TrainerCallback):
@@ -61,7 +64,8 @@ class Trainer(SFTTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder, step = Path(str(self.args.output_dir)), self.state.global_step
-        if broken := [n for n, p in self.model.named_parameters() if p.requires_grad and not p.isfinite().all()]:
+        named = cast(nn.Module, self.model).named_parameters()
+        if broken := [name for name, p in named if p.requires_grad and not p.isfinite().all()]:
             raise ValueError(f"step {step}: {broken[0]} holds NaN or Inf; the checkpoints before it are untouched")
         over = self.control.should_training_stop or step >= self.state.max_steps
         with checkpoints.staged(folder, step, over, self.run) as part:
@@ -78,12 +82,15 @@ class Trainer(SFTTrainer):
         """Train, from a checkpoint if there is one; what was over already is only loaded."""
         with self.stop:
             if found is None or not found.over:
-                self.train(resume_from_checkpoint=str(found.path) if found else None)
+                try:
+                    self.train(resume_from_checkpoint=str(found.path) if found else None)
+                except UnpicklingError as error:  # it would run code, in a checkpoint that somebody else sealed
+                    raise ValueError(f"{found and found.path} is not read: {first_line(error)}") from None
                 return
         self.state = TrainerState.load_from_json(str(found.path / TRAINER_STATE_NAME))
         best = self.state.best_global_step if self.args.load_best_model_at_end else None
         path = checkpoints.path_of(found.path.parent, best) if best else found.path
-        self.model.load_adapter(str(path), "default", is_trainable=True)
+        cast(PeftModel, self.model).load_adapter(str(path), "default", is_trainable=True)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
         """As trl's; a step in which the loss or a gradient is not finite moves nothing.
