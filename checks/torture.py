@@ -85,7 +85,12 @@ def outcome(run: Path) -> dict[str, object]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     curve = [{k: v for k, v in row.items() if k not in ("seconds", "memory")} for row in rows]
     files = ("adapter_model.safetensors", "adapter_config.json")
-    return {"metrics": curve, **{name: (run / "adapter" / name).read_bytes() for name in files}}
+    left = sorted(path.name for path in (*run.rglob(".*"), *run.parent.glob(".*")))
+    return {
+        "metrics": curve,
+        "what is left over": left,
+        **{name: (run / "adapter" / name).read_bytes() for name in files},
+    }
 
 
 def moment(run: Path, last: int) -> str:

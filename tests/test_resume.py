@@ -130,9 +130,9 @@ def test_a_signal_ends_a_step_and_leaves_a_checkpoint(number, tiny, records, who
     "options",
     [
         {"packing": True, "max_length": 96, "batch_size": 1, "method": "pissa", "args": {"r": 4}},
-        {"trainer": {"logging_steps": 4}, "method": "dota", "args": {"bond": 4, "init": "normal"}},
+        {"trainer": {"logging_steps": 4}, "method": "dota", "args": {"bond": 4, "init": "random"}},
         {"eval_every": 1, "early_stopping": 3, "learning_rate": 0.5, "dropout": 0.2, "steps": 9},
-        {"eval_every": 2, "keep_best": True, "learning_rate": 0.3, "modules_to_save": ["lm_head"], "samples": 1},
+        {"eval_every": 2, "keep_best": True, "learning_rate": 0.3, "modules_to_save": ["norm"], "samples": 1},
     ],
 )
 @pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning")
@@ -148,11 +148,15 @@ def test_a_stopped_run_ends_as_one_left_alone(options, tiny, records, tmp_path, 
             resume(tmp_path / "moved")
     resume(tmp_path / "moved")
     curve, adapter = outcome(tmp_path / "moved")
-    if "trainer" in options:  # where it was stopped there is a row more
-        assert [row for row in curve if row in expected[0]] == expected[0][:1] + expected[0][-1:]
-        assert adapter == expected[1]
+    assert adapter == expected[1]
+    if "trainer" in options:  # where it was stopped, a mean over steps is cut in two
+        assert [row["step"] for row in curve] == [0, 2, 4, 5, 6, 6]
+        curve, expected = (
+            [row for row in rows if row["step"] < 5 or "loss" not in row] for rows in (curve, expected[0])
+        )
+        assert curve == expected
     else:
-        assert (curve, adapter) == expected
+        assert curve == expected[0]
 
 
 def test_a_fold_is_gone_on_with(tiny, records, tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import tempfile
@@ -65,6 +64,8 @@ def locked(path: Path) -> Iterator[None]:
 
 def take(lock: IO[str], path: Path) -> None:
     """Lock an open file, for the process alone, or raise the ValueError of `locked`."""
+    import fcntl  # not everything that writes files needs a system that has it
+
     with suppress(BlockingIOError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.fstat(lock.fileno()).st_nlink:  # else who held it has just removed it

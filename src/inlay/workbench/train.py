@@ -146,8 +146,7 @@ def train(recipe: Recipe, console: Console | None = None, resume: bool = False) 
             if give_up(folder, old):
                 console.print(f"what it learned so far is kept; to go on: inlay train --resume {folder}")
             raise
-        for path in folder.parent.glob(f".{glob.escape(folder.name)}.????????.old"):
-            shutil.rmtree(path)  # the run this one replaces, also where a process before this one set it aside
+        tidy(folder)
     console.print(f"run folder: {folder}")
     if recipe.push_to_hub:
         upload(folder / "adapter", recipe.push_to_hub)
@@ -255,6 +254,14 @@ def give_up(folder: Path, old: Path | None) -> bool:
         (old / folder.name).rename(folder)
         old.rmdir()
     return False
+
+
+def tidy(folder: Path) -> None:
+    """Remove the run that this one replaces, and what processes of this one left half-written when they were killed."""
+    name = glob.escape(folder.name)
+    beside = [path for end in ("old", "part") for path in folder.parent.glob(f".{name}.????????.{end}")]
+    for path in (*beside, *folder.rglob(".*part")):
+        path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
 
 
 def samples(heldout: list[dict], answers: list[list[str]]) -> list[dict[str, str]]:
