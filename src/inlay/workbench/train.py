@@ -155,13 +155,16 @@ def train(recipe: Recipe, console: Console | None = None, resume: bool = False) 
 
 
 def unfinished(folder: Path, changed: dict[str, Any]) -> Recipe | None:
-    """The recipe of the run in a folder, to go on with; None if nothing is left to do.
+    """The recipe of the run in a folder, with what a user says of it; None if nothing is left to do.
 
     Raises:
-        ValueError: there is no run.
+        ValueError: there is no run, or it is of another method (whose hyperparameters have other names).
     """
     if not (folder / MARK).exists() or not (folder / "recipe.yaml").exists():
         raise ValueError(f"{folder} holds no run to go on with: it has no recipe.yaml of one")
+    begun = load_recipe(str(folder / "recipe.yaml"), {}).method
+    if (asked := changed.get("method", begun)) != begun:
+        raise ValueError(f"{folder} is of another run: method was {begun!r} and is {asked!r}; start a new run for that")
     recipe = load_recipe(str(folder / "recipe.yaml"), {**changed, "output": str(folder)})
     return None if (folder / PAGE).exists() else recipe
 
