@@ -49,7 +49,7 @@ def test_every_command_of_the_readme_runs(workplace, tiny, capsys):
         extra = {"train": ["--model", tiny, *TWIN], "generate": ["--tokens", "4"], "methods": ["--model", tiny]}
         main([*words, *extra.get(words[0], [])])
         verbs.append(words[0])
-    rest = ["methods", "generate", "inspect", "fold", "export", "import", "export", "merge", "merge"]
+    rest = ["methods", "plan", "generate", "inspect", "fold", "export", "import", "export", "merge", "merge"]
     assert verbs == ["train", "train", "train", *rest]
     assert (workplace / "spectra" / "spectra.json").exists()
     assert (workplace / "folded" / "base" / "model.safetensors").exists()

@@ -11,11 +11,6 @@ from pathlib import Path
 from typing import IO
 
 
-def cache_folder() -> Path:
-    """Where things are kept that can be made again: $INLAY_CACHE, or ~/.cache/inlay."""
-    return Path(os.environ.get("INLAY_CACHE") or "~/.cache/inlay").expanduser()
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a text file at once, and onto the disk."""
     part = path.with_name(f".{path.name}.part")
