@@ -248,3 +248,12 @@ def test_mistakes_are_one_line(small, flags, words, capsys):
     assert stop.value.code == 2
     assert len(said.splitlines()) == 1
     assert words in said
+
+
+def test_planning_leaves_bitsandbytes_as_it_was(small):
+    """It keeps a table where it first needed one; on meta that would be none for whoever quantises next."""
+    from bitsandbytes.functional import name2qmap, quantize_blockwise
+
+    name2qmap.pop("dynamic", None)
+    Run(small, config("bone"), quantize="nf4").step(1, 8)
+    quantize_blockwise(torch.randn(256))
