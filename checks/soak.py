@@ -78,7 +78,8 @@ def soak(method: str, steps: int, folder: Path, model: str, data: Path) -> list[
     command += ["--method", method, *(f"--{k}={v}" for k, v in METHODS[method].items()), "--steps", str(steps)]
     command += "--batch-size 2 --eval-size 4 --samples 0 --max-length 64 --dtype float32 --learning-rate 3e-3".split()
     command += ["--save-every", str(steps // 40), "--trainer", "{save_total_limit: 40}"]
-    seen = np.array([row for row in watched(command, run / "metrics.jsonl") if row[0] >= steps / 4])
+    rows = watched(command, run / "metrics.jsonl")
+    seen = np.array([row for row in rows if steps / 4 <= row[0] < steps])  # after the last one the report is drawn
     slope = np.polyfit(seen[:, 0], seen[:, 1], 1)[0] * 1000
     files = seen[-len(seen) // 4 :, 2].max() - seen[: len(seen) // 4 + 1, 2].max()
     kept = sorted(checkpoints.steps(run / checkpoints.FOLDER))
