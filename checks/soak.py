@@ -81,13 +81,13 @@ def soak(method: str, steps: int, folder: Path, model: str, data: Path) -> list[
     rows = watched(command, run / "metrics.jsonl")
     seen = np.array([row for row in rows if steps / 4 <= row[0] < steps])  # after the last one the report is drawn
     slope = np.polyfit(seen[:, 0], seen[:, 1], 1)[0] * 1000
-    files = seen[-len(seen) // 4 :, 2].max() - seen[: len(seen) // 4 + 1, 2].max()
+    files = np.median(seen[-len(seen) // 4 :, 2]) - np.median(seen[: len(seen) // 4 + 1, 2])  # one is open now and then
     kept = sorted(checkpoints.steps(run / checkpoints.FOLDER))
     some = [kept[len(kept) * i // 4 - 1] for i in (1, 2, 3, 4)]
     drifts = {step: drift(model, checkpoints.path_of(run / checkpoints.FOLDER, step)) for step in some}
     print(f"{method}: {steps} steps, {len(kept)} checkpoints, {len(seen)} samples from step {int(seen[0, 0])} on")
     print(f"  memory {seen[0, 1]:.1f} to {seen[-1, 1]:.1f} MiB, slope {slope:+.3f} MiB per 1,000 steps")
-    print(f"  open files at most {int(seen[:, 2].max())}, {files:+.0f} from the first to the last quarter")
+    print(f"  open files at most {int(seen[:, 2].max())}, median {files:+.0f} from the first to the last quarter")
     text = ", ".join(f"step {step} {error:.1e} of {effect:.2f}" for step, (error, effect) in drifts.items())
     print(f"  adapter against merged, largest logit difference: {text}", flush=True)
     bad = [f"{method}: memory grows"] if slope > 1 else []
