@@ -9,7 +9,7 @@ DEV    := $(VENV)/.installed-dev
 SERVE  := .venv-serve
 TRITON := .triton
 
-.PHONY: demo test test-all lint bench serve-check peft-suite clean
+.PHONY: demo test test-all lint bench serve-check peft-suite torture soak clean
 
 demo: $(READY)  ## environment, install, and the main job: SmolLM2-135M learns E2E
 	$(BIN)/inlay train --output runs/demo --overwrite
@@ -41,6 +41,12 @@ bench: $(DEV)  ## the measurements behind benchmarks/results
 peft-suite: $(DEV)  ## PEFT's own tests on our configs
 	$(PIP) install scipy attrs
 	OMP_NUM_THREADS=1 $(BIN)/python -m peft_suite.run
+
+torture: $(READY)  ## 200 kills at random moments, and every run ends as one left alone
+	OMP_NUM_THREADS=1 $(BIN)/python checks/torture.py 200
+
+soak: $(READY)  ## 2,000 steps with checkpoints: memory, open files, adapter against merged
+	OMP_NUM_THREADS=1 $(BIN)/python checks/soak.py
 
 serve-check: $(READY) $(SERVE)/.installed  ## llama.cpp reads our LoRA and our merged model
 	$(BIN)/python checks/serve.py $(SERVE)/bin/python

@@ -1,6 +1,6 @@
 """The command line. A verb is a function: its docstring is its help, its arguments are declared beside it.
 
-Exit codes: 0 done, 2 the user's mistake (one line), 1 ours (a traceback), 130 interrupted.
+Exit codes: 0 done, 2 the user's mistake (one line), 1 ours (a traceback), 130 interrupted (and how to go on).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from inlay._version import __version__
@@ -54,10 +55,16 @@ def train(options: argparse.Namespace) -> None:
     from inlay.workbench import models, prepare, recipe, train
 
     models.quiet()
-    given = {k: v for k, v in vars(options).items() if k not in ("verb", "run", "recipe", "dry_run")}
+    given = {k: v for k, v in vars(options).items() if k not in ("verb", "run", "recipe", "dry_run", "resume")}
     flags = {k: recipe.from_flag(k, v) if isinstance(v, str) else v for k, v in given.items()}
-    resolved = recipe.load(options.recipe, flags)
     console = terminal()
+    if options.resume:
+        if options.recipe or options.dry_run:
+            raise ValueError("--resume RUN goes on with the recipe in the run folder; leave out RECIPE and --dry-run")
+        unfinished = train.unfinished(Path(options.resume), flags)
+        train.train(unfinished, console, resume=True) if unfinished else print(f"{options.resume} is finished")
+        return
+    resolved = recipe.load(options.recipe, flags)
     prepare.dry_run(resolved, console) if options.dry_run else train.train(resolved, console)
 
 
@@ -435,6 +442,7 @@ def add_train(verb: argparse.ArgumentParser) -> None:
     from inlay.workbench.recipe import Recipe, hyperparameters
 
     verb.add_argument("recipe", nargs="?", help="YAML file; flags override it")
+    verb.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, from its last checkpoint")
     verb.add_argument("--dry-run", action="store_true", help="show recipe, first example, parameters and memory; stop")
     names = [f.name for f in fields(Recipe)] + list(hyperparameters())
     rest = [name for name in names if name not in COMMON]

@@ -1,4 +1,4 @@
-"""Writing so that nothing is ever half there: to a temporary name, then one rename."""
+"""Writing so that nothing is ever half there: to a temporary name, then one rename; and by one process at a time."""
 
 from __future__ import annotations
 
@@ -6,15 +6,66 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file at once."""
+    """Write a text file at once, and onto the disk."""
     part = path.with_name(f".{path.name}.part")
     part.write_text(text, encoding="utf-8")
+    sync(part)
     os.replace(part, path)
+
+
+def sync(path: Path) -> None:
+    """Have what was written to a file, or renamed in a folder, outlive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold `path` against other processes until the block ends. Of a process that dies, the system lets go itself.
+
+    Of the parents made for it, none stays empty.
+
+    Raises:
+        ValueError: another process holds it, or its parent cannot be written.
+    """
+    missing = [parent for parent in path.parents if not parent.exists()]
+    lock = path.with_name(f".{path.name}.lock")
+    try:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = lock.open("a")
+        except OSError as error:
+            raise ValueError(f"{path} cannot be written: {error.strerror}") from None
+        with file:
+            take(file, path)
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+    finally:
+        for parent in missing:
+            with suppress(OSError):
+                parent.rmdir()
+
+
+def take(lock: IO[str], path: Path) -> None:
+    """Lock an open file, for the process alone, or raise the ValueError of `locked`."""
+    import fcntl  # not everything that writes files needs a system that has it
+
+    with suppress(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(lock.fileno()).st_nlink:  # else who held it has just removed it
+            return
+    raise ValueError(f"{path} is in use by another process; wait for it to end, or choose another output")
 
 
 @contextmanager

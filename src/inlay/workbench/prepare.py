@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from inlay.folding import fold
 from inlay.host.config import InlayConfig
 from inlay.workbench import data, memory, models, ranks
+from inlay.workbench.checkpoints import Checkpoint
 from inlay.workbench.files import check_free
 from inlay.workbench.plan import Run
 from inlay.workbench.recipe import Recipe
@@ -102,10 +104,15 @@ def check_fold(recipe: Recipe, adapter: Path) -> None:
         raise ValueError(f"{recipe.model} is folded already; leave out quantize: {recipe.quantize}")
 
 
-def load(recipe: Recipe, dtype: torch.dtype, folder: Path, console: Console) -> PreTrainedModel | PeftModel:
-    """The model a recipe trains, quantised if it says so; after a fold (in `folder`) it is adapted already."""
+def load(
+    recipe: Recipe, dtype: torch.dtype, folder: Path, console: Console, found: Checkpoint | None = None
+) -> PreTrainedModel | PeftModel:
+    """The model a recipe trains, quantised if it says so. After a fold, into `folder`/base, it is adapted already, and
+    a run that goes on takes its base from there."""
     from inlay.workbench import packing
 
+    if recipe.quantize == "nf4" and found:
+        return models.load_adapted(found.path, str(folder / "base"), dtype, trainable=True)[0]
     if adapter := models.fold_at(recipe.model):
         check_fold(recipe, adapter)
         return models.load_adapted(adapter, dtype=dtype, trainable=True)[0]
@@ -114,12 +121,17 @@ def load(recipe: Recipe, dtype: torch.dtype, folder: Path, console: Console) -> 
         quantization = None if recipe.quantize == "none" else packing.settings(recipe.quantize, dtype)
         return models.load_model(recipe.model, dtype, *options, quantization)
     made = fold(
-        recipe.model, folder, recipe.config(), rounds=recipe.fold_rounds, revision=options[0],
+        recipe.model, folder / "folded", recipe.config(), rounds=recipe.fold_rounds, revision=options[0],
         trust_remote_code=options[1],
     )  # fmt: skip
     plain, folded = (statistics.mean(getattr(e, kind) for e in made.errors) for kind in ("plain", "folded"))
     console.print(f"folded: the base starts at a relative error of {folded:.4f} per weight (plain NF4: {plain:.4f})")
-    return models.load_adapted(made.adapter, str(made.base), dtype, trainable=True)[0]
+    model = models.load_adapted(made.adapter, str(made.base), dtype, trainable=True)[0]
+    for path in (made.base, made.folder / "errors.csv"):
+        path.rename(folder / path.name)
+    shutil.rmtree(made.folder)
+    model.peft_config["default"].base_model_name_or_path = str((folder / "base").resolve())
+    return model
 
 
 def dry_run(recipe: Recipe, console: Console) -> None:

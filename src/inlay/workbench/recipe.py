@@ -72,6 +72,7 @@ class Recipe:
     weight_decay: float = entry(0.0, "AdamW's", min=0)
     optimizer: str = entry("adamw_torch", "any of transformers' optimisers")
     max_grad_norm: float = entry(1.0, "clipping", min=0)
+    skip_nan: int = entry(0, "steps with NaN or Inf to pass over before one ends the run", min=0)
     gradient_checkpointing: bool = entry(False, "less memory, about a third more time")
     seed: int = entry(0, "of everything random", min=0)
     trainer: dict = entry(dict, "any other field of trl's SFTConfig")
@@ -79,7 +80,7 @@ class Recipe:
     eval_every: int | None = entry(None, "steps between evaluations (default: before and after only)", min=1)
     early_stopping: int | None = entry(None, "evaluations without improvement to stop after, at the best", min=1)
     keep_best: bool = entry(False, "end with the best checkpoint, not the last")
-    save_every: int | None = entry(None, "steps between checkpoints", min=1)
+    save_every: int | None = entry(None, "steps between checkpoints (default: a tenth of the run; 0: none)", min=0)
     report_to: str = entry("none", "trackers: tensorboard, wandb, trackio, ...")
 
     output: str | None = entry(None, "run folder (default: runs/<model>-<method>)")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import glob
+import json
 import math
 import shutil
-import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
@@ -19,18 +17,22 @@ from rich.console import Console
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from inlay.host.schedule import Schedule
-from inlay.workbench import memory, models, ranks, report
-from inlay.workbench.files import check_free, new_folder, set_aside, write_text
+from inlay.workbench import checkpoints, memory, models, ranks, report
+from inlay.workbench.checkpoints import Checkpoint
+from inlay.workbench.files import check_free, locked, new_folder, set_aside, write_text
 from inlay.workbench.generate import answer
 from inlay.workbench.prepare import MARK, Examples, as_dataset, at_most, examples, fitting_batch, load, planned
 from inlay.workbench.recipe import Recipe
-from inlay.workbench.result import Result
+from inlay.workbench.recipe import load as load_recipe
+from inlay.workbench.result import Result, environment
+from inlay.workbench.trainer import Trainer
 from inlay.workbench.watch import Watch, duration, peak_memory
 
-INTERRUPTED = "interrupted"  # the adapter of a run that Ctrl-C ended
+PAGE = "report.html"  # what a run writes last
+BEFORE = ".before.json"  # the answers before training, until the samples are written
 
 
 def arguments(recipe: Recipe, folder: Path, batch: int, steps: int, dtype: torch.dtype) -> SFTConfig:
@@ -39,11 +41,12 @@ def arguments(recipe: Recipe, folder: Path, batch: int, steps: int, dtype: torch
     Raises:
         ValueError: a value, or a key of `trainer`, that trl or transformers refuse.
     """
-    evaluating, saving = recipe.eval_every, recipe.save_every
+    evaluating = recipe.eval_every
+    saving = math.ceil(steps / 10) if recipe.save_every is None else recipe.save_every
     if recipe.keep_best or recipe.early_stopping:
         saving = evaluating
     values: dict[str, Any] = {
-        "output_dir": str(folder / "checkpoints"),
+        "output_dir": str(folder / checkpoints.FOLDER),
         "learning_rate": recipe.learning_rate,
         "num_train_epochs": recipe.epochs,
         "max_steps": recipe.steps or -1,
@@ -67,6 +70,7 @@ def arguments(recipe: Recipe, folder: Path, batch: int, steps: int, dtype: torch
         "save_strategy": "steps" if saving else "no",
         "save_steps": saving or 500,
         "save_total_limit": 2,
+        "restore_callback_states_from_checkpoint": True,  # early stopping counts on
         "load_best_model_at_end": bool(recipe.keep_best or recipe.early_stopping),
         "metric_for_best_model": "eval_loss",
         "greater_is_better": False,
@@ -104,44 +108,45 @@ def check_extra(key: str, values: dict[str, Any]) -> None:
         raise ValueError(f"trainer: {key!r} is set by the recipe itself; use its own field")
 
 
-def train(recipe: Recipe, console: Console | None = None) -> Result:
-    """Run a recipe and leave its run folder.
+def train(recipe: Recipe, console: Console | None = None, resume: bool = False) -> Result:
+    """Run a recipe and leave its run folder, or go on with the run that is at its `output` (see `unfinished`).
 
     Raises:
-        ValueError: the recipe, the data or the output folder cannot be used; nothing is then written.
+        ValueError: the recipe, the data or the output folder cannot be used, and nothing is then written; the run was
+            made with something else; or it met NaN, Inf or a full disk, and can go on from its last checkpoint.
     """
     console = console or Console()
-    set_seed(recipe.seed)
     folder = recipe.run_folder()
-    check_free(folder, recipe.overwrite, MARK)
-    check_tracker(recipe.report_to)
-    if recipe.push_to_hub:
-        claim(recipe.push_to_hub)
-    dtype = models.dtype_for(recipe.dtype)
-    tokenizer = models.load_tokenizer(recipe.model, recipe.revision, recipe.trust_remote_code)
-    rows = examples(recipe, tokenizer, console)
-    recipe = ranks.settle(recipe, console)
-    with room_beside(folder) as part:  # the run's folder waits until all is valid
-        model = load(recipe, dtype, part / "folded", console)
-        trainer = build(recipe, model, tokenizer, rows, part)
-        recipe = recipe.resolved(
-            dtype=str(dtype).removeprefix("torch."),
-            eval_size=len(rows.heldout),
-            batch_size=trainer.args.per_device_train_batch_size,
-            output=str(folder),
-        )
-        old = start_folder(folder, recipe)
-        if (part / "folded").exists():
-            for name in ("base", "errors.csv"):
-                (part / "folded" / name).rename(folder / name)
-            cast(Any, trainer.model).peft_config["default"].base_model_name_or_path = str((folder / "base").resolve())
-    try:
-        result = run(recipe, trainer, tokenizer, rows, console)
-    except BaseException:
-        give_up(folder, old)
-        raise
-    if old:
-        shutil.rmtree(old)
+    with locked(folder):
+        check_free(folder, recipe.overwrite or resume, MARK)
+        found = checkpoints.newest(folder / checkpoints.FOLDER, console) if resume else None
+        if found:
+            checkpoints.check_same(found, "recipe", checkpoints.settings(recipe))
+            console.print(f"going on from {found.path}")
+        check_tracker(recipe.report_to)
+        if recipe.push_to_hub:
+            claim(recipe.push_to_hub)
+        dtype = models.dtype_for(recipe.dtype)
+        tokenizer = models.load_tokenizer(recipe.model, recipe.revision, recipe.trust_remote_code)
+        rows = examples(recipe, tokenizer, console)
+        old = None if found else start_folder(folder, recipe)
+        try:
+            recipe = ranks.settle(recipe, console)
+            set_seed(recipe.seed)
+            trainer = build(recipe, load(recipe, dtype, folder, console, found), tokenizer, rows, folder)
+            recipe = recipe.resolved(
+                dtype=str(dtype).removeprefix("torch."),
+                eval_size=len(rows.heldout),
+                batch_size=trainer.args.per_device_train_batch_size,
+                output=str(folder),
+            )
+            write_text(folder / "recipe.yaml", recipe.to_yaml())
+            result = run(recipe, trainer, tokenizer, rows, console, found)
+        except BaseException:
+            if give_up(folder, old):
+                console.print(f"what it learned so far is kept; to go on: inlay train --resume {folder}")
+            raise
+        tidy(folder)
     console.print(f"run folder: {folder}")
     if recipe.push_to_hub:
         upload(folder / "adapter", recipe.push_to_hub)
@@ -149,10 +154,31 @@ def train(recipe: Recipe, console: Console | None = None) -> Result:
     return result
 
 
-def run(recipe: Recipe, trainer: SFTTrainer, tokenizer: Any, rows: Examples, console: Console) -> Result:
+def unfinished(folder: Path, changed: dict[str, Any]) -> Recipe | None:
+    """The recipe of the run in a folder, with what a user says of it; None if nothing is left to do.
+
+    Raises:
+        ValueError: there is no run, or it is of another method (whose hyperparameters have other names).
+    """
+    if not (folder / MARK).exists() or not (folder / "recipe.yaml").exists():
+        raise ValueError(f"{folder} holds no run to go on with: it has no recipe.yaml of one")
+    begun = load_recipe(str(folder / "recipe.yaml"), {}).method
+    if (asked := changed.get("method", begun)) != begun:
+        raise ValueError(f"{folder} is of another run: method was {begun!r} and is {asked!r}; start a new run for that")
+    recipe = load_recipe(str(folder / "recipe.yaml"), {**changed, "output": str(folder)})
+    return None if (folder / PAGE).exists() else recipe
+
+
+def run(
+    recipe: Recipe, trainer: Trainer, tokenizer: Any, rows: Examples, console: Console, found: Checkpoint | None = None
+) -> Result:
     """Evaluate, train, evaluate, and write everything into the run folder."""
     folder, model = Path(str(recipe.output)), cast(PeftModel, trainer.model)
-    trainer.args.output_dir = str(folder / "checkpoints")
+    trainer.run = {
+        "recipe": checkpoints.settings(recipe),
+        "identity": checkpoints.identity(trainer, rows),
+        "versions": environment(),
+    }
     watch = Watch(folder, console)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(watch)
@@ -161,23 +187,27 @@ def run(recipe: Recipe, trainer: SFTTrainer, tokenizer: Any, rows: Examples, con
         f"{recipe.method} on {report.model_name(recipe.model)} in {recipe.dtype}: {parameters:,} of "
         f"{everything - parameters:,} numbers are trained ({parameters / (everything - parameters):.2%})"
     )
-    before = trainer.evaluate()["eval_loss"]
+    if found:
+        checkpoints.check_same(found, "identity", trainer.run["identity"])
+        for change in checkpoints.versions_changed(found):
+            console.print(f"note: the checkpoint was made with {change}; bits may differ", style="yellow")
+        watch.restore(found.path)
+    before = watch.history[0]["eval_loss"] if found else trainer.evaluate()["eval_loss"]
     console.print(f"held-out loss before: {before:.3f}")
     prompts = [row["prompt"] for row in rows.heldout if "prompt" in row][: recipe.samples]
-    answers = [answer(model, tokenizer, prompts)] if prompts else []
-    began = time.perf_counter()
+    if not (folder / BEFORE).exists():
+        write_text(folder / BEFORE, json.dumps(answer(model, tokenizer, prompts) if prompts else []))
     try:
-        trainer.train()
+        trainer.go_on(found)
     except KeyboardInterrupt:
-        with new_folder(folder / INTERRUPTED) as part:
-            model.save_pretrained(str(part))
-        console.print(f"stopped at step {trainer.state.global_step}; the adapter so far is in {folder / INTERRUPTED}")
+        console.print(f"stopped at step {trainer.state.global_step}")
         raise
     finally:
         watch.bar.stop()
-    seconds = time.perf_counter() - began
+    seconds = watch.seconds
     after = trainer.evaluate()["eval_loss"]
     console.print(f"held-out loss after:  {after:.3f}  ({duration(seconds)}, {memory.gib(peak_memory())} peak)")
+    answers = [json.loads((folder / BEFORE).read_text(encoding="utf-8"))]
     answers += [answer(model, tokenizer, prompts)] if prompts else []
     result = Result(
         recipe, folder, parameters, everything - parameters, before, after, seconds, watch.tokens, peak_memory(),
@@ -187,14 +217,14 @@ def run(recipe: Recipe, trainer: SFTTrainer, tokenizer: Any, rows: Examples, con
     return result
 
 
-def build(recipe: Recipe, base: Any, tokenizer, rows: Examples, folder: Path) -> SFTTrainer:
+def build(recipe: Recipe, base: Any, tokenizer, rows: Examples, folder: Path) -> Trainer:
     """The trainer for a recipe and its base, which is adapted here unless it is so already; settles `batch_size`."""
     batch = recipe.batch_size
     if batch == "auto":
         batch = fitting_batch(*planned(recipe, rows, base.dtype), at_most(rows), loaded=True)
     steps = recipe.steps or math.ceil(recipe.epochs * len(rows.train) / (batch * recipe.accumulation))
     stop: list[TrainerCallback] = [EarlyStoppingCallback(recipe.early_stopping)] if recipe.early_stopping else []
-    return SFTTrainer(
+    return Trainer(
         base,
         args=arguments(recipe, folder, batch, steps, base.dtype),
         train_dataset=as_dataset(rows.train, tokenizer),
@@ -202,45 +232,39 @@ def build(recipe: Recipe, base: Any, tokenizer, rows: Examples, folder: Path) ->
         processing_class=tokenizer,
         peft_config=None if isinstance(base, PeftModel) else recipe.config(),
         callbacks=[Schedule(), *stop],
+        skips=recipe.skip_nan,
     )
 
 
-@contextmanager
-def room_beside(folder: Path) -> Iterator[Path]:
-    """A temporary folder on the same disk as `folder`; of the parents made for it, none stays empty."""
-    missing = [p for p in folder.parents if not p.exists()]
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as part:
-            yield Path(part)
-    except PermissionError as error:
-        raise ValueError(f"{folder} cannot be written: {error.strerror}") from None
-    finally:
-        for parent in missing:
-            with suppress(OSError):
-                parent.rmdir()
-
-
 def start_folder(folder: Path, recipe: Recipe) -> Path | None:
-    """Create the run folder with its resolved recipe; give back where the one it replaces was put."""
+    """Create the run folder with its recipe; give back where the one it replaces was put."""
     try:
         old = set_aside(folder)
-        folder.mkdir(parents=True)
-        (folder / MARK).touch()
-        write_text(folder / "recipe.yaml", recipe.to_yaml())
+        with new_folder(folder) as part:
+            (part / MARK).touch()
+            write_text(part / "recipe.yaml", recipe.to_yaml())
         return old
     except OSError as error:
         raise ValueError(f"{folder} cannot be written: {error.strerror}") from None
 
 
-def give_up(folder: Path, old: Path | None) -> None:
-    """After a failure: keep a folder that holds something trained, else leave things as they were before the run."""
-    if (folder / INTERRUPTED).exists() or any((folder / "checkpoints").glob("checkpoint-*")):
-        return
+def give_up(folder: Path, old: Path | None) -> bool:
+    """After a failure: whether the folder is kept, for its checkpoints; else things are as they were before the run."""
+    if checkpoints.steps(folder / checkpoints.FOLDER):
+        return True
     shutil.rmtree(folder, ignore_errors=True)
     if old:
         (old / folder.name).rename(folder)
         old.rmdir()
+    return False
+
+
+def tidy(folder: Path) -> None:
+    """Remove the run that this one replaces, and what processes of this one left half-written when they were killed."""
+    name = glob.escape(folder.name)
+    beside = [path for end in ("old", "part") for path in folder.parent.glob(f".{name}.????????.{end}")]
+    for path in (*beside, *folder.rglob(".*part")):
+        path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
 
 
 def samples(heldout: list[dict], answers: list[list[str]]) -> list[dict[str, str]]:
@@ -256,13 +280,14 @@ def samples(heldout: list[dict], answers: list[list[str]]) -> list[dict[str, str
 
 def write(result: Result, model: PeftModel) -> None:
     """The adapter with its card, the samples, the plots and the report."""
-    with new_folder(result.folder / "adapter") as part:
+    with new_folder(result.folder / "adapter", overwrite=True, marker="adapter_config.json") as part:
         model.save_pretrained(str(part))
         (part / "README.md").write_text(report.card(result), encoding="utf-8")
     (result.folder / "plots").mkdir(exist_ok=True)
     report.plot_loss(result, result.folder / "plots" / "loss.png")
     write_text(result.folder / "samples.md", report.samples_text(result))
-    write_text(result.folder / "report.html", report.page(result))
+    write_text(result.folder / PAGE, report.page(result))
+    (result.folder / BEFORE).unlink()
 
 
 def claim(repository: str) -> None:

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from inlay.workbench.checkpoints import METRICS
+from inlay.workbench.files import write_text
 from inlay.workbench.memory import gib, trainable
 
 
@@ -21,12 +23,26 @@ class Watch(TrainerCallback):
     """Follows a run: `metrics.jsonl`, and a bar on a terminal or a line now and then in a log file."""
 
     def __init__(self, folder: Path, console: Console) -> None:
-        self.file, self.console = folder / "metrics.jsonl", console
+        self.file, self.console = folder / METRICS, console
         self.history: list[dict[str, Any]] = []
-        self.started, self.tokens = 0.0, 0
+        self.started, self.tokens = time.perf_counter(), 0
+        self.spent, self.read = 0.0, 0  # seconds and tokens of the processes before this one
         columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[now]}"))
         self.bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
         self.task = self.bar.add_task("", total=None, now="")
+
+    def restore(self, checkpoint: Path) -> None:
+        """Go on where the metrics in a checkpoint end."""
+        write_text(self.file, text := (checkpoint / METRICS).read_text(encoding="utf-8"))
+        self.history = [json.loads(line) for line in text.splitlines()]
+        last = next((row for row in reversed(self.history) if "seconds" in row), {"seconds": 0.0, "tokens": 0})
+        self.spent, self.read = last["seconds"], last["tokens"]
+        self.tokens = self.read
+
+    @property
+    def seconds(self) -> float:
+        """Of training, over all processes of the run."""
+        return self.spent + time.perf_counter() - self.started
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.started = time.perf_counter()
@@ -36,14 +52,15 @@ class Watch(TrainerCallback):
     def on_log(self, args, state, control, logs: dict[str, Any] | None = None, model=None, **kwargs) -> None:
         logs = logs or {}
         names = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy", "eval_mean_token_accuracy")
-        row = {"step": state.global_step, **{name: logs[name] for name in names if name in logs}}
+        row = {"step": state.global_step, **{name: logs[name] for name in (*names, "passed_over") if name in logs}}
         if "loss" in logs:
-            self.tokens = int(logs.get("num_tokens", self.tokens))
-            seconds = time.perf_counter() - self.started
-            row |= {"tokens": self.tokens, "seconds": round(seconds, 3), "memory": peak_memory()}
+            self.tokens = self.read + int(logs.get("num_tokens", self.tokens - self.read))
+            row |= {"tokens": self.tokens, "seconds": round(self.seconds, 3), "memory": peak_memory()}
             row |= {"trained": trainable(model)} if model is not None else {}
             self._show(state, row)
-        if len(row) > 1 and ("loss" in row or "eval_loss" in row):
+        if "passed_over" in row:
+            self.console.print(f"step {state.global_step} is passed over: {row['passed_over']}", style="yellow")
+        if row.keys() & {"loss", "eval_loss", "passed_over"}:
             self.history.append(row)
             with self.file.open("a", encoding="utf-8") as out:
                 out.write(json.dumps(row) + "\n")

@@ -1,0 +1,434 @@
+"""A run that is stopped, by whatever, goes on to the same end; what cannot be gone on from is refused, and why."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from inlay.cli import main
+from inlay.workbench import checkpoints, train
+from inlay.workbench.files import locked
+from inlay.workbench.recipe import Recipe
+from inlay.workbench.watch import Watch
+
+SILENT = Console(quiet=True)
+TORTURE = Path(__file__).parents[1] / "checks" / "torture.py"
+LAMDA = {"method": "lamda", "args": {"r": 4, "eta": 0.6}, "dropout": 0.1, "weight_decay": 0.1, "accumulation": 2}
+
+
+def slow(case):
+    return pytest.param(case, marks=pytest.mark.slow)
+
+
+def made(tiny, records, out, **more) -> Recipe:
+    values = {"steps": 6, "batch_size": 4, "eval_size": 4, "samples": 0, "dtype": "float32", "save_every": 2, **more}
+    return Recipe(model=tiny, data=records, output=str(out), **values)
+
+
+def outcome(run: Path) -> tuple[list[dict], bytes]:
+    """What must not depend on how often a run was stopped: its metrics but for time and memory, its adapter's bits."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    curve = [{k: v for k, v in row.items() if k not in ("seconds", "memory")} for row in rows]
+    return curve, (run / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def at_step(monkeypatch, step, what) -> None:
+    """Do something once, after a step, in the next one."""
+
+    def once(self, args, state, control, **kwargs):
+        if state.global_step == step:
+            what()
+
+    monkeypatch.setattr(Watch, "on_step_begin", once, raising=False)
+
+
+def interrupt(number=signal.SIGINT) -> None:
+    os.kill(os.getpid(), number)
+
+
+def resume(run: Path, console=SILENT, **changed):
+    return train.train(train.unfinished(run, changed), console, resume=True)
+
+
+def stopped(recipe: Recipe, monkeypatch, step=3) -> Path:
+    """A run that Ctrl-C ended in the step after this one."""
+    with monkeypatch.context() as patch:
+        at_step(patch, step, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(recipe, SILENT)
+    return Path(str(recipe.output))
+
+
+def fails(capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    err = capsys.readouterr().err
+    assert stop.value.code == 2, err
+    assert len(err.strip().splitlines()) == 1
+    return err
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, records, tmp_path_factory) -> Path:
+    """A LaMDA run that nothing disturbed; 6 steps of 2 × 4 in two and a half epochs of 20."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train.train(made(tiny, records, folder, **LAMDA), SILENT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def interrupted(tiny, records, tmp_path_factory) -> Path:
+    """The same, ended by Ctrl-C in its fifth step: with checkpoints of the steps 4 and 5."""
+    with pytest.MonkeyPatch.context() as patch:
+        return stopped(made(tiny, records, tmp_path_factory.mktemp("cut") / "run", **LAMDA), patch, 4)
+
+
+@pytest.fixture
+def cut(interrupted, tmp_path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(interrupted, tmp_path / "run"))
+
+
+# The same end
+
+
+@pytest.mark.parametrize("kills", [3, slow(25)])
+def test_a_killed_run_ends_as_one_left_alone(kills, tmp_path):
+    """On the built-in model: frozen blocks, dropout, accumulation, weight decay, more than one epoch."""
+    small = "--layers-to-transform 28,29 --target-modules q_proj,down_proj --max-length 48 --batch-size 1"
+    command = [sys.executable, str(TORTURE), str(kills), "--model", "builtin", "--recipes", "lamda", "--steps", "5"]
+    done = subprocess.run([*command, "--more", small], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{kills} kills in" in done.stdout
+    assert "0 ended differently" in done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, slow(signal.SIGTERM)])
+def test_a_signal_ends_a_step_and_leaves_a_checkpoint(number, tiny, records, whole, tmp_path, monkeypatch, capsys):
+    (tmp_path / "r.yaml").write_text(made(tiny, records, tmp_path / "run", **LAMDA).to_yaml())
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, lambda: interrupt(number))
+        with pytest.raises(SystemExit) as end:
+            main(["train", str(tmp_path / "r.yaml")])
+    assert end.value.code == 130
+    assert f"inlay train --resume {tmp_path / 'run'}" in " ".join(capsys.readouterr().out.split())
+    assert checkpoints.steps(tmp_path / "run" / "checkpoints") == [3, 2]
+    main(["train", "--resume", str(tmp_path / "run")])
+    assert outcome(tmp_path / "run") == outcome(whole)
+    capsys.readouterr()
+    main(["train", "--resume", str(tmp_path / "run")])
+    assert "is finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        slow({"packing": True, "max_length": 96, "batch_size": 1, "method": "pissa", "args": {"r": 4}}),
+        slow({"trainer": {"logging_steps": 4}, "method": "dota", "args": {"bond": 4, "init": "random"}}),
+        {"eval_every": 1, "early_stopping": 3, "learning_rate": 0.5, "dropout": 0.2, "steps": 9},
+        {"eval_every": 2, "keep_best": True, "learning_rate": 0.3, "modules_to_save": ["norm"], "samples": 1},
+    ],
+)
+@pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning")
+def test_a_stopped_run_ends_as_one_left_alone(options, tiny, records, tmp_path, monkeypatch):
+    """Also where it is moved in between, and stopped when training is over."""
+    train.train(recipe := made(tiny, records, tmp_path / "run", **options), SILENT)
+    expected = outcome(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    stopped(recipe, monkeypatch).rename(tmp_path / "moved")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "write", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            resume(tmp_path / "moved")
+    resume(tmp_path / "moved")
+    curve, adapter = outcome(tmp_path / "moved")
+    assert adapter == expected[1]
+    if "trainer" in options:  # where it was stopped, a mean over steps is cut in two
+        assert [row["step"] for row in curve] == [0, 2, 4, 5, 6, 6]
+        curve, expected = (
+            [row for row in rows if row["step"] < 5 or "loss" not in row] for rows in (curve, expected[0])
+        )
+        assert curve == expected
+    else:
+        assert curve == expected[0]
+
+
+@pytest.mark.slow
+def test_a_fold_is_gone_on_with(tiny, records, tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    train.train(recipe := made(tiny, records, tmp_path / "run", method="pissa", quantize="nf4", samples=1), SILENT)
+    expected, text = outcome(tmp_path / "run"), (tmp_path / "run" / "samples.md").read_text()
+    shutil.rmtree(tmp_path / "run")
+    resume(stopped(recipe, monkeypatch))
+    assert outcome(tmp_path / "run") == expected
+    assert (tmp_path / "run" / "samples.md").read_text() == text
+
+
+def test_before_the_first_checkpoint_it_starts_anew(tiny, records, whole, tmp_path, monkeypatch):
+    """A process killed while it loads leaves a folder with a recipe."""
+    monkeypatch.setattr(train, "give_up", lambda *_: False)
+    monkeypatch.setattr(train, "load", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.train(made(tiny, records, tmp_path / "run", **LAMDA), SILENT)
+    monkeypatch.undo()
+    resume(tmp_path / "run")
+    assert outcome(tmp_path / "run") == outcome(whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_second_ctrl_c_does_not_wait(tiny, records, tmp_path, monkeypatch):
+    at_step(monkeypatch, 3, lambda: (interrupt(), interrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        train.train(made(tiny, records, tmp_path / "run"), SILENT)
+    assert checkpoints.steps(tmp_path / "run" / "checkpoints") == [2]
+
+
+def test_a_run_that_replaces_another_is_gone_on_with(tiny, records, tmp_path, monkeypatch):
+    """The old one is kept until the new one is done."""
+    train.train(made(tiny, records, tmp_path / "run", steps=1), SILENT)
+    stopped(made(tiny, records, tmp_path / "run", overwrite=True), monkeypatch)
+    ((old,),) = ([path for path in tmp_path.iterdir() if path.suffix == ".old"],)
+    assert (old / "run" / "report.html").exists()
+    resume(tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+# Damage
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "manifest.json"])
+@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
+def test_a_damaged_checkpoint_is_passed_over_and_said(name, damage, cut, capsys):
+    damage(cut / "checkpoints" / "checkpoint-5" / name)
+    found = checkpoints.newest(cut / "checkpoints", Console(width=400))
+    assert found.step == 4
+    said = capsys.readouterr().out
+    assert "checkpoint-5 is not whole" in said
+    assert name in said
+
+
+def test_what_does_not_belong_to_a_checkpoint_is_seen(cut):
+    (cut / "checkpoints" / "checkpoint-5" / "pytorch_model.bin").write_bytes(b"")
+    assert checkpoints.newest(cut / "checkpoints", SILENT).step == 4
+
+
+def test_a_run_goes_on_from_the_older_checkpoint(cut, whole):
+    truncate(cut / "checkpoints" / "checkpoint-5" / "optimizer.pt")
+    resume(cut)
+    assert outcome(cut) == outcome(whole)
+    assert checkpoints.read(cut / "checkpoints" / "checkpoint-6").over
+
+
+def test_a_pickle_in_a_checkpoint_does_not_run(cut, capsys):
+    class Payload:
+        def __reduce__(self):
+            return Path.touch, (cut / "ran",)
+
+    folder = cut / "checkpoints" / "checkpoint-5"
+    found = checkpoints.read(folder)
+    torch.save({"state": Payload()}, folder / "optimizer.pt")
+    about = {"format": 1, "step": 5, "over": False, "run": found.run, "files": checkpoints.digests(folder)}
+    (folder / "manifest.json").write_text(json.dumps({**about, "seal": checkpoints.seal.of_values(about)}))
+    assert "is not read" in fails(capsys, "train", "--resume", str(cut))
+    assert not (cut / "ran").exists()
+    torch.load(folder / "optimizer.pt", weights_only=False)  # it is one that would
+    assert (cut / "ran").exists()
+
+
+def test_checkpoints_hold_no_pickle_that_is_not_read(cut):
+    files = {path.name for path in (cut / "checkpoints" / "checkpoint-5").iterdir()}
+    pickles = {name for name in files if name.endswith((".bin", ".pt", ".pth", ".pkl"))}
+    assert pickles == {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+
+
+# Another run
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--learning-rate", "1e-3"], "learning_rate was 0.0005 and is 0.001"),
+        (["--method", "bone", "--args", "{r: 4}"], "method was 'lamda' and is 'bone'"),
+        (["--batch-size", "2"], "batch_size was 4 and is 2"),
+        (["--accumulation", "1"], "accumulation was 2 and is 1"),
+        (["--model", "builtin"], "and is 'builtin'"),
+        (["--data", "builtin"], "and is 'builtin'"),
+        (["--dropout", "0"], "dropout was 0.1 and is 0.0"),
+    ],
+)
+def test_another_run_is_refused_with_the_difference(flags, says, cut, capsys):
+    assert says in fails(capsys, "train", "--resume", str(cut), *flags)
+
+
+def test_other_data_under_the_same_name_is_refused(cut, records, tmp_path, capsys):
+    text = Path(records).read_text()
+    try:
+        Path(records).write_text(text.replace("It is 7.", "It is 8."))
+        assert "data was" in fails(capsys, "train", "--resume", str(cut))
+    finally:
+        Path(records).write_text(text)
+
+
+def test_another_base_under_the_same_name_is_refused(cut, tiny, capsys):
+    file = Path(tiny) / "model.safetensors"
+    data = file.read_bytes()
+    try:
+        tensors = load_file(file)
+        tensors["model.layers.1.mlp.up_proj.weight"][0] += 1
+        save_file(tensors, file, {"format": "pt"})
+        assert "base was" in fails(capsys, "train", "--resume", str(cut))
+    finally:
+        file.write_bytes(data)
+    assert checkpoints.steps(cut / "checkpoints") == [5, 4]
+
+
+def test_what_is_no_run_cannot_be_gone_on_with(tmp_path, capsys):
+    assert "holds no run" in fails(capsys, "train", "--resume", str(tmp_path))
+    assert "leave out RECIPE" in fails(capsys, "train", "r.yaml", "--resume", str(tmp_path))
+
+
+def test_other_versions_are_said(cut, monkeypatch):
+    monkeypatch.setattr(checkpoints, "environment", lambda: {**train.environment(), "torch": "1.0"})
+    found = checkpoints.newest(cut / "checkpoints", SILENT)
+    assert checkpoints.versions_changed(found) == [f"torch {torch.__version__.split('+')[0]} (now 1.0)"] or (
+        checkpoints.versions_changed(found)[0].startswith("torch ")
+    )
+
+
+# Disks
+
+
+def test_a_full_disk_is_said_and_nothing_lost(tiny, records, whole, tmp_path, monkeypatch):
+    """A limit on the size of files is the disk that is full when the second checkpoint is written."""
+    rotate, (soft, hard) = checkpoints.rotate, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full(*arguments):
+        rotate(*arguments)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+
+    monkeypatch.setattr(checkpoints, "rotate", full)
+    try:
+        with pytest.raises(ValueError, match=r"checkpoint-4 cannot be written, with .* free on its disk"):
+            train.train(made(tiny, records, tmp_path / "run", **LAMDA), SILENT)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["checkpoint-2"]
+    resume(tmp_path / "run")
+    assert outcome(tmp_path / "run") == outcome(whole)
+
+
+def test_a_folder_that_cannot_be_written_is_said(tiny, records, tmp_path, monkeypatch):
+    def refuse(self, *args, **kwargs):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(ValueError, match="run cannot be written: Read-only file system"):
+        train.train(made(tiny, records, tmp_path / "runs" / "run"), SILENT)
+
+
+# NaN
+
+
+def poison(model, name: str, times: int = 10**6) -> None:
+    """NaN in the gradient of one parameter, so many times."""
+    left = [times]
+
+    def hook(grad):
+        left[0] -= 1
+        return grad * float("nan") if left[0] >= 0 else grad
+
+    next(p for n, p in model.named_parameters() if name in n).register_hook(hook)
+
+
+def with_model(monkeypatch, step, what) -> None:
+    """Do something to the model after a step."""
+
+    def once(self, args, state, control, model=None, **kwargs):
+        if state.global_step == step:
+            what(model)
+
+    monkeypatch.setattr(Watch, "on_step_begin", once, raising=False)
+
+
+def test_a_loss_that_is_nan_ends_the_run_and_names_the_layer(tiny, records, tmp_path, monkeypatch):
+    def spoil(model):
+        layer = model.get_submodule("base_model.model.model.layers.1.mlp.down_proj.base_layer")
+        layer.weight.data[3, 5] = float("inf")
+
+    with_model(monkeypatch, 4, spoil)
+    with pytest.raises(ValueError, match=r"step 5: the loss is nan, first in .*layers\.1\.mlp\.down_proj"):
+        train.train(made(tiny, records, tmp_path / "run"), SILENT)
+    assert checkpoints.newest(tmp_path / "run" / "checkpoints", SILENT).step == 4
+
+
+def test_a_gradient_that_is_nan_ends_the_run_and_names_the_layer(tiny, records, tmp_path, monkeypatch):
+    with_model(monkeypatch, 2, lambda model: poison(model, "layers.0.self_attn.v_proj.inlay_D"))
+    with pytest.raises(ValueError, match=r"step 3: the gradient of .*layers\.0\.self_attn\.v_proj\.inlay_D"):
+        train.train(made(tiny, records, tmp_path / "run", accumulation=2), SILENT)
+    assert checkpoints.newest(tmp_path / "run" / "checkpoints", SILENT).step == 2
+
+
+def test_a_step_with_nan_is_passed_over_as_often_as_allowed(tiny, records, tmp_path, monkeypatch):
+    seen = {}
+
+    def look(self, args, state, control, model=None, **kwargs):
+        seen[state.global_step] = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+        if state.global_step == 2:
+            poison(model, "layers.0.self_attn.v_proj.inlay_D", times=1)
+
+    monkeypatch.setattr(Watch, "on_step_end", look, raising=False)
+    recipe = made(tiny, records, tmp_path / "run", skip_nan=1, accumulation=2, weight_decay=0.1)
+    result = train.train(recipe, SILENT)
+    assert all(torch.equal(seen[2][name], seen[3][name]) for name in seen[2])
+    assert not any(torch.equal(seen[3][name], seen[4][name]) for name in seen[2])
+    assert [row["step"] for row in result.history if "loss" in row] == [1, 2, 4, 5, 6]
+    (row,) = [row for row in result.history if "passed_over" in row]
+    assert row["step"] == 3
+    assert "v_proj" in row["passed_over"]
+
+
+# One process at a time
+
+
+def test_a_run_folder_has_one_process(tiny, records, cut, tmp_path, capsys):
+    with locked(cut):
+        assert "in use by another process" in fails(capsys, "train", "--resume", str(cut))
+        flags = ["--model", tiny, "--data", records, "--output", str(cut), "--overwrite"]
+        assert "in use by another process" in fails(capsys, "train", *flags)
+    assert not (tmp_path / ".run.lock").exists()
+
+
+def test_a_killed_process_holds_nothing(tmp_path):
+    hold = "import sys, time; from pathlib import Path; from inlay.workbench.files import locked\n"
+    hold += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+    other = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(ValueError, match="in use"), locked(tmp_path / "run"):
+        pass
+    other.kill()
+    other.wait()
+    other.stdout.close()
+    assert (tmp_path / ".run.lock").exists()
+    with locked(tmp_path / "run"):
+        pass
+    assert not list(tmp_path.iterdir())
