@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import psutil
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from inlay.host.config import InlayConfig
 from inlay.workbench.models import load_config
 
 NF4 = (4 + 8 / 64 + 32 / (64 * 256)) / 8  # bits, those of a block's scale, and those of 256 scales' own
@@ -40,18 +39,33 @@ def meta_model(name: str, dtype: torch.dtype, trust_remote_code: bool = False) -
         return AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
-def count(name: str, config: InlayConfig) -> int:
-    """How many numbers a config trains on a model.
+def count(name: str, config: PeftConfig | None) -> int:
+    """How many numbers a config trains on a model; all without one.
 
     Raises:
         ValueError: it does not fit the model.
     """
-    return trainable(get_peft_model(meta_model(name, torch.float32), config))
+    return trainable(adapted(meta_model(name, torch.float32), config))
+
+
+def adapted(model: PreTrainedModel, config: PeftConfig | None) -> nn.Module:
+    """A model on the meta device with its adapter, if it gets one."""
+    if isinstance(config, LoraConfig):
+        config = replace(config, init_lora_weights=True)  # a start from the weights needs their values
+    return model if config is None else get_peft_model(model, config)
 
 
 def trainable(model: nn.Module) -> int:
     """How many numbers are trained."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def numbers(model: nn.Module) -> tuple[int, int]:
+    """How many numbers are trained, and how many the base model has."""
+    if not isinstance(model, PeftModel):
+        return trainable(model), sum(p.numel() for p in model.parameters())
+    trained, everything = model.get_nb_trainable_parameters()
+    return trained, everything - trained
 
 
 def saved_bytes(model: nn.Module, batch: int, length: int) -> int:

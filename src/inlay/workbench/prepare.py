@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,6 +16,7 @@ from inlay.folding import fold
 from inlay.host.config import InlayConfig
 from inlay.workbench import data, memory, models, ranks
 from inlay.workbench.files import check_free
+from inlay.workbench.peft_methods import FULL
 from inlay.workbench.recipe import Recipe
 
 MARK = ".inlay-run"  # what makes a folder a run of ours, which --overwrite may replace
@@ -70,9 +71,10 @@ def at_most(rows: Examples) -> int:
     return min(64, 1 << max(0, (len(rows.train) // 8).bit_length() - 1))
 
 
-def planned(recipe: Recipe, rows: Examples, dtype: torch.dtype) -> tuple[PeftModel, int]:
-    """The adapted model without memory behind it, as it will train, and its longest sequence."""
-    model = get_peft_model(memory.meta_model(recipe.model, dtype, recipe.trust_remote_code), recipe.config())
+def planned(recipe: Recipe, rows: Examples, dtype: torch.dtype) -> tuple[PreTrainedModel | PeftModel, int]:
+    """The model without memory behind it, adapted as it will train, and its longest sequence."""
+    dtype = torch.float32 if recipe.method == FULL else dtype
+    model = memory.adapted(memory.meta_model(recipe.model, dtype, recipe.trust_remote_code), recipe.adapter())
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()
@@ -102,6 +104,7 @@ def load(recipe: Recipe, dtype: torch.dtype, folder: Path, console: Console) -> 
         check_fold(recipe, adapter)
         return models.load_adapted(adapter, dtype=dtype, trainable=True)[0]
     options = (recipe.revision, recipe.trust_remote_code)
+    dtype = torch.float32 if recipe.method == FULL else dtype  # its updates are too small for 16 bits
     if recipe.quantize != "nf4":
         quantization = None if recipe.quantize == "none" else packing.settings(recipe.quantize, dtype)
         return models.load_model(recipe.model, dtype, *options, quantization)
