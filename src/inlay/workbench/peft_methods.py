@@ -98,23 +98,26 @@ def size_field(method: str) -> str | None:
 
 
 def complete(trainer: Any) -> None:
-    """What PEFT leaves to the user of a method: EVA's pass over the data; AdaLoRA's allocation after every step, and
-    no orthogonality penalty in a loss that is only measured."""
+    """What PEFT leaves to the user of a method: EVA's pass over the data; AdaLoRA's part in every step."""
     chosen = trainer.model.peft_config["default"]
     if isinstance(chosen, AdaLoraConfig):
-        weight = chosen.orth_reg_weight
-
-        def penalty(model: torch.nn.Module, args: Any) -> None:
-            chosen.orth_reg_weight = weight if model.training else 0.0
-
-        trainer.model.register_forward_pre_hook(penalty)
         trainer.add_callback(Allocation())
     elif isinstance(chosen, LoraConfig) and chosen.init_lora_weights == "eva":
         initialize_lora_eva_weights(trainer.model, trainer.get_train_dataloader(), show_progress_bar=False)
 
 
 class Allocation(TrainerCallback):
-    """AdaLoRA's ranks, moved after every optimiser step while there are gradients."""
+    """AdaLoRA's penalty and ranks. PEFT adds the penalty to the model's own loss, which trl does not read."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        defects = [
+            torch.linalg.matrix_norm(
+                (p @ p.T if "lora_A" in name else p.T @ p) - torch.eye(min(p.shape), device=p.device)
+            )
+            for name, p in model.named_parameters()
+            if "lora_A" in name or "lora_B" in name
+        ]
+        (model.peft_config["default"].orth_reg_weight * torch.stack(defects).mean()).backward()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         model.base_model.update_and_allocate(state.global_step + 1)
