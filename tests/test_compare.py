@@ -122,6 +122,7 @@ def test_bisection_finds_what_search_finds(limit):
         ("compare: {methods: [{method: lora, steps: 3}]}", "'steps' cannot differ between methods"),
         ("compare: {methods: [{method: full, args: {r: 3}}]}", "it trains all there is"),
         ("compare: {methods: [lora, lora]}", "two are called 'lora'"),
+        ("compare: {methods: ['peft:dora', {method: lora, name: peft-dora}]}", "two are called 'peft:dora'"),
         ("compare: {methods: [3]}", "neither a name nor a mapping"),
         ("compare: {learning_rates: [0]}", "learning_rates: 0.0 is not above 0"),
         ("compare: {seeds: [a]}", "seeds: 'a' is not a whole number"),
@@ -327,7 +328,7 @@ def test_every_method_gets_the_rate_that_did_best(compared):
     found = results(compared)
     rows = {row["method"]: row for row in csv.DictReader((compared / "results.csv").open())}
     for method in ("bone", "lora"):
-        rung = {rate: found[f"{method}/lr-{rate:g}-seed-3-2-steps"]["after"] for rate in (1e-3, 1e-2, 1e-1)}
+        rung = {rate: found[f"{method}/lr-{rate:g}-seed-3-2-of-6"]["after"] for rate in (1e-3, 1e-2, 1e-1)}
         assert float(rows[method]["learning_rate"]) == min(rung, key=rung.get)
     assert float(rows["full"]["learning_rate"]) == 1e-3
     assert len(found) == 2 * 3 + 3 * 2
@@ -337,7 +338,7 @@ def test_a_rung_is_the_beginning_of_the_whole_run(compared):
     found = results(compared)
     rate = json.loads((compared / "results.json").read_text())["methods"]
     rate = next(row["learning_rate"] for row in rate if row["method"] == "lora")
-    rung, whole = (found[f"lora/lr-{rate:g}-seed-3-{kind}"] for kind in ("2-steps", "final"))
+    rung, whole = (found[f"lora/lr-{rate:g}-seed-3-{kind}"] for kind in ("2-of-6", "6-of-6-final"))
     assert rung["curve"] == whole["curve"][:2]
     assert rung["before"] != whole["before"]  # judged by other examples
 
@@ -370,7 +371,7 @@ def test_a_finished_comparison_runs_nothing(compared, asked, at_once, monkeypatc
 def test_a_stopped_comparison_goes_on_where_it_was(compared, asked, at_once, tmp_path, monkeypatch):
     folder = tmp_path / "copy"
     shutil.copytree(compared, folder)
-    name = next(name for name in results(folder) if name.startswith("lora/") and name.endswith("seed-4-final"))
+    name = next(name for name in results(folder) if name.startswith("lora/") and name.endswith("seed-4-6-of-6-final"))
     lost = results(folder)[name]
     (folder / "runs" / name / "result.json").unlink()
     begun, real = [], compare.Runner.wait
@@ -407,7 +408,7 @@ def test_a_method_that_fails_is_said_and_the_rest_goes_on(asked, at_once, tmp_pa
     short = {"methods": ["bone", "lora"], "learning_rates": [1e-2], "seeds": [0], "selection": 4}
     path.write_text(yaml.safe_dump({**yaml.safe_load(asked.read_text()), "steps": 1, "compare": short}))
     folder = compare.compare(str(path), output=str(tmp_path / "out"), console=Console(width=200))
-    assert "bone/lr-0.01-seed-0-final failed: RuntimeError: out of luck" in capsys.readouterr().out
+    assert "bone/lr-0.01-seed-0-1-of-1-final failed: RuntimeError: out of luck" in capsys.readouterr().out
     rows = {row["method"]: row for row in csv.DictReader((folder / "results.csv").open())}
     assert rows["bone"]["verdict"] == "failed"
     assert rows["lora"]["loss"]

@@ -28,7 +28,7 @@ from inlay.workbench.files import check_free, write_text
 from inlay.workbench.prepare import Examples, examples
 from inlay.workbench.recipe import Recipe
 from inlay.workbench.standings import Sweep
-from inlay.workbench.trial import LOG, RESULT, TRIAL, Trial, unrelated
+from inlay.workbench.trial import LOG, TRIAL, Trial, unrelated
 
 ASKED = "compare.yaml"  # also what marks a folder as a comparison's
 PROBE = 4  # steps that are run to measure a step's time
@@ -214,12 +214,11 @@ class Runner:
     def one(self, asked: Trial) -> dict[str, Any] | None:
         """The result of a trial, which is run unless it is there."""
         folder = self.folder / "runs" / asked.name
-        if not (folder / RESULT).is_file():
-            self.carry_out(asked, folder)
+        result = asked.result(folder) or self.carry_out(asked, folder)
         self.bars.advance(self.all)
-        return json.loads((folder / RESULT).read_text(encoding="utf-8")) if (folder / RESULT).is_file() else None
+        return result
 
-    def carry_out(self, asked: Trial, folder: Path) -> None:
+    def carry_out(self, asked: Trial, folder: Path) -> dict[str, Any] | None:
         """Run a trial from its beginning, and say what became of it."""
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -227,17 +226,17 @@ class Runner:
         bar = self.bars.add_task(asked.name, total=asked.stop, now="starts")
         code = self.wait(folder, bar)
         self.bars.remove_task(bar)
-        if (folder / RESULT).is_file():
-            result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        if result := asked.result(folder):
             after = "diverged" if result["after"] is None else f"{result['after']:.3f}"
             self.console.print(f"{asked.name}: loss {result['before']:.3f} -> {after}, {result['seconds']:.0f} s")
         elif not self.ended:
             self.console.print(f"{asked.name} failed: {last_line(folder / LOG, code)}", style="yellow")
+        return result
 
     def wait(self, folder: Path, task: TaskID) -> int | None:
         """Run a trial's process to its end; gives its exit code."""
         threads = max(1, (os.cpu_count() or 1) // self.jobs)
-        process = self.processes.Process(target=trial.main, args=(folder, threads), daemon=True)
+        process = self.processes.Process(target=trial.main, args=(folder, threads))
         process.start()
         self.live.add(process)
         while process.is_alive():

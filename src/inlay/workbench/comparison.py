@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -15,7 +16,7 @@ BUDGETS = {"parameters": "trained numbers", "memory": "GiB, counted", "time": "s
 OF_METHOD = """method args scale dropout target_modules exclude_modules layers_to_transform modules_to_save patterns
 allocate bias quantize fold_rounds scheduler warmup weight_decay optimizer max_grad_norm gradient_checkpointing
 trainer""".split()
-ELSEWHERE = ("early_stopping", "keep_best", "push_to_hub")  # of single runs only
+ELSEWHERE = ("early_stopping", "keep_best", "save_every", "push_to_hub")  # of single runs only
 
 
 @dataclass
@@ -85,6 +86,11 @@ class Plan:
         return yaml.safe_dump({**told, "compare": asdict(self.ask)}, sort_keys=False, allow_unicode=True)
 
 
+def slug(name: str) -> str:
+    """A method's name as a folder's."""
+    return re.sub(r"[^\w-]", "-", name)
+
+
 def positive(name: str, values: list[Any]) -> list[float]:
     """Numbers above 0."""
     numbers = [conform(name, float, value) for value in values]
@@ -114,13 +120,14 @@ def plan(recipe: Recipe, ask: Comparison) -> Plan:
     """A comparison with every method's recipe made and checked."""
     for name in ELSEWHERE:
         if getattr(recipe, name):
-            raise ValueError(f"{name} is for single runs: here all methods train as long, and the last adapter counts")
+            raise ValueError(f"{name} is for single runs: here all methods train as long, and only results are kept")
     if recipe.batch_size == "auto":
         raise ValueError("batch_size: auto would give each method another one; give a number")
     entries = tuple(settle(recipe, ask, item) for item in ask.methods)
     names = [e.name for e in entries]
+    folders = list(map(slug, names))
     for name in names:
-        if names.count(name) > 1:
+        if folders.count(slug(name)) > 1:
             raise ValueError(
                 f"methods: two are called {name!r}; give one of them another name: {{method: ..., name: ...}}"
             )

@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from inlay.workbench import data, models, ranks, train
+from inlay.workbench.comparison import slug
 from inlay.workbench.files import write_text
 from inlay.workbench.prepare import Examples, examples, load
 from inlay.workbench.recipe import Recipe
@@ -45,12 +46,19 @@ class Trial:
     @property
     def name(self) -> str:
         """The name of its folder."""
-        slug = "".join(c if c.isalnum() or c in "-_." else "-" for c in self.method)
-        kind = "final" if self.final else f"{self.stop}-steps"
-        return f"{slug}/lr-{self.recipe.learning_rate:g}-seed-{self.recipe.seed}-{kind}"
+        length = f"{self.stop}-of-{self.recipe.steps}" + ("-final" if self.final else "")
+        return f"{slug(self.method)}/lr-{self.recipe.learning_rate}-seed-{self.recipe.seed}-{length}"
 
     def to_json(self) -> str:
+        """As it stands in its folder."""
         return json.dumps(asdict(self))
+
+    def result(self, folder: Path) -> dict[str, Any] | None:
+        """What it gave, if it is finished: what another trial left in the folder does not count."""
+        asked, found = folder / TRIAL, folder / RESULT
+        if not found.is_file() or asked.read_text(encoding="utf-8") != self.to_json():
+            return None
+        return json.loads(found.read_text(encoding="utf-8"))
 
 
 def read(folder: Path) -> Trial:
