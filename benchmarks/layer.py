@@ -1,25 +1,30 @@
-"""One adapted layer: time of forward and backward, and what it keeps, against the frozen layer and PEFT's methods.
+"""One adapted layer: time of forward and backward, and memory, against the frozen layer and PEFT's methods.
 
-    python benchmarks/layer.py [--shapes 2048x2048,4096x4096] [--tokens 512,2048] [--ranks 16]
-                               [--dtypes float32,bfloat16] [--repeats 9] [--out benchmarks/results]
+    python benchmarks/layer.py [--cases 4096x4096:2048:16:bf16,...] [--repeats 7] [--out benchmarks/results]
+
+A case is out x in : tokens : r : precision. By default one thing at a time departs from 4096 × 4096, 2,048 tokens,
+r = 16: the shape and the precision together, the tokens, the rank. Precisions: fp32; bf16 (a bf16 base under fp32
+adapters, what PEFT and we give by default); bf16-all (the adapters too); nf4 (bitsandbytes, computing in bf16; PEFT
+refuses PiSSA there, and has no MiSS and no Bat).
 
 All candidates take turns in every round, so that a busy machine slows them alike; a figure is the median of the ratios
-to the frozen layer of the same round, with the quartiles beside it. The adapter is fp32, as PEFT and we have it by
-default; values are random, so nothing is decomposed. The frozen layer's backward pass is through x alone: the limit.
+to the frozen layer of the same round, with the quartiles beside it. The frozen layer's backward pass is through x
+alone: the limit. Kept: bytes held for the backward pass beside parameters and x, which the layer before keeps as well.
+Peak: the most bytes held at once in a forward and a backward pass beyond what was there before.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import platform
-import statistics
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import bitsandbytes as bnb
 import torch
+from common import DEVICE, machine, peak, spread, table, wait, write_csv
 from peft import LoraConfig, MissConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -27,45 +32,58 @@ from inlay import InlayConfig
 from inlay.methods import METHODS
 
 warnings.simplefilter("ignore")
-COLUMNS = "out,in,tokens,r,dtype,layer,forward,forward_low,forward_high,step,step_low,step_high,kept_MiB".split(",")
+SHAPES, CENTRE = ("576x1536", "2048x2048", "4096x4096", "4096x11008"), "4096x4096"
+PRECISIONS = ("fp32", "bf16", "bf16-all", "nf4")
+CASES = [
+    *(f"{shape}:2048:16:{precision}" for precision in PRECISIONS for shape in SHAPES),
+    *(f"{CENTRE}:{tokens}:16:{precision}" for precision in ("fp32", "bf16") for tokens in (512, 8192)),
+    *(f"{CENTRE}:2048:{r}:{precision}" for precision in ("fp32", "bf16") for r in (8, 64)),
+]
+Config = Callable[[], Any]
 
 
-def candidates(r: int) -> dict[str, Callable[[], object] | None]:
+def candidates(r: int) -> dict[str, Config | None]:
     """Configurations by name; None: the frozen layer."""
     lora = {"r": r, "target_modules": ["0"]}
-    theirs = {
+
+    def ours(name: str, **args: Any) -> Config:
+        size = {"bond" if name == "dota" else "r": r}
+        return lambda: InlayConfig(method=name, args={**size, **args}, target_modules=["0"], init_weights=False)
+
+    return {
+        "frozen": None,
         "PEFT LoRA": lambda: LoraConfig(**lora),
         "PEFT LoRA, dropout": lambda: LoraConfig(**lora, lora_dropout=0.05),
+        "PEFT PiSSA": lambda: LoraConfig(**lora, init_lora_weights="pissa_niter_4"),
         "PEFT DoRA": lambda: LoraConfig(**lora, use_dora=True),
         "PEFT MiSS": lambda: MissConfig(r=r, target_modules=["0"]),
         "PEFT Bat": lambda: MissConfig(r=r, target_modules=["0"], init_weights="bat"),
+        **{m.name: ours(m.name) for m in METHODS},
+        "lora, dropout": ours("lora", dropout=0.05),
     }
-    ours = {
-        m.name: lambda m=m: InlayConfig(
-            method=m.name, args={"bond" if m.name == "dota" else "r": r}, target_modules=["0"], init_weights=True
-        )
-        for m in METHODS
-    }
-    return {"frozen": None, **theirs, **ours}
 
 
-def build(config: Callable[[], object] | None, out: int, inp: int, dtype: torch.dtype, device: str) -> nn.Module:
-    with torch.device("meta"):
-        layer = nn.Linear(inp, out, bias=False, dtype=dtype)
-    layer = layer.to_empty(device=device).requires_grad_(False)
-    nn.init.normal_(layer.weight, std=inp**-0.5)
-    net = nn.Sequential(layer)
-    if config is None:
-        return net
-    asked = config()
-    if not isinstance(asked, InlayConfig):
-        return get_peft_model(net, asked)  # type: ignore[arg-type]
-    model = get_peft_model(nn.Sequential(nn.Linear(inp, out, bias=False, device="meta", dtype=dtype)), asked)
-    model = model.to_empty(device=device)
-    with torch.no_grad():
-        for t in [*model.parameters(), *model.buffers()]:
-            t.normal_(std=inp**-0.5)
-    return model
+def build(config: Config | None, W: Tensor, precision: str) -> nn.Module:
+    """The layer, adapted, with every trained tensor away from zero."""
+    out, inp = W.shape
+    if precision == "nf4":
+        layer: nn.Module = bnb.nn.Linear4bit(inp, out, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+        layer.weight = bnb.nn.Params4bit(W.clone(), requires_grad=False, quant_type="nf4")
+    else:
+        layer = nn.Linear(inp, out, bias=False, device="meta")
+        layer.weight = nn.Parameter(W.to(torch.float32 if precision == "fp32" else torch.bfloat16))
+    net: nn.Module = nn.Sequential(layer.to(DEVICE)).requires_grad_(False)
+    if config is not None:
+        whole = net
+        if precision == "bf16-all":  # PEFT's randomised SVD does not take bf16
+            whole = net.float()
+        net = get_peft_model(whole, config())  # type: ignore[arg-type]
+        net = net.bfloat16() if precision == "bf16-all" else net
+        with torch.no_grad():
+            for p in net.parameters():
+                if p.requires_grad:
+                    p.add_(torch.randn_like(p), alpha=0.01)
+    return net
 
 
 def kept(model: nn.Module, x: Tensor) -> int:
@@ -85,8 +103,8 @@ def kept(model: nn.Module, x: Tensor) -> int:
 
 def timed(model: nn.Module, x: Tensor, g: Tensor) -> tuple[float, float]:
     """Seconds of the forward pass, and of both."""
-    wait = torch.cuda.synchronize if x.is_cuda else lambda: None
     x.grad = None
+    model.zero_grad()
     wait()
     begin = time.perf_counter()
     y = model(x)
@@ -97,15 +115,17 @@ def timed(model: nn.Module, x: Tensor, g: Tensor) -> tuple[float, float]:
     return half, time.perf_counter() - begin
 
 
-def spread(values: list[float]) -> tuple[float, float, float]:
-    low, middle, high = statistics.quantiles(values, n=4)
-    return middle, low, high
-
-
-def measure(out: int, inp: int, tokens: int, r: int, dtype: torch.dtype, repeats: int, device: str) -> list[dict]:
-    models = {name: build(config, out, inp, dtype, device) for name, config in candidates(r).items()}
-    x = torch.randn(1, tokens, inp, dtype=dtype, device=device, requires_grad=True)
-    g = torch.randn(1, tokens, out, dtype=dtype, device=device)
+def measure(case: str, repeats: int) -> list[dict]:
+    shape, tokens, r, precision = case.split(":")
+    out, inp = map(int, shape.split("x"))
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    torch.manual_seed(0)
+    W = torch.randn(out, inp) * inp**-0.5
+    x = torch.randn(1, int(tokens), inp, dtype=dtype, device=DEVICE, requires_grad=True)
+    g = torch.randn(1, int(tokens), out, dtype=dtype, device=DEVICE)
+    missing = ("PEFT PiSSA", "PEFT MiSS", "PEFT Bat") if precision == "nf4" else ()
+    chosen = {name: config for name, config in candidates(int(r)).items() if name not in missing}
+    models = {name: build(config, W, precision) for name, config in chosen.items()}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     for i in range(repeats + 1):
         for name, model in models.items():
@@ -114,49 +134,87 @@ def measure(out: int, inp: int, tokens: int, r: int, dtype: torch.dtype, repeats
     rows = []
     for name, model in models.items():
         pairs = list(zip(times[name], times["frozen"], strict=True))
-        forward, step = (spread([mine[k] / base[k] for mine, base in pairs]) for k in (0, 1))
-        values = [out, inp, tokens, r, str(dtype).removeprefix("torch."), name]
-        numbers = [f"{v:.3f}" for v in (*forward, *step)]
-        rows.append(dict(zip(COLUMNS, [*values, *numbers, f"{kept(model, x) / 2**20:.2f}"], strict=True)))
+        row: dict[str, Any] = {"out": out, "in": inp, "tokens": tokens, "r": r, "precision": precision, "layer": name}
+        for k, what in enumerate(("forward", "step")):
+            middle, low, high = spread([mine[k] / limit[k] for mine, limit in pairs])
+            row |= {what: f"{middle:.3f}", f"{what}_low": f"{low:.3f}", f"{what}_high": f"{high:.3f}"}
+        x.grad = None
+        model.zero_grad()
+        row["kept_MiB"] = f"{kept(model, x) / 2**20:.2f}"
+        row["peak_MiB"] = f"{peak(lambda model=model: timed(model, x, g)) / 2**20:.1f}"
+        rows.append(row)
     return rows
+
+
+def lines(rows: list[dict]) -> list[str]:
+    one = rows[0]
+    head = f"\n{one['out']} × {one['in']}, {one['tokens']} tokens, r = {one['r']}, {one['precision']}\n"
+    body = [
+        [
+            row["layer"],
+            *(f"{row[k]} ({row[f'{k}_low']} to {row[f'{k}_high']})" for k in ("forward", "step")),
+            row["kept_MiB"],
+            row["peak_MiB"],
+        ]
+        for row in rows
+    ]
+    return [head, *table(["layer", "forward", "forward and backward", "kept, MiB", "peak, MiB"], body)]
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Cost over the frozen layer against rank, tokens and size of the layer, around the centre."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    out, inp = CENTRE.split("x")
+    panels = (
+        ("r", "rank r", lambda r: r["tokens"] == "2048" and str(r["out"]) == out and str(r["in"]) == inp),
+        ("tokens", "tokens", lambda r: r["r"] == "16" and str(r["out"]) == out and str(r["in"]) == inp),
+        ("size", "numbers in W", lambda r: r["r"] == "16" and r["tokens"] == "2048"),
+    )
+    figure, axes = plt.subplots(2, 3, figsize=(13, 8), sharey="row", layout="constrained")
+    for line, precision in zip(axes, ("fp32", "bf16"), strict=True):
+        for axis, (key, label, fits) in zip(line, panels, strict=True):
+            for i, name in enumerate(n for n in candidates(1) if n != "frozen"):
+                mine = [r for r in rows if r["layer"] == name and r["precision"] == precision and fits(r)]
+                points = sorted((r["out"] * r["in"] if key == "size" else int(r[key]), float(r["step"])) for r in mine)
+                style = {"linestyle": "--" if name.startswith("PEFT") else "-", "color": plt.cm.tab20(i % 20)}
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name, **style) if points else None
+            axis.set(xscale="log", yscale="log", xlabel=label)
+            axis.axhline(1, color="0.6", linewidth=1)
+            axis.grid(alpha=0.3, which="both")
+        line[0].set_ylabel(f"forward and backward, frozen layer = 1\n{precision}")
+        for axis in line:
+            ticks = [1, 1.1, 1.25, 1.5, 2, 3, 5, 10]
+            axis.set_yticks(ticks, [str(t) for t in ticks], minor=False)
+            axis.set_yticks([], minor=True)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     options = argparse.ArgumentParser()
-    options.add_argument("--shapes", default="2048x2048,4096x4096")
-    options.add_argument("--tokens", default="512,2048")
-    options.add_argument("--ranks", default="16")
-    options.add_argument("--dtypes", default="float32,bfloat16")
-    options.add_argument("--repeats", type=int, default=9)
+    options.add_argument("--cases", default=",".join(CASES))
+    options.add_argument("--repeats", type=int, default=7)
     options.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     asked = options.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     rows, text = [], []
-    for shape in asked.shapes.split(","):
-        out, inp = map(int, shape.split("x"))
-        for dtype in asked.dtypes.split(","):
-            for tokens in map(int, asked.tokens.split(",")):
-                for r in map(int, asked.ranks.split(",")):
-                    new = measure(out, inp, tokens, r, getattr(torch, dtype), asked.repeats, device)
-                    rows += new
-                    text += [f"\n{out} × {inp}, {tokens} tokens, r = {r}, {dtype}\n"]
-                    text += ["| layer | forward | forward and backward | kept beyond x, MiB |", "|---|---|---|---|"]
-                    for row in new:
-                        times = (f"{row[k]} ({row[f'{k}_low']} to {row[f'{k}_high']})" for k in ("forward", "step"))
-                        text += [f"| {row['layer']} | {' | '.join(times)} | {row['kept_MiB']} |"]
-                    print("\n".join(text[-len(new) - 3 :]), flush=True)
-    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    for case in asked.cases.split(","):
+        new = measure(case, asked.repeats)
+        rows += new
+        text += lines(new)
+        print("\n".join(lines(new)), flush=True)
     about = (
-        "Time of one adapted layer over that of the frozen one (median, quartiles), and what it keeps for its backward "
-        f"pass beside x; adapters in fp32. {torch.cuda.get_device_name() if device == 'cuda' else cpu}, torch "
-        f"{torch.__version__}. `python benchmarks/layer.py`"
+        "Time of one adapted layer over that of the frozen one (median, quartiles), what it keeps for its backward "
+        f"pass beside x, and its peak over both passes. {machine()}. `python benchmarks/layer.py`"
     )
-    asked.out.mkdir(parents=True, exist_ok=True)
-    (asked.out / "layer.md").write_text("\n".join([about, *text, ""]), encoding="utf-8")
-    with (asked.out / "layer.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(asked.out / "layer.csv", rows)
+    plot(rows, asked.out / "layer.png")
+    (asked.out / "layer.md").write_text(
+        "\n".join([about, "\n![cost against rank, tokens, size](layer.png)", *text, ""])
+    )
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ def entry(tiny, method, **args):
 def test_the_solved_size_is_the_largest_within_the_budget(method, tiny):
     """Against a search through all sizes, on the meta device."""
     asked, limit = entry(tiny, method), 12000
-    name = budget.size_name(method)
+    name = budget.size_field(method)
     counts = {}
     for size in range(1, 33):
         try:

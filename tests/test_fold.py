@@ -20,7 +20,8 @@ from inlay import InlayConfig, Schedule
 from inlay.cli import main
 from inlay.host.layer import InlayLinear
 from inlay.methods import METHODS, find
-from inlay.workbench import builtin, memory, models, packing
+from inlay.workbench import builtin, models, packing
+from inlay.workbench.plan import Run
 
 bnb = pytest.importorskip("bitsandbytes")
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit  # noqa: E402
@@ -551,8 +552,7 @@ def test_counted_weights_are_those_of_the_packed_model(plain):
         )
         stored = {id(t): t for t in packed.state_dict(keep_vars=True).values() if isinstance(t, torch.Tensor)}
         real = sum(t.numel() * t.element_size() for t in stored.values())
-        meta = get_peft_model(memory.meta_model(plain, torch.bfloat16), config("bone"))
-        counted = memory.estimate(meta, 1, 8, kind).weights
+        counted = Run(plain, config("bone"), quantize=kind).step(1, 8).frozen
         assert abs(counted - real) < 0.02 * real
 
 

@@ -12,6 +12,7 @@ from transformers import DebertaV2Config, DebertaV2Model, LlamaConfig, LlamaForC
 
 from inlay import InlayConfig, methods, step
 from inlay.method import Method
+from inlay.ops import Dropout
 from inlay.workbench import ranks
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -269,7 +270,7 @@ def test_the_published_start_of_lamda():
 
 def test_dropout_of_lamda_is_on_the_rank_side():
     """Before the frozen A it would keep a copy of x for the backward pass."""
-    shapes, layer = [], methods.LaMDA(r=8)
+    layer = methods.LaMDA(r=8)
     W = torch.randn(24, 40)
     p = layer.start(W)
 
@@ -279,12 +280,13 @@ def test_dropout_of_lamda_is_on_the_rank_side():
         def __call__(self, x):
             return F.linear(x, W)
 
-    def drop(x: Tensor) -> Tensor:
-        shapes.append(tuple(x.shape))
-        return x
-
-    layer.apply(p, dict(p), torch.randn(5, 40), Base(), drop)
-    assert shapes == [(5, 8)]
+    x, p0 = torch.randn(500, 40), layer.start(W)
+    p["S"] = 2 * p["S"]
+    change = layer.apply(p, p0, x, Base(), Dropout(0.25)) - x @ W.T
+    B, A = layer.pair(p, p0, 40)
+    mask = (change @ torch.linalg.pinv(B.T)) / (x @ A.T)
+    assert 0.2 < (mask.abs() < 0.5).double().mean() < 0.3
+    torch.testing.assert_close(mask, torch.where(mask.abs() < 0.5, 0, 4 / 3), rtol=0.01, atol=0.01)
 
 
 def test_the_count_behind_lamdas_17_7():

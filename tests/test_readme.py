@@ -60,7 +60,7 @@ def test_every_command_of_the_readme_runs(workplace, tiny, capsys):
         extra = {"train": ["--model", tiny, *TWIN], "generate": ["--tokens", "4"], "methods": ["--model", tiny]}
         main([*words, *extra.get(words[0], [])])
         verbs.append(words[0])
-    rest = ["compare", "methods", "generate", "inspect", "fold", "export", "import", "export", "merge", "merge"]
+    rest = ["compare", "methods", "plan", "generate", "inspect", "fold", "export", "import", "export", "merge", "merge"]
     assert verbs == ["train", "train", "train", *rest]
     assert (workplace / "runs" / "small" / "report.html").exists()
     assert (workplace / "spectra" / "spectra.json").exists()

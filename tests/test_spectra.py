@@ -80,7 +80,7 @@ def test_a_fingerprint_is_of_the_content_not_of_where_it_lies(monkeypatch):
     assert fingerprint.of_tensor(torch.nn.Parameter(W)) == fingerprint.of_tensor(W)
     assert fingerprint.of_tensor(torch.randn(80, 60)[::2, ::2].copy_(W)) == fingerprint.of_tensor(W)
     whole = fingerprint.of_tensor(W)
-    monkeypatch.setattr(fingerprint, "CHUNK", 64)
+    monkeypatch.setattr("inlay.cache.CHUNK", 64)
     assert fingerprint.of_tensor(W) == whole
     assert fingerprint.of_tensor(torch.tensor(1.0)) != fingerprint.of_tensor(torch.tensor([1.0]))
     assert fingerprint.of_tensor(torch.zeros(0)) != fingerprint.of_tensor(torch.zeros(0, 1))

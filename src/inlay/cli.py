@@ -274,6 +274,52 @@ def inspect(options: argparse.Namespace) -> None:
     print(f"written to {options.output}") if options.output else None
 
 
+def plan(options: argparse.Namespace) -> None:
+    """Say what every method needs of a model: memory, time, file; or, with --fits, what a GPU has room for.
+
+    From the model's configuration alone. With --fits and --batch-size the largest rank is looked for.
+
+    example:  inlay plan meta-llama/Llama-3.1-8B --length 2048 --fits 24
+    """
+    from inlay.workbench import models, plan_table, recipe
+    from inlay.workbench.plan import Run
+
+    models.quiet()
+    own = ("verb", "run", "model", "batch_size", "length", "fits", "dtype", "device", "r", "json", "csv")
+    flags = {k: recipe.from_flag(k, v) if isinstance(v, str) else v for k, v in vars(options).items() if k not in own}
+    made = plan_table.candidates(flags, whole_numbers("--r", options.r))
+    trust = bool(flags.get("trust_remote_code"))
+    of = Run(options.model, None, models.DTYPES[options.dtype], device=options.device, trust_remote_code=trust)
+    notes: list[str] = []
+    if options.fits is None:
+        found = plan_table.rows(
+            of, made, plan_table.widths(("none", "nf4"), notes), options.batch_size or 4, options.length, notes
+        )
+        plan_table.show(found, terminal())
+    else:
+        budget, kinds = plan_table.SHARE * options.fits * 2**30, plan_table.widths(("none", "int8", "nf4"), notes)
+        found = plan_table.fits(of, made, kinds, budget, options.batch_size, options.length, notes)
+        plan_table.show_fits(found, options.fits, options.batch_size is not None, terminal())
+    for text in notes:
+        print(f"note: {text}")
+    plan_table.write(found, options.json, options.csv)
+
+
+def whole_numbers(flag: str, text: str) -> list[int]:
+    """Numbers from 1 up, from a list with commas."""
+    try:
+        return [positive(part.strip()) for part in text.split(",")]
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"{flag}: {error}; several go with commas, as in {flag} 8,16") from None
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 up."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 up")
+    return int(text)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run a verb; a mistake of the user's is one line and exit code 2."""
     import torch
@@ -372,6 +418,21 @@ def parser() -> Parser:
     verb.add_argument("--overwrite", action="store_true", help="replace such a folder")
     verb.add_argument("--revision", help="revision of a hub model")
     verb.add_argument("--trust-remote-code", action="store_true", help="let the model's repository run its own code")
+
+    verb = add_verb(verbs, plan)
+    verb.add_argument(
+        "model", nargs="?", default="builtin", help="hub id, folder with a config.json, or builtin (default)"
+    )
+    add_fields(verb, ["method"])
+    verb.add_argument("--r", default="16", help="rank, block size or bond; several with commas (default 16)")
+    verb.add_argument("--batch-size", type=positive, help="sequences (default 4; with --fits: what is looked for)")
+    verb.add_argument("--length", type=positive, default=1024, help="tokens of a sequence (default 1024)")
+    verb.add_argument("--fits", type=float, metavar="GB", help="what is the largest that fits in a GPU of so much?")
+    verb.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"), help="of the base")
+    verb.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="what it would run on (default cuda)")
+    verb.add_argument("--json", metavar="FILE", help="write the rows, in bytes")
+    verb.add_argument("--csv", metavar="FILE", help="the same as CSV")
+    add_fields(verb, [name for name in WHAT_AND_WHERE if name not in ("method", "r", "revision")])
     return top
 
 

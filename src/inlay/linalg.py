@@ -58,7 +58,7 @@ def svd(W: Tensor, r: int, side: Side) -> Triplets:
     if W.is_meta:
         new = W.to(torch.float32).new_empty
         return new(W.shape[0], r), new(r), new(r, W.shape[1])
-    with _full_precision(W.device):
+    with full_precision(W.device):
         A, scale = _scaled(W)
         if W.shape[0] >= W.shape[1]:
             U, S, V = _tall_svd(A, r, side)
@@ -101,7 +101,7 @@ def _check_arguments(W: Tensor, r: int, side: str) -> None:
 
 
 @contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
+def full_precision(device: torch.device) -> Iterator[None]:
     """No gradients, and fp32 products that are fp32: training often allows TF32 or bf16, which have 3 digits."""
     backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # pyright: ignore
     before = [backend.fp32_precision for backend in backends]

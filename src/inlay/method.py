@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, Protocol, cast
 
@@ -29,7 +28,8 @@ from torch import Tensor
 from inlay import ops
 
 Params = dict[str, Tensor]  # θ of one weight, keyed by the symbol the paper uses
-Drop = Callable[[Tensor], Tensor]  # dropout of this step, or the identity
+Drop = ops.Dropout  # of this step
+keep = ops.keep  # no dropout
 
 
 class Base(Protocol):
@@ -42,11 +42,6 @@ class Base(Protocol):
     def weight(self) -> Tensor: ...
 
     def __call__(self, x: Tensor, /) -> Tensor: ...
-
-
-def keep(x: Tensor) -> Tensor:
-    """No dropout."""
-    return x
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +85,11 @@ class Method(ABC):
         """The factor on the change."""
         return self.scale or 1.0
 
+    @property
+    def draws(self) -> bool:
+        """Whether `start` draws from torch's global generator: for values a field's metadata lists under "draws"."""
+        return any(getattr(self, f.name) in f.metadata.get("draws", ()) for f in fields(self))
+
     @abstractmethod
     def start(self, W: Tensor, stats: Params | None = None) -> Params:
         """θ₀ for a weight W (out × in), in fp32 on W's device; on a meta tensor, the shapes alone.
@@ -107,19 +107,19 @@ class Method(ABC):
 
         Several adapters nest: each one is the `base` of the next.
         """
-        if drop is keep and (linear := ops.wide(base, x)) is not None:
-
-            def whole(*values: Tensor) -> Tensor:
-                return self.s * self.offset(dict(zip(p, values, strict=True)), p0, linear[0])
-
-            return ops.dense(x, *linear, whole, *p.values())
-        if base.weight.requires_grad:  # a trained change lies under this one: let autograd see all of it
+        if self.reads_weight and base.weight.requires_grad:  # a trained change lies under this one, in ΔW as well
             return base(x) + F.linear(drop(x), (self.s * self.offset(p, p0, base.weight)).to(x.dtype))
+        linear = None if drop.p else ops.plain(base, x)
+        change = ops.dense(drop(x), linear, self.rows(p, p0, base), *p.values())
+        return base(x) + change if linear is None else change
 
-        def change(*values: Tensor) -> Tensor:
-            return self.s * self.offset(dict(zip(p, values, strict=True)), p0, base.weight)
+    def rows(self, p: Params, p0: Params | None, base: Base) -> ops.Rows:
+        """s (ΔW(θ) − ΔW(θ₀)) for `ops.dense`, built from p's values; whole here, by rows where a method knows how."""
 
-        return base(x) + ops.product(drop(x), change, *p.values())
+        def build(*values: Tensor) -> tuple[Tensor]:
+            return (self.s * self.offset(dict(zip(p, values, strict=True)), p0, base.weight),)
+
+        return ops.Rows(build)
 
     def schedule(self, p: Params, t: float) -> frozenset[str]:
         """The symbols that stay as they are from now on, when a fraction t of all optimiser steps is done.
@@ -166,24 +166,17 @@ class LowRank(Method):
     def joined(self, p: Params, p0: Params | None, inp: int) -> tuple[Tensor, Tensor | None]:
         """`pair` with s in B; an A of None is [I I ... I]."""
         B, A = self.pair(p, p0, inp)
-        return self.s * B, A
+        return B if self.s == 1 else self.s * B, A
 
     def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
-        if drop is keep and (linear := ops.plain(base, x)) is not None:
+        inp = x.shape[-1]  # what `build` refers to lives until the backward pass: never x
 
-            def build(*values: Tensor) -> tuple[Tensor, Tensor | None]:
-                return self.joined(dict(zip(p, values, strict=True)), p0, x.shape[-1])
+        def build(*values: Tensor) -> tuple[Tensor, Tensor | None]:
+            return self.joined(dict(zip(p, values, strict=True)), p0, inp)
 
-            return ops.low_rank(x, *linear, build, "A" not in self.frozen, *p.values())
-        if "A" in self.frozen:  # then A x, r wide, is all that need be kept, if dropout comes after it
-
-            def left(*values: Tensor) -> Tensor:
-                return self.s * self.pair(dict(zip(p, values, strict=True)), p0, x.shape[-1])[0]
-
-            return base(x) + ops.product(drop(F.linear(x, p["A"].to(x.dtype))), left, *p.values())
-        B, A = self.pair(p, p0, x.shape[-1])
-        # The small factors go to x's dtype, never x to theirs: a copy of x per layer is PEFT's largest avoidable cost.
-        return base(x) + F.linear(F.linear(drop(x), A.to(x.dtype)), (self.s * B).to(x.dtype))
+        linear = ops.plain(base, x)
+        change = ops.low_rank(x, linear, build, "A" not in self.frozen, drop, *p.values())
+        return base(x) + change if linear is None else change
 
 
 def like(p0: Params, p: Params) -> Params:

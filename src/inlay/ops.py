@@ -1,146 +1,228 @@
-"""Autograd functions that keep as little for the backward pass as the mathematics allows, each with its reference."""
+"""Autograd functions that keep as little for the backward pass as the mathematics allows, each with its reference.
+
+All of them compute y = x (W + ΔW)ᵀ + bias, differentiable in x and in what ΔW is built from. Where the layer under the
+change is a plain frozen nn.Linear (`plain`), its product and the small ones join: they are added into its output, and
+into its dx, so that no second tensor of such a size is written and read again. Elsewhere W is None, y is the change
+alone, and the caller adds the layer's own output. ΔW's tensors are kept by reference and what is built of them is built
+twice; x is kept by reference, in no other dtype, or not at all.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-SCRATCH = 1 << 20  # numbers of ΔW built at a time
+SCRATCH = 1 << 22  # numbers of ΔW, or of a dropout mask, built at a time
+TALL = 512  # rows below which a product of many columns is slower by the row
+
+Linear = tuple[Tensor, Tensor | None]  # W (out × in) and bias
+Factors = Callable[..., tuple[Tensor, Tensor | None]]
 
 
-def product(x: Tensor, build: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """x Dᵀ, (..., out), for a matrix D = build(*tensors), (out × in); differentiable in x and the tensors.
+@dataclass(frozen=True)
+class Dropout:
+    """Dropout of this step; a p of 0 is none."""
 
-    Only x and the tensors are kept: the backward pass builds D again, and gᵀx lives for a moment. D is built in the
-    tensors' own precision (autocast does not reach it) and rounded once, to the dtype of the product.
+    p: float = 0.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.p) if self.p else x
+
+
+keep = Dropout()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A matrix D (out × in) that is built a few rows at a time: D[i:j] = rows(i, j, *build(*tensors)).
+
+    i and j are multiples of `step`, and `rows` gives a tensor of its own, not a view. A step of 0: `build` gives D
+    itself. In bf16 the parts that `build` gives are rounded and the rows built of them, else the rows are rounded.
     """
-    if torch.compiler.is_compiling():  # the compiler decides itself what to keep and what to compute twice
-        return F.linear(x, build(*tensors).to(x.dtype))
-    return _Product.apply(x, build, *tensors)
+
+    build: Callable[..., tuple[Tensor, ...]]
+    rows: Callable[..., Tensor] = lambda i, j, D: D
+    out: int = 0
+    step: int = 0
+
+    def parts(self, dtype: torch.dtype, tensors: Sequence[Tensor]) -> list[Tensor]:
+        narrow = dtype == torch.bfloat16
+        return [t.to(dtype) if narrow else t for t in self.build(*tensors)]
+
+    def strips(self, parts: Sequence[Tensor], inp: int) -> list[tuple[int, int]]:
+        """The borders of groups of rows that fit the scratch size."""
+        if not self.step:
+            return [(0, len(parts[0]))]
+        height = -(-max(TALL, SCRATCH // inp) // self.step) * self.step
+        return list(itertools.pairwise([*range(0, self.out, height), self.out]))
 
 
-def _own_precision(device: str) -> AbstractContextManager:
-    """Autocast off, on devices that have it (the meta device does not)."""
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-
-
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, build: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(x, *tensors)
-        ctx.build = build
-        with _own_precision(x.device.type):
-            D = build(*tensors)
-        return F.linear(x, D.to(x.dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g: Tensor):
-        x, *tensors = ctx.saved_tensors
-        need_x, _, *needs = ctx.needs_input_grad
-        leaves = [t.detach().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
-        with torch.enable_grad(), _own_precision(x.device.type):
-            D = ctx.build(*leaves)
-        dx = (g @ D.detach().to(g.dtype)).to(x.dtype) if need_x else None
-        trained = [leaf for leaf in leaves if leaf.requires_grad]
-        grads = iter(())
-        if trained:
-            dD = g.reshape(-1, g.shape[-1]).T @ x.reshape(-1, x.shape[-1]).to(g.dtype)
-            grads = iter(torch.autograd.grad(D, trained, dD.to(D.dtype)))
-        return dx, None, *(next(grads) if need else None for need in needs)
-
-
-def plain(base: Any, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+def plain(base: Any, x: Tensor) -> Linear | None:
     """The (W, bias) of a base that is nothing but a frozen nn.Linear in x's dtype, for products that join with its own.
 
-    None where that cannot be told or done: a quantised base, hooks, a trained weight, autocast, a graph being compiled.
+    None where that cannot be told or done: a quantised base, hooks, a trained weight, autocast to another dtype, a
+    graph being compiled.
     """
     found = None if torch.compiler.is_compiling() else getattr(base, "linear", None)
-    fits = found is not None and found[0].dtype == x.dtype and found[0].device == x.device
-    device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return found if fits and not autocast else None
+    fits = found is not None and found[0].dtype == x.dtype == product_dtype(x) and found[0].device == x.device
+    return found if fits else None
 
 
-def wide(base: Any, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
-    """As `plain`, where W + ΔW may be summed before the product: in fp32 and wider; bf16 would round ΔW away."""
-    return plain(base, x) if x.dtype in (torch.float32, torch.float64) else None
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which nn.Linear multiplies x here: its own, or autocast's."""
+    on = autocast_is_on(x.device.type) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if on else x.dtype
 
 
-def low_rank(
-    x: Tensor,
-    W: Tensor,
-    bias: Tensor | None,
-    build: Callable[..., tuple[Tensor, Tensor | None]],
-    trains_A: bool,
-    *p: Tensor,
-) -> Tensor:
-    """x Wᵀ + bias + (x Aᵀ) Bᵀ, (..., out), for (B, A) = build(*p); differentiable in x and p, W and bias are frozen.
+def own_precision(device: str) -> AbstractContextManager:
+    """Autocast off; entering that is slow, so only where it is on."""
+    return torch.autocast(device, enabled=False) if autocast_is_on(device) else nullcontext()
 
-    The small products are added into the large ones, forward and backward, so that no second tensor of the size of y
-    or of x is written and read again. p and x Aᵀ, r wide, are kept, x only if `trains_A`. An A of None stands for
-    [I I ... I] (r × in): x Aᵀ is then the sum of x's blocks.
+
+def autocast_is_on(device: str) -> bool:
+    """Also asked of devices that have none, such as meta."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def fused(*tensors: Tensor) -> Any:
+    """The module of Triton kernels, where they are switched on (INLAY_TRITON=1) and can take these tensors."""
+    if os.environ.get("INLAY_TRITON") != "1" or torch.compiler.is_compiling():
+        return None
+    there = all(t.is_cuda for t in tensors) or os.environ.get("TRITON_INTERPRET") == "1"
+    if not there or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        return None
+    from inlay import kernels
+
+    return kernels
+
+
+# -- ΔW = B A ---------------------------------------------------------------------------------------------------------
+
+
+def low_rank(x: Tensor, linear: Linear | None, build: Factors, on_x: bool, drop: Dropout, *p: Tensor) -> Tensor:
+    """x Wᵀ + bias + (x Aᵀ) Bᵀ, (..., out), for (B, A) = build(*p).
+
+    p and x Aᵀ, r wide, are kept, and x if `on_x`, where A is trained. An A of None stands for [I I ... I] (r × in):
+    x Aᵀ is then the sum of x's blocks. Dropout is on x if x is kept, else on x Aᵀ; its seed is kept, and no mask.
     """
-    return _LowRank.apply(x, W, bias, build, trains_A, *p)
+    if torch.compiler.is_compiling():  # the compiler decides itself what to keep and what to compute twice
+        return low_rank_reference(x, linear, *build(*p), drop, on_x)
+    return _LowRank.apply(x, *(linear or (None, None)), build, on_x, drop.p, *p)
 
 
-def low_rank_reference(x: Tensor, W: Tensor, bias: Tensor | None, B: Tensor, A: Tensor | None) -> Tensor:
+def low_rank_reference(
+    x: Tensor, linear: Linear | None, B: Tensor, A: Tensor | None, drop: Dropout = keep, on_x: bool = True
+) -> Tensor:
     """What `low_rank` computes."""
-    u = block_sum(x, B.shape[1]) if A is None else F.linear(x, A.to(x.dtype))
-    return F.linear(x, W, bias) + F.linear(u.to(x.dtype), B.to(x.dtype))
+    if A is None:
+        u = drop(block_sum(x, B.shape[1]))
+    else:
+        u = F.linear(drop(x), A.to(x.dtype)) if on_x else drop(F.linear(x, A.to(x.dtype)))
+    y = F.linear(u.to(x.dtype), B.to(x.dtype))
+    return y if linear is None else F.linear(x, *linear) + y
 
 
 class _LowRank(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, W: Tensor, bias: Tensor | None, build: Callable, trains_A: bool, *p: Tensor) -> Tensor:
-        with _own_precision(x.device.type):
-            B, A = build(*p)
-        A = tiles(B.shape[1], x) if A is None and x.element_size() < 4 else A
-        u = (block_sum(x, B.shape[1]) if A is None else F.linear(x, A.to(x.dtype))).to(x.dtype)
-        y = F.linear(x, W, bias)
-        y.view(-1, y.shape[-1]).addmm_(u.reshape(-1, u.shape[-1]), B.to(x.dtype).T)
-        ctx.build, ctx.shape = build, x.shape
-        ctx.save_for_backward(x if trains_A and A is not None and any(ctx.needs_input_grad[5:]) else None, u, W, *p)
-        return y
+    def forward(
+        ctx, x: Tensor, W: Tensor | None, bias: Tensor | None, build: Factors, on_x: bool, drop: float, *p: Tensor
+    ) -> Tensor:
+        dtype = product_dtype(x)
+        ctx.build, ctx.drop, ctx.shape, ctx.dtype = build, drop, x.shape, x.dtype
+        ctx.seed = int(torch.randint(1 << 62, ())) if drop else 0
+        with own_precision(x.device.type):
+            flat, (B, A) = x.reshape(-1, x.shape[-1]).to(dtype), build(*p)
+            ctx.on_x = on_x and A is not None
+            B, A = B.to(dtype), tiles(B.shape[1], flat.shape[1], flat) if A is None else A.to(dtype)
+            if drop and ctx.on_x:
+                u = flat.new_empty(len(flat), B.shape[1])
+                for rows, mask in masks(flat.shape, flat, drop, ctx.seed):
+                    torch.mm(mask.mul_(flat[rows]), cast(Tensor, A).T, out=u[rows])
+            else:
+                u = (block_sum(flat, B.shape[1]) if A is None else flat @ A.T).to(dtype)
+                for rows, mask in masks(u.shape, u, drop, ctx.seed) if drop else ():
+                    u[rows] *= mask
+            y = u @ B.T if W is None else F.linear(flat, W, bias).addmm_(u, B.T)
+        ctx.save_for_backward(x if ctx.on_x and any(ctx.needs_input_grad[6:]) else None, u, W, *p)
+        return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g: Tensor):
         x, u, W, *p = ctx.saved_tensors
-        need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
-        with torch.enable_grad(), _own_precision(g.device.type):
-            leaves = [t.detach().requires_grad_(need) for t, need in zip(p, needs, strict=True)]
-            B, A = ctx.build(*leaves)
-        A = tiles(B.shape[1], W) if A is None and W.element_size() < 4 else A
-        g, u, dx = g.reshape(-1, g.shape[-1]), u.reshape(-1, u.shape[-1]), None
-        v = g @ B.detach().to(g.dtype)
-        if need_x:
-            dx = g @ W
-            dx.addmm_(v, A.detach().to(g.dtype)) if A is not None else add_blocks(dx, v)
-            dx = dx.view(ctx.shape)
-        ends, slopes = [], []
-        if B.requires_grad:
-            ends, slopes = [B], [(g.T @ u).to(B.dtype)]
-        if A is not None and A.requires_grad:
-            ends, slopes = [*ends, A], [*slopes, (v.T @ x.reshape(-1, x.shape[-1])).to(A.dtype)]
-        trained = [leaf for leaf in leaves if leaf.requires_grad]
-        grads = iter(torch.autograd.grad(ends, trained, slopes) if trained else ())
-        return dx, None, None, None, None, *(next(grads) if need else None for need in needs)
+        g, inp = g.reshape(-1, g.shape[-1]), ctx.shape[-1]
+        with own_precision(g.device.type):
+            leaves = leaves_of(p, ctx.needs_input_grad[6:])
+            with torch.enable_grad():
+                B, A = ctx.build(*leaves)
+            trained = A if A is not None and A.requires_grad else None
+            right = tiles(B.shape[1], inp, g) if A is None else A.detach().to(g.dtype)
+            flat = None if trained is None else x.reshape(-1, inp).to(g.dtype)
+            v, dA, dx = g @ B.detach().to(g.dtype), None, None
+            if ctx.needs_input_grad[0]:
+                dx = g.new_zeros(len(g), inp) if W is None else g @ W
+            if ctx.drop and ctx.on_x:
+                dA = None if trained is None else torch.zeros_like(trained)
+                for rows, mask in masks((len(g), inp), g, ctx.drop, ctx.seed):
+                    if dx is not None:
+                        dx[rows].addcmul_(v[rows] @ right, mask)
+                    if dA is not None and flat is not None:
+                        dA += v[rows].T @ mask.mul_(flat[rows])
+            else:
+                for rows, mask in masks(v.shape, v, ctx.drop, ctx.seed) if ctx.drop else ():
+                    v[rows] *= mask
+                if dx is not None:
+                    add_blocks(dx, v) if right is None else dx.addmm_(v, right)
+                dA = None if flat is None else v.T @ flat
+            grads = pull([(B, (u.T @ g).T if B.requires_grad else None), (A, dA)], leaves)
+        return None if dx is None else dx.view(ctx.shape).to(ctx.dtype), None, None, None, None, None, *grads
 
 
-def tiles(r: int, x: Tensor) -> Tensor:
-    """[I I ... I], (r × in), for an x of half precision: its units multiply faster than they add, and sum in fp32."""
-    return torch.eye(r, dtype=x.dtype, device=x.device).repeat(1, -(-x.shape[-1] // r))[:, : x.shape[-1]]
+def leaves_of(tensors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
+    """The tensors anew, as the leaves of a graph of their own."""
+    return [t.detach().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
+
+
+def pull(built: Sequence[tuple[Tensor | None, Tensor | None]], leaves: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients of leaves, None for those that want none, from the slopes of tensors built of them."""
+    pairs = [(t, slope.to(t.dtype)) for t, slope in built if t is not None and slope is not None and t.requires_grad]
+    if all(t.is_leaf for t, _ in pairs):  # nothing was built
+        slopes = {id(t): slope for t, slope in pairs}
+        return [slopes.get(id(leaf)) for leaf in leaves]
+    ends, slopes = zip(*pairs, strict=True)
+    grads = iter(torch.autograd.grad(ends, [leaf for leaf in leaves if leaf.requires_grad], slopes))
+    return [next(grads) if leaf.requires_grad else None for leaf in leaves]
+
+
+def masks(shape: Sequence[int], like: Tensor, p: float, seed: int) -> Iterator[tuple[slice, Tensor]]:
+    """The dropout mask of a seed for a (rows × width) tensor, scaled, in strips of rows."""
+    generator = None if like.is_meta else torch.Generator(like.device).manual_seed(seed)
+    height = max(1, SCRATCH // shape[1])
+    for i in range(0, shape[0], height):
+        rows = slice(i, min(i + height, shape[0]))
+        yield rows, like.new_empty(rows.stop - i, shape[1]).bernoulli_(1 - p, generator=generator).div_(1 - p)
+
+
+def tiles(r: int, inp: int, like: Tensor) -> Tensor | None:
+    """[I I ... I], (r × in), in half precision, which multiplies faster than it adds, and sums in fp32; else None."""
+    if like.element_size() >= 4 or fused(like) is not None:
+        return None
+    return torch.eye(r, dtype=like.dtype, device=like.device).repeat(1, -(-inp // r))[:, :inp]
 
 
 def block_sum(x: Tensor, r: int) -> Tensor:
     """Σ_j x[..., jr : (j+1)r], (..., r), accumulated in at least fp32 with no copy of x; a last block may be short."""
+    if x.dtype != torch.float64 and (kernels := fused(x)) is not None:
+        return kernels.block_sum(x, r)
     dtype, tail = torch.promote_types(x.dtype, torch.float32), x.shape[-1] % r
     S = x[..., : x.shape[-1] - tail].unflatten(-1, (-1, r)).sum(-2, dtype=dtype)
     return S + F.pad(x[..., x.shape[-1] - tail :], (0, r - tail)) if tail else S
@@ -154,82 +236,146 @@ def add_blocks(x: Tensor, v: Tensor) -> Tensor:
     return x
 
 
-def dense(x: Tensor, W: Tensor, bias: Tensor | None, build: Callable[..., Tensor], *p: Tensor) -> Tensor:
-    """x (W + D)ᵀ + bias, (..., out), for D = build(*p), in one product; differentiable in x and p.
+# -- any ΔW -----------------------------------------------------------------------------------------------------------
 
-    Three products of the size of a layer in all (the floor of a dense update), where `product` beside the base makes
-    five. For fp32 and wider: a sum in bf16 would round a small D away.
+
+def dense(x: Tensor, linear: Linear | None, D: Rows, *p: Tensor) -> Tensor:
+    """x Wᵀ + bias + x Dᵀ, (..., out). x and p are kept; D's rows live for a moment, and so do those of gᵀx.
+
+    In fp32 and wider W + D is multiplied at once: three products of the size of a layer in all, the floor of a dense
+    update, where a second product beside the layer's own makes five. In bf16 that sum would round a small D away.
     """
-    return _Dense.apply(x, W, bias, build, *p)
+    if torch.compiler.is_compiling():
+        return dense_reference(x, linear, D, *p)
+    return _Dense.apply(x, *(linear or (None, None)), D, *p)
+
+
+def dense_reference(x: Tensor, linear: Linear | None, D: Rows, *p: Tensor) -> Tensor:
+    """What `dense` computes."""
+    parts = D.build(*p)
+    y = F.linear(x, D.rows(0, D.out or len(parts[0]), *parts).to(x.dtype))
+    return y if linear is None else F.linear(x, *linear) + y
 
 
 class _Dense(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, W: Tensor, bias: Tensor | None, build: Callable[..., Tensor], *p: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, W: Tensor | None, bias: Tensor | None, D: Rows, *p: Tensor) -> Tensor:
         ctx.save_for_backward(x, W, *p)
-        ctx.build = build
-        return F.linear(x, build(*p).to(x.dtype).add_(W), bias)
+        ctx.D, dtype = D, product_dtype(x)
+        with own_precision(x.device.type):
+            flat, parts = x.reshape(-1, x.shape[-1]).to(dtype), D.parts(dtype, p)
+            strips = D.strips(parts, x.shape[-1])
+            narrow = dtype.itemsize < 4
+            y = flat.new_empty(len(flat), strips[-1][1]) if W is None or not narrow else F.linear(flat, W, bias)
+            for i, j in strips:
+                rows = D.rows(i, j, *parts).to(dtype)
+                if W is not None and not narrow:
+                    rows.add_(W[i:j])
+                y[:, i:j].addmm_(flat, rows.T, beta=int(W is not None and narrow))
+            if bias is not None and not narrow:
+                y.add_(bias)
+        return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g: Tensor):
         x, W, *p = ctx.saved_tensors
-        leaves = [t.detach().requires_grad_(need) for t, need in zip(p, ctx.needs_input_grad[4:], strict=True)]
-        with torch.enable_grad():
-            D = ctx.build(*leaves)
-        g = g.reshape(-1, g.shape[-1])
-        dx = (g @ (D.detach() + W)).view(x.shape) if ctx.needs_input_grad[0] else None
-        trained = [leaf for leaf in leaves if leaf.requires_grad]
-        grads = iter(())
-        if trained:
-            grads = iter(torch.autograd.grad(D, trained, (g.T @ x.reshape(-1, x.shape[-1])).to(D.dtype)))
-        return dx, None, None, None, *(next(grads) if need else None for need in ctx.needs_input_grad[4:])
+        D, inp, g = ctx.D, x.shape[-1], g.reshape(-1, g.shape[-1])
+        with own_precision(g.device.type):
+            leaves, flat = leaves_of(p, ctx.needs_input_grad[4:]), x.reshape(-1, inp).to(g.dtype)
+            with torch.enable_grad():
+                parts = D.parts(g.dtype, leaves)
+            ends = leaves_of(parts, [t.requires_grad for t in parts])
+            wanted = [t for t in ends if t.requires_grad]
+            slopes: list[Any] = [None] * len(wanted)
+            narrow, dx = g.element_size() < 4, None
+            if ctx.needs_input_grad[0]:
+                dx = torch.zeros_like(flat) if W is None or not narrow else g @ W
+            for i, j in D.strips(parts, inp):
+                with torch.enable_grad():
+                    rows = D.rows(i, j, *ends)
+                if dx is not None:
+                    own = rows.detach().to(g.dtype)
+                    dx.addmm_(g[:, i:j], own if W is None or narrow else own + W[i:j])
+                if wanted:
+                    slope = (g[:, i:j].T @ flat).to(rows.dtype)
+                    new = torch.autograd.grad(rows, wanted, slope)
+                    slopes = [n if old is None else old.add_(n) for old, n in zip(slopes, new, strict=True)]
+            grads = pull([(t, s) for t, s in zip([t for t in parts if t.requires_grad], slopes, strict=True)], leaves)
+        return None if dx is None else dx.view_as(x).to(x.dtype), None, None, None, *grads
 
 
 def bat_col_delta(W: Tensor, B: Tensor) -> Tensor:
-    """ΔW_ab = W_ab B_a + B_a for W (out × in) and B (out/r × r × r), in B's dtype. The reference of `bat_col`."""
+    """ΔW_ab = W_ab B_a + B_a for W (out × in) and B (out/r × r × r), in B's dtype."""
     a, r, _ = B.shape
     blocks = W.to(B.dtype).reshape(a, -1, r) @ B
     return (blocks.unflatten(1, (r, -1)) + B[:, :, None]).flatten(2).flatten(0, 1)
 
 
-def bat_col(x: Tensor, B: Tensor, W: Tensor, weight: Callable[[], Tensor]) -> Tensor:
-    """x ΔWᵀ, (..., out), for `bat_col_delta`, a few block rows at a time; differentiable in x and B.
+# -- W (x + blockdiag(B) x) -------------------------------------------------------------------------------------------
 
-    Only x and B are kept; `weight` is called for W again in the backward pass, so that a quantised one is dequantised
-    twice rather than held.
+
+def bat(x: Tensor, linear: Linear, B: Tensor) -> Tensor:
+    """W (x + t) + tile(Σ_b t_b) + bias, (..., out), with t = blockdiag(B) x; B (in/r × r × r). x and B are kept.
+
+    Blocks are multiplied a few at once, as the diagonal of a larger one: an r × r product is too small to be fast.
     """
-    return _BatCol.apply(x, B, W, weight)
+    return _Bat.apply(x, *linear, B)
 
 
-class _BatCol(torch.autograd.Function):
+def bat_reference(x: Tensor, base: Callable[[Tensor], Tensor], B: Tensor, drop: Dropout = keep) -> Tensor:
+    """What `bat` computes, over any layer."""
+    t = torch.einsum("...bp,bqp->...bq", drop(x).unflatten(-1, (-1, B.shape[1])), B.to(x.dtype))
+    y = base(x + t.flatten(-2))
+    return y + t.sum(-2).repeat(*[1] * (t.dim() - 2), y.shape[-1] // B.shape[1])
+
+
+class _Bat(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, B: Tensor, W: Tensor, weight: Callable[[], Tensor]) -> Tensor:
-        ctx.save_for_backward(x, B)
-        ctx.weight = weight
-        y = x.new_empty(*x.shape[:-1], B.shape[0] * B.shape[1])
-        for rows, Wa, Ba in _block_rows(W, B):
-            y[..., rows] = x @ bat_col_delta(Wa, Ba).to(x.dtype).T
-        return y
+    def forward(ctx, x: Tensor, W: Tensor, bias: Tensor | None, B: Tensor) -> Tensor:
+        ctx.save_for_backward(x, W, B)
+        flat, r = x.reshape(-1, x.shape[-1]), B.shape[1]
+        E = diagonal(B.to(x.dtype))
+        z, total = torch.empty_like(flat), flat.new_empty(len(flat), r)
+        for rows in row_strips(flat):
+            xs = flat[rows].unflatten(1, (len(E), -1))
+            t = torch.bmm(xs.transpose(0, 1), E.mT)
+            torch.add(xs, t.transpose(0, 1), out=z[rows].view_as(xs))
+            total[rows] = block_sum(t.sum(0, dtype=torch.promote_types(t.dtype, torch.float32)), r)
+        y = F.linear(z, W, bias)
+        right = tiles(r, len(W), y)
+        add_blocks(y, total) if right is None else y.addmm_(total, right)
+        return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g: Tensor):
-        x, B = ctx.saved_tensors
-        flat, g, r = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1]), B.shape[1]
-        dx, dB = torch.zeros_like(flat), []
-        for rows, W, Ba in _block_rows(ctx.weight(), B):
-            if ctx.needs_input_grad[0]:
-                dx.addmm_(g[:, rows], bat_col_delta(W, Ba).to(g.dtype))
-            dD = (g[:, rows].T @ flat).to(B.dtype).view(len(Ba), -1, r)
-            dB.append(W.to(B.dtype).reshape(len(Ba), -1, r).mT @ dD + dD.unflatten(1, (r, -1)).sum(2))
-        return dx.view_as(x), torch.cat(dB), None, None
+        x, W, B = ctx.saved_tensors
+        g, flat, r = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1]), B.shape[1]
+        E = diagonal(B.to(x.dtype))
+        dx, right = g @ W, tiles(r, len(W), g)
+        total = (block_sum(g, r) if right is None else g @ right.T).to(g.dtype).repeat(1, E.shape[1] // r)
+        dE = torch.zeros_like(E, dtype=B.dtype)
+        for rows in row_strips(flat):
+            zs = dx[rows].unflatten(1, (len(E), -1))
+            t = (zs + total[rows, None]).transpose(0, 1)
+            dE += t.mT @ flat[rows].view_as(zs).transpose(0, 1)
+            zs += torch.bmm(t, E).transpose(0, 1)
+        dB = dE.unflatten(2, (-1, r)).unflatten(1, (-1, r)).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+        return dx.view_as(x), None, None, dB.reshape(B.shape)
 
 
-def _block_rows(W: Tensor, B: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Groups of block rows of W that fit the scratch size, with their blocks of B and their place in y."""
-    r = B.shape[1]
-    step = max(1, SCRATCH // (r * W.shape[1]))
-    for a in range(0, len(B), step):
-        rows = slice(a * r, min(a + step, len(B)) * r)
-        yield rows, W[rows], B[a : a + step]
+def row_strips(x: Tensor) -> Iterator[slice]:
+    """Groups of rows that fit a CPU's cache; on a GPU all of them."""
+    height = len(x) if x.is_cuda else max(1, (SCRATCH >> 3) // x.shape[1])
+    for i in range(0, len(x), height):
+        yield slice(i, min(i + height, len(x)))
+
+
+def diagonal(B: Tensor) -> Tensor:
+    """Blocks (n × r × r) joined to fewer, block-diagonal ones, (n/m × mr × mr)."""
+    n, r, _ = B.shape
+    m = next(m for m in range(max(1, (32 if B.element_size() >= 4 else 64) // r), 0, -1) if n % m == 0)
+    E = B.new_zeros(n // m, m, r, m, r)
+    E.diagonal(dim1=1, dim2=3).copy_(B.view(-1, m, r, r).permute(0, 2, 3, 1))
+    return E.view(n // m, m * r, m * r)

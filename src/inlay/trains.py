@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inlay import linalg
+from inlay import linalg, ops
 
 Train = list[Tensor]
 Shape = tuple[int, int, int, int]
@@ -176,31 +176,49 @@ def gaussian(train: Train) -> Train:
     return [torch.randn(c.shape, device=c.device) * (each / c.numel()).sqrt().float() for c in train]
 
 
-def contract(train: Sequence[Tensor]) -> Tensor:
-    """The matrix (Π o_k × Π i_k) of a train, differentiable: from both ends to one product at a bond in the middle."""
+def middle(train: Sequence[Tensor]) -> int:
+    """How many cores belong to the left half of a train, for `halves`: so that the two are small."""
     sizes = [core.shape[1] * core.shape[2] for core in train]
-    halves = [min(math.prod(sizes[:k]), math.prod(sizes[k:])) for k in range(len(train) + 1)]
-    middle = halves.index(max(halves))
-    left, right = train[0].new_ones(1, 1, 1), train[0].new_ones(1, 1, 1)
-    for core in train[:middle]:  # (o, i, d)
+    smaller = [min(math.prod(sizes[:k]), math.prod(sizes[k:])) for k in range(len(train) + 1)]
+    return smaller.index(max(smaller))
+
+
+def halves(train: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """A train contracted from both ends to the bond in its middle: (o, i, d) and (d, o', i')."""
+    left, right, k = train[0].new_ones(1, 1, 1), train[0].new_ones(1, 1, 1), middle(train)
+    for core in train[:k]:
         left = torch.tensordot(left, core, 1).transpose(1, 2).flatten(2, 3).flatten(0, 1)
-    for core in reversed(train[middle:]):  # (d, o, i)
+    for core in reversed(train[k:]):
         right = torch.tensordot(core, right, 1).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    return left, right
+
+
+def rows(i: int, j: int, left: Tensor, right: Tensor) -> Tensor:
+    """Rows i to j, multiples of o', of the matrix (o o' × i i') that two halves stand for."""
+    part = left[i // right.shape[1] : j // right.shape[1]]
+    if part.dtype != torch.float64 and (kernels := ops.fused(part, right)) is not None:
+        return kernels.train_rows(part, right)
     # Rows and columns are sorted on the two halves, which are small; the product is only transposed once.
-    return torch.tensordot(left, right, 1).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+    return torch.tensordot(part, right, 1).transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
 
-def difference(train: Sequence[Tensor], start: Sequence[Tensor] | None, factor: float = 1.0) -> Tensor:
-    """factor (contract(train) − contract(start)), (Π o_k × Π i_k): nothing large cancels, and equals give exactly zero.
-    Without a start nothing is subtracted.
+def contract(train: Sequence[Tensor]) -> Tensor:
+    """The matrix (Π o_k × Π i_k) of a train, differentiable."""
+    left, right = halves(train)
+    return rows(0, len(left) * right.shape[1], left, right)
+
+
+def difference(train: Sequence[Tensor], start: Sequence[Tensor] | None, factor: float = 1.0) -> Train:
+    """The train of factor (train − start): nothing large cancels, and equals give exactly zero. Without a start nothing
+    is subtracted.
 
     Σ_k S_1..S_{k-1} (T_k − S_k) T_{k+1}..T_N is itself a train of twice the bonds, with the cores [[S, T − S], [0, T]].
     """
     if start is None:
-        return contract([factor * train[0], *train[1:]])
+        return [factor * train[0], *train[1:]]
     first, *others = (torch.cat([S, T - S], 3) for T, S in zip(train, start, strict=True))
     blocks = [factor * first]
     for upper, T in zip(others, train[1:], strict=True):
         blocks.append(torch.cat([upper, torch.cat([torch.zeros_like(T), T], 3)]))
     blocks[-1] = blocks[-1][..., 1:]
-    return contract(blocks)
+    return blocks

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import functools
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
@@ -17,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
-from inlay.host import seal
+from inlay.host import seal, starts
 from inlay.host.slot import Slot
-from inlay.method import Base, Method, Params, keep, like
+from inlay.method import Base, Drop, Method, Params, like
 
 PREFIX = "inlay_"
 START = "inlay_start_"  # θ₀, stored beside θ so that nothing is ever decomposed again
@@ -89,8 +88,7 @@ class Adapted:
 
     def __call__(self, x: Tensor, /) -> Tensor:
         method, p, p0 = self.layer.theta(self.name)
-        drop = functools.partial(F.dropout, p=method.dropout) if self.layer.training and method.dropout else keep
-        return method.apply(p, p0, x, self.base, drop)
+        return method.apply(p, p0, x, self.base, Drop(method.dropout if self.layer.training else 0.0))
 
 
 def readable(base_layer: nn.Module) -> nn.Module:
@@ -215,24 +213,34 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         paths = [PREFIX + k for k in cut.symbols] + [START + k for k in cut.start]
         return {f"{path}.{name}.weight": cast(Slot, self._held(path)[name]) for path in paths}
 
-    @torch.no_grad()
     def decompose(self, name: str, like: str | None = None) -> None:
         """Fill the slots with the method's start, from the base weight in fp32, or with that of the adapter `like`."""
+        starts.compute(self.jobs(name, like))
+
+    def jobs(self, name: str, like: str | None = None) -> Iterator[starts.Job]:
+        """What is left to compute, when a copy of the adapter `like` is taken where it serves."""
         cut = self.cuts[name]
         cut.pending = False
         if self._device().type == "meta":  # a model without memory: shapes are all there is
             return
         if like in self.cuts and (cut.start or cut.folded):
-            start = self._start_of(like)
+            self._settle_start(name, like, self._start_of(like))
         elif cut.folded:
             raise ValueError(
                 f"{cut.module}: a folded adapter has no start of its own; load one with its base, or make both with "
                 "inlay.fold"
             )
         else:
-            start = cut.method.start(self.pristine().detach().float())
+            yield starts.Job(
+                cut.method,
+                lambda: self.pristine().detach().float(),
+                lambda start: self._settle_start(name, like, start),
+            )
+
+    @torch.no_grad()
+    def _settle_start(self, name: str, like: str | None, start: Params) -> None:
         self.fill(name, start)
-        for k in cut.symbols if like is not None and like in self.cuts else ():
+        for k in self.cuts[name].symbols if like is not None and like in self.cuts else ():
             mine, twin = (cast(Slot, self._held(PREFIX + k)[n]).weight for n in (name, str(like)))
             if not isinstance(twin, nn.Parameter):  # who copies an adapter copies its parameters, not its buffers
                 mine.copy_(twin)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from inlay.host import seal
+from inlay.host import seal, starts
 from inlay.host.config import INLAY, InlayConfig
 from inlay.host.layer import PREFIX, InlayLinear
 
@@ -117,8 +117,8 @@ class InlayModel(BaseTuner):
         for layer in layers:
             if twin in layer.cuts and layer.cuts[twin].pending:
                 layer.settle(twin)
-        for layer in tqdm(layers, desc=f"Cutting {config.method}", unit="layer", disable=None, delay=1):
-            layer.decompose(adapter_name, like=twin)
+        bar = tqdm(layers, desc=f"Cutting {config.method}", unit="layer", disable=None, delay=1)
+        starts.compute(job for layer in bar for job in layer.jobs(adapter_name, like=twin))
 
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **_) -> None:
         if not isinstance(target, InlayLinear):

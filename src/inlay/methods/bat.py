@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from inlay import ops
 from inlay.method import Base, Drop, Method, Params, keep
 
 
@@ -44,10 +45,10 @@ class Bat(Method):
         return (torch.einsum("aibp,bpq->aibq", blocks, B) + B.transpose(0, 1)).flatten(2).flatten(0, 1)
 
     def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
-        B = (self.s * p["B"]).to(x.dtype)
-        t = torch.einsum("...bp,bqp->...bq", drop(x).unflatten(-1, (-1, self.r)), B)
-        y = base(x + t.flatten(-2))
-        return y + t.sum(-2).repeat(*[1] * (t.dim() - 2), y.shape[-1] // self.r)
+        B = self.s * p["B"]
+        if not drop.p and (linear := ops.plain(base, x)) is not None:
+            return ops.bat(x, linear, B)
+        return ops.bat_reference(x, base, B, drop)
 
 
 def check_blocks(method: Method, r: int, W: Tensor) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from inlay import ops
-from inlay.method import Base, Drop, Method, Params, keep
+from inlay.method import Base, Method, Params
 from inlay.methods.bat import check_blocks
 
 
@@ -38,10 +38,11 @@ class BatCol(Method):
     def delta(self, p: Params, W: Tensor) -> Tensor:
         return ops.bat_col_delta(W, p["B"])
 
-    def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
-        W = base.weight
-        if (
-            drop is keep and ops.wide(base, x)
-        ) or W.requires_grad:  # where a trained change lies under this one, autograd has to see all of W
-            return super().apply(p, p0, x, base, drop)
-        return base(x) + ops.bat_col(drop(x), self.s * p["B"], W, lambda: base.weight)
+    def rows(self, p: Params, p0: Params | None, base: Base) -> ops.Rows:
+        r = self.r
+        return ops.Rows(
+            lambda B: (self.s * B, base.weight),
+            lambda i, j, B, W: ops.bat_col_delta(W[i:j], B[i // r : j // r]),
+            out=len(p["B"]) * r,
+            step=r,
+        )

@@ -14,11 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from inlay import ops
-from inlay.method import Base, Drop, LowRank, Params, keep
+from inlay.method import LowRank, Params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +40,3 @@ class Bone(LowRank):
 
     def joined(self, p: Params, p0: Params | None, inp: int) -> tuple[Tensor, Tensor | None]:
         return self.s * p["D"].T, None
-
-    def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
-        if drop is keep and ops.plain(base, x) is not None:
-            return super().apply(p, p0, x, base)
-        S = ops.block_sum(drop(x), self.r)
-        return base(x) + F.linear(S.to(x.dtype), (self.s * p["D"].T).to(x.dtype))

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from inlay import ops, trains
-from inlay.method import Base, Drop, Method, Params, keep, like
+from inlay.method import Base, Method, Params, like
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class DoTA(Method):
         default=None, hash=False, metadata={"help": "factors: [[o1..oN], [i1..iN]] or {dimension: factors}"}
     )
     init: Literal["mpo", "random"] = field(
-        default="mpo", metadata={"help": "start of the cores", "choices": ("mpo", "random")}
+        default="mpo", metadata={"help": "start of the cores", "choices": ("mpo", "random"), "draws": ("random",)}
     )
 
     def __post_init__(self) -> None:
@@ -65,11 +65,14 @@ class DoTA(Method):
 
     def offset(self, p: Params, p0: Params | None, W: Tensor) -> Tensor:
         start = None if p0 is None else list(like(p0, p).values())
-        return trains.difference(list(p.values()), start)
+        return trains.contract(trains.difference(list(p.values()), start))
 
-    def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
+    def rows(self, p: Params, p0: Params | None, base: Base) -> ops.Rows:
         start = None if p0 is None else list(like(p0, p).values())
-        if drop is keep and ops.wide(base, x):
-            return super().apply(p, p0, x, base)
-        # W is not asked for: a quantised one would be dequantised for nothing.
-        return base(x) + ops.product(drop(x), lambda *cores: trains.difference(cores, start, self.s), *p.values())
+        heights = [core.shape[1] for core in p.values()]
+        return ops.Rows(
+            lambda *cores: trains.halves(trains.difference(cores, start, self.s)),
+            trains.rows,
+            out=math.prod(heights),
+            step=math.prod(heights[trains.middle(list(p.values())) :]),
+        )

@@ -33,7 +33,7 @@ class LaMDA(LowRank):
     frozen = frozenset({"A"})
 
     init: Literal["svd", "svd_zero", "kaiming"] = field(
-        default="svd", metadata={"help": "the start", "choices": ("svd", "svd_zero", "kaiming")}
+        default="svd", metadata={"help": "start", "choices": ("svd", "svd_zero", "kaiming"), "draws": ("kaiming",)}
     )
     eta: float = field(default=0.3, metadata={"help": "share of the steps in which B freezes", "above": 0, "max": 1})
     stages: int = field(default=8, metadata={"help": "blocks in which B freezes (at most r)", "min": 1})
@@ -69,8 +69,8 @@ class LaMDA(LowRank):
         if p0 is None:
             return self.factors(p, inp)
         p0 = like(p0, p)
-        moved = {k: v if k in "AS" else v - p0[k] for k, v in p.items()}
-        return self.factors(moved, inp)[0] + self.factors({**p0, "S": p["S"] - p0["S"]}, inp)[0], p["A"]
+        B, B0 = (torch.cat([v for k, v in q.items() if k.startswith("B")], 1) for q in (p, p0))
+        return (B - B0) @ p["S"] + B0 @ (p["S"] - p0["S"]), p["A"]
 
     def schedule(self, p: Params, t: float) -> frozenset[str]:
         names = [k for k in p if k.startswith("B")]

@@ -25,6 +25,7 @@ class LoRA(LowRank):
     paper = "Hu et al. 2021, arXiv 2106.09685"
     trains = "A (r × in), B (out × r)"
     zero_init = True
+    draws = True  # type: ignore[assignment]
 
     alpha: float | None = field(default=None, metadata={"help": "s = alpha / r; give alpha or scale, not both"})
 

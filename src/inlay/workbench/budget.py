@@ -5,13 +5,11 @@ from __future__ import annotations
 import bisect
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 
-import torch
-
-from inlay.methods import find
-from inlay.workbench import memory, models, peft_methods, prepare, spectra
+from inlay.workbench import memory, models, peft_methods, plan, prepare, spectra
 from inlay.workbench.comparison import Entry
+from inlay.workbench.peft_methods import FULL, is_ours, without_start
 from inlay.workbench.prepare import Examples
 from inlay.workbench.recipe import Recipe
 
@@ -19,15 +17,15 @@ Cost = Callable[[Recipe], float]
 
 
 def cost_of(kind: str, rows: Examples) -> Cost:
-    """What a recipe costs of a budget: its trained numbers, or the GiB of a step as they are counted."""
+    """What a recipe costs of a budget: its trained numbers, or the GiB at the peak of a step."""
     if kind == "parameters":
-        return lambda recipe: memory.count(recipe.model, recipe.adapter())
+        return lambda recipe: memory.count(recipe.model, without_start(recipe.adapter()))
 
-    def need(recipe: Recipe) -> float:
-        model, length = prepare.planned(recipe, rows, models.dtype_for(recipe.dtype))
-        return memory.estimate(model, int(recipe.batch_size), length, recipe.quantize).total / 2**30
+    def peak(recipe: Recipe) -> float:
+        run, length = prepare.planned(recipe, rows, models.dtype_for(recipe.dtype))
+        return run.step(int(recipe.batch_size), length).peak / 2**30
 
-    return need
+    return peak
 
 
 def solve(entry: Entry, cost: Cost, limit: float) -> Entry:
@@ -36,7 +34,7 @@ def solve(entry: Entry, cost: Cost, limit: float) -> Entry:
     Raises:
         ValueError: even the smallest costs more.
     """
-    name = size_name(entry.recipe.method)
+    name = size_field(entry.recipe.method)
     if name is None:
         return entry
 
@@ -53,31 +51,22 @@ def solve(entry: Entry, cost: Cost, limit: float) -> Entry:
     return replace(entry, recipe=sized(best))
 
 
-def size_name(method: str) -> str | None:
+def size_field(method: str) -> str | None:
     """The hyperparameter that sets how much a method trains."""
-    if not peft_methods.is_ours(method):
-        return None if method == peft_methods.FULL else peft_methods.size_field(method)
-    return next((f.name for f in fields(find(method)) if f.name in ("r", "bond")), None)
+    if is_ours(method):
+        return plan.size_name(method)
+    return None if method == FULL else peft_methods.size_field(method)
 
 
 def sizes(recipe: Recipe, name: str) -> Sequence[int]:
     """The sizes that a method can have on the weights it adapts: for ours, those it takes there."""
     where = replace(recipe, method="lora", args={"r": 1}, patterns={}, allocate="none").config()
     shapes = set(spectra.targets(recipe.model, where, recipe.trust_remote_code).values())
-    least = min(min(shape) for shape in shapes)
-    if not peft_methods.is_ours(recipe.method):
-        return range(1, least + 1)
-    weights = [torch.empty(shape, device="meta") for shape in shapes]
-    return [size for size in range(1, least + 1) if takes(replace(recipe, args={**recipe.args, name: size}), weights)]
-
-
-def takes(recipe: Recipe, weights: list[torch.Tensor]) -> bool:
-    """Whether a method has a start on all of the weights."""
-    try:
-        method = recipe.config().build()
-        return all(method.start(weight) is not None for weight in weights)
-    except ValueError:
-        return False
+    options = range(1, min(min(shape) for shape in shapes) + 1)
+    if not is_ours(recipe.method):
+        return options
+    configs = {size: replace(recipe, args={**recipe.args, name: size}).config() for size in options}
+    return [size for size in options if all(plan.takes(configs[size], shape) for shape in shapes)]
 
 
 def largest(options: Sequence[int], cost: Callable[[int], float], limit: float) -> int | None:

@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from inlay.workbench.files import cache_folder
+from inlay.cache import cache_folder
 
 MODEL = "builtin"
 FOLDER = "smollm2-135m-instruct-"

@@ -106,7 +106,7 @@ def method(made: Outcome) -> list[str]:
     budget = {
         "": "Each method has the size it was given.",
         "parameters": f"Sizes are the largest that train at most {limit:,.0f} numbers.",
-        "memory": f"Sizes are the largest whose counted memory is at most {limit:g} GiB.",
+        "memory": f"Sizes are the largest whose step peaks at {limit:g} GiB or less (`inlay plan`).",
         "time": f"Steps are cut to {limit:g} seconds of training.",
     }[kind]
     return [

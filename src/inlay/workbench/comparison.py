@@ -11,7 +11,7 @@ import yaml
 from inlay.workbench.peft_methods import instead
 from inlay.workbench.recipe import Recipe, conform, conform_all, default_of, entry, from_values, read_yaml
 
-BUDGETS = {"parameters": "trained numbers", "memory": "GiB, counted", "time": "seconds of training"}
+BUDGETS = {"parameters": "trained numbers", "memory": "GiB at the peak of a step", "time": "seconds of training"}
 # Fields of a recipe in which methods may differ; all others are the task, which is one.
 OF_METHOD = """method args scale dropout target_modules exclude_modules layers_to_transform modules_to_save patterns
 allocate bias quantize fold_rounds scheduler warmup weight_decay optimizer max_grad_norm gradient_checkpointing

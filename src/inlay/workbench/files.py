@@ -10,11 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def cache_folder() -> Path:
-    """Where things are kept that can be made again: $INLAY_CACHE, or ~/.cache/inlay."""
-    return Path(os.environ.get("INLAY_CACHE") or "~/.cache/inlay").expanduser()
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a text file at once."""
     part = path.with_name(f".{path.name}.part")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import warnings
 from pathlib import Path
@@ -194,6 +195,7 @@ def quiet() -> None:
     import transformers
 
     warnings.simplefilter("ignore", FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks of every product that it rounds
     warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

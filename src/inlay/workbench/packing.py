@@ -16,6 +16,7 @@ from peft import get_peft_model
 from torch import Tensor
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils import is_bitsandbytes_available
 from transformers.utils.quantization_config import QuantizationMethod
@@ -90,6 +91,30 @@ def settings(kind: str, dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConf
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
+
+
+def pack(blank: PreTrainedModel, kind: str, dtype: torch.dtype) -> None:
+    """Pack the linear layers of a model without memory, as a checkpoint quantised by `settings` has them.
+
+    Raises:
+        ValueError: bitsandbytes is not installed.
+    """
+    asked = settings(kind, dtype)
+    from bitsandbytes.functional import int8_vectorwise_quant
+    from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
+    replace_with_bnb_linear(blank, get_keys_to_not_convert(blank), asked)
+    for module in blank.modules():
+        if isinstance(module, (Linear4bit, Linear8bitLt)):
+            for p in module.parameters():
+                p.data = p.data.to(dtype)  # which a weight is then dequantised to
+        if isinstance(module, Linear4bit):
+            module.weight = module.weight._quantize("meta")
+        elif isinstance(module, Linear8bitLt):
+            values, scales, _ = int8_vectorwise_quant(module.weight.data.half())
+            module.weight = Int8Params(values, CB=values, SCB=scales, requires_grad=False)
+            module.state.threshold = 0.0  # which inputs are outliers is a matter of values
 
 
 def folding(plan: Plan, dtype: torch.dtype) -> BitsAndBytesConfig:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -95,6 +95,11 @@ def size_field(method: str) -> str | None:
     """The field of a PEFT method that sets how much it trains, if there is one."""
     name = SIZES.get(method.removeprefix(PREFIX), "r")
     return name if name in [f.name for f in fields(config_class(method))] else None
+
+
+def without_start(config: PeftConfig | None) -> PeftConfig | None:
+    """The config for the meta device, where no start can be made from values."""
+    return replace(config, init_lora_weights=True) if isinstance(config, LoraConfig) else config
 
 
 def complete(trainer: Any) -> None:

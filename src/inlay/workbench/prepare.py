@@ -16,7 +16,8 @@ from inlay.folding import fold
 from inlay.host.config import InlayConfig
 from inlay.workbench import data, memory, models, ranks
 from inlay.workbench.files import check_free
-from inlay.workbench.peft_methods import FULL
+from inlay.workbench.peft_methods import FULL, without_start
+from inlay.workbench.plan import Run
 from inlay.workbench.recipe import Recipe
 
 MARK = ".inlay-run"  # what makes a folder a run of ours, which --overwrite may replace
@@ -71,14 +72,22 @@ def at_most(rows: Examples) -> int:
     return min(64, 1 << max(0, (len(rows.train) // 8).bit_length() - 1))
 
 
-def planned(recipe: Recipe, rows: Examples, dtype: torch.dtype) -> tuple[PreTrainedModel | PeftModel, int]:
-    """The model without memory behind it, adapted as it will train, and its longest sequence."""
+def planned(recipe: Recipe, rows: Examples, dtype: torch.dtype) -> tuple[Run, int]:
+    """The run as it will train on this machine, for the planner, and its longest sequence."""
     dtype = torch.float32 if recipe.method == FULL else dtype
-    model = memory.adapted(memory.meta_model(recipe.model, dtype, recipe.trust_remote_code), recipe.adapter())
-    if recipe.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-        model.enable_input_require_grads()
-    return model, min(recipe.max_length, rows.audit.longest)
+    run = Run(
+        recipe.model, without_start(recipe.adapter()), dtype,
+        "nf4" if models.fold_at(recipe.model) else recipe.quantize,
+        recipe.gradient_checkpointing, "cuda" if torch.cuda.is_available() else "cpu", recipe.trust_remote_code,
+    )  # fmt: skip
+    return run, min(recipe.max_length, rows.audit.longest)
+
+
+def fitting_batch(run: Run, length: int, most: int, loaded: bool) -> int:
+    """The largest power of two, at most `most`, whose step fits the free memory (1, if none does); the weights need no
+    room of their own once they are `loaded`."""
+    room = 0.8 * memory.free() + (run.step(1, length).frozen if loaded else 0.0)
+    return min(most, 1 << max(0, run.largest_batch(length, room).bit_length() - 1))
 
 
 def check_fold(recipe: Recipe, adapter: Path) -> None:
@@ -126,19 +135,20 @@ def dry_run(recipe: Recipe, console: Console) -> None:
     tokenizer = models.load_tokenizer(recipe.model, recipe.revision, recipe.trust_remote_code)
     rows = examples(recipe, tokenizer, console)
     recipe = ranks.settle(recipe, console)
-    model, length = planned(recipe, rows, dtype)
-    batch = (
-        memory.largest_batch(model, length, start=at_most(rows)) if recipe.batch_size == "auto" else recipe.batch_size
-    )
+    run, length = planned(recipe, rows, dtype)
+    batch = recipe.batch_size
+    if batch == "auto":
+        batch = fitting_batch(run, length, at_most(rows), loaded=False)
     recipe = recipe.resolved(dtype=str(dtype).removeprefix("torch."), eval_size=len(rows.heldout), batch_size=batch)
-    need = memory.estimate(model, batch, length, "nf4" if models.fold_at(recipe.model) else recipe.quantize)
+    need = run.step(batch, length)
     shown = data.render(rows.train[0], tokenizer, recipe.max_length)
     console.print(recipe.to_yaml().rstrip(), soft_wrap=True)
     console.print("\nfirst example, the tokens that are learned from in ⟦⟧:")
     console.print(f"{shown.prompt}⟦{shown.answer.rstrip()}⟧", soft_wrap=True)
-    console.print(f"\n{memory.trainable(model):,} trainable numbers; batch {batch} × {length} tokens")
+    console.print(f"\n{need.parameters:,.0f} trainable numbers; batch {batch} × {length} tokens")
+    training = need.trained + need.gradients + need.optimizer
     console.print(
-        f"memory, counted: {memory.gib(need.total)} = weights {memory.gib(need.weights)}, adapter with gradients and "
-        f"optimiser {memory.gib(need.training)}, activations {memory.gib(need.activations)}; "
-        "the libraries and what lives only for a moment come on top"
+        f"memory at the peak of a step: {memory.gib(need.peak)}, of it weights {memory.gib(need.frozen)}, adapter with "
+        f"gradients and optimiser {memory.gib(training)}, activations kept {memory.gib(need.activations)}, the rest "
+        "for a moment; the libraries come on top"
     )

@@ -9,24 +9,18 @@ are left to one thread: two are no faster, and on cores that others use they wai
 from __future__ import annotations
 
 import copy
-import os
-import uuid
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from peft import get_peft_model
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from inlay import cache
 from inlay.host.config import InlayConfig
 from inlay.host.peft import adapted
-from inlay.workbench import fingerprint, memory
-from inlay.workbench.files import cache_folder
+from inlay.workbench import memory
 from inlay.workbench.weights import Weights
 
 Shape = tuple[int, int]  # out, in
@@ -96,39 +90,11 @@ def _one_thread() -> Iterator[None]:
 
 
 def kept(W: Tensor) -> Tensor:
-    """`singular_values`, from the cache if this content was seen before, in whatever model.
-
-    A damaged entry is made again; a cache that cannot be written costs time only.
-    """
-    path = cache_folder() / "spectra" / f"{fingerprint.of_tensor(W)}.safetensors"
-    S = _load(path, min(W.shape))
-    if S is None:
-        S = singular_values(W)
-        _store(path, S)
+    """`singular_values`, from the cache if this content was seen before, in whatever model."""
+    key = cache.fingerprint(W)
+    found = cache.load("spectra", key) or {}
+    if "S" in found and found["S"].shape == (min(W.shape),):
+        return found["S"]
+    S = singular_values(W)
+    cache.store("spectra", key, {"S": S})
     return S
-
-
-def _load(path: Path, length: int) -> Tensor | None:
-    """An entry, if it is there and whole."""
-    try:
-        with safe_open(path, "pt") as file:
-            S, mark = file.get_tensor("S"), (file.metadata() or {}).get("fingerprint")
-    except (OSError, SafetensorError):
-        return None
-    return S if S.shape == (length,) and mark == fingerprint.of_tensor(S) else None
-
-
-def _store(path: Path, S: Tensor) -> None:
-    part = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"S": S}, part, metadata={"fingerprint": fingerprint.of_tensor(S)})
-        os.replace(part, path)
-    except (OSError, SafetensorError) as error:
-        part.unlink(missing_ok=True) if path.parent.is_dir() else None
-        reason = getattr(error, "strerror", None) or error
-        warnings.warn(
-            f"{path.parent} cannot be written ({reason}), so spectra are computed anew each time; "
-            "name another folder in INLAY_CACHE",
-            stacklevel=2,
-        )

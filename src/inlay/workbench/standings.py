@@ -143,7 +143,7 @@ def spread(values: list[float]) -> float:
 
 def sized(entry: Entry) -> str:
     """The size of a method, as its hyperparameter."""
-    name = budget.size_name(entry.recipe.method)
+    name = budget.size_field(entry.recipe.method)
     if name is None:
         return ""
     settled = entry.recipe.resolved().args if name not in entry.recipe.args else entry.recipe.args

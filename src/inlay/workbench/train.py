@@ -25,7 +25,7 @@ from inlay.host.schedule import Schedule
 from inlay.workbench import memory, models, peft_methods, ranks, report
 from inlay.workbench.files import check_free, new_folder, set_aside, write_text
 from inlay.workbench.generate import answer
-from inlay.workbench.prepare import MARK, Examples, as_dataset, at_most, examples, load, planned
+from inlay.workbench.prepare import MARK, Examples, as_dataset, at_most, examples, fitting_batch, load, planned
 from inlay.workbench.recipe import Recipe
 from inlay.workbench.result import Result
 from inlay.workbench.watch import Watch, duration, peak_memory
@@ -197,7 +197,7 @@ def build(recipe: Recipe, base: Any, tokenizer, rows: Examples, folder: Path) ->
     """The trainer for a recipe and its base, which is adapted here unless it is so already; settles `batch_size`."""
     batch = recipe.batch_size
     if batch == "auto":
-        batch = memory.largest_batch(*planned(recipe, rows, base.dtype), start=at_most(rows))
+        batch = fitting_batch(*planned(recipe, rows, base.dtype), at_most(rows), loaded=True)
     steps = recipe.steps or math.ceil(recipe.epochs * len(rows.train) / (batch * recipe.accumulation))
     stop: list[TrainerCallback] = [EarlyStoppingCallback(recipe.early_stopping)] if recipe.early_stopping else []
     adapter = None if isinstance(base, PeftModel) else recipe.adapter(steps)

@@ -1,0 +1,112 @@
+"""Cutting all linear layers of a model of Llama-2-7B's shapes, one weight in memory per core, against PEFT's PiSSA.
+
+    python benchmarks/startup.py [--layers 32] [--methods pissa,milora,dota] [--r 16] [--out benchmarks/results]
+
+Weights are made when they are read, a power-law head on noise, and their making is not counted. Ours runs over all
+layers as `get_peft_model` does: side by side on the cores, then once more from the cache. PEFT's ways are run in the
+same process on one weight of each shape and multiplied by how many there are: "pissa" is a full SVD, "pissa_niter_16"
+torch.svd_lowrank with 16 rounds. Energy: Σσ² of the r triplets found, over that of the full SVD's, for 4096 × 4096.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from common import machine, table
+from torch import Tensor
+
+from inlay.host import starts
+from inlay.methods import find
+
+SHAPES = {(4096, 4096): 4, (11008, 4096): 2, (4096, 11008): 1}  # of one decoder layer
+
+
+def weight(shape: tuple[int, int], seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    U, V = (torch.randn(n, 64, generator=generator) for n in shape)
+    head = torch.arange(1, 65) ** -0.7 * 8 / shape[1]
+    return torch.randn(shape, generator=generator).mul_(shape[1] ** -0.5).addmm_(U * head, V.T)
+
+
+def model(layers: int) -> Iterator[tuple[tuple[int, int], int]]:
+    for layer in range(layers):
+        for k, (shape, count) in enumerate(SHAPES.items()):
+            for i in range(count):
+                yield shape, 100 * layer + 10 * k + i
+
+
+def ours(name: str, args: dict, layers: int) -> float:
+    """Seconds for the whole model, the making of weights left out."""
+    making = 0.0
+
+    def read(shape: tuple[int, int], seed: int) -> Tensor:
+        nonlocal making
+        began = time.perf_counter()
+        W = weight(shape, seed)
+        making += time.perf_counter() - began
+        return W
+
+    method = find(name)(**args)
+    began = time.perf_counter()
+    starts.compute(starts.Job(method, lambda at=at: read(*at), lambda p: None) for at in model(layers))
+    return time.perf_counter() - began - making
+
+
+def theirs(r: int, layers: int) -> tuple[float, float, float, float]:
+    """Seconds of PEFT's two ways for all layers, and what energy the second and ours find of a 4096 × 4096 weight."""
+    full = fast = found = own = 0.0
+    for shape, count in SHAPES.items():
+        W = weight(shape, 0)
+        began = time.perf_counter()
+        _, S, _ = torch.linalg.svd(W, full_matrices=False)
+        full += count * layers * (time.perf_counter() - began)
+        began = time.perf_counter()
+        _, s, _ = torch.svd_lowrank(W, r, niter=16)
+        fast += count * layers * (time.perf_counter() - began)
+        if shape == (4096, 4096):
+            best = S[:r].square().sum()
+            p = find("pissa")(r=r).start(W)
+            found, own = float(s.square().sum() / best), float((p["B"] @ p["A"]).square().sum() / best)
+    return full, fast, found, own
+
+
+def main() -> None:
+    options = argparse.ArgumentParser()
+    options.add_argument("--layers", type=int, default=32)
+    options.add_argument("--methods", default="pissa,milora,dota")
+    options.add_argument("--r", type=int, default=16)
+    options.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    asked = options.parse_args()
+    full, fast, found, own = theirs(asked.r, asked.layers)
+    rows: list[list[str]] = [
+        ["PEFT pissa (full SVD)", f"{full:,.0f}", "", "1"],
+        ["PEFT pissa_niter_16", f"{fast:,.0f}", "", f"{found:.4f}"],
+    ]
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["INLAY_CACHE"] = cache
+        for name in asked.methods.split(","):
+            args = {} if name == "dota" else {"r": asked.r}
+            first, again = (ours(name, args, asked.layers) for _ in range(2))
+            rows.append([name, f"{first:,.0f}", f"{again:,.0f}", f"{own:.4f}" if name == "pissa" else ""])
+            print(rows[-1], flush=True)
+    text = [
+        f"Seconds to cut the {7 * asked.layers} linear layers of {asked.layers} decoder layers of Llama-2-7B's shapes, "
+        f"r = {asked.r} (DoTA: bond 16), fp32. PEFT's are from one weight of each shape. {machine()}. "
+        "`python benchmarks/startup.py`",
+        "",
+        *table(["start", "s", "again, from the cache, s", "energy found, of the best"], rows),
+        "",
+    ]
+    print("\n".join(text))
+    asked.out.mkdir(parents=True, exist_ok=True)
+    (asked.out / "startup.md").write_text("\n".join(text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

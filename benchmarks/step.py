@@ -1,0 +1,187 @@
+"""A whole training step, forward, loss, backward and AdamW, against the frozen limit and PEFT's methods.
+
+    python benchmarks/step.py [--cases builtin:256:fp32,llama:512:bf16,...] [--repeats 5] [--compile] [--out ...]
+
+A case is a model : tokens : precision, with `:checkpointed` where activations are computed twice. builtin: SmolLM2;
+llama: four layers of Llama-3.2-1B's shapes over a vocabulary of 32,000, random weights. bf16 is a bf16 base under fp32
+adapters. The frozen limit is the model without adapters, forward and backward through its activations. r (or DoTA's
+bond) is 16 on all linear layers. Candidates take turns; figures are medians of ratios to the frozen limit of the same
+round. Peak: bytes held at once during a step beyond the weights, the optimiser's state included.
+
+--compile adds a table of torch.compile (inductor): each model compiled, over the same model as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import DEVICE, machine, peak, spread, table, wait, write_csv
+from peft import LoraConfig, MissConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from inlay import InlayConfig
+from inlay.methods import METHODS
+from inlay.workbench import models
+
+warnings.simplefilter("ignore")
+CASES = ("builtin:256:fp32", "llama:512:fp32", "llama:512:bf16", "llama:512:bf16:checkpointed")
+COMPILED = ("frozen", "PEFT LoRA", "lora", "lamda", "bone", "bat", "dota")
+
+
+def candidates() -> dict[str, Callable[[], Any] | None]:
+    everywhere = {"target_modules": "all-linear"}
+    return {
+        "frozen": None,
+        "full fine-tuning": None,
+        "PEFT LoRA": lambda: LoraConfig(r=16, **everywhere),
+        "PEFT DoRA": lambda: LoraConfig(r=16, use_dora=True, **everywhere),
+        "PEFT MiSS": lambda: MissConfig(r=16, **everywhere),
+        "PEFT Bat": lambda: MissConfig(r=16, init_weights="bat", **everywhere),
+        **{
+            m.name: lambda m=m: InlayConfig(
+                method=m.name, args={"bond" if m.name == "dota" else "r": 16}, init_weights=False, **everywhere
+            )
+            for m in METHODS
+        },
+    }
+
+
+def base(name: str, precision: str, layers: int = 4) -> nn.Module:
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    if name == "builtin":
+        return models.load_base("builtin", dtype)[0]
+    shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}
+    config = LlamaConfig(**shape, num_hidden_layers=layers, vocab_size=32_000)
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).to(dtype)
+
+
+class Step:
+    """One candidate's training step on the same tokens."""
+
+    def __init__(
+        self, name: str, config: Callable[[], Any] | None, frozen: nn.Module, ids: Tensor, again: bool
+    ) -> None:
+        shared = {} if name == "full fine-tuning" else {id(p): p for p in frozen.parameters()}
+        model = copy.deepcopy(frozen, shared).to(DEVICE).train()
+        model.requires_grad_(name == "full fine-tuning")
+        if again:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if name == "frozen":
+            model.get_input_embeddings().register_forward_hook(lambda *about: about[-1].requires_grad_())
+        self.model: Any = model if config is None else get_peft_model(model, config())
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.count = sum(p.numel() for p in trained)
+        self.optimiser = torch.optim.AdamW(trained, lr=1e-6) if trained else None
+        self.ids = ids
+
+    def __call__(self) -> float:
+        wait()
+        begin = time.perf_counter()
+        self.model(input_ids=self.ids, labels=self.ids).loss.backward()
+        if self.optimiser:
+            self.optimiser.step()
+            self.optimiser.zero_grad()
+        wait()
+        return time.perf_counter() - begin
+
+
+def measure(case: str, repeats: int) -> list[dict]:
+    name, tokens, precision, *more = case.split(":")
+    frozen = base(name, precision)
+    ids = torch.randint(100, 30_000, (1, int(tokens)), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    steps = {n: Step(n, config, frozen, ids, bool(more)) for n, config in candidates().items()}
+    times: dict[str, list[float]] = {n: [] for n in steps}
+    for i in range(repeats + 1):
+        for n, step in steps.items():
+            seconds = step()
+            times[n] += [seconds] if i else []  # the first round warms up
+    rows = []
+    for n, step in steps.items():
+        middle, low, high = spread([a / b for a, b in zip(times[n], times["frozen"], strict=True)])
+        held = (
+            0
+            if step.optimiser is None
+            else sum(
+                t.nbytes for state in step.optimiser.state.values() for t in state.values() if isinstance(t, Tensor)
+            )
+        )
+        row = {"model": name, "tokens": tokens, "precision": " ".join([precision, *more]), "method": n}
+        row |= {"trained": step.count, "step": f"{middle:.3f}", "low": f"{low:.3f}", "high": f"{high:.3f}"}
+        rows.append(row | {"peak_MiB": f"{(peak(step) + held) / 2**20:.0f}"})
+    return rows
+
+
+def compiled(repeats: int) -> list[dict]:
+    frozen = base("llama", "fp32", layers=2)
+    ids = torch.randint(100, 30_000, (1, 512), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    pairs = {}
+    for name in COMPILED:
+        eager, fast = (Step(name, candidates()[name], frozen, ids, False) for _ in range(2))
+        torch._dynamo.reset()
+        began = time.perf_counter()
+        fast.model = torch.compile(fast.model, fullgraph=True)
+        fast()
+        pairs[name] = eager, fast, time.perf_counter() - began
+        eager()
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in pairs}
+    for _ in range(repeats):
+        for name, (eager, fast, _) in pairs.items():
+            times[name].append((eager(), fast()))
+    rows = []
+    for name, (_, _, seconds) in pairs.items():
+        ratio = spread([fast / eager for eager, fast in times[name]])[0]
+        limit = spread([fast / base for (_, fast), (_, base) in zip(times[name], times["frozen"], strict=True)])[0]
+        rows.append(
+            {
+                "method": name,
+                "over eager": f"{ratio:.3f}",
+                "over compiled frozen": f"{limit:.3f}",
+                "s": f"{seconds:.0f}",
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    options = argparse.ArgumentParser()
+    options.add_argument("--cases", default=",".join(CASES))
+    options.add_argument("--repeats", type=int, default=5)
+    options.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    options.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    asked = options.parse_args()
+    rows: list[dict] = []
+    text = [
+        f"A training step over that of the frozen model (median, quartiles), and its peak memory beyond the weights. "
+        f"{machine()}. `python benchmarks/step.py`"
+    ]
+    for case in asked.cases.split(",") if asked.cases else ():
+        new = measure(case, asked.repeats)
+        rows += new
+        text += ["", f"{new[0]['model']}, {new[0]['tokens']} tokens, {new[0]['precision']}", ""]
+        body = [
+            [r["method"], f"{r['trained']:,}", f"{r['step']} ({r['low']} to {r['high']})", r["peak_MiB"]] for r in new
+        ]
+        text += table(["method", "numbers trained", "step", "peak, MiB"], body)
+        print("\n".join(text[-len(body) - 4 :]), flush=True)
+    if rows:
+        write_csv(asked.out / "step.csv", rows)
+    if asked.compile:
+        new = compiled(asked.repeats)
+        text += ["", "torch.compile, no graph breaks: llama with two layers, 512 tokens, fp32", ""]
+        header = ["method", "compiled over eager", "compiled over the compiled frozen model", "first step, s"]
+        text += table(header, [list(row.values()) for row in new])
+        print("\n".join(text[-len(new) - 2 :]), flush=True)
+    (asked.out / "step.md").write_text("\n".join([*text, ""]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

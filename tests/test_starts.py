@@ -1,0 +1,167 @@
+"""Starts of many weights: what threads and the cache give is what one thread gives, and a seed means the same."""
+
+import copy
+import threading
+import warnings
+
+import pytest
+import torch
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
+
+from inlay import InlayConfig, cache
+from inlay.host import starts
+from inlay.methods import METHODS, MiLoRA, PiSSA
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("INLAY_CACHE", str(tmp_path))
+    monkeypatch.setattr(starts, "COSTLY", 0.0)
+    return tmp_path / "starts"
+
+
+def jobs(method, weights, into):
+    return [starts.Job(method, lambda W=W: W, lambda p: into.append(p)) for W in weights]
+
+
+def alone(method, W):
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return method.start(W)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("method", [PiSSA(r=4), MiLoRA(r=4)])
+def test_side_by_side_is_one_after_the_other(method, folder, monkeypatch):
+    """Bit for bit, in order, on several threads at once, with the process's settings as they were."""
+    weights = [torch.randn(420, 400) for _ in range(5)]
+    seen, found, real = set(), [], type(method).start
+    barrier = threading.Barrier(2, timeout=60)
+
+    def watched(self, W, stats=None):
+        if W is not weights[4]:
+            barrier.wait()  # passes only if two run at once
+        seen.add((threading.current_thread().name, torch.get_num_threads()))
+        return real(self, W, stats)
+
+    precision = torch.backends.cuda.matmul.fp32_precision
+    monkeypatch.setattr(type(method), "start", watched)
+    starts.compute(jobs(method, weights, found))
+    monkeypatch.undo()
+    assert len(found) == 5
+    for W, p in zip(weights, found, strict=True):
+        for k, v in alone(method, W).items():
+            assert torch.equal(p[k], v)
+    assert {threads for _, threads in seen} == {1}
+    assert torch.get_num_threads() == 2
+    assert torch.backends.cuda.matmul.fp32_precision == precision
+    assert torch.is_grad_enabled()
+
+
+def test_what_does_not_fit_beside_another_waits(folder, monkeypatch):
+    monkeypatch.setattr(starts.psutil, "virtual_memory", lambda: type("M", (), {"available": 1}))
+    running, most, real = [], [], PiSSA.start
+
+    def watched(self, W, stats=None):
+        running.append(1)
+        most.append(len(running))
+        p = real(self, W, stats)
+        running.pop()
+        return p
+
+    monkeypatch.setattr(PiSSA, "start", watched)
+    found = []
+    starts.compute(jobs(PiSSA(r=2), [torch.randn(30, 20) for _ in range(4)], found))
+    assert max(most) == 1
+    assert len(found) == 4
+
+
+@pytest.mark.parametrize("method", [m.name for m in METHODS])
+@pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning")
+def test_a_method_says_whether_its_start_draws(method):
+    """Every choice of `init` too: what draws must not be kept, nor wait beside others for its turn."""
+    kind = {m.name: m for m in METHODS}[method]
+    inits = getattr(kind.__dataclass_fields__.get("init"), "metadata", {}).get("choices", (None,))
+    for init in inits:
+        cut = kind(**({"init": init} if init else {}))
+        state = torch.get_rng_state()
+        cut.start(torch.randn(48, 64, generator=torch.Generator().manual_seed(0)))
+        assert cut.draws is not torch.equal(state, torch.get_rng_state())
+
+
+def test_a_seed_means_the_same_with_any_number_of_threads(llama, folder):
+    made = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        torch.manual_seed(3)
+        model = get_peft_model(
+            copy.deepcopy(llama), InlayConfig(method="lora", args={"r": 2}, target_modules="all-linear")
+        )
+        made.append({k: v.clone() for k, v in model.state_dict().items() if "inlay_A" in k})
+    assert made[0].keys() == made[1].keys()
+    for k, v in made[0].items():
+        assert torch.equal(v, made[1][k])
+
+
+def test_nothing_is_computed_twice(folder, monkeypatch):
+    W, method = torch.randn(60, 50), PiSSA(r=3)
+    first = starts.start(method, W)
+    assert len(list(folder.glob("*.safetensors"))) == 1
+    monkeypatch.setattr(PiSSA, "start", lambda *a: pytest.fail("computed again"))
+    again = starts.start(method, W.clone())
+    assert list(again) == list(first)
+    assert all(torch.equal(again[k], first[k]) for k in first)
+    monkeypatch.undo()
+    monkeypatch.setenv("INLAY_CACHE", str(folder.parent))
+    monkeypatch.setattr(starts, "COSTLY", 0.0)
+    for other in (W + 1e-6, W.bfloat16().float()):
+        starts.start(method, other)
+    starts.start(PiSSA(r=4), W)
+    assert len(list(folder.glob("*.safetensors"))) == 4
+
+
+def test_what_draws_is_not_kept(folder):
+    kind = {m.name: m for m in METHODS}["lora"]
+    assert not torch.equal(*(starts.start(kind(r=2), torch.ones(9, 8))["A"] for _ in range(2)))
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("damage", ["bit", "cut", "swapped", "empty"])
+def test_a_damaged_entry_is_computed_again(folder, damage):
+    W, method = torch.randn(60, 50), PiSSA(r=3)
+    first = starts.start(method, W)
+    (file,) = folder.glob("*.safetensors")
+    data = bytearray(file.read_bytes())
+    if damage == "bit":
+        data[-5] ^= 4
+    file.write_bytes({"cut": data[:-9], "empty": b""}.get(damage, data))
+    if damage == "swapped":
+        save_file({k: v + 1 for k, v in load_file(file).items()}, file)
+    again = starts.start(method, W)
+    assert all(torch.equal(again[k], first[k]) for k in first)
+
+
+def test_a_cache_that_cannot_be_written_costs_time_only(folder):
+    folder.parent.joinpath("starts").write_text("a file where the folder should be")
+    with pytest.warns(UserWarning, match="cannot be written"):
+        starts.start(PiSSA(r=3), torch.randn(60, 50))
+
+
+def test_the_cache_keeps_to_its_size(folder, monkeypatch):
+    monkeypatch.setattr(cache, "LIMIT", 20_000)
+    for i in range(12):
+        starts.start(PiSSA(r=4), torch.randn(100, 100, generator=torch.Generator().manual_seed(i)))
+    sizes = [file.stat().st_size for file in folder.glob("*")]
+    assert 10_000 < sum(sizes) <= 20_000
+
+
+def test_a_start_that_fails_stops_the_others_and_leaves_the_model_alone(llama, folder):
+    with torch.no_grad():
+        llama.model.layers[1].self_attn.v_proj.weight[0, 0] = float("nan")
+    before = [name for name, _ in llama.named_modules()]
+    with warnings.catch_warnings(), pytest.raises(ValueError, match="NaN"):
+        get_peft_model(llama, InlayConfig(method="pissa", args={"r": 2}, target_modules="all-linear"))
+    assert [name for name, _ in llama.named_modules()] == before
