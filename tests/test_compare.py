@@ -434,22 +434,23 @@ def test_a_budget_of_time_cuts_the_steps(asked, at_once, tmp_path, monkeypatch):
 
     monkeypatch.setattr(trial, "run", run)
     path = tmp_path / "c.yaml"
-    short = {"methods": ["bone", "lora"], "learning_rates": [1e-2], "seeds": [0], "selection": 4, "budget": {"time": 2}}
-    path.write_text(yaml.safe_dump({**yaml.safe_load(asked.read_text()), "compare": short}))
+    short = {"methods": ["bone", "lora"], "learning_rates": [1e-2], "seeds": [0], "selection": 4, "budget": {"time": 1}}
+    path.write_text(yaml.safe_dump({**yaml.safe_load(asked.read_text()), "steps": 3, "compare": short}))
     folder = compare.compare(str(path), output=str(tmp_path / "out"), console=SILENT)
     steps = {method: row["steps"] for method, row in table(folder).items()}
-    assert steps == {"bone": "4", "lora": "1"}
+    assert steps == {"bone": "2", "lora": "1"}
 
 
-def test_forgetting_is_the_loss_over_all_tokens(real_model, real_tokenizer):
+def test_forgetting_is_the_loss_over_all_tokens(tiny):
     """Against one text at a time by transformers' own loss, weighted by tokens."""
+    model, tokenizer = trial.models.load_base(tiny, torch.float32)
     texts = trial.unrelated(None)[:3]
-    own = [real_tokenizer(text=text, return_tensors="pt")["input_ids"] for text in texts]
+    own = [tokenizer(text=text, return_tensors="pt")["input_ids"] for text in texts]
     with torch.no_grad():
-        means = [real_model(input_ids=ids, labels=ids).loss.item() for ids in own]
+        means = [model(input_ids=ids, labels=ids).loss.item() for ids in own]
     counts = [ids.shape[1] - 1 for ids in own]
     expected = sum(m * n for m, n in zip(means, counts, strict=True)) / sum(counts)
-    assert trial.loss_on(texts, real_model, real_tokenizer, 512) == pytest.approx(expected, rel=1e-5)
+    assert trial.loss_on(texts, model, tokenizer, 512) == pytest.approx(expected, rel=1e-5)
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------
@@ -510,7 +511,7 @@ def test_one_seed_and_no_halving_still_make_a_page(compared, asked):
     sweeps = {e.name: standings.Sweep(list(e.rates)[:1]) for e in plan.entries}
     finals = {e.name: [result] if e.name != "full" else [] for e in plan.entries}
     made = standings.Outcome(plan, compared, {e.name: 6 for e in plan.entries}, sweeps, finals, {})
-    assert [name for name, _ in compare_plots.figures(made)] == PLOTS
+    assert [name for name, _ in compare_plots.figures(made)] == PLOTS[:-1]
     assert made.standings()[-1].method == "full"
 
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from inlay.workbench import judge
 from inlay.workbench.report import smooth
-from inlay.workbench.standings import Outcome, Standing, mean, spread
+from inlay.workbench.standings import Outcome, Standing, Sweep, mean, spread
 
 INK = "#262626"
 # Okabe and Ito's colours, told apart by everyone, without their black; the markers tell the second round.
@@ -34,10 +34,11 @@ Plot = Callable[[Outcome], Figure]
 
 
 def figures(made: Outcome) -> Iterator[tuple[str, Figure]]:
-    """Every plot by the name of its file."""
+    """Every plot by the name of its file; without a sweep there are no rates to draw."""
     for name, plot in PLOTS.items():
-        with matplotlib.rc_context(LOOK):
-            yield name, plot(made)
+        if plot is not rates or swept(made):
+            with matplotlib.rc_context(LOOK):
+                yield name, plot(made)
 
 
 def inline(name: str, figure: Figure, label: str) -> str:
@@ -152,23 +153,26 @@ def forgetting(made: Outcome) -> Figure:
     return finish(figure, axes)
 
 
+def swept(made: Outcome) -> dict[str, Sweep]:
+    """The sweeps in which any rate did not diverge."""
+    return {name: s for name, s in made.sweeps.items() if s.rungs and any(map(math.isfinite, s.rungs[0][1].values()))}
+
+
 def rates(made: Outcome) -> Figure:
     """The first rung of every method's sweep, its chosen rate ringed."""
-    swept = {name: s for name, s in made.sweeps.items() if s.rungs}
-    shares = sorted({f"{s.rungs[0][0]} of {made.steps[name]}" for name, s in swept.items()})
+    sweeps = swept(made)
+    shares = sorted({f"{s.rungs[0][0]} of {made.steps[name]}" for name, s in sweeps.items()})
     judged = f"loss on the examples rates are chosen on\nafter {', '.join(shares)} steps"
     figure, axes = start("Learning rates", "learning rate", judged)
-    for name, s in swept.items():
+    for name, s in sweeps.items():
         points = sorted((rate, loss) for rate, loss in s.rungs[0][1].items() if math.isfinite(loss))
-        if points:
-            axes.plot(*zip(*points, strict=True), **look(made, name), markersize=5, label=name)
+        axes.plot(*zip(*points, strict=True), **look(made, name), markersize=5, label=name)
         for rate, loss in points:
             if s.rates and rate == s.rates[0]:
                 axes.plot(rate, loss, "o", markersize=12, markerfacecolor="none", markeredgecolor=INK)
     axes.plot([], [], "o", markersize=12, markerfacecolor="none", markeredgecolor=INK, label="chosen")
-    lowest = min((loss for s in swept.values() for loss in s.rungs[0][1].values()), default=math.inf)
-    top = axes.get_ylim()[1]
-    if math.isfinite(lowest) and top > 2 * made.before:
+    lowest = min(loss for s in sweeps.values() for loss in s.rungs[0][1].values())
+    if axes.get_ylim()[1] > 2 * made.before:
         axes.set_ylim(0.95 * lowest, 2 * made.before)  # a rate that blew up would flatten all the others
     axes.set_xscale("log")
     return finish(figure, axes)
