@@ -30,6 +30,9 @@ bench: $(DEV)  ## the measurements behind benchmarks/results
 	$(BIN)/python benchmarks/dota_bf16.py
 	$(BIN)/python benchmarks/fold.py
 	$(BIN)/python benchmarks/layer.py
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/adapters.py
 	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/export.py
 	$(BIN)/python benchmarks/papers.py

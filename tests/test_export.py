@@ -16,6 +16,7 @@ import inlay
 from inlay import InlayConfig
 from inlay.cli import main
 from inlay.host.layer import InlayLinear
+from inlay.method import LowRank
 from inlay.methods import METHODS, find
 
 pytestmark = pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning")  # of weights this small it is large
@@ -29,8 +30,10 @@ ARGS = {
     "bone": {"r": 5},
     "bat": {"r": 16},
     "bat_col": {"r": 16},
+    **{name: {"r": 4} for name in ("olora", "svfit", "loldu", "mora", "mora_rope", "peanut", "deep_lora", "snell")},
+    "randlora": {"r": 16},
 }
-EXACT = {"lora", "pissa", "milora", "lamda", "bone"}
+EXACT = {m.name for m in METHODS if issubclass(m, LowRank)}
 IDS = torch.arange(24)[None]
 VLLM = {1, 8, 16, 32, 64, 128, 256, 320, 512}  # its documented values of max_lora_rank
 

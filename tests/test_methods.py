@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,11 +16,16 @@ from torch import Tensor, nn
 
 from inlay import InlayConfig, linalg, methods, ops
 from inlay.host.layer import PREFIX, START, InlayLinear
-from inlay.method import LowRank, Method, Params
+from inlay.method import Diagonal, LowRank, Method, Params
 
 
 def low_rank(p: Params, W: Tensor) -> Tensor:
     return torch.einsum("or,ri->oi", p["B"], p["A"])
+
+
+def diagonal(p: Params, W: Tensor) -> Tensor:
+    (z,) = p.keys() - {"A", "B"}
+    return sum(p[z][k] * torch.outer(p["B"][:, k], p["A"][k]) for k in range(len(p[z])))
 
 
 def lamda(p: Params, W: Tensor) -> Tensor:
@@ -54,6 +60,56 @@ def mpo(p: Params, W: Tensor) -> Tensor:
     return torch.einsum(f"{','.join(terms)}->{out}", *cores).reshape(W.shape)
 
 
+def mora(p: Params, W: Tensor) -> Tensor:
+    """Column by column of the filled-up input, c' ≡ c mod in."""
+    M, (out, inp) = p["M"], W.shape
+    k, columns = len(M), [0] * inp
+    for c in range(-(-inp // k) * k):
+        columns[c % inp] = columns[c % inp] + torch.stack([M[o % k, c % k] for o in range(out)])
+    return torch.stack(columns, 1)
+
+
+def mora_rope(p: Params, W: Tensor) -> Tensor:
+    M, (out, inp) = p["M"], W.shape
+    k, rows, h = len(M), [], len(M) // 2
+    for j in range(-(-inp // k)):
+        R, block = torch.zeros_like(M), torch.zeros(k, inp, dtype=M.dtype)
+        for i in range(h):
+            angle = j * 10000 ** (-2 * i / k)
+            R[i, i] = R[i + h, i + h] = math.cos(angle)
+            R[i, i + h], R[i + h, i] = -math.sin(angle), math.sin(angle)
+        place = torch.zeros(k, inp, dtype=M.dtype)
+        for q in range(k):
+            place[q, (j * k + q) % inp] = 1
+        rows.append(block + M @ R @ place)
+    return torch.cat(rows)[[o % (k * len(rows)) for o in range(out)]]
+
+
+def randlora(p: Params, W: Tensor) -> Tensor:
+    lam, gamma = p["lambda"], p["gamma"]
+    (N, r), kind = lam.shape, (W.dtype, W.device)
+    B, A = linalg.noise(max(W.shape), N * r, 0, *kind), linalg.noise(r, min(W.shape), 1, *kind)
+    terms = [B[:, j * r : (j + 1) * r] @ torch.diag(lam[j]) @ A @ torch.diag(gamma[j]) for j in range(N)]
+    D = 2 / math.sqrt(N) * sum(terms)
+    return D if D.shape == W.shape else D.T
+
+
+def peanut(p: Params, W: Tensor) -> Tensor:
+    return ((W.to(p["A"].dtype).T @ p["A"]).clamp(min=0) @ p["B"]).T
+
+
+def deep(p: Params, W: Tensor) -> Tensor:
+    return torch.einsum("oa,ab,bi->oi", p["W3"], p["W2"], p["W1"])
+
+
+def snell(p: Params, W: Tensor) -> Tensor:
+    """With the default sparsity, .9."""
+    distance = [(p["B"][h][:, None] - p["A"][h][None]).square().sum(-1).sqrt() for h in (0, 1)]
+    K = 0.1 * (distance[0] - distance[1])
+    alive = K.abs().flatten().argsort()[int(0.9 * K.numel()) :]
+    return torch.zeros_like(K).flatten().index_copy(0, alive, K.flatten()[alive]).view_as(K)
+
+
 @dataclass
 class Row:
     """What a method promises. `numbers` counts what it trains on an (m × n) weight; `delta` is ΔW(θ) written down
@@ -66,6 +122,7 @@ class Row:
     delta: Callable[[Params, Tensor], Tensor]
     seeded: bool = False  # the start is drawn at random
     lora_exact: bool = True  # ΔW(θ) − ΔW(θ₀) is a product of thin factors
+    rank: int | None = None  # that of ΔW, where it is not the method's r
 
 
 LAMDA = {"S", "B_1", "B_2", "B_3", "B_4"}
@@ -77,6 +134,9 @@ CONTRACT = {
     "milora": Row(methods.MiLoRA(r=8), (40, 24), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
     "milora middle": Row(methods.MiLoRA(r=8, side="middle"), (24, 24), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
     "milora random": Row(methods.MiLoRA(r=8, side="random"), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
+    "olora": Row(methods.OLoRA(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
+    "svfit": Row(methods.SVFit(r=8), (40, 24), {"sigma"}, lambda m, n: 8, diagonal),
+    "loldu": Row(methods.LoLDU(r=8), (24, 40), {"z"}, lambda m, n: 8, diagonal),
     "lamda": Row(methods.LaMDA(r=8, stages=4), (24, 40), LAMDA, lambda m, n: 64 + 8 * m, lamda),
     "lamda svd_zero": Row(
         methods.LaMDA(r=8, stages=4, init="svd_zero"), (40, 24), LAMDA, lambda m, n: 64 + 8 * m, lamda
@@ -100,6 +160,24 @@ CONTRACT = {
     "dota odd": Row(
         methods.DoTA(bond=3, cores=3, shapes=[[1, 7, 3], [13, 1, 2]]), (21, 26), {"T1", "T2", "T3"},
         lambda m, n: 13 * 3 + 3 * 7 * 3 + 3 * 6, mpo, lora_exact=False,
+    ),
+    # √((24 + 40) 2) = 11.3 and √((16 + 48) 4) = 16; even: 10, and √((50 + 26) 2) = 12.3
+    "mora": Row(methods.MoRA(r=2), (24, 40), {"M"}, lambda m, n: 11**2, mora, rank=11),
+    "mora even": Row(methods.MoRA(r=4), (16, 48), {"M"}, lambda m, n: 16**2, mora, rank=16),
+    "mora_rope": Row(methods.MoRARope(r=2), (24, 40), {"M"}, lambda m, n: 10**2, mora_rope, lora_exact=False),
+    "mora_rope tiled": Row(methods.MoRARope(r=2), (50, 26), {"M"}, lambda m, n: 12**2, mora_rope, lora_exact=False),
+    "randlora": Row(
+        methods.RandLoRA(r=5), (24, 40), {"lambda", "gamma"}, lambda m, n: 5 * (5 + m), randlora, lora_exact=False
+    ),
+    "randlora tall": Row(
+        methods.RandLoRA(r=8), (40, 24), {"lambda", "gamma"}, lambda m, n: 3 * (8 + n), randlora, lora_exact=False
+    ),
+    "peanut": Row(methods.PEANuT(r=8), (24, 40), {"A", "B"}, lambda m, n: 16 * m, peanut, seeded=True),
+    "deep_lora": Row(
+        methods.DeepLoRA(r=8), (24, 40), {"W1", "W2", "W3"}, lambda m, n: 8 * (m + n + 8), deep, seeded=True
+    ),
+    "snell": Row(
+        methods.SNELL(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), snell, seeded=True, lora_exact=False
     ),
 }
 # fmt: on
@@ -191,7 +269,7 @@ def test_every_method_has_a_row():
 def test_a_method_is_found_by_its_name_and_is_final(row):
     cls = type(row.method)
     assert methods.find(row.method.name) is cls
-    assert cls.__bases__[0] in (Method, LowRank)
+    assert cls.__bases__[0] in (Method, LowRank, Diagonal)
     assert all(getattr(cls, field) for field in ("title", "equation", "paper", "trains"))
 
 
@@ -665,9 +743,9 @@ def test_the_change_has_the_rank_that_export_relies_on(row):
     rank = torch.linalg.matrix_rank(row.delta(p, W) - row.delta(p0, W)).item()
     assert isinstance(method, LowRank) == row.lora_exact
     if row.lora_exact:
-        B, A = method.factors(p, W.shape[1])
+        B, A = method.factors(p, W)
         torch.testing.assert_close(B @ A, row.delta(p, W), rtol=1e-10, atol=1e-10)
-        assert rank <= method.r * (1 if method.zero_init else 2)
+        assert rank <= (row.rank or method.r) * (1 if method.zero_init else 2)
     else:
         assert rank > row.numbers(*row.shape) / sum(row.shape)  # more than as many numbers give as thin factors
 
@@ -791,7 +869,7 @@ def test_a_quantised_base(row, bits):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_merging_into_a_quantised_base_and_back(row, bits):
     model, x = adapt(quantised(bits, (64, 64)), row.method), torch.randn(7, 64)
-    wander(model)
+    wander(model, 0.5)
     with torch.no_grad():
         with model.disable_adapter():
             before = model(x)

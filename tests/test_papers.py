@@ -6,11 +6,11 @@ import statistics
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, MissConfig, get_peft_model
+from peft import LoraConfig, MissConfig, PeanutConfig, RandLoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import DebertaV2Config, DebertaV2Model, LlamaConfig, LlamaForCausalLM
+from transformers import DebertaV2Config, DebertaV2Model, LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaModel
 
-from inlay import InlayConfig, methods, step
+from inlay import InlayConfig, linalg, methods, step
 from inlay.method import Method
 from inlay.ops import Dropout
 from inlay.workbench import ranks
@@ -310,6 +310,276 @@ def test_the_count_behind_lamdas_17_7():
     assert 1_327_104 / 73_728 == 18.0  # the paper says 17.7
 
 
+# OLoRA
+
+
+@pytest.mark.parametrize(("out", "inp"), [(24, 40), (40, 24)])
+def test_olora_is_pefts_olora(out, inp):
+    """The same factors (PEFT cuts them from the whole QR), and the same layer when they have moved."""
+    mine = one_layer(out, inp, ours(methods.OLoRA(r=8, scale=2.0)))
+    theirs = one_layer(out, inp, LoraConfig(r=8, lora_alpha=16, init_lora_weights="olora", target_modules=["0"]))
+    for a, b in zip(tensors(mine).values(), tensors(theirs).values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    moved = {k: p.detach() + 0.1 * torch.randn_like(p) for k, p in tensors(mine).items()}
+    fill(mine, **moved)
+    fill(theirs, lora_A=moved["inlay_A"], lora_B=moved["inlay_B"])
+    compare(mine, theirs, inp)
+
+
+@pytest.mark.parametrize(("out", "inp"), [(48, 80), (80, 48), (64, 64)])
+def test_olora_starts_from_the_thin_qr(out, inp):
+    W = torch.randn(out, inp)
+    B, A = low_rank(methods.OLoRA(r=8), W)
+    Q, R = torch.linalg.qr(W.double())
+    torch.testing.assert_close(B, Q[:, :8], rtol=0, atol=1e-5)
+    torch.testing.assert_close(A, R[:8], rtol=0, atol=1e-4)
+    torch.testing.assert_close((B @ A)[:, :8], W.double()[:, :8], rtol=0, atol=1e-5)  # it holds W's first columns whole
+
+
+def test_olora_holds_less_of_the_weight_than_pissa():
+    """On singular values 1/k its residual is the larger; a QR without pivots cannot choose."""
+    U, V = (torch.linalg.qr(torch.randn(96, 96)).Q for _ in range(2))
+    W = U / torch.arange(1, 97) @ V
+    rest = {}
+    for method in (methods.OLoRA(r=16), methods.PiSSA(r=16)):
+        B, A = low_rank(method, W)
+        rest[method.name] = distance(B @ A, W.double())
+    assert 1.2 * rest["pissa"] < rest["olora"] < 1
+
+
+# SVFit
+
+
+def test_svfit_starts_from_the_best_approximation_and_moves_singular_values():
+    W = torch.randn(48, 80)
+    method, U, S, Vh = methods.SVFit(r=8), *torch.linalg.svd(W.double(), full_matrices=False)
+    p = {k: v.double() for k, v in method.start(W).items()}
+    torch.testing.assert_close(p["sigma"], S[:8], rtol=1e-5, atol=1e-5)
+    assert distance(method.delta(p, W), U[:, :8] * S[:8] @ Vh[:8]) < 1e-5
+    p0, p["sigma"] = dict(p), p["sigma"] * torch.linspace(1.1, 1.9, 8)
+    new = torch.linalg.svdvals(W.double() + method.offset(p, p0, W))
+    torch.testing.assert_close(new, torch.cat([p["sigma"], S[8:]]).sort(descending=True).values, rtol=1e-5, atol=1e-5)
+
+
+def test_the_count_behind_svfits_sixteen_times():
+    """RoBERTa-base, query and value: LoRA's r = 8 against all 768 singular values."""
+    counts = {}
+    for method in (methods.LoRA(r=8), methods.SVFit(r=768)):
+        with torch.device("meta"):
+            net = RobertaModel(RobertaConfig())
+        counts[method.name] = step(
+            get_peft_model(net, InlayConfig(method=method, target_modules=["query", "value"])), 0.0
+        )
+    assert counts == {"lora": 294_912, "svfit": 18_432}
+    assert counts["lora"] == 16 * counts["svfit"]
+
+
+# LoLDU
+
+
+@pytest.mark.parametrize(("out", "inp"), [(24, 40), (40, 24), (32, 32)])
+def test_loldu_takes_the_first_pivots(out, inp):
+    W = torch.randn(out, inp)
+    P, L, U = torch.linalg.lu(W.double())
+    for r in (5, min(out, inp)):
+        p = {k: v.double() for k, v in methods.LoLDU(r=r).start(W).items()}
+        torch.testing.assert_close(p["B"], (P @ L)[:, :r], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(p["z"], U.diagonal()[:r], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(p["A"], U[:r] / U.diagonal()[:r, None], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(p["B"] * p["z"] @ p["A"], W.double(), rtol=1e-4, atol=1e-4)  # all pivots: W itself
+
+
+def test_what_loldu_leaves_is_no_residual():
+    """The paper speaks of a residual; it is larger than the weight."""
+    W = torch.randn(256, 256)
+    p = methods.LoLDU(r=16).start(W)
+    assert (W - p["B"] * p["z"] @ p["A"]).norm() > W.norm()
+
+
+def test_loldu_of_a_weight_whose_first_columns_depend_on_each_other():
+    W = torch.randn(24, 40)
+    W[:, 2], W[:, 5] = 0, W[:, 1] - W[:, 3]
+    p = methods.LoLDU(r=8).start(W)
+    assert all(v.isfinite().all() and v.abs().max() < 1e3 for v in p.values())
+    assert p["z"].abs()[[2, 5]].max() < 1e-5
+
+
+# MoRA
+
+
+def test_mora_has_loras_numbers_and_a_higher_rank():
+    """4096 × 4096: 256 × 256 for LoRA's r = 8."""
+    W = torch.empty(4096, 4096, device="meta")
+    for method in (methods.MoRA(r=8), methods.MoRARope(r=8)):
+        M = method.start(W)["M"]
+        assert M.shape == (256, 256)
+        assert M.numel() == 8 * (4096 + 4096)
+
+
+def test_the_rotations_of_mora_tell_equal_blocks_apart():
+    """With M = I the output is the input, each block turned: the first by 0, lengths kept, no two alike."""
+    block = torch.randn(10, dtype=torch.float64)
+    D = methods.MoRARope(r=2).delta({"M": torch.eye(10, dtype=torch.float64)}, torch.empty(40, 40))
+    y = (D @ block.repeat(4)).view(4, 10)
+    torch.testing.assert_close(y[0], block)
+    pairs = y.view(4, 2, 5)
+    torch.testing.assert_close(pairs.norm(dim=1), pairs[:1].norm(dim=1).expand(4, 5))
+    assert torch.pdist(y).min() > 0.1
+    same = methods.MoRA(r=2).delta({"M": torch.eye(10, dtype=torch.float64)}, torch.empty(40, 40)) @ block.repeat(4)
+    assert torch.pdist(same.view(4, 10)).max() < 1e-12
+
+
+# RandLoRA
+
+
+@pytest.mark.parametrize(("out", "inp"), [(24, 40), (40, 24), (24, 24)])
+def test_randlora_at_pefts_scale_is_pefts_randlora(out, inp):
+    """PEFT pairs column i of its flat B with row i of the mixture in the order (rank, basis); and 20 is its scale."""
+    r, N, short, long = 5, 5, 24, max(out, inp)
+    mine = one_layer(out, inp, ours(methods.RandLoRA(r=r, scale=10 * math.sqrt(N))))
+    theirs = one_layer(out, inp, RandLoraConfig(r=r, randlora_alpha=20 * r, target_modules=["0"]))
+    layer = theirs.base_model.model[0]
+    B = linalg.noise(long, N * r, 0, torch.float32, torch.device("cpu")).view(long, N, r)
+    A = linalg.noise(r, short, 1, torch.float32, torch.device("cpu"))
+    layer.randlora_A["default"] = A[:, None]
+    layer.randlora_B["default"] = B.transpose(1, 2).reshape(long, N, r)
+    lam, gamma = torch.randn(N, r), torch.randn(N, short)
+    fill(mine, inlay_lambda=lam, inlay_gamma=gamma)
+    fill(theirs, randlora_lambda=lam.T, randlora_gamma=gamma)
+    x = torch.randn(2, 5, inp)
+    y, wanted = mine(x), theirs(x)
+    torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
+    for z in (y, wanted):
+        z.square().mean().backward()
+    a, b = tensors(mine), tensors(theirs)
+    torch.testing.assert_close(a["inlay_lambda"].grad, b["randlora_lambda"].grad.T, rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(a["inlay_gamma"].grad, b["randlora_gamma"].grad, rtol=1e-3, atol=1e-2)
+
+
+def test_randlora_starts_as_pefts_and_has_full_rank():
+    W = torch.empty(40, 24)
+    p = methods.RandLoRA(r=5).start(W)
+    assert (p["lambda"] == 0).all()
+    assert (p["gamma"] == 1 / 24).all()
+    ranks = []
+    for k in ("lambda", "gamma"):  # A is one for all j: while the γ_j are alike, so are the rows of the sum
+        p[k].normal_()
+        ranks.append(torch.linalg.matrix_rank(methods.RandLoRA(r=5).delta(p, W)).item())
+    assert ranks == [5, 24]
+
+
+def test_randlora_trains_less_as_its_rank_grows():
+    W = torch.empty(4096, 4096, device="meta")
+    counts = [sum(v.numel() for v in methods.RandLoRA(r=r).start(W).values()) for r in (16, 32, 64)]
+    assert counts == [256 * 4112, 128 * 4128, 64 * 4160]
+
+
+def test_the_bases_of_randlora_follow_from_the_seed():
+    """splitmix64 in whole numbers of any size, a few entries; and what one asks of random numbers."""
+    cpu, words, mask = torch.device("cpu"), [], 2**64 - 1
+    for i in range(1, 7):
+        z = (i + (3 << 40)) * 0x9E3779B97F4A7C15 & mask
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & mask
+        z = (z ^ z >> 27) * 0x94D049BB133111EB & mask
+        words.append((z ^ z >> 31) >> 40)
+    wanted = [(2 * w - 0xFFFFFF) / 2**24 * math.sqrt(3) for w in words]
+    assert linalg.noise(2, 3, 3, torch.float64, cpu).flatten().tolist() == pytest.approx(wanted, rel=1e-6)
+    X = linalg.noise(400, 500, 7, torch.float32, cpu)
+    assert X is linalg.noise(400, 500, 7, torch.float32, cpu)
+    assert X.mean().abs() < 0.01
+    assert X.std().item() == pytest.approx(1, abs=0.01)
+    assert X.abs().max().item() == pytest.approx(math.sqrt(3), rel=1e-3)
+    assert (X.T @ X / 400 - torch.eye(500)).abs().max() < 0.3  # columns do not know of each other
+    other = linalg.noise(400, 500, 8, torch.float32, cpu)
+    assert (X * other).mean().abs() < 0.01
+    assert torch.equal(linalg.noise(4, 500, 7, torch.bfloat16, cpu), X[:4].bfloat16())
+
+
+# PEANuT
+
+
+@pytest.mark.parametrize(("out", "inp"), [(24, 40), (40, 24)])
+def test_peanut_is_pefts_peanut(out, inp):
+    A, B = torch.randn(out, 8), torch.randn(8, out)
+    mine = one_layer(out, inp, ours(methods.PEANuT(r=8, scale=0.5)))
+    theirs = one_layer(out, inp, PeanutConfig(r=8, depth=0, scaling=0.5, target_modules=["0"]))
+    fill(mine, inlay_A=A, inlay_B=B)
+    fill(theirs, peanut_A=A.T, peanut_B=B.T)
+    x = torch.randn(2, 5, inp)
+    y, wanted = mine(x), theirs(x)
+    torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-4)
+    for z in (y, wanted):
+        z.square().mean().backward()
+    for k in "AB":
+        torch.testing.assert_close(
+            tensors(mine)[f"inlay_{k}"].grad, tensors(theirs)[f"peanut_{k}"].grad.T, rtol=1e-3, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("name", ["peanut", "mora", "mora_rope", "randlora"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_half_precision_bases_are_not_kept_in_fp32(name, dropout):
+    """Nothing of W's size is kept for the backward pass but W and the shared bases."""
+    net = nn.Sequential(nn.Linear(256, 128)).to(torch.bfloat16)
+    model = get_peft_model(net, InlayConfig(method=name, args={"r": 8, "dropout": dropout}, target_modules=["0"]))
+    kept, known = [], {model.base_model.model[0].base_layer.weight.untyped_storage().data_ptr()}
+    x = torch.randn(16, 256, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        model.train()(x)
+    known |= {t.untyped_storage().data_ptr() for t in linalg._NOISE.values()}
+    large = [t.shape for t in kept if t.numel() >= 128 * 256 and t.untyped_storage().data_ptr() not in known]
+    assert large == []
+
+
+# Deep LoRA
+
+
+def test_deep_lora_starts_orthogonal_and_small():
+    W = torch.empty(24, 40)
+    p = methods.DeepLoRA(r=8).start(W)
+    eye = 1e-6 * torch.eye(8)
+    for gram in (p["W1"] @ p["W1"].T, p["W2"] @ p["W2"].T, p["W3"].T @ p["W3"]):
+        torch.testing.assert_close(gram, eye, rtol=0, atol=1e-11)
+    S = torch.linalg.svdvals(methods.DeepLoRA(r=8).delta(p, W))
+    torch.testing.assert_close(S[:8], torch.full((8,), 1e-9), rtol=1e-3, atol=0)
+
+
+def test_deep_lora_finds_a_rank_that_is_below_r():
+    """Gradient descent towards a matrix of rank 2, from r = 8: the other six singular values stay where they began."""
+    U, V = (torch.linalg.qr(torch.randn(n, 2)).Q for n in (24, 40))
+    W, target = torch.empty(24, 40), U * torch.tensor([1.0, 0.5]) @ V.T
+    method = methods.DeepLoRA(r=8, epsilon=0.03)
+    p = {k: v.requires_grad_() for k, v in method.start(W).items()}
+    for _ in range(1000):
+        loss = (method.delta(p, W) - target).square().sum()
+        for v, g in zip(p.values(), torch.autograd.grad(loss, list(p.values())), strict=True):
+            v.data -= 0.1 * g
+    assert torch.linalg.svdvals(method.delta(p, W))[:8].tolist() == pytest.approx([1, 0.5] + [0.03**3] * 6, rel=0.5)
+
+
+# SNELL
+
+
+def test_snell_is_sparse_and_its_kernel_has_full_rank():
+    W = torch.empty(48, 80)
+    p = methods.SNELL(r=4).start(W)
+    for sparsity in (0.0, 0.5, 0.9, 1.0):
+        D = methods.SNELL(r=4, sparsity=sparsity).delta(p, W)
+        assert (D != 0).sum() == max(1, 48 * 80 - int(sparsity * 48 * 80))
+    K = methods.SNELL(r=4, sparsity=0.0).delta(p, W)
+    assert torch.linalg.matrix_rank(K.double()) == 48
+    alive = methods.SNELL(r=4).delta(p, W)
+    assert alive[alive != 0].abs().min() >= K[alive == 0].abs().max()
+    assert torch.equal(alive[alive != 0], K[alive != 0])
+
+
+@pytest.mark.slow
+def test_snell_selects_among_more_numbers_than_torch_quantile_takes():
+    W = torch.empty(4096, 4097)
+    D = methods.SNELL(r=2).delta(methods.SNELL(r=2).start(W), W)
+    assert (D != 0).sum() == W.numel() - int(0.9 * W.numel())
+
+
 # Real weights
 
 
@@ -359,6 +629,13 @@ def llama_7b() -> LlamaForCausalLM:
         (methods.LoRA(r=64), 159_907_840),
         (methods.PiSSA(r=128), 319_815_680),
         (methods.MiLoRA(r=32), 79_953_920),
+        (methods.OLoRA(r=64), 159_907_840),
+        (methods.SVFit(r=1024), 224 * 1024),
+        (methods.LoLDU(r=1024), 224 * 1024),
+        (methods.MoRA(r=8), 32 * (4 * 256**2 + 3 * 348**2)),
+        (methods.RandLoRA(r=32), 224 * 128 * (32 + 4096)),
+        (methods.PEANuT(r=32), 32 * 2 * 32 * (5 * 4096 + 2 * 11008)),
+        (methods.DeepLoRA(r=64), 159_907_840 + 224 * 64 * 64),
         (methods.LaMDA(r=64), 224 * 64 * 64 + 87_031_808),
         (methods.DoTA(bond=4), 925_696),
         (methods.DoTA(bond=8), 3_645_440),

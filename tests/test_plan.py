@@ -69,6 +69,7 @@ def trainable_model(tmp_path_factory):
         ("pissa", {"quantize": "nf4"}),
     ],
 )
+@pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning")
 def test_the_peak_is_that_of_a_real_step(benchmark, trainable_model, method, more):
     case = benchmark.Case("wide", method, batch=4, length=192, **more)
     measured, planned = benchmark.measure(case, trainable_model)["peak"], benchmark.predicted(case, trainable_model)
@@ -193,11 +194,27 @@ def test_the_command_says_and_writes(small, tmp_path, capsys):
     assert [row["peak"] for row in table] == [str(row["peak"]) for row in rows]
 
 
-def test_what_fits_is_said_most_useful_first(small, tmp_path, capsys):
+@pytest.mark.parametrize("method", ["bone", pytest.param(None, marks=pytest.mark.slow)])
+def test_what_fits_is_said_most_useful_first(small, method, tmp_path, capsys):
+    names = [m.name for m in inlay.methods.METHODS] if method is None else [method]
     file = tmp_path / "fits.json"
-    main(["plan", small, "--r", "8", "--length", "256", "--fits", "0.1", "--json", str(file)])
+    main(
+        [
+            "plan",
+            small,
+            *([] if method is None else ["--method", method]),
+            "--r",
+            "8",
+            "--length",
+            "256",
+            "--fits",
+            "0.1",
+            "--json",
+            str(file),
+        ]
+    )
     said, rows = capsys.readouterr().out, json.loads(file.read_text())
-    assert {row["method"] for row in rows} == {*(m.name for m in inlay.methods.METHODS), "PEFT LoRA", "full"}
+    assert {row["method"] for row in rows} == {*names, "PEFT LoRA", "full"}
     assert rows[0]["base"] == "bfloat16"
     assert not rows[0]["checkpointing"]
     alike = [row for row in rows if row["base"] == "bfloat16" and not row["checkpointing"] and row["peak"]]
@@ -231,3 +248,12 @@ def test_mistakes_are_one_line(small, flags, words, capsys):
     assert stop.value.code == 2
     assert len(said.splitlines()) == 1
     assert words in said
+
+
+def test_planning_leaves_bitsandbytes_as_it_was(small):
+    """It keeps a table where it first needed one; on meta that would be none for whoever quantises next."""
+    from bitsandbytes.functional import name2qmap, quantize_blockwise
+
+    name2qmap.pop("dynamic", None)
+    Run(small, config("bone"), quantize="nf4").step(1, 8)
+    quantize_blockwise(torch.randn(256))

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import inlay
 from inlay import InlayConfig
 from inlay.cli import main
+from inlay.methods import METHODS
 from inlay.workbench import fingerprint, memory, plots, ranks, recipe, spectra
 from inlay.workbench.recipe import Recipe
 from inlay.workbench.weights import Weights
@@ -224,7 +225,7 @@ def test_patterns_give_every_module_its_rank_and_no_other():
     assert list(ranks.patterns({"a.0.q": 4, "a.1.q": 4}).items()) == [(r"^a\.(0|1)\.q", {"r": 4})]
 
 
-@pytest.mark.parametrize("method", ["lora", "pissa", "milora", "lamda", "bone", "bat", "bat_col"])
+@pytest.mark.parametrize("method", [m.name for m in METHODS if m.name not in ("dota", "randlora")])
 @pytest.mark.parametrize("direction", ["flat", "peaked"])
 def test_every_method_with_an_r_stays_within_its_budget(uneven, method, direction):
     config = InlayConfig(method=method, args={"r": 8}, target_modules="all-linear")
@@ -235,6 +236,13 @@ def test_every_method_with_an_r_stays_within_its_budget(uneven, method, directio
         assert sum(w.numbers for w in of.values()) <= sum(w.uniform for w in of.values())
     config.patterns = ranks.patterns(found.ranks)
     assert memory.count(uneven, config) == sum(w.numbers for w in found.weights.values())
+
+
+def test_ranks_are_not_allocated_where_they_save_numbers(uneven):
+    """RandLoRA's bases are fewer the wider each is."""
+    config = InlayConfig(method="randlora", args={"r": 8}, target_modules="all-linear")
+    with pytest.raises(ValueError, match="a smaller r trains more numbers"):
+        ranks.inspection(uneven, config, "flat")
 
 
 # -- inspect ----------------------------------------------------------------------------------------------------------

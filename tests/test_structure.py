@@ -54,7 +54,7 @@ def test_the_mathematics_imports_torch_and_itself_only(name):
     allowed = {"torch", "triton", "inlay", *sys.stdlib_module_names}
     assert roots(name) <= allowed
     own = {module for module in imported(FILES[name].read_text()) if module.startswith("inlay.")}
-    rooms = ("inlay.method", "inlay.methods", "inlay.ops", "inlay.linalg", "inlay.trains")
+    rooms = ("inlay.method", "inlay.methods", "inlay.ops", "inlay.linalg", "inlay.trains", "inlay.kernels")
     assert all(module.startswith(rooms) for module in own), own
 
 

@@ -73,7 +73,7 @@ def test_resolving_leaves_no_hyperparameter_to_a_default():
         ("dtype: fp8", "one of auto, float32, bfloat16, float16"),
         ("learning_rate: .nan", "learning_rate: nan is not a number"),
         ("early_stopping: 2", "needs eval_every"),
-        ("method: dora", "unknown method 'dora'; choose one of lora, pissa, milora, lamda, dota, bone, bat, bat_col"),
+        ("method: dora", "unknown method 'dora'; choose one of lora, pissa, milora, olora"),
         ("args: {rank: 3}", "bone has no hyperparameter 'rank'; it has scale, dropout, r"),
         ("[1, 2]", "must be a mapping"),
         ("a: [", "is not YAML"),

@@ -79,7 +79,7 @@ def allocate(
         kind: which modules share a budget.
 
     Raises:
-        ValueError: r, direction or a spectrum cannot be used, or a module cannot have the rank r.
+        ValueError: r, direction or a spectrum cannot be used, a module cannot have the rank r, or costs fall with it.
     """
     ranks = rank_set(r)
     if direction not in DIRECTIONS:
@@ -131,6 +131,8 @@ def _climb(ladders: list[list[Rung]], budget: int, direction: Direction) -> list
     """The rung of every ladder, as indices, when nothing more fits the budget."""
     steps = [0] * len(ladders)
     left = budget - sum(ladder[0].cost for ladder in ladders)
+    if left < 0:
+        raise ValueError("a smaller r trains more numbers here, not less: there are no ranks to allocate by a budget")
     heap = [(_urgency(ladder, 0, direction), i) for i, ladder in enumerate(ladders) if len(ladder) > 1]
     heapq.heapify(heap)
     while heap:

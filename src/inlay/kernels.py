@@ -50,7 +50,7 @@ def train_rows(left: Tensor, right: Tensor) -> Tensor:
     out = left.new_empty(a * o, i * i2)
     X, Y, K = (max(16, min(64, triton.next_power_of_2(n))) for n in (i, i2, rank))
     grid = (a * o, triton.cdiv(i, X) * triton.cdiv(i2, Y))
-    _train_rows[grid](left.contiguous(), right.contiguous(), out, o, i, i2, rank, X, Y, K, INTERPRETED)
+    _train_rows[grid](left.contiguous(), right.contiguous(), out, o, i, i2, rank, X, Y, K, INTERPRETED)  # type: ignore[arg-type]
     return out
 
 
@@ -73,5 +73,5 @@ def block_sum(x: Tensor, r: int) -> Tensor:
     out = torch.empty(len(flat), r, dtype=torch.float32, device=x.device)
     R = triton.next_power_of_2(r)
     N = 4
-    _block_sum[(triton.cdiv(len(flat), N),)](flat, out, len(flat), flat.shape[1], r, N, max(1, 512 // R), R)
+    _block_sum[(triton.cdiv(len(flat), N),)](flat, out, len(flat), flat.shape[1], r, N, max(1, 512 // R), R)  # type: ignore[arg-type]
     return out.view(*x.shape[:-1], r)

@@ -91,6 +91,74 @@ def compress(B: Tensor, A: Tensor) -> Triplets:
         return Q @ U[:, :t], S[:t], Vh[:t] @ P.mT
 
 
+def qr(W: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """The first r columns Q (m, r) and rows R (r, n) of the thin factorisation W = Q R, fp32, on W's device.
+
+    Householder's Q_r depends on the first r columns of W alone, and R_r is Q_rᵀ W: the rest is never computed.
+    """
+    if W.is_meta:
+        return W.new_empty(W.shape[0], r, dtype=torch.float32), W.new_empty(r, W.shape[1], dtype=torch.float32)
+    _check_finite(W)
+    with full_precision(W.device):
+        Q = torch.linalg.qr(W[:, :r].double()).Q.float()
+        return Q, (Q.mT @ W.float()).triu()
+
+
+def ldu(W: Tensor, r: int) -> Triplets:
+    """P L (m, r), the diagonal d (r,) and U (r, n): the first r columns and rows of W = P L diag(d) U, fp32.
+
+    Rows are pivoted, L and U have unit diagonals. Only the first r columns of W decide on pivots and L; U follows by
+    substitution. A row whose pivot is rounding (W's first columns depend on each other) is left undivided, with d ≈ 0.
+    """
+    if W.is_meta:
+        new = W.to(torch.float32).new_empty
+        return new(W.shape[0], r), new(r), new(r, W.shape[1])
+    _check_finite(W)
+    with full_precision(W.device):
+        LU, pivots, _ = torch.linalg.lu_factor_ex(W[:, :r].double())
+        order = list(range(len(W)))
+        for i, j in enumerate(pivots.tolist()):
+            order[i], order[j - 1] = order[j - 1], order[i]
+        L = LU.tril(-1) + torch.eye(*LU.shape, dtype=LU.dtype, device=W.device)
+        U = torch.linalg.solve_triangular(L[:r], W[order[:r]].double(), upper=False, unitriangular=True)
+        d = U.diagonal()
+        used = d.abs() > ROUNDING * W.abs().max()
+        U = U / torch.where(used, d, 1)[:, None]
+        return L[torch.tensor(order).argsort().to(W.device)].float(), d.float(), U.float()
+
+
+def noise(rows: int, columns: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Random numbers (rows, columns), uniform with variance 1: for one seed the same on every machine and release.
+
+    Kept for all who ask again, so never write to it. They come from splitmix64 (Steele, Lea and Flood 2014), which is
+    integer arithmetic; torch promises its own generators for one release only.
+    """
+    key = rows, columns, seed, dtype, device
+    if key not in _NOISE:  # functools.cache is not traced by torch.compile
+        _NOISE[key] = _splitmix(rows * columns, seed, device).to(dtype).view(rows, columns)
+    return _NOISE[key]
+
+
+_NOISE: dict[tuple[int, int, int, torch.dtype, torch.device], Tensor] = {}
+
+
+def _splitmix(count: int, seed: int, device: torch.device) -> Tensor:
+    z = (torch.arange(1, count + 1, device=device) + (seed << 40)) * _signed(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        z = (z ^ (z >> shift & (1 << 64 - shift) - 1)) * _signed(factor)
+    return (2 * (z >> 40 & 0xFFFFFF) - 0xFFFFFF).float() / 0x1000000 * math.sqrt(3)
+
+
+def _signed(word: int) -> int:
+    """The same 64 bits as torch's integers read them."""
+    return word - (1 << 64) if word >> 63 else word
+
+
+def _check_finite(W: Tensor) -> None:
+    if not W.isfinite().all():
+        raise ValueError(f"the weight of shape {tuple(W.shape)} has entries that are NaN or infinite")
+
+
 def _check_arguments(W: Tensor, r: int, side: str) -> None:
     if side not in ("top", "minor", "middle", "random"):
         raise ValueError(f"side must be 'top', 'minor', 'middle' or 'random', not {side!r}")
@@ -121,7 +189,7 @@ def _scaled(W: Tensor) -> tuple[Tensor, Tensor]:
     low, high = A.aminmax()
     scale = torch.maximum(-low, high)
     if not scale.isfinite():
-        raise ValueError(f"the weight of shape {tuple(W.shape)} has entries that are NaN or infinite")
+        _check_finite(W)
     scale = torch.where(scale > 0, scale, 1)
     return (A / scale).float(), scale.float()
 

@@ -136,47 +136,64 @@ class Method(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class LowRank(Method):
-    """A method with ΔW = B A, B (out × r), A (r × in): it writes `factors`, and its export to LoRA is exact."""
+    """A method with ΔW = B A, B and A thin: it writes `factors`, and its export to LoRA is exact."""
 
     r: int = field(default=8, metadata={"help": "rank", "min": 1})
 
     @abstractmethod
-    def factors(self, p: Params, inp: int) -> tuple[Tensor, Tensor]:
-        """(B, A) of ΔW = B A; `inp` is the width of x, for an A that is not stored."""
+    def factors(self, p: Params, W: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, A) of ΔW = B A. Unless the method `reads_weight`, W has the true width and may have nothing else."""
 
     def delta(self, p: Params, W: Tensor) -> Tensor:
-        B, A = self.factors(p, W.shape[1])
+        B, A = self.factors(p, W)
         return B @ A
 
-    def pair(self, p: Params, p0: Params | None, inp: int) -> tuple[Tensor, Tensor]:
+    def pair(self, p: Params, p0: Params | None, W: Tensor) -> tuple[Tensor, Tensor]:
         """ΔW(θ) − ΔW(θ₀) = (B − B₀) A + B₀ (A − A₀) as one product of (out × 2r) and (2r × in).
 
         It is zero at the start in any order of products, and nothing large cancels.
         """
-        B, A = self.factors(p, inp)
+        B, A = self.factors(p, W)
         if p0 is None:
             return B, A
-        B0, A0 = self.factors(like(p0, p), inp)
+        B0, A0 = self.factors(like(p0, p), W)
         return torch.cat([B - B0, B0], dim=1), torch.cat([A, A - A0])
 
     def offset(self, p: Params, p0: Params | None, W: Tensor) -> Tensor:
-        B, A = self.pair(p, p0, W.shape[1])
+        B, A = self.pair(p, p0, W)
         return B @ A
 
-    def joined(self, p: Params, p0: Params | None, inp: int) -> tuple[Tensor, Tensor | None]:
+    def joined(self, p: Params, p0: Params | None, W: Tensor) -> tuple[Tensor, Tensor | None]:
         """`pair` with s in B; an A of None is [I I ... I]."""
-        B, A = self.pair(p, p0, inp)
+        B, A = self.pair(p, p0, W)
         return B if self.s == 1 else self.s * B, A
 
     def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
-        inp = x.shape[-1]  # what `build` refers to lives until the backward pass: never x
+        if self.reads_weight and base.weight.requires_grad:  # a trained change lies under this one, in ΔW as well
+            return super().apply(p, p0, x, base, drop)
+        shape = x.new_empty(0, x.shape[-1])  # what `build` refers to lives until the backward pass: never x
 
         def build(*values: Tensor) -> tuple[Tensor, Tensor | None]:
-            return self.joined(dict(zip(p, values, strict=True)), p0, inp)
+            W = base.weight if self.reads_weight else shape
+            return self.joined(dict(zip(p, values, strict=True)), p0, W)
 
         linear = ops.plain(base, x)
         change = ops.low_rank(x, linear, build, "A" not in self.frozen, drop, *p.values())
         return base(x) + change if linear is None else change
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagonal(LowRank):
+    """ΔW = B diag(z) A with B (out × r) and A (r × in) frozen: the one other symbol, a vector (r), is trained."""
+
+    frozen = frozenset({"A", "B"})
+
+    def factors(self, p: Params, W: Tensor) -> tuple[Tensor, Tensor]:
+        return self.pair(p, None, W)
+
+    def pair(self, p: Params, p0: Params | None, W: Tensor) -> tuple[Tensor, Tensor]:
+        (z,) = p.keys() - self.frozen
+        return p["B"] * (p[z] if p0 is None else p[z] - like(p0, p)[z]), p["A"]
 
 
 def like(p0: Params, p: Params) -> Params:

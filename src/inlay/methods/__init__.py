@@ -4,15 +4,49 @@ from inlay.method import Method
 from inlay.methods.bat import Bat
 from inlay.methods.bat_col import BatCol
 from inlay.methods.bone import Bone
+from inlay.methods.deep_lora import DeepLoRA
 from inlay.methods.dota import DoTA
 from inlay.methods.lamda import LaMDA
+from inlay.methods.loldu import LoLDU
 from inlay.methods.lora import LoRA
 from inlay.methods.milora import MiLoRA
+from inlay.methods.mora import MoRA
+from inlay.methods.mora_rope import MoRARope
+from inlay.methods.olora import OLoRA
+from inlay.methods.peanut import PEANuT
 from inlay.methods.pissa import PiSSA
+from inlay.methods.randlora import RandLoRA
+from inlay.methods.snell import SNELL
+from inlay.methods.svfit import SVFit
 
-METHODS: tuple[type[Method], ...] = (LoRA, PiSSA, MiLoRA, LaMDA, DoTA, Bone, Bat, BatCol)
+# fmt: off
+METHODS: tuple[type[Method], ...] = (
+    LoRA, PiSSA, MiLoRA, OLoRA, SVFit, LoLDU, LaMDA, DoTA, Bone, Bat, BatCol,
+    MoRA, MoRARope, RandLoRA, PEANuT, DeepLoRA, SNELL,
+)
+# fmt: on
 
-__all__ = ["METHODS", "Bat", "BatCol", "Bone", "DoTA", "LaMDA", "LoRA", "MiLoRA", "PiSSA", "find"]
+__all__ = [
+    "METHODS",
+    "SNELL",
+    "Bat",
+    "BatCol",
+    "Bone",
+    "DeepLoRA",
+    "DoTA",
+    "LaMDA",
+    "LoLDU",
+    "LoRA",
+    "MiLoRA",
+    "MoRA",
+    "MoRARope",
+    "OLoRA",
+    "PEANuT",
+    "PiSSA",
+    "RandLoRA",
+    "SVFit",
+    "find",
+]
 
 
 def _descendants(cls: type[Method]) -> list[type[Method]]:

@@ -34,9 +34,9 @@ class Bone(LowRank):
             raise ValueError(f"bone: r={self.r} is larger than the {inp} inputs of the weight; choose r <= {inp}")
         return {"D": torch.zeros(self.r, out, device=W.device)}
 
-    def factors(self, p: Params, inp: int) -> tuple[Tensor, Tensor]:
-        D = p["D"]
+    def factors(self, p: Params, W: Tensor) -> tuple[Tensor, Tensor]:
+        D, inp = p["D"], W.shape[1]
         return D.T, torch.eye(self.r, dtype=D.dtype, device=D.device).repeat(1, -(-inp // self.r))[:, :inp]
 
-    def joined(self, p: Params, p0: Params | None, inp: int) -> tuple[Tensor, Tensor | None]:
+    def joined(self, p: Params, p0: Params | None, W: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.s * p["D"].T, None

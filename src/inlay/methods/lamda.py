@@ -62,12 +62,12 @@ class LaMDA(LowRank):
         blocks = B.tensor_split(min(self.stages, self.r), 1)
         return {"A": A, "S": S, **{f"B_{i}": block.clone() for i, block in enumerate(blocks, 1)}}
 
-    def factors(self, p: Params, inp: int) -> tuple[Tensor, Tensor]:
+    def factors(self, p: Params, W: Tensor) -> tuple[Tensor, Tensor]:
         return torch.cat([p[k] for k in p if k.startswith("B")], 1) @ p["S"], p["A"]
 
-    def pair(self, p: Params, p0: Params | None, inp: int) -> tuple[Tensor, Tensor]:
+    def pair(self, p: Params, p0: Params | None, W: Tensor) -> tuple[Tensor, Tensor]:
         if p0 is None:
-            return self.factors(p, inp)
+            return self.factors(p, W)
         p0 = like(p0, p)
         B, B0 = (torch.cat([v for k, v in q.items() if k.startswith("B")], 1) for q in (p, p0))
         return (B - B0) @ p["S"] + B0 @ (p["S"] - p0["S"]), p["A"]

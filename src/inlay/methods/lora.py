@@ -48,5 +48,5 @@ class LoRA(LowRank):
         torch.nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         return {"A": A, "B": torch.zeros(out, self.r, device=W.device)}
 
-    def factors(self, p: Params, inp: int) -> tuple[Tensor, Tensor]:
+    def factors(self, p: Params, W: Tensor) -> tuple[Tensor, Tensor]:
         return p["B"], p["A"]

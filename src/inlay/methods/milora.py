@@ -37,5 +37,5 @@ class MiLoRA(LowRank):
         root = (S / self.s).sqrt()
         return {"A": root[:, None] * Vh, "B": U * root}
 
-    def factors(self, p: Params, inp: int) -> tuple[Tensor, Tensor]:
+    def factors(self, p: Params, W: Tensor) -> tuple[Tensor, Tensor]:
         return p["B"], p["A"]

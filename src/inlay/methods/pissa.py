@@ -30,5 +30,5 @@ class PiSSA(LowRank):
         root = (S / self.s).sqrt()
         return {"A": root[:, None] * Vh, "B": U * root}
 
-    def factors(self, p: Params, inp: int) -> tuple[Tensor, Tensor]:
+    def factors(self, p: Params, W: Tensor) -> tuple[Tensor, Tensor]:
         return p["B"], p["A"]

@@ -104,7 +104,7 @@ def change(parts: list[tuple[float, InlayLinear]], W: Tensor, rank: int | None, 
     """One weight's change, exact where the methods are low rank and the rank allows it."""
     one, exact = parts[0][1], all(isinstance(layer.theta("default")[0], LowRank) for _, layer in parts)
     if exact:
-        factors = [factors_of(weight, layer) for weight, layer in parts]
+        factors = [factors_of(weight, layer, W) for weight, layer in parts]
         U, S, Vh = linalg.compress(torch.cat([B for B, _ in factors], 1), torch.cat([A for _, A in factors]))
     elif rank is None and energy is None:
         name = next(m.name for _, layer in parts if not isinstance(m := layer.theta("default")[0], LowRank))
@@ -130,11 +130,11 @@ def change(parts: list[tuple[float, InlayLinear]], W: Tensor, rank: int | None, 
     return Change(one.cuts["default"].module, B, A, (lost / whole.clamp(min=TINY)).sqrt().item())
 
 
-def factors_of(weight: float, layer: InlayLinear) -> tuple[Tensor, Tensor]:
+def factors_of(weight: float, layer: InlayLinear, W: Tensor) -> tuple[Tensor, Tensor]:
     """B (out × r) and A (r × in) in fp64, whose product is the weighted change of a low-rank method."""
     method, p, p0 = layer.theta("default")
     wide, wide0 = ({k: v.double() for k, v in (q or {}).items()} for q in (p, p0))
-    B, A = cast(LowRank, method).pair(wide, None if p0 is None else wide0, layer.in_features)
+    B, A = cast(LowRank, method).pair(wide, None if p0 is None else wide0, W)
     return weight * method.s * B, A
 
 

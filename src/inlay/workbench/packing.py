@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import get_peft_model
@@ -100,20 +100,21 @@ def pack(blank: PreTrainedModel, kind: str, dtype: torch.dtype) -> None:
         ValueError: bitsandbytes is not installed.
     """
     asked = settings(kind, dtype)
-    from bitsandbytes.functional import int8_vectorwise_quant
+    from bitsandbytes.functional import create_dynamic_map, int8_vectorwise_quant, name2qmap
     from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
+    name2qmap.setdefault("dynamic", create_dynamic_map())  # else it keeps the table it makes here, on meta, for good
     replace_with_bnb_linear(blank, get_keys_to_not_convert(blank), asked)
     for module in blank.modules():
         if isinstance(module, (Linear4bit, Linear8bitLt)):
             for p in module.parameters():
                 p.data = p.data.to(dtype)  # which a weight is then dequantised to
         if isinstance(module, Linear4bit):
-            module.weight = module.weight._quantize("meta")
+            module.weight = cast(Any, module.weight)._quantize("meta")
         elif isinstance(module, Linear8bitLt):
             values, scales, _ = int8_vectorwise_quant(module.weight.data.half())
-            module.weight = Int8Params(values, CB=values, SCB=scales, requires_grad=False)
+            module.weight = cast(Any, Int8Params)(values, CB=values, SCB=scales, requires_grad=False)
             module.state.threshold = 0.0  # which inputs are outliers is a matter of values
 
 

@@ -25,7 +25,7 @@ from inlay.method import Base, Drop, Method, Params, keep
 from inlay.methods import find
 from inlay.workbench import memory, packing
 from inlay.workbench.models import first_line
-from inlay.workbench.simulate import TILE, Step, simulate
+from inlay.workbench.simulate import Step, simulate
 
 UNEVEN = ("patterns", "layers_to_transform", "rank_pattern", "alpha_pattern")  # what makes equal layers differ
 LARGEST = 1024  # rank that is looked for
@@ -122,17 +122,17 @@ class Run:
 
     def largest_batch(self, length: int, budget: float) -> int:
         """The largest batch whose step's peak is within `budget` bytes; 0: not even one sequence."""
-        full = max(1, TILE[0] // max(1, length - 1))  # beyond it a tile of the logits grows no more
-        if self.step(1, length).peak > budget:
-            return 0
-        grows = full > 1 and self.step(full, length).peak > budget
-        low, high = (1, full) if grows else (full + 1, 2 * full + 2)
-        first, last = self.step(low, length), self.step(high, length)
-
-        def peak(batch: int) -> float:
-            return first.towards(last, (batch - low) / (high - low)).peak
-
-        return low - 1 + bisect.bisect_right(range(low, MOST), budget, key=peak)
+        fits, fails, guess = 0, MOST, 1
+        points: list[tuple[int, float]] = [(0, 0.0)]
+        while fails - fits > 1:
+            points.append((guess, self.step(guess, length).peak))
+            fits, fails = (guess, fails) if points[-1][1] <= budget else (fits, guess)
+            # The peak grows along pieces of lines, so one through the last two points soon meets the budget.
+            (before, low), (last, high) = points[-2:]
+            slope = (high - low) / (last - before)
+            ahead = last + (budget - high) / slope if slope > 0 else MOST
+            guess = int(min(max(ahead, fits + 1), fails - 1)) if len(points) > 2 else 2
+        return fits
 
     @property
     def size(self) -> int | None:
