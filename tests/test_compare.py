@@ -88,7 +88,7 @@ def test_survivors_are_the_best_that_did_not_diverge():
 
 
 def test_the_front_is_what_nothing_beats():
-    points = [(1, 3.0), (2, 2.0), (3, 2.0), (4, 1.0), (4, 1.0), (5, 1.5)]
+    points = [(1, 3.0), (2, 2.0), (3, 2.0), (4, 1.0), (4, 1.0), (4, 1.5)]
     assert judge.pareto(points) == [True, True, False, True, True, False]
 
 
