@@ -7,6 +7,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -70,7 +71,7 @@ def finish(figure: Figure, axes: Axes) -> Figure:
     return figure
 
 
-def look(made: Outcome, name: str) -> dict[str, str]:
+def look(made: Outcome, name: str) -> dict[str, Any]:
     """A method's colour, marker and line, the same in every plot."""
     place = [e.name for e in made.plan.entries].index(name)
     return {
@@ -108,7 +109,7 @@ def against(made: Outcome, title: str, x: str, value: Callable[[Standing], float
     axes.plot(*zip(*front, strict=True), color=INK, linewidth=1, alpha=0.5, label="Pareto front", zorder=1,
               drawstyle="steps-post")  # fmt: skip
     for row, point in zip(rows, points, strict=True):
-        style = {**look(made, row.method), "linestyle": "none"}
+        style: dict[str, Any] = {**look(made, row.method), "linestyle": "none"}
         error = spread(row.losses)
         axes.errorbar(*point, yerr=None if math.isnan(error) else error, capsize=3, label=row.method, **style)
         if point in front:
@@ -141,8 +142,8 @@ def forgetting(made: Outcome) -> Figure:
     )
     figure, axes = start("Forgetting against learning", won, lost)
     for row in finished(made):
-        style = {**look(made, row.method), "linestyle": "none"}
-        bars = {
+        style: dict[str, Any] = {**look(made, row.method), "linestyle": "none"}
+        bars: dict[str, Any] = {
             axis: s for axis, v in (("xerr", row.losses), ("yerr", row.forgetting)) if not math.isnan(s := spread(v))
         }
         axes.errorbar(
@@ -186,7 +187,7 @@ def differences(made: Outcome) -> Figure:
     rows = [row for row in reversed(finished(made)) if not math.isnan(row.difference.mean)]
     for place, row in enumerate(rows):
         d, style = row.difference, {**look(made, row.method), "linestyle": "none"}
-        bars = {} if math.isnan(d.low) else {"xerr": [[d.mean - d.low], [d.high - d.mean]]}
+        bars: dict[str, Any] = {} if math.isnan(d.low) else {"xerr": [[d.mean - d.low], [d.high - d.mean]]}
         axes.errorbar(d.mean, place, capsize=4, **bars, **style)
     axes.errorbar([], [], xerr=[], color=INK, marker="o", capsize=4, linestyle="none",
                   label=f"mean, {judge.CONFIDENCE:.0%} interval, {len(made.plan.ask.seeds)} seeds")  # fmt: skip

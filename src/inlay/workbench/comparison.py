@@ -138,7 +138,7 @@ def plan(recipe: Recipe, ask: Comparison) -> Plan:
 
 def settle(recipe: Recipe, ask: Comparison, item: Any) -> Entry:
     """One of `methods`, laid over the recipe that all share."""
-    given = {"method": item} if isinstance(item, str) else item
+    given: Any = {"method": item} if isinstance(item, str) else item
     if not isinstance(given, dict) or "method" not in given:
         raise ValueError(f"methods: {item!r} is neither a name nor a mapping with method")
     rates = positive("learning_rates", given.get("learning_rates", ask.learning_rates))

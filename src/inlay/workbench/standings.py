@@ -9,7 +9,7 @@ import math
 import os
 import platform
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ class Outcome:
         )  # fmt: skip
 
 
-def losses(results: list[dict[str, Any] | None]) -> list[float]:
+def losses(results: Sequence[dict[str, Any] | None]) -> list[float]:
     """The held-out losses after training; infinite for a run that failed or diverged."""
     return [math.inf if r is None or r["after"] is None else r["after"] for r in results]
 
