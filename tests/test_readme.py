@@ -15,11 +15,19 @@ from transformers import AutoModelForCausalLM
 
 from inlay import InlayConfig, methods
 from inlay.cli import main
-from inlay.workbench import recipe
+from inlay.workbench import comparison, recipe
 from inlay.workbench.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+SMALL = """
+model: {model}
+data: mine.jsonl
+steps: 1
+batch_size: 4
+eval_size: 4
+compare: {{methods: [lora, bone], learning_rates: [1e-3], seeds: [0], budget: {{parameters: 9000}}, selection: 4}}
+"""
 TWIN = ["--steps", "1", "--batch-size", "4", "--samples", "1", "--eval-size", "4", "--r", "4"]
 
 
@@ -46,11 +54,15 @@ def test_every_command_of_the_readme_runs(workplace, tiny, capsys):
     verbs = []
     for words in commands():
         words = [tiny if word == "builtin" else word for word in words]
+        if words[0] == "compare":
+            (workplace / "small.yaml").write_text(SMALL.format(model=tiny))
+            words = ["compare", "small.yaml"]
         extra = {"train": ["--model", tiny, *TWIN], "generate": ["--tokens", "4"], "methods": ["--model", tiny]}
         main([*words, *extra.get(words[0], [])])
         verbs.append(words[0])
-    rest = ["methods", "plan", "generate", "inspect", "fold", "export", "import", "export", "merge", "merge"]
+    rest = ["compare", "methods", "plan", "generate", "inspect", "fold", "export", "import", "export", "merge", "merge"]
     assert verbs == ["train", "train", "train", *rest]
+    assert (workplace / "runs" / "small" / "report.html").exists()
     assert (workplace / "spectra" / "spectra.json").exists()
     assert (workplace / "folded" / "base" / "model.safetensors").exists()
     assert (workplace / "runs" / "mine" / "adapter" / "adapter_model.safetensors").exists()
@@ -92,7 +104,7 @@ def test_make_knows_what_the_readme_says():
 
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("recipes/**/*.yaml")), ids=lambda path: path.name)
 def test_every_recipe_is_valid(path):
-    recipe.load(str(path), {})
+    comparison.load(str(path)) if "compare" in recipe.read_yaml(str(path)) else recipe.load(str(path), {})
 
 
 def test_the_demo_recipe_is_what_inlay_train_does():

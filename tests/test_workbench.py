@@ -402,7 +402,7 @@ def test_upload_uses_the_hub_client(run, monkeypatch):
     assert calls == ["me/adapter", str(run.folder / "adapter")]
 
 
-@pytest.mark.parametrize("verb", ["train", "methods", "generate", "fold", "export", "merge", "inspect"])
+@pytest.mark.parametrize("verb", ["train", "compare", "methods", "generate", "fold", "export", "merge", "inspect"])
 def test_help_fits_a_screen_and_has_an_example(verb, capsys):
     with pytest.raises(SystemExit) as stop:
         main([verb, "--help"])

@@ -68,6 +68,19 @@ def train(options: argparse.Namespace) -> None:
     prepare.dry_run(resolved, console) if options.dry_run else train.train(resolved, console)
 
 
+def compare(options: argparse.Namespace) -> None:
+    """Compare methods on one task under one budget: each at its own learning rate, over seeds, with a verdict.
+
+    The recipe says under `compare:` which methods, rates, seeds and budget. The same command goes on where it was.
+
+    example:  inlay compare recipes/compare_e2e_small.yaml --output runs/compare
+    """
+    from inlay.workbench import compare, models
+
+    models.quiet()
+    compare.compare(options.recipe, options.jobs, options.output, options.overwrite, terminal())
+
+
 def methods(options: argparse.Namespace) -> None:
     """List the methods: equation, paper, what trains, and how many numbers that is at --r for a model.
 
@@ -342,6 +355,12 @@ def parser() -> Parser:
     top.add_argument("--version", action="version", version=f"inlay {__version__}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     add_train(add_verb(verbs, train))
+
+    verb = add_verb(verbs, compare)
+    verb.add_argument("recipe", help="YAML file: what all runs share, and under compare what differs")
+    verb.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1; seconds then say less)")
+    verb.add_argument("--output", help="folder (default: the recipe's output, or runs/<name of the recipe>)")
+    verb.add_argument("--overwrite", action="store_true", help="replace another comparison that is there")
 
     verb = add_verb(verbs, methods)
     verb.add_argument("--model", help="hub id, folder or builtin (default)")

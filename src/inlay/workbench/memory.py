@@ -6,11 +6,10 @@ import copy
 
 import psutil
 import torch
-from peft import get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from inlay.host.config import InlayConfig
 from inlay.workbench.models import load_config
 
 
@@ -56,18 +55,27 @@ def depths(model: PreTrainedModel) -> tuple[int, int] | None:
     return (few, few + period) if few + period < len(layers) else None
 
 
-def count(name: str, config: InlayConfig) -> int:
-    """How many numbers a config trains on a model.
+def count(name: str, config: PeftConfig | None) -> int:
+    """How many numbers a config trains on a model; all without one.
 
     Raises:
         ValueError: it does not fit the model.
     """
-    return trainable(get_peft_model(meta_model(name, torch.float32), config))
+    model = meta_model(name, torch.float32)
+    return trainable(model if config is None else get_peft_model(model, config))
 
 
 def trainable(model: nn.Module) -> int:
     """How many numbers are trained."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def numbers(model: nn.Module) -> tuple[int, int]:
+    """How many numbers are trained, and how many the base model has."""
+    if not isinstance(model, PeftModel):
+        return trainable(model), sum(p.numel() for p in model.parameters())
+    trained, everything = model.get_nb_trainable_parameters()
+    return trained, everything - trained
 
 
 def free() -> int:

@@ -18,6 +18,7 @@ from inlay.host.config import InlayConfig
 from inlay.workbench import data, memory, models, ranks
 from inlay.workbench.checkpoints import Checkpoint
 from inlay.workbench.files import check_free
+from inlay.workbench.peft_methods import FULL, without_start
 from inlay.workbench.plan import Run
 from inlay.workbench.recipe import Recipe
 
@@ -75,8 +76,10 @@ def at_most(rows: Examples) -> int:
 
 def planned(recipe: Recipe, rows: Examples, dtype: torch.dtype) -> tuple[Run, int]:
     """The run as it will train on this machine, for the planner, and its longest sequence."""
+    dtype = torch.float32 if recipe.method == FULL else dtype
     run = Run(
-        recipe.model, recipe.config(), dtype, "nf4" if models.fold_at(recipe.model) else recipe.quantize,
+        recipe.model, without_start(recipe.adapter()), dtype,
+        "nf4" if models.fold_at(recipe.model) else recipe.quantize,
         recipe.gradient_checkpointing, "cuda" if torch.cuda.is_available() else "cpu", recipe.trust_remote_code,
     )  # fmt: skip
     return run, min(recipe.max_length, rows.audit.longest)
@@ -117,6 +120,7 @@ def load(
         check_fold(recipe, adapter)
         return models.load_adapted(adapter, dtype=dtype, trainable=True)[0]
     options = (recipe.revision, recipe.trust_remote_code)
+    dtype = torch.float32 if recipe.method == FULL else dtype  # its updates are too small for 16 bits
     if recipe.quantize != "nf4":
         quantization = None if recipe.quantize == "none" else packing.settings(recipe.quantize, dtype)
         return models.load_model(recipe.model, dtype, *options, quantization)

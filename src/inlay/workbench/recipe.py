@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from peft import PeftConfig
 
 from inlay.host.config import InlayConfig
 from inlay.methods import METHODS, find
+from inlay.workbench import peft_methods
 
 
 def entry(default: Any, text: str, **meta: Any) -> Any:
     """A recipe field with its help text."""
     meta["help"] = text
-    return field(default_factory=dict, metadata=meta) if default is dict else field(default=default, metadata=meta)
+    return field(default_factory=default, metadata=meta) if callable(default) else field(default=default, metadata=meta)
 
 
 @dataclass
@@ -48,8 +50,8 @@ class Recipe:
     max_length: int = entry(512, "tokens; longer examples are cut", min=8)
     packing: bool = entry(False, "pack short examples into full sequences")
 
-    method: str = entry("bone", "inlay methods lists them")
-    args: dict = entry(dict, "the method's hyperparameters; each is a flag too: --r 16")
+    method: str = entry("bone", "inlay methods lists them; peft:NAME is one of PEFT's (peft:dora), full trains all")
+    args: dict = entry(dict, "the method's hyperparameters (fields of PEFT's config); ours are flags too: --r 16")
     scale: float | None = entry(None, "factor on the change")
     dropout: float = entry(0.0, "dropout on the change")
     target_modules: list | str = entry("all-linear", "names, a regex, or all-linear")
@@ -89,12 +91,7 @@ class Recipe:
     push_to_hub: str | None = entry(None, "hub repository to upload the adapter to")
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(Recipe)
-        for f in fields(self):
-            value = conform(f.name, hints[f.name], getattr(self, f.name))
-            if "min" in f.metadata and isinstance(value, (int, float)) and value < f.metadata["min"]:
-                raise ValueError(f"{f.name}: {value} is below {f.metadata['min']}")
-            setattr(self, f.name, value)
+        conform_all(self)
         if self.eval_size is not None and self.eval_size <= 0:
             raise ValueError(f"eval_size: {self.eval_size} holds out nothing; give a number of examples or a share")
         if self.early_stopping and not self.eval_every:
@@ -103,31 +100,51 @@ class Recipe:
             raise ValueError("keep_best needs eval_every: the steps between evaluations")
         if self.allocate != "none":
             check_allocate(self)
-        self.config()
+        check_foreign(self)
+        self.adapter()
+
+    def adapter(self, steps: int = 10**6) -> PeftConfig | None:
+        """The config of the adapter that a run of so many steps trains; None where it trains the model itself.
+
+        Raises:
+            ValueError: an unknown method or hyperparameter.
+        """
+        if peft_methods.is_ours(self.method):
+            return self.config()
+        if self.method == peft_methods.FULL:
+            return None
+        return peft_methods.config(self.method, self.args, self._where(), steps)
 
     def config(self) -> InlayConfig:
-        """The adapter's config; raises a ValueError for an unknown method or hyperparameter."""
-        names = ("method", "args", "scale", "dropout", "patterns", "bias", "modules_to_save", "target_modules")
-        where = ("exclude_modules", "layers_to_transform")
-        values = {name: getattr(self, name) for name in names + where}
-        for name in (
-            "target_modules",
-            "exclude_modules",
-        ):  # a bare name is no regex of a whole path
+        """The config of one of Inlay's methods; raises a ValueError for an unknown method or hyperparameter."""
+        names = ("method", "args", "scale", "dropout", "patterns", "bias")
+        return InlayConfig(task_type="CAUSAL_LM", **{n: getattr(self, n) for n in names}, **self._where())
+
+    def _where(self) -> dict[str, Any]:
+        names = ("modules_to_save", "target_modules", "exclude_modules", "layers_to_transform")
+        values = {name: getattr(self, name) for name in names}
+        for name in ("target_modules", "exclude_modules"):  # a bare name is no regex of a whole path
             if isinstance(values[name], str) and re.fullmatch(r"[\w.]+", values[name]):
                 values[name] = [values[name]]
-        return InlayConfig(task_type="CAUSAL_LM", **values)
+        return values
+
+    @property
+    def kept(self) -> str:
+        """The folder, within the run's, of what was trained."""
+        return "model" if self.method == peft_methods.FULL else "adapter"
 
     def run_folder(self) -> Path:
         """Where the run goes; without `output`, the first of runs/<model>-<method>, -2, -3, ... that is free."""
         if self.output:
             return Path(self.output).expanduser()
-        name = Path("runs") / f"{Path(self.model).name}-{self.method}"
+        name = Path("runs") / f"{Path(self.model).name}-{self.method.replace(':', '-')}"
         others = (name.with_name(f"{name.name}-{i}") for i in itertools.count(2))
         return next(path for path in itertools.chain([name], others) if not path.exists())
 
     def resolved(self, **settled: Any) -> Recipe:
-        """The same recipe with nothing left to defaults of methods, and with what the run settled."""
+        """The same recipe with nothing left to defaults of our methods, and with what the run settled."""
+        if not peft_methods.is_ours(self.method):
+            return replace(self, **settled)
         method = self.config().build()
         args = {f.name: getattr(method, f.name) for f in fields(method) if f.name not in ("scale", "dropout")}
         return replace(self, args=args, **settled)
@@ -142,6 +159,22 @@ class Recipe:
         return yaml.safe_dump({f.name: values[f.name] for f in fields(self) if values[f.name] != default_of(f)})
 
 
+def check_foreign(recipe: Recipe) -> None:
+    """Refuse what only our methods have, where the method is PEFT's or full fine-tuning."""
+    if peft_methods.is_ours(recipe.method):
+        return
+    full, packed = recipe.method == peft_methods.FULL, recipe.quantize
+    names = ("scale", "dropout", "patterns", "bias", *(("args", "modules_to_save") if full else ()))
+    for f in fields(recipe):
+        if f.name in names and getattr(recipe, f.name) != default_of(f):
+            hint = "it trains all there is" if full else "give the fields of PEFT's config under args"
+            raise ValueError(f"{f.name}={getattr(recipe, f.name)!r} is not for method {recipe.method}; {hint}")
+    if packed == "nf4" or (full and packed != "none"):
+        raise ValueError(
+            f"quantize: {packed} is not for method {recipe.method}; " + ("none is" if full else "nf4_offset is")
+        )
+
+
 def check_allocate(recipe: Recipe) -> None:
     """Refuse ranks to allocate where there are none, or where they are given already."""
     if recipe.patterns:
@@ -154,7 +187,12 @@ def check_allocate(recipe: Recipe) -> None:
 
 def reference() -> str:
     """`docs/recipe.md`: every field with its default and what it means."""
-    rows = [f"| `{f.name}` | `{json.dumps(default_of(f))}` | {f.metadata['help']} |" for f in fields(Recipe)]
+    from inlay.workbench.comparison import Comparison
+
+    rows, compare = (
+        [f"| `{f.name}` | `{json.dumps(default_of(f))}` | {f.metadata['help']} |" for f in fields(cls)]
+        for cls in (Recipe, Comparison)
+    )
     hyper = [f"| `{name}` | {text} |" for name, text in sorted(hyperparameters().items())]
     lines = ["# Every field of a recipe", "", "Each is a YAML key and a flag (`learning_rate` is `--learning-rate`)."]
     lines += ["", "| field | default | meaning |", "|---|---|---|", *rows]
@@ -165,6 +203,12 @@ def reference() -> str:
         "| name | meaning |",
         "|---|---|",
         *hyper,
+        "",
+        "`inlay compare` reads a recipe of what all runs share, and these under `compare`:",
+        "",
+        "| field | default | meaning |",
+        "|---|---|---|",
+        *compare,
     ]
     return "\n".join(lines) + "\n"
 
@@ -181,6 +225,13 @@ def load(path: str | None, overrides: dict[str, Any]) -> Recipe:
         ValueError: the file is missing or no mapping, a key is unknown, or a value does not fit.
     """
     values = read_yaml(path) if path else {}
+    if "compare" in values:
+        raise ValueError(f"{path} is a comparison, not one run; inlay compare runs it")
+    return from_values(values, overrides, path)
+
+
+def from_values(values: dict[str, Any], overrides: dict[str, Any], path: str | None = None) -> Recipe:
+    """A recipe from what was read from `path`, with `overrides` on top; as `load`."""
     names, hyper = [f.name for f in fields(Recipe)], hyperparameters()
     for key in values:
         if key not in names:
@@ -234,6 +285,20 @@ def from_flag(name: str, text: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError:
         raise ValueError(f"{name}: {text!r} cannot be read as {' or '.join(map(describe, options))}") from None
+
+
+def conform_all(filled: Any) -> None:
+    """Make every field of a dataclass the type it is annotated with.
+
+    Raises:
+        ValueError: a value cannot be, or is below its field's minimum.
+    """
+    hints = typing.get_type_hints(type(filled))
+    for f in fields(filled):
+        value = conform(f.name, hints[f.name], getattr(filled, f.name))
+        if "min" in f.metadata and isinstance(value, (int, float)) and value < f.metadata["min"]:
+            raise ValueError(f"{f.name}: {value} is below {f.metadata['min']}")
+        setattr(filled, f.name, value)
 
 
 def conform(name: str, hint: Any, value: Any) -> Any:

@@ -10,9 +10,11 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from inlay import __version__, methods
+from inlay import __version__
 from inlay.workbench.builtin import MODEL
 from inlay.workbench.memory import gib
+from inlay.workbench.peft_methods import FULL, is_ours
+from inlay.workbench.recipe import Recipe
 from inlay.workbench.result import Result, environment
 
 STYLE = """
@@ -26,6 +28,8 @@ th, td { text-align: left; vertical-align: top; padding: .4rem .8rem .4rem 0; bo
   .wide tr { display: block; padding: .6rem 0; border-bottom: 1px solid var(--line); } }
 img { max-width: 100%; background: white; } pre { overflow-x: auto; padding: 1rem; border: 1px solid var(--line); }
 """
+
+MERGING = "\nTo serve it without Inlay, merge it first: `inlay merge path/to/this/folder merged/`.\n"
 
 
 def plot_loss(result: Result, path: Path) -> None:
@@ -74,17 +78,27 @@ def model_name(name: str) -> str:
 def facts(result: Result) -> dict[str, str]:
     """The table at the head of the page and the card."""
     recipe = result.recipe
-    method = recipe.config().build()
     return {
         "Base model": model_name(recipe.model) + (" (built in)" if recipe.model == MODEL else ""),
-        "Method": method.title,
-        "Equation": method.equation,
-        "Paper": method.paper,
-        "Hyperparameters": repr(method),
+        **about_method(recipe),
         "Trained": f"{result.parameters:,} of {result.base_parameters:,} numbers",
         "Data": "E2E NLG (built in)" if recipe.data == MODEL else recipe.data,
         "Held-out loss": f"{result.before:.3f} before, {result.after:.3f} after",
         "Training": f"{result.seconds:.0f} s, {result.tokens:,} tokens, {gib(result.memory)} peak memory",
+    }
+
+
+def about_method(recipe: Recipe) -> dict[str, str]:
+    """What the method is, and with what values."""
+    if not is_ours(recipe.method):
+        values = ", ".join(f"{name}={value}" for name, value in recipe.args.items())
+        return {"Method": recipe.method, "Hyperparameters": values or "the defaults"}
+    method = recipe.config().build()
+    return {
+        "Method": method.title,
+        "Equation": method.equation,
+        "Paper": method.paper,
+        "Hyperparameters": repr(method),
     }
 
 
@@ -106,15 +120,24 @@ def page(result: Result) -> str:
     head = "".join(f"<th>{name}</th>" for name in names)
     cells = [[f'<td data-name="{name}">{html.escape(row[name])}</td>' for name in names] for row in result.samples]
     body = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title(result))}</title><style>{STYLE}</style></head><body>
-<h1>{html.escape(title(result))}</h1>
-<table>{rows}</table>
+    return document(
+        title(result),
+        f"""<table>{rows}</table>
 <h2>Loss</h2><img alt="training and held-out loss per step" src="data:image/png;base64,{picture}">
 <h2>Held-out prompts, before and after</h2><div class="wide"><table><tr>{head}</tr>{body}</table></div>
 <h2>Recipe</h2><pre>{html.escape(result.recipe.to_yaml())}</pre>
-<h2>Versions</h2><pre>{html.escape(versions())}</pre>
+<h2>Versions</h2><pre>{html.escape(versions())}</pre>""",
+    )
+
+
+def document(title: str, body: str, style: str = "") -> str:
+    """A page of its own, under its title."""
+    name = html.escape(title)
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{name}</title><style>{STYLE}{style}</style></head><body>
+<h1>{name}</h1>
+{body}
 </body></html>
 """
 
@@ -125,15 +148,19 @@ def versions() -> str:
 
 
 def card(result: Result) -> str:
-    """The adapter's README for the hub."""
-    name = result.recipe.model
-    cls = methods.find(result.recipe.method)
+    """The README, for the hub, of what was trained."""
+    name, method = result.recipe.model, result.recipe.method
     base = f"base_model: {name}\n" if not os.path.exists(name) and "/" in name else ""
     table = "\n".join(f"| {key} | {value} |" for key, value in facts(result).items())
+    library, loader = (
+        ("transformers", "AutoModelForCausalLM") if method == FULL else ("peft", "AutoPeftModelForCausalLM")
+    )
+    register = "import inlay  # makes PEFT know the adapter type\n" if is_ours(method) else ""
+    merging = "" if method == FULL else MERGING
     return f"""---
-{base}library_name: peft
+{base}library_name: {library}
 pipeline_tag: text-generation
-tags: [inlay, {cls.name}]
+tags: [inlay, "{method}"]
 ---
 # {title(result)}
 
@@ -142,14 +169,11 @@ tags: [inlay, {cls.name}]
 {table}
 
 ```python
-import inlay  # makes PEFT know the adapter type
-from peft import AutoPeftModelForCausalLM
+{register}from {library} import {loader}
 
-model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
+model = {loader}.from_pretrained("path/to/this/folder")
 ```
-
-To serve it without Inlay, merge it first: `inlay merge path/to/this/folder merged/`.
-
+{merging}
 Recipe:
 
 ```yaml

@@ -14,13 +14,13 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from rich.console import Console
-from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback, set_seed
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
 from inlay.host.schedule import Schedule
-from inlay.workbench import checkpoints, memory, models, ranks, report
+from inlay.workbench import checkpoints, memory, models, peft_methods, ranks, report
 from inlay.workbench.checkpoints import Checkpoint
 from inlay.workbench.files import check_free, locked, new_folder, set_aside, write_text
 from inlay.workbench.generate import answer
@@ -63,7 +63,8 @@ def arguments(recipe: Recipe, folder: Path, batch: int, steps: int, dtype: torch
         "max_length": recipe.max_length,
         "packing": recipe.packing,
         "eval_packing": False,
-        "bf16": False,  # the base is loaded in its compute dtype and θ stays fp32: autocast would only add casts
+        # An adapted base is loaded in its compute dtype and θ stays fp32: autocast would only add casts.
+        "bf16": recipe.method == peft_methods.FULL and dtype == torch.bfloat16,
         "fp16": dtype == torch.float16 and torch.cuda.is_available(),  # for its loss scaling
         "eval_strategy": "steps" if evaluating else "no",
         "eval_steps": evaluating,
@@ -149,7 +150,7 @@ def train(recipe: Recipe, console: Console | None = None, resume: bool = False) 
         tidy(folder)
     console.print(f"run folder: {folder}")
     if recipe.push_to_hub:
-        upload(folder / "adapter", recipe.push_to_hub)
+        upload(folder / recipe.kept, recipe.push_to_hub)
         console.print(f"uploaded to {recipe.push_to_hub}")
     return result
 
@@ -172,8 +173,17 @@ def unfinished(folder: Path, changed: dict[str, Any]) -> Recipe | None:
 def run(
     recipe: Recipe, trainer: Trainer, tokenizer: Any, rows: Examples, console: Console, found: Checkpoint | None = None
 ) -> Result:
-    """Evaluate, train, evaluate, and write everything into the run folder."""
-    folder, model = Path(str(recipe.output)), cast(PeftModel, trainer.model)
+    """Fit, and write everything into the run folder."""
+    result = fit(recipe, trainer, tokenizer, rows, console, found)
+    write(result, cast(Any, trainer.model))
+    return result
+
+
+def fit(
+    recipe: Recipe, trainer: Trainer, tokenizer: Any, rows: Examples, console: Console, found: Checkpoint | None = None
+) -> Result:
+    """Evaluate, train, evaluate; the metrics go into the run folder as they come."""
+    folder, model = Path(str(recipe.output)), cast(Any, trainer.model)
     trainer.run = {
         "recipe": checkpoints.settings(recipe),
         "identity": checkpoints.identity(trainer, rows),
@@ -182,10 +192,10 @@ def run(
     watch = Watch(folder, console)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(watch)
-    parameters, everything = model.get_nb_trainable_parameters()
+    parameters, base = memory.numbers(model)
     console.print(
         f"{recipe.method} on {report.model_name(recipe.model)} in {recipe.dtype}: {parameters:,} of "
-        f"{everything - parameters:,} numbers are trained ({parameters / (everything - parameters):.2%})"
+        f"{base:,} numbers are trained ({parameters / base:.2%})"
     )
     if found:
         checkpoints.check_same(found, "identity", trainer.run["identity"])
@@ -209,12 +219,10 @@ def run(
     console.print(f"held-out loss after:  {after:.3f}  ({duration(seconds)}, {memory.gib(peak_memory())} peak)")
     answers = [json.loads((folder / BEFORE).read_text(encoding="utf-8"))]
     answers += [answer(model, tokenizer, prompts)] if prompts else []
-    result = Result(
-        recipe, folder, parameters, everything - parameters, before, after, seconds, watch.tokens, peak_memory(),
-        watch.history, samples(rows.heldout, answers),
+    return Result(
+        recipe, folder, parameters, base, before, after, seconds, watch.tokens, peak_memory(), watch.history,
+        samples(rows.heldout, answers),
     )  # fmt: skip
-    write(result, model)
-    return result
 
 
 def build(recipe: Recipe, base: Any, tokenizer, rows: Examples, folder: Path) -> Trainer:
@@ -224,16 +232,20 @@ def build(recipe: Recipe, base: Any, tokenizer, rows: Examples, folder: Path) ->
         batch = fitting_batch(*planned(recipe, rows, base.dtype), at_most(rows), loaded=True)
     steps = recipe.steps or math.ceil(recipe.epochs * len(rows.train) / (batch * recipe.accumulation))
     stop: list[TrainerCallback] = [EarlyStoppingCallback(recipe.early_stopping)] if recipe.early_stopping else []
-    return Trainer(
+    adapter = None if isinstance(base, PeftModel) else recipe.adapter(steps)
+    trainer = Trainer(
         base,
-        args=arguments(recipe, folder, batch, steps, base.dtype),
+        args=arguments(recipe, folder, batch, steps, models.dtype_for(recipe.dtype)),
         train_dataset=as_dataset(rows.train, tokenizer),
         eval_dataset=as_dataset(rows.heldout, tokenizer),
         processing_class=tokenizer,
-        peft_config=None if isinstance(base, PeftModel) else recipe.config(),
+        peft_config=adapter,
         callbacks=[Schedule(), *stop],
         skips=recipe.skip_nan,
     )
+    if adapter is not None and not peft_methods.is_ours(recipe.method):
+        peft_methods.complete(trainer)
+    return trainer
 
 
 def start_folder(folder: Path, recipe: Recipe) -> Path | None:
@@ -278,9 +290,11 @@ def samples(heldout: list[dict], answers: list[list[str]]) -> list[dict[str, str
     ]
 
 
-def write(result: Result, model: PeftModel) -> None:
-    """The adapter with its card, the samples, the plots and the report."""
-    with new_folder(result.folder / "adapter", overwrite=True, marker="adapter_config.json") as part:
+def write(result: Result, model: PeftModel | PreTrainedModel) -> None:
+    """The adapter (or the whole model) with its card, the samples, the plots and the report."""
+    kept = result.folder / result.recipe.kept
+    marker = "adapter_config.json" if isinstance(model, PeftModel) else "config.json"
+    with new_folder(kept, overwrite=True, marker=marker) as part:
         model.save_pretrained(str(part))
         (part / "README.md").write_text(report.card(result), encoding="utf-8")
     (result.folder / "plots").mkdir(exist_ok=True)

@@ -81,7 +81,7 @@ class Trainer(SFTTrainer):
     def go_on(self, found: Checkpoint | None) -> None:
         """Train, from a checkpoint if there is one; what was over already is only loaded."""
         with self.stop:
-            if found is None or not found.over:
+            if found is None or not found.over or not isinstance(self.model, PeftModel):
                 try:
                     self.train(resume_from_checkpoint=str(found.path) if found else None)
                 except UnpicklingError as error:  # it would run code, in a checkpoint that somebody else sealed

@@ -1,0 +1,208 @@
+"""The plots of a comparison. Ink and background are left to the page, so that they suit light and dark."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import statistics
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from inlay.workbench import judge
+from inlay.workbench.report import smooth
+from inlay.workbench.standings import Outcome, Standing, Sweep, mean, spread
+
+INK = "#262626"
+# Okabe and Ito's colours, told apart by everyone, without their black; the markers tell the second round.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C6D1F", "#7F7F7F")
+MARKERS = "osD^vPX<>"
+STYLES = ("-", "--", ":")
+LOOK: Any = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+    "font.size": 10,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "svg.hashsalt": "inlay",  # the same comparison draws the same files
+}
+Plot = Callable[[Outcome], Figure]
+
+
+def figures(made: Outcome) -> Iterator[tuple[str, Figure]]:
+    """Every plot by the name of its file; without a sweep there are no rates to draw."""
+    for name, plot in PLOTS.items():
+        if plot is not rates or swept(made):
+            with matplotlib.rc_context(LOOK):
+                yield name, plot(made)
+
+
+def inline(name: str, figure: Figure, label: str) -> str:
+    """A figure as an SVG element: text stays text, ink is the page's, ids are its own."""
+    file = io.StringIO()
+    with matplotlib.rc_context({**LOOK, "svg.fonttype": "none"}):
+        about = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=about)
+    svg = file.getvalue()
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg[svg.index("<svg") :]).replace(INK, "currentColor")
+    svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+
+
+def start(title: str, x: str, y: str) -> tuple[Figure, Axes]:
+    """An empty plot with its axes named."""
+    figure = Figure(figsize=(5, 4.4), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlabel=x, ylabel=y)
+    axes.set_title(title, fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def finish(figure: Figure, axes: Axes) -> Figure:
+    """The legend, below, where it covers nothing."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    return figure
+
+
+def look(made: Outcome, name: str) -> dict[str, Any]:
+    """A method's colour, marker and line, the same in every plot."""
+    place = [e.name for e in made.plan.entries].index(name)
+    return {
+        "color": COLOURS[place % len(COLOURS)],
+        "marker": MARKERS[place % len(MARKERS)],
+        "linestyle": STYLES[place // len(COLOURS) % len(STYLES)],
+    }
+
+
+def finished(made: Outcome) -> list[Standing]:
+    """The methods that there is something to draw of."""
+    return [row for row in made.standings() if row.losses]
+
+
+def curves(made: Outcome) -> Figure:
+    """The training loss of each method, a mean over seeds, and the held-out loss it ended with."""
+    figure, axes = start("Loss", "optimiser step", "loss (nats per answer token)")
+    for row in finished(made):
+        runs = [dict(r["curve"]) for r in made.finals[row.method] if r and r["after"] is not None]
+        steps = [step for step in runs[0] if all(run.get(step) is not None for run in runs)]
+        points = smooth([(step, statistics.fmean(run[step] for run in runs)) for step in steps])
+        style = look(made, row.method)
+        axes.plot(*zip(*points, strict=True), color=style["color"], linestyle=style["linestyle"], label=row.method)
+        axes.plot([steps[-1]], [mean(row.losses)], style["marker"], color=style["color"], clip_on=False)
+    axes.plot([], [], "o", color=INK, label="held out, after")
+    return finish(figure, axes)
+
+
+def against(made: Outcome, title: str, x: str, value: Callable[[Standing], float], log: bool = False) -> Figure:
+    """Quality against what it costs, what nothing beats in both being joined by a line."""
+    figure, axes = start(title, x, "held-out loss (nats per answer token)")
+    rows = finished(made)
+    points = [(value(row), mean(row.losses)) for row in rows]
+    front = sorted(point for point, best in zip(points, judge.pareto(points), strict=True) if best)
+    axes.plot(*zip(*front, strict=True), color=INK, linewidth=1, alpha=0.5, label="Pareto front", zorder=1,
+              drawstyle="steps-post")  # fmt: skip
+    for row, point in zip(rows, points, strict=True):
+        style: dict[str, Any] = {**look(made, row.method), "linestyle": "none"}
+        error = spread(row.losses)
+        axes.errorbar(*point, yerr=None if math.isnan(error) else error, capsize=3, label=row.method, **style)
+        if point in front:
+            axes.plot(*point, "o", markersize=13, markerfacecolor="none", markeredgecolor=INK, alpha=0.5)
+    axes.set_xscale("log" if log else "linear")
+    axes.margins(0.12)
+    return finish(figure, axes)
+
+
+def memory(made: Outcome) -> Figure:
+    """Quality against the process's peak memory."""
+    return against(made, "Quality against memory", "peak memory (GiB)", lambda row: row.memory / 2**30)
+
+
+def seconds(made: Outcome) -> Figure:
+    """Quality against time."""
+    return against(made, "Quality against time", "training time (s)", lambda row: row.seconds)
+
+
+def parameters(made: Outcome) -> Figure:
+    """Quality against what is trained."""
+    return against(made, "Quality against parameters", "trained numbers", lambda row: row.parameters, log=True)
+
+
+def forgetting(made: Outcome) -> Figure:
+    """What was lost on unrelated text against what was won on the task."""
+    won, lost = (
+        "fall of the held-out loss (nats per answer token)",
+        "rise of the loss on unrelated text\n(nats per token)",
+    )
+    figure, axes = start("Forgetting against learning", won, lost)
+    for row in finished(made):
+        style: dict[str, Any] = {**look(made, row.method), "linestyle": "none"}
+        bars: dict[str, Any] = {
+            axis: s for axis, v in (("xerr", row.losses), ("yerr", row.forgetting)) if not math.isnan(s := spread(v))
+        }
+        axes.errorbar(
+            made.before - mean(row.losses), mean(row.forgetting), capsize=3, label=row.method, **bars, **style
+        )
+    axes.axhline(0, color=INK, linewidth=0.8, alpha=0.5)
+    axes.margins(0.12)
+    return finish(figure, axes)
+
+
+def swept(made: Outcome) -> dict[str, Sweep]:
+    """The sweeps in which any rate did not diverge."""
+    return {name: s for name, s in made.sweeps.items() if s.rungs and any(map(math.isfinite, s.rungs[0][1].values()))}
+
+
+def rates(made: Outcome) -> Figure:
+    """The first rung of every method's sweep, its chosen rate ringed."""
+    sweeps = swept(made)
+    shares = sorted({f"{s.rungs[0][0]} of {made.steps[name]}" for name, s in sweeps.items()})
+    judged = f"loss on the examples rates are chosen on\nafter {', '.join(shares)} steps"
+    figure, axes = start("Learning rates", "learning rate", judged)
+    for name, s in sweeps.items():
+        points = sorted((rate, loss) for rate, loss in s.rungs[0][1].items() if math.isfinite(loss))
+        axes.plot(*zip(*points, strict=True), **look(made, name), markersize=5, label=name)
+        for rate, loss in points:
+            if s.rates and rate == s.rates[0]:
+                axes.plot(rate, loss, "o", markersize=12, markerfacecolor="none", markeredgecolor=INK)
+    axes.plot([], [], "o", markersize=12, markerfacecolor="none", markeredgecolor=INK, label="chosen")
+    lowest = min(loss for s in sweeps.values() for loss in s.rungs[0][1].values())
+    if axes.get_ylim()[1] > 2 * made.before:
+        axes.set_ylim(0.95 * lowest, 2 * made.before)  # a rate that blew up would flatten all the others
+    axes.set_xscale("log")
+    return finish(figure, axes)
+
+
+def differences(made: Outcome) -> Figure:
+    """Each method's difference to the reference with its confidence interval."""
+    reference = made.plan.reference
+    left = f"held-out loss − that of {reference}\n(nats per answer token; left is better)"
+    figure, axes = start(f"Difference to {reference}", left, "")
+    rows = [row for row in reversed(finished(made)) if not math.isnan(row.difference.mean)]
+    for place, row in enumerate(rows):
+        d, style = row.difference, {**look(made, row.method), "linestyle": "none"}
+        bars: dict[str, Any] = {} if math.isnan(d.low) else {"xerr": [[d.mean - d.low], [d.high - d.mean]]}
+        axes.errorbar(d.mean, place, capsize=4, **bars, **style)
+    axes.errorbar([], [], xerr=[], color=INK, marker="o", capsize=4, linestyle="none",
+                  label=f"mean, {judge.CONFIDENCE:.0%} interval, {len(made.plan.ask.seeds)} seeds")  # fmt: skip
+    axes.axvline(0, color=INK, linewidth=1, alpha=0.6, label=reference)
+    axes.set_yticks(range(len(rows)), labels=[row.method for row in rows])
+    axes.set_ylim(-0.6, max(0, len(rows) - 1) + 0.6)
+    return finish(figure, axes)
+
+
+PLOTS: dict[str, Plot] = {
+    "differences": differences,
+    "curves": curves,
+    "parameters": parameters,
+    "memory": memory,
+    "seconds": seconds,
+    "forgetting": forgetting,
+    "rates": rates,
+}

@@ -1,0 +1,163 @@
+"""The page of a comparison: one file without network, its plots inline, its table sorted by a click."""
+
+from __future__ import annotations
+
+import html
+import math
+
+from inlay import __version__
+from inlay.workbench import compare_plots, judge, plots
+from inlay.workbench.files import write_text
+from inlay.workbench.memory import gib
+from inlay.workbench.report import document, model_name
+from inlay.workbench.standings import Outcome, Standing, machine, mean, spread
+
+STYLE = """
+body { max-width: 84rem; } p, pre { max-width: 60rem; } pre { box-sizing: border-box; }
+.scroll { overflow-x: auto; } .scroll table { white-space: nowrap; font-variant-numeric: tabular-nums; }
+.scroll th:first-child, .scroll td:first-child { position: sticky; left: 0; background: Canvas; }
+.scroll td:nth-child(2) { white-space: normal; min-width: 11rem; }
+th button { font: inherit; font-weight: 600; color: inherit; background: none; border: 0; padding: 0; cursor: pointer; }
+th[aria-sort=ascending] button::after { content: " ▲"; } th[aria-sort=descending] button::after { content: " ▼"; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); }
+.plots { gap: 1.5rem 2rem; margin-top: 2rem; }
+.plots svg { width: 100%; height: auto; } figure { margin: 0; } small { opacity: .7; } pre { font-size: .85rem; }
+"""
+SORT = """
+for (const table of document.querySelectorAll("table.sortable"))
+  table.querySelectorAll("th").forEach((head, column) => head.firstElementChild.addEventListener("click", () => {
+    const up = head.getAttribute("aria-sort") !== "ascending", body = table.tBodies[0];
+    for (const other of table.querySelectorAll("th")) other.removeAttribute("aria-sort");
+    head.setAttribute("aria-sort", up ? "ascending" : "descending");
+    const key = row => row.cells[column].dataset.value, number = row => key(row) === "" ? Infinity : Number(key(row));
+    const order = (a, b) => number(a) - number(b) || key(a).localeCompare(key(b));
+    const text = (a, b) => key(a).localeCompare(key(b));
+    const numeric = [...body.rows].every(row => !Number.isNaN(number(row)));
+    body.append(...[...body.rows].sort((a, b) => (up ? 1 : -1) * (numeric ? order : text)(a, b)));
+  }));
+"""
+CAPTIONS = {
+    "differences": "An interval that crosses the line is no difference beyond noise.",
+    "curves": "Training loss, smoothed, mean over seeds.",
+    "parameters": "Bars: standard deviation over seeds. Ringed: no other method is better in both.",
+    "memory": "Of the whole process, libraries included.",
+    "seconds": "Wall time of training on the machine below.",
+    "forgetting": "Right is more learned, down is less forgotten.",
+    "rates": "The first rung, one seed.",
+}
+
+
+def write(made: Outcome) -> None:
+    """report.html, and every plot as PNG and SVG in plots/."""
+    folder = made.folder / "plots"
+    folder.mkdir(exist_ok=True)
+    pictures = []
+    for name, figure in compare_plots.figures(made):
+        plots.save(figure, folder / f"{name}.png")
+        label = html.escape(figure.axes[0].get_title())
+        svg = compare_plots.inline(name, figure, label)
+        pictures.append(f"<figure>{svg}<figcaption><small>{CAPTIONS[name]}</small></figcaption></figure>")
+    write_text(made.folder / "report.html", page(made, pictures))
+
+
+def page(made: Outcome, pictures: list[str]) -> str:
+    """`report.html`."""
+    recipe = made.plan.recipe
+    names = f"{len(made.plan.entries)} methods on {model_name(recipe.model)}"
+    facts = "\n".join(f"{key} {value}" for key, value in {"inlay": __version__, **machine()}.items())
+    return document(
+        f"{names}: which one?",
+        f"""<p>{html.escape(answer(made))}</p>
+<div class="scroll">{table(made)}</div>
+<div class="plots">{"".join(pictures)}</div>
+<h2>How it was done</h2>{"".join(f"<p>{html.escape(line)}</p>" for line in method(made))}
+<h2>Recipe</h2><p>Repeat it with <code>inlay compare recipe.yaml</code>, recipe.yaml being</p>
+<pre>{html.escape(made.plan.to_yaml())}</pre>
+<h2>Environment</h2><pre>{html.escape(facts)}</pre>
+<script>{SORT}</script>""",
+        STYLE,
+    )
+
+
+def answer(made: Outcome) -> str:
+    """The result in a few sentences."""
+    reference, rows = made.plan.reference, made.standings()
+    others = [row for row in rows if row.method != reference]
+    groups = {
+        f"better than {reference} beyond noise": [r.method for r in others if r.difference.high < 0],
+        "no different from it beyond noise": [r.method for r in others if r.difference.low <= 0 <= r.difference.high],
+        "worse": [r.method for r in others if r.difference.low > 0],
+        "not judged": [r.method for r in others if math.isnan(r.difference.low)],
+    }
+    said = "; ".join(f"{what}: {', '.join(names)}" for what, names in groups.items() if names)
+    best = rows[0]
+    return (
+        f"Held-out loss {made.before:.3f} before training. The least after it has {best.method}: "
+        f"{mean(best.losses):.3f}. " + (f"{said[0].upper()}{said[1:]}." if said else "")
+    )
+
+
+def method(made: Outcome) -> list[str]:
+    """How to read the numbers."""
+    ask, recipe = made.plan.ask, made.plan.recipe
+    steps = sorted(set(made.steps.values()))
+    length = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
+    kind, limit = ask.limit or ("", 0)
+    budget = {
+        "": "Each method has the size it was given.",
+        "parameters": f"Sizes are the largest that train at most {limit:,.0f} numbers.",
+        "memory": f"Sizes are the largest whose step peaks at {limit:g} GiB or less (`inlay plan`).",
+        "time": f"Steps are cut to {limit:g} seconds of training.",
+    }[kind]
+    return [
+        f"{length} steps of {recipe.batch_size} × {recipe.accumulation} examples. {budget}",
+        f"Each method's own learning rate: successive halving (one in {ask.halving} goes on) with seed {ask.seeds[0]}, "
+        f"judged by {ask.selection} examples that neither train nor count in the end. A verdict says so where the rate "
+        "is the lowest or the highest tried: a better one may lie beyond.",
+        f"At that rate, seeds {', '.join(map(str, ask.seeds))}. Intervals: Student's t on the differences of runs with "
+        f"the same seed, {judge.CONFIDENCE:.0%}, each by itself: of twenty methods that do not differ, one will seem "
+        "to. Losses are means over the answer tokens of the held-out examples.",
+        "Forgetting: the loss over unrelated text after training minus before.",
+    ]
+
+
+def table(made: Outcome) -> str:
+    """A row per method, the least loss first."""
+    heads = ("method", "verdict", "held-out loss", f"− {made.plan.reference}", "forgetting", "rate", "size", "trained")
+    heads += ("of the model", *(["of the budget"] if made.plan.ask.budget else []), "time", "peak memory")
+    head = "".join(f"<th><button>{html.escape(name)}</button></th>" for name in heads)
+    body = "".join(f"<tr>{''.join(cells(row, made))}</tr>" for row in made.standings())
+    return f'<table class="sortable"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def cells(row: Standing, made: Outcome) -> list[str]:
+    """One row; what it is sorted by stands beside what is shown."""
+    d, loss, forgets = row.difference, mean(row.losses), mean(row.forgetting)
+    base = next(r["base_parameters"] for results in made.finals.values() for r in results if r)
+    interval = "" if math.isnan(d.low) else f" [{d.low:+.3f}, {d.high:+.3f}]"
+    shown: list[tuple[str, str | float]] = [
+        (row.method, row.method),
+        (row.verdict, row.verdict),
+        (f"{loss:.3f}" + plus_minus(row.losses), loss),
+        (f"{d.mean:+.3f}{interval}", d.mean),
+        (f"{forgets:+.3f}" + plus_minus(row.forgetting), forgets),
+        (f"{row.learning_rate:g}", row.learning_rate),
+        (row.size, row.size),
+        (f"{row.parameters:,.0f}", row.parameters),
+        (f"{row.parameters / base:.2%}", row.parameters),
+        *([(f"{row.budget_share:.1%}", row.budget_share)] if made.plan.ask.budget else []),
+        (f"{row.seconds:.0f} s", row.seconds),
+        ("" if math.isnan(row.memory) else gib(row.memory), row.memory),
+    ]
+    return [cell(text, value) for text, value in shown]
+
+
+def cell(text: str, value: str | float) -> str:
+    """A cell; empty where there is no number."""
+    missing = isinstance(value, float) and math.isnan(value)
+    return f'<td data-value="{"" if missing else html.escape(str(value))}">{"" if missing else html.escape(text)}</td>'
+
+
+def plus_minus(values: list[float]) -> str:
+    """The standard deviation, where there is one."""
+    return "" if math.isnan(spread(values)) else f" ± {spread(values):.3f}"

@@ -1,0 +1,150 @@
+"""What `inlay compare` is asked: a recipe that all runs share; under `compare` the methods, rates, seeds and budget."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import yaml
+
+from inlay.workbench.peft_methods import instead
+from inlay.workbench.recipe import Recipe, conform, conform_all, default_of, entry, from_values, read_yaml
+
+BUDGETS = {"parameters": "trained numbers", "memory": "GiB at the peak of a step", "time": "seconds of training"}
+# Fields of a recipe in which methods may differ; all others are the task, which is one.
+OF_METHOD = """method args scale dropout target_modules exclude_modules layers_to_transform modules_to_save patterns
+allocate bias quantize fold_rounds scheduler warmup weight_decay optimizer max_grad_norm gradient_checkpointing
+trainer""".split()
+ELSEWHERE = ("early_stopping", "keep_best", "save_every", "push_to_hub")  # of single runs only
+
+
+@dataclass
+class Comparison:
+    """The `compare` block of a recipe."""
+
+    methods: list = entry(
+        lambda: ["lora", "pissa", "milora", "lamda", "dota", "bone", "bat", "peft:dora"],
+        "names (lora, peft:dora, full), or mappings of recipe fields in which methods may differ, with name and "
+        "learning_rates: {method: milora, args: {side: minor}, learning_rates: [1e-3]}",
+    )
+    learning_rates: list = entry(lambda: [2e-4, 6e-4, 2e-3], "what each method's own rate is chosen from")
+    seeds: list = entry(lambda: [0, 1, 2], "of the runs at the chosen rate; the rate is chosen with the first")
+    budget: dict = entry(
+        dict, "one of {parameters: N}, {memory: GiB}: sizes are solved for it; {time: seconds}: steps are cut to it"
+    )
+    halving: int = entry(3, "of the rates, one in so many goes on to a rung with so many times the steps", min=2)
+    reference: str | None = entry(None, "the method the others are compared with (default: lora, or the first)")
+    selection: int = entry(48, "training examples that are held out to choose rates on", min=1)
+    unrelated: str | None = entry(None, "text on which forgetting is measured (default: paragraphs that come with it)")
+
+    def __post_init__(self) -> None:
+        conform_all(self)
+        for name in ("methods", "learning_rates", "seeds"):
+            if not getattr(self, name):
+                raise ValueError(f"compare: {name} is empty")
+        self.learning_rates = positive("learning_rates", self.learning_rates)
+        self.seeds = [conform("seeds", int, seed) for seed in self.seeds]
+        if self.budget and (len(self.budget) != 1 or not self.budget.keys() <= BUDGETS.keys()):
+            raise ValueError(
+                f"budget: {self.budget} is not one of {', '.join(f'{{{k}: {v}}}' for k, v in BUDGETS.items())}"
+            )
+        self.budget = {kind: positive("budget", [limit])[0] for kind, limit in self.budget.items()}
+
+    @property
+    def limit(self) -> tuple[str, float] | None:
+        """The budget's kind and size."""
+        return next(iter(self.budget.items()), None)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method of a comparison: its recipe, all but rate and seed, and the rates it is tried at."""
+
+    name: str
+    recipe: Recipe
+    rates: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A comparison whose methods are settled."""
+
+    ask: Comparison
+    recipe: Recipe
+    entries: tuple[Entry, ...]
+
+    @property
+    def reference(self) -> str:
+        """The method that the others are compared with."""
+        return self.ask.reference or next((e.name for e in self.entries if e.name == "lora"), self.entries[0].name)
+
+    def to_yaml(self) -> str:
+        """The recipe that asks for it; where it is kept and run is no part of it."""
+        told = {f.name: v for f in fields(Recipe) if (v := getattr(self.recipe, f.name)) != default_of(f)}
+        told = {k: v for k, v in told.items() if k not in ("output", "overwrite")}
+        return yaml.safe_dump({**told, "compare": asdict(self.ask)}, sort_keys=False, allow_unicode=True)
+
+
+def slug(name: str) -> str:
+    """A method's name as a folder's."""
+    return re.sub(r"[^\w-]", "-", name)
+
+
+def positive(name: str, values: list[Any]) -> list[float]:
+    """Numbers above 0."""
+    numbers = [conform(name, float, value) for value in values]
+    if any(number <= 0 for number in numbers):
+        raise ValueError(f"{name}: {min(numbers)} is not above 0")
+    return numbers
+
+
+def load(path: str, output: str | None = None, overwrite: bool = False) -> Plan:
+    """A comparison from a YAML file; one without a `compare` block compares the default methods on that task.
+
+    Raises:
+        ValueError: the file, a key or a value cannot be used.
+    """
+    values = read_yaml(path)
+    block, names = values.pop("compare", None) or {}, [f.name for f in fields(Comparison)]
+    if not isinstance(block, dict):
+        raise ValueError(f"{path}: compare must be a mapping, not {block!r}")
+    for key in block:
+        if key not in names:
+            raise ValueError(f"{path}: compare has no {key!r}; {instead(key, names)}")
+    more = {"output": output or values.get("output"), "overwrite": overwrite}
+    return plan(from_values({**values, **more}, {}, path), Comparison(**block))
+
+
+def plan(recipe: Recipe, ask: Comparison) -> Plan:
+    """A comparison with every method's recipe made and checked."""
+    for name in ELSEWHERE:
+        if getattr(recipe, name):
+            raise ValueError(f"{name} is for single runs: here all methods train as long, and only results are kept")
+    if recipe.batch_size == "auto":
+        raise ValueError("batch_size: auto would give each method another one; give a number")
+    entries = tuple(settle(recipe, ask, item) for item in ask.methods)
+    names = [e.name for e in entries]
+    folders = list(map(slug, names))
+    for name in names:
+        if folders.count(slug(name)) > 1:
+            raise ValueError(
+                f"methods: two are called {name!r}; give one of them another name: {{method: ..., name: ...}}"
+            )
+    if ask.reference not in (None, *names):
+        raise ValueError(f"reference: {ask.reference!r} is not one of the methods {', '.join(names)}")
+    return Plan(ask, recipe, entries)
+
+
+def settle(recipe: Recipe, ask: Comparison, item: Any) -> Entry:
+    """One of `methods`, laid over the recipe that all share."""
+    given: Any = {"method": item} if isinstance(item, str) else item
+    if not isinstance(given, dict) or "method" not in given:
+        raise ValueError(f"methods: {item!r} is neither a name nor a mapping with method")
+    rates = positive("learning_rates", given.get("learning_rates", ask.learning_rates))
+    own = {key: value for key, value in given.items() if key not in ("name", "learning_rates")}
+    for key in own:
+        if key not in OF_METHOD:
+            raise ValueError(f"methods: {key!r} cannot differ between methods; these can: {', '.join(OF_METHOD)}")
+    made = replace(recipe, **{"args": {}, **own})
+    return Entry(str(given.get("name", made.method)), made, tuple(sorted(set(rates))))

@@ -1,0 +1,163 @@
+"""One run of a comparison, in a process of its own so that its peak memory is its own.
+
+It reads its folder's trial.json and writes result.json last and at once: a folder with one is a finished run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
+
+from inlay.workbench import data, models, ranks, train
+from inlay.workbench.comparison import slug
+from inlay.workbench.files import write_text
+from inlay.workbench.prepare import Examples, examples, load
+from inlay.workbench.recipe import Recipe
+
+TRIAL, RESULT, LOG = "trial.json", "result.json", "log.txt"
+UNRELATED = Path(__file__).parent.parent / "data" / "unrelated.txt"
+TEXTS = 64  # paragraphs of it that are read, at most
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The first `stop` steps of a recipe's run, judged by the examples that rates are chosen on or, when it is final,
+    by the held-out ones; `split_seed` draws both, for all trials of a comparison alike."""
+
+    method: str
+    recipe: Recipe
+    stop: int
+    final: bool
+    selection: int
+    split_seed: int
+    unrelated: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        length = f"{self.stop}-of-{self.recipe.steps}" + ("-final" if self.final else "")
+        return f"{slug(self.method)}/lr-{self.recipe.learning_rate}-seed-{self.recipe.seed}-{length}"
+
+    def to_json(self) -> str:
+        """As it stands in its folder."""
+        return json.dumps(asdict(self))
+
+    def result(self, folder: Path) -> dict[str, Any] | None:
+        """What it gave, if it is finished: what another trial left in the folder does not count."""
+        asked, found = folder / TRIAL, folder / RESULT
+        if not found.is_file() or asked.read_text(encoding="utf-8") != self.to_json():
+            return None
+        return json.loads(found.read_text(encoding="utf-8"))
+
+
+def read(folder: Path) -> Trial:
+    """The trial that a folder is for."""
+    told = json.loads((folder / TRIAL).read_text(encoding="utf-8"))
+    return Trial(**{**told, "recipe": Recipe(**told["recipe"])})
+
+
+class Prefix(TrainerCallback):
+    """Ends the training after some of its steps, its schedules being those of the whole; and with its parent, for
+    nobody waits for the result any more."""
+
+    def __init__(self, stop: int) -> None:
+        self.stop, self.parent = stop, multiprocessing.parent_process()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.parent is not None and not self.parent.is_alive():
+            raise SystemExit("the comparison has ended")
+        control.should_training_stop |= state.global_step >= self.stop
+
+
+def rows_of(trial: Trial, tokenizer: PreTrainedTokenizerBase, console: Console) -> Examples:
+    """Examples to train on and to judge by, the same for every seed."""
+    rows = examples(replace(trial.recipe, seed=trial.split_seed), tokenizer, console)
+    rest, chosen = data.split(rows.train, trial.selection, trial.split_seed)
+    return Examples(rest, rows.heldout if trial.final else chosen, rows.audit)
+
+
+@torch.no_grad()
+def loss_on(texts: list[str], model: Any, tokenizer: PreTrainedTokenizerBase, length: int) -> float:
+    """The mean loss, in nats per token, over all tokens of some texts but the first of each."""
+    was_training, total, count = model.training, 0.0, 0
+    model.eval()
+    for text in texts:
+        ids = torch.tensor([tokenizer(text=text)["input_ids"][:length]], device=model.device)
+        logits = model(input_ids=ids).logits[0, -ids.shape[1] :]  # a prompt that was learned comes before them
+        total += cross_entropy(logits[:-1].float(), ids[0, 1:], reduction="sum").item()
+        count += ids.shape[1] - 1
+    model.train(was_training)
+    return total / max(1, count)
+
+
+def unrelated(source: str | None) -> list[str]:
+    """Paragraphs to measure forgetting on.
+
+    Raises:
+        ValueError: the file cannot be read, or is no plain text.
+    """
+    rows = data.examples(data.read(source or str(UNRELATED)))
+    if "text" not in rows[0]:
+        raise ValueError(f"unrelated: {source} has to be plain text: a .txt file, or records with a text column")
+    return [row["text"] for row in rows[:TEXTS]]
+
+
+def number(value: float) -> float | None:
+    """A number as JSON has it; none for what diverged."""
+    return value if math.isfinite(value) else None
+
+
+def run(folder: Path) -> None:
+    """Carry out the trial of a folder."""
+    trial, console = read(folder), Console(width=120)
+    recipe = replace(trial.recipe, output=str(folder), samples=0, save_every=0)
+    tokenizer = models.load_tokenizer(recipe.model, recipe.revision, recipe.trust_remote_code)
+    rows, texts = rows_of(trial, tokenizer, console), unrelated(trial.unrelated)
+    set_seed(recipe.seed)
+    recipe = ranks.settle(recipe, console)
+    dtype = models.dtype_for(recipe.dtype)
+    trainer = train.build(recipe, load(recipe, dtype, folder, console), tokenizer, rows, folder)
+    trainer.add_callback(Prefix(trial.stop))
+    recipe = recipe.resolved(dtype=str(dtype).removeprefix("torch."))
+    write_text(folder / "recipe.yaml", recipe.to_yaml())
+    measure = (texts, trainer.model, tokenizer, recipe.max_length)
+    knew = loss_on(*measure) if trial.final else 0.0
+    found = train.fit(recipe, trainer, tokenizer, rows, console)
+    steps = [row for row in found.history if "loss" in row]
+    result = {
+        "before": found.before,
+        "after": number(found.after),
+        "forgetting": number(loss_on(*measure) - knew) if trial.final else None,
+        "seconds": found.seconds,
+        "seconds_per_step": (steps[-1]["seconds"] - steps[0]["seconds"]) / max(1, len(steps) - 1),
+        "steps": trainer.state.global_step,
+        "tokens": found.tokens,
+        "memory": found.memory,
+        "parameters": found.parameters,
+        "parameters_last": steps[-1]["trained"],
+        "base_parameters": found.base_parameters,
+        "curve": [(row["step"], number(row["loss"])) for row in steps],
+        "heldout": [(row["step"], number(row["eval_loss"])) for row in found.history if "eval_loss" in row],
+    }
+    write_text(folder / RESULT, json.dumps(result))
+
+
+def main(folder: Path, threads: int) -> None:
+    """The process of a trial; what it says goes into its log."""
+    log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(log, sys.stdout.fileno())
+    os.dup2(log, sys.stderr.fileno())
+    torch.set_num_threads(threads)
+    models.quiet()
+    run(folder)

@@ -1,0 +1,570 @@
+"""Comparing methods: the decisions by hand, sizes for a budget by search, a whole comparison, its page."""
+
+import csv
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from peft import get_peft_model
+from rich.console import Console
+from safetensors.torch import load_file
+
+from inlay.cli import main
+from inlay.workbench import (
+    budget,
+    compare,
+    compare_plots,
+    comparison,
+    judge,
+    memory,
+    peft_methods,
+    prepare,
+    standings,
+    train,
+    trial,
+)
+from inlay.workbench.recipe import Recipe
+
+SILENT = Console(quiet=True)
+INF = math.inf
+PLOTS = "differences curves parameters memory seconds forgetting rates".split()
+
+
+# -- decisions --------------------------------------------------------------------------------------------------------
+
+
+def test_the_interval_is_students():
+    """By hand: differences .1, .2, .3 have mean .2 and deviation .1; t at 97.5 % with 2 degrees is 4.302653."""
+    found = judge.paired([1.1, 2.2, 3.3], [1.0, 2.0, 3.0])
+    half = 4.302653 * 0.1 / math.sqrt(3)
+    assert (found.mean, found.low, found.high) == pytest.approx((0.2, 0.2 - half, 0.2 + half), abs=1e-6)
+    assert found.verdict("lora") == "no difference beyond noise"
+
+
+def test_pairs_take_away_what_seeds_share():
+    """Seeds that differ by 1 and a method that is always .1 ± .01 better: unpaired it would drown."""
+    found = judge.paired([0.91, 1.90, 2.89], [1.0, 2.0, 3.0])
+    assert found.high < 0
+    assert found.verdict("lora") == "better than lora by 0.100"
+    assert judge.paired([1.0, 2.0, 3.0], [0.91, 1.90, 2.89]).verdict("lora") == "worse than lora by 0.100"
+
+
+def test_what_cannot_be_compared_is_not():
+    assert judge.paired([1.0], [2.0]).verdict("lora") == "one seed: noise is not known"
+    assert judge.paired([1.0, INF], [1.0, 1.0]).verdict("lora") == "no comparison: a run failed or diverged"
+    assert math.isnan(judge.paired([1.0, 2.0], []).mean)
+
+
+@pytest.mark.parametrize(
+    ("rates", "steps", "factor", "expected"),
+    [
+        (4, 100, 2, [(4, 25), (2, 50), (1, 100)]),
+        (3, 60, 3, [(3, 20), (1, 60)]),
+        (5, 90, 3, [(5, 10), (2, 30), (1, 90)]),
+        (1, 60, 3, [(1, 60)]),
+        (9, 3, 3, [(9, 1), (3, 1), (1, 3)]),
+    ],
+)
+def test_rungs_are_prefixes_of_the_steps(rates, steps, factor, expected):
+    assert judge.rungs(rates, steps, factor) == expected
+
+
+def test_survivors_are_the_best_that_did_not_diverge():
+    losses = {1e-4: 2.0, 1e-3: 1.5, 1e-2: 1.5, 1e-1: INF}
+    assert judge.survivors(losses, 2) == [1e-3, 1e-2]
+    assert judge.survivors(losses, 9) == [1e-3, 1e-2, 1e-4]
+    assert judge.survivors({1e-1: INF}, 1) == []
+
+
+def test_the_front_is_what_nothing_beats():
+    points = [(1, 3.0), (2, 2.0), (3, 2.0), (4, 1.0), (4, 1.0), (4, 1.5)]
+    assert judge.pareto(points) == [True, True, False, True, True, False]
+
+
+@pytest.mark.parametrize("limit", [0, 1, 49, 50, 51, 2499, 2500, 9999])
+def test_bisection_finds_what_search_finds(limit):
+    options, asked = list(range(1, 51)), []
+
+    def rising(size):
+        asked.append(size)
+        return size * size
+
+    expected = max((n for n in options if n * n <= limit), default=None)
+    assert budget.largest(options, rising, limit) == expected
+    assert len(asked) <= 2 + 6  # both ends, and the logarithm of 50
+    falling = max((n for n in options if 2500 / n <= limit), key=lambda n: 2500 / n, default=None)
+    assert budget.largest(options, lambda n: 2500 / n, limit) == falling
+
+
+# -- what is asked ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("compare: {method: [lora]}", "did you mean 'methods'?"),
+        ("compare: {methods: []}", "methods is empty"),
+        ("compare: {methods: [dora]}", "unknown method 'dora'"),
+        ("compare: {methods: ['peft:dorra']}", "PEFT has no method 'dorra'; did you mean 'dora'?"),
+        ("compare: {methods: [{method: 'peft:lora', args: {use_dorra: true}}]}", "did you mean 'use_dora'?"),
+        ("compare: {methods: [{method: 'peft:lora', args: {init_lora_weights: corda}}]}", "a pass of its own"),
+        ("compare: {methods: [{method: lora, steps: 3}]}", "'steps' cannot differ between methods"),
+        ("compare: {methods: [{method: full, args: {r: 3}}]}", "it trains all there is"),
+        ("compare: {methods: [lora, lora]}", "two are called 'lora'"),
+        ("compare: {methods: ['peft:dora', {method: lora, name: peft-dora}]}", "two are called 'peft:dora'"),
+        ("compare: {methods: [3]}", "neither a name nor a mapping"),
+        ("compare: {learning_rates: [0]}", "learning_rates: 0.0 is not above 0"),
+        ("compare: {seeds: [a]}", "seeds: 'a' is not a whole number"),
+        ("compare: {budget: {flops: 3}}", "is not one of {parameters: trained numbers}"),
+        ("compare: {budget: {parameters: 3, time: 3}}", "is not one of"),
+        ("compare: {reference: bone, methods: [lora]}", "reference: 'bone' is not one of the methods lora"),
+        ("compare: {halving: 1}", "halving: 1 is below 2"),
+        ("batch_size: auto", "batch_size: auto would give"),
+        ("{early_stopping: 2, eval_every: 3}", "early_stopping is for single runs"),
+    ],
+)
+def test_bad_comparisons_say_what_is_wrong(tmp_path, text, says):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(says)):
+        comparison.load(str(tmp_path / "c.yaml"))
+
+
+def test_methods_lie_over_the_recipe_and_have_their_own_rates(tmp_path):
+    own = {"method": "milora", "name": "middle", "args": {"side": "middle"}, "learning_rates": [3e-3, "1e-3"]}
+    asked = {"weight_decay": 0.1, "compare": {"methods": ["lora", own], "learning_rates": [1e-4]}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(asked))
+    plan = comparison.load(str(tmp_path / "c.yaml"))
+    assert [e.name for e in plan.entries] == ["lora", "middle"]
+    assert plan.entries[1].rates == (1e-3, 3e-3)
+    assert plan.entries[1].recipe == Recipe(method="milora", args={"side": "middle"}, weight_decay=0.1)
+    (tmp_path / "again.yaml").write_text(plan.to_yaml())
+    assert comparison.load(str(tmp_path / "again.yaml")) == plan
+
+
+def test_a_recipe_without_a_block_compares_the_usual_methods(tmp_path):
+    (tmp_path / "r.yaml").write_text("steps: 3")
+    names = [e.name for e in comparison.load(str(tmp_path / "r.yaml")).entries]
+    assert names == ["lora", "pissa", "milora", "lamda", "dota", "bone", "bat", "peft:dora"]
+
+
+def test_train_does_not_take_a_comparison(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("compare: {}")
+    with pytest.raises(SystemExit):
+        main(["train", str(tmp_path / "c.yaml")])
+    assert "inlay compare runs it" in capsys.readouterr().err
+
+
+# -- budgets ----------------------------------------------------------------------------------------------------------
+
+
+def entry(tiny, method, **args):
+    return comparison.Entry(method, Recipe(model=tiny, method=method, args=args), (1e-3,))
+
+
+@pytest.mark.parametrize("method", ["lora", "dota", "bat", "peft:dora", "peft:adalora", "peft:randlora"])
+def test_the_solved_size_is_the_largest_within_the_budget(method, tiny):
+    """Against a search through all sizes, on the meta device."""
+    asked, limit = entry(tiny, method), 12000
+    name = budget.size_field(method)
+    counts = {}
+    for size in range(1, 33):
+        try:
+            counts[size] = memory.count(tiny, replace(asked.recipe, args={name: size}).adapter())
+        except ValueError:  # Bat's must divide the sides
+            continue
+    best = max((n for n in counts if counts[n] <= limit), key=lambda n: counts[n])
+    found = budget.solve(asked, budget.cost_of("parameters", None), limit)
+    assert counts[found.recipe.args[name]] == counts[best]
+    assert any(count > limit for count in counts.values())
+
+
+def test_sizes_within_a_memory_budget(tiny, records):
+    recipe = Recipe(model=tiny, data=records, batch_size=2, dtype="float32")
+    rows = prepare.examples(recipe, trial.models.load_tokenizer(tiny), SILENT)
+    cost = budget.cost_of("memory", rows)
+    four = cost(replace(recipe, method="lora", args={"r": 4}))
+    asked = comparison.Entry("lora", replace(recipe, method="lora"), (1e-3,))
+    assert budget.solve(asked, cost, four).recipe.args == {"r": 4}
+    with pytest.raises(ValueError, match="lora: no r fits the budget"):
+        budget.solve(asked, cost, four / 100)
+    assert cost(replace(recipe, method="full")) > four
+
+
+def test_full_fine_tuning_has_no_size(tiny):
+    asked = entry(tiny, "full")
+    assert budget.solve(asked, budget.cost_of("parameters", None), 1) is asked
+    assert memory.count(tiny, None) == sum(p.numel() for p in memory.meta_model(tiny, torch.float32).parameters())
+
+
+# -- methods that are not ours ----------------------------------------------------------------------------------------
+
+
+def short(tiny, records, folder, method, **values) -> Recipe:
+    usual = {"steps": 3, "batch_size": 4, "eval_size": 4, "samples": 0, "learning_rate": 1e-2, "dtype": "float32"}
+    return Recipe(model=tiny, data=records, method=method, output=str(folder), **{**usual, **values})
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of PEFT about its own defaults
+@pytest.mark.parametrize(
+    "method",
+    ["dora", *(pytest.param(n, marks=pytest.mark.slow) for n in "rslora olora eva vera randlora miss oft ia3".split())],
+)
+def test_methods_of_peft_train(method, tiny, records, tmp_path):
+    found = train.train(short(tiny, records, tmp_path / "run", f"peft:{method}"), SILENT)
+    assert found.after < found.before
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    assert "import inlay" not in (tmp_path / "run" / "adapter" / "README.md").read_text()
+
+
+def test_full_fine_tuning_leaves_a_model(tiny, records, tmp_path):
+    found = train.train(short(tiny, records, tmp_path / "run", "full", learning_rate=1e-3), SILENT)
+    assert found.parameters == found.base_parameters
+    assert found.after < found.before
+    before, after = (load_file(Path(f) / "model.safetensors") for f in (tiny, tmp_path / "run" / "model"))
+    assert all(not torch.equal(before[name], after[name]) for name in after)
+
+
+def test_adaloras_penalty_is_the_one_that_peft_adds_to_a_loss(llama):
+    """Its gradient, against PEFT's own with and without a weight; and ranks fall while it trains."""
+    args = {"init_r": 6, "target_r": 2, "orth_reg_weight": 3.0, "tinit": 1, "tfinal": 1}
+    model = get_peft_model(llama, Recipe(method="peft:adalora", args=args).adapter(steps=6))
+    ids, parts = torch.arange(16)[None], [p for n, p in model.named_parameters() if "lora_A" in n or "lora_B" in n]
+
+    def gradients(weight):
+        model.peft_config["default"].orth_reg_weight = weight
+        return torch.autograd.grad(model(input_ids=ids, labels=ids).loss, parts)
+
+    expected = [a - b for a, b in zip(gradients(3.0), gradients(0.0), strict=True)]
+    model.peft_config["default"].orth_reg_weight = 3.0
+    callback = peft_methods.Allocation()
+    callback.on_pre_optimizer_step(None, None, None, model=model)
+    for p, gradient in zip(parts, expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient, atol=1e-5, rtol=1e-3)
+    values = [p for n, p in model.named_parameters() if "lora_E" in n]
+    for p in values:
+        torch.nn.init.normal_(p)
+    for step in range(6):
+        model(input_ids=ids, labels=ids).loss.backward()
+        callback.on_optimizer_step(None, SimpleNamespace(global_step=step), None, model=model)
+    assert 0 < sum(int((p != 0).sum()) for p in values) <= 2 * len(values)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"method": "peft:lora", "patterns": {"q_proj": {"r": 2}}}, "give the fields of PEFT's config under args"),
+        ({"method": "peft:lora", "quantize": "nf4"}, "nf4_offset is"),
+        ({"method": "full", "quantize": "int8"}, "none is"),
+        ({"method": "full", "modules_to_save": ["lm_head"]}, "it trains all there is"),
+        ({"method": "peft:lora", "args": {"r": -1}}, "positive integer"),
+    ],
+)
+def test_what_only_our_methods_have_is_refused(values, says, tiny):
+    with pytest.raises(ValueError, match=says):
+        memory.count(tiny, Recipe(model=tiny, **values).adapter())
+
+
+# -- a comparison -----------------------------------------------------------------------------------------------------
+
+ASKED = {
+    "steps": 6,
+    "batch_size": 4,
+    "eval_size": 4,
+    "dtype": "float32",
+    "compare": {
+        "methods": ["bone", "lora", {"method": "full", "learning_rates": [1e-3]}],
+        "learning_rates": [1e-3, 1e-2, 1e-1],
+        "seeds": [3, 4],
+        "budget": {"parameters": 9000},
+        "selection": 4,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def at_once():
+    """Trials run within this process: what is tested here is not that they have their own."""
+
+    def wait(self, folder, bar):
+        try:
+            trial.run(folder)
+        except RuntimeError as error:
+            (folder / trial.LOG).write_text(f"RuntimeError: {error}")
+            return 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare.Runner, "wait", wait)
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def asked(tiny, records, tmp_path_factory):
+    path = tmp_path_factory.mktemp("asked") / "small.yaml"
+    path.write_text(yaml.safe_dump({"model": tiny, "data": records, **ASKED}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def compared(asked, at_once, tmp_path_factory) -> Path:
+    return compare.compare(str(asked), output=str(tmp_path_factory.mktemp("out") / "c"), console=SILENT)
+
+
+def results(folder: Path) -> dict[str, dict]:
+    return {str(p.parent.relative_to(folder / "runs")): json.loads(p.read_text()) for p in folder.rglob("result.json")}
+
+
+def table(folder: Path) -> dict[str, dict[str, str]]:
+    rows = csv.DictReader((folder / "results.csv").read_text().splitlines())
+    return {row["method"]: row for row in rows}
+
+
+def test_every_method_gets_the_rate_that_did_best(compared):
+    found = results(compared)
+    rows = table(compared)
+    for method in ("bone", "lora"):
+        rung = {rate: found[f"{method}/lr-{rate:g}-seed-3-2-of-6"]["after"] for rate in (1e-3, 1e-2, 1e-1)}
+        assert float(rows[method]["learning_rate"]) == min(rung, key=rung.get)
+    assert float(rows["full"]["learning_rate"]) == 1e-3
+    assert len(found) == 2 * 3 + 3 * 2
+
+
+def test_a_rung_is_the_beginning_of_the_whole_run(compared):
+    found = results(compared)
+    rate = json.loads((compared / "results.json").read_text())["methods"]
+    rate = next(row["learning_rate"] for row in rate if row["method"] == "lora")
+    rung, whole = (found[f"lora/lr-{rate:g}-seed-3-{kind}"] for kind in ("2-of-6", "6-of-6-final"))
+    assert rung["curve"] == whole["curve"][:2]
+    assert rung["before"] != whole["before"]  # judged by other examples
+
+
+def test_the_results_are_those_of_the_runs(compared):
+    found, data = results(compared), json.loads((compared / "results.json").read_text())
+    rows = {row["method"]: row for row in data["methods"]}
+    for method, row in rows.items():
+        finals = [r for name, r in sorted(found.items()) if name.startswith(f"{method}/") and name.endswith("final")]
+        assert row["losses"] == [r["after"] for r in finals]
+        assert row["loss"] == pytest.approx(sum(r["after"] for r in finals) / 2)
+        assert row["forgetting"] == pytest.approx(sum(r["forgetting"] for r in finals) / 2)
+        assert all(r["steps"] == 6 and r["memory"] > 2**20 for r in finals)
+    apart = [b - a for a, b in zip(rows["lora"]["losses"], rows["bone"]["losses"], strict=True)]
+    half = 12.706205 * abs(apart[0] - apart[1]) / 2  # t with one degree; s / √2 of two values
+    assert rows["bone"]["difference_low"] == pytest.approx(sum(apart) / 2 - half, rel=1e-5)
+    assert rows["lora"]["verdict"].startswith("the reference")
+    assert rows["full"]["verdict"].endswith("times the budget")
+    assert rows["lora"]["size"] == "r=4"
+    assert rows["lora"]["budget_share"] == pytest.approx(8192 / 9000)
+
+
+def test_a_finished_comparison_runs_nothing(compared, asked, at_once, monkeypatch):
+    monkeypatch.setattr(compare.Runner, "wait", lambda *_: pytest.fail("a finished run was repeated"))
+    before = (compared / "results.csv").read_bytes()
+    compare.compare(str(asked), output=str(compared), console=SILENT)
+    assert (compared / "results.csv").read_bytes() == before
+
+
+def test_a_stopped_comparison_goes_on_where_it_was(compared, asked, at_once, tmp_path, monkeypatch):
+    folder = tmp_path / "copy"
+    shutil.copytree(compared, folder)
+    name = next(name for name in results(folder) if name.startswith("lora/") and name.endswith("seed-4-6-of-6-final"))
+    lost = results(folder)[name]
+    (folder / "runs" / name / "result.json").unlink()
+    begun, real = [], compare.Runner.wait
+    monkeypatch.setattr(compare.Runner, "wait", lambda self, at, bar: (begun.append(at), real(self, at, bar))[1])
+    compare.compare(str(asked), output=str(folder), console=SILENT)
+    assert begun == [folder / "runs" / name]
+    assert results(folder)[name]["after"] == lost["after"]
+
+
+def test_another_comparison_does_not_go_into_the_folder(compared, asked, at_once, tmp_path, capsys):
+    other = tmp_path / "other.yaml"
+    other.write_text(asked.read_text().replace("steps: 6", "steps: 7"))
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", str(other), "--output", str(compared)])
+    assert stop.value.code == 2
+    assert "holds another comparison" in capsys.readouterr().err
+    assert "steps: 6" in (compared / "compare.yaml").read_text()
+    (tmp_path / "precious").write_text("x")
+    with pytest.raises(ValueError, match="not made by this command"):
+        compare.compare(str(other), output=str(tmp_path), overwrite=True, console=SILENT)
+    assert (tmp_path / "precious").exists()
+
+
+def test_a_method_that_fails_is_said_and_the_rest_goes_on(asked, at_once, tmp_path, monkeypatch, capsys):
+    real = trial.run
+
+    def run(folder):
+        if "bone" in str(folder):
+            raise RuntimeError("out of luck")
+        real(folder)
+
+    monkeypatch.setattr(trial, "run", run)
+    path = tmp_path / "c.yaml"
+    short = {"methods": ["bone", "lora"], "learning_rates": [1e-2], "seeds": [0], "selection": 4}
+    path.write_text(yaml.safe_dump({**yaml.safe_load(asked.read_text()), "steps": 1, "compare": short}))
+    folder = compare.compare(str(path), output=str(tmp_path / "out"), console=Console(width=200))
+    assert "bone/lr-0.01-seed-0-1-of-1-final failed: RuntimeError: out of luck" in capsys.readouterr().out
+    rows = table(folder)
+    assert rows["bone"]["verdict"] == "failed"
+    assert rows["lora"]["loss"]
+    monkeypatch.setattr(trial, "run", real)
+    compare.compare(str(path), output=str(folder), console=SILENT)
+    assert {row["failed"] for row in table(folder).values()} == {"0"}
+
+
+def test_a_budget_of_time_cuts_the_steps(asked, at_once, tmp_path, monkeypatch):
+    real = trial.run
+
+    def run(folder):
+        real(folder)
+        result = json.loads((folder / "result.json").read_text())
+        (folder / "result.json").write_text(
+            json.dumps({**result, "seconds_per_step": 0.5 if "bone" in str(folder) else 9})
+        )
+
+    monkeypatch.setattr(trial, "run", run)
+    path = tmp_path / "c.yaml"
+    short = {"methods": ["bone", "lora"], "learning_rates": [1e-2], "seeds": [0], "selection": 4, "budget": {"time": 1}}
+    path.write_text(yaml.safe_dump({**yaml.safe_load(asked.read_text()), "steps": 3, "compare": short}))
+    folder = compare.compare(str(path), output=str(tmp_path / "out"), console=SILENT)
+    steps = {method: row["steps"] for method, row in table(folder).items()}
+    assert steps == {"bone": "2", "lora": "1"}
+
+
+def test_forgetting_is_the_loss_over_all_tokens(tiny):
+    """Against one text at a time by transformers' own loss, weighted by tokens."""
+    model, tokenizer = trial.models.load_base(tiny, torch.float32)
+    texts = trial.unrelated(None)[:3]
+    own = [tokenizer(text=text, return_tensors="pt")["input_ids"] for text in texts]
+    with torch.no_grad():
+        means = [model(input_ids=ids, labels=ids).loss.item() for ids in own]
+    counts = [ids.shape[1] - 1 for ids in own]
+    expected = sum(m * n for m, n in zip(means, counts, strict=True)) / sum(counts)
+    assert trial.loss_on(texts, model, tokenizer, 512) == pytest.approx(expected, rel=1e-5)
+
+
+# -- the page ---------------------------------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """Tags, ids, references and cells of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags, self.ids, self.refs, self.values = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        self.tags.append(tag)
+        self.ids += [found["id"]] if "id" in found else []
+        self.refs += [found[key][1:] for key in ("href", "xlink:href") if key in found]
+        self.values += [found["data-value"]] if "data-value" in found else []
+
+
+def test_the_page_stands_alone(compared):
+    text = (compared / "report.html").read_text()
+    page = Page(text)
+    assert "http" not in text
+    assert not {"link", "img", "iframe"} & set(page.tags)
+    assert page.tags.count("svg") == 7
+    assert set(page.refs) <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids))
+    assert {path.name for path in (compared / "plots").iterdir()} == {
+        f"{name}.{kind}" for name in PLOTS for kind in ("png", "svg")
+    }
+
+
+def test_the_page_says_what_was_found_and_how_to_repeat_it(compared):
+    text = (compared / "report.html").read_text()
+    rows = json.loads((compared / "results.json").read_text())["methods"]
+    values = Page(text).values
+    assert all(row["method"] in values and repr(row["loss"]) in values for row in rows)
+    assert len(values) == 12 * len(rows)
+    for label in ("loss (nats per answer token)", "peak memory (GiB)", "training time (s)", "trained numbers"):
+        assert f">{label}</text>" in text
+    assert text.count(">Pareto front</text>") == 3
+    assert (compared / "compare.yaml").read_text().splitlines()[0] in text
+    assert "torch" in text
+
+
+def test_ink_is_the_pages(compared):
+    """Or nothing could be read in the dark."""
+    assert compare_plots.INK not in (compared / "report.html").read_text()
+    assert "currentColor" in (compared / "report.html").read_text()
+
+
+def test_one_seed_and_no_halving_still_make_a_page(compared, asked):
+    """The plots of a comparison that has no sweep and no noise."""
+    plan = comparison.load(str(asked))
+    result = next(r for name, r in results(compared).items() if name.endswith("final"))
+    sweeps = {e.name: standings.Sweep(list(e.rates)[:1]) for e in plan.entries}
+    finals = {e.name: [result] if e.name != "full" else [] for e in plan.entries}
+    made = standings.Outcome(plan, compared, {e.name: 6 for e in plan.entries}, sweeps, finals, {})
+    assert [name for name, _ in compare_plots.figures(made)] == PLOTS[:-1]
+    assert made.standings()[-1].method == "full"
+
+
+# -- for real ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_killed_comparison_goes_on_and_repeats_nothing(asked, tmp_path):
+    command = [sys.executable, "-m", "inlay", "compare", str(asked), "--jobs", "2", "--output", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(results(tmp_path / "out")) < 3:
+        assert process.poll() is None
+        time.sleep(0.2)
+    process.kill()
+    process.wait()
+    time.sleep(5)  # its trials see that it is gone
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("result.json")}
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert kept == {path: path.stat().st_mtime_ns for path in kept}
+    assert said.count(" s\n") == 12 - len(kept)
+    assert all(r["memory"] > 2**27 for r in results(tmp_path / "out").values())  # of a process of its own
+
+
+@pytest.mark.slow
+def test_the_page_in_a_browser(compared):
+    """Chromium: no request, no error; nothing wider than a phone; text lighter than its ground in the dark; sorting."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    browser = next((path for name in ("chromium", "google-chrome") if (path := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip("no Chromium on this machine")
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        page = chromium.new_page(viewport={"width": 375, "height": 800}, color_scheme="dark")
+        heard = []
+        page.on("console", lambda message: heard.append(message.text))
+        page.on("pageerror", lambda error: heard.append(str(error)))
+        page.on("request", lambda request: heard.append(request.url) if "report.html" not in request.url else None)
+        page.goto((compared / "report.html").as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= 375
+        dark = "getComputedStyle(document.querySelector('svg text')).fill"
+        red = int(page.evaluate(dark).split("(")[1].split(",")[0])
+        assert red > 200
+        smallest = "Math.min(...[...document.querySelectorAll('svg text')].map(t => t.getBoundingClientRect().height))"
+        assert page.evaluate(smallest) >= 8
+        inside = """[...document.querySelectorAll('svg')].every(svg => [...svg.querySelectorAll('text')].every(t => {
+            const a = svg.getBoundingClientRect(), b = t.getBoundingClientRect();
+            return b.left > a.left - 2 && b.right < a.right + 2 && b.top > a.top - 2 && b.bottom < a.bottom + 2; }))"""
+        assert page.evaluate(inside)
+        column = "[...document.querySelectorAll('td:nth-child({})')].map(c => c.dataset.value)"
+        for number, kind in ((1, str), (3, float)):
+            for down in (False, True):
+                page.click(f"th:nth-child({number}) button")
+                shown = list(map(kind, page.evaluate(column.format(number))))
+                assert shown == sorted(shown, reverse=down)
+        assert heard == []
+        chromium.close()
