@@ -8,6 +8,8 @@ READY  := $(VENV)/.installed
 DEV    := $(VENV)/.installed-dev
 SERVE  := .venv-serve
 TRITON := .triton
+# A worker per core, each with one thread: small tensors are slower on two.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: demo test test-all lint bench serve-check peft-suite torture soak clean
 
@@ -15,10 +17,10 @@ demo: $(READY)  ## environment, install, and the main job: SmolLM2-135M learns E
 	$(BIN)/inlay train --output runs/demo --overwrite
 
 test: $(DEV) lint  ## under ten minutes on two cores
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 test-all: $(DEV) lint  ## and what takes longer
-	$(BIN)/python -m pytest -q -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 
 lint: $(DEV) $(TRITON)
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from inlay.workbench import builtin
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # workers share the cores
 
 FOREIGN = (  # warnings that are errors in this project but come from a dependency's own use of another
     "ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning",  # peft and trl call transformers by old names

@@ -21,6 +21,7 @@ from inlay.host.layer import PREFIX, START, InlayLinear
 from inlay.method import Method
 
 NAMES = [m.name for m in methods.METHODS]
+FIRST = ("lora", "pissa", "milora", "lamda", "dota", "bone", "bat", "bat_col")  # on the real model in the fast suite
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOKENS = torch.arange(24).view(2, 12)
 every_method = pytest.mark.parametrize("name", NAMES)
@@ -284,7 +285,7 @@ def test_a_checkpoint_of_the_trainer_resumes(llama_original, tmp_path):
         ({"target_modules": ["q_proj"], "exclude_modules": r".*layers\.0.*"}, {"layers.1.self_attn.q_proj"}),
         ({"target_modules": ["lm_head"]}, {"lm_head"}),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value)) if isinstance(value, set) else str(value),
 )
 def test_target_modules(more, expected, llama):
     model = get_peft_model(llama, InlayConfig(**more))
@@ -965,12 +966,12 @@ def test_a_real_model_starts_exactly(name, dtype, real_model, text):
     assert difference(logits(model, text), before) == 0
 
 
-@every_method
+@pytest.mark.parametrize("name", [n if n in FIRST else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
 def test_a_real_model_merges(name, real_model, text):
     settings = InlayConfig(method=name, target_modules=LINEARS, layers_to_transform=[15])
     model = get_peft_model(copy.deepcopy(real_model), settings)
     before = logits(model, text)
-    wander(model, 1e-3)
+    wander(model, {"svfit": 0.1, "deep_lora": 0.03}.get(name, 1e-3))
     trained = logits(model, text)
     assert difference(trained, before) > 1e-3
     model.merge_adapter()

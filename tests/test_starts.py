@@ -47,16 +47,19 @@ def test_side_by_side_is_one_after_the_other(method, folder, monkeypatch):
         seen.add((threading.current_thread().name, torch.get_num_threads()))
         return real(self, W, stats)
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)  # so many run at once
     precision = torch.backends.cuda.matmul.fp32_precision
     monkeypatch.setattr(type(method), "start", watched)
     starts.compute(jobs(method, weights, found))
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(threads)
     monkeypatch.undo()
     assert len(found) == 5
     for W, p in zip(weights, found, strict=True):
         for k, v in alone(method, W).items():
             assert torch.equal(p[k], v)
     assert {threads for _, threads in seen} == {1}
-    assert torch.get_num_threads() == 2
     assert torch.backends.cuda.matmul.fp32_precision == precision
     assert torch.is_grad_enabled()
 
@@ -94,6 +97,7 @@ def test_a_method_says_whether_its_start_draws(method):
 
 def test_a_seed_means_the_same_with_any_number_of_threads(llama, folder):
     made = []
+    own = torch.get_num_threads()
     for threads in (1, 2):
         torch.set_num_threads(threads)
         torch.manual_seed(3)
@@ -101,6 +105,7 @@ def test_a_seed_means_the_same_with_any_number_of_threads(llama, folder):
             copy.deepcopy(llama), InlayConfig(method="lora", args={"r": 2}, target_modules="all-linear")
         )
         made.append({k: v.clone() for k, v in model.state_dict().items() if "inlay_A" in k})
+    torch.set_num_threads(own)
     assert made[0].keys() == made[1].keys()
     for k, v in made[0].items():
         assert torch.equal(v, made[1][k])
