@@ -997,8 +997,8 @@ def test_a_real_model_reloads_bit_equal_in_another_process(real_model, text, tmp
 import sys, torch
 from peft import PeftModel
 from inlay.workbench.builtin import load_model
-torch.set_num_threads(2); torch.manual_seed(1234)
-folder, names = sys.argv[1], sys.argv[2:]
+torch.set_num_threads(int(sys.argv[1])); torch.manual_seed(1234)
+folder, names = sys.argv[2], sys.argv[3:]
 model = load_model(dtype=torch.float32).eval()
 for name in names:
     if name == names[0]:
@@ -1010,7 +1010,8 @@ for name in names:
     with torch.no_grad():
         print(name, torch.equal(model.eval()(text).logits, expected))
 """
-    run = subprocess.run([sys.executable, "-c", code, str(tmp_path), *NAMES], capture_output=True, text=True)
+    call = [sys.executable, "-c", code, str(torch.get_num_threads()), str(tmp_path), *NAMES]
+    run = subprocess.run(call, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.split() == [word for name in NAMES for word in (name, "True")]
 
