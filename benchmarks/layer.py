@@ -179,10 +179,14 @@ def plot(rows: list[dict], path: Path) -> None:
         for axis, (key, label, fits) in zip(line, panels, strict=True):
             for i, name in enumerate(n for n in candidates(1) if n != "frozen"):
                 mine = [r for r in rows if r["layer"] == name and r["precision"] == precision and fits(r)]
-                points = sorted((r["out"] * r["in"] if key == "size" else int(r[key]), float(r["step"])) for r in mine)
+                sizes = [int(r["out"]) * int(r["in"]) if key == "size" else int(r[key]) for r in mine]
+                points = sorted(zip(sizes, (float(r["step"]) for r in mine), strict=True))
                 style = {"linestyle": "--" if name.startswith("PEFT") else "-", "color": plt.cm.tab20(i % 20)}
                 axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name, **style) if points else None
             axis.set(xscale="log", yscale="log", xlabel=label)
+            places = sorted({int(x) for drawn in axis.get_lines() for x in drawn.get_xdata()})
+            axis.set_xticks(places, [f"{x / 1e6:.1f}M" if x > 1e5 else str(x) for x in places])
+            axis.set_xticks([], minor=True)
             axis.axhline(1, color="0.6", linewidth=1)
             axis.grid(alpha=0.3, which="both")
         line[0].set_ylabel(f"forward and backward, frozen layer = 1\n{precision}")
@@ -200,7 +204,8 @@ def main() -> None:
     options.add_argument("--repeats", type=int, default=7)
     options.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     asked = options.parse_args()
-    rows, text = [], []
+    rows: list[dict] = []
+    text: list[str] = []
     for case in asked.cases.split(","):
         new = measure(case, asked.repeats)
         rows += new
@@ -208,7 +213,8 @@ def main() -> None:
         print("\n".join(lines(new)), flush=True)
     about = (
         "Time of one adapted layer over that of the frozen one (median, quartiles), what it keeps for its backward "
-        f"pass beside x, and its peak over both passes. {machine()}. `python benchmarks/layer.py`"
+        f"pass beside x, and its peak over both passes. {machine()}. `python benchmarks/layer.py"
+        + ("`" if asked.cases == ",".join(CASES) else f" --cases {asked.cases}`")
     )
     write_csv(asked.out / "layer.csv", rows)
     plot(rows, asked.out / "layer.png")
