@@ -293,3 +293,16 @@ def test_blocks_in_half_precision(inp):
     theirs = (wanted, *torch.autograd.grad(wanted, (x2, B), g.double()))
     for found, known in zip(ours, theirs, strict=True):
         assert (found.double() - known.double()).norm() < 0.01 * known.double().norm()
+
+
+@pytest.mark.parametrize("method", [m.name for m in METHODS])
+@pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning")
+def test_no_tokens_at_all(method):
+    """As an expert of a mixture sees them when none is routed to it."""
+    model = layer(method)
+    x = torch.randn(2, 0, 40, requires_grad=True)
+    y = model(x)
+    y.sum().backward()
+    assert y.shape == (2, 0, 24)
+    assert x.grad.shape == x.shape
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())

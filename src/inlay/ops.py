@@ -153,7 +153,7 @@ class _LowRank(torch.autograd.Function):
                     u[rows] *= mask
             y = u @ B.T if W is None else F.linear(flat, W, bias).addmm_(u, B.T)
         ctx.save_for_backward(x if ctx.on_x and any(ctx.needs_input_grad[6:]) else None, u, W, *p)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
@@ -274,7 +274,7 @@ class _Dense(torch.autograd.Function):
                 y[:, i:j].addmm_(flat, rows.T, beta=int(W is not None and narrow))
             if bias is not None and not narrow:
                 y.add_(bias)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
@@ -345,7 +345,7 @@ class _Bat(torch.autograd.Function):
         y = F.linear(z, W, bias)
         right = tiles(r, len(W), y)
         add_blocks(y, total) if right is None else y.addmm_(total, right)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
