@@ -11,7 +11,7 @@ TRITON := .triton
 # A worker per core, each with one thread: small tensors are slower on two.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test test-all lint bench serve-check peft-suite torture soak clean
+.PHONY: demo test test-all test-gpu lint bench serve-check peft-suite torture soak clean
 
 demo: $(READY)  ## environment, install, and the main job: SmolLM2-135M learns E2E
 	$(BIN)/inlay train --output runs/demo --overwrite
@@ -21,6 +21,9 @@ test: $(DEV) lint  ## under ten minutes on two cores
 
 test-all: $(DEV) lint  ## and what takes longer
 	$(PYTEST) -m "slow or not slow"
+
+test-gpu: $(DEV)  ## on a machine with a GPU: what only it can show, and the mathematics with every tensor on it
+	INLAY_TEST_DEVICE=cuda $(PYTEST) --dist load $(addprefix tests/test_,cuda.py kernels.py methods.py ops.py trains.py)
 
 lint: $(DEV) $(TRITON)
 	$(BIN)/ruff check .

@@ -8,14 +8,16 @@ adapters, what PEFT and we give by default); bf16-all (the adapters too); nf4 (b
 refuses PiSSA there, and has no MiSS and no Bat).
 
 All candidates take turns in every round, so that a busy machine slows them alike; a figure is the median of the ratios
-to the frozen layer of the same round, with the quartiles beside it. The frozen layer's backward pass is through x
-alone: the limit. Kept: bytes held for the backward pass beside parameters and x, which the layer before keeps as well.
-Peak: the most bytes held at once in a forward and a backward pass beyond what was there before.
+to the frozen layer of the same round, with the quartiles beside it. On a GPU a turn is 20 passes in a row. The frozen
+layer's backward pass is through x alone: the limit. Kept: bytes held for the backward pass beside parameters and x,
+which the layer before keeps as well. Peak: the most bytes held at once in a forward and a backward pass beyond what was
+there before.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -38,6 +40,7 @@ CASES = [
     *(f"{CENTRE}:{tokens}:16:{precision}" for precision in ("fp32", "bf16") for tokens in (512, 8192)),
     *(f"{CENTRE}:2048:{r}:{precision}" for precision in ("fp32", "bf16") for r in (8, 64)),
 ]
+BURST = 20 if DEVICE == "cuda" else 1
 OURS = ("lora", "pissa", "milora", "lamda", "dota", "bone", "bat", "bat_col")
 Config = Callable[[], Any]
 
@@ -60,6 +63,7 @@ def candidates(r: int) -> dict[str, Config | None]:
         "PEFT Bat": lambda: MissConfig(r=r, target_modules=["0"], init_weights="bat"),
         **{name: ours(name) for name in OURS},
         "lora, dropout": ours("lora", dropout=0.05),
+        **({f"{name}, Triton": ours(name) for name in ("bone", "bat", "dota")} if DEVICE == "cuda" else {}),
     }
 
 
@@ -68,7 +72,7 @@ def build(config: Config | None, W: Tensor, precision: str) -> nn.Module:
     out, inp = W.shape
     if precision == "nf4":
         layer: nn.Module = bnb.nn.Linear4bit(inp, out, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
-        layer.weight = bnb.nn.Params4bit(W.clone(), requires_grad=False, quant_type="nf4")
+        layer.weight = bnb.nn.Params4bit(W.clone().cpu(), requires_grad=False, quant_type="nf4")
     else:
         layer = nn.Linear(inp, out, bias=False, device="meta")
         layer.weight = nn.Parameter(W.to(torch.float32 if precision == "fp32" else torch.bfloat16))
@@ -101,18 +105,52 @@ def kept(model: nn.Module, x: Tensor) -> int:
     return sum(t.untyped_storage().nbytes() for t in found.values())
 
 
-def timed(model: nn.Module, x: Tensor, g: Tensor) -> tuple[float, float]:
-    """Seconds of the forward pass, and of both."""
+def timed(model: nn.Module, x: Tensor, g: Tensor, burst: int = BURST) -> tuple[float, float]:
+    """Seconds of the forward pass, and of both: the mean of a burst, which a GPU's queue makes one piece of work."""
     x.grad = None
     model.zero_grad()
     wait()
     begin = time.perf_counter()
-    y = model(x)
+    for _ in range(burst if DEVICE == "cuda" else 0):
+        model(x)
     wait()
-    half = time.perf_counter() - begin
-    y.backward(g)
+    half = (time.perf_counter() - begin) / burst
+    begin = time.perf_counter()
+    for _ in range(burst):
+        y = model(x)
+        if DEVICE == "cpu":
+            half = time.perf_counter() - begin
+        y.backward(g)
     wait()
-    return half, time.perf_counter() - begin
+    return half, (time.perf_counter() - begin) / burst
+
+
+def graphed(model: nn.Module, x: Tensor, g: Tensor) -> Callable[[], None] | None:
+    """Both passes as one CUDA graph, the GPU's work alone; None without one, or where they cannot be captured."""
+    if DEVICE == "cpu":
+        return None
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                model(x).backward(g)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            model(x).backward(g)
+    except RuntimeError:
+        return None
+    return graph.replay
+
+
+def replayed(replay: Callable[[], None]) -> float:
+    """Seconds of a pass through the graph."""
+    wait()
+    begin = time.perf_counter()
+    for _ in range(BURST):
+        replay()
+    wait()
+    return (time.perf_counter() - begin) / BURST
 
 
 def measure(case: str, repeats: int) -> list[dict]:
@@ -120,7 +158,7 @@ def measure(case: str, repeats: int) -> list[dict]:
     out, inp = map(int, shape.split("x"))
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     torch.manual_seed(0)
-    W = torch.randn(out, inp) * inp**-0.5
+    W = (torch.randn(out, inp) * inp**-0.5).to(DEVICE)
     x = torch.randn(1, int(tokens), inp, dtype=dtype, device=DEVICE, requires_grad=True)
     g = torch.randn(1, int(tokens), out, dtype=dtype, device=DEVICE)
     missing = ("PEFT PiSSA", "PEFT MiSS", "PEFT Bat") if precision == "nf4" else ()
@@ -129,8 +167,14 @@ def measure(case: str, repeats: int) -> list[dict]:
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     for i in range(repeats + 1):
         for name, model in models.items():
+            os.environ["INLAY_TRITON"] = str(int(name.endswith("Triton")))
             pair = timed(model, x, g)
             times[name] += [pair] if i else []  # the first round warms up
+    graphs = {name: graphed(model, x, g) for name, model in models.items() if "dropout" not in name}
+    alone: dict[str, list[float]] = {name: [] for name, graph in graphs.items() if graph}
+    for _ in range(repeats):
+        for name in alone:
+            alone[name].append(replayed(graphs[name]))  # type: ignore[arg-type]
     rows = []
     for name, model in models.items():
         pairs = list(zip(times[name], times["frozen"], strict=True))
@@ -138,10 +182,13 @@ def measure(case: str, repeats: int) -> list[dict]:
         for k, what in enumerate(("forward", "step")):
             middle, low, high = spread([mine[k] / limit[k] for mine, limit in pairs])
             row |= {what: f"{middle:.3f}", f"{what}_low": f"{low:.3f}", f"{what}_high": f"{high:.3f}"}
+        row["ms"] = f"{1e3 * spread([step for _, step in times[name]])[0]:.2f}"
+        ratios = [a / b for a, b in zip(alone.get(name, []), alone.get("frozen", []), strict=False)]
+        row["graph"] = f"{spread(ratios)[0]:.3f}" if ratios else ""
         x.grad = None
         model.zero_grad()
         row["kept_MiB"] = f"{kept(model, x) / 2**20:.2f}"
-        row["peak_MiB"] = f"{peak(lambda model=model: timed(model, x, g)) / 2**20:.1f}"
+        row["peak_MiB"] = f"{peak(lambda model=model: timed(model, x, g, 1)) / 2**20:.1f}"
         rows.append(row)
     return rows
 
@@ -153,12 +200,15 @@ def lines(rows: list[dict]) -> list[str]:
         [
             row["layer"],
             *(f"{row[k]} ({row[f'{k}_low']} to {row[f'{k}_high']})" for k in ("forward", "step")),
+            row["ms"],
+            *([row["graph"]] if DEVICE == "cuda" else []),
             row["kept_MiB"],
             row["peak_MiB"],
         ]
         for row in rows
     ]
-    return [head, *table(["layer", "forward", "forward and backward", "kept, MiB", "peak, MiB"], body)]
+    graph = ["as a CUDA graph"] if DEVICE == "cuda" else []
+    return [head, *table(["layer", "forward", "forward and backward", "ms", *graph, "kept, MiB", "peak, MiB"], body)]
 
 
 def plot(rows: list[dict], path: Path) -> None:

@@ -13,6 +13,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from inlay.workbench import builtin
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # workers share the cores
+if device := os.environ.get(
+    "INLAY_TEST_DEVICE"
+):  # the tests of the mathematics run there as they are: see `make test-gpu`
+    torch.set_default_device(device)
 
 FOREIGN = (  # warnings that are errors in this project but come from a dependency's own use of another
     "ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning",  # peft and trl call transformers by old names

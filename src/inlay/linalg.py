@@ -210,7 +210,7 @@ def _tall_svd(A: Tensor, r: int, side: str) -> Triplets:
 
 def _indices(n: int, r: int, side: str) -> Tensor:
     if side == "random":
-        return torch.randperm(n, generator=torch.Generator().manual_seed(SEED))[:r].sort().values
+        return torch.randperm(n, generator=torch.Generator().manual_seed(SEED), device="cpu")[:r].sort().values
     start = {"top": 0, "middle": (n - r) // 2, "minor": n - r}[side]
     return torch.arange(start, start + r)
 
@@ -275,7 +275,7 @@ def _times(A: Tensor, X: Tensor) -> Tensor:
 
 def _normal(rows: int, columns: int, like: Tensor) -> Tensor:
     """Drawn on the CPU, so that every device starts from the same numbers."""
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(SEED)).to(like)
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(SEED), device="cpu").to(like)
 
 
 def _krylov(forward: Map, adjoint: Map, like: Tensor, r: int) -> Triplets:

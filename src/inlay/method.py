@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, Protocol, cast
 
@@ -140,9 +141,9 @@ class LowRank(Method):
 
     r: int = field(default=8, metadata={"help": "rank", "min": 1})
 
-    @abstractmethod
     def factors(self, p: Params, W: Tensor) -> tuple[Tensor, Tensor]:
         """(B, A) of ΔW = B A. Unless the method `reads_weight`, W has the true width and may have nothing else."""
+        return p["B"], p["A"]
 
     def delta(self, p: Params, W: Tensor) -> Tensor:
         B, A = self.factors(p, W)
@@ -163,10 +164,12 @@ class LowRank(Method):
         B, A = self.pair(p, p0, W)
         return B @ A
 
-    def joined(self, p: Params, p0: Params | None, W: Tensor) -> tuple[Tensor, Tensor | None]:
-        """`pair` with s in B; an A of None is [I I ... I]."""
-        B, A = self.pair(p, p0, W)
-        return B if self.s == 1 else self.s * B, A
+    def written(self, p: Params, p0: Params | None) -> tuple[ops.Factors, Sequence[Tensor]] | None:
+        """`pair`, with s in B, as a function whose gradients are written out, and what it takes: it costs a small layer
+        less than what autograd derives, which is taken where this is None."""
+        if type(self).factors is not LowRank.factors:
+            return None
+        return ops.Pair(self.s, None if p0 is None else (p0["A"], p0["B"])), (p["A"], p["B"])
 
     def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
         if self.reads_weight and base.weight.requires_grad:  # a trained change lies under this one, in ΔW as well
@@ -175,10 +178,12 @@ class LowRank(Method):
 
         def build(*values: Tensor) -> tuple[Tensor, Tensor | None]:
             W = base.weight if self.reads_weight else shape
-            return self.joined(dict(zip(p, values, strict=True)), p0, W)
+            B, A = self.pair(dict(zip(p, values, strict=True)), p0, W)
+            return ops.scaled(self.s, B), A
 
+        found, values = self.written(p, None if p0 is None else like(p0, p)) or (build, tuple(p.values()))
         linear = ops.plain(base, x)
-        change = ops.low_rank(x, linear, build, "A" not in self.frozen, drop, *p.values())
+        change = ops.low_rank(x, linear, found, "A" not in self.frozen, drop, *values)
         return base(x) + change if linear is None else change
 
 
@@ -198,7 +203,7 @@ class Diagonal(LowRank):
 
 def like(p0: Params, p: Params) -> Params:
     """θ₀ rounded as θ was: a trainer that casts θ to bf16 must not move the start."""
-    return {k: v.to(p[k].dtype) for k, v in p0.items()}
+    return {k: v if v.dtype == p[k].dtype else v.to(p[k].dtype) for k, v in p0.items()}
 
 
 def check_rank(method: Method, r: int, W: Tensor) -> None:

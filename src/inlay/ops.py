@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-SCRATCH = 1 << 22  # numbers of ΔW, or of a dropout mask, built at a time
+SCRATCH = 1 << 22  # numbers of ΔW, or of a dropout mask, built at a time; on a GPU eight times as many
 TALL = 512  # rows below which a product of many columns is slower by the row
 
 Linear = tuple[Tensor, Tensor | None]  # W (out × in) and bias
@@ -62,7 +62,7 @@ class Rows:
         """The borders of groups of rows that fit the scratch size."""
         if not self.step:
             return [(0, len(parts[0]))]
-        height = -(-max(TALL, SCRATCH // inp) // self.step) * self.step
+        height = -(-max(TALL, scratch(parts[0]) // inp) // self.step) * self.step
         return list(itertools.pairwise([*range(0, self.out, height), self.out]))
 
 
@@ -93,6 +93,10 @@ def autocast_is_on(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
+def scratch(like: Tensor) -> int:
+    return SCRATCH << 3 if like.is_cuda else SCRATCH
+
+
 def fused(*tensors: Tensor) -> Any:
     """The module of Triton kernels, where they are switched on (INLAY_TRITON=1) and can take these tensors."""
     if os.environ.get("INLAY_TRITON") != "1" or torch.compiler.is_compiling():
@@ -108,8 +112,63 @@ def fused(*tensors: Tensor) -> Any:
 # -- ΔW = B A ---------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Pair:
+    """Builds s B A, or s ((B − B₀) A + B₀ (A − A₀)) as one product of (out × 2r) and (2r × in), from (A, B), or from B
+    alone. Zero at the start in any order of products, and nothing large cancels. `start` is (A₀, B₀).
+
+    Its gradients are written out: a graph of its own for them takes longer than a small layer does.
+    """
+
+    s: float = 1.0
+    start: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, *p: Tensor) -> tuple[Tensor, Tensor | None]:
+        *A, B = p
+        if self.start is not None:
+            A0, B0 = self.start
+            A, B = [torch.cat([A[0], A[0] - A0])], torch.cat([B - B0, B0], 1)
+        return scaled(self.s, B), A[0] if A else None
+
+    def pull(self, p: Sequence[Tensor], dB: Tensor | None, dA: Tensor | None) -> list[Tensor | None]:
+        """The gradients of p from those of what was built, None for None."""
+        r = p[-1].shape[1]
+        if self.start is not None and dA is not None:
+            dA = dA[:r] + dA[r:]
+        dB = None if dB is None else scaled(self.s, dB[:, :r])
+        return [None if d is None else d.to(t.dtype) for d, t in zip((dA, dB)[-len(p) :], p, strict=True)]
+
+
+@dataclass(frozen=True)
+class Core:
+    """Builds s B S A, or s ((B − B₀) S + B₀ (S − S₀)) A, from a frozen A, S, and B in blocks of columns; as `Pair`.
+    `start` is (S₀, B₀)."""
+
+    s: float = 1.0
+    start: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, A: Tensor, S: Tensor, *blocks: Tensor) -> tuple[Tensor, Tensor]:
+        B = torch.cat(blocks, 1)
+        if self.start is None:
+            return scaled(self.s, B @ S), A
+        S0, B0 = self.start
+        return scaled(self.s, torch.addmm(B0 @ (S - S0), B - B0, S)), A
+
+    def pull(self, p: Sequence[Tensor], dB: Tensor | None, dA: Tensor | None) -> list[Tensor | None]:
+        """As `Pair.pull`: B S A has the slopes Bᵀ (dB) for S and (dB) Sᵀ for B."""
+        _, S, *blocks = p
+        if dB is None:
+            return [None] * len(p)
+        dB = scaled(self.s, dB.to(S.dtype))
+        return [None, torch.cat(blocks, 1).T @ dB, *(dB @ S.T).split([block.shape[1] for block in blocks], 1)]
+
+
+def scaled(s: float, t: Tensor) -> Tensor:
+    return t if s == 1 else s * t
+
+
 def low_rank(x: Tensor, linear: Linear | None, build: Factors, on_x: bool, drop: Dropout, *p: Tensor) -> Tensor:
-    """x Wᵀ + bias + (x Aᵀ) Bᵀ, (..., out), for (B, A) = build(*p).
+    """x Wᵀ + bias + (x Aᵀ) Bᵀ, (..., out), for (B, A) = build(*p), which is called in both passes.
 
     p and x Aᵀ, r wide, are kept, and x if `on_x`, where A is trained. An A of None stands for [I I ... I] (r × in):
     x Aᵀ is then the sum of x's blocks. Dropout is on x if x is kept, else on x Aᵀ; its seed is kept, and no mask.
@@ -161,10 +220,15 @@ class _LowRank(torch.autograd.Function):
         x, u, W, *p = ctx.saved_tensors
         g, inp = g.reshape(-1, g.shape[-1]), ctx.shape[-1]
         with own_precision(g.device.type):
-            leaves = leaves_of(p, ctx.needs_input_grad[6:])
-            with torch.enable_grad():
+            needs, written = ctx.needs_input_grad[6:], hasattr(ctx.build, "pull")
+            leaves = p if written else leaves_of(p, needs)
+            with nullcontext() if written else torch.enable_grad():
                 B, A = ctx.build(*leaves)
-            trained = A if A is not None and A.requires_grad else None
+            if written:
+                trains_A, trains_B = A is not None and needs[0], any(needs[0 if A is None else 1 :])
+            else:
+                trains_A, trains_B = A is not None and A.requires_grad, B.requires_grad
+            trained = A if trains_A else None
             right = tiles(B.shape[1], inp, g) if A is None else A.detach().to(g.dtype)
             flat = None if trained is None else x.reshape(-1, inp).to(g.dtype)
             v, dA, dx = g @ B.detach().to(g.dtype), None, None
@@ -183,7 +247,8 @@ class _LowRank(torch.autograd.Function):
                 if dx is not None:
                     add_blocks(dx, v) if right is None else dx.addmm_(v, right)
                 dA = None if flat is None else v.T @ flat
-            grads = pull([(B, (u.T @ g).T if B.requires_grad else None), (A, dA)], leaves)
+            dB = (u.T @ g).T if trains_B else None
+            grads = ctx.build.pull(p, dB, dA) if written else pull([(B, dB), (A, dA)], leaves)
         return None if dx is None else dx.view(ctx.shape).to(ctx.dtype), None, None, None, None, None, *grads
 
 
@@ -195,9 +260,8 @@ def leaves_of(tensors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
 def pull(built: Sequence[tuple[Tensor | None, Tensor | None]], leaves: Sequence[Tensor]) -> list[Tensor | None]:
     """The gradients of leaves, None for those that want none, from the slopes of tensors built of them."""
     pairs = [(t, slope.to(t.dtype)) for t, slope in built if t is not None and slope is not None and t.requires_grad]
-    if all(t.is_leaf for t, _ in pairs):  # nothing was built
-        slopes = {id(t): slope for t, slope in pairs}
-        return [slopes.get(id(leaf)) for leaf in leaves]
+    if not pairs:
+        return [None] * len(leaves)
     ends, slopes = zip(*pairs, strict=True)
     grads = iter(torch.autograd.grad(ends, [leaf for leaf in leaves if leaf.requires_grad], slopes))
     return [next(grads) if leaf.requires_grad else None for leaf in leaves]
@@ -206,7 +270,7 @@ def pull(built: Sequence[tuple[Tensor | None, Tensor | None]], leaves: Sequence[
 def masks(shape: Sequence[int], like: Tensor, p: float, seed: int) -> Iterator[tuple[slice, Tensor]]:
     """The dropout mask of a seed for a (rows × width) tensor, scaled, in strips of rows."""
     generator = None if like.is_meta else torch.Generator(like.device).manual_seed(seed)
-    height = max(1, SCRATCH // shape[1])
+    height = max(1, scratch(like) // shape[1])
     for i in range(0, shape[0], height):
         rows = slice(i, min(i + height, shape[0]))
         yield rows, like.new_empty(rows.stop - i, shape[1]).bernoulli_(1 - p, generator=generator).div_(1 - p)

@@ -45,7 +45,7 @@ class Bat(Method):
         return (torch.einsum("aibp,bpq->aibq", blocks, B) + B.transpose(0, 1)).flatten(2).flatten(0, 1)
 
     def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
-        B = self.s * p["B"]
+        B = p["B"] if self.s == 1 else self.s * p["B"]
         if not drop.p and (linear := ops.plain(base, x)) is not None:
             return ops.bat(x, linear, B)
         return ops.bat_reference(x, base, B, drop)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from inlay import ops
 from inlay.method import LowRank, Params
 
 
@@ -38,5 +39,5 @@ class Bone(LowRank):
         D, inp = p["D"], W.shape[1]
         return D.T, torch.eye(self.r, dtype=D.dtype, device=D.device).repeat(1, -(-inp // self.r))[:, :inp]
 
-    def joined(self, p: Params, p0: Params | None, W: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.s * p["D"].T, None
+    def written(self, p: Params, p0: Params | None) -> tuple[ops.Factors, tuple[Tensor]]:
+        return ops.Pair(self.s), (p["D"].T,)

@@ -12,14 +12,14 @@ evident intention: after a fraction t of the steps, ⌊r t / eta⌋ columns, dow
 from __future__ import annotations
 
 import itertools
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from inlay import linalg
+from inlay import linalg, ops
 from inlay.method import LowRank, Params, check_rank, like
 
 
@@ -52,9 +52,8 @@ class LaMDA(LowRank):
     def start(self, W: Tensor, stats: Params | None = None) -> Params:
         check_rank(self, self.r, W)
         if self.init == "kaiming":
-            S, A = (torch.empty(self.r, n, device=W.device) for n in (self.r, W.shape[1]))
-            for projection in (S, A):
-                torch.nn.init.kaiming_uniform_(projection, a=math.sqrt(5))
+            draw = partial(torch.nn.init.kaiming_uniform_, a=5**0.5)
+            S, A = (draw(torch.empty(self.r, n, device=W.device)) for n in (self.r, W.shape[1]))
             B = torch.zeros(W.shape[0], self.r, device=W.device)
         else:
             B, sigma, A = linalg.top_svd(W, self.r)
@@ -63,14 +62,15 @@ class LaMDA(LowRank):
         return {"A": A, "S": S, **{f"B_{i}": block.clone() for i, block in enumerate(blocks, 1)}}
 
     def factors(self, p: Params, W: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.cat([p[k] for k in p if k.startswith("B")], 1) @ p["S"], p["A"]
+        return self.pair(p, None, W)
 
     def pair(self, p: Params, p0: Params | None, W: Tensor) -> tuple[Tensor, Tensor]:
-        if p0 is None:
-            return self.factors(p, W)
-        p0 = like(p0, p)
-        B, B0 = (torch.cat([v for k, v in q.items() if k.startswith("B")], 1) for q in (p, p0))
-        return (B - B0) @ p["S"] + B0 @ (p["S"] - p0["S"]), p["A"]
+        core, values = self.written(p, None if p0 is None else like(p0, p))
+        return replace(core, s=1.0)(*values)
+
+    def written(self, p: Params, p0: Params | None) -> tuple[ops.Core, tuple[Tensor, ...]]:
+        B, B0 = ([q[k] for k in q if k.startswith("B")] for q in (p, p0 or {}))
+        return ops.Core(self.s, (p0["S"], torch.cat(B0, 1)) if p0 else None), (p["A"], p["S"], *B)
 
     def schedule(self, p: Params, t: float) -> frozenset[str]:
         names = [k for k in p if k.startswith("B")]

@@ -47,6 +47,3 @@ class LoRA(LowRank):
         # nn.Linear's own start, which the paper's code uses: uniform with variance 1 / (3 in).
         torch.nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         return {"A": A, "B": torch.zeros(out, self.r, device=W.device)}
-
-    def factors(self, p: Params, W: Tensor) -> tuple[Tensor, Tensor]:
-        return p["B"], p["A"]

@@ -36,6 +36,3 @@ class MiLoRA(LowRank):
         U, S, Vh = linalg.svd(W, self.r, self.side)
         root = (S / self.s).sqrt()
         return {"A": root[:, None] * Vh, "B": U * root}
-
-    def factors(self, p: Params, W: Tensor) -> tuple[Tensor, Tensor]:
-        return p["B"], p["A"]

@@ -29,6 +29,3 @@ class OLoRA(LowRank):
         check_rank(self, self.r, W)
         B, A = linalg.qr(W, self.r)
         return {"A": A, "B": B}
-
-    def factors(self, p: Params, W: Tensor) -> tuple[Tensor, Tensor]:
-        return p["B"], p["A"]

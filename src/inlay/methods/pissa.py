@@ -29,6 +29,3 @@ class PiSSA(LowRank):
         U, S, Vh = linalg.top_svd(W, self.r)
         root = (S / self.s).sqrt()
         return {"A": root[:, None] * Vh, "B": U * root}
-
-    def factors(self, p: Params, W: Tensor) -> tuple[Tensor, Tensor]:
-        return p["B"], p["A"]

@@ -19,6 +19,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
@@ -167,9 +168,10 @@ class Runner:
     def __init__(self, folder: Path, plan: Plan, jobs: int, console: Console) -> None:
         self.folder, self.plan, self.jobs, self.console = folder, plan, jobs, console
         self.seeds = plan.ask.seeds
-        # Each trial is forked from a process that has imported everything and done nothing.
-        self.processes = multiprocessing.get_context("forkserver")
-        self.processes.set_forkserver_preload([trial.__name__])
+        # Each trial is forked from a process that has imported everything and done nothing. CUDA survives no fork.
+        processes = multiprocessing.get_context("forkserver")
+        processes.set_forkserver_preload([trial.__name__])
+        self.processes = multiprocessing.get_context("spawn") if torch.cuda.is_available() else processes
         self.live: set[BaseProcess] = set()
         self.ended = False
         columns = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 from pathlib import Path
@@ -135,10 +136,8 @@ def bad_gradients(model: nn.Module) -> list[str]:
     """The parameters whose gradient holds NaN or Inf. The last one is nearest to where they come from: they spread
     backwards."""
     own = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
-    if not own:
-        return []
-    fine = torch.stack([grad.isfinite().all().to(own[0][1].device) for _, grad in own]).tolist()  # one wait for a GPU
-    return [name for (name, _), good in zip(own, fine, strict=True) if not good]
+    largest = nn.utils.get_total_norm([grad for _, grad in own], math.inf)  # a few kernels, and one wait for a GPU
+    return [] if largest.isfinite() else [name for name, grad in own if not grad.isfinite().all()]
 
 
 @torch.no_grad()

@@ -1,0 +1,80 @@
+"""Each Triton kernel against what runs in its place without it, on a GPU: the time of one call, as a CUDA graph.
+
+python benchmarks/kernels.py [--out benchmarks/results]
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from common import machine, spread, table, wait
+from torch import Tensor
+
+from inlay import kernels, ops, trains
+from inlay.methods import DoTA
+
+BURST = 50
+
+
+def alone(work: Callable[[], object], repeats: int = 9) -> float:
+    """Microseconds of a call, the median."""
+    work()
+    graph, found = torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(graph):
+        work()
+    for _ in range(repeats):
+        wait()
+        begin = time.perf_counter()
+        for _ in range(BURST):
+            graph.replay()
+        wait()
+        found.append((time.perf_counter() - begin) / BURST)
+    return 1e6 * spread(found)[0]
+
+
+def halves(out: int, inp: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Those of DoTA's difference train, bond 16."""
+    cores = DoTA(bond=16).start(torch.empty(out, inp, device="meta"))
+    train = [torch.randn(core.shape, device="cuda") for core in cores.values()]
+    left, right = trains.halves(trains.difference(train, [0.5 * core for core in train]))
+    return left.to(dtype), right.to(dtype)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser()
+    options.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    asked = options.parse_args()
+    rows = []
+    for tokens, inp, r in ((8192, 4096, 16), (8192, 14336, 16), (8192, 4096, 64)):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(tokens, inp, device="cuda", dtype=dtype)
+            tiled = ops.tiles(r, inp, x)
+            plain = alone(lambda x=x, r=r, t=tiled: ops.block_sum(x, r) if t is None else x @ t.T)
+            mine = alone(lambda x=x, r=r: kernels.block_sum(x, r))
+            rows.append(("block sum", f"{tokens} × {inp}, r = {r}", dtype, plain, mine))
+    for out, inp in ((4096, 4096), (14336, 4096), (4096, 14336)):
+        for dtype in (torch.float32, torch.bfloat16):
+            left, right = halves(out, inp, dtype)
+            plain = alone(lambda a=left, b=right, n=out: trains.rows(0, n, a, b))
+            mine = alone(lambda a=left, b=right: kernels.train_rows(a, b))
+            rows.append(("rows of a train", f"{out} × {inp}, bond 2 × 16", dtype, plain, mine))
+    body = [
+        [name, size, str(dtype).removeprefix("torch."), f"{plain:.0f}", f"{mine:.0f}", f"{mine / plain:.2f}"]
+        for name, size, dtype, plain, mine in rows
+    ]
+    text = [
+        f"Microseconds of one call as a CUDA graph. {machine()}. `python benchmarks/kernels.py`",
+        "",
+        *table(["kernel", "size", "dtype", "torch", "Triton", "ratio"], body),
+        "",
+    ]
+    print("\n".join(text))
+    (asked.out / "kernels.md").write_text("\n".join(text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
