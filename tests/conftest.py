@@ -20,6 +20,7 @@ if device := os.environ.get(
 
 FOREIGN = (  # warnings that are errors in this project but come from a dependency's own use of another
     "ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning",  # peft and trl call transformers by old names
+    "ignore:Attempting to run cuBLAS:UserWarning",  # torch, in the first backward pass of a process
 )
 
 

@@ -13,6 +13,7 @@ from inlay.methods import METHODS
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
     pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning"),  # of these small weights it is large
+    pytest.mark.filterwarnings("ignore:inner dimension:UserWarning"),  # bitsandbytes says that it is slow for them
 ]
 every_method = pytest.mark.parametrize("name", [method.name for method in METHODS])
 LINEARS = ["q_proj", "v_proj", "up_proj", "down_proj"]
@@ -42,6 +43,7 @@ def ids() -> torch.Tensor:
 @every_method
 def test_training_on_a_gpu_is_training_on_a_cpu(name, llama, ids, tmp_path):
     """From one saved start, with the same losses; and what a GPU saved, a CPU loads bit for bit."""
+    llama = llama.cpu()
     get_peft_model(copy.deepcopy(llama), config(name)).save_pretrained(str(tmp_path / "start"))
     runs = {}
     for device in ("cpu", "cuda"):
@@ -51,7 +53,7 @@ def test_training_on_a_gpu_is_training_on_a_cpu(name, llama, ids, tmp_path):
         runs[device] = losses(model, ids.to(device)), model
     known, found = runs["cpu"][0], runs["cuda"][0]
     assert found == pytest.approx(known, rel=2e-4)
-    assert known[0] - known[-1] > 100 * max(abs(a - b) for a, b in zip(known, found, strict=True))
+    assert known[0] - known[-1] > 10 * max(abs(a - b) for a, b in zip(known, found, strict=True))
     trained = runs["cuda"][1]
     trained.save_pretrained(str(tmp_path / "end"))
     again = PeftModel.from_pretrained(copy.deepcopy(llama), str(tmp_path / "end"), torch_device="cpu")

@@ -59,7 +59,7 @@ def test_dropout_from_a_seed(kind, joined, monkeypatch):
     linear = lin(inp, out, True) if joined else None
     B, *A = factors(x, out, r, kind == "behind a block sum")
     A = [A[0].detach()] if kind == "behind a frozen A" else A
-    seed = int(torch.randint(1 << 62, (), generator=torch.Generator().manual_seed(7)))
+    seed = int(torch.randint(1 << 62, (), generator=torch.Generator().manual_seed(7), device="cpu"))
     shape = (n, inp) if kind == "on x" else (n, r)
     mask = torch.cat([m.clone() for _, m in ops.masks(shape, x, p, seed)])
     assert mask.unique().tolist() == [0, 1 / (1 - p)]

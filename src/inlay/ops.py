@@ -431,7 +431,7 @@ class _Bat(torch.autograd.Function):
 
 def row_strips(x: Tensor) -> Iterator[slice]:
     """Groups of rows that fit a CPU's cache; on a GPU all of them."""
-    height = len(x) if x.is_cuda else max(1, (SCRATCH >> 3) // x.shape[1])
+    height = max(1, len(x) if x.is_cuda else (SCRATCH >> 3) // x.shape[1])
     for i in range(0, len(x), height):
         yield slice(i, min(i + height, len(x)))
 

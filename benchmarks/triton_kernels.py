@@ -1,6 +1,6 @@
 """Each Triton kernel against what runs in its place without it, on a GPU: the time of one call, as a CUDA graph.
 
-python benchmarks/kernels.py [--out benchmarks/results]
+python benchmarks/triton_kernels.py [--out benchmarks/results]
 """
 
 from __future__ import annotations
@@ -67,13 +67,13 @@ def main() -> None:
         for name, size, dtype, plain, mine in rows
     ]
     text = [
-        f"Microseconds of one call as a CUDA graph. {machine()}. `python benchmarks/kernels.py`",
+        f"Microseconds of one call as a CUDA graph. {machine()}. `python benchmarks/triton_kernels.py`",
         "",
         *table(["kernel", "size", "dtype", "torch", "Triton", "ratio"], body),
         "",
     ]
     print("\n".join(text))
-    (asked.out / "kernels.md").write_text("\n".join(text), encoding="utf-8")
+    (asked.out / "triton_kernels.md").write_text("\n".join(text), encoding="utf-8")
 
 
 if __name__ == "__main__":
