@@ -197,7 +197,7 @@ class _LowRank(torch.autograd.Function):
     ) -> Tensor:
         dtype = product_dtype(x)
         ctx.build, ctx.drop, ctx.shape, ctx.dtype = build, drop, x.shape, x.dtype
-        ctx.seed = int(torch.randint(1 << 62, ())) if drop else 0
+        ctx.seed = int(torch.randint(1 << 62, (), device="cpu")) if drop else 0
         with own_precision(x.device.type):
             flat, (B, A) = x.reshape(-1, x.shape[-1]).to(dtype), build(*p)
             ctx.on_x = on_x and A is not None
