@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
 import time
 import warnings
 from collections.abc import Callable
@@ -52,7 +51,6 @@ def candidates() -> dict[str, Callable[[], Any] | None]:
         "PEFT MiSS": lambda: MissConfig(r=16, **everywhere),
         "PEFT Bat": lambda: MissConfig(r=16, init_weights="bat", **everywhere),
         **{name: lambda name=name: ours(name) for name in OURS},
-        **({f"{name}, Triton": lambda name=name: ours(name) for name in ("bone", "dota")} if DEVICE == "cuda" else {}),
     }
 
 
@@ -143,7 +141,6 @@ def measure(case: str, repeats: int) -> list[dict]:
     print(f"{case}: {len(steps)} models are ready", flush=True)
     for i in range(repeats + 1):
         for n, step in list(steps.items()):
-            os.environ["INLAY_TRITON"] = str(int(n.endswith("Triton")))
             try:
                 seconds = step()
             except torch.OutOfMemoryError:

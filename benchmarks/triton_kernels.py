@@ -1,4 +1,4 @@
-"""Each Triton kernel against what runs in its place without it, on a GPU: the time of one call, as a CUDA graph.
+"""The Triton kernel against what runs in its place without it, on a GPU: the time of one call, as a CUDA graph.
 
 python benchmarks/triton_kernels.py [--out benchmarks/results]
 """
@@ -14,7 +14,7 @@ import torch
 from common import machine, spread, table, wait
 from torch import Tensor
 
-from inlay import kernels, ops, trains
+from inlay import kernels, trains
 from inlay.methods import DoTA
 
 BURST = 50
@@ -49,13 +49,6 @@ def main() -> None:
     options.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     asked = options.parse_args()
     rows = []
-    for tokens, inp, r in ((8192, 4096, 16), (8192, 14336, 16), (8192, 4096, 64)):
-        for dtype in (torch.float32, torch.bfloat16):
-            x = torch.randn(tokens, inp, device="cuda", dtype=dtype)
-            tiled = ops.tiles(r, inp, x)
-            plain = alone(lambda x=x, r=r, t=tiled: ops.block_sum(x, r) if t is None else x @ t.T)
-            mine = alone(lambda x=x, r=r: kernels.block_sum(x, r))
-            rows.append(("block sum", f"{tokens} × {inp}, r = {r}", dtype, plain, mine))
     for out, inp in ((4096, 4096), (14336, 4096), (4096, 14336)):
         for dtype in (torch.float32, torch.bfloat16):
             left, right = halves(out, inp, dtype)

@@ -94,15 +94,17 @@ def test_narrow_bases(base, name, llama, ids):
         assert torch.equal(model(input_ids=ids).logits, before)
 
 
-@pytest.mark.parametrize("method", [methods.Bone(r=8), methods.DoTA(bond=8), methods.BatCol(r=8)], ids=lambda m: m.name)
-def test_kernels_change_nothing(method, llama, ids, monkeypatch):
+def test_the_kernel_changes_nothing(llama, ids, monkeypatch):
     llama, ids = llama.to(torch.bfloat16).cuda(), ids.cuda()
     found = []
     for switch in ("0", "1"):
         monkeypatch.setenv("INLAY_TRITON", switch)
         torch.manual_seed(0)
         found.append(
-            losses(get_peft_model(copy.deepcopy(llama), InlayConfig(method=method, target_modules=LINEARS)), ids)
+            losses(
+                get_peft_model(copy.deepcopy(llama), InlayConfig(method=methods.DoTA(bond=8), target_modules=LINEARS)),
+                ids,
+            )
         )
     assert found[0] == pytest.approx(found[1], rel=2e-3)
 

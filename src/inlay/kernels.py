@@ -1,14 +1,13 @@
-"""Triton kernels for what plain torch does in several passes over memory. Imported only where they are switched on.
+"""The Triton kernel that paid (docs/log.md): the rows of a tensor train, which plain torch makes in several passes.
 
-They are off unless INLAY_TRITON=1: each equals its reference in Triton's interpreter (tests/test_kernels.py), but none
-has been measured on a GPU yet, and a kernel is worth its lines only where a measurement says so (docs/log.md).
+Imported where CUDA tensors come to it; INLAY_TRITON=0 leaves it to torch. tests/test_kernels.py runs it in Triton's
+interpreter where there is no GPU.
 """
 
 from __future__ import annotations
 
 import os
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -52,26 +51,3 @@ def train_rows(left: Tensor, right: Tensor) -> Tensor:
     grid = (a * o, triton.cdiv(i, X) * triton.cdiv(i2, Y))
     _train_rows[grid](left.contiguous(), right.contiguous(), out, o, i, i2, rank, X, Y, K, INTERPRETED)  # type: ignore[arg-type]
     return out
-
-
-@triton.jit
-def _block_sum(x, out, n, inp, r, N: tl.constexpr, M: tl.constexpr, R: tl.constexpr):
-    """A few rows: out[t, c] = Σ_j x[t, j r + c], M blocks at a time."""
-    t = tl.program_id(0) * N + tl.arange(0, N)
-    c = tl.arange(0, R)
-    total = tl.zeros((N, R), tl.float32)
-    for start in range(0, tl.cdiv(inp, r), M):
-        column = (start + tl.arange(0, M))[None, :, None] * r + c[None, None, :]
-        inside = (t[:, None, None] < n) & (column < inp) & (c[None, None, :] < r)
-        total += tl.sum(tl.load(x + t[:, None, None] * inp + column, mask=inside, other=0.0).to(tl.float32), 1)
-    tl.store(out + t[:, None] * r + c[None, :], total, mask=(t[:, None] < n) & (c[None, :] < r))
-
-
-def block_sum(x: Tensor, r: int) -> Tensor:
-    """Σ_j x[..., jr : (j+1)r], (..., r), in fp32; a last block may be short. x is read once, in its own dtype."""
-    flat = x.reshape(-1, x.shape[-1]).contiguous()
-    out = torch.empty(len(flat), r, dtype=torch.float32, device=x.device)
-    R = triton.next_power_of_2(r)
-    N = 4
-    _block_sum[(triton.cdiv(len(flat), N),)](flat, out, len(flat), flat.shape[1], r, N, max(1, 512 // R), R)  # type: ignore[arg-type]
-    return out.view(*x.shape[:-1], r)

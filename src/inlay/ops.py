@@ -9,8 +9,10 @@ twice; x is kept by reference, in no other dtype, or not at all.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -98,14 +100,24 @@ def scratch(like: Tensor) -> int:
 
 
 def fused(*tensors: Tensor) -> Any:
-    """The module of Triton kernels, where they are switched on (INLAY_TRITON=1) and can take these tensors."""
-    if os.environ.get("INLAY_TRITON") != "1" or torch.compiler.is_compiling():
+    """The module of Triton kernels, where it can take these tensors; INLAY_TRITON=0 switches it off."""
+    if os.environ.get("INLAY_TRITON") == "0" or torch.compiler.is_compiling():
         return None
     there = all(t.is_cuda for t in tensors) or os.environ.get("TRITON_INTERPRET") == "1"
     if not there or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         return None
-    from inlay import kernels
+    return kernels_on(tensors[0].device)
 
+
+@functools.cache
+def kernels_on(device: torch.device) -> Any:
+    try:
+        from inlay import kernels
+
+        kernels.train_rows(torch.zeros(1, 1, 1, device=device), torch.zeros(1, 1, 1, device=device))
+    except Exception as error:  # no Triton, or no C compiler for it to build its launcher with
+        warnings.warn(f"Triton cannot be used, torch does its work more slowly: {error}", stacklevel=2)
+        return None
     return kernels
 
 
@@ -278,15 +290,13 @@ def masks(shape: Sequence[int], like: Tensor, p: float, seed: int) -> Iterator[t
 
 def tiles(r: int, inp: int, like: Tensor) -> Tensor | None:
     """[I I ... I], (r × in), in half precision, which multiplies faster than it adds, and sums in fp32; else None."""
-    if like.element_size() >= 4 or fused(like) is not None:
+    if like.element_size() >= 4:
         return None
     return torch.eye(r, dtype=like.dtype, device=like.device).repeat(1, -(-inp // r))[:, :inp]
 
 
 def block_sum(x: Tensor, r: int) -> Tensor:
     """Σ_j x[..., jr : (j+1)r], (..., r), accumulated in at least fp32 with no copy of x; a last block may be short."""
-    if x.dtype != torch.float64 and (kernels := fused(x)) is not None:
-        return kernels.block_sum(x, r)
     dtype, tail = torch.promote_types(x.dtype, torch.float32), x.shape[-1] % r
     S = x[..., : x.shape[-1] - tail].unflatten(-1, (-1, r)).sum(-2, dtype=dtype)
     return S + F.pad(x[..., x.shape[-1] - tail :], (0, r - tail)) if tail else S
