@@ -168,6 +168,22 @@ def test_the_rank_is_the_true_one(tiny, tmp_path):
     assert (made.rank, max(made.errors.values())) == (1, 0)
 
 
+def test_what_rounding_to_16_bits_loses_is_said(tiny, tmp_path):
+    adapter(tiny, tmp_path / "a", "pissa")
+    whole = inlay.export_lora(tmp_path / "a", tmp_path / "l")
+    made = inlay.export_lora(tmp_path / "a", tmp_path / "n", dtype="bfloat16")
+    assert set(whole.rounding.values()) == {0.0}
+    wide, narrow = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "l", tmp_path / "n"))
+    for module, lost in made.rounding.items():
+        D, N = (
+            p[f"base_model.model.{module}.lora_B.weight"].double()
+            @ p[f"base_model.model.{module}.lora_A.weight"].double()
+            for p in (wide, narrow)
+        )
+        assert lost == pytest.approx(((D - N).norm() / D.norm()).item(), rel=1e-3)
+        assert 1e-4 < lost < 1e-2
+
+
 def test_energy_chooses_the_rank(tiny, tmp_path):
     model = adapter(tiny, tmp_path / "a", "dota")
     made = inlay.export_lora(tmp_path / "a", tmp_path / "l", energy=0.9, pad=False)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from inlay import linalg
-from inlay.linalg import minor_svd, svd, top_svd
+from inlay.linalg import svd, top_svd
 
 R = 16
 SHAPES = [(448, 448), (640, 448), (448, 640)]
@@ -241,7 +241,7 @@ def test_meta(side):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes_give_the_factors_of_their_fp32_values(dtype):
     W = matrix(400, 420, spectrum(400, 420)).to(dtype)
-    for found, expected in zip(minor_svd(W, 4), minor_svd(W.float(), 4), strict=True):
+    for found, expected in zip(svd(W, 4, "minor"), svd(W.float(), 4, "minor"), strict=True):
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, expected, atol=1e-6 if dtype != torch.float64 else 1e-3, rtol=0)
 
@@ -255,12 +255,12 @@ def test_no_gradient_and_views():
 
 def test_low_precision_products_and_autocast_are_kept_out_and_restored():
     W = matrix(448, 448, spectrum(448, 448, 1.25))
-    expected = minor_svd(W, 8)
+    expected = svd(W, 8, "minor")
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = minor_svd(W, 8)
+            found = svd(W, 8, "minor")
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
@@ -272,7 +272,7 @@ def test_bad_rank(r):
     with pytest.raises(ValueError, match=rf"r={r} .*\(30, 40\).*<= 30"):
         top_svd(torch.zeros(30, 40), r)
     with pytest.raises(ValueError, match=f"r={r} "):
-        minor_svd(torch.empty(30, 40, device="meta"), r)
+        svd(torch.empty(30, 40, device="meta"), r, "minor")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -280,7 +280,7 @@ def test_weight_that_is_not_finite(bad):
     W = torch.zeros(30, 40)
     W[3, 4] = bad
     with pytest.raises(ValueError, match=r"\(30, 40\).*NaN or infinite"):
-        minor_svd(W, 2)
+        svd(W, 2, "minor")
 
 
 def test_weight_that_is_no_matrix_and_unknown_side():

@@ -215,7 +215,8 @@ def export(options: argparse.Namespace) -> None:
     for module, error in done.errors.items() if any(e > 1e-5 for e in done.errors.values()) else ():
         print(f"{module}: relative error {error:.2e}")
     worst = max(done.errors.values())
-    rounded = "" if options.dtype == "float32" else f", then rounded to {options.dtype}"
+    lost = max(done.rounding.values())
+    rounded = f"; rounding to {options.dtype} lost up to {lost:.1e} of a change" if lost else ""
     exact = "exact" if worst < 1e-5 else f"largest relative error {worst:.2e}"
     print(f"{done.folder}: rank {done.rank}, {exact}{rounded}")
 

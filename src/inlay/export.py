@@ -91,11 +91,12 @@ def merge(
 
 @dataclass(frozen=True)
 class Exported:
-    """A LoRA folder, its rank, and each weight's relative error (0: exact)."""
+    """A LoRA folder, its rank, each weight's relative error (0: exact), and what more its rounding to 16 bits lost."""
 
     folder: Path
     rank: int
     errors: dict[str, float]
+    rounding: dict[str, float]
 
 
 def export_lora(
@@ -170,6 +171,7 @@ def export_lora(
             (part / "Modelfile").write_text(llamacpp.modelfile(base), encoding="utf-8")
         else:
             lora.write(part, first, loaded[0][1], made, size, models.DTYPES[dtype])
-        rows = [{"module": c.module, "rank": c.rank, "error": c.error} for c in made]
+        lost = {c.module: 0.0 if dtype == "float32" else c.rounding(models.DTYPES[dtype]) for c in made}
+        rows = [{"module": c.module, "rank": c.rank, "error": c.error, "rounding": lost[c.module]} for c in made]
         (part / EXPORTED).write_text(json.dumps({"rank": size, "weights": rows}, indent=1), encoding="utf-8")
-    return Exported(Path(out), size, {c.module: c.error for c in made})
+    return Exported(Path(out), size, {c.module: c.error for c in made}, lost)

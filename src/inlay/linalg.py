@@ -73,11 +73,6 @@ def top_svd(W: Tensor, r: int) -> Triplets:
     return svd(W, r, "top")
 
 
-def minor_svd(W: Tensor, r: int) -> Triplets:
-    """The r smallest triplets of W (m, n), the last r of a full SVD: U (m, r), S (r,) descending, Vh (r, n)."""
-    return svd(W, r, "minor")
-
-
 def compress(B: Tensor, A: Tensor) -> Triplets:
     """The singular triplets of B A, B (m, k), A (k, n), k small: U (m, t), S (t,) descending, Vh (t, n), t its rank.
 

@@ -44,6 +44,14 @@ class Change:
     def rank(self) -> int:
         return self.A.shape[0]
 
+    def rounding(self, dtype: torch.dtype) -> float:
+        """‖B A − B' A'‖ over ‖B A‖, for B' and A' rounded to a dtype; through Gram matrices, never (out × in)."""
+        B, A = self.B.double(), self.A.double()
+        left = torch.cat([B, -self.B.to(dtype).double()], 1)
+        right = torch.cat([A, self.A.to(dtype).double()])
+        lost, whole = (((X.T @ X) * (Y @ Y.T)).sum().clamp(min=0) for X, Y in ((left, right), (B, A)))
+        return (lost / whole.clamp(min=TINY)).sqrt().item()
+
 
 def load(folder: Path, base: str) -> PeftModel:
     """An adapter on its base without the base's memory: θ is there, W is not.

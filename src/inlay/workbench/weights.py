@@ -84,8 +84,15 @@ class Weights:
         """The stored names of what a quantiser put beside a weight, by their ends; empty where it is stored plainly."""
         weight = self.key(name) or name
         module = weight.removesuffix("weight")
-        own = [k for k in self._files if self.owner(k) == weight]
-        return {k.removeprefix(module).removeprefix("weight."): k for k in own}
+        return {k.removeprefix(module).removeprefix("weight."): k for k in self._beside.get(weight, [])}
+
+    @functools.cached_property
+    def _beside(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for key in self._files:
+            if owner := self.owner(key):
+                found.setdefault(owner, []).append(key)
+        return found
 
     def owner(self, key: str) -> str | None:
         """The stored name of the weight whose scales and codes a stored tensor is a part of, if it is."""
