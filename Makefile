@@ -8,10 +8,11 @@ READY  := $(VENV)/.installed
 DEV    := $(VENV)/.installed-dev
 SERVE  := .venv-serve
 TRITON := .triton
+TOOLS  := .venv-tools
 # A worker per core, each with one thread: small tensors are slower on two.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test test-all test-gpu lint bench serve-check peft-suite torture soak clean
+.PHONY: demo test test-all test-gpu lint bench serve-check peft-suite torture soak wheel sbom audit clean
 
 demo: $(READY)  ## environment, install, and the main job: SmolLM2-135M learns E2E
 	$(BIN)/inlay train --output runs/demo --overwrite
@@ -57,6 +58,15 @@ soak: $(READY)  ## 2,000 steps with checkpoints: memory, open files, adapter aga
 serve-check: $(READY) $(SERVE)/.installed  ## llama.cpp reads our LoRA and our merged model
 	$(BIN)/python checks/serve.py $(SERVE)/bin/python
 
+wheel: $(TOOLS)/.installed  ## the wheel, built twice to see that it comes out the same
+	$(TOOLS)/bin/python checks/wheel.py
+
+sbom: $(READY) $(TOOLS)/.installed  ## what is installed, as CycloneDX
+	$(TOOLS)/bin/cyclonedx-py environment --output-reproducible --of JSON -o sbom.json $(VENV)
+
+audit: $(TOOLS)/.installed  ## known vulnerabilities of the pinned versions; needs pypi.org itself
+	$(TOOLS)/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
+
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt torch
@@ -72,10 +82,15 @@ $(TRITON):  # beside the environment: where there is no GPU, nothing but the tes
 	$(PIP) install --no-deps --target $@.part triton==3.7.1
 	mv $@.part $@
 
+$(TOOLS)/.installed:
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip --disable-pip-version-check -q install build==1.6.1 cyclonedx-bom==7.5.0 pip-audit==2.10.1
+	touch $@
+
 $(SERVE)/.installed:
 	$(PYTHON) -m venv $(SERVE)
 	$(SERVE)/bin/python -m pip --disable-pip-version-check -q install llama-cpp-python==0.3.36
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(SERVE) $(TRITON) runs build dist src/*.egg-info
+	rm -rf $(VENV) $(SERVE) $(TRITON) $(TOOLS) sbom.json runs build dist src/*.egg-info
