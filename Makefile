@@ -12,7 +12,7 @@ TOOLS  := .venv-tools
 # A worker per core, each with one thread: small tensors are slower on two.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test test-all test-gpu lint bench serve-check peft-suite torture soak wheel sbom audit clean
+.PHONY: demo test test-all test-gpu lint bench serve-check peft-suite torture soak fuzz wheel sbom audit clean
 
 demo: $(READY)  ## environment, install, and the main job: SmolLM2-135M learns E2E
 	$(BIN)/inlay train --output runs/demo --overwrite
@@ -57,6 +57,9 @@ soak: $(READY)  ## 2,000 steps with checkpoints: memory, open files, adapter aga
 
 serve-check: $(READY) $(SERVE)/.installed  ## llama.cpp reads our LoRA and our merged model
 	$(BIN)/python checks/serve.py $(SERVE)/bin/python
+
+fuzz: $(READY)  ## 100,000 damaged and hostile files: each is read or refused with one error
+	OMP_NUM_THREADS=1 $(BIN)/python checks/fuzz.py 100000
 
 wheel: $(TOOLS)/.installed  ## the wheel, built twice to see that it comes out the same
 	$(TOOLS)/bin/python checks/wheel.py

@@ -1,6 +1,6 @@
 """The wheel of a commit is the same file whoever builds it: two builds, from two clones in two places, are compared.
 
-    python checks/wheel.py        (make wheel)
+python checks/wheel.py        (make wheel)
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ HERE = Path(__file__).parents[1]
 
 
 def build(source: Path, clone: Path) -> Path:
-    """The wheel of the last commit of `source`: dated as that commit is, with the rights of its files as git has them."""
+    """The wheel of the last commit of `source`, dated as that commit is, its files with the rights that git has."""
     subprocess.run(["git", "clone", "-q", str(source), str(clone)], check=True, umask=0o022)
     stamp = subprocess.run(["git", "log", "-1", "--format=%ct"], cwd=clone, capture_output=True, text=True, check=True)
     env = {**os.environ, "SOURCE_DATE_EPOCH": stamp.stdout.strip()}

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 
 from inlay.host import seal
 from inlay.host.layer import InlayLinear
-from inlay.workbench.files import sync
+from inlay.workbench.files import DamagedFileError, sync
 from inlay.workbench.memory import gib
 from inlay.workbench.models import first_line
 from inlay.workbench.recipe import Recipe
@@ -115,10 +115,10 @@ def read(path: Path) -> Checkpoint:
             raise ValueError
         files, found = about["files"], Checkpoint(path, about["step"], about["over"], about["run"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"{path} is not whole: its {MANIFEST} is missing or damaged") from None
+        raise DamagedFileError(f"{path} is not whole: its {MANIFEST} is missing or damaged") from None
     there = digests(path)
     if changed := sorted(name for name in files.keys() | there.keys() if files.get(name) != there.get(name)):
-        raise ValueError(f"{path} is not whole: {', '.join(changed)} is not what was written")
+        raise DamagedFileError(f"{path} is not whole: {', '.join(changed)} is not what was written")
     return found
 
 

@@ -1,14 +1,68 @@
-"""Writing so that nothing is ever half there: to a temporary name, then one rename; and by one process at a time."""
+"""Writing so that nothing is ever half there: to a temporary name, then one rename; and by one process at a time.
+
+And reading what anybody may have written: JSON and YAML that is nested or grows without end is refused, not followed.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+import yaml
+
+DEPTH, SIZE = 50, 100_000  # levels of a YAML file, and values, those that an alias repeats counted again
+
+
+class DamagedFileError(ValueError):
+    """A file is not whole, or not what its name says."""
+
+
+def from_json(text: str) -> Any:
+    """What a JSON text holds.
+
+    Raises:
+        ValueError: it is none, or nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise json.JSONDecodeError("nested too deeply", text, 0) from None
+
+
+def from_yaml(text: str) -> Any:
+    """What a YAML text holds: plain values only.
+
+    Raises:
+        yaml.YAMLError: it is none, is nested too deeply, or holds too much once its aliases are written out.
+    """
+    values = yaml.load(text, Shallow)
+    waiting, seen = [values], 0
+    while waiting:
+        value, seen = waiting.pop(), seen + 1
+        if seen + len(waiting) > SIZE:
+            raise yaml.YAMLError(f"it holds more than {SIZE:,} values, aliases written out")
+        waiting += [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return values
+
+
+class Shallow(yaml.SafeLoader):
+    """Follows no more than DEPTH levels."""
+
+    level = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.level += 1
+        if self.level > DEPTH:
+            raise yaml.YAMLError(f"it is nested more than {DEPTH} levels deep")
+        node = super().compose_node(parent, index)
+        self.level -= 1
+        return node
 
 
 def write_text(path: Path, text: str) -> None:

@@ -6,7 +6,6 @@ not repeated here. What the file holds must be exactly what PEFT would look for 
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from inlay.workbench import memory, models
+from inlay.workbench.files import DamagedFileError, from_json
 from inlay.workbench.weights import Weights
 
 ROOT = "base_model.model."
@@ -66,10 +66,10 @@ def read(folder: Path) -> Source:
         ValueError: its type is not one we know, or a file is missing or broken.
     """
     try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        config = from_json((folder / "adapter_config.json").read_text(encoding="utf-8"))
         kind = config["peft_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder}/adapter_config.json is not an adapter's configuration: {error!r}") from None
+        raise DamagedFileError(f"{folder}/adapter_config.json is not an adapter's configuration: {error!r}") from None
     if kind == "INLAY":
         raise ValueError(f"{folder} is an Inlay adapter already; use it as it is")
     if kind not in KINDS:
@@ -83,7 +83,7 @@ def read(folder: Path) -> Source:
     try:
         return Source(folder, config, load_file(path))
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read: {models.first_line(error)}") from None
+        raise DamagedFileError(f"{path} cannot be read: {models.first_line(error)}") from None
 
 
 def check_config(source: Source) -> None:

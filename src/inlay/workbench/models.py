@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import warnings
@@ -16,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from inlay.folding import FOLDED
 from inlay.host.layer import readable
 from inlay.workbench import builtin
+from inlay.workbench.files import DamagedFileError, from_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -147,10 +147,10 @@ def adapter_folder(path: str) -> Path:
 def base_of(adapter: Path) -> str:
     """The base model an adapter names; a folded one's is beside it, wherever the two were moved."""
     try:
-        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        config = from_json((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         name = config["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{adapter}/adapter_config.json is not an adapter's configuration: {error!r}") from None
+        raise DamagedFileError(f"{adapter}/adapter_config.json is not an adapter's configuration: {error!r}") from None
     if not isinstance(name, str) or not name:
         raise ValueError(f"{adapter} does not name its base model; give it with --model")
     beside = adapter.resolve().parent / "base"
@@ -179,7 +179,7 @@ def load_adapter(model: PreTrainedModel, adapter: Path, trainable: bool = False,
     try:
         return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable, low_cpu_mem_usage=light)
     except Exception as error:  # safetensors, JSON and PEFT each raise their own kind
-        raise ValueError(f"adapter {adapter} cannot be loaded: {first_line(error)}") from None
+        raise DamagedFileError(f"adapter {adapter} cannot be loaded: {first_line(error)}") from None
 
 
 def first_line(error: BaseException) -> str:

@@ -14,6 +14,7 @@ import pyarrow
 import pyarrow.parquet
 
 from inlay.workbench import builtin
+from inlay.workbench.files import DamagedFileError, from_json
 
 Record = dict[str, Any]
 
@@ -42,8 +43,8 @@ def read(source: str, split: str | None = None) -> list[Record]:
     raise _bad(path, f"no such file{hint}", f"builtin, {KINDS}, a folder of these, or a hub's owner/name")
 
 
-def _bad(where: Path | str, found: str, wanted: str) -> ValueError:
-    return ValueError(f"{where}: found {found}; accepted: {wanted}")
+def _bad(where: Path | str, found: str, wanted: str) -> DamagedFileError:
+    return DamagedFileError(f"{where}: found {found}; accepted: {wanted}")
 
 
 def short(value: Any) -> str:
@@ -75,7 +76,7 @@ def _read_file(path: Path) -> list[Record]:
     try:
         records = reader(path)
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise DamagedFileError(f"{path}: cannot be read ({error.strerror or error})".strip()) from error
     if not records:
         raise _bad(path, "no record (empty)", "at least one")
     return records
@@ -92,10 +93,12 @@ def _read_text(path: Path) -> str:
 
 def _parse(text: str, path: Path, line: int, wanted: str) -> Any:
     try:
-        return json.loads(text)
+        return from_json(text)
     except json.JSONDecodeError as error:
         culprit = short(text.split("\n")[error.lineno - 1])
         raise _bad(f"{path}, line {line + error.lineno - 1}", f"{culprit} ({error.msg})", wanted) from error
+    except ValueError as error:  # a number of more digits than are read
+        raise _bad(f"{path}, from line {line} on", f"{short(text)} ({error})", wanted) from error
 
 
 def _read_json(path: Path) -> list[Record]:

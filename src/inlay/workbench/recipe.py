@@ -19,6 +19,7 @@ from peft import PeftConfig
 from inlay.host.config import InlayConfig
 from inlay.methods import METHODS, find
 from inlay.workbench import peft_methods
+from inlay.workbench.files import DamagedFileError, from_yaml
 
 
 def entry(default: Any, text: str, **meta: Any) -> Any:
@@ -240,6 +241,8 @@ def from_values(values: dict[str, Any], overrides: dict[str, Any], path: str | N
             if key in hyper:
                 hint = f"it is a hyperparameter: write it under args, as args: {{{key}: {values[key]!r}}}"
             raise ValueError(f"{path}: unknown key {key!r}; {hint}")
+    if not isinstance(values.get("args") or {}, dict):
+        raise ValueError(f"{path}: args: {values['args']!r} is not a mapping")
     args = {**(values.get("args") or {}), **{k: v for k, v in overrides.items() if k in hyper}}
     plain = {k: v for k, v in overrides.items() if k not in hyper}
     return Recipe(**{**values, **plain, "args": {**args, **(plain.get("args") or {})}})
@@ -248,15 +251,17 @@ def from_values(values: dict[str, Any], overrides: dict[str, Any], path: str | N
 def read_yaml(path: str) -> dict[str, Any]:
     """A YAML mapping from a file."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = from_yaml(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"recipe {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe {path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+        raise DamagedFileError(f"recipe {path} cannot be read: {error}") from None
+    except (yaml.YAMLError, ValueError) as error:  # the latter: a date that is none
+        raise DamagedFileError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values or {}, dict):
         raise ValueError(f"recipe {path} must be a mapping of fields to values, not a {type(values).__name__}")
+    if odd := [key for key in values or {} if not isinstance(key, str)]:
+        raise ValueError(f"recipe {path}: the key {odd[0]!r} is no field's name")
     return values or {}
 
 

@@ -15,6 +15,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from inlay.workbench import memory, models
+from inlay.workbench.files import DamagedFileError
 
 ONE, MANY = "model.safetensors", "model.safetensors.index.json"
 
@@ -38,7 +39,9 @@ class Weights:
                     self._files |= dict.fromkeys(file.keys(), path)
         except (OSError, SafetensorError, json.JSONDecodeError, TypeError) as error:
             hint = "" if isinstance(error, SafetensorError) else " (safetensors only; save the model again)"
-            raise ValueError(f"the weights of {model!r} cannot be read{hint}: {models.first_line(error)}") from None
+            raise DamagedFileError(
+                f"the weights of {model!r} cannot be read{hint}: {models.first_line(error)}"
+            ) from None
 
     def names(self) -> list[str]:
         """The stored names of all tensors, sorted."""
@@ -78,7 +81,7 @@ class Weights:
             with safe_open(self._files[key], "pt") as file:
                 return file.get_tensor(key)
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{self._files[key]} cannot be read: {models.first_line(error)}") from None
+            raise DamagedFileError(f"{self._files[key]} cannot be read: {models.first_line(error)}") from None
 
     def beside(self, name: str) -> dict[str, str]:
         """The stored names of what a quantiser put beside a weight, by their ends; empty where it is stored plainly."""

@@ -1,0 +1,303 @@
+"""Damaged and hostile files: what reads a user's files gives a ValueError or reads them, and nothing else happens.
+
+    python checks/fuzz.py [100000] [--seed 0] [--only recipe]        (make fuzz: 100,000)
+
+Files of every kind that Inlay reads are damaged at random: cut short, bits flipped, pieces moved, doubled and swapped
+between files, and filled with what breaks parsers (NUL bytes, deep nesting, numbers beyond all types, lines of 100 kB,
+aliases that multiply, pickles, names that leave the folder). A case is unhandled if anything but a ValueError comes
+out, if what is read is not what was written, where that can be told, if it takes longer than 20 seconds or over 2 GiB,
+or if something runs or is written outside its folder. A case can be redone by its seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import pickle
+import random
+import resource
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import torch
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from inlay import InlayConfig, cache
+from inlay.workbench import checkpoints, comparison, data, foreign, models, recipe
+from inlay.workbench.weights import Weights
+
+SECONDS, MEMORY = 20, 2 << 30
+RAN = f"inlay-payload-ran-{os.getpid()}"
+IDS = torch.arange(8)[None]
+RECIPE = b"""model: builtin
+data: builtin
+method: lamda
+args: {r: 8, eta: 0.3}
+learning_rate: 5e-4
+steps: 10
+patterns: {k_proj: {r: 4}}
+trainer: {adam_beta2: 0.99}
+"""
+
+
+class Payload:
+    """A pickle that shows that it ran."""
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (Path(tempfile.gettempdir(), RAN),))
+
+
+NASTY = [
+    *(
+        b"\0",
+        b"\xff\xfe",
+        b"\xef\xbb\xbf",
+        b"\r",
+        b"\t",
+        b"\n" * 500,
+        b"x" * 100_000,
+        b"\xff" * 8,
+        b"\0" * 8,
+        b"\xff" * 7 + b"\x7f",
+    ),
+    *(
+        b"[" * 5000,
+        b"{" * 5000,
+        b'{"a":' * 3000,
+        b"- " * 5000,
+        b"9" * 5000,
+        b"1e999",
+        b"-1",
+        b"NaN",
+        b"null",
+        b"true",
+        b"0x",
+    ),
+    *(b'"', b"'", b"\\u0000", b": ", b"- ", b"---\n", b"...", b"%", b"<<: ", b"=", b"1_000", b"2001-01-01", b"1:30:00"),
+    *(b"../../../tmp/x", b"/etc/passwd", b"!!python/object/apply:os.system [touch x]", b"&a [*a]", b"*a"),
+    b"\n".join(b"%c: &%c [" % (n, n) + b",".join([b"*%c" % (n - 1)] * 9) + b"]" for n in range(98, 110)).replace(
+        b"*a", b"x"
+    ),
+    *(pickle.dumps(Payload()), b"PK\x03\x04", b"PAR1", b"GGUF", "\u00e9\u2028".encode() * 20),
+]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A reader, and the files that it reads, by their name in its folder."""
+
+    read: Callable[[Path], object]
+    files: dict[str, bytes]
+
+
+def damaged(good: bytes, others: list[bytes], draw: random.Random) -> bytes:
+    """A file with one to four things wrong."""
+    found = bytearray(good)
+    for _ in range(draw.choice((1, 1, 2, 4))):
+        size, kind = len(found), draw.randrange(8)
+        a, b = sorted(draw.randrange(size + 1) for _ in range(2))
+        b = min(b, a + draw.choice((1, 8, 64, 4096)))
+        if kind == 0:
+            del found[a:]
+        elif kind == 1 and size:
+            found[draw.randrange(size)] ^= 1 << draw.randrange(8)
+        elif kind == 2:
+            found[a:b] = draw.choice(NASTY)
+        elif kind == 3:
+            found[a:a] = draw.choice(NASTY)
+        elif kind == 4:
+            found[a:a] = found[a:b]
+        elif kind == 5:
+            del found[a:b]
+        elif kind == 6:
+            other = draw.choice(others)
+            found[a:b] = other[draw.randrange(len(other) + 1) :][:256]
+        elif draw.random() < 0.05:
+            found = bytearray(draw.choice(NASTY))
+        else:  # a word for a word
+            words = bytes(found).split(b" ")
+            words[draw.randrange(len(words))] = draw.choice(NASTY)
+            found = bytearray(b" ".join(words))
+    return bytes(found)
+
+
+def tiny() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+            vocab_size=32, max_position_embeddings=16,
+        )
+    )  # fmt: skip
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def targets(scratch: Path) -> dict[str, Target]:
+    """Every reader with good files of its own."""
+    rows = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(4)]
+    text = "\n".join(json.dumps(row) for row in rows)
+    table = "mr,ref\n" + "\n".join(f'"name[{i}], food[x]",The {i} is a place.' for i in range(4))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), scratch / "rows.parquet")
+    example = Path(__file__).parents[1] / "recipes" / "compare_e2e_small.yaml"
+    base, config = tiny(), {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    base.save_pretrained(scratch / "base")
+    name = str(scratch / "base")
+    known = torch.empty(0)
+    for folder, made in (
+        ("adapter", InlayConfig(method="pissa", args={"r": 2}, **config)),
+        ("lora", LoraConfig(r=2, **config)),
+    ):
+        made.base_model_name_or_path = name
+        model = get_peft_model(tiny(), made)
+        with torch.no_grad():
+            for p in (p for p in model.parameters() if p.requires_grad):
+                p.add_(0.1)
+        model.save_pretrained(str(scratch / folder))
+        known = model(input_ids=IDS).logits if folder == "adapter" else known
+    point = scratch / "run" / "checkpoints"
+    point.mkdir(parents=True)
+    (scratch / "run" / checkpoints.METRICS).write_text('{"step": 1}\n')
+    with checkpoints.staged(point, 1, False, {"recipe": {}, "identity": {}, "versions": {}}) as part:
+        checkpoints.path_of(part, 1).mkdir()
+        (checkpoints.path_of(part, 1) / "trainer_state.json").write_text("{}")
+    save_file(
+        {"a": torch.ones(4, 4)},
+        scratch / "one.safetensors",
+        {"fingerprints": json.dumps({"a": cache.fingerprint(torch.ones(4, 4))})},
+    )
+    quiet = Console(file=(scratch / "said").open("w"))
+
+    def records(path: Path) -> object:
+        return data.examples(data.read(str(next(path.iterdir()))))
+
+    def adapter(path: Path) -> object:
+        found = models.load_adapter(tiny(), models.adapter_folder(str(path)))
+        assert torch.equal(found(input_ids=IDS).logits, known), "it was read as something else"
+        return found
+
+    def stored(path: Path) -> object:
+        weights = Weights(str(path))
+        return [weights.read(name) for name in weights.names()]
+
+    def checkpoint(path: Path) -> object:
+        found = checkpoints.newest(path, quiet)
+        assert found is None or found.run == {"recipe": {}, "identity": {}, "versions": {}}
+        return found
+
+    def cached(path: Path) -> object:
+        os.environ["INLAY_CACHE"] = str(path)
+        found = cache.load("starts", "one")
+        assert found is None or torch.equal(found["a"], torch.ones(4, 4))
+        return found
+
+    return {
+        "recipe": Target(lambda p: recipe.load(str(p / "r.yaml"), {}), {"r.yaml": RECIPE}),
+        "comparison": Target(lambda p: comparison.load(str(p / "c.yaml")), {"c.yaml": example.read_bytes()}),
+        **{
+            f"data {name}": Target(records, {f"d.{name}": content})
+            for name, content in {
+                "jsonl": text.encode(), "json": json.dumps(rows).encode(), "csv": table.encode(),
+                "tsv": table.replace('"', "").replace(",", "\t").encode(), "txt": text.replace("\n", "\n\n").encode(),
+                "parquet": (scratch / "rows.parquet").read_bytes(),
+            }.items()
+        },
+        "checkpoint": Target(checkpoint, contents(point)),
+        "adapter": Target(adapter, contents(scratch / "adapter")),
+        "adapter of PEFT": Target(lambda p: foreign.read(p), contents(scratch / "lora")),
+        "weights": Target(stored, contents(scratch / "base")),
+        "cache": Target(cached, {"starts/one.safetensors": (scratch / "one.safetensors").read_bytes()}),
+    }  # fmt: skip
+
+
+def attempt(target: Target, seed: str, folder: Path) -> str:
+    """What became of one case: "read", "refused", or what went wrong."""
+    draw = random.Random(seed)
+    name = draw.choice(sorted(target.files))
+    others = [content for content in target.files.values() if content] + NASTY
+    for path, content in target.files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(damaged(content, others, draw) if path == name else content)
+    signal.alarm(SECONDS)
+    try:
+        target.read(folder)
+        return "read"
+    except ValueError as error:
+        return "refused" if str(error) else "a ValueError that says nothing"
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        return f"{type(error).__name__}: {traceback.format_exc(limit=-1)[-300:]}"
+    finally:
+        signal.alarm(0)
+
+
+def run(count: int, seed: int, only: str, scratch: Path) -> int:
+    """Print a line for each reader; gives the number of unhandled cases."""
+    made = {name: target for name, target in targets(scratch).items() if only in name}
+    unhandled, outside = 0, Path(tempfile.gettempdir(), RAN)
+    outside.unlink(missing_ok=True)
+    for name, target in made.items():
+        began, ends, faults = time.perf_counter(), collections.Counter(), {}
+        around = set(scratch.iterdir())
+        for i in range(-(-count // len(made))):
+            with tempfile.TemporaryDirectory(dir=scratch) as folder:
+                end = attempt(target, f"{seed} {name} {i}", Path(folder))
+            ends[end if end in ("read", "refused") else "unhandled"] += 1
+            faults.setdefault(end, i) if end not in ("read", "refused") else None
+            if outside.exists() or set(scratch.iterdir()) != around:
+                outside.unlink(missing_ok=True)
+                faults.setdefault("something was run or written outside", i)
+                ends["unhandled"] += 1
+        unhandled += ends["unhandled"]
+        seconds = time.perf_counter() - began
+        told = ", ".join(f"{ends[end]} {end}" for end in ("refused", "read", "unhandled"))
+        print(
+            f"{name}: {sum(ends.values())} inputs, {told} ({seconds:.0f} s)",
+            flush=True,
+        )
+        for fault, i in list(faults.items())[:5]:
+            print(f"  case {i}: {fault}", flush=True)
+    return unhandled
+
+
+def main() -> None:
+    options = argparse.ArgumentParser()
+    options.add_argument("count", type=int, nargs="?", default=100_000)
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--only", default="", help="readers with this in their name")
+    asked = options.parse_args()
+    warnings.simplefilter("ignore")
+    models.quiet()
+
+    def late(*_: Any) -> None:
+        raise TimeoutError(f"longer than {SECONDS} s")
+
+    signal.signal(signal.SIGALRM, late)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        unhandled = run(asked.count, asked.seed, asked.only, Path(folder))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(f"{asked.count} inputs, {unhandled} unhandled; peak memory {peak / 2**30:.2f} GiB")
+    sys.exit(bool(unhandled or peak > MEMORY))
+
+
+if __name__ == "__main__":
+    main()

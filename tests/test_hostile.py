@@ -1,0 +1,102 @@
+"""Files that somebody else made: a slice of `make fuzz`, and what it cannot come upon by chance."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from inlay.workbench import data, recipe
+from inlay.workbench.files import DamagedFileError
+
+BOMB = "a: &a [1]\n" + "".join(f"{n}: &{n} [{', '.join(['*' + chr(ord(n) - 1)] * 9)}]\n" for n in "bcdefghijkl")
+FUZZ = Path(__file__).parents[1] / "checks" / "fuzz.py"
+
+
+@pytest.fixture(scope="module")
+def fuzz():
+    spec = importlib.util.spec_from_file_location("fuzz", FUZZ)
+    module = sys.modules["fuzz"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["fuzz"]
+
+
+@pytest.mark.filterwarnings("ignore")  # a damaged config may name fields that PEFT warns of
+def test_a_slice_of_the_fuzzing(fuzz, tmp_path, monkeypatch, capsys):
+    """The same cases at every run; make fuzz goes through 100,000."""
+    monkeypatch.setenv("INLAY_CACHE", str(tmp_path / "cache"))
+    assert fuzz.run(390, 7, "", tmp_path) == 0
+    assert capsys.readouterr().out.count(" 0 unhandled") == 13
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_fuzzing_sees_what_goes_wrong(fuzz, tmp_path, monkeypatch):
+    """A reader that fails otherwise, one that runs a pickle, and one that writes beside its folder are each counted."""
+    for broken in (
+        lambda p: {}["no such key"],
+        lambda p: fuzz.Path(fuzz.tempfile.gettempdir(), fuzz.RAN).touch(),
+        lambda p: (p.parent / "beside").touch(),
+    ):
+        monkeypatch.setattr(fuzz, "targets", lambda scratch, b=broken: {"one": fuzz.Target(b, {"f": b"x" * 50})})
+        assert fuzz.run(3, 0, "", tmp_path) > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("[" * 2000 + "]" * 2000, "nested more than 50"),
+        ("a: " + "{b: " * 2000 + "1" + "}" * 2000, "nested more than 50"),
+        (BOMB, "100,000 values"),
+        ("a: &a [*a]", "100,000 values"),
+        ("model: !!python/object/apply:os.system [touch x]", "could not determine a constructor"),
+        ("model: 2001-99-99", "month must be"),
+        ("true: 1", "no field's name"),
+        ("args: 5", "args: 5 is not a mapping"),
+        ("model: a\0b", "not YAML"),
+    ],
+    ids=["list", "mapping", "bomb", "ring", "code", "date", "key", "args", "NUL"],
+)  # fmt: skip
+def test_a_recipe_that_is_none(text, why, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text(text)
+    with pytest.raises(ValueError, match=why) as told:
+        recipe.load("r.yaml", {})
+    assert len(str(told.value)) < 1000
+    assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
+
+
+def test_a_models_own_code_runs_only_if_asked_for():
+    assert recipe.Recipe().trust_remote_code is False
+    root = FUZZ.parents[1]
+    sources = [*(root / "src").rglob("*.py"), *(root / "recipes").rglob("*.yaml")]
+    assert len(sources) > 50
+    for path in sources:
+        assert not re.search(r"trust_remote_code\s*[=:]\s*[Tt]rue", path.read_text(encoding="utf-8")), path
+
+
+def test_own_recipes_with_shared_values_are_read(tmp_path):
+    """What is written with an anchor, because one list stands in it twice."""
+    (tmp_path / "r.yaml").write_text("target_modules: &t [q_proj]\nexclude_modules: *t\n")
+    assert recipe.load(str(tmp_path / "r.yaml"), {}).exclude_modules == ["q_proj"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("d.jsonl", "[" * 100_000),
+        ("d.json", '{"a":' * 100_000),
+        ("d.jsonl", '{"prompt": ' + "9" * 10_000 + "}"),
+        ("d.jsonl", '{"prompt": "' + "x" * 10_000_000),
+        ("d.csv", "a,b\n" + '"' + "x" * 1_000_000),
+        ("d.parquet", "PAR1" + "\0" * 100 + "PAR1"),
+        ("d.txt", "\xff".encode("latin-1")),
+    ],
+    ids=["deep", "deep object", "digits", "10 MB line", "open quotation", "parquet", "not UTF-8"],
+)
+def test_data_that_is_none(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DamagedFileError, match=name) as told:
+        data.read(str(tmp_path / name))
+    assert len(str(told.value)) < 1000
