@@ -69,9 +69,9 @@ def as_dataset(rows: list[dict], tokenizer: PreTrainedTokenizerBase) -> Dataset:
     return Dataset.from_list(rows if tokenizer.chat_template else [data.plain(row) for row in rows])
 
 
-def at_most(rows: Examples) -> int:
+def at_most(rows: Examples, processes: int = 1) -> int:
     """The largest batch worth having: a power of two that leaves eight steps an epoch, up to 64."""
-    return min(64, 1 << max(0, (len(rows.train) // 8).bit_length() - 1))
+    return min(64, 1 << max(0, (len(rows.train) // processes // 8).bit_length() - 1))
 
 
 def planned(recipe: Recipe, rows: Examples, dtype: torch.dtype) -> tuple[Run, int]:
