@@ -506,7 +506,7 @@ def add_fields(verb: argparse.ArgumentParser, names: Sequence[str], hidden: bool
         verb.add_argument(f"--{name.replace('_', '-')}", dest=name, **kind, **switch)
 
 
-SWITCHES = ("overwrite", "packing", "keep_best", "gradient_checkpointing", "trust_remote_code")
+SWITCHES = ("overwrite", "packing", "streaming", "keep_best", "gradient_checkpointing", "trust_remote_code")
 
 
 def wrap(text: str) -> str:

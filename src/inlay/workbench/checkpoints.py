@@ -150,7 +150,8 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 def identity(trainer: Any, rows: Any) -> dict[str, Any]:
     """What a recipe names but does not hold: the data, the base's weights, the batch over all devices."""
     digest = hashlib.sha256()
-    for row in (*rows.train, *rows.heldout, trainer.train_dataset[0]):  # the last: as tokenised, with the template
+    first = next(iter(trainer.train_dataset))  # as tokenised, with the template
+    for row in (*rows.train, *rows.heldout, first, *rows.shards):
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
     layers = {n: m for n, m in trainer.model.named_modules() if isinstance(m, InlayLinear)}
     args = trainer.args

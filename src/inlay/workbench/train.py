@@ -28,7 +28,17 @@ from inlay.workbench import checkpoints, memory, models, peft_methods, ranks, re
 from inlay.workbench.checkpoints import Checkpoint
 from inlay.workbench.files import check_free, locked, new_folder, set_aside, write_text
 from inlay.workbench.generate import answer
-from inlay.workbench.prepare import MARK, Examples, as_dataset, at_most, examples, fitting_batch, load, planned
+from inlay.workbench.prepare import (
+    MARK,
+    Examples,
+    as_dataset,
+    at_most,
+    examples,
+    fitting_batch,
+    load,
+    planned,
+    training_set,
+)
 from inlay.workbench.recipe import Recipe
 from inlay.workbench.recipe import load as load_recipe
 from inlay.workbench.result import Result, environment
@@ -283,7 +293,7 @@ def build(recipe: Recipe, base: Any, tokenizer, rows: Examples, folder: Path) ->
         trainer = Trainer(
             base,
             args=arguments(recipe, folder, batch, steps, models.dtype_for(recipe.dtype)),
-            train_dataset=as_dataset(rows.train, tokenizer),
+            train_dataset=training_set(rows, tokenizer),
             eval_dataset=as_dataset(rows.heldout, tokenizer),
             processing_class=tokenizer,
             peft_config=adapter,
