@@ -39,7 +39,7 @@ def ours(name: str, args: dict, layers: int, weights: list[Tensor]) -> float:
     method = find(name)(**args)
     began = time.perf_counter()
     starts.compute(
-        starts.Job(method, lambda W=W, layer=layer: W * (1 + layer / 100), lambda p: None)
+        starts.Job(method, tuple(W.shape), lambda W=W, layer=layer: W * (1 + layer / 100), lambda p: None)
         for layer in range(layers)
         for W in weights
     )

@@ -134,6 +134,9 @@ def test_a_signal_ends_a_step_and_leaves_a_checkpoint(number, tiny, records, who
     [
         slow({"packing": True, "max_length": 96, "batch_size": 1, "method": "pissa", "args": {"r": 4}}),
         slow({"trainer": {"logging_steps": 4}, "method": "dota", "args": {"bond": 4, "init": "random"}}),
+        slow(
+            {"streaming": True, "packing": True, "max_length": 96, "batch_size": 1, "method": "bone", "args": {"r": 4}}
+        ),
         {"eval_every": 1, "early_stopping": 3, "learning_rate": 0.5, "dropout": 0.2, "steps": 9},
         {"eval_every": 2, "keep_best": True, "learning_rate": 0.3, "modules_to_save": ["norm"], "samples": 1},
     ],

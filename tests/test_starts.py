@@ -22,7 +22,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def jobs(method, weights, into):
-    return [starts.Job(method, lambda W=W: W, lambda p: into.append(p)) for W in weights]
+    return [starts.Job(method, tuple(W.shape), lambda W=W: W, lambda p: into.append(p)) for W in weights]
 
 
 def alone(method, W):

@@ -52,20 +52,31 @@ def train(options: argparse.Namespace) -> None:
 
     example:  inlay train --data mine.jsonl --method milora --r 32 --learning-rate 3e-4 --output runs/mine
     """
-    from inlay.workbench import models, prepare, recipe, train
+    from inlay.host import processes
+    from inlay.workbench import launch, models, prepare, recipe, train
 
     models.quiet()
-    given = {k: v for k, v in vars(options).items() if k not in ("verb", "run", "recipe", "dry_run", "resume")}
+    own = ("verb", "run", "recipe", "dry_run", "resume", "num_processes", "launch_config", "arguments")
+    given = {k: v for k, v in vars(options).items() if k not in own}
     flags = {k: recipe.from_flag(k, v) if isinstance(v, str) else v for k, v in given.items()}
     console = terminal()
     if options.resume:
         if options.recipe or options.dry_run:
             raise ValueError("--resume RUN goes on with the recipe in the run folder; leave out RECIPE and --dry-run")
-        unfinished = train.unfinished(Path(options.resume), flags)
-        train.train(unfinished, console, resume=True) if unfinished else print(f"{options.resume} is finished")
-        return
-    resolved = recipe.load(options.recipe, flags)
-    prepare.dry_run(resolved, console) if options.dry_run else train.train(resolved, console)
+        resolved = train.unfinished(Path(options.resume), flags)
+    else:
+        resolved = recipe.load(options.recipe, flags)
+    if resolved is None:
+        print(f"{options.resume} is finished")
+    elif options.dry_run:
+        prepare.dry_run(resolved, console)
+    elif options.num_processes > 1:
+        raise SystemExit(launch.launch(options.arguments, options.num_processes, options.launch_config))
+    elif options.launch_config:
+        raise ValueError("--launch-config is for several processes; give --num-processes too")
+    else:
+        with processes.joined():
+            train.train(resolved, console, resume=bool(options.resume))
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -332,12 +343,19 @@ def main(arguments: list[str] | None = None) -> None:
     """Run a verb; a mistake of the user's is one line and exit code 2."""
     import torch
 
+    from inlay.host.processes import Elsewhere
+
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
+    if options.verb == "train":
+        options.arguments = arguments  # for the processes that it starts
     try:
         options.run(options)
     except KeyboardInterrupt:
         print("inlay: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    except Elsewhere:  # which is said there
+        raise SystemExit(1) from None
     except (ValueError, OSError) as error:
         if os.environ.get("INLAY_DEBUG"):
             raise
@@ -463,6 +481,12 @@ def add_train(verb: argparse.ArgumentParser) -> None:
 
     verb.add_argument("recipe", nargs="?", help="YAML file; flags override it")
     verb.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, from its last checkpoint")
+    verb.add_argument(
+        "--num-processes", type=positive, default=1, help="GPUs (or processes of a CPU) to train on together"
+    )
+    verb.add_argument(
+        "--launch-config", metavar="FILE", help="accelerate's, as recipes/distributed/fsdp2.yaml (none: DDP)"
+    )
     verb.add_argument("--dry-run", action="store_true", help="show recipe, first example, parameters and memory; stop")
     names = [f.name for f in fields(Recipe)] + list(hyperparameters())
     rest = [name for name in names if name not in COMMON]
@@ -483,7 +507,7 @@ def add_fields(verb: argparse.ArgumentParser, names: Sequence[str], hidden: bool
         verb.add_argument(f"--{name.replace('_', '-')}", dest=name, **kind, **switch)
 
 
-SWITCHES = ("overwrite", "packing", "keep_best", "gradient_checkpointing", "trust_remote_code")
+SWITCHES = ("overwrite", "packing", "streaming", "keep_best", "gradient_checkpointing", "trust_remote_code")
 
 
 def wrap(text: str) -> str:

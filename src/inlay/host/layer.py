@@ -13,6 +13,7 @@ from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
@@ -128,6 +129,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}  # hot swap compares it; the real factor belongs to the method, as it checks
         self.merged_adapters: list[str] = []
         self.unmerged: Any = None  # what the base held before a merge
+        self.marked: str | None = None  # the base's mark when it was last whole
         self.quantization_backend = resolve_quantization_backend(
             base_layer, get_apply_tensor_subclass=get_apply_tensor_subclass
         )
@@ -233,6 +235,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         else:
             yield starts.Job(
                 cut.method,
+                (self.out_features, self.in_features),
                 lambda: self.pristine().detach().float(),
                 lambda start: self._settle_start(name, like, start),
             )
@@ -309,14 +312,17 @@ class InlayLinear(nn.Module, BaseTunerLayer):
             )
 
     def base_mark(self, folded: bool = False) -> str | None:
-        """The mark of the weight below all adapters; None where it is sharded, not there, or quantised and not
-        `folded`: the same base in another quantisation serves as well, but for what something was folded into."""
+        """The mark of the weight below all adapters, of a sharded one from before that; None where it is not there, or
+        quantised and not `folded`: the same base in another quantisation serves as well, but for what something was
+        folded into."""
         if self.quantization_backend is not None:
             weight = self.unmerged[1]["weight"] if self.unmerged else self.base_layer.weight
             return seal.of_packed(cast(Tensor, weight)) if folded else None
         W = self.pristine()
         whole = W.shape == (self.out_features, self.in_features) and seal.is_plain(W)
-        return seal.of_base(W) if whole else None
+        if whole:
+            self.marked = seal.of_base(W)
+        return self.marked if whole or isinstance(W, DTensor) else None
 
     def make_seal(self, name: str, tensors: dict[str, Tensor]) -> dict[str, str | None]:
         """What `check_seal` will want to find when these tensors are loaded again."""

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from inlay.host.layer import InlayLinear
-from inlay.host.slot import restore_precision
+from inlay.host.slot import restore_precision, trained
 
 
 def step(model: nn.Module, t: float, optimizer: torch.optim.Optimizer | None = None) -> int:
@@ -34,7 +34,7 @@ def step(model: nn.Module, t: float, optimizer: torch.optim.Optimizer | None = N
         for weight in module.advance(t) if isinstance(module, InlayLinear) else ():
             if optimizer is not None:
                 optimizer.state.pop(weight, None)
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return trained(model)
 
 
 class Schedule(TrainerCallback):

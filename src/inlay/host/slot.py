@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class Slot(nn.Module):
@@ -22,9 +23,10 @@ class Slot(nn.Module):
         else:
             self.register_buffer("weight", value)
         self.exact: Tensor | None = None  # the weight's memory under a second name, where a cast is to be undone
+        self.held = False  # a sharded parameter that is frozen
 
     def forward(self) -> Tensor:
-        return self.weight
+        return self.weight.detach() if self.held else self.weight
 
     def restore(self) -> None:
         """Give a parameter that was cast to half precision its fp32 numbers back, where nothing else changed them."""
@@ -53,15 +55,25 @@ class Slot(nn.Module):
         """Make a parameter a buffer with the same numbers, and give it back for its optimiser to forget.
 
         A buffer, because PEFT turns gradients back on whenever adapters are switched, and sharded savers drop
-        parameters without gradients. The optimiser's groups keep the parameter, so its checkpoints still fit.
+        parameters without gradients. The optimiser's groups keep the parameter, so its checkpoints still fit. One that
+        FSDP2 shards is FSDP2's to gather: it stays a parameter, but no gradient reaches it, on any process.
         """
-        if "weight" not in self._parameters:
+        if "weight" not in self._parameters or self.held:
             return None
         weight = cast(nn.Parameter, self.weight)
+        if isinstance(weight, DTensor):
+            self.held, weight.grad = True, None
+            return weight
         del self.weight
         self.register_buffer("weight", weight.detach())
         weight.requires_grad_(False).grad = None
         return weight
+
+
+def trained(model: nn.Module) -> int:
+    """How many numbers of a model are trained."""
+    held = sum(slot.weight.numel() for slot in model.modules() if isinstance(slot, Slot) and slot.held)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad) - held
 
 
 def uncast(value: Tensor, exact: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Starts of many weights: side by side on the cores of a CPU, and none computed twice.
+"""Starts of many weights: side by side on the cores of a CPU and in the processes of a run, and none computed twice.
 
 Each decomposition has one core to itself: its products are too thin to share, and so its digits do not depend on how
 many cores there are. One that took long is kept in the cache, under the content of its weight and the method.
@@ -9,28 +9,45 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import psutil
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from inlay import cache, linalg
 from inlay._version import __version__
+from inlay.host import processes
 from inlay.method import Method, Params
 
 COSTLY = 0.01  # seconds from which on a start is kept
 COPIES = 8  # fp32 copies of its weight that a decomposition holds, at most
+_sharing = False
 
 
 class Job(NamedTuple):
-    """A start to compute: `read` gives W (out × in) in fp32, `done` takes θ₀."""
+    """A start to compute: `read` gives W, of `shape` (out, in), in fp32; `done` takes θ₀."""
 
     method: Method
+    shape: tuple[int, int]
     read: Callable[[], Tensor]
     done: Callable[[Params], None]
+
+
+@contextmanager
+def shared() -> Iterator[None]:
+    """In its block, where every process of a run adapts the same model, each computes its share of the starts and
+    gives the others what it found. Nothing does so unasked: a process that adapts a model alone would wait for ever."""
+    global _sharing
+    before, _sharing = _sharing, processes.count() > 1
+    try:
+        yield
+    finally:
+        _sharing = before
 
 
 @torch.no_grad()
@@ -40,30 +57,58 @@ def compute(jobs: Iterable[Job]) -> None:
     A start that draws random numbers waits for its turn, so that a seed means the same everywhere.
     """
     cores = torch.get_num_threads()
-    waiting: deque[tuple[Job, Future[Params]]] = deque()
+    ranks, rank = (processes.count(), PartialState().process_index) if _sharing else (1, 0)
+    waiting: deque[tuple[Job, int, Future[Params] | None]] = deque()
 
     def finish(most: int) -> None:
         while len(waiting) > most:
-            job, future = waiting.popleft()
-            job.done(future.result())
+            job, owner, future = waiting.popleft()
+            take(job, future and future.result(), owner)
+
+    def take(job: Job, made: Params | None, owner: int) -> None:
+        if ranks > 1:
+            made = processes.share(blank(job) if made is None else made, owner)
+        assert made is not None
+        job.done(made)
 
     pool = ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,))
     # Precision is a setting of the process: threads that each set it and put it back would leave it wrong.
     with linalg.full_precision(torch.device("cpu")), pool:
         try:
-            for job in jobs:
-                W = job.read()
-                if W.device.type != "cpu" or job.method.draws:
+            for number, job in enumerate(jobs):
+                if job.method.draws:  # in every process, so that their generators stay in step
                     finish(0)
-                    job.done(start(job.method, W))
+                    take(job, start(job.method, on_device(job.read())), 0)
                     continue
-                room = psutil.virtual_memory().available // (COPIES * W.nbytes + 1)
-                finish(max(0, min(cores, room) - 1))
-                waiting.append((job, pool.submit(start, job.method, W)))
+                owner = number % ranks
+                if owner == 0:
+                    room = psutil.virtual_memory().available // (COPIES * 4 * job.shape[0] * job.shape[1] + 1)
+                    finish(ranks * max(0, min(cores, room) - 1))
+                future = None
+                if owner == rank:
+                    W = on_device(job.read())
+                    if W.device.type == "cpu":
+                        future = pool.submit(start, job.method, W)
+                    else:
+                        finish(0) if ranks == 1 else None
+                        future = Future()
+                        future.set_result(start(job.method, W))
+                waiting.append((job, owner, future))
             finish(0)
         finally:
-            for _, future in waiting:
-                future.cancel()
+            for _, _, future in waiting:
+                future.cancel() if future else None
+
+
+def on_device(W: Tensor) -> Tensor:
+    """A weight where this process computes: a model that is to be sharded still lies on the CPU."""
+    return W.to(PartialState().device) if _sharing else W
+
+
+def blank(job: Job) -> Params:
+    """Room for a start that another process computes."""
+    shapes = job.method.start(torch.empty(job.shape, device="meta"))
+    return {name: torch.empty_like(shape, device=PartialState().device) for name, shape in shapes.items()}
 
 
 def start(method: Method, W: Tensor) -> Params:

@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from safetensors import SafetensorError
 
-from inlay.host import seal
+from inlay.host import processes, seal
 from inlay.host.layer import InlayLinear
 from inlay.workbench.files import DamagedFileError, sync
 from inlay.workbench.memory import gib
@@ -55,17 +55,25 @@ def steps(folder: Path) -> list[int]:
 
 @contextmanager
 def staged(folder: Path, step: int, over: bool, run: dict[str, Any]) -> Iterator[Path]:
-    """A staging folder, in which the block leaves a checkpoint; it and the run's metrics are then sealed and moved.
+    """A staging folder, in which the block leaves a checkpoint; it and the run's metrics are then sealed and moved, by
+    the first process, when what the others write there is whole.
 
     Raises:
         ValueError: it could not be written; the checkpoints before it are untouched.
     """
     part, final = folder / ".part", path_of(folder, step)
     made = part / final.name
+    if not processes.first():
+        processes.wait()
+        yield part
+        processes.wait()
+        return
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
+        processes.wait()
         yield part
+        processes.wait()
         (made / "training_args.bin").unlink(missing_ok=True)  # a pickle that only code could read
         shutil.copyfile(folder.parent / METRICS, made / METRICS)
         about = {"format": FORMAT, "step": step, "over": over, "run": run, "files": digests(made)}
@@ -76,6 +84,8 @@ def staged(folder: Path, step: int, over: bool, run: dict[str, Any]) -> Iterator
         os.replace(made, final)
         sync(folder)
     except (OSError, RuntimeError, SafetensorError) as error:
+        if processes.lost(error):
+            raise
         free = gib(shutil.disk_usage(folder.parent).free)
         raise ValueError(
             f"{final} cannot be written, with {free} free on its disk ({first_line(error)}); those before it are whole"
@@ -140,7 +150,8 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 def identity(trainer: Any, rows: Any) -> dict[str, Any]:
     """What a recipe names but does not hold: the data, the base's weights, the batch over all devices."""
     digest = hashlib.sha256()
-    for row in (*rows.train, *rows.heldout, trainer.train_dataset[0]):  # the last: as tokenised, with the template
+    first = next(iter(trainer.train_dataset))  # as tokenised, with the template
+    for row in (*rows.train, *rows.heldout, first, *rows.shards):
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
     layers = {n: m for n, m in trainer.model.named_modules() if isinstance(m, InlayLinear)}
     args = trainer.args
@@ -148,15 +159,25 @@ def identity(trainer: Any, rows: Any) -> dict[str, Any]:
         "data": digest.hexdigest()[:16],
         "base": seal.of_values({n: m.base_mark(m.cuts["default"].folded) for n, m in layers.items()}),
         "effective batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "processes": args.world_size,
     }
 
 
 def check_same(found: Checkpoint, part: str, now: dict[str, Any]) -> None:
     """Raise a ValueError that names the differences between what a checkpoint was made with and what there is now."""
-    then = found.run[part]
+    then = {key: value for key, value in found.run[part].items() if key not in divided(found)}
     changed = [f"{key} was {then[key]!r} and is {now.get(key)!r}" for key in then if then[key] != now.get(key)]
     if changed:
-        raise ValueError(f"{found.path} is of another run: {'; '.join(changed)}; start a new run for that")
+        way = "start a new run for that"
+        if changed[0].startswith("effective batch"):
+            way = f"choose --batch-size and --accumulation so that, times {processes.count()} processes, they give it"
+        raise ValueError(f"{found.path} is of another run: {'; '.join(changed)}; {way}")
+
+
+def divided(found: Checkpoint) -> set[str]:
+    """What may differ where other than so many processes go on: how they divide the effective batch among them."""
+    same = found.run["identity"].get("processes", 1) == processes.count()
+    return set() if same else {"batch_size", "accumulation", "processes"}
 
 
 def versions_changed(found: Checkpoint) -> list[str]:

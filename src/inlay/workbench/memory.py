@@ -10,6 +10,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from inlay.host import slot
 from inlay.workbench.models import load_config
 
 
@@ -67,7 +68,7 @@ def count(name: str, config: PeftConfig | None) -> int:
 
 def trainable(model: nn.Module) -> int:
     """How many numbers are trained."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return slot.trained(model)
 
 
 def numbers(model: nn.Module) -> tuple[int, int]:

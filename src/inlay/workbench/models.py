@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from inlay.folding import FOLDED
+from inlay.host import processes
 from inlay.host.layer import readable
 from inlay.workbench import builtin
 from inlay.workbench.files import DamagedFileError, from_json
@@ -77,7 +78,7 @@ def load_model(
     quantization: Any = None,
     folded: bool = False,
 ) -> PreTrainedModel:
-    """A causal language model, on the GPU if there is one; quantised on the way, if so asked.
+    """A causal language model, on the GPU if there is one and nothing shards it; quantised on the way, if so asked.
 
     Raises:
         ValueError: it cannot be loaded, is to be quantised and is so already, or (unless `folded`) is half of a fold.
@@ -97,7 +98,7 @@ def load_model(
     for module in model.modules():
         readable(module)
     settle_dtype(model, dtype)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() and not processes.sharded() else "cpu")
     return cast(Any, model).to(device)
 
 

@@ -8,45 +8,60 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from inlay.folding import fold
 from inlay.host.config import InlayConfig
-from inlay.workbench import data, memory, models, ranks
+from inlay.workbench import data, memory, models, ranks, stream
 from inlay.workbench.checkpoints import Checkpoint
 from inlay.workbench.files import check_free
 from inlay.workbench.peft_methods import FULL, without_start
 from inlay.workbench.plan import Run
 from inlay.workbench.recipe import Recipe
 
+LOOKED_AT = 1000  # examples of a stream that are audited
 MARK = ".inlay-run"  # what makes a folder a run of ours, which --overwrite may replace
 
 
 @dataclass
 class Examples:
-    """Training and held-out examples, and what was found about them."""
+    """Training and held-out examples, and what was found about them. Of a `stream`, `train` is the beginning, and
+    `shards` its files with their sizes."""
 
     train: list[dict]
     heldout: list[dict]
     audit: data.Audit
+    stream: IterableDataset | None = None
+    shards: tuple[tuple[str, int], ...] = ()
 
 
 def examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Console) -> Examples:
     """Read, split and audit a recipe's data; what cannot be learned from is counted and said."""
-    made = data.examples(data.read(recipe.data, recipe.split), recipe.columns or None, recipe.system)
+    source = None
+    if recipe.streaming:
+        source = stream.examples(recipe.data, recipe.columns or None, recipe.system)
+        made = stream.head(source, LOOKED_AT)
+    else:
+        made = data.examples(data.read(recipe.data, recipe.split), recipe.columns or None, recipe.system)
     if recipe.eval_data:
         held = data.examples(data.read(recipe.eval_data), recipe.columns or None, recipe.system)
         size = recipe.eval_size or len(held)
         train, held = made, held[: max(1, round(size * len(held)) if size < 1 else int(size))]
+    elif source is not None:
+        size = int(recipe.eval_size or 100)
+        held, train, source = made[:size], made[size:], source.skip(size)
+        if not train:
+            raise ValueError(f"eval_size {size} leaves nothing to train on of {len(made)} examples; give eval_data")
     else:
         builtin = recipe.data == "builtin"  # its file says which rows are held out: the last 100
         size = recipe.eval_size or (100 if builtin else min(100, max(1, len(made) // 10)))
         train, held = data.split(made, size, None if builtin else recipe.seed)
     audit = data.audit(train, tokenizer, recipe.max_length)
-    console.print(f"{len(train)} examples to train on, {len(held)} held out; longest {audit.longest} tokens")
+    count = str(len(train)) if source is None else f"a stream, looked at {len(train)}"
+    console.print(f"{count} examples to train on, {len(held)} held out; longest {audit.longest} tokens")
     if audit.cut or audit.masked:
         console.print(
             f"{audit.cut} answers are cut off at max_length={recipe.max_length}, "
@@ -61,7 +76,8 @@ def examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Consol
         )
     if audit.masked == audit.total:
         raise ValueError(f"no example keeps an answer within max_length={recipe.max_length}; raise it")
-    return Examples(train, held, audit)
+    files = stream.shards(recipe.data) if recipe.streaming else []
+    return Examples(train, held, audit, source, tuple((file.name, file.stat().st_size) for file in files))
 
 
 def as_dataset(rows: list[dict], tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -69,9 +85,18 @@ def as_dataset(rows: list[dict], tokenizer: PreTrainedTokenizerBase) -> Dataset:
     return Dataset.from_list(rows if tokenizer.chat_template else [data.plain(row) for row in rows])
 
 
-def at_most(rows: Examples) -> int:
+def training_set(rows: Examples, tokenizer: PreTrainedTokenizerBase) -> Dataset | IterableDataset:
+    """What a run trains on, as trl takes it."""
+    if rows.stream is None:
+        return as_dataset(rows.train, tokenizer)
+    if tokenizer.chat_template:
+        return rows.stream
+    return rows.stream.map(data.plain)
+
+
+def at_most(rows: Examples, processes: int = 1) -> int:
     """The largest batch worth having: a power of two that leaves eight steps an epoch, up to 64."""
-    return min(64, 1 << max(0, (len(rows.train) // 8).bit_length() - 1))
+    return min(64, 1 << max(0, (len(rows.train) // processes // 8).bit_length() - 1))
 
 
 def planned(recipe: Recipe, rows: Examples, dtype: torch.dtype) -> tuple[Run, int]:

@@ -44,6 +44,9 @@ class Recipe:
 
     data: str = entry("builtin", "file, folder or hub data set; builtin: a slice of E2E NLG")
     split: str | None = entry(None, "split of a hub data set")
+    streaming: bool = entry(
+        False, "data is JSONL or Parquet (a file, folder or glob) that memory does not hold: needs steps"
+    )
     eval_data: str | None = entry(None, "held-out data (default: cut from data)")
     eval_size: int | float | None = entry(None, "held-out examples, or their share (default: 100, at most a tenth)")
     columns: dict = entry(dict, "which column plays which role: {prompt: mr, answer: ref}")
@@ -99,6 +102,10 @@ class Recipe:
             raise ValueError(f"early_stopping={self.early_stopping} needs eval_every: the steps between evaluations")
         if self.keep_best and not self.eval_every:
             raise ValueError("keep_best needs eval_every: the steps between evaluations")
+        if self.streaming and (self.steps is None or self.split is not None):
+            raise ValueError(
+                "streaming needs steps, as nobody knows the data's length, and takes no split; name the files"
+            )
         if self.allocate != "none":
             check_allocate(self)
         check_foreign(self)

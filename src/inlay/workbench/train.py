@@ -6,7 +6,9 @@ import difflib
 import glob
 import json
 import math
+import os
 import shutil
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
@@ -14,17 +16,29 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from rich.console import Console
+from torch import Tensor
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback, set_seed
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
+from inlay.host import processes, starts
 from inlay.host.schedule import Schedule
 from inlay.workbench import checkpoints, memory, models, peft_methods, ranks, report
 from inlay.workbench.checkpoints import Checkpoint
 from inlay.workbench.files import check_free, locked, new_folder, set_aside, write_text
 from inlay.workbench.generate import answer
-from inlay.workbench.prepare import MARK, Examples, as_dataset, at_most, examples, fitting_batch, load, planned
+from inlay.workbench.prepare import (
+    MARK,
+    Examples,
+    as_dataset,
+    at_most,
+    examples,
+    fitting_batch,
+    load,
+    planned,
+    training_set,
+)
 from inlay.workbench.recipe import Recipe
 from inlay.workbench.recipe import load as load_recipe
 from inlay.workbench.result import Result, environment
@@ -80,7 +94,10 @@ def arguments(recipe: Recipe, folder: Path, batch: int, steps: int, dtype: torch
         "disable_tqdm": True,
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
+        "ddp_broadcast_buffers": False,  # θ₀ and frozen factors, equal from the start
     }
+    if processes.count() > 1:
+        values["accelerator_config"] = {"use_configured_state": True}  # of `processes.joined`
     for key in recipe.trainer:
         check_extra(key, values)
     try:
@@ -117,22 +134,16 @@ def train(recipe: Recipe, console: Console | None = None, resume: bool = False) 
             made with something else; or it met NaN, Inf or a full disk, and can go on from its last checkpoint.
     """
     console = console or Console()
-    folder = recipe.run_folder()
-    with locked(folder):
-        check_free(folder, recipe.overwrite or resume, MARK)
-        found = checkpoints.newest(folder / checkpoints.FOLDER, console) if resume else None
-        if found:
-            checkpoints.check_same(found, "recipe", checkpoints.settings(recipe))
-            console.print(f"going on from {found.path}")
-        check_tracker(recipe.report_to)
-        if recipe.push_to_hub:
-            claim(recipe.push_to_hub)
+    console = console if processes.first() else Console(quiet=True)
+    folder = processes.same(recipe.run_folder)
+    with locked(folder) if processes.first() else nullcontext():
+        found = processes.same(lambda: begin(recipe, folder, console, resume))
         dtype = models.dtype_for(recipe.dtype)
         tokenizer = models.load_tokenizer(recipe.model, recipe.revision, recipe.trust_remote_code)
-        rows = examples(recipe, tokenizer, console)
-        old = None if found else start_folder(folder, recipe)
+        rows = processes.in_turn(lambda: examples(recipe, tokenizer, console))
+        old = processes.same(lambda: None if found else start_folder(folder, recipe))
         try:
-            recipe = ranks.settle(recipe, console)
+            recipe = processes.same(lambda recipe=recipe: ranks.settle(recipe, console))
             set_seed(recipe.seed)
             trainer = build(recipe, load(recipe, dtype, folder, console, found), tokenizer, rows, folder)
             recipe = recipe.resolved(
@@ -141,18 +152,55 @@ def train(recipe: Recipe, console: Console | None = None, resume: bool = False) 
                 batch_size=trainer.args.per_device_train_batch_size,
                 output=str(folder),
             )
-            write_text(folder / "recipe.yaml", recipe.to_yaml())
+            write_text(folder / "recipe.yaml", recipe.to_yaml()) if processes.first() else None
             result = run(recipe, trainer, tokenizer, rows, console, found)
         except BaseException:
-            if give_up(folder, old):
+            if processes.first() and give_up(folder, old):
                 console.print(f"what it learned so far is kept; to go on: inlay train --resume {folder}")
             raise
-        tidy(folder)
+        tidy(folder) if processes.first() else None
     console.print(f"run folder: {folder}")
-    if recipe.push_to_hub:
+    if recipe.push_to_hub and processes.first():
         upload(folder / recipe.kept, recipe.push_to_hub)
         console.print(f"uploaded to {recipe.push_to_hub}")
     return result
+
+
+def begin(recipe: Recipe, folder: Path, console: Console, resume: bool) -> Checkpoint | None:
+    """See that a run can begin, and find the checkpoint that it goes on from, if it does."""
+    check_engine(recipe)
+    check_free(folder, recipe.overwrite or resume, MARK)
+    found = checkpoints.newest(folder / checkpoints.FOLDER, console) if resume else None
+    if found:
+        checkpoints.check_same(found, "recipe", checkpoints.settings(recipe))
+        console.print(f"going on from {found.path}")
+    check_tracker(recipe.report_to)
+    if recipe.push_to_hub:
+        claim(recipe.push_to_hub)
+    return found
+
+
+def check_engine(recipe: Recipe) -> None:
+    """Refuse what does not go together with several processes, or with a model that is sharded among them."""
+    for key in ("fsdp", "fsdp_config", "deepspeed"):
+        if key in recipe.trainer:
+            raise ValueError(
+                f"trainer: {key} is accelerate's to configure: --launch-config recipes/distributed/fsdp2.yaml"
+            )
+    if processes.launched() and recipe.quantize == "nf4":
+        raise ValueError(
+            "quantize: nf4 folds in one process; run inlay fold first, then train with its folder as model"
+        )
+    if not processes.sharded():
+        return
+    if os.environ.get("FSDP_VERSION", "2") != "2":
+        raise ValueError("fsdp_version: 1 is not supported; set it to 2, as recipes/distributed/fsdp2.yaml does")
+    if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true":
+        raise ValueError("fsdp_cpu_ram_efficient_loading leaves most processes without weights to cut; set it to false")
+    if recipe.method == peft_methods.FULL or recipe.quantize != "none" or recipe.keep_best or recipe.early_stopping:
+        raise ValueError(
+            "a sharded model takes no method: full, quantize, keep_best or early_stopping; use DDP for these"
+        )
 
 
 def unfinished(folder: Path, changed: dict[str, Any]) -> Recipe | None:
@@ -175,7 +223,9 @@ def run(
 ) -> Result:
     """Fit, and write everything into the run folder."""
     result = fit(recipe, trainer, tokenizer, rows, console, found)
-    write(result, cast(Any, trainer.model))
+    model = cast(Any, trainer.model)
+    state = processes.whole_state(model) if trainer.is_fsdp_enabled else None
+    write(result, model, state) if processes.first() else None
     return result
 
 
@@ -202,11 +252,15 @@ def fit(
         for change in checkpoints.versions_changed(found):
             console.print(f"note: the checkpoint was made with {change}; bits may differ", style="yellow")
         watch.restore(found.path)
-    before = watch.history[0]["eval_loss"] if found else trainer.evaluate()["eval_loss"]
-    console.print(f"held-out loss before: {before:.3f}")
+        console.print(f"held-out loss before: {watch.history[0]['eval_loss']:.3f}")
+    elif processes.count() > 1:  # a model evaluated before it is trained would not be wrapped any more, without a word
+        trainer.args.eval_on_start = True
+    else:
+        trainer.evaluate()
     prompts = [row["prompt"] for row in rows.heldout if "prompt" in row][: recipe.samples]
-    if not (folder / BEFORE).exists():
-        write_text(folder / BEFORE, json.dumps(answer(model, tokenizer, prompts) if prompts else []))
+    if not processes.same((folder / BEFORE).exists):
+        first = answer(model, tokenizer, prompts) if prompts else []
+        write_text(folder / BEFORE, json.dumps(first)) if processes.first() else None
     try:
         trainer.go_on(found)
     except KeyboardInterrupt:
@@ -215,9 +269,9 @@ def fit(
     finally:
         watch.bar.stop()
     seconds = watch.seconds
-    after = trainer.evaluate()["eval_loss"]
+    before, after = watch.history[0]["eval_loss"], trainer.evaluate()["eval_loss"]
     console.print(f"held-out loss after:  {after:.3f}  ({duration(seconds)}, {memory.gib(peak_memory())} peak)")
-    answers = [json.loads((folder / BEFORE).read_text(encoding="utf-8"))]
+    answers = [processes.same(lambda: json.loads((folder / BEFORE).read_text(encoding="utf-8")))]
     answers += [answer(model, tokenizer, prompts)] if prompts else []
     return Result(
         recipe, folder, parameters, base, before, after, seconds, watch.tokens, peak_memory(), watch.history,
@@ -229,20 +283,23 @@ def build(recipe: Recipe, base: Any, tokenizer, rows: Examples, folder: Path) ->
     """The trainer for a recipe and its base, which is adapted here unless it is so already; settles `batch_size`."""
     batch = recipe.batch_size
     if batch == "auto":
-        batch = fitting_batch(*planned(recipe, rows, base.dtype), at_most(rows), loaded=True)
-    steps = recipe.steps or math.ceil(recipe.epochs * len(rows.train) / (batch * recipe.accumulation))
+        most = at_most(rows, processes.count())
+        batch = min(processes.gather(fitting_batch(*planned(recipe, rows, base.dtype), most, loaded=True)))
+    of_step = batch * recipe.accumulation * processes.count()
+    steps = recipe.steps or math.ceil(recipe.epochs * len(rows.train) / of_step)
     stop: list[TrainerCallback] = [EarlyStoppingCallback(recipe.early_stopping)] if recipe.early_stopping else []
     adapter = None if isinstance(base, PeftModel) else recipe.adapter(steps)
-    trainer = Trainer(
-        base,
-        args=arguments(recipe, folder, batch, steps, models.dtype_for(recipe.dtype)),
-        train_dataset=as_dataset(rows.train, tokenizer),
-        eval_dataset=as_dataset(rows.heldout, tokenizer),
-        processing_class=tokenizer,
-        peft_config=adapter,
-        callbacks=[Schedule(), *stop],
-        skips=recipe.skip_nan,
-    )
+    with starts.shared():
+        trainer = Trainer(
+            base,
+            args=arguments(recipe, folder, batch, steps, models.dtype_for(recipe.dtype)),
+            train_dataset=training_set(rows, tokenizer),
+            eval_dataset=as_dataset(rows.heldout, tokenizer),
+            processing_class=tokenizer,
+            peft_config=adapter,
+            callbacks=[Schedule(), *stop],
+            skips=recipe.skip_nan,
+        )
     if adapter is not None and not peft_methods.is_ours(recipe.method):
         peft_methods.complete(trainer)
     return trainer
@@ -290,12 +347,13 @@ def samples(heldout: list[dict], answers: list[list[str]]) -> list[dict[str, str
     ]
 
 
-def write(result: Result, model: PeftModel | PreTrainedModel) -> None:
-    """The adapter (or the whole model) with its card, the samples, the plots and the report."""
+def write(result: Result, model: PeftModel | PreTrainedModel, state: dict[str, Tensor] | None = None) -> None:
+    """The adapter (or the whole model) with its card, the samples, the plots and the report; `state`: what to save of a
+    model that is sharded."""
     kept = result.folder / result.recipe.kept
     marker = "adapter_config.json" if isinstance(model, PeftModel) else "config.json"
     with new_folder(kept, overwrite=True, marker=marker) as part:
-        model.save_pretrained(str(part))
+        model.save_pretrained(str(part), state_dict=state)
         (part / "README.md").write_text(report.card(result), encoding="utf-8")
     (result.folder / "plots").mkdir(exist_ok=True)
     report.plot_loss(result, result.folder / "plots" / "loss.png")

@@ -12,10 +12,12 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from trl import SFTTrainer
 
+from inlay.host import processes
 from inlay.workbench import checkpoints
 from inlay.workbench.checkpoints import Checkpoint
 from inlay.workbench.models import first_line
@@ -45,6 +47,7 @@ class Stop(TrainerCallback):
             state.best_model_checkpoint = str(checkpoints.path_of(Path(args.output_dir), state.best_global_step))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.asked = processes.some(self.asked)  # or one would wait for the others in what they do not do
         control.should_save = control.should_save or self.asked
         control.should_log = control.should_log or control.should_save  # so that no mean over steps is cut in two
 
@@ -55,7 +58,11 @@ class Stop(TrainerCallback):
 
 class Trainer(SFTTrainer):
     """As trl's, with `checkpoints.staged` around its saving. `run`: what a checkpoint says of its run; `skips`: how
-    many steps with NaN or Inf are passed over before one ends the run."""
+    many steps with NaN or Inf are passed over before one ends the run.
+
+    In several processes a checkpoint is what one process writes: with FSDP2 the adapter and the optimiser's state are
+    gathered, so that a run goes on in another number of processes, sharded or not.
+    """
 
     def __init__(self, *args: Any, skips: int = 0, callbacks: list | None = None, **kwargs: Any) -> None:
         self.stop, self.skips, self.run = Stop(), skips, {}
@@ -66,7 +73,8 @@ class Trainer(SFTTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder, step = Path(str(self.args.output_dir)), self.state.global_step
         named = cast(nn.Module, self.model).named_parameters()
-        if broken := [name for name, p in named if p.requires_grad and not p.isfinite().all()]:
+        broken = [name for name, p in named if p.requires_grad and not processes.mine(p.detach()).isfinite().all()]
+        if broken := [name for names in processes.gather(broken) for name in names]:
             raise ValueError(f"step {step}: {broken[0]} holds NaN or Inf; the checkpoints before it are untouched")
         over = self.control.should_training_stop or step >= self.state.max_steps
         with checkpoints.staged(folder, step, over, self.run) as part:
@@ -77,11 +85,53 @@ class Trainer(SFTTrainer):
                 self.args.output_dir = str(folder)
         best = self.state.best_global_step
         self.state.best_model_checkpoint = str(checkpoints.path_of(folder, best)) if best else None
-        checkpoints.rotate(folder, step, self.args.save_total_limit, best)
+        if processes.first():
+            checkpoints.rotate(folder, step, self.args.save_total_limit, best)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As trl's; of a sharded model what is trained is gathered, not the base."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        state = processes.whole_state(cast(nn.Module, self.model))
+        if self.args.should_save:
+            self._save(output_dir, state_dict=state)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = cast(Any, self.optimizer).state_dict()
+        state["state"] = {
+            i: {k: processes.whole(v) if isinstance(v, Tensor) else v for k, v in own.items()}
+            for i, own in state["state"].items()
+        }
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self.is_fsdp_enabled:  # else `go_on` did, before it was sharded
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_fsdp_enabled or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optimizer = cast(Any, self.optimizer)
+        state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+        weights = [p for group in optimizer.param_groups for p in group["params"]]
+        for i, own in state["state"].items():
+            own.update({k: as_lies(v, weights[i]) for k, v in own.items() if isinstance(v, Tensor)})
+        optimizer.load_state_dict(state)
+        scheduler = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
+        cast(Any, self.lr_scheduler).load_state_dict(scheduler)
 
     def go_on(self, found: Checkpoint | None) -> None:
         """Train, from a checkpoint if there is one; what was over already is only loaded."""
         with self.stop:
+            if found is not None and self.is_fsdp_enabled:
+                cast(PeftModel, self.model).load_adapter(str(found.path), "default", is_trainable=True)
             if found is None or not found.over or not isinstance(self.model, PeftModel):
                 try:
                     self.train(resume_from_checkpoint=str(found.path) if found else None)
@@ -91,6 +141,9 @@ class Trainer(SFTTrainer):
         self.state = TrainerState.load_from_json(str(found.path / TRAINER_STATE_NAME))
         best = self.state.best_global_step if self.args.load_best_model_at_end else None
         path = checkpoints.path_of(found.path.parent, best) if best else found.path
+        if self.is_fsdp_enabled:
+            self._prepare_for_training(self.state.max_steps, None, None)
+            return
         cast(PeftModel, self.model).load_adapter(str(path), "default", is_trainable=True)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
@@ -108,13 +161,18 @@ class Trainer(SFTTrainer):
         return loss
 
     def _find_fault(self, model: nn.Module, inputs: dict[str, Any], loss: Tensor, last: bool) -> str | None:
-        if not loss.isfinite():
+        lost, fault = not loss.isfinite(), None
+        # fp16's loss scaling tries for infinite gradients, and passes over them itself
+        bad = bad_gradients(model) if last and not lost and not self.args.fp16 else []
+        if not processes.some(lost or bool(bad)):
+            return None
+        if processes.some(lost):  # then all look for where, as a sharded model's forward pass needs all
             place = first_bad_output(model, self._prepare_inputs(inputs))
-            return f"the loss is {loss.item()}" + (f", first in the output of {place}" if place else "")
-        if last and not self.args.fp16:  # whose loss scaling tries for infinite gradients, and passes over them itself
-            bad = bad_gradients(model)
-            return f"the gradient of {bad[-1]} is not finite" if bad else None
-        return None
+            fault = f"the loss is {loss.item()}" + (f", first in the output of {place}" if place else "")
+        elif bad:
+            fault = f"the gradient of {bad[-1]} is not finite"
+        found = processes.gather((lost, fault))
+        return next(text for own, text in sorted(found, key=lambda pair: not pair[0]) if text)
 
     def _pass_over(self, model: nn.Module) -> None:
         step = self.state.global_step + 1
@@ -135,9 +193,17 @@ class Trainer(SFTTrainer):
 def bad_gradients(model: nn.Module) -> list[str]:
     """The parameters whose gradient holds NaN or Inf. The last one is nearest to where they come from: they spread
     backwards."""
-    own = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    named = [(name.removeprefix("module."), p.grad) for name, p in model.named_parameters()]
+    own = [(name, processes.mine(grad)) for name, grad in named if grad is not None]
     largest = nn.utils.get_total_norm([grad for _, grad in own], math.inf)  # a few kernels, and one wait for a GPU
     return [] if largest.isfinite() else [name for name, grad in own if not grad.isfinite().all()]
+
+
+def as_lies(state: Tensor, weight: Tensor) -> Tensor:
+    """An optimiser's state of a weight, sharded as the weight is."""
+    if not isinstance(weight, DTensor) or state.shape != weight.shape:
+        return state
+    return distribute_tensor(state.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None)
 
 
 @torch.no_grad()

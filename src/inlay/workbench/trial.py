@@ -83,6 +83,8 @@ class Prefix(TrainerCallback):
 def rows_of(trial: Trial, tokenizer: PreTrainedTokenizerBase, console: Console) -> Examples:
     """Examples to train on and to judge by, the same for every seed."""
     rows = examples(replace(trial.recipe, seed=trial.split_seed), tokenizer, console)
+    if rows.stream is not None:
+        raise ValueError("streaming is for inlay train: a comparison draws its examples from all there are")
     rest, chosen = data.split(rows.train, trial.selection, trial.split_seed)
     return Examples(rest, rows.heldout if trial.final else chosen, rows.audit)
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from inlay.host import processes
 from inlay.workbench.checkpoints import METRICS
 from inlay.workbench.files import write_text
 from inlay.workbench.memory import gib, trainable
@@ -33,7 +34,8 @@ class Watch(TrainerCallback):
 
     def restore(self, checkpoint: Path) -> None:
         """Go on where the metrics in a checkpoint end."""
-        write_text(self.file, text := (checkpoint / METRICS).read_text(encoding="utf-8"))
+        text = (checkpoint / METRICS).read_text(encoding="utf-8")
+        write_text(self.file, text) if processes.first() else None
         self.history = [json.loads(line) for line in text.splitlines()]
         last = next((row for row in reversed(self.history) if "seconds" in row), {"seconds": 0.0, "tokens": 0})
         self.spent, self.read = last["seconds"], last["tokens"]
@@ -61,9 +63,12 @@ class Watch(TrainerCallback):
         if "passed_over" in row:
             self.console.print(f"step {state.global_step} is passed over: {row['passed_over']}", style="yellow")
         if row.keys() & {"loss", "eval_loss", "passed_over"}:
+            if not self.history and "eval_loss" in row:
+                self.console.print(f"held-out loss before: {row['eval_loss']:.3f}")
             self.history.append(row)
-            with self.file.open("a", encoding="utf-8") as out:
-                out.write(json.dumps(row) + "\n")
+            if processes.first():
+                with self.file.open("a", encoding="utf-8") as out:
+                    out.write(json.dumps(row) + "\n")
 
     def _show(self, state, row: dict[str, Any]) -> None:
         speed = row["tokens"] / max(row["seconds"], 1e-9)

@@ -1,0 +1,165 @@
+"""The processes of one run, which accelerate or torch's launcher started: who writes, and what all must agree on.
+
+In a run of one process everything here is what it says, and costs nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+T = TypeVar("T")
+
+
+class Elsewhere(Exception):  # noqa: N818 (it is no error of this process)
+    """Another process of the run has ended, or will say what is wrong."""
+
+
+def launched() -> bool:
+    """Whether a launcher started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def sharded() -> bool:
+    """Whether accelerate is to shard the model among the processes."""
+    kinds = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    return launched() and any(os.environ.get(kind, "false").lower() == "true" for kind in kinds)
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """In its block, the processes of a run know each other.
+
+    Raises:
+        Elsewhere: one of the others ended while this one waited for it.
+    """
+    if not launched() or PartialState._shared_state:
+        yield
+        return
+    state = PartialState(cpu=not torch.cuda.is_available())
+    allow_sharding(state)
+    try:
+        yield
+        dist.barrier()
+    except RuntimeError as error:
+        if lost(error):
+            raise Elsewhere("another process of the run has ended") from error
+        raise
+    state.destroy_process_group()
+
+
+def allow_sharding(state: PartialState) -> None:
+    """accelerate shards on accelerators only; torch does on any device, so a CPU can run what GPUs would."""
+    if state.distributed_type == DistributedType.MULTI_CPU and sharded():
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error says that the process at the other end is gone."""
+    return launched() and isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST)
+
+
+# What gloo and NCCL say of it.
+LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "remote process exited",
+    "Socket closed",
+)
+LOST += ("Connection refused", "Connection was likely closed", "Read timeout", "ncclRemoteError", "Timed out waiting")
+
+
+def count() -> int:
+    """How many processes the run has."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def first() -> bool:
+    """Whether this is the process that writes and speaks."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def same(make: Callable[[], T]) -> T:
+    """What the first process makes, given to all; where it fails, so do they.
+
+    Raises:
+        Elsewhere: in the other processes, if the first one could not make it.
+    """
+    if count() == 1:
+        return make()
+    told: list[Any] = [False, None]
+    try:
+        if first():
+            told = [True, make()]
+    finally:
+        dist.broadcast_object_list(told, src=0)
+    if not told[0]:
+        raise Elsewhere("the first process has said why")
+    return told[1]
+
+
+def in_turn(make: Callable[[], T]) -> T:
+    """What each process makes for itself, once the first one could."""
+    made: list[T] = []
+    same(lambda: made.append(make()))
+    return made[0] if made else make()
+
+
+def gather(value: T) -> list[T]:
+    """What each process has, in their order."""
+    if count() == 1:
+        return [value]
+    values: list[Any] = [None] * count()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def some(flag: bool) -> bool:
+    """Whether it is so in any of the processes."""
+    if count() == 1:
+        return flag
+    told = torch.tensor([flag], dtype=torch.int32, device=PartialState().device)
+    dist.all_reduce(told, dist.ReduceOp.MAX)
+    return bool(told.item())
+
+
+def wait() -> None:
+    """Until all are here."""
+    if count() > 1:
+        dist.barrier()
+
+
+def share(tensors: dict[str, Tensor], source: int) -> dict[str, Tensor]:
+    """One process's tensors, given to all; the others' say their shapes, dtypes and devices."""
+    made = {}
+    for name, tensor in tensors.items():
+        there = tensor.to(PartialState().device).contiguous()
+        dist.broadcast(there, src=source)
+        made[name] = there.to(tensor.device)
+    return made
+
+
+def mine(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, in every process, on the CPU if it was sharded."""
+    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """A model's state with what is trained gathered whole, for who saves an adapter; the rest is as it lies."""
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    return {name: whole(t.detach()) if name in trained else t for name, t in model.state_dict().items()}

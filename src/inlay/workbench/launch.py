@@ -1,0 +1,62 @@
+"""`inlay train --num-processes N`: accelerate starts the processes, torch watches them; here is what their end says."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+PLAIN = "{compute_environment: LOCAL_MACHINE, distributed_type: MULTI_GPU, num_machines: 1, mixed_precision: 'no'}\n"
+
+
+def launch(arguments: Sequence[str], count: int, config: str | None) -> int:
+    """Run `inlay` with these arguments in so many processes, and give back what to exit with.
+
+    Args:
+        config: a YAML file of accelerate's (recipes/distributed has some); without one, DDP.
+
+    Raises:
+        ValueError: the file is not there, or accelerate refuses it.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    if config is not None and not Path(config).is_file():
+        raise ValueError(f"launch_config {config} does not exist; recipes/distributed has some to begin with")
+    own = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    for flag in ("--num-processes", "--launch-config"):
+        own.add_argument(flag)
+    rest = own.parse_known_args(list(arguments))[1]
+    # Each process would take all cores.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it would say it again, in a page
+    with tempfile.TemporaryDirectory() as folder:
+        if config is None:  # without a file accelerate takes the user's default, whatever that was made for
+            config = f"{folder}/ddp.yaml"
+            Path(config).write_text(PLAIN, encoding="utf-8")
+        flags = ["--config_file", config, "--num_processes", str(count), "--main_process_port", "0"]
+        try:
+            launch_command(launch_command_parser().parse_args([*flags, "-m", "inlay", *rest]))
+        except ChildFailedError as error:
+            return failed(dict(error.failures))
+        except SignalException:
+            return 130
+    return 0
+
+
+def failed(failures: dict[int, ProcessFailure]) -> int:
+    """Say which process ended the run, where it could not say so itself; its exit code."""
+    signalled = {rank: failure for rank, failure in failures.items() if failure.exitcode < 0}
+    rank, first = next(iter((signalled or failures).items()))
+    if not signalled:
+        codes = {failure.exitcode for failure in failures.values()}
+        return next((code for code in (2, 130, 1) if code in codes), first.exitcode)
+    told = "a run that has checkpoints goes on with inlay train --resume RUN"
+    print(f"inlay: process {rank} was ended by {first.signal_name()}, and the others with it; {told}", file=sys.stderr)
+    return 1

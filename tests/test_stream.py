@@ -1,0 +1,62 @@
+"""Data that is read as it is trained on: the same examples in the same order as when it is read at once."""
+
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from rich.console import Console
+
+from inlay.workbench import data, prepare, stream
+from inlay.workbench.recipe import Recipe
+
+ROWS = [{"question": f"What is {i} plus one?", "answer": f"It is {i + 1}."} for i in range(250)]
+
+
+@pytest.fixture(params=["jsonl", "parquet"])
+def shards(request, tmp_path):
+    """Three shards, the middle one of one record."""
+    for number, rows in enumerate((ROWS[:120], ROWS[120:121], ROWS[121:])):
+        path = tmp_path / f"part-{number}.{request.param}"
+        if request.param == "jsonl":
+            path.write_text("\n".join(map(json.dumps, rows)))
+        else:
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return tmp_path / f"part-*.{request.param}"
+
+
+def test_a_stream_is_what_the_files_hold_in_order(shards):
+    expected = data.examples(ROWS)
+    assert list(stream.examples(str(shards), None, None)) == expected
+    assert list(stream.examples(str(shards.parent), None, None)) == expected
+    assert stream.head(stream.examples(str(shards), None, None), 3) == expected[:3]
+
+
+def test_what_is_held_out_of_a_stream_is_not_trained_on(shards, real_tokenizer):
+    recipe = Recipe(data=str(shards), streaming=True, steps=1, eval_size=7)
+    rows = prepare.examples(recipe, real_tokenizer, Console(quiet=True))
+    assert rows.heldout == data.examples(ROWS[:7])
+    assert list(prepare.training_set(rows, real_tokenizer)) == data.examples(ROWS[7:])
+    assert [name for name, _ in rows.shards] == sorted(path.name for path in shards.parent.iterdir())
+
+
+def test_a_record_of_another_format_is_said(tmp_path):
+    rows = [*ROWS[:3], {"question": "What is no answer?", "answer": ""}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match="answer is empty"):
+        list(stream.examples(str(tmp_path / "a.jsonl"), None, None))
+
+
+@pytest.mark.parametrize(
+    ("names", "says"), [([], "found no file"), (["a.csv"], "found .csv"), (["a.jsonl", "b.parquet"], "all of one kind")]
+)
+def test_what_cannot_be_streamed_is_refused(names, says, tmp_path):
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=says):
+        stream.shards(str(tmp_path))
+
+
+def test_a_stream_needs_steps():
+    with pytest.raises(ValueError, match="streaming needs steps"):
+        Recipe(streaming=True)

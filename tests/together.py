@@ -1,0 +1,71 @@
+"""What each process of tests/test_distributed.py does: the runs that a JSON file lists, one after the other."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from rich.console import Console
+
+from inlay.host import processes, starts
+from inlay.workbench import models, train
+from inlay.workbench.recipe import Recipe
+from inlay.workbench.watch import Watch
+
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT", "FSDP_OFFLOAD_PARAMS": "false",
+}  # fmt: skip
+rank, computed, compute = int(os.environ["RANK"]), [], starts.start
+models.quiet()
+
+
+def counted(method, W):
+    computed.append(method.name)
+    return compute(method, W)
+
+
+def at_step(step: int | None, what) -> None:
+    """Do something once, when a step begins."""
+
+    def once(self, args, state, control, model=None, **kwargs):
+        if state.global_step == step:
+            what(model)
+
+    Watch.on_step_begin = once
+
+
+def spoil(model) -> None:
+    """NaN in one gradient of one process."""
+    p = next(p for n, p in model.named_parameters() if "layers.1.mlp.down_proj" in n and p.requires_grad)
+    p.register_hook(lambda grad: grad * float("nan"))
+
+
+starts.start = counted
+PartialState(cpu=True)  # one group for all runs: torch's store remembers the addresses of the first
+for number, run in enumerate(json.loads(Path(sys.argv[1]).read_text())):
+    computed.clear()
+    os.environ.update(FSDP2) if run["engine"] == "fsdp2" else [os.environ.pop(key, None) for key in FSDP2]
+    at_step(None, None)
+    if rank == run.get("rank", 1):
+        if "interrupt" in run:
+            at_step(run["interrupt"], lambda _: os.kill(os.getpid(), signal.SIGINT))
+        if "spoil" in run:
+            at_step(run["spoil"], spoil)
+    said = "done"
+    AcceleratorState._reset_state()
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
+    processes.allow_sharding(PartialState())
+    recipe = Recipe(**run["recipe"])
+    if resume := run.get("resume", False):
+        recipe = train.unfinished(Path(str(recipe.output)), {"accumulation": recipe.accumulation})
+    try:  # what fails, fails in both, and both go on with the next run
+        train.train(recipe, Console(quiet=True), resume=resume)
+    except (ValueError, KeyboardInterrupt, processes.Elsewhere) as error:
+        said = f"{type(error).__name__}: {error}"
+    about = {"said": said, "starts": len(computed)}
+    Path(sys.argv[1]).with_name(f"{number}-{rank}.json").write_text(json.dumps(about))
