@@ -8,6 +8,7 @@ from inlay import methods
 from inlay._version import __version__
 from inlay.export import export_lora, merge
 from inlay.folding import fold
+from inlay.host.groups import parameter_groups
 from inlay.host.peft import InlayConfig
 from inlay.host.schedule import Schedule, step
 from inlay.importing import import_adapter
@@ -23,5 +24,6 @@ __all__ = [
     "inspect",
     "merge",
     "methods",
+    "parameter_groups",
     "step",
 ]

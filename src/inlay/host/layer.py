@@ -213,6 +213,14 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         paths = [PREFIX + k for k in cut.symbols] + [START + k for k in cut.start]
         return {f"{path}.{name}.weight": cast(Slot, self._held(path)[name]) for path in paths}
 
+    def roles(self) -> Iterator[tuple[nn.Parameter, str]]:
+        """What may be trained here, of all adapters, each with the part it plays in its method."""
+        for name, cut in self.cuts.items():
+            for k in cut.symbols:
+                weight = self._held(PREFIX + k)[name].weight
+                if isinstance(weight, nn.Parameter):
+                    yield weight, cut.method.role(k)
+
     def decompose(self, name: str, like: str | None = None) -> None:
         """Fill the slots with the method's start, from the base weight in fp32, or with that of the adapter `like`."""
         starts.compute(self.jobs(name, like))
