@@ -9,13 +9,12 @@ are drawn anew every `renew` steps; Z is as long as MeZO's, and E[ĝ] = mn/r² U
 and V. Thin factors are first reshaped to be nearly square, as the paper does; [ours]: so are tensors of any other
 number of dimensions, and what is then narrower than r gets MeZO's Z.
 
-Nothing is kept for a backward pass, and no Z is stored: each comes from a seed whenever it is needed. θ is put back from
-a copy, for θ + εZ − 2εZ + εZ is not θ in floating point.
+Nothing is kept for a backward pass, and no Z is stored: each comes from a seed when it is needed. θ is put back from a
+copy, for θ + εZ − 2εZ + εZ is not θ in floating point.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from inlay.ops import seed_of
 
 
 @dataclass(kw_only=True)
@@ -106,8 +107,3 @@ class ZerothOrder:
 def nearly_square(numel: int) -> int:
     """The largest divisor of a number that is not above its root."""
     return next(m for m in range(math.isqrt(numel), 0, -1) if numel % m == 0)
-
-
-def seed_of(*values: int | str) -> int:
-    """One seed of several numbers and words, unrelated for any that differ."""
-    return int.from_bytes(hashlib.sha256(repr(values).encode()).digest()[:7])

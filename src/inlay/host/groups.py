@@ -1,8 +1,8 @@
 """LoRA+: the outer factor of a product learns faster than the inner one.
 
-Hayou, Ghosh, Yu 2024, "LoRA+: Efficient Low Rank Adaptation of Large Models", arXiv 2402.12354: with one rate for both,
-the features of wide layers are learned too slowly; lr_B = λ lr_A with λ well above 1 (about 16) mends that. Which tensor
-is which is said by its method (`Method.roles`), never by its name.
+Hayou, Ghosh, Yu 2024, "LoRA+: Efficient Low Rank Adaptation of Large Models", arXiv 2402.12354: with one rate for both
+wide layers learn their features too slowly; lr_B = λ lr_A with λ well above 1 (about 16) mends that. Which tensor is
+which is said by its method (`Method.roles`), never by its name.
 """
 
 from __future__ import annotations

@@ -64,6 +64,9 @@ class Recipe:
         "none", "ranks per layer from the weights' spectra (LaMDA++), within what r trains; they end up in patterns"
     )
     bias: str = entry("none", "none, all or inlay_only")
+    saver: Literal["none", "velora", "wta_crs"] = entry(
+        "none", "keep less of a layer's input, for an estimate of A's gradient: velora (biased), wta_crs (unbiased)"
+    )
 
     learning_rate: float = entry(5e-4, "peak learning rate", min=0)
     epochs: float = entry(1.0, "passes over the data", min=0)
@@ -82,6 +85,7 @@ class Recipe:
         "backward", "where gradients come from; mezo and subzero ask for losses alone, in the memory of inference"
     )
     step_args: dict = entry(dict, "of mezo and subzero: {epsilon: 1e-3, queries: 1}; of subzero also rank and renew")
+    flat_noise: float = entry(0.0, "Flat-LoRA: noise on the weights in training, over their rows' norms; 0.05", min=0)
     max_grad_norm: float = entry(1.0, "clipping of gradients from a backward pass", min=0)
     skip_nan: int = entry(0, "steps with NaN or Inf to pass over before one ends the run", min=0)
     gradient_checkpointing: bool = entry(False, "less memory, about a third more time")
@@ -127,7 +131,7 @@ class Recipe:
 
     def config(self) -> InlayConfig:
         """The config of one of Inlay's methods; raises a ValueError for an unknown method or hyperparameter."""
-        names = ("method", "args", "scale", "dropout", "patterns", "bias")
+        names = ("method", "args", "scale", "dropout", "patterns", "bias", "saver")
         return InlayConfig(task_type="CAUSAL_LM", **{n: getattr(self, n) for n in names}, **self._where())
 
     def _where(self) -> dict[str, Any]:
@@ -194,7 +198,8 @@ def check_foreign(recipe: Recipe) -> None:
     if peft_methods.is_ours(recipe.method):
         return
     full, packed = recipe.method == peft_methods.FULL, recipe.quantize
-    names = ("scale", "dropout", "patterns", "bias", "lr_ratio", *(("args", "modules_to_save") if full else ()))
+    names = ["scale", "dropout", "patterns", "bias", "saver", "lr_ratio", "flat_noise"]
+    names += ["args", "modules_to_save"] if full else []
     for f in fields(recipe):
         if f.name in names and getattr(recipe, f.name) != default_of(f):
             hint = "it trains all there is" if full else "give the fields of PEFT's config under args"
@@ -220,15 +225,10 @@ def check_step(recipe: Recipe) -> None:
         raise ValueError(f"step: {recipe.step} keeps a copy of what is trained, so it is for adapters, not for full")
     if recipe.step != "backward" and recipe.gradient_checkpointing:
         raise ValueError(f"gradient_checkpointing: step {recipe.step} has no backward pass to save memory for")
-    if recipe.lr_ratio is not None:
-        cls = find(recipe.method)
-        if not {"in", "out"} <= {cls.roles[symbol] for symbol in cls.roles.keys() - cls.frozen}:
-            raise ValueError(
-                f"lr_ratio: {recipe.lr_ratio} is between an inner and an outer factor, and {recipe.method} trains no "
-                "such pair; set learning_rate itself"
-            )
-        if recipe.lr_ratio <= 0:
-            raise ValueError(f"lr_ratio: {recipe.lr_ratio} is not above 0")
+    if recipe.step != "backward" and recipe.saver != "none":
+        raise ValueError(f"saver: step {recipe.step} has no backward pass to keep anything for")
+    if recipe.lr_ratio is not None and recipe.lr_ratio <= 0:
+        raise ValueError(f"lr_ratio: {recipe.lr_ratio} is not above 0")
 
 
 def check_allocate(recipe: Recipe) -> None:

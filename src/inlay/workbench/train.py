@@ -19,6 +19,8 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_rep
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
+from inlay.host.flat import Flat
+from inlay.host.groups import raised
 from inlay.host.schedule import Schedule
 from inlay.workbench import checkpoints, memory, models, optimizers, peft_methods, ranks, report
 from inlay.workbench.checkpoints import Checkpoint
@@ -241,7 +243,7 @@ def build(recipe: Recipe, base: Any, tokenizer, rows: Examples, folder: Path) ->
         eval_dataset=as_dataset(rows.heldout, tokenizer),
         processing_class=tokenizer,
         peft_config=adapter,
-        callbacks=[Schedule(), *stop],
+        callbacks=[Schedule(), *([Flat(recipe.flat_noise, recipe.seed)] if recipe.flat_noise else []), *stop],
         skips=recipe.skip_nan,
         lr_ratio=recipe.lr_ratio,
         zeroth=recipe.zeroth(),
@@ -250,6 +252,8 @@ def build(recipe: Recipe, base: Any, tokenizer, rows: Examples, folder: Path) ->
     if adapter is not None and not peft_methods.is_ours(recipe.method):
         peft_methods.complete(trainer)
     optimizers.check_shapes(recipe.optim, cast(Any, trainer.model))
+    if recipe.lr_ratio is not None:
+        raised([], cast(Any, trainer.model), recipe.lr_ratio)  # refuses a model without pairs of factors
     return trainer
 
 

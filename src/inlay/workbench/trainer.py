@@ -57,8 +57,8 @@ class Stop(TrainerCallback):
 
 class Trainer(SFTTrainer):
     """As trl's, with `checkpoints.staged` around its saving. `run`: what a checkpoint says of its run; `skips`: how
-    many steps with NaN or Inf are passed over before one ends the run; `lr_ratio`: LoRA+'s; `zeroth`: where gradients come
-    from in place of a backward pass."""
+    many steps with NaN or Inf are passed over before one ends the run; `lr_ratio`: LoRA+'s; `zeroth`: what estimates
+    gradients in place of a backward pass."""
 
     def __init__(
         self,
