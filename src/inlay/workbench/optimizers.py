@@ -26,7 +26,7 @@ def check(name: str, full: bool) -> None:
     """Refuse an optimiser that is unknown, not installed, or not for this: `full` fine-tuning, or adapters.
 
     Raises:
-        ValueError: in one line, with what to do.
+        ValueError: it is one of these.
     """
     known = [*(member.value for member in OptimizerNames), *OWN]
     if name not in known:
@@ -45,6 +45,10 @@ def settings(name: str, args: dict[str, Any], targets: Any) -> dict[str, Any]:
     """An optimiser as fields of transformers' TrainingArguments."""
     if name in OWN:
         return {}
+    if name.startswith("galore"):
+        from galore_torch.galore_projector import GaLoreProjector
+
+        torch.serialization.add_safe_globals([GaLoreProjector])  # numbers, in a class of its own, in its checkpoints
     text = ",".join(f"{key}={value}" for key, value in args.items())
     projecting = {"optim_target_modules": targets} if name.startswith(PROJECTING) else {}
     return {"optim": name, **projecting, **({"optim_args": text} if text else {})}
