@@ -80,7 +80,8 @@ def run(name: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--one", json.dumps(RUNS[name]), "--out", folder]
         out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
-    return f"| {name} | {out} |"
+    print(row := f"| {name} | {out} |", file=sys.stderr, flush=True)
+    return row
 
 
 def one(more: dict, folder: Path) -> str:

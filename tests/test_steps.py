@@ -283,6 +283,8 @@ def test_noise_is_that_of_the_merged_weight_forward_and_backward(method, dtype):
     (other,) = torch.autograd.grad(plain, x, y.detach())
     torch.testing.assert_close(slope, other + y.detach() @ E, atol=0.05 if dtype == torch.bfloat16 else 1e-4, rtol=0.02)
     assert torch.equal(model.eval()(x), plain)
+    with model.train().disable_adapter():
+        assert torch.equal(model(x), layer.base_layer(x))
     inlay.flat_noise(model, 0.0)
     assert torch.equal(model.train()(x), plain)
 
@@ -366,6 +368,13 @@ def test_velora_is_its_formula():
     c, own = ops.Velora.keep(x)
     assert (c.shape, own.shape) == ((20, 32), (3,))
     torch.testing.assert_close(ops.Velora.product(g, c, own), g.T @ dense)
+
+
+def test_velora_loses_most_of_the_direction_where_parts_have_nothing_in_common():
+    x, g = torch.randn(200, 1024), torch.randn(200, 8)
+    estimate = ops.Velora.product(g, *ops.Velora.keep(x))
+    cosine = torch.cosine_similarity(estimate.flatten(), (g.T @ x).flatten(), 0)
+    assert cosine.item() == pytest.approx(math.sqrt(32 / 1024), abs=0.05)
 
 
 @pytest.mark.parametrize(("saver", "share"), [("none", 1.0), ("velora", 0.032), ("wta_crs", 0.31)])

@@ -365,7 +365,8 @@ class InlayLinear(nn.Module, BaseTunerLayer):
             return self._per_row(x, adapter_names, args, kwargs)
         active = () if self.disable_adapters else self.active_adapters
         y = self._under([name for name in active if name not in self.merged_adapters], args, kwargs)(x)
-        return y if self.noise is None or not self.training else y + ops.noise(x, *self.noise)
+        noise = self.noise if self.training and not self.disable_adapters else None
+        return y if noise is None else y + ops.noise(x, *noise)
 
     def _under(self, names: list[str], args: tuple, kwargs: dict) -> Base:
         """The layer under these adapters, each cut from what lies below."""

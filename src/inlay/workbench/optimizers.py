@@ -61,10 +61,12 @@ def own(name: str, lr: float, args: dict[str, Any]) -> tuple[type[Optimizer], di
     if name != "scion":
         return None
     from pytorch_optimizer import SCION
+    from pytorch_optimizer.optimizer.scion import LMONorm
 
     if args.get("constraint"):
         raise ValueError("optimizer_args: constraint shrinks what is trained, which may hold a pretrained weight")
-    return SCION, {"lr": lr, "constraint": False, **args}
+    # An enum is no number to torch.load, which runs no code.
+    return SCION, {"lr": lr, "constraint": False, "norm_type": int(LMONorm.AUTO), **args}
 
 
 def check_shapes(name: str, model: nn.Module) -> None:
