@@ -19,6 +19,7 @@ CORE = [
     "linalg.py",
     "trains.py",
     "allocate.py",
+    "zeroth.py",
     *(name for name in FILES if name.startswith("methods/")),
 ]
 PLOTTING = {"matplotlib", "plotly", "seaborn", "altair", "bokeh"}

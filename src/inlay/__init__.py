@@ -8,20 +8,25 @@ from inlay import methods
 from inlay._version import __version__
 from inlay.export import export_lora, merge
 from inlay.folding import fold
+from inlay.host.flat import Flat, flat_noise
+from inlay.host.groups import parameter_groups
 from inlay.host.peft import InlayConfig
 from inlay.host.schedule import Schedule, step
 from inlay.importing import import_adapter
 from inlay.workbench.inspect import inspect
 
 __all__ = [
+    "Flat",
     "InlayConfig",
     "Schedule",
     "__version__",
     "export_lora",
+    "flat_noise",
     "fold",
     "import_adapter",
     "inspect",
     "merge",
     "methods",
+    "parameter_groups",
     "step",
 ]

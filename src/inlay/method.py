@@ -57,6 +57,8 @@ class Method(ABC):
         frozen: symbols of θ that are kept but never trained.
         zero_init: ΔW(θ₀) = 0 for every W, so θ₀ need not be stored; a property where it depends on a hyperparameter.
         reads_weight: ΔW depends on W, so that it cannot be told from θ alone.
+        roles: the part each trained symbol plays, for steps that treat them apart (LoRA+): it reads the layer's input
+            ("in"), writes its output ("out"), or is a "magnitude"; whatever is not named is a "core" between.
         needs: what a data-driven `start` must have seen first (None: the weight alone).
     """
 
@@ -68,6 +70,7 @@ class Method(ABC):
     frozen: ClassVar[frozenset[str]] = frozenset()
     zero_init: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
+    roles: ClassVar[dict[str, str]] = {}
     needs: ClassVar[Literal["activations", "gradients"] | None] = None
 
     scale: float | None = field(default=None, metadata={"help": "s in y = Wx + s (ΔW(θ) − ΔW(θ₀)) x (default 1)"})
@@ -90,6 +93,10 @@ class Method(ABC):
     def draws(self) -> bool:
         """Whether `start` draws from torch's global generator: for values a field's metadata lists under "draws"."""
         return any(getattr(self, f.name) in f.metadata.get("draws", ()) for f in fields(self))
+
+    def role(self, symbol: str) -> str:
+        """The part a symbol of θ plays; a block of one, B_1, plays that of B."""
+        return self.roles.get(symbol.partition("_")[0], "core")
 
     @abstractmethod
     def start(self, W: Tensor, stats: Params | None = None) -> Params:
@@ -138,6 +145,8 @@ class Method(ABC):
 @dataclass(frozen=True, kw_only=True)
 class LowRank(Method):
     """A method with ΔW = B A, B and A thin: it writes `factors`, and its export to LoRA is exact."""
+
+    roles = {"A": "in", "B": "out"}
 
     r: int = field(default=8, metadata={"help": "rank", "min": 1})
 

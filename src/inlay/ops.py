@@ -10,7 +10,9 @@ twice; x is kept by reference, in no other dtype, or not at all.
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -32,9 +34,10 @@ Factors = Callable[..., tuple[Tensor, Tensor | None]]
 
 @dataclass(frozen=True)
 class Dropout:
-    """Dropout of this step; a p of 0 is none."""
+    """Dropout of this step; a p of 0 is none. `saver`: how `low_rank` keeps x where A is trained (see `SAVERS`)."""
 
     p: float = 0.0
+    saver: str = "none"
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.p) if self.p else x
@@ -184,10 +187,11 @@ def low_rank(x: Tensor, linear: Linear | None, build: Factors, on_x: bool, drop:
 
     p and x Aᵀ, r wide, are kept, and x if `on_x`, where A is trained. An A of None stands for [I I ... I] (r × in):
     x Aᵀ is then the sum of x's blocks. Dropout is on x if x is kept, else on x Aᵀ; its seed is kept, and no mask.
+    With a saver in `drop` less than x is kept, and A's gradient is an estimate; nothing else is (nor if compiled).
     """
     if torch.compiler.is_compiling():  # the compiler decides itself what to keep and what to compute twice
         return low_rank_reference(x, linear, *build(*p), drop, on_x)
-    return _LowRank.apply(x, *(linear or (None, None)), build, on_x, drop.p, *p)
+    return _LowRank.apply(x, *(linear or (None, None)), build, on_x, drop, *p)
 
 
 def low_rank_reference(
@@ -205,9 +209,9 @@ def low_rank_reference(
 class _LowRank(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x: Tensor, W: Tensor | None, bias: Tensor | None, build: Factors, on_x: bool, drop: float, *p: Tensor
+        ctx, x: Tensor, W: Tensor | None, bias: Tensor | None, build: Factors, on_x: bool, how: Dropout, *p: Tensor
     ) -> Tensor:
-        dtype = product_dtype(x)
+        dtype, drop, ctx.saver = product_dtype(x), how.p, SAVERS.get(how.saver)
         ctx.build, ctx.drop, ctx.shape, ctx.dtype = build, drop, x.shape, x.dtype
         ctx.seed = int(torch.randint(1 << 62, (), device="cpu")) if drop else 0
         with own_precision(x.device.type):
@@ -223,13 +227,18 @@ class _LowRank(torch.autograd.Function):
                 for rows, mask in masks(u.shape, u, drop, ctx.seed) if drop else ():
                     u[rows] *= mask
             y = u @ B.T if W is None else F.linear(flat, W, bias).addmm_(u, B.T)
-        ctx.save_for_backward(x if ctx.on_x and any(ctx.needs_input_grad[6:]) else None, u, W, *p)
+            kept: tuple[Tensor | None, ...] = (x if ctx.on_x and any(ctx.needs_input_grad[6:]) else None,)
+            if ctx.saver is not None and kept[0] is not None:
+                kept = ctx.saver.keep(flat)
+        ctx.kept = len(kept)
+        ctx.save_for_backward(*kept, u, W, *p)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g: Tensor):
-        x, u, W, *p = ctx.saved_tensors
+        *kept, u, W = ctx.saved_tensors[: ctx.kept + 2]
+        p, x = ctx.saved_tensors[ctx.kept + 2 :], kept[0]
         g, inp = g.reshape(-1, g.shape[-1]), ctx.shape[-1]
         with own_precision(g.device.type):
             needs, written = ctx.needs_input_grad[6:], hasattr(ctx.build, "pull")
@@ -242,7 +251,7 @@ class _LowRank(torch.autograd.Function):
                 trains_A, trains_B = A is not None and A.requires_grad, B.requires_grad
             trained = A if trains_A else None
             right = tiles(B.shape[1], inp, g) if A is None else A.detach().to(g.dtype)
-            flat = None if trained is None else x.reshape(-1, inp).to(g.dtype)
+            flat = None if trained is None or ctx.saver else x.reshape(-1, inp).to(g.dtype)
             v, dA, dx = g @ B.detach().to(g.dtype), None, None
             if ctx.needs_input_grad[0]:
                 dx = g.new_zeros(len(g), inp) if W is None else g @ W
@@ -259,9 +268,55 @@ class _LowRank(torch.autograd.Function):
                 if dx is not None:
                     add_blocks(dx, v) if right is None else dx.addmm_(v, right)
                 dA = None if flat is None else v.T @ flat
+                if trained is not None and ctx.saver:
+                    dA = ctx.saver.product(v, *kept)
             dB = (u.T @ g).T if trains_B else None
             grads = ctx.build.pull(p, dB, dA) if written else pull([(B, dB), (A, dA)], leaves)
         return None if dx is None else dx.view(ctx.shape).to(ctx.dtype), None, None, None, None, None, *grads
+
+
+class Velora:
+    """Each token in 32 (or fewer) parts, of each part its length along one direction v, the mean part of this batch:
+    x̂ = (x v) vᵀ, and dA = gᵀ x̂. Miles, Reddy, Elezi, Deng 2024, "VeLoRA: Memory Efficient Training using Rank-1
+    Sub-Token Projections", arXiv 2405.17991. Biased: what of x is orthogonal to v is lost, in every step. [ours]: v is
+    of each batch, where the paper keeps that of the first; so there is no state."""
+
+    @staticmethod
+    def keep(x: Tensor) -> tuple[Tensor, ...]:
+        parts = x.unflatten(1, (math.gcd(x.shape[1], 32), -1))
+        v = F.normalize(parts.mean((0, 1), dtype=torch.promote_types(x.dtype, torch.float32)), dim=0).to(x.dtype)
+        return parts @ v, v
+
+    @staticmethod
+    def product(g: Tensor, c: Tensor, v: Tensor) -> Tensor:
+        return ((g.T @ c)[:, :, None] * v).flatten(1)
+
+
+class WTACRS:
+    """k = 0.3 T of the T tokens: the c longest ones as they are, and k − c drawn from the rest by their lengths,
+    weighted so that the mean of dA is gᵀ x. Liu et al. 2023, "Winner-Take-All Column Row Sampling for Memory Efficient
+    Adaptation of Language Model", arXiv 2305.15265. c gives the least bound on the variance, (1 − P) / (k − c) with P
+    the share of the longest. [ours]: shares by ‖x_i‖ alone; the paper also uses the norms of earlier gradients."""
+
+    @staticmethod
+    def keep(x: Tensor) -> tuple[Tensor, ...]:
+        k = max(1, math.ceil(0.3 * len(x)))
+        share, order = x.norm(dim=1, dtype=torch.promote_types(x.dtype, torch.float32)).sort(descending=True)
+        share = share / share.sum().clamp_min(torch.finfo(share.dtype).tiny)
+        rest = 1 - F.pad(share.cumsum(0)[: k - 1], (1, 0))  # what is left when c = 0, 1, ... k - 1 are taken
+        c = int((rest / torch.arange(k, 0, -1, device=x.device)).argmin())
+        left = share[c:].clamp_min(torch.finfo(share.dtype).tiny)
+        drawn = torch.multinomial(left, k - c, replacement=True)
+        weight = F.pad(left.sum() / ((k - c) * left[drawn]), (c, 0), value=1.0)
+        chosen = order[torch.cat([torch.arange(c, device=x.device), drawn + c])]
+        return x[chosen], chosen, weight.to(x.dtype)
+
+    @staticmethod
+    def product(g: Tensor, x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
+        return (g[chosen] * weight[:, None]).T @ x
+
+
+SAVERS = {"velora": Velora, "wta_crs": WTACRS}  # what of x (T × in) is kept, and gᵀ x, (r × in), from it and g (T × r)
 
 
 def leaves_of(tensors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
@@ -308,6 +363,54 @@ def add_blocks(x: Tensor, v: Tensor) -> Tensor:
     x[:, : x.shape[1] - tail].unflatten(1, (-1, r)).add_(v[:, None])
     x[:, x.shape[1] - tail :].add_(v[:, :tail]) if tail else None
     return x
+
+
+def seed_of(*values: int | str) -> int:
+    """One seed of several numbers and words, unrelated for any that differ."""
+    return int.from_bytes(hashlib.sha256(repr(values).encode()).digest()[:7])
+
+
+# -- noise on the weight ----------------------------------------------------------------------------------------------
+
+
+def noise(x: Tensor, sigma: Tensor, seed: int) -> Tensor:
+    """x Eᵀ, (..., out), with E[o] Gaussian of standard deviation sigma[o], (out × in). E is built from the seed, a few
+    rows at a time, here and again for dx; only sigma is kept."""
+    return _Noise.apply(x, sigma, seed)
+
+
+class _Noise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, sigma: Tensor, seed: int) -> Tensor:
+        ctx.save_for_backward(sigma)
+        ctx.seed, ctx.shape, ctx.dtype, dtype = seed, x.shape, x.dtype, product_dtype(x)
+        with own_precision(x.device.type):
+            flat = x.reshape(-1, x.shape[-1]).to(dtype)
+            y = flat.new_empty(len(flat), len(sigma))
+            for rows, E in gaussian(sigma.to(dtype), x.shape[-1], seed):
+                y[:, rows].addmm_(flat, E.T, beta=0)
+        return y.view(*x.shape[:-1], len(sigma))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor):
+        (sigma,) = ctx.saved_tensors
+        with own_precision(g.device.type):
+            g = g.reshape(-1, g.shape[-1])
+            dx = g.new_zeros(len(g), ctx.shape[-1])
+            for rows, E in gaussian(sigma.to(g.dtype), ctx.shape[-1], ctx.seed):
+                dx.addmm_(g[:, rows], E)
+        return dx.view(ctx.shape).to(ctx.dtype), None, None
+
+
+def gaussian(sigma: Tensor, inp: int, seed: int) -> Iterator[tuple[slice, Tensor]]:
+    """Gaussian rows (out × in), row o of standard deviation sigma[o], in strips."""
+    generator = torch.Generator(sigma.device).manual_seed(seed)
+    height = max(1, SCRATCH // inp)
+    for i in range(0, len(sigma), height):
+        rows = slice(i, min(i + height, len(sigma)))
+        E = sigma.new_empty(rows.stop - i, inp).normal_(generator=generator)
+        yield rows, E.mul_(sigma[rows, None])
 
 
 # -- any ΔW -----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from peft import PeftConfig, PeftType
 from inlay import methods
 from inlay.host import seal
 from inlay.method import Method
+from inlay.ops import SAVERS
 
 FORMAT_VERSION = 1
 BIAS = ("none", "all", "inlay_only")
@@ -50,6 +51,8 @@ class InlayConfig(PeftConfig):
         target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save, trainable_token_indices:
             as in `LoraConfig`, "all-linear" included.
         bias: "none", "all" or "inlay_only": which biases of the model are trained.
+        saver: "none", "velora" or "wta_crs": in training, what is kept of a layer's input for the gradient of an inner
+            factor (A): less than all of it, for an estimate of the gradient (`inlay.ops.SAVERS`).
         init_weights: False starts away from the identity, for tests only.
         folded: the base is W − s ΔW(θ₀), quantised, as `inlay.fold` makes it; set in what it writes, never by hand.
 
@@ -70,6 +73,7 @@ class InlayConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     target_parameters: list[str] | None = None
     bias: str = "none"
+    saver: str = "none"
     init_weights: bool = True
     folded: bool = False
     folded_base: str | None = None  # a digest of what it was folded into
@@ -118,6 +122,8 @@ class InlayConfig(PeftConfig):
             )
         if self.bias not in BIAS:
             raise ValueError(f"bias={self.bias!r} is not one of {', '.join(BIAS)}")
+        if self.saver not in ("none", *SAVERS):
+            raise ValueError(f"saver={self.saver!r} is not one of none, {', '.join(SAVERS)}")
         if self.target_parameters:
             raise ValueError(
                 f"target_parameters={self.target_parameters} (fused expert weights) is not supported; "

@@ -17,9 +17,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
+from inlay import ops
 from inlay.host import seal, starts
 from inlay.host.slot import Slot
-from inlay.method import Base, Drop, Method, Params, like
+from inlay.method import Base, Drop, LowRank, Method, Params, keep, like
 
 PREFIX = "inlay_"
 START = "inlay_start_"  # θ₀, stored beside θ so that nothing is ever decomposed again
@@ -37,12 +38,21 @@ class Cut:
     module: str = ""
     seal: dict[str, Any] | None = None
     folded: bool = False
+    saver: str = "none"
     pending: bool = True
 
 
 def widen(p: Params) -> Params:
     """In fp32 at least."""
     return {k: v.to(torch.promote_types(v.dtype, torch.float32)) for k, v in p.items()}
+
+
+def check_saver(method: Method, trained: tuple[str, ...], saver: str) -> None:
+    """Raise a ValueError unless a method keeps x for the gradient of an inner factor, and reads x as it is."""
+    if not isinstance(method, LowRank) or not any(method.role(k) == "in" for k in trained):
+        raise ValueError(f"saver={saver}: {method.name} keeps no x for the gradient of an inner factor; leave it out")
+    if method.dropout:
+        raise ValueError(f"saver={saver} with dropout={method.dropout}: what is kept is of x itself; set dropout to 0")
 
 
 def strip(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -89,7 +99,7 @@ class Adapted:
 
     def __call__(self, x: Tensor, /) -> Tensor:
         method, p, p0 = self.layer.theta(self.name)
-        return method.apply(p, p0, x, self.base, Drop(method.dropout if self.layer.training else 0.0))
+        return method.apply(p, p0, x, self.base, self.layer.drop(self.name))
 
 
 def readable(base_layer: nn.Module) -> nn.Module:
@@ -130,6 +140,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.unmerged: Any = None  # what the base held before a merge
         self.marked: str | None = None  # the base's mark when it was last whole
+        self.noise: tuple[Tensor, int] | None = None  # on the weight, in training: its size by rows, and its seed
         self.quantization_backend = resolve_quantization_backend(
             base_layer, get_apply_tensor_subclass=get_apply_tensor_subclass
         )
@@ -155,6 +166,11 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         if self.unmerged is None or self.quantization_backend is not None:
             return self.matrix()
         return self.unmerged.T if isinstance(self.base_layer, Conv1D) else self.unmerged
+
+    def drop(self, name: str) -> Drop:
+        """How an adapter reads and keeps x in this step."""
+        cut = self.cuts[name]
+        return Drop(cut.method.dropout, cut.saver) if self.training else keep
 
     def change(self, name: str, W: Tensor) -> Tensor:
         """s (ΔW(θ) − ΔW(θ₀)) of one adapter over the weight W, (out × in), in fp32 (or better, where θ is)."""
@@ -188,6 +204,8 @@ class InlayLinear(nn.Module, BaseTunerLayer):
             self._held(container).pop(name) if name in self._held(container) else None
         shapes = method.start(torch.empty(self.out_features, self.in_features, device="meta"))
         trained = tuple(k for k in shapes if k not in method.frozen)
+        if about.get("saver", "none") != "none":
+            check_saver(method, trained, about["saver"])
         start = () if method.zero_init or about.get("folded") else trained
         self.scaling[name] = 1.0
         self.cuts[name] = Cut(method, tuple(shapes), start, **about)
@@ -214,6 +232,14 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         cut = self.cuts[name]
         paths = [PREFIX + k for k in cut.symbols] + [START + k for k in cut.start]
         return {f"{path}.{name}.weight": cast(Slot, self._held(path)[name]) for path in paths}
+
+    def roles(self) -> Iterator[tuple[nn.Parameter, str]]:
+        """What may be trained here, of all adapters, each with the part it plays in its method."""
+        for name, cut in self.cuts.items():
+            for k in cut.symbols:
+                weight = self._held(PREFIX + k)[name].weight
+                if isinstance(weight, nn.Parameter):
+                    yield weight, cut.method.role(k)
 
     def decompose(self, name: str, like: str | None = None) -> None:
         """Fill the slots with the method's start, from the base weight in fp32, or with that of the adapter `like`."""
@@ -344,7 +370,9 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         if adapter_names is not None and not self.disable_adapters:
             return self._per_row(x, adapter_names, args, kwargs)
         active = () if self.disable_adapters else self.active_adapters
-        return self._under([name for name in active if name not in self.merged_adapters], args, kwargs)(x)
+        y = self._under([name for name in active if name not in self.merged_adapters], args, kwargs)(x)
+        noise = self.noise if self.training and not self.disable_adapters else None
+        return y if noise is None else y + ops.noise(x, *noise)
 
     def _under(self, names: list[str], args: tuple, kwargs: dict) -> Base:
         """The layer under these adapters, each cut from what lies below."""
@@ -366,6 +394,14 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         """s (ΔW(θ) − ΔW(θ₀)) in the layout of the base layer's weight."""
         delta = self.change(adapter, self.pristine())
         return delta.T if isinstance(self.base_layer, Conv1D) else delta
+
+    @torch.no_grad()
+    def row_norms(self) -> Tensor:
+        """The norm of each row of the adapted weight, (out)."""
+        W = self.matrix().float()
+        for name in (a for a in self.active_adapters if a in self.cuts and a not in self.merged_adapters):
+            W = W + self.change(name, W)
+        return W.norm(dim=1)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -140,6 +140,7 @@ class InlayModel(BaseTuner):
                 module=current_key,
                 seal=(config.seals or {}).get(current_key),
                 folded=config.folded,
+                saver=config.saver,
             )
         except ValueError as error:
             raise ValueError(f"{current_key}: {error}") from None

@@ -28,6 +28,7 @@ class Bone(LowRank):
     paper = "Kang 2024, arXiv 2409.15371"
     trains = "D (r × out)"
     zero_init = True
+    roles = {"D": "out"}
 
     def start(self, W: Tensor, stats: Params | None = None) -> Params:
         out, inp = W.shape

@@ -26,6 +26,7 @@ class DeepLoRA(LowRank):
     equation = "ΔW = W₃ W₂ W₁"
     paper = "Yaras et al. 2024, arXiv 2406.04112"
     trains = "W1 (r × in), W2 (r × r), W3 (out × r)"
+    roles = {"W1": "in", "W3": "out"}
     draws = True  # type: ignore[assignment]
 
     epsilon: float = field(default=1e-3, metadata={"help": "size ε of the orthogonal start", "above": 0})

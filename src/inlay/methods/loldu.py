@@ -26,6 +26,7 @@ class LoLDU(Diagonal):
     equation = "ΔW = P L_r diag(z) U_r"
     paper = "Shi et al. 2024, arXiv 2410.13618"
     trains = "z (r)"
+    roles = {"z": "magnitude"}
 
     def start(self, W: Tensor, stats: Params | None = None) -> Params:
         check_rank(self, self.r, W)

@@ -30,6 +30,7 @@ class MoRA(LowRank):
     paper = "Jiang et al. 2024, arXiv 2405.12130, type 1"
     trains = "M (k × k), k = √((out + in) r)"
     zero_init = True
+    roles = {}
 
     r: int = field(default=8, metadata={"help": "rank of the LoRA with as many numbers", "min": 1})
 

@@ -30,6 +30,7 @@ class RandLoRA(Method):
     paper = "Albert et al. 2025, arXiv 2502.00987"
     trains = "λ (N × r), γ (N × short), N = ⌈short / r⌉"
     zero_init = True
+    roles = {"lambda": "magnitude", "gamma": "magnitude"}
 
     r: int = field(default=32, metadata={"help": "rank of each basis", "min": 1})
     basis_seed: int = field(default=0, metadata={"help": "seed of the random bases", "min": 0, "max": 1 << 20})

@@ -25,6 +25,7 @@ class SVFit(Diagonal):
     equation = "ΔW = U_r diag(σ) V_rᵀ"
     paper = "Sun et al. 2024, arXiv 2409.05926"
     trains = "σ (r)"
+    roles = {"sigma": "magnitude"}
 
     def start(self, W: Tensor, stats: Params | None = None) -> Params:
         check_rank(self, self.r, W)

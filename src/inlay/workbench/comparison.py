@@ -14,8 +14,8 @@ from inlay.workbench.recipe import Recipe, conform, conform_all, default_of, ent
 BUDGETS = {"parameters": "trained numbers", "memory": "GiB at the peak of a step", "time": "seconds of training"}
 # Fields of a recipe in which methods may differ; all others are the task, which is one.
 OF_METHOD = """method args scale dropout target_modules exclude_modules layers_to_transform modules_to_save patterns
-allocate bias quantize fold_rounds scheduler warmup weight_decay optimizer max_grad_norm gradient_checkpointing
-trainer""".split()
+allocate bias quantize fold_rounds scheduler warmup weight_decay optimizer optimizer_args lr_ratio step
+step_args flat_noise saver max_grad_norm gradient_checkpointing trainer""".split()
 ELSEWHERE = ("early_stopping", "keep_best", "save_every", "push_to_hub")  # of single runs only
 
 

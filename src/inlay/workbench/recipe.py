@@ -18,8 +18,9 @@ from peft import PeftConfig
 
 from inlay.host.config import InlayConfig
 from inlay.methods import METHODS, find
-from inlay.workbench import peft_methods
+from inlay.workbench import optimizers, peft_methods
 from inlay.workbench.files import DamagedFileError, from_yaml
+from inlay.zeroth import ZerothOrder
 
 
 def entry(default: Any, text: str, **meta: Any) -> Any:
@@ -67,6 +68,9 @@ class Recipe:
         "none", "ranks per layer from the weights' spectra (LaMDA++), within what r trains; they end up in patterns"
     )
     bias: str = entry("none", "none, all or inlay_only")
+    saver: Literal["none", "velora", "wta_crs"] = entry(
+        "none", "keep less of a layer's input, for an estimate of A's gradient: velora (biased), wta_crs (unbiased)"
+    )
 
     learning_rate: float = entry(5e-4, "peak learning rate", min=0)
     epochs: float = entry(1.0, "passes over the data", min=0)
@@ -76,8 +80,17 @@ class Recipe:
     scheduler: str = entry("cosine", "any of transformers' schedulers")
     warmup: float = entry(0.03, "share of the steps (or their number, from 1 up)", min=0)
     weight_decay: float = entry(0.0, "AdamW's", min=0)
-    optimizer: str = entry("adamw_torch", "any of transformers' optimisers")
-    max_grad_norm: float = entry(1.0, "clipping", min=0)
+    optimizer: str | None = entry(
+        None, "any of transformers' optimisers, muon or scion (default: adamw_torch; sgd with mezo and subzero)"
+    )
+    optimizer_args: dict = entry(dict, "what else the optimiser takes: {rank: 64} for galore_adamw")
+    lr_ratio: float | None = entry(None, "LoRA+: outer factors (B) learn so many times faster; 16 is usual")
+    step: Literal["backward", "mezo", "subzero"] = entry(
+        "backward", "where gradients come from; mezo and subzero ask for losses alone, in the memory of inference"
+    )
+    step_args: dict = entry(dict, "of mezo and subzero: {epsilon: 1e-3, queries: 1}; of subzero also rank and renew")
+    flat_noise: float = entry(0.0, "Flat-LoRA: noise on the weights in training, over their rows' norms; 0.05", min=0)
+    max_grad_norm: float = entry(1.0, "clipping of gradients from a backward pass", min=0)
     skip_nan: int = entry(0, "steps with NaN or Inf to pass over before one ends the run", min=0)
     gradient_checkpointing: bool = entry(False, "less memory, about a third more time")
     seed: int = entry(0, "of everything random", min=0)
@@ -110,6 +123,7 @@ class Recipe:
             check_allocate(self)
         check_foreign(self)
         self.adapter()
+        check_step(self)
 
     def adapter(self, steps: int = 10**6) -> PeftConfig | None:
         """The config of the adapter that a run of so many steps trains; None where it trains the model itself.
@@ -125,7 +139,7 @@ class Recipe:
 
     def config(self) -> InlayConfig:
         """The config of one of Inlay's methods; raises a ValueError for an unknown method or hyperparameter."""
-        names = ("method", "args", "scale", "dropout", "patterns", "bias")
+        names = ("method", "args", "scale", "dropout", "patterns", "bias", "saver")
         return InlayConfig(task_type="CAUSAL_LM", **{n: getattr(self, n) for n in names}, **self._where())
 
     def _where(self) -> dict[str, Any]:
@@ -135,6 +149,26 @@ class Recipe:
             if isinstance(values[name], str) and re.fullmatch(r"[\w.]+", values[name]):
                 values[name] = [values[name]]
         return values
+
+    @property
+    def optim(self) -> str:
+        """The optimiser's name."""
+        return self.optimizer or ("adamw_torch" if self.step == "backward" else "sgd")
+
+    def zeroth(self) -> ZerothOrder | None:
+        """What estimates gradients where there is no backward pass.
+
+        Raises:
+            ValueError: an unknown or wrong value in `step_args`.
+        """
+        hints = {name: hint for name, hint in typing.get_type_hints(ZerothOrder).items() if name in STEPS[self.step]}
+        for name in self.step_args:
+            if name not in hints:
+                raise ValueError(f"step_args: step {self.step} has no {name!r}; it has {', '.join(hints) or 'none'}")
+        values = {name: conform(f"step_args: {name}", hints[name], value) for name, value in self.step_args.items()}
+        if "rank" in hints:
+            values = {"rank": 8, **values}
+        return ZerothOrder(**values, seed=self.seed) if hints else None
 
     @property
     def kept(self) -> str:
@@ -172,7 +206,8 @@ def check_foreign(recipe: Recipe) -> None:
     if peft_methods.is_ours(recipe.method):
         return
     full, packed = recipe.method == peft_methods.FULL, recipe.quantize
-    names = ("scale", "dropout", "patterns", "bias", *(("args", "modules_to_save") if full else ()))
+    names = ["scale", "dropout", "patterns", "bias", "saver", "lr_ratio", "flat_noise"]
+    names += ["args", "modules_to_save"] if full else []
     for f in fields(recipe):
         if f.name in names and getattr(recipe, f.name) != default_of(f):
             hint = "it trains all there is" if full else "give the fields of PEFT's config under args"
@@ -181,6 +216,27 @@ def check_foreign(recipe: Recipe) -> None:
         raise ValueError(
             f"quantize: {packed} is not for method {recipe.method}; " + ("none is" if full else "nf4_offset is")
         )
+
+
+STEPS = {  # and what each takes as `step_args`
+    "backward": (),
+    "mezo": ("epsilon", "queries"),
+    "subzero": ("epsilon", "queries", "rank", "renew"),
+}
+
+
+def check_step(recipe: Recipe) -> None:
+    """Refuse ways to take a step that cannot be, or that do not go together."""
+    recipe.zeroth()
+    optimizers.check(recipe.optim, recipe.method == peft_methods.FULL)
+    if recipe.step != "backward" and recipe.method == peft_methods.FULL:
+        raise ValueError(f"step: {recipe.step} keeps a copy of what is trained, so it is for adapters, not for full")
+    if recipe.step != "backward" and recipe.gradient_checkpointing:
+        raise ValueError(f"gradient_checkpointing: step {recipe.step} has no backward pass to save memory for")
+    if recipe.step != "backward" and recipe.saver != "none":
+        raise ValueError(f"saver: step {recipe.step} has no backward pass to keep anything for")
+    if recipe.lr_ratio is not None and recipe.lr_ratio <= 0:
+        raise ValueError(f"lr_ratio: {recipe.lr_ratio} is not above 0")
 
 
 def check_allocate(recipe: Recipe) -> None:

@@ -23,8 +23,10 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
 from inlay.host import processes, starts
+from inlay.host.flat import Flat
+from inlay.host.groups import raised
 from inlay.host.schedule import Schedule
-from inlay.workbench import checkpoints, memory, models, peft_methods, ranks, report
+from inlay.workbench import checkpoints, memory, models, optimizers, peft_methods, ranks, report
 from inlay.workbench.checkpoints import Checkpoint
 from inlay.workbench.files import check_free, locked, new_folder, set_aside, write_text
 from inlay.workbench.generate import answer
@@ -70,8 +72,8 @@ def arguments(recipe: Recipe, folder: Path, batch: int, steps: int, dtype: torch
         "lr_scheduler_type": recipe.scheduler,
         "warmup_steps": recipe.warmup if recipe.warmup >= 1 else min(math.ceil(recipe.warmup * steps), steps - 1),
         "weight_decay": recipe.weight_decay,
-        "optim": recipe.optimizer,
-        "max_grad_norm": recipe.max_grad_norm,
+        **optimizers.settings(recipe.optim, recipe.optimizer_args, recipe.target_modules),
+        "max_grad_norm": recipe.max_grad_norm if recipe.step == "backward" else 0.0,
         "gradient_checkpointing": recipe.gradient_checkpointing,
         "seed": recipe.seed,
         "max_length": recipe.max_length,
@@ -79,7 +81,8 @@ def arguments(recipe: Recipe, folder: Path, batch: int, steps: int, dtype: torch
         "eval_packing": False,
         # An adapted base is loaded in its compute dtype and θ stays fp32: autocast would only add casts.
         "bf16": recipe.method == peft_methods.FULL and dtype == torch.bfloat16,
-        "fp16": dtype == torch.float16 and torch.cuda.is_available(),  # for its loss scaling
+        # For its loss scaling.
+        "fp16": dtype == torch.float16 and torch.cuda.is_available() and recipe.step == "backward",
         "eval_strategy": "steps" if evaluating else "no",
         "eval_steps": evaluating,
         "save_strategy": "steps" if saving else "no",
@@ -297,11 +300,17 @@ def build(recipe: Recipe, base: Any, tokenizer, rows: Examples, folder: Path) ->
             eval_dataset=as_dataset(rows.heldout, tokenizer),
             processing_class=tokenizer,
             peft_config=adapter,
-            callbacks=[Schedule(), *stop],
+            callbacks=[Schedule(), *([Flat(recipe.flat_noise, recipe.seed)] if recipe.flat_noise else []), *stop],
             skips=recipe.skip_nan,
+            lr_ratio=recipe.lr_ratio,
+            zeroth=recipe.zeroth(),
+            optimizer_cls_and_kwargs=optimizers.own(recipe.optim, recipe.learning_rate, recipe.optimizer_args),
         )
     if adapter is not None and not peft_methods.is_ours(recipe.method):
         peft_methods.complete(trainer)
+    optimizers.check_shapes(recipe.optim, cast(Any, trainer.model))
+    if recipe.lr_ratio is not None:
+        raised([], cast(Any, trainer.model), recipe.lr_ratio)  # refuses a model without pairs of factors
     return trainer
 
 

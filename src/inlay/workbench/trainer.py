@@ -1,4 +1,5 @@
-"""trl's SFTTrainer with a run's safety: whole checkpoints, a stop that keeps them, and no step on NaN or Inf."""
+"""trl's SFTTrainer with a run's safety: whole checkpoints, a stop that keeps them, and no step on NaN or Inf; and with
+ways to take a step that transformers does not have."""
 
 from __future__ import annotations
 
@@ -18,9 +19,11 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from trl import SFTTrainer
 
 from inlay.host import processes
+from inlay.host.groups import raised
 from inlay.workbench import checkpoints
 from inlay.workbench.checkpoints import Checkpoint
 from inlay.workbench.models import first_line
+from inlay.zeroth import ZerothOrder
 
 
 class Stop(TrainerCallback):
@@ -58,14 +61,24 @@ class Stop(TrainerCallback):
 
 class Trainer(SFTTrainer):
     """As trl's, with `checkpoints.staged` around its saving. `run`: what a checkpoint says of its run; `skips`: how
-    many steps with NaN or Inf are passed over before one ends the run.
+    many steps with NaN or Inf are passed over before one ends the run; `lr_ratio`: LoRA+'s; `zeroth`: what estimates
+    gradients in place of a backward pass.
 
     In several processes a checkpoint is what one process writes: with FSDP2 the adapter and the optimiser's state are
     gathered, so that a run goes on in another number of processes, sharded or not.
     """
 
-    def __init__(self, *args: Any, skips: int = 0, callbacks: list | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        skips: int = 0,
+        callbacks: list | None = None,
+        lr_ratio: float | None = None,
+        zeroth: ZerothOrder | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.stop, self.skips, self.run = Stop(), skips, {}
+        self.lr_ratio, self.zeroth = lr_ratio, zeroth
         self.fault: str | None = None
         self.passed: dict[int, str] = {}  # steps that were passed over, and why
         super().__init__(*args, callbacks=[*(callbacks or []), self.stop], **kwargs)
@@ -152,13 +165,44 @@ class Trainer(SFTTrainer):
         Raises:
             ValueError: there is such a step, and as many as `skips` were passed over already.
         """
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        backward = super().training_step if self.zeroth is None else self._ask
+        loss = backward(model, inputs, num_items_in_batch)
         last = self.accelerator.sync_gradients  # of the micro-batches of a step
         if self.fault is None:
             self.fault = self._find_fault(model, inputs, loss, last)
         if self.fault and last:
             self._pass_over(model)
         return loss
+
+    def _ask(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
+        """A micro-batch's part in the gradient, from losses alone; all micro-batches of a step share their directions.
+        Over several processes the losses are averaged, so that all take the same step."""
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        parts = self.current_gradient_accumulation_steps if num_items_in_batch is None else 1
+
+        def loss() -> Tensor:
+            with self.compute_loss_context_manager():
+                value = self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
+            return cast(Tensor, self.accelerator.reduce(value.mean() / parts, "mean"))
+
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return cast(ZerothOrder, self.zeroth).estimate(loss, trained, self.state.global_step)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """As transformers', with LoRA+'s rates.
+
+        Raises:
+            ValueError: a library is missing, or the optimiser cannot take what is trained.
+        """
+        made = self.optimizer is None
+        try:
+            optimizer = super().create_optimizer(model)
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"optimizer: {first_line(error)}") from None
+        if made and self.lr_ratio is not None:
+            optimizer.param_groups[:] = raised(optimizer.param_groups, cast(nn.Module, self.model), self.lr_ratio)
+        return optimizer
 
     def _find_fault(self, model: nn.Module, inputs: dict[str, Any], loss: Tensor, last: bool) -> str | None:
         lost, fault = not loss.isfinite(), None

@@ -1,0 +1,109 @@
+"""Gradients without a backward pass: the loss is asked on both sides of θ, along a random direction.
+
+    ĝ = (L(θ + ε Z) − L(θ − ε Z)) / 2ε · Z
+
+MeZO (Malladi et al. 2023, "Fine-Tuning Language Models with Just Forward Passes", arXiv 2305.17333): Z is Gaussian, so
+that E[ĝ] = ∇L up to ε². SubZero (Yu et al. 2024, "Zeroth-Order Fine-Tuning of LLMs in Random Subspaces", arXiv
+2410.08989): for a matrix (m × n), Z = √(mn)/r U C Vᵀ with Gaussian C (r × r) and orthonormal U (m × r), V (n × r) that
+are drawn anew every `renew` steps; Z is as long as MeZO's, and E[ĝ] = mn/r² UUᵀ ∇L VVᵀ, which is ∇L in the mean over U
+and V. Thin factors are first reshaped to be nearly square, as the paper does; [ours]: so are tensors of any other
+number of dimensions, and what is then narrower than r gets MeZO's Z.
+
+Nothing is kept for a backward pass, and no Z is stored: each comes from a seed when it is needed. θ is put back from a
+copy, for θ + εZ − 2εZ + εZ is not θ in floating point.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inlay.ops import seed_of
+
+
+@dataclass(kw_only=True)
+class ZerothOrder:
+    """An estimator of gradients; it has no state but what follows from `seed` and the number of the step."""
+
+    epsilon: float = 1e-3
+    queries: int = 1  # directions per step, two passes each; ĝ is their mean
+    rank: int | None = None  # r; None: MeZO
+    renew: int = 1000  # steps between new U and V
+    seed: int = 0
+    held: tuple[Any, list[tuple[Tensor, Tensor] | None]] = field(default=(None, []), init=False, repr=False)  # U, V
+
+    def __post_init__(self) -> None:
+        for name in ("epsilon", "queries", "rank", "renew"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}={value} is not above 0")
+
+    @torch.no_grad()
+    def estimate(self, loss: Callable[[], Tensor], parameters: Sequence[Tensor], step: int) -> Tensor:
+        """Add ĝ to the `.grad` of the parameters, which keep their values; gives back the mean of the losses asked.
+
+        Args:
+            loss: a forward pass, giving a scalar; what it draws (dropout) is the same on both sides.
+            parameters: θ, of which `.grad` is set.
+            step: the number of the optimiser step: another one, another Z.
+        """
+        parameters = list(parameters)
+        own, total = [p.detach().clone() for p in parameters], 0.0
+        devices = sorted({p.get_device() for p in parameters if p.is_cuda})
+        for query in range(self.queries):
+            sides = []
+            try:
+                for epsilon in (self.epsilon, -self.epsilon):
+                    for p, start, Z in zip(parameters, own, self.directions(own, step, query), strict=True):
+                        torch.add(start, Z, alpha=epsilon, out=p.data)
+                    with torch.random.fork_rng(devices):
+                        torch.manual_seed(seed_of(self.seed, step, query, "loss"))
+                        sides.append(loss().float())
+            finally:
+                for p, start in zip(parameters, own, strict=True):
+                    p.copy_(start)
+            slope = (sides[0] - sides[1]) / (2 * self.epsilon * self.queries)
+            for p, Z in zip(parameters, self.directions(own, step, query), strict=True):
+                p.grad = Z.mul_(slope) if p.grad is None else p.grad.addcmul_(Z, slope.to(Z.dtype))
+            total += (sides[0] + sides[1]) / (2 * self.queries)
+        return torch.as_tensor(total)
+
+    def directions(self, tensors: Sequence[Tensor], step: int, query: int) -> Iterator[Tensor]:
+        """Z of one query, tensor by tensor."""
+        bases = self.bases(tensors, step)
+        for i, t in enumerate(tensors):
+            generator = torch.Generator(t.device).manual_seed(seed_of(self.seed, step, query, i))
+            if (basis := bases[i]) is None:
+                yield torch.empty_like(t).normal_(generator=generator)
+                continue
+            U, V = basis
+            C = torch.empty(U.shape[1], V.shape[1], device=t.device).normal_(generator=generator)
+            yield (math.sqrt(t.numel()) / len(C) * U @ C @ V.T).view(t.shape).to(t.dtype)
+
+    def bases(self, tensors: Sequence[Tensor], step: int) -> list[tuple[Tensor, Tensor] | None]:
+        """(U, V) of each tensor; None where Z is Gaussian in all its numbers."""
+        of = step // self.renew, [t.shape for t in tensors]
+        if self.held[0] != of:
+            self.held = of, [self._basis(t, seed_of(self.seed, of[0], i, "basis")) for i, t in enumerate(tensors)]
+        return self.held[1]
+
+    def _basis(self, t: Tensor, seed: int) -> tuple[Tensor, Tensor] | None:
+        m = nearly_square(t.numel())
+        if self.rank is None or m <= self.rank:
+            return None
+        generator = torch.Generator(t.device).manual_seed(seed)
+        U, V = (
+            torch.linalg.qr(torch.empty(n, self.rank, device=t.device).normal_(generator=generator))[0]
+            for n in (m, t.numel() // m)
+        )
+        return U, V
+
+
+def nearly_square(numel: int) -> int:
+    """The largest divisor of a number that is not above its root."""
+    return next(m for m in range(math.isqrt(numel), 0, -1) if numel % m == 0)
