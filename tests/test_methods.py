@@ -110,6 +110,11 @@ def snell(p: Params, W: Tensor) -> Tensor:
     return torch.zeros_like(K).flatten().index_copy(0, alive, K.flatten()[alive]).view_as(K)
 
 
+def lorta(p: Params, W: Tensor) -> Tensor:
+    """Of one weight on its own: a layer, a matrix and a head."""
+    return torch.einsum("or,ir,r,r,r->oi", p["B"], p["A"], p["C_L"][0], p["C_M"][0], p["C_H"][0])
+
+
 @dataclass
 class Row:
     """What a method promises. `numbers` counts what it trains on an (m × n) weight; `delta` is ΔW(θ) written down
@@ -178,6 +183,9 @@ CONTRACT = {
     ),
     "snell": Row(
         methods.SNELL(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), snell, seeded=True, lora_exact=False
+    ),
+    "lorta": Row(
+        methods.LoRTA(r=8), (24, 40), {"A", "B", "C_L", "C_M", "C_H"}, lambda m, n: 8 * (m + n + 3), lorta, seeded=True
     ),
 }
 # fmt: on

@@ -16,10 +16,11 @@ Nothing here or there knows of PEFT.
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal, Protocol, cast
+from typing import Any, ClassVar, Literal, Protocol, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,29 @@ class Base(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where in its model a weight is, among those of one adapter, and how far the training is. By default it is alone.
+
+    Attributes:
+        layer, layers: the index of its layer, and how many there are.
+        module, modules: the index of its kind (q_proj, k_proj, ...) in its group, and how many the group has.
+        heads, most: into how many heads its outputs are divided, and the most of any weight of the group. Weights
+            of attention are one group; others, of one head each, are one for each shape.
+        writes: the heads are of its inputs instead: it writes to the residual stream, as o_proj does.
+        t: the fraction of all optimiser steps that is done.
+    """
+
+    layer: int = 0
+    layers: int = 1
+    module: int = 0
+    modules: int = 1
+    heads: int = 1
+    most: int = 1
+    writes: bool = False
+    t: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Method(ABC):
     """One paper. Fields are hyperparameters; everything else is the paper's equation.
 
@@ -54,6 +78,9 @@ class Method(ABC):
         paper: authors, year, arXiv id.
         trains: what is trained, in words.
         frozen: symbols of θ that are kept but never trained.
+        shared: symbols of θ that a group of weights has in common (see `Place`): started and stored once, with its
+            first weight. Only their shapes may depend on the place.
+        place: where the weight is; of `start` on a meta tensor, which is asked before that is known, a lone weight.
         zero_init: ΔW(θ₀) = 0 for every W, so θ₀ need not be stored; a property where it depends on a hyperparameter.
         reads_weight: ΔW depends on W, so that it cannot be told from θ alone.
         needs: what a data-driven `start` must have seen first (None: the weight alone).
@@ -65,6 +92,8 @@ class Method(ABC):
     paper: ClassVar[str]
     trains: ClassVar[str]
     frozen: ClassVar[frozenset[str]] = frozenset()
+    shared: ClassVar[frozenset[str]] = frozenset()
+    place: ClassVar[Place] = Place()
     zero_init: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
     needs: ClassVar[Literal["activations", "gradients"] | None] = None
@@ -89,6 +118,12 @@ class Method(ABC):
     def draws(self) -> bool:
         """Whether `start` draws from torch's global generator: for values a field's metadata lists under "draws"."""
         return any(getattr(self, f.name) in f.metadata.get("draws", ()) for f in fields(self))
+
+    def at(self, place: Place) -> Self:
+        """The same method for the weight at a place."""
+        made = copy.copy(self)
+        object.__setattr__(made, "place", place)
+        return made
 
     @abstractmethod
     def start(self, W: Tensor, stats: Params | None = None) -> Params:
@@ -121,10 +156,18 @@ class Method(ABC):
 
         return ops.Rows(build)
 
-    def schedule(self, p: Params, t: float) -> frozenset[str]:
-        """The symbols that stay as they are from now on, when a fraction t of all optimiser steps is done.
+    def restart(self, p: Params, t: float) -> dict[str, Tensor | None]:
+        """Begin anew, in place, what is due at t; by symbol, a mask of the entries that are new, or None for all.
 
-        The host calls it after every step; a method may also change θ in place here.
+        The host calls it after every step, before `schedule`, and again with the same t where a run goes on, so that
+        what was done already must be told from θ. The optimiser forgets what it knew of those entries.
+        """
+        return {}
+
+    def schedule(self, p: Params, t: float) -> frozenset[str]:
+        """The symbols that stay as they are, until a later call leaves them out; t is the fraction of steps done.
+
+        The host calls it after every step.
         """
         return frozenset()
 

@@ -70,7 +70,7 @@ def start(method: Method, W: Tensor) -> Params:
     """method.start(W), or what it was when it was last computed of the same numbers."""
     if method.draws:
         return method.start(W)
-    about = f"{method!r} {W.device.type} {__version__} {torch.__version__}"
+    about = f"{method!r} {method.place if method.shared else None} {W.device.type} {__version__} {torch.__version__}"
     key = f"{hashlib.sha256(about.encode()).hexdigest()[:16]}-{cache.fingerprint(W)}"
     if (found := cache.load("starts", key)) is not None:
         return {name: tensor.to(W.device) for name, tensor in found.items()}

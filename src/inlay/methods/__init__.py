@@ -9,6 +9,7 @@ from inlay.methods.dota import DoTA
 from inlay.methods.lamda import LaMDA
 from inlay.methods.loldu import LoLDU
 from inlay.methods.lora import LoRA
+from inlay.methods.lorta import LoRTA
 from inlay.methods.milora import MiLoRA
 from inlay.methods.mora import MoRA
 from inlay.methods.mora_rope import MoRARope
@@ -22,7 +23,7 @@ from inlay.methods.svfit import SVFit
 # fmt: off
 METHODS: tuple[type[Method], ...] = (
     LoRA, PiSSA, MiLoRA, OLoRA, SVFit, LoLDU, LaMDA, DoTA, Bone, Bat, BatCol,
-    MoRA, MoRARope, RandLoRA, PEANuT, DeepLoRA, SNELL,
+    MoRA, MoRARope, RandLoRA, PEANuT, DeepLoRA, SNELL, LoRTA,
 )
 # fmt: on
 
@@ -37,6 +38,7 @@ __all__ = [
     "LaMDA",
     "LoLDU",
     "LoRA",
+    "LoRTA",
     "MiLoRA",
     "MoRA",
     "MoRARope",
