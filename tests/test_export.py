@@ -32,7 +32,19 @@ ARGS = {
     "bat_col": {"r": 16},
     **{
         name: {"r": 4}
-        for name in ("olora", "svfit", "loldu", "mora", "mora_rope", "peanut", "deep_lora", "snell", "lorta")
+        for name in (
+            "olora",
+            "svfit",
+            "loldu",
+            "mora",
+            "mora_rope",
+            "peanut",
+            "deep_lora",
+            "snell",
+            "lorta",
+            "xgblora",
+            "spiel",
+        )
     },
     "randlora": {"r": 16},
 }

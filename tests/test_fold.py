@@ -39,7 +39,19 @@ ARGS = {
     "bat_col": {"r": 16},
     **{
         name: {"r": 4}
-        for name in ("olora", "svfit", "loldu", "mora", "mora_rope", "peanut", "deep_lora", "snell", "lorta")
+        for name in (
+            "olora",
+            "svfit",
+            "loldu",
+            "mora",
+            "mora_rope",
+            "peanut",
+            "deep_lora",
+            "snell",
+            "lorta",
+            "xgblora",
+            "spiel",
+        )
     },
     "randlora": {"r": 16},
 }
@@ -128,7 +140,15 @@ def test_a_fold_is_the_quantised_residual_and_its_piece(method, folds, plain):
         W = weights[f"{name}.weight"].detach()
         start = find(method)(**ARGS[method]).start(W)
         cls, p, _ = layer.theta("default")
-        random = method in ("lora", "peanut", "deep_lora", "snell", "lorta")  # drawn anew: the stored start counts
+        random = method in (
+            "lora",
+            "peanut",
+            "deep_lora",
+            "snell",
+            "lorta",
+            "xgblora",
+            "spiel",
+        )  # drawn anew: the stored start counts
         for k, value in start.items():
             if not random:
                 torch.testing.assert_close(p[k].detach(), value, rtol=1e-4, atol=1e-5)

@@ -305,6 +305,14 @@ class _Dense(torch.autograd.Function):
         return None if dx is None else dx.view_as(x).to(x.dtype), None, None, None, *grads
 
 
+def watched(D: Tensor, look: Callable[[Tensor], None]) -> Tensor:
+    """D, of whose gradient `look` gets a view in the backward pass; not in a graph that is compiled, which has no room
+    for it."""
+    if D.requires_grad and not torch.compiler.is_compiling():
+        D.register_hook(look)
+    return D
+
+
 def bat_col_delta(W: Tensor, B: Tensor) -> Tensor:
     """ΔW_ab = W_ab B_a + B_a for W (out × in) and B (out/r × r × r), in B's dtype."""
     a, r, _ = B.shape

@@ -18,12 +18,14 @@ from inlay.methods.peanut import PEANuT
 from inlay.methods.pissa import PiSSA
 from inlay.methods.randlora import RandLoRA
 from inlay.methods.snell import SNELL
+from inlay.methods.spiel import SpIEL
 from inlay.methods.svfit import SVFit
+from inlay.methods.xgblora import XGBLoRA
 
 # fmt: off
 METHODS: tuple[type[Method], ...] = (
     LoRA, PiSSA, MiLoRA, OLoRA, SVFit, LoLDU, LaMDA, DoTA, Bone, Bat, BatCol,
-    MoRA, MoRARope, RandLoRA, PEANuT, DeepLoRA, SNELL, LoRTA,
+    MoRA, MoRARope, RandLoRA, PEANuT, DeepLoRA, SNELL, LoRTA, XGBLoRA, SpIEL,
 )
 # fmt: on
 
@@ -47,6 +49,8 @@ __all__ = [
     "PiSSA",
     "RandLoRA",
     "SVFit",
+    "SpIEL",
+    "XGBLoRA",
     "find",
 ]
 
