@@ -306,9 +306,8 @@ class _Dense(torch.autograd.Function):
 
 
 def watched(D: Tensor, look: Callable[[Tensor], None]) -> Tensor:
-    """D, of whose gradient `look` gets a view in the backward pass; not in a graph that is compiled, which has no room
-    for it."""
-    if D.requires_grad and not torch.compiler.is_compiling():
+    """D, whose gradient `look` is shown in a backward pass: not if that is compiled, or on the meta device."""
+    if D.requires_grad and not D.is_meta and not torch.compiler.is_compiling():
         D.register_hook(look)
     return D
 
