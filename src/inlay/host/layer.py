@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from inlay.host import seal, starts
 from inlay.host.slot import Slot
-from inlay.method import Base, Drop, Method, Params, like
+from inlay.method import Base, Drop, Method, Params, check_seen, like
 
 PREFIX = "inlay_"
 START = "inlay_start_"  # θ₀, stored beside θ so that nothing is ever decomposed again
@@ -217,13 +217,16 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         """Fill the slots with the method's start, from the base weight in fp32, or with that of the adapter `like`."""
         starts.compute(self.jobs(name, like))
 
-    def jobs(self, name: str, like: str | None = None) -> Iterator[starts.Job]:
-        """What is left to compute, when a copy of the adapter `like` is taken where it serves."""
+    def jobs(self, name: str, like: str | None = None, stats: Params | None = None) -> Iterator[starts.Job]:
+        """What is left to compute, when a copy of the adapter `like` is taken where it serves. Without the `stats` that
+        its method needs, an adapter stays pending."""
         cut = self.cuts[name]
+        if cut.method.needs and not stats and like not in self.cuts and not cut.folded:
+            return
         cut.pending = False
         if self._device().type == "meta":  # a model without memory: shapes are all there is
             return
-        if like in self.cuts and (cut.start or cut.folded):
+        if like in self.cuts and (cut.start or cut.folded or cut.method.needs):
             self._settle_start(name, like, self._start_of(like))
         elif cut.folded:
             raise ValueError(
@@ -235,6 +238,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
                 cut.method,
                 lambda: self.pristine().detach().float(),
                 lambda start: self._settle_start(name, like, start),
+                stats,
             )
 
     @torch.no_grad()
@@ -268,6 +272,8 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         """
         empty = [path for path, slot in self.slots(name).items() if slot.weight.is_meta or slot.weight.isnan().any()]
         if len(empty) == len(self.slots(name)) and not any(slot.weight.is_meta for slot in self.slots(name).values()):
+            if self.cuts[name].method.needs and not self.cuts[name].folded:
+                check_seen(self.cuts[name].method, None)
             self.decompose(name)
         elif empty:
             raise ValueError(f"adapter {name!r} was not loaded whole: no values for {', '.join(empty)}")

@@ -6,9 +6,12 @@ from inlay.methods.bat_col import BatCol
 from inlay.methods.bone import Bone
 from inlay.methods.deep_lora import DeepLoRA
 from inlay.methods.dota import DoTA
+from inlay.methods.eva import EVA
 from inlay.methods.lamda import LaMDA
 from inlay.methods.loldu import LoLDU
 from inlay.methods.lora import LoRA
+from inlay.methods.lora_ga import LoRAGA
+from inlay.methods.lq_lora import LQLoRA
 from inlay.methods.milora import MiLoRA
 from inlay.methods.mora import MoRA
 from inlay.methods.mora_rope import MoRARope
@@ -23,10 +26,12 @@ from inlay.methods.svfit import SVFit
 METHODS: tuple[type[Method], ...] = (
     LoRA, PiSSA, MiLoRA, OLoRA, SVFit, LoLDU, LaMDA, DoTA, Bone, Bat, BatCol,
     MoRA, MoRARope, RandLoRA, PEANuT, DeepLoRA, SNELL,
+    EVA, LoRAGA, LQLoRA,
 )
 # fmt: on
 
 __all__ = [
+    "EVA",
     "METHODS",
     "SNELL",
     "Bat",
@@ -36,7 +41,9 @@ __all__ = [
     "DoTA",
     "LaMDA",
     "LoLDU",
+    "LQLoRA",
     "LoRA",
+    "LoRAGA",
     "MiLoRA",
     "MoRA",
     "MoRARope",
