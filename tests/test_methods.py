@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers import LlamaForCausalLM
 
+import inlay
 from inlay import InlayConfig, linalg, methods, ops
 from inlay.host.layer import PREFIX, START, InlayLinear
 from inlay.method import Diagonal, LowRank, Method, Params
@@ -206,6 +208,12 @@ CONTRACT = {
         methods.SpIEL(r=4), (24, 40), {"phi"}, lambda m, n: 4 * (m + n), spiel, seeded=True, lora_exact=False,
         notes=frozenset({"candidates", "g"}),
     ),
+    "eva": Row(methods.EVA(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
+    "lora_ga": Row(methods.LoRAGA(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
+    "lq_lora": Row(methods.LQLoRA(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
+    "lq_lora none": Row(
+        methods.LQLoRA(r=8, weights="none"), (40, 24), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank
+    ),
 }
 # fmt: on
 BY_NAME = {row.method.name: row for row in reversed(CONTRACT.values())}
@@ -236,8 +244,42 @@ class Net(nn.Module):
         return self.head(torch.tanh(self.layer(x)))
 
 
+def seen(method: Method, W: Tensor) -> Params | None:
+    """Statistics of three batches of data, where a method starts from data."""
+    out, inp = W.shape
+    generator, stats = torch.Generator().manual_seed(1), {}
+    for _ in range(3 if method.needs else 0):
+        rows = inp if method.needs == "activations" else out
+        stats = method.observe(stats, torch.randn(rows, inp, generator=generator))
+    return stats or None
+
+
+def begin(method: Method, W: Tensor) -> Params:
+    return method.start(W, None if W.is_meta else seen(method, W))
+
+
+def ready(model: PeftModel, method: Method, name: str = "default") -> PeftModel:
+    """Calibrate an adapter that starts from data."""
+    if method.needs:
+        ids = isinstance(model.get_base_model(), LlamaForCausalLM)
+        first = next(m for m in model.modules() if isinstance(m, InlayLinear))
+        x = torch.arange(48).view(2, 24) if ids else torch.randn(30, first.in_features, dtype=dtype_of(model))
+        batches = [{"x": x}] * 2
+        inlay.calibrate(model, batches, adapter_name=name, loss=lambda m, b: output(m(b["x"])).float().square().mean())
+    return model
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    return next(p.dtype for n, p in model.named_parameters() if "head" in n)
+
+
+def output(y) -> Tensor:
+    return getattr(y, "logits", y)
+
+
 def adapt(model: nn.Module, method: Method, target_modules=("layer",), name="default", **config) -> PeftModel:
-    return get_peft_model(model, InlayConfig(method=method, target_modules=list(target_modules), **config), name)
+    config = InlayConfig(method=method, target_modules=list(target_modules), **config)
+    return ready(get_peft_model(model, config, name), method, name)
 
 
 def wander(model: nn.Module, size: float = 0.1) -> None:
@@ -269,7 +311,7 @@ def logits(model: nn.Module) -> Tensor:
 def theta(row: Row, W: Tensor, scale: float | None = None) -> tuple[Method, Params, Params]:
     """The method, random parameters away from the start, and the start, in W's dtype."""
     method = row.method if scale is None else dataclasses.replace(row.method, scale=scale)
-    p0 = {k: cast(v, W.dtype) for k, v in method.start(W.float()).items()}
+    p0 = {k: cast(v, W.dtype) for k, v in begin(method, W.float()).items()}
     p = {k: v if k in method.frozen else v + 0.3 * torch.randn_like(v) for k, v in p0.items()}
     return method, p, p0
 
@@ -307,7 +349,7 @@ def test_a_method_is_found_by_its_name_and_is_final(row):
 @every_row
 def test_init_gives_the_shapes_and_the_count_of_the_formula(row):
     W = torch.randn(row.shape)
-    p = row.method.start(W)
+    p = begin(row.method, W)
     assert set(p) - row.method.frozen == row.trained
     assert sum(v.numel() for k, v in p.items() if k in row.trained) == row.numbers(*row.shape)
     assert {v.dtype for k, v in p.items() if k in row.trained} == {torch.float32}
@@ -317,7 +359,7 @@ def test_init_gives_the_shapes_and_the_count_of_the_formula(row):
 
 @every_row
 def test_init_on_meta_tensors_gives_the_same_shapes_and_allocates_nothing(row):
-    real, meta = row.method.start(torch.randn(row.shape)), row.method.start(torch.empty(row.shape, device="meta"))
+    real, meta = begin(row.method, torch.randn(row.shape)), begin(row.method, torch.empty(row.shape, device="meta"))
     assert list(meta) == list(real)
     for k in real:
         assert meta[k].is_meta
@@ -328,7 +370,7 @@ def test_init_on_meta_tensors_gives_the_same_shapes_and_allocates_nothing(row):
 def test_init_leaves_the_weight_alone_and_shares_no_memory_with_it(row):
     W = torch.randn(row.shape)
     before = W.clone()
-    for value in row.method.start(W).values():
+    for value in begin(row.method, W).values():
         value.add_(1)
     assert torch.equal(W, before)
 
@@ -336,7 +378,7 @@ def test_init_leaves_the_weight_alone_and_shares_no_memory_with_it(row):
 @every_row
 def test_zero_init_says_the_truth(row):
     W = torch.randn(row.shape)
-    start = row.delta(row.method.start(W), W)
+    start = row.delta(begin(row.method, W), W)
     assert (largest(start) == 0) == row.method.zero_init
 
 
@@ -346,7 +388,7 @@ def test_a_start_is_deterministic_under_a_seed(row):
     starts = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        starts.append(row.method.start(W))
+        starts.append(begin(row.method, W))
     assert all(torch.equal(starts[0][k], starts[1][k]) for k in starts[0])
     assert all(torch.equal(starts[0][k], starts[2][k]) for k in starts[0]) != row.seeded
 
@@ -415,7 +457,7 @@ def test_apply_without_a_gradient_on_one_side(row, frozen):
 @every_row
 def test_apply_at_the_start_is_the_base_whatever_the_dtypes(row):
     W = torch.randn(row.shape)
-    p = row.method.start(W)
+    p = begin(row.method, W)
     for theta_dtype, x_dtype in itertools.product((torch.float32, torch.bfloat16), (torch.float32, torch.bfloat16)):
         base = Under(W.to(x_dtype), torch.randn(row.shape[0], dtype=x_dtype))
         narrow = {k: cast(v, theta_dtype) for k, v in p.items()}
@@ -536,6 +578,7 @@ def test_two_active_adapters_nest_with_their_gradients(first, second):
     W, bias = net.layer.weight.detach().double(), net.layer.bias.detach().double()
     model = adapt(net, rows["one"].method, name="one")
     model.add_adapter("two", InlayConfig(method=rows["two"].method, scale=None, target_modules=["layer"]))
+    ready(model, rows["two"].method, "two")
     model.base_model.set_adapter(["one", "two"])
     model.double()
     wander(model, 0.2)
@@ -668,6 +711,7 @@ def test_adapters_of_all_methods_share_one_model(llama):
             model = get_peft_model(llama, config, adapter_name=name)
         else:
             model.add_adapter(name, config)
+        ready(model, row.method, name)
         model.set_adapter(name)
         assert torch.equal(logits(model), base)
         train(model, x)
@@ -685,7 +729,7 @@ def test_adapters_of_all_methods_share_one_model(llama):
         model.delete_adapter(name)
         assert torch.equal(logits(model), seen[survivor])
         model.add_adapter(name, InlayConfig(method=row.method, target_modules=LINEARS))
-        model.set_adapter(name)
+        ready(model, row.method, name).set_adapter(name)
         assert torch.equal(logits(model), base)
         wander(model)
         seen[name] = logits(model)

@@ -8,6 +8,7 @@ from inlay import methods
 from inlay._version import __version__
 from inlay.export import export_lora, merge
 from inlay.folding import fold
+from inlay.host.calibrate import calibrate
 from inlay.host.peft import InlayConfig
 from inlay.host.schedule import Schedule, step
 from inlay.importing import import_adapter
@@ -17,6 +18,7 @@ __all__ = [
     "InlayConfig",
     "Schedule",
     "__version__",
+    "calibrate",
     "export_lora",
     "fold",
     "import_adapter",

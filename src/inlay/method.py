@@ -83,7 +83,8 @@ class Method(ABC):
         place: where the weight is; of `start` on a meta tensor, which is asked before that is known, a lone weight.
         zero_init: ΔW(θ₀) = 0 for every W, so θ₀ need not be stored; a property where it depends on a hyperparameter.
         reads_weight: ΔW depends on W, so that it cannot be told from θ alone.
-        needs: what a data-driven `start` must have seen first (None: the weight alone).
+        needs: what a data-driven `start` must have seen first (None: the weight alone); `observe` sees it. A property
+            where it depends on a hyperparameter.
     """
 
     name: ClassVar[str]
@@ -132,6 +133,34 @@ class Method(ABC):
         Raises:
             ValueError: a hyperparameter does not fit W's shape.
         """
+
+    def statistic(self, seen: Tensor) -> Params:
+        """What of one batch is averaged over the batches, if `needs` is set: by default, all of it.
+
+        Args:
+            seen: with `needs` "activations", the layer's inputs (tokens × in), padding left out; with "gradients",
+                the gradient of the batch's mean loss in W, (out × in). fp32, on the layer's device, gone afterwards.
+        """
+        return {"mean": seen}
+
+    def observe(self, stats: Params, seen: Tensor) -> Params:
+        """The statistics of one batch more, which `start` is given in the end; {} before the first batch.
+
+        By default the running mean of `statistic`. A method that reduces otherwise overrides this one.
+        """
+        new = {k: v.clone() for k, v in self.statistic(seen).items()}
+        if not stats:
+            return {**new, "batches": torch.ones(())}
+        n = stats["batches"] + 1
+        return {**{k: stats[k] + (v - stats[k]) / n.item() for k, v in new.items()}, "batches": n}
+
+    def settled(self, stats: Params) -> bool:
+        """Whether another batch would change nothing that matters; a layer then looks at no more."""
+        return False
+
+    def weigh(self, E: Tensor, stats: Params | None) -> Tensor:
+        """An error E of W (out × in), weighted as folding is to keep it small: by default, as it is."""
+        return E
 
     @abstractmethod
     def delta(self, p: Params, W: Tensor) -> Tensor:
@@ -242,6 +271,16 @@ class Diagonal(LowRank):
 def like(p0: Params, p: Params) -> Params:
     """θ₀ rounded as θ was: a trainer that casts θ to bf16 must not move the start."""
     return {k: v.to(p[k].dtype) for k, v in p0.items()}
+
+
+def check_seen(method: Method, stats: Params | None) -> Params:
+    """The statistics; raise a ValueError where a data-driven start is asked for without any."""
+    if not stats:
+        raise ValueError(
+            f"{method.name} starts from {method.needs} of the data: call inlay.calibrate(model, batches) before the "
+            "model's first use (inlay train does it)"
+        )
+    return stats
 
 
 def check_rank(method: Method, r: int, W: Tensor) -> None:

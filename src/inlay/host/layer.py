@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from inlay.host import seal, starts
 from inlay.host.slot import Slot
-from inlay.method import Base, Drop, Method, Params, Place, like
+from inlay.method import Base, Drop, Method, Params, Place, check_seen, like
 
 PREFIX = "inlay_"
 START = "inlay_start_"  # θ₀, stored beside θ so that nothing is ever decomposed again
@@ -252,13 +252,16 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         """Fill the slots with the method's start, from the base weight in fp32, or with that of the adapter `like`."""
         starts.compute(self.jobs(name, like))
 
-    def jobs(self, name: str, like: str | None = None) -> Iterator[starts.Job]:
-        """What is left to compute, when a copy of the adapter `like` is taken where it serves."""
+    def jobs(self, name: str, like: str | None = None, stats: Params | None = None) -> Iterator[starts.Job]:
+        """What is left to compute, when a copy of the adapter `like` is taken where it serves. Without the `stats` that
+        its method needs, an adapter stays pending."""
         cut = self.cuts[name]
+        if cut.method.needs and not stats and like not in self.cuts and not cut.folded:
+            return
         cut.pending = False
         if self._device().type == "meta" or not cut.own:  # a model without memory: shapes are all there is
             return
-        if like in self.cuts and (cut.start or cut.folded):
+        if like in self.cuts and (cut.start or cut.folded or cut.method.needs):
             self._settle_start(name, like, self._start_of(like))
         elif cut.folded:
             raise ValueError(
@@ -270,6 +273,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
                 cut.method,
                 lambda: self.pristine().detach().float(),
                 lambda start: self._settle_start(name, like, start),
+                stats,
             )
 
     @torch.no_grad()
@@ -305,6 +309,8 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         slots = self.slots(name)
         empty = [path for path, slot in slots.items() if slot.is_empty()]
         if empty and len(empty) == len(slots) and not any(slot.weight.is_meta for slot in slots.values()):
+            if self.cuts[name].method.needs and not self.cuts[name].folded:
+                check_seen(self.cuts[name].method, None)
             self.decompose(name)
         elif empty:
             raise ValueError(f"adapter {name!r} was not loaded whole: no values for {', '.join(empty)}")

@@ -26,11 +26,12 @@ COPIES = 8  # fp32 copies of its weight that a decomposition holds, at most
 
 
 class Job(NamedTuple):
-    """A start to compute: `read` gives W (out × in) in fp32, `done` takes θ₀."""
+    """A start to compute: `read` gives W (out × in) in fp32, `done` takes θ₀; `stats`: what the method needed to see."""
 
     method: Method
     read: Callable[[], Tensor]
     done: Callable[[Params], None]
+    stats: Params | None = None
 
 
 @torch.no_grad()
@@ -55,21 +56,21 @@ def compute(jobs: Iterable[Job]) -> None:
                 W = job.read()
                 if W.device.type != "cpu" or job.method.draws:
                     finish(0)
-                    job.done(start(job.method, W))
+                    job.done(start(job.method, W, job.stats))
                     continue
                 room = psutil.virtual_memory().available // (COPIES * W.nbytes + 1)
                 finish(max(0, min(cores, room) - 1))
-                waiting.append((job, pool.submit(start, job.method, W)))
+                waiting.append((job, pool.submit(start, job.method, W, job.stats)))
             finish(0)
         finally:
             for _, future in waiting:
                 future.cancel()
 
 
-def start(method: Method, W: Tensor) -> Params:
-    """method.start(W), or what it was when it was last computed of the same numbers."""
-    if method.draws:
-        return method.start(W)
+def start(method: Method, W: Tensor, stats: Params | None = None) -> Params:
+    """method.start(W, stats), or what it was when it was last computed of the same weight alone."""
+    if method.draws or stats:
+        return method.start(W, stats)
     about = f"{method!r} {method.place if method.shared else None} {W.device.type} {__version__} {torch.__version__}"
     key = f"{hashlib.sha256(about.encode()).hexdigest()[:16]}-{cache.fingerprint(W)}"
     if (found := cache.load("starts", key)) is not None:

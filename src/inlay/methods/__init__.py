@@ -6,10 +6,13 @@ from inlay.methods.bat_col import BatCol
 from inlay.methods.bone import Bone
 from inlay.methods.deep_lora import DeepLoRA
 from inlay.methods.dota import DoTA
+from inlay.methods.eva import EVA
 from inlay.methods.lamda import LaMDA
 from inlay.methods.loldu import LoLDU
 from inlay.methods.lora import LoRA
+from inlay.methods.lora_ga import LoRAGA
 from inlay.methods.lorta import LoRTA
+from inlay.methods.lq_lora import LQLoRA
 from inlay.methods.milora import MiLoRA
 from inlay.methods.mora import MoRA
 from inlay.methods.mora_rope import MoRARope
@@ -26,10 +29,12 @@ from inlay.methods.xgblora import XGBLoRA
 METHODS: tuple[type[Method], ...] = (
     LoRA, PiSSA, MiLoRA, OLoRA, SVFit, LoLDU, LaMDA, DoTA, Bone, Bat, BatCol,
     MoRA, MoRARope, RandLoRA, PEANuT, DeepLoRA, SNELL, LoRTA, XGBLoRA, SpIEL,
+    EVA, LoRAGA, LQLoRA,
 )
 # fmt: on
 
 __all__ = [
+    "EVA",
     "METHODS",
     "SNELL",
     "Bat",
@@ -37,9 +42,11 @@ __all__ = [
     "Bone",
     "DeepLoRA",
     "DoTA",
+    "LQLoRA",
     "LaMDA",
     "LoLDU",
     "LoRA",
+    "LoRAGA",
     "LoRTA",
     "MiLoRA",
     "MoRA",
