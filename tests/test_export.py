@@ -44,6 +44,7 @@ ARGS = {
             "lorta",
             "xgblora",
             "spiel",
+            "smt",
         )
     },
     "randlora": {"r": 16},

@@ -51,6 +51,7 @@ ARGS = {
             "lorta",
             "xgblora",
             "spiel",
+            "smt",
         )
     },
     "randlora": {"r": 16},

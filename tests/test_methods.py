@@ -128,6 +128,13 @@ def spiel(p: Params, W: Tensor) -> Tensor:
     return torch.stack(D).view(W.shape)
 
 
+def smt(p: Params, W: Tensor) -> Tensor:
+    D, r = torch.zeros_like(W, dtype=p["D"].dtype), p["D"].shape[1]
+    for b, i, j in zip(p["D"], p["rows"].tolist(), p["cols"].tolist(), strict=True):
+        D = D + F.pad(b, (j * r, W.shape[1] - (j + 1) * r, i * r, W.shape[0] - (i + 1) * r))
+    return D
+
+
 @dataclass
 class Row:
     """What a method promises. `numbers` counts what it trains on an (m × n) weight; `delta` is ΔW(θ) written down
@@ -208,6 +215,9 @@ CONTRACT = {
         methods.SpIEL(r=4), (24, 40), {"phi"}, lambda m, n: 4 * (m + n), spiel, seeded=True, lora_exact=False,
         notes=frozenset({"candidates", "g"}),
     ),
+    # 24 × 40 in blocks of 8: 15, of which one reads fewer columns than there are, and the default, 8 (24 + 40) / 64
+    "smt": Row(methods.SMT(r=8), (24, 40), {"D"}, lambda m, n: 8 * 64, smt, lora_exact=False),
+    "smt few": Row(methods.SMT(r=8, blocks=4), (24, 40), {"D"}, lambda m, n: 4 * 64, smt, lora_exact=False),
     "eva": Row(methods.EVA(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
     "lora_ga": Row(methods.LoRAGA(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
     "lq_lora": Row(methods.LQLoRA(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),

@@ -20,6 +20,7 @@ from inlay.methods.olora import OLoRA
 from inlay.methods.peanut import PEANuT
 from inlay.methods.pissa import PiSSA
 from inlay.methods.randlora import RandLoRA
+from inlay.methods.smt import SMT
 from inlay.methods.snell import SNELL
 from inlay.methods.spiel import SpIEL
 from inlay.methods.svfit import SVFit
@@ -29,13 +30,14 @@ from inlay.methods.xgblora import XGBLoRA
 METHODS: tuple[type[Method], ...] = (
     LoRA, PiSSA, MiLoRA, OLoRA, SVFit, LoLDU, LaMDA, DoTA, Bone, Bat, BatCol,
     MoRA, MoRARope, RandLoRA, PEANuT, DeepLoRA, SNELL, LoRTA, XGBLoRA, SpIEL,
-    EVA, LoRAGA, LQLoRA,
+    EVA, LoRAGA, LQLoRA, SMT,
 )
 # fmt: on
 
 __all__ = [
     "EVA",
     "METHODS",
+    "SMT",
     "SNELL",
     "Bat",
     "BatCol",
