@@ -30,7 +30,23 @@ ARGS = {
     "bone": {"r": 5},
     "bat": {"r": 16},
     "bat_col": {"r": 16},
-    **{name: {"r": 4} for name in ("olora", "svfit", "loldu", "mora", "mora_rope", "peanut", "deep_lora", "snell")},
+    **{
+        name: {"r": 4}
+        for name in (
+            "olora",
+            "svfit",
+            "loldu",
+            "mora",
+            "mora_rope",
+            "peanut",
+            "deep_lora",
+            "snell",
+            "lorta",
+            "xgblora",
+            "spiel",
+            "smt",
+        )
+    },
     "randlora": {"r": 16},
 }
 EXACT = {m.name for m in METHODS if issubclass(m, LowRank)}

@@ -37,7 +37,23 @@ ARGS = {
     "bone": {"r": 4},
     "bat": {"r": 16},
     "bat_col": {"r": 16},
-    **{name: {"r": 4} for name in ("olora", "svfit", "loldu", "mora", "mora_rope", "peanut", "deep_lora", "snell")},
+    **{
+        name: {"r": 4}
+        for name in (
+            "olora",
+            "svfit",
+            "loldu",
+            "mora",
+            "mora_rope",
+            "peanut",
+            "deep_lora",
+            "snell",
+            "lorta",
+            "xgblora",
+            "spiel",
+            "smt",
+        )
+    },
     "randlora": {"r": 16},
 }
 IDS = torch.arange(24)[None]
@@ -124,8 +140,16 @@ def test_a_fold_is_the_quantised_residual_and_its_piece(method, folds, plain):
     for name, layer in layers(model).items():
         W = weights[f"{name}.weight"].detach()
         start = find(method)(**ARGS[method]).start(W)
-        cls, p = layer.cuts["default"].method, {k: layer._held(f"inlay_{k}")["default"]() for k in start}
-        random = method in ("lora", "peanut", "deep_lora", "snell")  # drawn anew: the stored start counts
+        cls, p, _ = layer.theta("default")
+        random = method in (
+            "lora",
+            "peanut",
+            "deep_lora",
+            "snell",
+            "lorta",
+            "xgblora",
+            "spiel",
+        )  # drawn anew: the stored start counts
         for k, value in start.items():
             if not random:
                 torch.testing.assert_close(p[k].detach(), value, rtol=1e-4, atol=1e-5)

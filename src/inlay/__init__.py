@@ -8,6 +8,7 @@ from inlay import methods
 from inlay._version import __version__
 from inlay.export import export_lora, merge
 from inlay.folding import fold
+from inlay.host.calibrate import calibrate
 from inlay.host.flat import Flat, flat_noise
 from inlay.host.groups import parameter_groups
 from inlay.host.peft import InlayConfig
@@ -20,6 +21,7 @@ __all__ = [
     "InlayConfig",
     "Schedule",
     "__version__",
+    "calibrate",
     "export_lora",
     "flat_noise",
     "fold",

@@ -21,6 +21,7 @@ import heapq
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 Direction = Literal["flat", "peaked"]
@@ -151,3 +152,22 @@ def _urgency(ladder: list[Rung], step: int, direction: Direction) -> float:
     """Minus the score of a ladder's next step: the smallest comes first, of equal ones the earliest module's."""
     now, then = ladder[step : step + 2]
     return -(1 - now.energy if direction == "flat" else now.energy) / (then.cost - now.cost)
+
+
+def blocks(scores: Mapping[str, Tensor], count: int) -> dict[str, int]:
+    """How many of the `count` largest scores of all weights together each weight has (SMT, arXiv 2405.15525).
+
+    Args:
+        scores: of every block, by weight; of any shapes.
+        count: the budget of the whole model, in blocks.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    sizes = [score.numel() for score in scores.values()]
+    if not 0 < count <= sum(sizes):
+        raise ValueError(f"a budget of {count} blocks is not one of 1 to {sum(sizes)}, which the weights have")
+    owners = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    flat = torch.cat([score.flatten().float().cpu() for score in scores.values()])
+    found = torch.bincount(owners[flat.topk(count).indices], minlength=len(sizes))
+    return dict(zip(scores, found.tolist(), strict=True))

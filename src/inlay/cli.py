@@ -286,9 +286,15 @@ def inspect(options: argparse.Namespace) -> None:
     from inlay.workbench import inspect, models, recipe
 
     models.quiet()
-    given = {k: v for k, v in vars(options).items() if k not in ("verb", "run")}
+    given = {k: v for k, v in vars(options).items() if k not in ("verb", "run", "joint")}
     given["target_modules"] = recipe.from_flag("target_modules", options.target_modules)
     given["layers"] = recipe.from_flag("layers_to_transform", options.layers) if options.layers else None
+    if options.joint:
+        from inlay.workbench import joint
+
+        keys = ("model", "target_modules", "layers", "revision", "trust_remote_code")
+        joint.show(joint.joint(**{key: given[key] for key in keys}), options.r, terminal())
+        return
     inspect.show(inspect.inspect(**given), terminal())
     print(f"written to {options.output}") if options.output else None
 
@@ -440,6 +446,7 @@ def parser() -> Parser:
     verb.add_argument("--direction", default="flat", choices=("flat", "peaked"), help="which spectra get more")
     verb.add_argument("--target-modules", default="all-linear", help="names, a regex, or all-linear (default)")
     verb.add_argument("--layers", help="layer indices, as 0,1,2 (with names in --target-modules)")
+    verb.add_argument("--joint", action="store_true", help="what one right factor carries of layers with one input")
     verb.add_argument("--output", help="folder for spectra.json, ranks.yaml and plots (default: print only)")
     verb.add_argument("--overwrite", action="store_true", help="replace such a folder")
     verb.add_argument("--revision", help="revision of a hub model")

@@ -73,6 +73,22 @@ def top_svd(W: Tensor, r: int) -> Triplets:
     return svd(W, r, "top")
 
 
+def sketched_svd(W: Tensor, r: int, rounds: int = 3) -> Triplets:
+    """About the r largest triplets of W (m, n), as `top_svd`, at a fixed and low price: block power iteration.
+
+    For what is itself an estimate. Directions whose singular values are near the r-th are found least exactly; ask for
+    more than are needed. Repeatable: it starts from our own `noise`.
+    """
+    width = min(r + 8, *W.shape)
+    with full_precision(W.device):
+        A, scale = _scaled(W)
+        Q = noise(A.shape[1], width, 0, A.dtype, A.device)
+        for _ in range(rounds):
+            Q = torch.linalg.qr(A.mT @ torch.linalg.qr(A @ Q).Q).Q
+        U, S, Vh = torch.linalg.svd(A @ Q, full_matrices=False)
+        return U[:, :r], S[:r] * scale, (Vh @ Q.mT)[:r]
+
+
 def compress(B: Tensor, A: Tensor) -> Triplets:
     """The singular triplets of B A, B (m, k), A (k, n), k small: U (m, t), S (t,) descending, Vh (t, n), t its rank.
 

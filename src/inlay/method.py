@@ -16,11 +16,12 @@ Nothing here or there knows of PEFT.
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal, Protocol, cast
+from typing import Any, ClassVar, Literal, Protocol, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,29 @@ class Base(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where in its model a weight is, among those of one adapter, and how far the training is. By default it is alone.
+
+    Attributes:
+        layer, layers: the index of its layer, and how many there are.
+        module, modules: the index of its kind (q_proj, k_proj, ...) in its group, and how many the group has.
+        heads, most: into how many heads its outputs are divided, and the most of any weight of the group. Weights
+            of attention are one group; others, of one head each, are one for each shape.
+        writes: the heads are of its inputs instead: it writes to the residual stream, as o_proj does.
+        t: the fraction of all optimiser steps that is done.
+    """
+
+    layer: int = 0
+    layers: int = 1
+    module: int = 0
+    modules: int = 1
+    heads: int = 1
+    most: int = 1
+    writes: bool = False
+    t: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Method(ABC):
     """One paper. Fields are hyperparameters; everything else is the paper's equation.
 
@@ -55,11 +79,15 @@ class Method(ABC):
         paper: authors, year, arXiv id.
         trains: what is trained, in words.
         frozen: symbols of θ that are kept but never trained.
+        shared: symbols of θ that a group of weights has in common (see `Place`): started and stored once, with its
+            first weight. Only their shapes may depend on the place.
+        place: where the weight is; of `start` on a meta tensor, which is asked before that is known, a lone weight.
         zero_init: ΔW(θ₀) = 0 for every W, so θ₀ need not be stored; a property where it depends on a hyperparameter.
         reads_weight: ΔW depends on W, so that it cannot be told from θ alone.
         roles: the part each trained symbol plays, for steps that treat them apart (LoRA+): it reads the layer's input
             ("in"), writes its output ("out"), or is a "magnitude"; whatever is not named is a "core" between.
-        needs: what a data-driven `start` must have seen first (None: the weight alone).
+        needs: what a data-driven `start` must have seen first (None: the weight alone); `observe` sees it. A property
+            where it depends on a hyperparameter.
     """
 
     name: ClassVar[str]
@@ -68,6 +96,8 @@ class Method(ABC):
     paper: ClassVar[str]
     trains: ClassVar[str]
     frozen: ClassVar[frozenset[str]] = frozenset()
+    shared: ClassVar[frozenset[str]] = frozenset()
+    place: ClassVar[Place] = Place()
     zero_init: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
     roles: ClassVar[dict[str, str]] = {}
@@ -98,6 +128,12 @@ class Method(ABC):
         """The part a symbol of θ plays; a block of one, B_1, plays that of B."""
         return self.roles.get(symbol.partition("_")[0], "core")
 
+    def at(self, place: Place) -> Self:
+        """The same method for the weight at a place."""
+        made = copy.copy(self)
+        object.__setattr__(made, "place", place)
+        return made
+
     @abstractmethod
     def start(self, W: Tensor, stats: Params | None = None) -> Params:
         """θ₀ for a weight W (out × in), in fp32 on W's device; on a meta tensor, the shapes alone.
@@ -105,6 +141,34 @@ class Method(ABC):
         Raises:
             ValueError: a hyperparameter does not fit W's shape.
         """
+
+    def statistic(self, seen: Tensor) -> Params:
+        """What of one batch is averaged over the batches, if `needs` is set: by default, all of it.
+
+        Args:
+            seen: with `needs` "activations", the layer's inputs (tokens × in), padding left out; with "gradients",
+                the gradient of the batch's mean loss in W, (out × in). fp32, on the layer's device, gone afterwards.
+        """
+        return {"mean": seen}
+
+    def observe(self, stats: Params, seen: Tensor) -> Params:
+        """The statistics of one batch more, which `start` is given in the end; {} before the first batch.
+
+        By default the running mean of `statistic`. A method that reduces otherwise overrides this one.
+        """
+        new = {k: v.clone() for k, v in self.statistic(seen).items()}
+        if not stats:
+            return {**new, "batches": torch.ones(())}
+        n = stats["batches"] + 1
+        return {**{k: stats[k] + (v - stats[k]) / n.item() for k, v in new.items()}, "batches": n}
+
+    def settled(self, stats: Params) -> bool:
+        """Whether another batch would change nothing that matters; a layer then looks at no more."""
+        return False
+
+    def weigh(self, E: Tensor, stats: Params | None) -> Tensor:
+        """An error E of W (out × in), weighted as folding is to keep it small: by default, as it is."""
+        return E
 
     @abstractmethod
     def delta(self, p: Params, W: Tensor) -> Tensor:
@@ -129,10 +193,18 @@ class Method(ABC):
 
         return ops.Rows(build)
 
-    def schedule(self, p: Params, t: float) -> frozenset[str]:
-        """The symbols that stay as they are from now on, when a fraction t of all optimiser steps is done.
+    def restart(self, p: Params, t: float) -> dict[str, Tensor | None]:
+        """Begin anew, in place, what is due at t; by symbol, a mask of the entries that are new, or None for all.
 
-        The host calls it after every step; a method may also change θ in place here.
+        The host calls it after every step, before `schedule`, and again with the same t where a run goes on, so that
+        what was done already must be told from θ. The optimiser forgets what it knew of those entries.
+        """
+        return {}
+
+    def schedule(self, p: Params, t: float) -> frozenset[str]:
+        """The symbols that stay as they are, until a later call leaves them out; t is the fraction of steps done.
+
+        The host calls it after every step.
         """
         return frozenset()
 
@@ -213,6 +285,16 @@ class Diagonal(LowRank):
 def like(p0: Params, p: Params) -> Params:
     """θ₀ rounded as θ was: a trainer that casts θ to bf16 must not move the start."""
     return {k: v if v.dtype == p[k].dtype else v.to(p[k].dtype) for k, v in p0.items()}
+
+
+def check_seen(method: Method, stats: Params | None) -> Params:
+    """The statistics; raise a ValueError where a data-driven start is asked for without any."""
+    if not stats:
+        raise ValueError(
+            f"{method.name} starts from {method.needs} of the data: call inlay.calibrate(model, batches) before the "
+            "model's first use (inlay train does it)"
+        )
+    return stats
 
 
 def check_rank(method: Method, r: int, W: Tensor) -> None:

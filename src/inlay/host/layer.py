@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from inlay import ops
 from inlay.host import seal, starts
 from inlay.host.slot import Slot
-from inlay.method import Base, Drop, LowRank, Method, Params, keep, like
+from inlay.method import Base, Drop, LowRank, Method, Params, Place, check_seen, keep, like
 
 PREFIX = "inlay_"
 START = "inlay_start_"  # θ₀, stored beside θ so that nothing is ever decomposed again
@@ -29,7 +29,8 @@ START = "inlay_start_"  # θ₀, stored beside θ so that nothing is ever decomp
 @dataclass
 class Cut:
     """One adapter on one layer. `pending`: its slots are NaN until a checkpoint or a decomposition fills them; what a
-    checkpoint fills them with must bear its `seal`. `folded`: s ΔW(θ₀) was taken out of the base, so there is no θ₀."""
+    checkpoint fills them with must bear its `seal`. `folded`: s ΔW(θ₀) was taken out of the base, so there is no θ₀.
+    `owner`: the layer that holds the shared symbols, where it is another one."""
 
     method: Method
     symbols: tuple[str, ...]
@@ -40,11 +41,17 @@ class Cut:
     folded: bool = False
     saver: str = "none"
     pending: bool = True
+    owner: InlayLinear | None = None
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """The symbols that this layer holds."""
+        return tuple(k for k in self.symbols if self.owner is None or k not in self.method.shared)
 
 
 def widen(p: Params) -> Params:
-    """In fp32 at least."""
-    return {k: v.to(torch.promote_types(v.dtype, torch.float32)) for k, v in p.items()}
+    """In fp32 at least; indices as they are."""
+    return {k: v.to(torch.promote_types(v.dtype, torch.float32)) if v.is_floating_point() else v for k, v in p.items()}
 
 
 def check_saver(method: Method, trained: tuple[str, ...], saver: str) -> None:
@@ -180,12 +187,25 @@ class InlayLinear(nn.Module, BaseTunerLayer):
 
     def theta(self, name: str) -> tuple[Method, Params, Params | None]:
         cut = self.cuts[name]
-        if cut.pending:
-            self.settle(name)
-        p = {k: self._held(PREFIX + k)[name]() for k in cut.symbols}
+        for layer in (self, cut.owner):
+            if layer is not None and layer.cuts[name].pending:
+                layer.settle(name)
+        p = {k: self._value(PREFIX, k, name) for k in cut.symbols}
         if not cut.start:
             return cut.method, p, None
-        return cut.method, p, {k: self._held(START + k)[name]() if k in cut.start else p[k] for k in cut.symbols}
+        return cut.method, p, {k: self._value(START, k, name) if k in cut.start else p[k] for k in cut.symbols}
+
+    def _holder(self, symbol: str, name: str) -> InlayLinear:
+        """The layer whose slots hold a symbol."""
+        cut = self.cuts[name]
+        return self if cut.owner is None or symbol not in cut.method.shared else cut.owner
+
+    def _value(self, prefix: str, symbol: str, name: str) -> Tensor:
+        holder = self._holder(symbol, name)
+        value = holder._held(prefix + symbol)[name]()
+        if holder is self or (device := self._device()).type == "meta":
+            return value
+        return value.to(device)
 
     def _held(self, container: str) -> nn.ModuleDict:
         return cast(nn.ModuleDict, self._modules[container])
@@ -210,16 +230,31 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         self.scaling[name] = 1.0
         self.cuts[name] = Cut(method, tuple(shapes), start, **about)
         device = torch.device("meta") if light else self._device()
-        for k, shape in shapes.items():
-            self._slot(PREFIX + k, name, shape, k in trained, device)
-        for k in self.cuts[name].start:
-            self._slot(START + k, name, shapes[k], False, device)
+        self._slots(name, {k: shape for k, shape in shapes.items() if k not in method.shared}, device)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def settle_at(self, name: str, place: Place, owner: InlayLinear | None, light: bool, inference_mode: bool) -> None:
+        """Tell an adapter its place, which is known when all layers are, and give its shared symbols their slots."""
+        cut = self.cuts[name]
+        cut.method, cut.owner = cut.method.at(place), owner
+        if cut.method.shared and owner is None:
+            shapes = cut.method.start(torch.empty(self.out_features, self.in_features, device="meta"))
+            device = torch.device("meta") if light else self._device()
+            self._slots(name, {k: shape for k, shape in shapes.items() if k in cut.method.shared}, device)
+            self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _slots(self, name: str, shapes: Params, device: torch.device) -> None:
+        cut = self.cuts[name]
+        for k, shape in shapes.items():
+            self._slot(PREFIX + k, name, shape, k not in cut.method.frozen, device)
+        for k in (k for k in shapes if k in cut.start):
+            self._slot(START + k, name, shapes[k], False, device)
 
     def _slot(self, container: str, name: str, shape: Tensor, trainable: bool, device: torch.device) -> None:
         if container not in self._modules:
             self.add_module(container, nn.ModuleDict())
-        value = torch.full(shape.shape, float("nan"), dtype=torch.float32, device=device)
+        empty = float("nan") if shape.is_floating_point() else torch.iinfo(shape.dtype).min
+        value = torch.full(shape.shape, empty, dtype=shape.dtype, device=device)
         self._held(container)[name] = slot = Slot(value, trainable)
         if trainable and self.quantization_backend is not None:
             slot.watch()  # trl casts θ to bf16 on quantised bases, by replacing `.data`
@@ -230,7 +265,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
     def slots(self, name: str) -> dict[str, Slot]:
         """Every stored tensor of one adapter, by its path under this layer."""
         cut = self.cuts[name]
-        paths = [PREFIX + k for k in cut.symbols] + [START + k for k in cut.start]
+        paths = [PREFIX + k for k in cut.own] + [START + k for k in cut.start if k in cut.own]
         return {f"{path}.{name}.weight": cast(Slot, self._held(path)[name]) for path in paths}
 
     def roles(self) -> Iterator[tuple[nn.Parameter, str]]:
@@ -245,13 +280,16 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         """Fill the slots with the method's start, from the base weight in fp32, or with that of the adapter `like`."""
         starts.compute(self.jobs(name, like))
 
-    def jobs(self, name: str, like: str | None = None) -> Iterator[starts.Job]:
-        """What is left to compute, when a copy of the adapter `like` is taken where it serves."""
+    def jobs(self, name: str, like: str | None = None, stats: Params | None = None) -> Iterator[starts.Job]:
+        """What is left to compute, when a copy of the adapter `like` is taken where it serves. Without the `stats` that
+        its method needs, an adapter stays pending."""
         cut = self.cuts[name]
-        cut.pending = False
-        if self._device().type == "meta":  # a model without memory: shapes are all there is
+        if cut.method.needs and not stats and like not in self.cuts and not cut.folded:
             return
-        if like in self.cuts and (cut.start or cut.folded):
+        cut.pending = False
+        if self._device().type == "meta" or not cut.own:  # a model without memory: shapes are all there is
+            return
+        if like in self.cuts and (cut.start or cut.folded or cut.method.needs):
             self._settle_start(name, like, self._start_of(like))
         elif cut.folded:
             raise ValueError(
@@ -264,12 +302,13 @@ class InlayLinear(nn.Module, BaseTunerLayer):
                 (self.out_features, self.in_features),
                 lambda: self.pristine().detach().float(),
                 lambda start: self._settle_start(name, like, start),
+                stats,
             )
 
     @torch.no_grad()
     def _settle_start(self, name: str, like: str | None, start: Params) -> None:
         self.fill(name, start)
-        for k in self.cuts[name].symbols if like is not None and like in self.cuts else ():
+        for k in self.cuts[name].own if like is not None and like in self.cuts else ():
             mine, twin = (cast(Slot, self._held(PREFIX + k)[n]).weight for n in (name, str(like)))
             if not isinstance(twin, nn.Parameter):  # who copies an adapter copies its parameters, not its buffers
                 mine.copy_(twin)
@@ -279,41 +318,53 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         """Give the slots of θ and θ₀ their numbers."""
         cut, slots = self.cuts[name], self.slots(name)
         cut.pending = False
-        for k in cut.symbols:
+        for k in cut.own:
             weight = slots[f"{PREFIX}{k}.{name}.weight"].weight.copy_(start[k])
             if cut.perturb and k not in cut.method.frozen:
                 weight.add_(torch.randn_like(weight), alpha=0.02)
-        for k in cut.start:
+        for k in (k for k in cut.start if k in cut.own):
             slots[f"{START}{k}.{name}.weight"].weight.copy_(start[k])
 
     def _start_of(self, name: str) -> Params:
         cut = self.cuts[name]
-        return {k: self._held((START if k in cut.start else PREFIX) + k)[name]() for k in cut.symbols}
+        return {k: self._held((START if k in cut.start else PREFIX) + k)[name]() for k in cut.own}
 
     def settle(self, name: str) -> None:
         """Resolve an adapter whose config came from a checkpoint: all slots loaded, or none and it is decomposed now.
 
-        Empty slots are NaN, which no valid checkpoint holds, so this needs no word from whoever loaded the tensors.
+        Empty slots are NaN (of integers: the least), which no valid checkpoint holds, so this needs no word from
+        whoever loaded the tensors.
         """
-        empty = [path for path, slot in self.slots(name).items() if slot.weight.is_meta or slot.weight.isnan().any()]
-        if len(empty) == len(self.slots(name)) and not any(slot.weight.is_meta for slot in self.slots(name).values()):
+        slots = self.slots(name)
+        empty = [path for path, slot in slots.items() if slot.is_empty()]
+        if empty and len(empty) == len(slots) and not any(slot.weight.is_meta for slot in slots.values()):
+            if self.cuts[name].method.needs and not self.cuts[name].folded:
+                check_seen(self.cuts[name].method, None)
             self.decompose(name)
         elif empty:
             raise ValueError(f"adapter {name!r} was not loaded whole: no values for {', '.join(empty)}")
         else:
-            self.check_seal(name, {path: slot.weight for path, slot in self.slots(name).items()})
+            self.check_seal(name, {path: slot.weight for path, slot in slots.items()})
             self.cuts[name].pending = False
 
     @torch.no_grad()
-    def advance(self, t: float) -> list[nn.Parameter]:
-        """Let the active adapters' methods follow the training to its fraction t; gives back what is now frozen."""
-        frozen = []
+    def advance(self, t: float) -> list[tuple[nn.Parameter, Tensor | None]]:
+        """Let the active adapters' methods follow the training to its fraction t; gives back the parameters that an
+        optimiser has to forget, those now frozen and those begun anew, with a mask where that is so of some entries."""
+        forget: list[tuple[nn.Parameter, Tensor | None]] = []
         for name in (a for a in self.active_adapters if a in self.cuts):
+            cut = self.cuts[name]
             method, p, _ = self.theta(name)
-            for k in sorted(method.schedule(p, t)):
-                weight = cast(Slot, self._held(PREFIX + k)[name]).freeze()
-                frozen += [] if weight is None else [weight]
-        return frozen
+            for k, mask in sorted(method.restart(p, t).items()):
+                weight = self._holder(k, name)._held(PREFIX + k)[name]()
+                forget += [(weight, mask)] if isinstance(weight, nn.Parameter) else []
+            frozen = method.schedule(p, t)
+            for k in (k for k in cut.symbols if k not in method.frozen):
+                slot = cast(Slot, self._holder(k, name)._held(PREFIX + k)[name])
+                weight = slot.freeze() if k in frozen else slot.thaw()
+                forget += [] if weight is None else [(weight, None)]
+            cut.method = method.at(replace(method.place, t=t))
+        return forget
 
     def check_seal(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Raise a ValueError unless what fills an adapter's slots, and the base under them, bear its seal."""

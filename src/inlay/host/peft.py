@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from inlay.host import seal, starts
 from inlay.host.config import INLAY, InlayConfig
 from inlay.host.layer import PREFIX, InlayLinear
+from inlay.host.place import places
 
 
 class InlayModel(BaseTuner):
@@ -46,12 +47,17 @@ class InlayModel(BaseTuner):
     ) -> None:
         """As PEFT's, and: starts are computed when all layers are known; a failure leaves the model as it was."""
         config = cast(InlayConfig, cast(dict, self.peft_config)[adapter_name])
+        if state_dict is not None and (shared := config.build().shared):
+            raise ValueError(
+                f"{config.method}: {', '.join(sorted(shared))} belong to all layers, of which a state dict alone tells "
+                "one; inject the adapter by its target_modules and load the tensors afterwards"
+            )
         # trl copies an adapter by adding another under the same config object, then copying parameters alone.
         twin = next((n for n, c in cast(dict, self.peft_config).items() if c is config and n != adapter_name), None)
         fresh = config.format_version is None and not config.folded
         fill = twin or (fresh and state_dict is None and not low_cpu_mem_usage)
         self._asked, self._light = (
-            (config, config.target_modules, (adapter_name, twin) if fill else None),
+            (config, config.target_modules, adapter_name, (adapter_name, twin) if fill else None),
             low_cpu_mem_usage,
         )
         if "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
@@ -70,11 +76,21 @@ class InlayModel(BaseTuner):
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         """PEFT calls this when all layers are wrapped and nothing else is changed yet: the moment to refuse or fill."""
-        config, targets, fill = self._asked
+        config, targets, adapter_name, fill = self._asked
         self._check_patterns(model, config, targets)
+        self._settle_places(model, config, adapter_name)
         if fill:
             self._decompose(*fill, config)
         super()._mark_only_adapters_as_trainable(model)
+
+    def _settle_places(self, model: nn.Module, config: InlayConfig, adapter_name: str) -> None:
+        layers = {name: cast(InlayLinear, parent.get_submodule(child)) for name, parent, child, _ in self._touched}
+        known = {n: (m.out_features, m.in_features, m.cuts[adapter_name].method) for n, m in layers.items()}
+        for group in places(known, getattr(model, "config", None)):
+            first = layers[next(iter(group))]
+            for name, place in group.items():
+                owner = None if layers[name] is first else first
+                layers[name].settle_at(adapter_name, place, owner, self._light, config.inference_mode)
 
     def _check_patterns(self, model: nn.Module, config: InlayConfig, asked) -> None:
         """Refuse a name or pattern that matched nothing: a typo would otherwise train less than was asked for."""

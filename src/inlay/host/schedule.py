@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from inlay.host.layer import InlayLinear
@@ -13,14 +13,15 @@ from inlay.host.slot import restore_precision, trained
 
 
 def step(model: nn.Module, t: float, optimizer: torch.optim.Optimizer | None = None) -> int:
-    """Call it after every optimiser step, and once before the first one when a run is resumed.
+    """Call it before the first optimiser step, also of a run that is resumed, and after every one.
 
     What a method freezes at t stays bit for bit as it is: no gradient is computed for it, and no optimiser moves it.
+    What it begins anew is trained as if it had been made at t.
 
     Args:
         model: adapted, also within DDP or torch.compile; only its active adapters are looked at.
         t: the fraction of all optimiser steps that is done, 0 to 1.
-        optimizer: if given, its state for what is frozen now is released.
+        optimizer: if given, its state is released for what is frozen now, and forgotten for what begins anew.
 
     Returns:
         How many numbers of the model are still trained.
@@ -31,10 +32,24 @@ def step(model: nn.Module, t: float, optimizer: torch.optim.Optimizer | None = N
     if not 0.0 <= t <= 1.0:
         raise ValueError(f"t={t} is not the fraction of the training that is done: it must be in [0, 1]")
     for module in model.modules():
-        for weight in module.advance(t) if isinstance(module, InlayLinear) else ():
+        for weight, mask in module.advance(t) if isinstance(module, InlayLinear) else ():
             if optimizer is not None:
-                optimizer.state.pop(weight, None)
+                forget(optimizer, weight, mask)
     return trained(model)
+
+
+def forget(optimizer: torch.optim.Optimizer, weight: nn.Parameter, mask: Tensor | None) -> None:
+    """Drop an optimiser's state of a parameter, or set it to 0 for the entries of a mask.
+
+    All of it is dropped too where it is not of the parameter's shape entry by entry, as of 8-bit optimisers.
+    """
+    state = optimizer.state.get(weight)
+    moments = [v for v in (state or {}).values() if isinstance(v, Tensor) and v.dim()]
+    if mask is None or not all(v.shape == weight.shape and v.is_floating_point() for v in moments):
+        optimizer.state.pop(weight, None)
+    else:
+        for moment in moments:
+            moment[mask] = 0
 
 
 class Schedule(TrainerCallback):

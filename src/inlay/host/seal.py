@@ -21,7 +21,8 @@ def of_tensors(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+        wide = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        digest.update(tensor.detach().to("cpu", wide).contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

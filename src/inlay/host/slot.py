@@ -24,6 +24,7 @@ class Slot(nn.Module):
             self.register_buffer("weight", value)
         self.exact: Tensor | None = None  # the weight's memory under a second name, where a cast is to be undone
         self.held = False  # a sharded parameter that is frozen
+        self.resting: list[nn.Parameter] = []  # the parameter, while it is frozen: where torch does not see it
 
     def forward(self) -> Tensor:
         return self.weight.detach() if self.held else self.weight
@@ -67,7 +68,22 @@ class Slot(nn.Module):
         del self.weight
         self.register_buffer("weight", weight.detach())
         weight.requires_grad_(False).grad = None
+        self.resting = [weight]
         return weight
+
+    def thaw(self) -> None:
+        """Make what `freeze` froze the same parameter again, with the numbers that it has by now."""
+        self.held = False
+        if self.resting:
+            weight, now = self.resting.pop(), self.weight.data
+            del self.weight
+            weight.data = now
+            self.weight = weight.requires_grad_()
+
+    def is_empty(self) -> bool:
+        """Whether nothing has filled it: it is meta, or holds NaN, or the least integer."""
+        w = self.weight
+        return w.is_meta or bool((w.isnan() if w.is_floating_point() else w == torch.iinfo(w.dtype).min).any())
 
 
 def trained(model: nn.Module) -> int:

@@ -30,12 +30,14 @@ _sharing = False
 
 
 class Job(NamedTuple):
-    """A start to compute: `read` gives W, of `shape` (out, in), in fp32; `done` takes θ₀."""
+    """A start to compute: `read` gives W, of `shape` (out, in), in fp32; `done` takes θ₀;
+    `stats`: what the method needed to see."""
 
     method: Method
     shape: tuple[int, int]
     read: Callable[[], Tensor]
     done: Callable[[Params], None]
+    stats: Params | None = None
 
 
 @contextmanager
@@ -78,7 +80,7 @@ def compute(jobs: Iterable[Job]) -> None:
             for number, job in enumerate(jobs):
                 if job.method.draws:  # in every process, so that their generators stay in step
                     finish(0)
-                    take(job, start(job.method, on_device(job.read())), 0)
+                    take(job, start(job.method, on_device(job.read()), job.stats), 0)
                     continue
                 owner = number % ranks
                 if owner == 0:
@@ -88,11 +90,11 @@ def compute(jobs: Iterable[Job]) -> None:
                 if owner == rank:
                     W = on_device(job.read())
                     if W.device.type == "cpu":
-                        future = pool.submit(start, job.method, W)
+                        future = pool.submit(start, job.method, W, job.stats)
                     else:
                         finish(0) if ranks == 1 else None
                         future = Future()
-                        future.set_result(start(job.method, W))
+                        future.set_result(start(job.method, W, job.stats))
                 waiting.append((job, owner, future))
             finish(0)
         finally:
@@ -111,11 +113,11 @@ def blank(job: Job) -> Params:
     return {name: torch.empty_like(shape, device=PartialState().device) for name, shape in shapes.items()}
 
 
-def start(method: Method, W: Tensor) -> Params:
-    """method.start(W), or what it was when it was last computed of the same numbers."""
-    if method.draws:
-        return method.start(W)
-    about = f"{method!r} {W.device.type} {__version__} {torch.__version__}"
+def start(method: Method, W: Tensor, stats: Params | None = None) -> Params:
+    """method.start(W, stats), or what it was when it was last computed of the same weight alone."""
+    if method.draws or stats:
+        return method.start(W, stats)
+    about = f"{method!r} {method.place if method.shared else None} {W.device.type} {__version__} {torch.__version__}"
     key = f"{hashlib.sha256(about.encode()).hexdigest()[:16]}-{cache.fingerprint(W)}"
     if (found := cache.load("starts", key)) is not None:
         return {name: tensor.to(W.device) for name, tensor in found.items()}

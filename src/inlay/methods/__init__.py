@@ -6,9 +6,13 @@ from inlay.methods.bat_col import BatCol
 from inlay.methods.bone import Bone
 from inlay.methods.deep_lora import DeepLoRA
 from inlay.methods.dota import DoTA
+from inlay.methods.eva import EVA
 from inlay.methods.lamda import LaMDA
 from inlay.methods.loldu import LoLDU
 from inlay.methods.lora import LoRA
+from inlay.methods.lora_ga import LoRAGA
+from inlay.methods.lorta import LoRTA
+from inlay.methods.lq_lora import LQLoRA
 from inlay.methods.milora import MiLoRA
 from inlay.methods.mora import MoRA
 from inlay.methods.mora_rope import MoRARope
@@ -16,27 +20,36 @@ from inlay.methods.olora import OLoRA
 from inlay.methods.peanut import PEANuT
 from inlay.methods.pissa import PiSSA
 from inlay.methods.randlora import RandLoRA
+from inlay.methods.smt import SMT
 from inlay.methods.snell import SNELL
+from inlay.methods.spiel import SpIEL
 from inlay.methods.svfit import SVFit
+from inlay.methods.xgblora import XGBLoRA
 
 # fmt: off
 METHODS: tuple[type[Method], ...] = (
     LoRA, PiSSA, MiLoRA, OLoRA, SVFit, LoLDU, LaMDA, DoTA, Bone, Bat, BatCol,
-    MoRA, MoRARope, RandLoRA, PEANuT, DeepLoRA, SNELL,
+    MoRA, MoRARope, RandLoRA, PEANuT, DeepLoRA, SNELL, LoRTA, XGBLoRA, SpIEL,
+    EVA, LoRAGA, LQLoRA, SMT,
 )
 # fmt: on
 
 __all__ = [
+    "EVA",
     "METHODS",
+    "SMT",
     "SNELL",
     "Bat",
     "BatCol",
     "Bone",
     "DeepLoRA",
     "DoTA",
+    "LQLoRA",
     "LaMDA",
     "LoLDU",
     "LoRA",
+    "LoRAGA",
+    "LoRTA",
     "MiLoRA",
     "MoRA",
     "MoRARope",
@@ -45,6 +58,8 @@ __all__ = [
     "PiSSA",
     "RandLoRA",
     "SVFit",
+    "SpIEL",
+    "XGBLoRA",
     "find",
 ]
 

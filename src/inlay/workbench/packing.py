@@ -168,6 +168,7 @@ class FoldingQuantizer(Bnb4BitHfQuantizer):
 def cut(plan: Plan, module: str, W: Tensor, pack: Callable[[Tensor], Any], transposed: bool) -> Any:
     """The packed residual of W (out × in), the best of the plan's rounds; its θ₀ and errors go into the plan."""
     method, W, best = plan.methods[module], W.float(), None
+    assert method.zero_init or not method.shared  # whose start is that of its first weight
     if not W.isfinite().all():
         raise ValueError(f"the weight of {module} holds NaN or Inf; repair it or leave that module out")
     plain = error_of(unpack(pack(W.T if transposed else W)) - W, W)

@@ -94,6 +94,9 @@ def rank_of(config: InlayConfig) -> int:
         ValueError: its method has none.
     """
     method = config.build()
+    if method.shared:
+        shared = ", ".join(sorted(method.shared))
+        raise ValueError(f"{method.name} shares {shared} between layers, so no layer has a rank of its own to allocate")
     r = {f.name: getattr(method, f.name) for f in fields(method)}.get("r")
     if r is None:
         raise ValueError(f"{method.name} has no rank r to allocate; choose a method with one, such as lamda or lora")

@@ -1,0 +1,223 @@
+"""The pass over a few batches that data-driven starts need: one layer's inputs or gradient at a time, reduced at once.
+
+No gradient of a weight is ever stored. Each layer's is formed in the backward pass, from its input and its output's
+gradient, handed to its method's `observe`, and freed before the next layer's: memory is that of a training step of the
+base (each adapted layer keeps its input until then), one fp32 gradient, and the statistics. So it works on quantised
+and frozen bases alike. Layers that read the same input share one statistic of it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from inlay import linalg
+from inlay.host import starts
+from inlay.host.layer import InlayLinear
+from inlay.method import Method, Params
+
+MOST = 32  # batches
+Loss = Callable[[Any, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a pass came to: how many batches it took, and by module the statistics of its data.
+
+    `unsettled`: the modules whose method tells when it has seen enough, and had not.
+    """
+
+    batches: int
+    stats: dict[str, Params]
+    unsettled: list[str]
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    adapter_name: str = "default",
+    most: int = MOST,
+    loss: Loss | None = None,
+) -> Calibration:
+    """Give an adapter whose method starts from data its start, once, after `get_peft_model` and before its first use.
+
+    model = get_peft_model(base, InlayConfig(method="eva", target_modules="all-linear"))
+    inlay.calibrate(model, batches)
+
+    The base alone is run, without dropout. The start is stored with the adapter: nothing is calibrated at load. In
+    several processes, give all of them the same batches.
+
+    Args:
+        model: adapted.
+        batches: keyword arguments of the model, such as input_ids, attention_mask and labels; an `attention_mask`
+            says which tokens are none.
+        most: so many batches at most; fewer where every layer has seen enough.
+        loss: what of (model, batch) is differentiated; by default the model's own loss, for which batches have labels.
+
+    Raises:
+        ValueError: the adapter needs no data or has its start already, there are too few, or they have no loss.
+    """
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, InlayLinear) and adapter_name in module.cuts and module.cuts[adapter_name].method.needs
+    }
+    if not layers:
+        raise ValueError(
+            f"adapter {adapter_name!r} starts from the weights alone, or is not there: nothing to calibrate"
+        )
+    if not all(layer.cuts[adapter_name].pending for layer in layers.values()):
+        raise ValueError(f"adapter {adapter_name!r} has its start already; calibrate before the first use, and once")
+    methods = {f"{name}.base_layer": layer.cuts[adapter_name].method for name, layer in layers.items()}
+    with bare(layers.values()):
+        found = gather(model, methods, batches, most, loss)
+    stats = {name: found.stats[f"{name}.base_layer"] for name in layers}
+    starts.compute(job for name, layer in layers.items() for job in layer.jobs(adapter_name, stats=stats[name]))
+    return Calibration(found.batches, stats, [name.removesuffix(".base_layer") for name in found.unsettled])
+
+
+def gather(
+    model: nn.Module, methods: Mapping[str, Method], batches: Iterable[Any], most: int = MOST, loss: Loss | None = None
+) -> Calibration:
+    """The statistics that methods ask of linear modules of a model, adapted or not, by the modules' names.
+
+    Raises:
+        ValueError: there is no batch or no loss, or a module was given no tokens.
+    """
+    watchers = {name: Watcher(method) for name, method in methods.items()}
+    gradients = any(method.needs == "gradients" for method in methods.values())
+    device, count = next(p.device for p in model.parameters()), 0
+    with still(model), ExitStack() as hooks:
+        for name, watcher in watchers.items():
+            hooks.callback(model.get_submodule(name).register_forward_hook(watcher.hook(watchers.values())).remove)
+        for batch in tqdm(islice(batches, most), desc="Calibrating", unit="batch", disable=None, delay=1):
+            batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            for watcher in watchers.values():
+                watcher.mask = batch.get("attention_mask")
+            with torch.set_grad_enabled(gradients):
+                value = loss(model, batch) if loss else own_loss(model, batch, gradients)
+            if gradients:
+                value.backward()
+            count += 1
+            if all(watcher.settled for watcher in watchers.values()):
+                break
+    stats = {name: watcher.found for name, watcher in watchers.items()}
+    if empty := [name for name, found in stats.items() if not found]:
+        raise ValueError(
+            f"{empty[0]} was given no tokens in {count} batches; give more, or leave it out of target_modules"
+        )
+    tell = [name for name, watcher in watchers.items() if type(watcher.method).settled is not Method.settled]
+    return Calibration(count, stats, [name for name in tell if not watchers[name].settled])
+
+
+class Watcher:
+    """One module's method, what it has seen, and, where another module reads the same input, whose statistics serve."""
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+        self.stats: Params = {}
+        self.settled = False
+        self.mask: Tensor | None = None
+        self.leader: Watcher | None = None
+        self.input: Any = lambda: None  # a weak reference to the last one
+
+    @property
+    def found(self) -> Params:
+        return self.stats if self.leader in (self, None) else self.leader.stats  # type: ignore[union-attr]
+
+    def hook(self, everyone: Iterable[Watcher]) -> Callable[[nn.Module, tuple, Tensor], Tensor | None]:
+        """A forward hook that looks at the inputs, or puts a `Tap` on the output."""
+
+        def look(module: nn.Module, args: tuple, y: Tensor) -> Tensor | None:
+            x = args[0]
+            if self.method.needs == "gradients":
+                return Tap.apply(y, x.detach(), self, y.new_zeros((), requires_grad=True))
+            if self.leader is None:
+                alike = (w for w in everyone if w.input() is x and w.method == self.method)
+                self.leader = next(alike, self)
+            if self.leader is self:
+                self.input = weakref.ref(x)
+                self.see(tokens(x.detach(), self.mask))
+            self.settled = self.leader.settled
+            return None
+
+        return look
+
+    def see(self, value: Tensor) -> None:
+        if value.numel() and not self.settled:
+            with linalg.full_precision(value.device):
+                self.stats = self.method.observe(self.stats, value.float())
+                self.settled = self.method.settled(self.stats)
+
+
+class Tap(torch.autograd.Function):
+    """y, as it is. In the backward pass, its layer's weight gradient gᵀx is shown to a watcher, and gone."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, watcher: Watcher, leaf: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.watcher = watcher
+        return y.clone()  # a view could not be changed in place by who comes next
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
+        (g,), (x,) = grads, ctx.saved_tensors
+        if not ctx.watcher.settled and x.numel():
+            ctx.watcher.see(g.flatten(0, -2).float().T @ x.flatten(0, -2).float())
+        return g, None, None, None
+
+
+def tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Inputs (..., in) as (tokens × in), without those that are padding."""
+    return x[mask.bool()] if mask is not None and mask.shape == x.shape[:-1] else x.flatten(0, -2)
+
+
+def own_loss(model: nn.Module, batch: dict[str, Any], needed: bool) -> Tensor:
+    """A model's own mean loss of a batch.
+
+    Raises:
+        ValueError: it is needed, and the model gives none.
+    """
+    value = getattr(model(**batch), "loss", None)
+    if needed and value is None:
+        raise ValueError("gradients need a loss, and the model gave none: give batches with labels, or a `loss`")
+    return value  # type: ignore[return-value]
+
+
+@contextmanager
+def still(model: nn.Module) -> Iterator[None]:
+    """Without dropout, and without gradients for anything that is trained."""
+    training = [module for module in model.modules() if module.training]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model.eval()
+    try:
+        for p in trained:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def bare(layers: Iterable[InlayLinear]) -> Iterator[None]:
+    """Without any adapter."""
+    was = [(layer, layer._disable_adapters) for layer in layers]
+    try:
+        for layer, _ in was:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, disabled in was:
+            layer._disable_adapters = disabled

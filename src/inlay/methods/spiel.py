@@ -1,0 +1,79 @@
+"""SpIEL: k entries of the weight are trained, and which ones changes on the way.
+
+    ΔW = scatter(η, φ),   η (k) different positions, φ (k) = 0,   k = r (out + in) as in a LoRA
+
+Ansell et al. 2024, "Scaling Sparse Fine-Tuning to Large Language Models", arXiv 2401.16405 (SpIEL-AG). In each of
+`rounds` rounds (the paper's have 20 steps) the first quarter sums up g, the gradient of the k largest entries of ΔW in
+its first pass. Then a share `rate` (1 − t) of η, with the smallest |φ| (of the first η, evenly drawn, all), makes room
+for the largest |g|. [ours]: new entries have no moments in the optimiser. ΔW and its gradient are dense for a moment,
+never kept. In DDP g is the first process's; in a compiled model none is seen and η stays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from inlay import ops
+from inlay.method import Base, Drop, Method, Params, keep
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpIEL(Method):
+    name = "spiel"
+    title = "SpIEL: single entries, which are dropped and grown"
+    equation = "ΔW = scatter(η, φ)"
+    paper = "Ansell et al. 2024, arXiv 2401.16405"
+    trains = "φ (k), k = r (out + in)"
+    frozen = frozenset({"eta", "candidates", "g", "round"})
+    zero_init = True
+    draws = True  # type: ignore[assignment]
+
+    r: int = field(default=8, metadata={"help": "rank of the LoRA with as many numbers", "min": 1})
+    rounds: int = field(default=20, metadata={"help": "how often entries are dropped and grown", "min": 1})
+    rate: float = field(default=0.2, metadata={"help": "share dropped in a round, at first", "min": 0, "max": 1})
+
+    def start(self, W: Tensor, stats: Params | None = None) -> Params:
+        k, width = self.r * sum(W.shape), W.numel() // (self.r * sum(W.shape))
+        if not width:
+            raise ValueError(f"spiel: r={self.r} is too large for this weight; choose r <= {W.numel() // sum(W.shape)}")
+        phi, whole = torch.zeros(k, device=W.device), torch.zeros(k, dtype=torch.int32, device=W.device)
+        eta = torch.arange(k, dtype=torch.int32, device=W.device) * width + torch.randint_like(whole, width)
+        return {"phi": phi, "eta": eta, "candidates": whole - 1, "g": phi.clone(), "round": whole[:1].clone()}
+
+    def delta(self, p: Params, W: Tensor) -> Tensor:
+        return p["phi"].new_zeros(W.numel()).index_add(0, p["eta"], p["phi"]).view(W.shape)
+
+    def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
+        linear = None if drop.p else ops.plain(base, x)
+        W = torch.empty(len(p["phi"]) // self.r - x.shape[-1], x.shape[-1], device="meta")
+
+        def build(phi: Tensor) -> tuple[Tensor]:
+            return (ops.watched(self.s * self.delta({**p, "phi": phi}, W), partial(self.look, p)),)
+
+        change = ops.dense(drop(x), linear, ops.Rows(build), p["phi"])
+        return base(x) + change if linear is None else change
+
+    def look(self, p: Params, slope: Tensor) -> None:
+        """Sum up the gradient of the candidates; choose them first."""
+        if (now := self.place.t * self.rounds + 1e-6) % 1 < 0.25 and now < p["round"] + 0.25:
+            if p["candidates"][0] < 0:
+                p["candidates"].copy_(slope.flatten().abs().topk(len(p["g"])).indices)
+            p["g"] += slope.flatten()[p["candidates"]]
+
+    def restart(self, p: Params, t: float) -> dict[str, Tensor | None]:
+        phi, eta, found, done = p["phi"], p["eta"], p["candidates"], int(p["round"])
+        if (now := self.place.t * self.rounds + 1e-6) < done + 0.25 or found[0] < 0:  # before the last pass
+            return {}
+        small, rest = phi.abs().argsort().tensor_split([int((self.rate * (1 - t) if done else 1) * len(phi))])
+        free = ~torch.isin(found, eta[rest])
+        grown = found[free][p["g"][free].abs().argsort(descending=True)[: len(small)]]
+        enter = grown[~torch.isin(grown, eta[small])]
+        new = small[~torch.isin(eta[small], grown)][: len(enter)]
+        eta[new], phi[new] = enter, 0.0
+        for note, value in ((found, -1), (p["g"], 0), (p["round"], max(done + 1, int(now)))):
+            note.fill_(value)
+        return {"phi": torch.zeros_like(phi, dtype=torch.bool).index_fill(0, new, True)}
