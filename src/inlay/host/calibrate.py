@@ -72,7 +72,9 @@ def calibrate(
         if isinstance(module, InlayLinear) and adapter_name in module.cuts and module.cuts[adapter_name].method.needs
     }
     if not layers:
-        raise ValueError(f"adapter {adapter_name!r} starts from the weights alone, or is not there: nothing to calibrate")
+        raise ValueError(
+            f"adapter {adapter_name!r} starts from the weights alone, or is not there: nothing to calibrate"
+        )
     if not all(layer.cuts[adapter_name].pending for layer in layers.values()):
         raise ValueError(f"adapter {adapter_name!r} has its start already; calibrate before the first use, and once")
     methods = {f"{name}.base_layer": layer.cuts[adapter_name].method for name, layer in layers.items()}
@@ -84,7 +86,11 @@ def calibrate(
 
 
 def gather(
-    model: nn.Module, methods: Mapping[str, Method], batches: Iterable[Any], most: int = MOST, loss: Loss | None = None
+    model: nn.Module,
+    methods: Mapping[str, Method],
+    batches: Iterable[Any],
+    most: int | None = MOST,
+    loss: Loss | None = None,
 ) -> Calibration:
     """The statistics that methods ask of linear modules of a model, adapted or not, by the modules' names.
 

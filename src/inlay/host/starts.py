@@ -26,7 +26,7 @@ COPIES = 8  # fp32 copies of its weight that a decomposition holds, at most
 
 
 class Job(NamedTuple):
-    """A start to compute: `read` gives W (out × in) in fp32, `done` takes θ₀; `stats`: what the method needed to see."""
+    """A start to compute: `read` gives W (out × in) in fp32, `done` takes θ₀; `stats`: what its method asked to see."""
 
     method: Method
     read: Callable[[], Tensor]

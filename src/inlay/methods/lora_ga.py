@@ -1,6 +1,6 @@
 """LoRA-GA: LoRA whose first step follows the gradient of full fine-tuning.
 
-    G = mean gradient of W = U S Vᵀ,   ΔW = B A,   A₀ = c V_{1..r}ᵀ,   B₀ = c U_{r+1..2r},   c = out^¼ / √γ,   s = α / √r
+    G = mean gradient of W = U S Vᵀ,   ΔW = B A,   A₀ = c V_{1..r}ᵀ,   B₀ = c U_{r+1..2r},   c = out^¼ / √γ,  s = α / √r
 
 Wang, Yu, Li 2024, "LoRA-GA: Low-Rank Adaptation with Gradient Approximation", arXiv 2407.05000. The paper's residual
 W − s B₀ A₀ is the host's offset form. PEFT's `lora_ga` scales by the gradient's singular values: not this.

@@ -6,8 +6,8 @@
 Guo, Greengard, Xing, Kim 2023, "LQ-LoRA: Low-rank Plus Quantized Matrix Decomposition for Efficient Language Model
 Finetuning", arXiv 2311.12023. Folding (`quantize: nf4`, `fold_rounds`) is the paper's alternation: of what is left of W
 beside Q, the weighted start; of what is left beside that, Q; the iterate with the smallest ‖D₁ (W − Q − B A) D₂‖ is
-kept. `weights="none"` is the unweighted form, as in LoftQ. [ours]: F takes one gradient per batch, so give batches of one
-example for the usual estimate; D is floored at 1e-3 of its mean, to be divided by. Mixed precision is left out.
+kept. `weights="none"` is the unweighted form, as in LoftQ. [ours]: F takes one gradient per batch, so give batches of
+one example for the usual estimate; D is floored at 1e-3 of its mean, to be divided by. Mixed precision is left out.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class LQLoRA(LowRank):
     trains = "A (r × in), B (out × r)"
 
     weights: str = field(
-        default="fisher", metadata={"help": "what LQ-LoRA weighs errors by: fisher or none", "choices": ("fisher", "none")}
+        default="fisher",
+        metadata={"help": "what LQ-LoRA weighs errors by: fisher or none", "choices": ("fisher", "none")},
     )
 
     @property
