@@ -69,8 +69,8 @@ def fold(
         done: called with the name of each weight that is finished.
 
     Raises:
-        ValueError: the method does not fit the model or needs batches, a target is not quantised or not stored, a weight
-            holds NaN or Inf, or `out` exists.
+        ValueError: the method does not fit the model or needs batches, a target is not quantised or not stored, a
+            weight holds NaN or Inf, or `out` exists.
     """
     import torch
     from transformers.quantizers.base import get_keys_to_not_convert
