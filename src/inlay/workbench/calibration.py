@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -32,7 +32,7 @@ def batches(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: Examples) 
         shown = [data.render(rows.train[j], tokenizer, recipe.max_length) for j in order[i : i + size]]
         pairs = [(one.prompt_ids, one.answer_ids) for one in shown if one.answer_ids]
         if pairs:
-            yield collate(pairs, tokenizer.pad_token_id or 0)
+            yield collate(pairs, cast(int, tokenizer.pad_token_id or 0))
 
 
 def collate(pairs: list[tuple[list[int], list[int]]], pad: int) -> dict[str, torch.Tensor]:
