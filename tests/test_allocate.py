@@ -5,10 +5,10 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inlay.allocate import allocate, energy, kind_of, rank_set
+from inlay.allocate import allocate, by_threshold, by_variance, energy, kind_of, rank_set
 
 DIRECTIONS = ("flat", "peaked")
 
@@ -177,3 +177,31 @@ def test_energy():
 def test_what_cannot_be_used_is_said(change, says):
     with pytest.raises(ValueError, match=says):
         allocate(**{"spectra": {"a.q": torch.ones(4)}, "r": 2, "cost": linear, **change})
+
+
+@settings(max_examples=30, deadline=None)
+@given(spectra=model, r=ranks, cost=costs)
+def test_welores_ranks_come_of_one_threshold_within_the_budget(spectra, r, cost):
+    found = by_threshold(spectra, r, cost)
+    assert sum(cost(n, rank) for n, rank in found.items()) <= sum(cost(n, r) for n in spectra)
+    shares = {}
+    for name, S in spectra.items():
+        low, spread = S[-1].double(), (S[0] - S[-1]).double()
+        shares[name] = (S.double() - low) / spread if spread else torch.ones(len(S))
+    if all(share[1] < 1 for share in shares.values()):  # no ties for the largest
+        taken = min(share[found[name] - 1].item() for name, share in shares.items())
+        left = [share[found[name]].item() for name, share in shares.items() if found[name] < len(share)]
+        assert all(taken >= value - 1e-9 for value in left)
+
+
+def test_welores_ranks_by_hand():
+    spectra = {"flat": torch.tensor([4.0, 3.5, 3.0, 0.0]), "peaked": torch.tensor([9.0, 1.0, 0.5, 0.0])}
+    assert by_threshold(spectra, 2, linear) == {"flat": 3, "peaked": 1}
+    assert by_threshold(spectra, 4, linear) == {"flat": 4, "peaked": 4}
+
+
+def test_evas_ranks_are_the_largest_shares_of_all():
+    ratios = {"a": torch.tensor([0.5, 0.2, 0.1, 0.05]), "b": torch.tensor([0.3, 0.01, 0.0, 0.0])}
+    assert by_variance(ratios, 2, linear) == {"a": 3, "b": 1}
+    assert by_variance(ratios, 1, linear) == {"a": 1, "b": 1}
+    assert by_variance({"a": torch.full((6,), 0.1)}, 5, blocks) == {"a": 4}  # 5 does not divide 24

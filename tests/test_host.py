@@ -20,7 +20,7 @@ from inlay import InlayConfig, methods
 from inlay.host.layer import PREFIX, START, InlayLinear
 from inlay.method import Method
 
-NAMES = [m.name for m in methods.METHODS]
+NAMES = [m.name for m in methods.METHODS if not m.needs]
 FIRST = ("lora", "pissa", "milora", "lamda", "dota", "bone", "bat", "bat_col")  # on the real model in the fast suite
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOKENS = torch.arange(24).view(2, 12)

@@ -1,4 +1,4 @@
-"""Ranks per layer from the spectra of the pretrained weights, under a budget, without training (LaMDA++).
+"""Ranks per layer from spectra, under a budget, without training: LaMDA++ (`allocate`), WeLore, EVA.
 
     E_l(r) = Σ_{i<=r} σ_i² / Σ_i σ_i²,   the share of layer l's energy in its first r triplets
 
@@ -99,6 +99,77 @@ def allocate(
         steps = _climb(ladders, budget, direction)
         chosen |= {name: ladder[step].rank for name, ladder, step in zip(names, ladders, steps, strict=True)}
     return {name: chosen[name] for name in spectra}
+
+
+def by_threshold(spectra: Mapping[str, Tensor], r: int, cost: Cost) -> dict[str, int]:
+    """WeLore's ranks: one threshold κ for all, r_l = #{i: (σ_i − σ_min) / (σ_max − σ_min) >= κ}, under a budget.
+
+    Jaiswal et al. 2024, "From GaLore to WeLore", arXiv 2407.11239. The smallest κ is taken whose modules together train
+    at most what they would with r everywhere; a rank that a module cannot have goes down to the next it can [ours].
+
+    Args:
+        spectra, r, cost: as in `allocate`, but all modules share one budget.
+
+    Raises:
+        ValueError: a spectrum cannot be used, or a module cannot have the rank r.
+    """
+    if not spectra:
+        raise ValueError("there are no spectra to allocate ranks by; give at least one module's singular values")
+    for name, S in spectra.items():
+        _check_spectrum(name, S)
+    shares = {name: _share(S.double()) for name, S in spectra.items()}
+    budget = sum(cost(name, r) for name in spectra)
+
+    def at(kappa: float) -> dict[str, int]:
+        return {name: _allowed(name, max(1, int((share >= kappa).sum())), cost) for name, share in shares.items()}
+
+    low, high = -1e-9, 1.0  # κ <= 0 gives every rank there is, κ = 1 that of the largest values alone
+    if sum(cost(name, rank) for name, rank in at(low).items()) <= budget:
+        return at(low)
+    for _ in range(60):
+        middle = (low + high) / 2
+        fits = sum(cost(name, rank) for name, rank in at(middle).items()) <= budget
+        low, high = (low, middle) if fits else (middle, high)
+    chosen = at(high)
+    if sum(cost(name, rank) for name, rank in chosen.items()) > budget:  # many values tie for the largest
+        return {name: min(rank, r) for name, rank in chosen.items()}
+    return chosen
+
+
+def by_variance(ratios: Mapping[str, Tensor], r: int, cost: Cost) -> dict[str, int]:
+    """EVA's ranks: of all modules' explained variance ratios pooled, the largest, r a module in the mean.
+
+    Paischer et al. 2024, arXiv 2410.07170. The budget is one of ranks, not of numbers. A module keeps at least rank 1
+    [ours]; one that cannot have its rank gets the next lower one it can [ours].
+
+    Args:
+        ratios: by module the shares (k,) of its inputs' variance that its vectors explain, descending. k is the most
+            that it can get: ρ r, by the paper.
+        r: the mean rank.
+        cost: as in `allocate`; asked which ranks a module can have.
+    """
+    rest = sorted(((-ratio, name) for name, S in ratios.items() for ratio in S.tolist()[1:]), key=lambda pair: pair[0])
+    chosen = dict.fromkeys(ratios, 1)
+    for _, name in rest[: (r - 1) * len(ratios)]:
+        chosen[name] += 1
+    return {name: _allowed(name, rank, cost) for name, rank in chosen.items()}
+
+
+def _share(S: Tensor) -> Tensor:
+    """(σ − σ_min) / (σ_max − σ_min); where all are equal, 1."""
+    spread = S[0] - S[-1]
+    return (S - S[-1]) / spread if spread > 0 else S.new_ones(S.shape)
+
+
+def _allowed(name: str, most: int, cost: Cost) -> int:
+    """The largest rank up to `most` that a module can have."""
+    for rank in range(most, 0, -1):
+        try:
+            cost(name, rank)
+        except ValueError:
+            continue
+        return rank
+    raise ValueError(f"{name} can have none of the ranks 1 to {most}; choose another r, or leave the module out")
 
 
 def _check_spectrum(name: str, S: Tensor) -> None:

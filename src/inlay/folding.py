@@ -7,10 +7,10 @@ s ΔW(θ₀), which is nearer to W where ΔW(θ₀) carries energy, as the princ
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from inlay.host.config import InlayConfig
 
@@ -26,6 +26,7 @@ class Folded:
 
     folder: Path
     errors: list[Error]
+    unsettled: list[str]  # the modules whose start had not seen enough data
 
     @property
     def base(self) -> Path:
@@ -43,6 +44,7 @@ def fold(
     *,
     quantization: str = "nf4",
     rounds: int = 1,
+    batches: Iterable[Any] | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
@@ -59,17 +61,21 @@ def fold(
         out: appears whole or not at all.
         config: the method and its target modules.
         quantization: "nf4", the only one.
-        rounds: quantise, decompose again what that lost, and so on; each weight keeps its best round.
+        rounds: quantise, decompose again what that lost, and so on; each weight keeps its best round, as the method
+            weighs errors (LQ-LoRA: by sensitivity).
+        batches: for methods that start from data, as in `inlay.calibrate`; all are used. The model is then first loaded
+            whole, in the dtype it is stored in.
         overwrite: replace an earlier fold at `out`.
         done: called with the name of each weight that is finished.
 
     Raises:
-        ValueError: the method does not fit the model, a target is not quantised or not stored, a weight holds NaN or
-            Inf, or `out` exists.
+        ValueError: the method does not fit the model or needs batches, a target is not quantised or not stored, a
+            weight holds NaN or Inf, or `out` exists.
     """
     import torch
     from transformers.quantizers.base import get_keys_to_not_convert
 
+    from inlay.host.calibrate import gather
     from inlay.workbench import memory, models, packing
     from inlay.workbench.files import new_folder, write_text
 
@@ -87,6 +93,15 @@ def fold(
     for module in plan.methods:
         if module in full:
             raise ValueError(f"{module} stays in full precision in a 4-bit checkpoint; leave it out of the targets")
+    unsettled: list[str] = []
+    if needing := {module: method for module, method in plan.methods.items() if method.needs}:
+        if batches is None:
+            raise ValueError(
+                f"{config.method} starts from {next(iter(needing.values())).needs} of the data: give inlay.fold "
+                "batches, or let inlay train fold (quantize: nf4)"
+            )
+        found = gather(models.load_model(model, dtype, revision, trust_remote_code), needing, batches, most=None)
+        plan.stats, unsettled = found.stats, found.unsettled
     with new_folder(Path(out), overwrite, marker=FOLDED) as part:
         try:
             base = models.load_model(model, dtype, revision, trust_remote_code, packing.folding(plan, torch.bfloat16))
@@ -104,4 +119,4 @@ def fold(
             write_text(folder / FOLDED, json.dumps(about, indent=2))
         rows = [f"{e.module},{e.plain:.5f},{e.folded:.5f},{e.round}" for e in plan.errors]
         write_text(part / "errors.csv", "\n".join(["module,plain,folded,round", *rows]) + "\n")
-    return Folded(Path(out), plan.errors)
+    return Folded(Path(out), plan.errors, unsettled)

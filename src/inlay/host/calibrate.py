@@ -86,7 +86,11 @@ def calibrate(
 
 
 def gather(
-    model: nn.Module, methods: Mapping[str, Method], batches: Iterable[Any], most: int = MOST, loss: Loss | None = None
+    model: nn.Module,
+    methods: Mapping[str, Method],
+    batches: Iterable[Any],
+    most: int | None = MOST,
+    loss: Loss | None = None,
 ) -> Calibration:
     """The statistics that methods ask of linear modules of a model, adapted or not, by the modules' names.
 

@@ -284,10 +284,11 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         """What is left to compute, when a copy of the adapter `like` is taken where it serves. Without the `stats` that
         its method needs, an adapter stays pending."""
         cut = self.cuts[name]
-        if cut.method.needs and not stats and like not in self.cuts and not cut.folded:
+        blank = self._device().type == "meta"
+        if cut.method.needs and not (stats or like in self.cuts or cut.folded or blank):
             return
         cut.pending = False
-        if self._device().type == "meta" or not cut.own:  # a model without memory: shapes are all there is
+        if blank or not cut.own:  # a model without memory: shapes are all there is
             return
         if like in self.cuts and (cut.start or cut.folded or cut.method.needs):
             self._settle_start(name, like, self._start_of(like))

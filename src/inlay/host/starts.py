@@ -30,8 +30,8 @@ _sharing = False
 
 
 class Job(NamedTuple):
-    """A start to compute: `read` gives W, of `shape` (out, in), in fp32; `done` takes θ₀;
-    `stats`: what the method needed to see."""
+    """A start to compute: `read` gives W, of `shape` (out, in), in fp32; `done` takes θ₀; `stats`: what its method has
+    seen."""
 
     method: Method
     shape: tuple[int, int]

@@ -32,7 +32,8 @@ NAME = "inlay_fold"
 
 @dataclass(frozen=True)
 class Error:
-    """Relative errors of one weight, ‖W' − W‖ / ‖W‖: plain NF4, and the folded base with its piece put back."""
+    """Relative errors of one weight, ‖W' − W‖ / ‖W‖: plain NF4, and the folded base with its piece put back. Both are
+    weighted where the method weighs errors."""
 
     module: str
     plain: float
@@ -47,6 +48,7 @@ class Plan:
     methods: dict[str, Method]
     rounds: int
     done: Callable[[str], object]
+    stats: dict[str, Params] = field(default_factory=dict)  # what methods needed to see
     starts: dict[str, Params] = field(default_factory=dict)
     errors: list[Error] = field(default_factory=list)
     failure: Exception | None = None
@@ -167,18 +169,19 @@ class FoldingQuantizer(Bnb4BitHfQuantizer):
 @torch.no_grad()
 def cut(plan: Plan, module: str, W: Tensor, pack: Callable[[Tensor], Any], transposed: bool) -> Any:
     """The packed residual of W (out × in), the best of the plan's rounds; its θ₀ and errors go into the plan."""
-    method, W, best = plan.methods[module], W.float(), None
+    method, W, best, stats = plan.methods[module], W.float(), None, plan.stats.get(module)
     assert method.zero_init or not method.shared  # whose start is that of its first weight
     if not W.isfinite().all():
         raise ValueError(f"the weight of {module} holds NaN or Inf; repair it or leave that module out")
-    plain = error_of(unpack(pack(W.T if transposed else W)) - W, W)
+    whole = method.weigh(W, stats)
+    plain = error_of(method.weigh(unpack(pack(W.T if transposed else W)) - W, stats), whole)
     what = W
     for turn in range(1, 2 if method.zero_init else plan.rounds + 1):
-        start = method.start(what)
+        start = method.start(what, stats)
         D = method.s * method.delta(start, W)
         packed = pack((W - D).T if transposed else W - D)
         rest = W - unpack(packed)
-        error = error_of(D - rest, W)
+        error = error_of(method.weigh(D - rest, stats), whole)
         if best is None or error < best[0]:
             best = error, packed, start, turn
         what = rest  # of which the next round takes its piece

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shutil
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -133,10 +135,15 @@ def check_fold(recipe: Recipe, adapter: Path) -> None:
 
 
 def load(
-    recipe: Recipe, dtype: torch.dtype, folder: Path, console: Console, found: Checkpoint | None = None
+    recipe: Recipe,
+    dtype: torch.dtype,
+    folder: Path,
+    console: Console,
+    found: Checkpoint | None = None,
+    batches: Iterable[Any] | None = None,
 ) -> PreTrainedModel | PeftModel:
-    """The model a recipe trains, quantised if it says so. After a fold, into `folder`/base, it is adapted already, and
-    a run that goes on takes its base from there."""
+    """The model a recipe trains, quantised if it says so; `batches`: for folds that start from data. After a fold, into
+    `folder`/base, it is adapted already, and a run that goes on takes its base from there."""
     from inlay.workbench import packing
 
     if recipe.quantize == "nf4" and found:
@@ -150,11 +157,13 @@ def load(
         quantization = None if recipe.quantize == "none" else packing.settings(recipe.quantize, dtype)
         return models.load_model(recipe.model, dtype, *options, quantization)
     made = fold(
-        recipe.model, folder / "folded", recipe.config(), rounds=recipe.fold_rounds, revision=options[0],
-        trust_remote_code=options[1],
+        recipe.model, folder / "folded", recipe.config(), rounds=recipe.fold_rounds, batches=batches,
+        revision=options[0], trust_remote_code=options[1],
     )  # fmt: skip
     plain, folded = (statistics.mean(getattr(e, kind) for e in made.errors) for kind in ("plain", "folded"))
     console.print(f"folded: the base starts at a relative error of {folded:.4f} per weight (plain NF4: {plain:.4f})")
+    if made.unsettled:
+        console.print(f"{len(made.unsettled)} layers' starts had not settled; --calibration gives more batches")
     model = models.load_adapted(made.adapter, str(made.base), dtype, trainable=True)[0]
     for path in (made.base, made.folder / "errors.csv"):
         path.rename(folder / path.name)

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from inlay.allocate import Direction, allocate, energy, kind_of
+from inlay.allocate import Direction, allocate, by_threshold, energy, kind_of
 from inlay.host.config import InlayConfig
 from inlay.workbench import spectra
 from inlay.workbench.recipe import Recipe
@@ -87,6 +87,21 @@ def inspection(
     return Inspection(model, str(config.method), r, direction, weights)
 
 
+def thresholded(recipe: Recipe, console: Console) -> dict[str, int]:
+    """WeLore's ranks of a recipe's modules."""
+    config = recipe.config()
+    shapes = spectra.targets(recipe.model, config, recipe.trust_remote_code)
+    values = spectra.spectra(recipe.model, shapes, recipe.revision, recipe.trust_remote_code)
+    r, cost = rank_of(config), cost_of(config, shapes)
+    found = by_threshold(values, r, cost)
+    numbers, uniform = (sum(cost(n, rank) for n, rank in each.items()) for each in (found, dict.fromkeys(found, r)))
+    console.print(
+        f"ranks by threshold (WeLore): {min(found.values())} to {max(found.values())}, {numbers:,} numbers; "
+        f"r = {r} everywhere: {uniform:,}"
+    )
+    return found
+
+
 def rank_of(config: InlayConfig) -> int:
     """A config's r.
 
@@ -146,8 +161,10 @@ def settle(recipe: Recipe, console: Console) -> Recipe:
     Raises:
         ValueError: the model cannot be read, or does not fit the recipe.
     """
-    if recipe.allocate == "none":
+    if recipe.allocate in ("none", "variance"):  # that waits for data: `calibration.settle`
         return recipe
+    if recipe.allocate == "welore":
+        return replace(recipe, allocate="none", patterns=patterns(thresholded(recipe, console)))
     direction: Direction = "peaked" if recipe.allocate == "energy_peaked" else "flat"
     found = inspection(recipe.model, recipe.config(), direction, recipe.revision, recipe.trust_remote_code)
     console.print(found.summary())

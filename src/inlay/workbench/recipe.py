@@ -64,9 +64,12 @@ class Recipe:
     layers_to_transform: list | None = entry(None, "layer indices")
     modules_to_save: list | None = entry(None, "modules trained whole and saved")
     patterns: dict = entry(dict, "hyperparameters per module: {k_proj: {r: 4}}")
-    allocate: Literal["none", "energy", "energy_peaked"] = entry(
-        "none", "ranks per layer from the weights' spectra (LaMDA++), within what r trains; they end up in patterns"
+    allocate: Literal["none", "energy", "energy_peaked", "welore", "variance"] = entry(
+        "none",
+        "ranks per layer within what r trains: energy from the weights' spectra (LaMDA++), welore by one threshold on "
+        "them, variance from the layers' inputs (EVA); they end up in patterns",
     )
+    calibration: int = entry(16, "batches that starts and ranks from data look at, at most", min=1)
     bias: str = entry("none", "none, all or inlay_only")
     saver: Literal["none", "velora", "wta_crs"] = entry(
         "none", "keep less of a layer's input, for an estimate of A's gradient: velora (biased), wta_crs (unbiased)"

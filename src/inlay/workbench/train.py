@@ -26,7 +26,7 @@ from inlay.host import processes, starts
 from inlay.host.flat import Flat
 from inlay.host.groups import raised
 from inlay.host.schedule import Schedule
-from inlay.workbench import checkpoints, memory, models, optimizers, peft_methods, ranks, report
+from inlay.workbench import calibration, checkpoints, memory, models, optimizers, peft_methods, ranks, report
 from inlay.workbench.checkpoints import Checkpoint
 from inlay.workbench.files import check_free, locked, new_folder, set_aside, write_text
 from inlay.workbench.generate import answer
@@ -147,8 +147,14 @@ def train(recipe: Recipe, console: Console | None = None, resume: bool = False) 
         old = processes.same(lambda: None if found else start_folder(folder, recipe))
         try:
             recipe = processes.same(lambda recipe=recipe: ranks.settle(recipe, console))
+            recipe = processes.same(
+                lambda recipe=recipe: calibration.settle(recipe, dtype, folder, tokenizer, rows, console)
+            )
             set_seed(recipe.seed)
-            trainer = build(recipe, load(recipe, dtype, folder, console, found), tokenizer, rows, folder)
+            seen = calibration.batches(recipe, tokenizer, rows)
+            trainer = build(recipe, load(recipe, dtype, folder, console, found, seen), tokenizer, rows, folder)
+            if found is None:
+                calibration.start(recipe, trainer.model, tokenizer, rows, console)
             recipe = recipe.resolved(
                 dtype=str(dtype).removeprefix("torch."),
                 eval_size=len(rows.heldout),

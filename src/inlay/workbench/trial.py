@@ -19,7 +19,7 @@ from rich.console import Console
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
-from inlay.workbench import data, models, ranks, train
+from inlay.workbench import calibration, data, models, ranks, train
 from inlay.workbench.comparison import slug
 from inlay.workbench.files import write_text
 from inlay.workbench.prepare import Examples, examples, load
@@ -127,9 +127,11 @@ def run(folder: Path) -> None:
     tokenizer = models.load_tokenizer(recipe.model, recipe.revision, recipe.trust_remote_code)
     rows, texts = rows_of(trial, tokenizer, console), unrelated(trial.unrelated)
     set_seed(recipe.seed)
-    recipe = ranks.settle(recipe, console)
-    dtype = models.dtype_for(recipe.dtype)
-    trainer = train.build(recipe, load(recipe, dtype, folder, console), tokenizer, rows, folder)
+    recipe, dtype = ranks.settle(recipe, console), models.dtype_for(recipe.dtype)
+    recipe = calibration.settle(recipe, dtype, folder, tokenizer, rows, console)
+    seen = calibration.batches(recipe, tokenizer, rows)
+    trainer = train.build(recipe, load(recipe, dtype, folder, console, batches=seen), tokenizer, rows, folder)
+    calibration.start(recipe, trainer.model, tokenizer, rows, console)
     trainer.add_callback(Prefix(trial.stop))
     recipe = recipe.resolved(dtype=str(dtype).removeprefix("torch."))
     write_text(folder / "recipe.yaml", recipe.to_yaml())
