@@ -465,3 +465,18 @@ def test_galore_trains_the_model_itself_and_goes_on(tiny, records, tmp_path, mon
             train.train(made(tiny, records, tmp_path / "cut", **values), SILENT)
     again = train.train(train.unfinished(tmp_path / "cut", {}), SILENT, resume=True)
     assert again.after == whole.after
+
+
+@pytest.mark.parametrize(("saver", "sigma"), [("velora", 0.0), ("wta_crs", 0.0), ("none", 0.1)])
+def test_gradient_checkpointing_changes_nothing(saver, sigma, llama):
+    model = adapt(llama, methods.PiSSA(r=4), saver=saver).train()
+    inlay.flat_noise(model, 0.5, sigma)
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(3)
+        model.zero_grad()
+        model(input_ids=torch.arange(24)[None], labels=torch.arange(24)[None]).loss.backward()
+        found.append([p.grad for p in model.parameters() if p.requires_grad])
+    torch.testing.assert_close(found[0], found[1])

@@ -237,8 +237,9 @@ class _LowRank(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g: Tensor):
-        *kept, u, W = ctx.saved_tensors[: ctx.kept + 2]
-        p, x = ctx.saved_tensors[ctx.kept + 2 :], kept[0]
+        saved = ctx.saved_tensors  # to be read once
+        kept, (u, W, *p) = saved[: ctx.kept], saved[ctx.kept :]
+        x = kept[0]
         g, inp = g.reshape(-1, g.shape[-1]), ctx.shape[-1]
         with own_precision(g.device.type):
             needs, written = ctx.needs_input_grad[6:], hasattr(ctx.build, "pull")

@@ -193,12 +193,12 @@ class Trainer(SFTTrainer):
         """As transformers', with LoRA+'s rates.
 
         Raises:
-            ValueError: a library is missing, or the optimiser cannot take what is trained.
+            ValueError: a library is missing, or the optimiser cannot take its arguments or what is trained.
         """
         made = self.optimizer is None
         try:
             optimizer = super().create_optimizer(model)
-        except (ImportError, ValueError) as error:
+        except (ImportError, TypeError, ValueError) as error:
             raise ValueError(f"optimizer: {first_line(error)}") from None
         if made and self.lr_ratio is not None:
             optimizer.param_groups[:] = raised(optimizer.param_groups, cast(nn.Module, self.model), self.lr_ratio)
