@@ -14,7 +14,6 @@ from torch import nn
 import inlay
 from inlay import InlayConfig, methods
 from inlay.host.calibrate import gather
-from inlay.host.layer import InlayLinear
 from inlay.method import Method
 
 QKV = ["q_proj", "k_proj", "v_proj"]
