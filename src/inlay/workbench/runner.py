@@ -124,6 +124,8 @@ class Runner:
 
     def carry_out(self, asked: Trial, folder: Path) -> dict[str, Any] | None:
         """Run a trial from its beginning, and say what became of it."""
+        if self.ended:
+            raise RuntimeError("no trial begins any more")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         write_text(folder / TRIAL, asked.to_json())
