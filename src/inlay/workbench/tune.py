@@ -226,7 +226,7 @@ class Search:
         name = label(trial)
         if known := twin(finished, trial):
             self.console.print(f"{name}: the values of {label(known)}")
-            return self.study.tell(trial, known.values, known.state)
+            return self.study.tell(trial, known.values if known.state == state("COMPLETE") else None, known.state)
         values = (f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in trial.params.items())
         self.console.print(f"{name}: {', '.join(values)}")
         asked = self.trial_of(trial)

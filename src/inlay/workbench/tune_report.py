@@ -17,7 +17,7 @@ from inlay.workbench.compare_plots import COLOURS, INK, LOOK, finish, start
 from inlay.workbench.files import write_text
 from inlay.workbench.memory import gib
 from inlay.workbench.plots import save
-from inlay.workbench.tune import BEST, Found, label, state
+from inlay.workbench.tune import BEST, Found, complete, label, state
 
 SHOWN = 10  # trials in the table on the terminal
 
@@ -51,7 +51,7 @@ def rows(found: Found) -> list[dict[str, Any]]:
         run, again = found.results.get(name, {}), found.again.get(name, {})
         made.append({
             "trial": name, "state": trial.state.name.lower(), **trial.params,
-            "loss": trial.values[0] if trial.values else "",
+            "loss": trial.values[0] if trial.state == state("COMPLETE") else "",
             "heldout": again.get("after", ""), "metric": again.get("metric", ""),
             "forgetting": again.get("forgetting", ""),
             **{key: run.get(key, "") for key in ("steps", "parameters", "seconds", "memory")},
@@ -90,12 +90,11 @@ def number(value: float | None, form: str = ".3f") -> str:
 def history(found: Found) -> Figure:
     """The loss of every trial in their order, the least so far, and how those that were ended early stood."""
     figure, axes = start("History", "trial", "loss on the examples trials are judged by\n(nats per answer token)")
-    done = [t for t in found.study.get_trials(deepcopy=False) if t.state.is_finished()]
-    ended = [(t.number, t.values[0]) for t in done if t.values and math.isfinite(t.values[0])]
+    ended = [(t.number, t.values[0]) for t in complete(found.study) if math.isfinite(t.values[0])]
     pruned = [
-        (t.number, list(t.intermediate_values.values())[-1])
-        for t in done
-        if t.state == state("PRUNED") and t.intermediate_values
+        (t.number, t.values[0])
+        for t in found.study.get_trials(deepcopy=False, states=(state("PRUNED"),))
+        if t.values and math.isfinite(t.values[0])
     ]
     best = [(n, min(loss for m, loss in ended if m <= n)) for n, _ in ended]
     axes.plot(*zip(*best, strict=True), color=INK, linewidth=1, alpha=0.6, label="least so far", drawstyle="steps-post")
