@@ -59,7 +59,11 @@ def pretend(self, folder: Path, bar) -> int | None:
 @pytest.fixture
 def made_up(monkeypatch):
     begun = []
-    wait = lambda self, folder, bar: (begun.append(folder.name), pretend(self, folder, bar))[1]  # noqa: E731
+
+    def wait(self, folder, bar):
+        begun.append(folder.name)
+        return pretend(self, folder, bar)
+
     monkeypatch.setattr(runner.Runner, "wait", wait)
     return begun
 
@@ -175,10 +179,13 @@ def test_a_metric_is_a_finite_number(tmp_path, monkeypatch, llama):
 # -- the search, on runs that are made up -----------------------------------------------------------------------------
 
 
-@pytest.fixture
-def searched(tmp_path, tiny, records, made_up) -> Path:
-    path = ask(tmp_path / "t.yaml", tiny, records, trials=24)
-    return tune.tune(path, output=str(tmp_path / "out"), console=SILENT)
+@pytest.fixture(scope="module")
+def searched(tiny, records, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("searched")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner.Runner, "wait", pretend)
+        path = ask(folder / "t.yaml", tiny, records, trials=24)
+        return tune.tune(path, output=str(folder / "out"), console=SILENT)
 
 
 def test_a_search_finds_what_is_good_and_prunes_what_is_not(searched):
@@ -228,18 +235,20 @@ def test_a_metric_decides_in_its_direction(direction, tmp_path, tiny, records, m
 
 
 def test_a_search_that_is_finished_runs_nothing_and_can_have_more_trials(searched, tmp_path, tiny, records, made_up):
-    before, ran = table(searched), len(made_up)
-    tune.tune(str(tmp_path / "t.yaml"), output=str(searched), console=SILENT)
-    assert len(made_up) == ran
-    assert table(searched) == before
-    tune.tune(ask(tmp_path / "t.yaml", tiny, records, trials=26), output=str(searched), console=SILENT)
-    after = table(searched)
+    folder = tmp_path / "copy"
+    shutil.copytree(searched, folder)
+    before = table(folder)
+    tune.tune(str(searched.parent / "t.yaml"), output=str(folder), console=SILENT)
+    assert made_up == []
+    assert table(folder) == before
+    tune.tune(ask(tmp_path / "t.yaml", tiny, records, trials=26), output=str(folder), console=SILENT)
+    after = table(folder)
     assert len(after) == 26
     assert [r["learning_rate"] for r in after[:24]] == [r["learning_rate"] for r in before]
-    assert made_up[ran:][:2] == ["trial-024", "trial-025"]
+    assert made_up[:2] == ["trial-024", "trial-025"]
     assert len({r["learning_rate"] for r in after}) == 26  # what was drawn is not drawn again
     with pytest.raises(ValueError, match="holds another search"):
-        tune.tune(ask(tmp_path / "t.yaml", tiny, records, sampler="nomad"), output=str(searched), console=SILENT)
+        tune.tune(ask(tmp_path / "t.yaml", tiny, records, sampler="nomad"), output=str(folder), console=SILENT)
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
@@ -341,13 +350,12 @@ def test_a_search_trains_and_its_best_recipe_trains(tmp_path, tiny, records, mon
     assert float(best["loss"]) == min(float(r["loss"]) for r in rows)
     rates = [trial.read(folder / "runs" / r["trial"]).recipe.learning_rate for r in rows]
     assert rates == [float(r["learning_rate"]) for r in rows]
+    again = json.loads((folder / "runs" / "again" / best["trial"] / "result.json").read_text())
+    assert float(best["heldout"]) == again["after"] < again["before"]
     told = recipe.load(str(folder / "best.yaml"), {"output": str(tmp_path / "run"), "samples": 0, "save_every": 0})
-    assert told.learning_rate == float(best["learning_rate"])
-    assert train.train(told, SILENT).after < train_before(folder, best)
-
-
-def train_before(folder: Path, best: dict[str, str]) -> float:
-    return json.loads((folder / "runs" / "again" / best["trial"] / "result.json").read_text())["before"]
+    found = train.train(told, SILENT)
+    assert found.recipe.learning_rate == float(best["learning_rate"])
+    assert found.after < found.before
 
 
 @pytest.mark.slow
@@ -369,4 +377,3 @@ def test_a_killed_search_goes_on_and_repeats_nothing(tmp_path, tiny, records):
     assert any(r["state"] == "fail" for r in rows)
     assert "are finished already" in said
     assert recipe.load(str(folder / "best.yaml"), {}).method == "lora"
-    shutil.rmtree(folder)

@@ -22,7 +22,8 @@ from inlay.workbench.files import check_free, write_text
 from inlay.workbench.recipe import Recipe
 from inlay.workbench.trial import LOG, TRIAL, Trial
 
-Asked, Given = TypeVar("Asked"), TypeVar("Given")
+Asked = TypeVar("Asked")
+Given = TypeVar("Given")
 
 
 def steps_of(recipe: Recipe, examples: int) -> int:

@@ -227,7 +227,7 @@ class Search:
         if known := twin(finished, trial):
             self.console.print(f"{name}: the values of {label(known)}")
             return self.study.tell(trial, known.values if known.state == state("COMPLETE") else None, known.state)
-        values = (f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in trial.params.items())
+        values = (f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial.params.items())
         self.console.print(f"{name}: {', '.join(values)}")
         asked = self.trial_of(trial)
         folder = self.folder / "runs" / asked.name

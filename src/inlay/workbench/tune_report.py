@@ -6,10 +6,12 @@ import csv
 import io
 import math
 import warnings
+from collections import Counter
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 
@@ -65,16 +67,18 @@ def table(found: Found) -> Table:
     measure = found.plan.rescore.metric
     judged = sorted((t for t in found.done if label(t) in found.again), key=found.score)
     rest = [t for t in found.done if label(t) not in found.again]
-    counts = {s: len(found.study.get_trials(deepcopy=False, states=(state(s),))) for s in ("COMPLETE", "PRUNED", "FAIL")}
-    title = ", ".join(f"{n} trials {s.lower()}" for s, n in counts.items() if n)
-    made = Table(title=title.replace("fail", "failed"), title_justify="left")
+    counts = Counter(trial.state.name for trial in found.study.get_trials(deepcopy=False))
+    words = {"COMPLETE": "to their end", "PRUNED": "pruned", "FAIL": "failed"}
+    title = ", ".join(f"{counts[name]} trials {said}" for name, said in words.items() if counts[name])
+    made = Table(title=title, title_justify="left")
     heads = (*found.plan.ranges, "loss", "held out, again", *([measure] if measure else []), "forgets", "time", "peak")
     for column in ("trial", *heads):
         made.add_column(column, justify="left" if column == "trial" else "right")
     for trial in [*judged, *rest][:SHOWN]:
         run, again = found.results.get(label(trial), {}), found.again.get(label(trial), {})
+        values = [trial.params[name] for name in found.plan.ranges]
         made.add_row(
-            label(trial), *(f"{v:.3g}" if isinstance(v, float) else str(v) for v in map(trial.params.get, found.plan.ranges)),
+            label(trial), *(f"{v:.3g}" if isinstance(v, float) else str(v) for v in values),
             f"{trial.values[0]:.3f}", number(again.get("after")), *([number(again.get("metric"))] if measure else []),
             number(again.get("forgetting"), "+.3f"), number(run.get("seconds"), ".0f") + " s",
             gib(run["memory"]) if run else "",
@@ -103,7 +107,7 @@ def history(found: Found) -> Figure:
         axes.plot(*zip(*pruned, strict=True), "x", color=COLOURS[3], label="pruned")
     mark = next(loss for n, loss in ended if n == found.best.number)
     axes.plot(found.best.number, mark, "o", markersize=13, markerfacecolor="none", markeredgecolor=INK, label="best")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return finish(figure, axes)
 
 

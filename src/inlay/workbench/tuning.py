@@ -93,7 +93,8 @@ def same(old: str, new: str) -> bool:
     """Whether two of `Plan.to_yaml` are one search: it may have more trials, and be judged otherwise in the end."""
     one, other = ({**(found := yaml.safe_load(text)), "tune": {**found["tune"]}} for text in (old, new))
     for key in ("trials", "rescore"):
-        one["tune"].pop(key, None), other["tune"].pop(key, None)
+        for found in (one, other):
+            found["tune"].pop(key, None)
     return one == other
 
 

@@ -124,7 +124,9 @@ def serve(folder: str, port: int = 6006, console: Console | None = None) -> None
         follower = Follower(runs.resolve(), Path(events))
         follower.look()
         shown = program.TensorBoard()
-        shown.configure(None, logdir=events, host=HOST, port=port, reload_interval=2.0, window_title=f"inlay: {runs}")
+        shown.configure(
+            ("inlay",), logdir=events, host=HOST, port=port, reload_interval=2.0, window_title=f"inlay: {runs}"
+        )
         follower.start()
         try:
             where = shown.launch()
