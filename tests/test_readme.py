@@ -34,7 +34,7 @@ data: mine.jsonl
 steps: 1
 batch_size: 4
 eval_size: 4
-tune: {{space: {{learning_rate: {{low: 1e-4, high: 1e-2}}}}, trials: 1, selection: 4, evaluations: 1, rescore: {{top: 0}}}}
+tune: {{space: {{learning_rate: {{low: 1e-4, high: 1e-2}}}}, trials: 1, selection: 4, rescore: {{top: 0}}}}
 """
 TWIN = ["--steps", "1", "--batch-size", "4", "--samples", "1", "--eval-size", "4", "--r", "4"]
 

@@ -359,6 +359,18 @@ def test_a_search_trains_and_its_best_recipe_trains(tmp_path, tiny, records, mon
 
 
 @pytest.mark.slow
+def test_a_hopeless_trial_is_ended_while_it_trains(tmp_path, tiny, records, capsys):
+    told = Recipe(model=tiny, data=records, **{**SHORT, "steps": 400}, eval_every=1)
+    asked = trial.Trial("lora", told, 400, False, 4, 0, label="trial-000")
+    with runner.Runner(tmp_path, 1, Console(width=200), lambda folder, rows: len(rows) > 2) as running:
+        assert running.run([asked]) == [None]
+    assert running.pruned == {tmp_path / "runs" / "trial-000"}
+    assert not running.live
+    assert re.search(r"trial-000: pruned at step \d+, loss \d+", capsys.readouterr().out)
+    assert len(runner.history(tmp_path / "runs" / "trial-000" / "metrics.jsonl")) < 400
+
+
+@pytest.mark.slow
 def test_a_killed_search_goes_on_and_repeats_nothing(tmp_path, tiny, records):
     path, folder = ask(tmp_path / "t.yaml", tiny, records, trials=4, rescore={"top": 1}), tmp_path / "out"
     command = [sys.executable, "-m", "inlay", "tune", path, "--jobs", "2", "--output", str(folder)]

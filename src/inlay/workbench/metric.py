@@ -25,7 +25,7 @@ def load(name: str) -> Metric:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        found = getattr(importlib.import_module(module), function)
+        found: Any = getattr(importlib.import_module(module), function)
     except Exception as error:  # a module of the user's fails in its own ways
         raise ValueError(f"metric: {name} cannot be imported: {type(error).__name__}: {error}") from None
     if not callable(found):
