@@ -199,7 +199,12 @@ class Search:
         if self.plan.ask.sampler == "tpe":
             self.runner.map(lambda _: self.attempt(), range(left))
         elif left > 0:
-            self.runner.map(lambda _: nomad.minimise(self.at, self.plan), [None])
+            self.runner.map(self.mesh, [left])
+
+    def mesh(self, left: int) -> None:
+        """The trials that NOMAD chooses, one after the other."""
+        self.runner.bars.update(self.runner.all, total=left)
+        nomad.minimise(self.at, self.plan)
 
     def keep(self, trial: FrozenTrial) -> None:
         """Read the result of a trial that was run before."""
