@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from inlay import InlayConfig, methods
 from inlay.cli import main
-from inlay.workbench import comparison, recipe
+from inlay.workbench import comparison, recipe, tuning
 from inlay.workbench.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
@@ -27,6 +27,14 @@ steps: 1
 batch_size: 4
 eval_size: 4
 compare: {{methods: [lora, bone], learning_rates: [1e-3], seeds: [0], budget: {{parameters: 9000}}, selection: 4}}
+"""
+SEARCH = """
+model: {model}
+data: mine.jsonl
+steps: 1
+batch_size: 4
+eval_size: 4
+tune: {{space: {{learning_rate: {{low: 1e-4, high: 1e-2}}}}, trials: 1, selection: 4, rescore: {{top: 0}}}}
 """
 TWIN = ["--steps", "1", "--batch-size", "4", "--samples", "1", "--eval-size", "4", "--r", "4"]
 
@@ -50,19 +58,40 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_every_command_of_the_readme_runs(workplace, tiny, capsys):
+def test_every_command_of_the_readme_runs(workplace, tiny, capsys, monkeypatch):
+    watched = []
+    monkeypatch.setattr("inlay.workbench.ui.serve", lambda runs, *_: watched.append(runs))  # it would not end
     verbs = []
     for words in commands():
         words = [tiny if word == "builtin" else word for word in words]
         if words[0] == "compare":
             (workplace / "small.yaml").write_text(SMALL.format(model=tiny))
             words = ["compare", "small.yaml"]
+        if words[0] == "tune":
+            (workplace / "search.yaml").write_text(SEARCH.format(model=tiny))
+            words = ["tune", "search.yaml"]
         extra = {"train": ["--model", tiny, *TWIN], "generate": ["--tokens", "4"], "methods": ["--model", tiny]}
         main([*words, *extra.get(words[0], [])])
         verbs.append(words[0])
-    rest = ["compare", "methods", "plan", "generate", "inspect", "fold", "export", "import", "export", "merge", "merge"]
+    rest = [
+        "compare",
+        "tune",
+        "ui",
+        "methods",
+        "plan",
+        "generate",
+        "inspect",
+        "fold",
+        "export",
+        "import",
+        "export",
+        "merge",
+        "merge",
+    ]
     assert verbs == ["train", "train", "train", *rest]
+    assert watched == ["runs"]
     assert (workplace / "runs" / "small" / "report.html").exists()
+    assert (workplace / "runs" / "search" / "best.yaml").exists()
     assert (workplace / "spectra" / "spectra.json").exists()
     assert (workplace / "folded" / "base" / "model.safetensors").exists()
     assert (workplace / "runs" / "mine" / "adapter" / "adapter_model.safetensors").exists()
@@ -104,7 +133,9 @@ def test_make_knows_what_the_readme_says():
 
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("recipes/**/*.yaml")), ids=lambda path: path.name)
 def test_every_recipe_is_valid(path):
-    comparison.load(str(path)) if "compare" in recipe.read_yaml(str(path)) else recipe.load(str(path), {})
+    loaders = {"compare": comparison.load, "tune": tuning.load}
+    kind = next((name for name in loaders if name in recipe.read_yaml(str(path))), None)
+    loaders[kind](str(path)) if kind else recipe.load(str(path), {})
 
 
 def test_the_demo_recipe_is_what_inlay_train_does():

@@ -92,6 +92,29 @@ def compare(options: argparse.Namespace) -> None:
     compare.compare(options.recipe, options.jobs, options.output, options.overwrite, terminal())
 
 
+def tune(options: argparse.Namespace) -> None:
+    """Search the fields of a recipe for the least loss, and judge the best few again, by your own metric if you like.
+
+    The recipe says under `tune:` what is searched. The same command goes on where it was; best.yaml is the result.
+
+    example:  inlay tune recipes/tune_e2e_small.yaml --jobs 2 --output runs/tune
+    """
+    from inlay.workbench import models, tune
+
+    models.quiet()
+    tune.tune(options.recipe, options.jobs, options.output, options.overwrite, terminal())
+
+
+def ui(options: argparse.Namespace) -> None:
+    """Show running and finished runs, over each other, in a page on this machine (TensorBoard, 127.0.0.1).
+
+    example:  inlay ui runs
+    """
+    from inlay.workbench import ui
+
+    ui.serve(options.runs, options.port, terminal())
+
+
 def methods(options: argparse.Namespace) -> None:
     """List the methods: equation, paper, what trains, and how many numbers that is at --r for a model.
 
@@ -386,6 +409,16 @@ def parser() -> Parser:
     verb.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1; seconds then say less)")
     verb.add_argument("--output", help="folder (default: the recipe's output, or runs/<name of the recipe>)")
     verb.add_argument("--overwrite", action="store_true", help="replace another comparison that is there")
+
+    verb = add_verb(verbs, tune)
+    verb.add_argument("recipe", help="YAML file: what all trials share, and under tune what is searched")
+    verb.add_argument("--jobs", type=int, default=1, help="trials at a time (default 1)")
+    verb.add_argument("--output", help="folder (default: the recipe's output, or runs/<name of the recipe>)")
+    verb.add_argument("--overwrite", action="store_true", help="replace another search that is there")
+
+    verb = add_verb(verbs, ui)
+    verb.add_argument("runs", help="folder that runs are in, at any depth")
+    verb.add_argument("--port", type=int, default=6006, help="of the page (default 6006; 0: any that is free)")
 
     verb = add_verb(verbs, methods)
     verb.add_argument("--model", help="hub id, folder or builtin (default)")

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from inlay.workbench.peft_methods import instead
-from inlay.workbench.recipe import Recipe, conform, conform_all, default_of, entry, from_values, read_yaml
+from inlay.workbench.recipe import Recipe, conform, conform_all, entry, from_values, read_yaml, told
 
 BUDGETS = {"parameters": "trained numbers", "memory": "GiB at the peak of a step", "time": "seconds of training"}
 # Fields of a recipe in which methods may differ; all others are the task, which is one.
@@ -81,9 +81,7 @@ class Plan:
 
     def to_yaml(self) -> str:
         """The recipe that asks for it; where it is kept and run is no part of it."""
-        told = {f.name: v for f in fields(Recipe) if (v := getattr(self.recipe, f.name)) != default_of(f)}
-        told = {k: v for k, v in told.items() if k not in ("output", "overwrite")}
-        return yaml.safe_dump({**told, "compare": asdict(self.ask)}, sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump({**told(self.recipe), "compare": asdict(self.ask)}, sort_keys=False, allow_unicode=True)
 
 
 def slug(name: str) -> str:
@@ -105,15 +103,25 @@ def load(path: str, output: str | None = None, overwrite: bool = False) -> Plan:
     Raises:
         ValueError: the file, a key or a value cannot be used.
     """
-    values = read_yaml(path)
-    block, names = values.pop("compare", None) or {}, [f.name for f in fields(Comparison)]
-    if not isinstance(block, dict):
-        raise ValueError(f"{path}: compare must be a mapping, not {block!r}")
-    for key in block:
-        if key not in names:
-            raise ValueError(f"{path}: compare has no {key!r}; {instead(key, names)}")
+    values, given = block(path, "compare", Comparison)
     more = {"output": output or values.get("output"), "overwrite": overwrite}
-    return plan(from_values({**values, **more}, {}, path), Comparison(**block))
+    return plan(from_values({**values, **more}, {}, path), Comparison(**given))
+
+
+def block(path: str, name: str, cls: type) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a YAML file says of a recipe, and its block `name`, whose keys are fields of `cls`.
+
+    Raises:
+        ValueError: the file, the block or a key of it cannot be used.
+    """
+    values = read_yaml(path)
+    given, names = values.pop(name, None) or {}, [f.name for f in fields(cls)]
+    if not isinstance(given, dict):
+        raise ValueError(f"{path}: {name} must be a mapping, not {given!r}")
+    for key in given:
+        if key not in names:
+            raise ValueError(f"{path}: {name} has no {key!r}; {instead(key, names)}")
+    return values, given
 
 
 def plan(recipe: Recipe, ask: Comparison) -> Plan:

@@ -255,10 +255,11 @@ def check_allocate(recipe: Recipe) -> None:
 def reference() -> str:
     """`docs/recipe.md`: every field with its default and what it means."""
     from inlay.workbench.comparison import Comparison
+    from inlay.workbench.tuning import Rescore, Search
 
-    rows, compare = (
+    rows, compare, tune, rescore = (
         [f"| `{f.name}` | `{json.dumps(default_of(f))}` | {f.metadata['help']} |" for f in fields(cls)]
-        for cls in (Recipe, Comparison)
+        for cls in (Recipe, Comparison, Search, Rescore)
     )
     hyper = [f"| `{name}` | {text} |" for name, text in sorted(hyperparameters().items())]
     lines = ["# Every field of a recipe", "", "Each is a YAML key and a flag (`learning_rate` is `--learning-rate`)."]
@@ -276,8 +277,21 @@ def reference() -> str:
         "| field | default | meaning |",
         "|---|---|---|",
         *compare,
+        "",
+        "`inlay tune` reads a recipe of what all trials share, and these under `tune`:",
+        "",
+        "| field | default | meaning |",
+        "|---|---|---|",
+        *tune,
+        *[row.replace("`", "`rescore.", 1) for row in rescore],
     ]
     return "\n".join(lines) + "\n"
+
+
+def told(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe says that is not the default; where it is kept and run is no part of it."""
+    values = {f.name: value for f in fields(Recipe) if (value := getattr(recipe, f.name)) != default_of(f)}
+    return {name: value for name, value in values.items() if name not in ("output", "overwrite")}
 
 
 def default_of(f) -> Any:
@@ -294,6 +308,8 @@ def load(path: str | None, overrides: dict[str, Any]) -> Recipe:
     values = read_yaml(path) if path else {}
     if "compare" in values:
         raise ValueError(f"{path} is a comparison, not one run; inlay compare runs it")
+    if "tune" in values:
+        raise ValueError(f"{path} is a search, not one run; inlay tune runs it, and writes the best.yaml of one")
     return from_values(values, overrides, path)
 
 

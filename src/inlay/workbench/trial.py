@@ -19,7 +19,7 @@ from rich.console import Console
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
-from inlay.workbench import calibration, data, models, ranks, train
+from inlay.workbench import calibration, data, metric, models, ranks, train
 from inlay.workbench.comparison import slug
 from inlay.workbench.files import write_text
 from inlay.workbench.prepare import Examples, examples, load
@@ -33,7 +33,8 @@ TEXTS = 64  # paragraphs of it that are read, at most
 @dataclass(frozen=True)
 class Trial:
     """The first `stop` steps of a recipe's run, judged by the examples that rates are chosen on or, when it is final,
-    by the held-out ones; `split_seed` draws both, for all trials of a comparison alike."""
+    by the held-out ones; `split_seed` draws both, for all trials of a comparison alike. `label` is its folder, where
+    rate and seed do not tell it from others; `metric` a user's own, see `metric.load`."""
 
     method: str
     recipe: Recipe
@@ -42,10 +43,14 @@ class Trial:
     selection: int
     split_seed: int
     unrelated: str | None = None
+    label: str | None = None
+    metric: str | None = None
 
     @property
     def name(self) -> str:
         """The name of its folder."""
+        if self.label:
+            return self.label
         length = f"{self.stop}-of-{self.recipe.steps}" + ("-final" if self.final else "")
         return f"{slug(self.method)}/lr-{self.recipe.learning_rate}-seed-{self.recipe.seed}-{length}"
 
@@ -55,8 +60,8 @@ class Trial:
 
     def result(self, folder: Path) -> dict[str, Any] | None:
         """What it gave, if it is finished: what another trial left in the folder does not count."""
-        asked, found = folder / TRIAL, folder / RESULT
-        if not found.is_file() or asked.read_text(encoding="utf-8") != self.to_json():
+        found = folder / RESULT
+        if not found.is_file() or read(folder) != self:
             return None
         return json.loads(found.read_text(encoding="utf-8"))
 
@@ -139,7 +144,9 @@ def run(folder: Path) -> None:
     knew = loss_on(*measure) if trial.final else 0.0
     found = train.fit(recipe, trainer, tokenizer, rows, console)
     steps = [row for row in found.history if "loss" in row]
+    scored = {"metric": metric.score(trial.metric, trainer.model, tokenizer)} if trial.metric else {}
     result = {
+        **scored,
         "before": found.before,
         "after": number(found.after),
         "forgetting": number(loss_on(*measure) - knew) if trial.final else None,

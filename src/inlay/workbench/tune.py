@@ -1,0 +1,297 @@
+"""`inlay tune`: a search over fields of a recipe, each trial in a process of its own.
+
+Optuna chooses the trials (or NOMAD, see nomad.py) and keeps them in a SQLite file in the folder; what it minimises is
+the loss on examples that neither train nor count in the end, and a trial that falls behind is ended early. A lower loss
+is not always a better model, and the least of many is partly luck: the best few are trained again with another seed and
+judged by the held-out examples, or by the user's own metric.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from rich.console import Console
+
+from inlay.workbench import metric, models, nomad, tuning
+from inlay.workbench.files import locked, write_text
+from inlay.workbench.prepare import examples
+from inlay.workbench.recipe import told
+from inlay.workbench.runner import Runner, open_folder, steps_of
+from inlay.workbench.trial import Trial
+from inlay.workbench.tuning import Plan, Range, lay
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.trial import FrozenTrial
+
+ASKED, STUDY, BEST = "tune.yaml", "tune.db", "best.yaml"  # the first also marks a folder as a search's
+
+
+@dataclass
+class Found:
+    """What a search found: its study, the runs' results by their labels, and those of the best few again."""
+
+    plan: Plan
+    folder: Path
+    study: optuna.Study
+    results: dict[str, dict[str, Any]]
+    again: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def done(self) -> list[FrozenTrial]:
+        """The trials that ran to their end and did not diverge, the least loss first; of equal ones, one."""
+        best = sorted(complete(self.study), key=lambda trial: trial.values[0])
+        return [t for i, t in enumerate(best) if math.isfinite(t.values[0]) and twin(best[:i], t) is None]
+
+    def score(self, trial: FrozenTrial) -> float:
+        """What a trial is judged by in the end, less being better."""
+        result, asked = self.again[label(trial)], self.plan.rescore
+        return result["after"] if asked.metric is None else result["metric"] * (-1) ** (asked.direction == "maximize")
+
+    @property
+    def best(self) -> FrozenTrial:
+        """The trial whose values win."""
+        judged = [trial for trial in self.done if label(trial) in self.again]
+        return min(judged, key=self.score) if judged else self.done[0]
+
+
+def tune(
+    path: str, jobs: int = 1, output: str | None = None, overwrite: bool = False, console: Console | None = None
+) -> Path:
+    """Run a search, or go on with it, and leave its best recipe, its table and its plots in its folder, which is
+    returned.
+
+    Raises:
+        ValueError: the recipe or the data cannot be used, the folder holds something else, Optuna or NOMAD is not
+            installed, or every trial failed.
+    """
+    console = console or Console()
+    plan = tuning.load(path, output, overwrite)
+    check(plan, jobs)
+    folder = Path(plan.recipe.output or Path("runs") / Path(path).stem).expanduser()
+    recipe = plan.recipe
+    rows = examples(recipe, models.load_tokenizer(recipe.model, recipe.revision, recipe.trust_remote_code), console)
+    if plan.ask.selection >= len(rows.train):
+        raise ValueError(f"selection: {plan.ask.selection} of {len(rows.train)} examples leave none to train on")
+    with locked(folder):
+        open_folder(folder, folder / ASKED, plan.to_yaml(), overwrite, "search", tuning.same)
+        with Search(plan, folder, len(rows.train) - plan.ask.selection, jobs, console) as search:
+            search.run()
+            found = search.judge()
+        from inlay.workbench import tune_report  # matplotlib takes a second
+
+        write_text(folder / BEST, best_recipe(found))
+        tune_report.write(found, console)
+    return folder
+
+
+def check(plan: Plan, jobs: int) -> None:
+    """Refuse what would fail only after the trials.
+
+    Raises:
+        ValueError: something is not installed, the metric cannot be imported, or NOMAD is asked for several jobs.
+    """
+    try:
+        import optuna
+    except ImportError:
+        raise ValueError("inlay tune needs Optuna; pip install 'inlay[tune]'") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if plan.ask.sampler == "nomad":
+        nomad.load()
+        if jobs > 1:
+            raise ValueError(f"sampler: nomad chooses each trial by the one before; leave out --jobs {jobs}")
+    if plan.rescore.metric:
+        metric.load(plan.rescore.metric)
+
+
+def best_recipe(found: Found) -> str:
+    """The recipe of the trial that won, with what the search did not touch; `inlay train` takes it."""
+    made = lay(found.plan.recipe, values_of(found.plan, found.best.params))
+    head = f"# {label(found.best)} of inlay tune\n"
+    return head + yaml.safe_dump(told(made), sort_keys=False, allow_unicode=True)
+
+
+def values_of(plan: Plan, params: dict[str, Any]) -> dict[str, Any]:
+    """A trial's values as a recipe takes them."""
+    return {name: r.labels[params[name]] if r.choices else params[name] for name, r in plan.ranges.items()}
+
+
+def label(trial: Any) -> str:
+    """A trial's folder; one that is tried again after a kill keeps its own."""
+    return trial.user_attrs.get("label", f"trial-{trial.number:03d}")
+
+
+def complete(study: optuna.Study) -> list[FrozenTrial]:
+    """The trials that ran to their end."""
+    return study.get_trials(deepcopy=False, states=(state("COMPLETE"),))
+
+
+def state(name: str) -> Any:
+    """A state of Optuna's trials."""
+    from optuna.trial import TrialState
+
+    return TrialState[name]
+
+
+def twin(trials: list[FrozenTrial], of: Any) -> FrozenTrial | None:
+    """The first of some trials with the same values."""
+    return next((trial for trial in trials if trial.params == of.params), None)
+
+
+class Search:
+    """The trials of a search: chosen, run, told to the study."""
+
+    def __init__(self, plan: Plan, folder: Path, rows: int, jobs: int, console: Console) -> None:
+        import optuna
+
+        self.plan, self.folder, self.rows, self.console = plan, folder, rows, console
+        self.runner = Runner(folder, jobs, console, self.hopeless)
+        self.storage = optuna.storages.RDBStorage(f"sqlite:///{folder / STUDY}")
+        known = [s.study_name for s in self.storage.get_all_studies()]
+        seen = len(self.storage.get_all_trials(self.storage.get_study_id_from_name("inlay"))) if known else 0
+        evaluations = plan.ask.evaluations
+        pruner: Any = {
+            "median": optuna.pruners.MedianPruner,
+            "hyperband": lambda: optuna.pruners.HyperbandPruner(max_resource=evaluations),
+            "none": optuna.pruners.NopPruner,
+        }[plan.ask.pruner]()
+        # A search that goes on must not draw again what it drew at its start.
+        sampler = optuna.samplers.TPESampler(seed=plan.recipe.seed + seen)
+        self.study = optuna.create_study(
+            storage=self.storage, sampler=sampler, pruner=pruner, study_name="inlay", load_if_exists=True
+        )
+        self.found = Found(plan, folder, self.study, {})
+        self.going: dict[Path, tuple[optuna.Trial, int]] = {}
+        self.reported: Counter[Path] = Counter()
+        self.lock = threading.Lock()  # one trial is chosen at a time
+
+    def __enter__(self) -> Search:
+        self.runner.__enter__()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.runner.__exit__(*raised)
+        self.storage.remove_session()
+        self.storage.engine.dispose()
+
+    def run(self) -> None:
+        """As many trials as are asked for, those that finished before included; what a kill or a failure ended is
+        tried again first, in its own folder."""
+        finished = self.study.get_trials(states=(state("COMPLETE"), state("PRUNED")))
+        for trial in self.study.get_trials(states=(state("RUNNING"),)):
+            self.study.tell(trial.number, state=state("FAIL"))
+        going = {label(t) for t in (*finished, *self.study.get_trials(states=(state("WAITING"),)))}
+        for trial in self.study.get_trials(states=(state("FAIL"),)):
+            if label(trial) not in going and len(trial.params) == len(self.plan.ranges):
+                self.study.enqueue_trial(trial.params, user_attrs={"label": label(trial)})
+                going.add(label(trial))
+        for trial in finished:
+            self.keep(trial)
+        left = self.plan.ask.trials - len(finished)
+        if finished:
+            self.console.print(f"{len(finished)} trials are finished already, {max(0, left)} are left")
+        if self.plan.ask.sampler == "tpe":
+            self.runner.map(lambda _: self.attempt(), range(left))
+        elif left > 0:
+            self.runner.map(self.mesh, [left])
+
+    def mesh(self, left: int) -> None:
+        """The trials that NOMAD chooses, one after the other."""
+        self.runner.bars.update(self.runner.all, total=left)
+        nomad.minimise(self.at, self.plan)
+
+    def keep(self, trial: FrozenTrial) -> None:
+        """Read the result of a trial that was run before."""
+        asked = self.trial_of(trial)
+        if result := asked.result(self.folder / "runs" / asked.name):
+            self.found.results[label(trial)] = result
+
+    def at(self, params: dict[str, Any]) -> float:
+        """The loss at some values, for a method that chooses them itself."""
+        finished = self.study.get_trials(deepcopy=False, states=(state("COMPLETE"), state("PRUNED")))
+        known = next((t for t in finished if t.params == params), None)
+        if known is None:
+            self.study.enqueue_trial(params, skip_if_exists=True)
+            known = self.attempt()
+        return known.values[0] if known.state == state("COMPLETE") else math.inf
+
+    def attempt(self) -> FrozenTrial:
+        """One trial: its values from the study, its run, its loss to the study."""
+        with self.lock:
+            trial = self.study.ask()
+            for name, r in self.plan.ranges.items():
+                suggest(trial, name, r)
+            finished = self.study.get_trials(deepcopy=False, states=(state("COMPLETE"), state("PRUNED")))
+        name = label(trial)
+        if known := twin(finished, trial):
+            self.console.print(f"{name}: the values of {label(known)}")
+            return self.study.tell(trial, known.values if known.state == state("COMPLETE") else None, known.state)
+        values = (f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial.params.items())
+        self.console.print(f"{name}: {', '.join(values)}")
+        asked = self.trial_of(trial)
+        folder = self.folder / "runs" / asked.name
+        self.going[folder] = (trial, asked.stop)
+        result = self.runner.one(asked)
+        if result is None:
+            return self.study.tell(trial, state=state("PRUNED" if folder in self.runner.pruned else "FAIL"))
+        self.found.results[name] = result
+        told = self.study.tell(trial, math.inf if result["after"] is None else result["after"])
+        best = min(t.values[0] for t in complete(self.study))
+        self.runner.bars.update(self.runner.all, now=f"best {best:.3f}")
+        return told
+
+    def trial_of(self, trial: Any, again: bool = False) -> Trial:
+        """The run of a trial's values; `again`: with another seed, judged by what is held out or by the metric."""
+        plan, name = self.plan, label(trial)
+        recipe = lay(plan.recipe, values_of(plan, trial.params))
+        steps = steps_of(recipe, self.rows)
+        made = replace(
+            recipe, steps=steps, output=None, overwrite=False, seed=recipe.seed + again,
+            eval_every=None if again else math.ceil(steps / plan.ask.evaluations),
+        )  # fmt: skip
+        where = f"again/{name}" if again else name
+        metric = plan.rescore.metric if again else None
+        return Trial(recipe.method, made, steps, again, plan.ask.selection, plan.recipe.seed, None, where, metric)
+
+    def hopeless(self, folder: Path, rows: list[dict[str, Any]]) -> bool:
+        """Tell the pruner what a trial has reached; whether it gives the trial up."""
+        if folder not in self.going:  # one of the best few, again
+            return False
+        trial, stop = self.going[folder]
+        held = [row["eval_loss"] for row in rows if "eval_loss" in row and 0 < row["step"] < stop]
+        new = held[self.reported[folder] :]
+        for loss in new:
+            self.reported[folder] += 1
+            trial.report(loss, self.reported[folder])
+        return bool(new) and trial.should_prune()
+
+    def judge(self) -> Found:
+        """Train the best few again, and judge them.
+
+        Raises:
+            ValueError: no trial ran to its end.
+        """
+        if not self.found.done:
+            raise ValueError(f"no trial ran to its end; see the log.txt files under {self.folder / 'runs'}")
+        top = self.found.done[: self.plan.rescore.top]
+        results = self.runner.run([self.trial_of(trial, again=True) for trial in top])
+        self.found.again = {
+            label(t): r for t, r in zip(top, results, strict=True) if r is not None and r["after"] is not None
+        }
+        return self.found
+
+
+def suggest(trial: optuna.Trial, name: str, r: Range) -> None:
+    """Have the study choose a value of a range."""
+    if r.choices:
+        trial.suggest_categorical(name, list(r.labels))
+    elif r.whole:
+        trial.suggest_int(name, int(r.low), int(r.high), log=r.log)
+    else:
+        trial.suggest_float(name, r.low, r.high, log=r.log)

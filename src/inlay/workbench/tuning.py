@@ -1,0 +1,192 @@
+"""What `inlay tune` is asked: a recipe; under `tune` the space that its fields are searched in, and how."""
+
+from __future__ import annotations
+
+import copy
+import json
+import typing
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+import yaml
+
+from inlay.workbench.comparison import ELSEWHERE, block
+from inlay.workbench.peft_methods import instead
+from inlay.workbench.recipe import Recipe, conform, conform_all, entry, from_values, hyperparameters, told
+
+# What the task is: at other values a loss is of something else. What is no matter of quality is there too.
+FIXED = """model revision trust_remote_code data split eval_data eval_size columns system max_length seed eval_every
+report_to output overwrite samples""".split()
+TUNED = [f.name for f in fields(Recipe) if f.name not in (*FIXED, *ELSEWHERE)]
+EXAMPLES = "{low: 1e-5, high: 1e-2, log: true} or {choices: [4, 8, 16]}"
+Value = bool | int | float | str | None
+
+
+@dataclass(frozen=True)
+class Range:
+    """What one field is searched in: numbers from `low` to `high`, `whole` ones or not, by their logarithm or not; or,
+    if there are any, `choices`."""
+
+    low: float = 0.0
+    high: float = 0.0
+    log: bool = False
+    whole: bool = False
+    choices: tuple[Any, ...] = ()
+
+    @property
+    def ends(self) -> tuple[Any, ...]:
+        """The values that a mistake would show at."""
+        return self.choices or (self.low, self.high)
+
+    @property
+    def labels(self) -> dict[Value, Any]:
+        """The choices by what a study keeps of them: a list or a mapping by its text."""
+        return {json.dumps(c) if isinstance(c, list | dict) else c: c for c in self.choices}
+
+
+@dataclass
+class Rescore:
+    """The `rescore` block: how the best few trials are judged again."""
+
+    top: int = entry(3, "trials that are trained again; 0: the least loss wins", min=0)
+    metric: str | None = entry(None, "module:function, (model, tokenizer) -> a number (default: the held-out loss)")
+    direction: Literal["maximize", "minimize"] = entry("maximize", "what is better in the metric")
+
+    def __post_init__(self) -> None:
+        conform_all(self)
+
+
+@dataclass
+class Search:
+    """The `tune` block of a recipe."""
+
+    space: dict = entry(dict, f"fields, or args.NAME, trainer.NAME, ...: each {EXAMPLES}")
+    trials: int = entry(30, "runs in all; more of them go on with the same search", min=1)
+    sampler: Literal["tpe", "nomad"] = entry("tpe", "tpe: Optuna's; nomad: mesh adaptive search, one trial at a time")
+    pruner: Literal["median", "hyperband", "none"] = entry("median", "ends trials that fall behind")
+    evaluations: int = entry(5, "of a trial while it trains, evenly spaced: what the pruner sees", min=1)
+    selection: int = entry(48, "training examples that are held out to judge trials by", min=1)
+    rescore: dict = entry(dict, "{top: 3, metric: module:function, direction: maximize}: the best few, trained again")
+
+    def __post_init__(self) -> None:
+        conform_all(self)
+        rescore(self.rescore)
+        if not self.space:
+            raise ValueError(f"tune: space is empty; give it fields, as learning_rate: {EXAMPLES}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A search whose ranges are settled."""
+
+    ask: Search
+    recipe: Recipe
+    ranges: dict[str, Range]
+    rescore: Rescore
+
+    def to_yaml(self) -> str:
+        """The recipe that asks for it; where it is kept and run is no part of it."""
+        return yaml.safe_dump({**told(self.recipe), "tune": asdict(self.ask)}, sort_keys=False, allow_unicode=True)
+
+
+def same(old: str, new: str) -> bool:
+    """Whether two of `Plan.to_yaml` are one search: it may have more trials, and be judged otherwise in the end."""
+    one, other = ({**(found := yaml.safe_load(text)), "tune": {**found["tune"]}} for text in (old, new))
+    for key in ("trials", "rescore"):
+        for found in (one, other):
+            found["tune"].pop(key, None)
+    return one == other
+
+
+def load(path: str, output: str | None = None, overwrite: bool = False) -> Plan:
+    """A search from a YAML file.
+
+    Raises:
+        ValueError: the file, a key or a value cannot be used.
+    """
+    values, given = block(path, "tune", Search)
+    more = {"output": output or values.get("output"), "overwrite": overwrite}
+    return plan(from_values({**values, **more}, {}, path), Search(**given))
+
+
+def plan(recipe: Recipe, ask: Search) -> Plan:
+    """A search with every range read, and tried at its ends."""
+    for name in ELSEWHERE:
+        if getattr(recipe, name):
+            raise ValueError(f"{name} is for single runs: here trials leave only results")
+    ranges = {name: range_of(name, given) for name, given in ask.space.items()}
+    first = {name: r.ends[0] for name, r in ranges.items()}
+    for name, r in ranges.items():
+        for value in r.ends:
+            try:
+                tried = lay(recipe, {**first, name: value})
+            except ValueError as error:
+                raise ValueError(f"space: {name} cannot be {value!r}: {error}") from None
+            if tried.batch_size == "auto":
+                raise ValueError("batch_size: auto would give each trial another one; give a number, or tune it")
+    return Plan(ask, recipe, ranges, rescore(ask.rescore))
+
+
+def rescore(given: dict[str, Any]) -> Rescore:
+    """The `rescore` block."""
+    names = [f.name for f in fields(Rescore)]
+    for key in given:
+        if key not in names:
+            raise ValueError(f"rescore has no {key!r}; {instead(key, names)}")
+    return Rescore(**given)
+
+
+def range_of(name: str, given: Any) -> Range:
+    """One range of `space`.
+
+    Raises:
+        ValueError: there is no such field, it belongs to the task, or the range cannot be read.
+    """
+    head, *inner = name.split(".")
+    if head not in TUNED:
+        if head in FIXED or head in ELSEWHERE:
+            raise ValueError(f"space: {head} cannot be tuned: it says what the task is, not how well it is learned")
+        hint = f"write it as args.{head}" if head in hyperparameters() else instead(head, TUNED)
+        raise ValueError(f"space: a recipe has no {head!r}; {hint}")
+    hint = typing.get_type_hints(Recipe)[head]
+    if inner and hint is not dict:
+        raise ValueError(f"space: {head} has no parts; write {head} in place of {name}")
+    if not isinstance(given, dict) or not ({"low", "high"} <= given.keys() or "choices" in given):
+        raise ValueError(f"space: {name}: {given!r} is no range; write {EXAMPLES}")
+    if "choices" in given:
+        if len(given) > 1 or not isinstance(given["choices"], list) or not given["choices"]:
+            raise ValueError(f"space: {name}: {given!r} is no list of choices; write {{choices: [4, 8, 16]}}")
+        return Range(choices=tuple(given["choices"]))
+    for key in given:
+        if key not in ("low", "high", "log"):
+            raise ValueError(f"space: {name} has no {key!r}; {instead(key, ('low', 'high', 'log'))}")
+    options = typing.get_args(hint) or (hint,)
+    if not inner and not {int, float} & set(options):
+        raise ValueError(f"space: {name} has no numbers between others; write {{choices: [...]}}")
+    low, high = (conform(f"space: {name}", float, given[end]) for end in ("low", "high"))
+    log = conform(f"space: {name}: log", bool, given.get("log", False))
+    if low >= high or (log and low <= 0):
+        raise ValueError(f"space: {name}: low {low:g} is not below high {high:g}" + (", and above 0" if log else ""))
+    whole = float not in options and all(isinstance(given[end], int) for end in ("low", "high"))
+    if not inner and float not in options and not whole:
+        raise ValueError(f"space: {name} takes whole numbers; {given['low']} to {given['high']} are not")
+    return Range(int(low), int(high), log, True) if whole else Range(low, high, log)
+
+
+def lay(recipe: Recipe, values: dict[str, Any]) -> Recipe:
+    """A recipe with values of the space laid over it; a dotted name is a key within a field.
+
+    Raises:
+        ValueError: the recipe does not take one of them.
+    """
+    made: dict[str, Any] = {}
+    for name, value in values.items():
+        head, *inner = name.split(".")
+        if not inner:
+            made[head] = value
+            continue
+        at = made.setdefault(head, copy.deepcopy(getattr(recipe, head)))
+        for key in inner[:-1]:
+            at = at.setdefault(key, {})
+        at[inner[-1]] = value
+    return replace(recipe, **made)

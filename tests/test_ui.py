@@ -1,0 +1,114 @@
+"""The live page: what is read of runs that grow, and that it is served to this machine alone."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+
+from inlay.cli import main
+from inlay.workbench import ui
+
+pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
+
+
+HERE = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+def grow(folder: Path, *rows: dict) -> None:
+    """Add to a run's metrics, as `inlay train` does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text("method: bone\n")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def written(events: Path, run: str, tag: str = "loss/training") -> list[tuple[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(events / run)).Reload()
+    return [(e.step, e.value) for e in found.Scalars(tag)]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what TensorBoard brings along
+def test_runs_are_followed_as_they_grow(tmp_path):
+    runs, events = tmp_path / "runs", tmp_path / "events"
+    grow(runs / "old", {"step": 0, "eval_loss": 4.0}, {"step": 1, "loss": 3.0, "seconds": 1.0})
+    grow(runs / "tune" / "runs" / "trial-000", {"step": 1, "loss": 5.0})
+    (runs / "old" / "checkpoints" / "step-1").mkdir(parents=True)
+    (runs / "old" / "checkpoints" / "step-1" / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n')
+    follower = ui.Follower(runs, events)
+    follower.look()
+    assert {p.parent.relative_to(runs).as_posix() for p in follower.known} == {"old", "tune/runs/trial-000"}
+    assert written(events, "old") == [(1, 3.0)]
+    assert written(events, "old", "loss/held out") == [(0, 4.0)]
+    with (runs / "old" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "loss": 2.5, "seconds": 2.0}\n{"step": 3, "lo')
+    grow(runs / "new", {"step": 1, "loss": 3.5})
+    follower.look()
+    assert written(events, "old") == [(1, 3.0), (2, 2.5)]  # no half line
+    with (runs / "old" / "metrics.jsonl").open("a") as file:
+        file.write('ss": 2.0, "seconds": 3.0}\n')
+    follower.look()
+    follower.look()
+    assert written(events, "old") == [(1, 3.0), (2, 2.5), (3, 2.0)]
+    assert written(events, "new") == [(1, 3.5)]
+    part = runs / "old" / "part"
+    part.write_text('{"step": 2, "loss": 2.25, "seconds": 2.0}\n')
+    part.replace(runs / "old" / "metrics.jsonl")  # it went on from a checkpoint
+    follower.look()
+    assert written(events, "old")[-1] == (2, 2.25)
+    for run in follower.known.values():
+        run.writer.close()
+
+
+def test_a_folder_that_is_not_there_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["ui", str(tmp_path / "none")])
+    assert stop.value.code == 2
+    assert "is no folder" in capsys.readouterr().err
+
+
+def get(url: str):
+    with urllib.request.urlopen(url, timeout=60) as answer:
+        return answer.read()
+
+
+@pytest.mark.slow
+def test_the_page_shows_a_run_that_grows_to_this_machine_alone(tmp_path):
+    runs = tmp_path / "runs"
+    grow(runs / "old", {"step": 1, "loss": 3.0, "seconds": 1.0})
+    command = [sys.executable, "-m", "inlay", "ui", str(runs), "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        url = re.search(r"http://127\.0\.0\.1:\d+/", process.stdout.readline())[0]
+        assert b"<title>" in get(url)
+        grow(runs / "old", {"step": 2, "loss": 2.0, "seconds": 2.0})
+        grow(runs / "new", {"step": 1, "loss": 4.0, "seconds": 1.0})
+        shown = {}
+        for _ in range(60):
+            time.sleep(0.5)
+            shown = {run: list(tags) for run, tags in json.loads(get(url + "data/plugin/scalars/tags")).items()}
+            if len(shown) == 2:
+                values = json.loads(get(url + "data/plugin/scalars/scalars?run=old&tag=loss/training"))
+                if len(values) == 2:
+                    break
+        assert shown == {"old": ["loss/training"], "new": ["loss/training"]}
+        assert [value[1:] for value in values] == [[1, 3.0], [2, 2.0]]
+        mine = psutil.Process(process.pid)
+        opened = [c for p in (mine, *mine.children(recursive=True)) for c in p.net_connections()]
+        sockets = [c for c in opened if c.status == "LISTEN"]
+        assert sockets
+        assert {c.laddr.ip for c in sockets} <= HERE
+        assert {c.raddr.ip for c in opened if c.raddr} <= HERE
+        process.send_signal(2)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
