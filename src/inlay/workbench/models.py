@@ -76,8 +76,11 @@ def load_model(
     trust_remote_code: bool = False,
     quantization: Any = None,
     folded: bool = False,
+    auto: Any = AutoModelForCausalLM,
+    **settings: Any,
 ) -> PreTrainedModel:
-    """A causal language model, on the GPU if there is one; quantised on the way, if so asked.
+    """A causal language model, or what else `auto` loads with `settings` of its configuration, on the GPU if there is
+    one; quantised on the way, if so asked.
 
     Raises:
         ValueError: it cannot be loaded, is to be quantised and is so already, or (unless `folded`) is half of a fold.
@@ -85,13 +88,13 @@ def load_model(
     where = resolve(name)
     if (Path(where) / FOLDED).exists() and not folded:
         raise ValueError(f"{name} is a folded base, no model without its adapter; give the folder of both")
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, **settings}
     if quantization is not None:
-        if getattr(load_config(name, trust_remote_code), "quantization_config", None):
+        if getattr(load_config(name, trust_remote_code, revision), "quantization_config", None):
             raise ValueError(f"model {name!r} is quantised already; adapt it as it is, with quantize: none")
         options["quantization_config"] = quantization
     try:
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
+        model = auto.from_pretrained(where, dtype=dtype, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(f"model {name!r} cannot be loaded: {first_line(error)}") from None
     for module in model.modules():
@@ -123,11 +126,11 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
         raise ValueError(f"the tokenizer of {name!r} cannot be loaded: {first_line(error)}") from None
 
 
-def load_config(name: str, trust_remote_code: bool = False) -> Any:
-    """A model's configuration alone."""
+def load_config(name: str, trust_remote_code: bool = False, revision: str | None = None, **settings: Any) -> Any:
+    """A model's configuration alone, with `settings` in place of its own."""
     where = resolve(name)
     try:
-        return AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, revision=revision, **settings)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model {name!r} cannot be loaded: {first_line(error)}") from None
 

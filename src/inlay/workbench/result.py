@@ -26,6 +26,7 @@ class Result:
     memory: int
     history: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, str]] = field(default_factory=list)
+    scores: dict[str, tuple[float, float]] = field(default_factory=dict)  # of the task, before and after
 
 
 def environment() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""One fine-tuning run: trl's SFTTrainer between a recipe and a run folder."""
+"""One fine-tuning run: the trainer of its task between a recipe and a run folder."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ from rich.console import Console
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback, set_seed
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback
-from trl import SFTConfig
 
 from inlay.host.schedule import Schedule
-from inlay.workbench import checkpoints, memory, models, peft_methods, ranks, report
+from inlay.workbench import checkpoints, kinds, memory, models, peft_methods, ranks, report
 from inlay.workbench.checkpoints import Checkpoint
 from inlay.workbench.files import check_free, locked, new_folder, set_aside, write_text
-from inlay.workbench.generate import answer
-from inlay.workbench.prepare import MARK, Examples, as_dataset, at_most, examples, fitting_batch, load, planned
+from inlay.workbench.prepare import MARK, Examples, at_most, fitting_batch, load, planned
 from inlay.workbench.recipe import Recipe
 from inlay.workbench.recipe import load as load_recipe
 from inlay.workbench.result import Result, environment
+from inlay.workbench.tasks import TASKS
 from inlay.workbench.trainer import Trainer
 from inlay.workbench.watch import Watch, duration, peak_memory
 
@@ -35,13 +34,13 @@ PAGE = "report.html"  # what a run writes last
 BEFORE = ".before.json"  # the answers before training, until the samples are written
 
 
-def arguments(recipe: Recipe, folder: Path, batch: int, steps: int, dtype: torch.dtype) -> SFTConfig:
-    """A recipe as trl's SFTConfig.
+def arguments(recipe: Recipe, folder: Path, batch: int, steps: int, dtype: torch.dtype) -> Any:
+    """A recipe as the arguments of its task's trainer: trl's SFTConfig, for instructions.
 
     Raises:
         ValueError: a value, or a key of `trainer`, that trl or transformers refuse.
     """
-    evaluating = recipe.eval_every
+    task, evaluating = TASKS[recipe.task], recipe.eval_every
     saving = math.ceil(steps / 10) if recipe.save_every is None else recipe.save_every
     if recipe.keep_best or recipe.early_stopping:
         saving = evaluating
@@ -60,9 +59,6 @@ def arguments(recipe: Recipe, folder: Path, batch: int, steps: int, dtype: torch
         "max_grad_norm": recipe.max_grad_norm,
         "gradient_checkpointing": recipe.gradient_checkpointing,
         "seed": recipe.seed,
-        "max_length": recipe.max_length,
-        "packing": recipe.packing,
-        "eval_packing": False,
         # An adapted base is loaded in its compute dtype and θ stays fp32: autocast would only add casts.
         "bf16": recipe.method == peft_methods.FULL and dtype == torch.bfloat16,
         "fp16": dtype == torch.float16 and torch.cuda.is_available(),  # for its loss scaling
@@ -80,11 +76,12 @@ def arguments(recipe: Recipe, folder: Path, batch: int, steps: int, dtype: torch
         "disable_tqdm": True,
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
+        **task.settings(recipe),
     }
     for key in recipe.trainer:
-        check_extra(key, values)
+        check_extra(key, values, task.arguments)
     try:
-        return SFTConfig(**{**values, **recipe.trainer})
+        return task.arguments(**{**values, **recipe.trainer})
     except (TypeError, ValueError) as error:
         raise ValueError(f"the trainer refuses this recipe: {models.first_line(error)}") from None
 
@@ -99,12 +96,14 @@ def check_tracker(names: str) -> None:
             raise ValueError(f"report_to: {name} is not installed; pip install {name}")
 
 
-def check_extra(key: str, values: dict[str, Any]) -> None:
-    """Refuse a key of `trainer` that trl does not have, or that the recipe sets itself."""
-    known = [f.name for f in fields(SFTConfig)]
+def check_extra(key: str, values: dict[str, Any], arguments: Any) -> None:
+    """Refuse a key of `trainer` that the trainer's arguments do not have, or that the recipe sets itself."""
+    known = [f.name for f in fields(arguments)]
     if key not in known:
         close = difflib.get_close_matches(key, known, 1)
-        raise ValueError(f"trainer: SFTConfig has no {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+        raise ValueError(
+            f"trainer: {arguments.__name__} has no {key!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+        )
     if key in values and key not in ("logging_steps", "save_total_limit", "per_device_eval_batch_size", "eval_packing"):
         raise ValueError(f"trainer: {key!r} is set by the recipe itself; use its own field")
 
@@ -128,13 +127,15 @@ def train(recipe: Recipe, console: Console | None = None, resume: bool = False) 
         if recipe.push_to_hub:
             claim(recipe.push_to_hub)
         dtype = models.dtype_for(recipe.dtype)
-        tokenizer = models.load_tokenizer(recipe.model, recipe.revision, recipe.trust_remote_code)
-        rows = examples(recipe, tokenizer, console)
+        task = TASKS[recipe.task]
+        tokenizer = task.processor(recipe)
+        rows = task.examples(recipe, tokenizer, console)
         old = None if found else start_folder(folder, recipe)
         try:
             recipe = ranks.settle(recipe, console)
             set_seed(recipe.seed)
-            trainer = build(recipe, load(recipe, dtype, folder, console, found), tokenizer, rows, folder)
+            base = load(recipe, dtype, folder, console, found, **task.model_settings(rows))
+            trainer = build(recipe, base, tokenizer, rows, folder)
             recipe = recipe.resolved(
                 dtype=str(dtype).removeprefix("torch."),
                 eval_size=len(rows.heldout),
@@ -189,7 +190,8 @@ def fit(
         "identity": checkpoints.identity(trainer, rows),
         "versions": environment(),
     }
-    watch = Watch(folder, console)
+    task = TASKS[recipe.task]
+    watch = Watch(folder, console, task.metrics)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(watch)
     parameters, base = memory.numbers(model)
@@ -202,11 +204,13 @@ def fit(
         for change in checkpoints.versions_changed(found):
             console.print(f"note: the checkpoint was made with {change}; bits may differ", style="yellow")
         watch.restore(found.path)
-    before = watch.history[0]["eval_loss"] if found else trainer.evaluate()["eval_loss"]
+    first = watch.history[0] if found else trainer.evaluate()
+    before = first["eval_loss"]
     console.print(f"held-out loss before: {before:.3f}")
-    prompts = [row["prompt"] for row in rows.heldout if "prompt" in row][: recipe.samples]
+    questions = task.questions(rows.heldout, recipe.samples)
+    asked = [row["input"] for row in questions]
     if not (folder / BEFORE).exists():
-        write_text(folder / BEFORE, json.dumps(answer(model, tokenizer, prompts) if prompts else []))
+        write_text(folder / BEFORE, json.dumps(task.answers(model, tokenizer, asked) if asked else []))
     try:
         trainer.go_on(found)
     except KeyboardInterrupt:
@@ -215,13 +219,17 @@ def fit(
     finally:
         watch.bar.stop()
     seconds = watch.seconds
-    after = trainer.evaluate()["eval_loss"]
+    last = trainer.evaluate()
+    after = last["eval_loss"]
     console.print(f"held-out loss after:  {after:.3f}  ({duration(seconds)}, {memory.gib(peak_memory())} peak)")
+    then, now = task.scores(first), task.scores(last)
+    for name, score in now.items():
+        console.print(f"{name}: {then[name]:.3f} before, {score:.3f} after")
     answers = [json.loads((folder / BEFORE).read_text(encoding="utf-8"))]
-    answers += [answer(model, tokenizer, prompts)] if prompts else []
+    answers += [task.answers(model, tokenizer, asked)] if asked else []
     return Result(
         recipe, folder, parameters, base, before, after, seconds, watch.tokens, peak_memory(), watch.history,
-        samples(rows.heldout, answers),
+        samples(questions, answers), {name: (then[name], score) for name, score in now.items()},
     )  # fmt: skip
 
 
@@ -233,15 +241,17 @@ def build(recipe: Recipe, base: Any, tokenizer, rows: Examples, folder: Path) ->
     steps = recipe.steps or math.ceil(recipe.epochs * len(rows.train) / (batch * recipe.accumulation))
     stop: list[TrainerCallback] = [EarlyStoppingCallback(recipe.early_stopping)] if recipe.early_stopping else []
     adapter = None if isinstance(base, PeftModel) else recipe.adapter(steps)
-    trainer = Trainer(
+    task = TASKS[recipe.task]
+    trainer = task.trainer(
         base,
         args=arguments(recipe, folder, batch, steps, models.dtype_for(recipe.dtype)),
-        train_dataset=as_dataset(rows.train, tokenizer),
-        eval_dataset=as_dataset(rows.heldout, tokenizer),
+        train_dataset=task.dataset(rows.train, tokenizer, recipe),
+        eval_dataset=task.dataset(rows.heldout, tokenizer, recipe),
         processing_class=tokenizer,
         peft_config=adapter,
         callbacks=[Schedule(), *stop],
         skips=recipe.skip_nan,
+        **task.parts(tokenizer, rows),
     )
     if adapter is not None and not peft_methods.is_ours(recipe.method):
         peft_methods.complete(trainer)
@@ -279,14 +289,13 @@ def tidy(folder: Path) -> None:
         path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
 
 
-def samples(heldout: list[dict], answers: list[list[str]]) -> list[dict[str, str]]:
+def samples(questions: list[dict], answers: list[list[str]]) -> list[dict[str, str]]:
     """Prompt, reference, and the answers before and after."""
     if len(answers) < 2:
         return []
-    rows = [row for row in heldout if "prompt" in row]
     return [
-        {"prompt": row["prompt"][-1]["content"], "reference": row["completion"][-1]["content"], "before": b, "after": a}
-        for row, b, a in zip(rows, answers[0], answers[1], strict=False)
+        {"prompt": row["prompt"], "reference": row["reference"], "before": b, "after": a}
+        for row, b, a in zip(questions, answers[0], answers[1], strict=False)
     ]
 
 
@@ -295,7 +304,9 @@ def write(result: Result, model: PeftModel | PreTrainedModel) -> None:
     kept = result.folder / result.recipe.kept
     marker = "adapter_config.json" if isinstance(model, PeftModel) else "config.json"
     with new_folder(kept, overwrite=True, marker=marker) as part:
-        model.save_pretrained(str(part))
+        model.save_pretrained(str(part), **({"selected_adapters": ["default"]} if isinstance(model, PeftModel) else {}))
+        if kinds.find(result.recipe.task).peft == kinds.SEQUENCE:
+            model.config.save_pretrained(str(part))  # the labels
         (part / "README.md").write_text(report.card(result), encoding="utf-8")
     (result.folder / "plots").mkdir(exist_ok=True)
     report.plot_loss(result, result.folder / "plots" / "loss.png")

@@ -1,4 +1,5 @@
-"""trl's SFTTrainer with a run's safety: whole checkpoints, a stop that keeps them, and no step on NaN or Inf."""
+"""The trainers of trl and transformers with a run's safety: whole checkpoints, a stop that keeps them, and no step on
+NaN or Inf."""
 
 from __future__ import annotations
 
@@ -6,18 +7,22 @@ import signal
 import threading
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft import PeftModel
+import transformers
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from trl import SFTTrainer
+from trl import DPOTrainer, SFTTrainer
 
 from inlay.workbench import checkpoints
 from inlay.workbench.checkpoints import Checkpoint
 from inlay.workbench.models import first_line
+
+Base = transformers.Trainer if TYPE_CHECKING else object  # the trainers below have it after `Safe`
+FOR_LOSS = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")  # what DPO's batches hold beside inputs
 
 
 class Stop(TrainerCallback):
@@ -52,9 +57,9 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
-class Trainer(SFTTrainer):
-    """As trl's, with `checkpoints.staged` around its saving. `run`: what a checkpoint says of its run; `skips`: how
-    many steps with NaN or Inf are passed over before one ends the run."""
+class Safe(Base):
+    """A trainer of transformers' kind, with `checkpoints.staged` around its saving. `run`: what a checkpoint says of
+    its run; `skips`: how many steps with NaN or Inf are passed over before one ends the run."""
 
     def __init__(self, *args: Any, skips: int = 0, callbacks: list | None = None, **kwargs: Any) -> None:
         self.stop, self.skips, self.run = Stop(), skips, {}
@@ -108,7 +113,8 @@ class Trainer(SFTTrainer):
 
     def _find_fault(self, model: nn.Module, inputs: dict[str, Any], loss: Tensor, last: bool) -> str | None:
         if not loss.isfinite():
-            place = first_bad_output(model, self._prepare_inputs(inputs))
+            given = {key: value for key, value in inputs.items() if key not in FOR_LOSS}
+            place = first_bad_output(model, self._prepare_inputs(given))
             return f"the loss is {loss.item()}" + (f", first in the output of {place}" if place else "")
         if last and not self.args.fp16:  # whose loss scaling tries for infinite gradients, and passes over them itself
             bad = bad_gradients(model)
@@ -129,6 +135,24 @@ class Trainer(SFTTrainer):
         """As trl's; a step that was passed over has no loss, but a reason."""
         why = self.passed.get(self.state.global_step) if "loss" in logs else None
         super().log({"passed_over": why} if why else logs, start_time)  # type: ignore[arg-type]
+
+
+class Trainer(Safe, SFTTrainer):
+    """trl's, for instructions, plain text and images."""
+
+
+class PreferenceTrainer(Safe, DPOTrainer):
+    """trl's, for preferences."""
+
+
+class PlainTrainer(Safe, transformers.Trainer):
+    """transformers' own, which takes an adapter as trl's do."""
+
+    def __init__(self, model: Any, *args: Any, peft_config: PeftConfig | None = None, **kwargs: Any) -> None:
+        model = get_peft_model(model, peft_config) if peft_config is not None else model
+        if isinstance(model, PeftModel) and kwargs["args"].gradient_checkpointing:
+            cast(Any, model).enable_input_require_grads()
+        super().__init__(model, *args, **kwargs)
 
 
 def bad_gradients(model: nn.Module) -> list[str]:
