@@ -1,5 +1,6 @@
 """Tasks beyond instruction tuning: every method in all of them, on tiny models; and one for real."""
 
+import copy
 import importlib.util
 import itertools
 import json
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import AutoPeftModelForSequenceClassification
+from peft import AutoPeftModelForSequenceClassification, get_peft_model
 from rich.console import Console
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -24,8 +25,9 @@ from transformers import (
 
 import inlay
 from inlay.cli import main
+from inlay.host.layer import InlayLinear
 from inlay.methods import METHODS
-from inlay.workbench import builtin, kinds, prepare, recipe, train
+from inlay.workbench import builtin, checkpoints, kinds, prepare, recipe, train
 from inlay.workbench.recipe import Recipe
 from inlay.workbench.result import Result
 from inlay.workbench.tasks import TASKS
@@ -81,26 +83,88 @@ def values(task: str, models_of, data_of, **more) -> dict:
 
 @pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning")  # of these tiny models' weights it is large
 @pytest.mark.parametrize("task", DATA)
-@pytest.mark.parametrize("method", METHOD_NAMES)
-def test_every_method_takes_steps_in_every_task(task, method, models_of, data_of, tmp_path):
-    """Two steps change what is trained, and nothing else; the start is the base's."""
-    size = {"bond": 4} if method == "dota" else {"r": 4}
-    asked = Recipe(
-        **values(task, models_of, data_of, method=method, args=size, steps=2, save_every=0, output=str(tmp_path))
-    )
-    of, (tokenizer, rows) = TASKS[task], examples(asked)
-    base = prepare.load(asked, torch.float32, tmp_path, SILENT, **of.model_settings(rows))
-    before = {name: p.clone() for name, p in base.named_parameters()}
-    trainer = train.build(asked, base, tokenizer, rows, tmp_path)
-    start = {name: p.clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
-    trainer.train()
-    after = dict(trainer.model.named_parameters())
-    assert any(not torch.equal(after[name], p) for name, p in start.items())
-    kept = {n.removeprefix("base_model.model.").replace(".base_layer", ""): p for n, p in after.items()}
-    same = [name for name, p in before.items() if name in kept and torch.equal(kept[name], p)]
-    assert len(same) >= len(before) - 2  # the head, which is trained whole, stands elsewhere
+def test_every_method_learns_in_every_task(task, models_of, data_of, tmp_path):
+    """By the task's own loss on one batch: the adapter starts where the base is, two steps lower it, W stays."""
+    asked = [made(m, values(task, models_of, data_of, steps=2, save_every=0)) for m in METHOD_NAMES]
+    tokenizer, rows = examples(asked[0])
+    blank = prepare.load(asked[0], torch.float32, tmp_path, SILENT, **TASKS[task].model_settings(rows))
+    trainer = train.build(asked[0], copy.deepcopy(blank), tokenizer, rows, tmp_path)
+    batch = next(iter(trainer.get_train_dataloader()))
+    losses = []
+    for one in asked:
+        model = get_peft_model(copy.deepcopy(blank), one.adapter())
+        trainer.model = model
+        model.eval()  # without dropout
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        steps = []
+        for _ in range(3):
+            loss = trainer.compute_loss(model, batch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            steps.append(loss.item())
+        assert steps[0] > steps[1] > steps[2], one.method
+        losses.append(steps[0])
+        for name, module in model.get_base_model().named_modules():
+            if isinstance(module, InlayLinear):
+                assert torch.equal(module.base_layer.weight, blank.get_submodule(name).weight), one.method
+    assert losses == pytest.approx([losses[0]] * len(losses), abs=1e-5)
+
+
+def made(method: str, of: dict) -> Recipe:
+    return Recipe(**of, method=method, args={"bond": 4} if method == "dota" else {"r": 4})
 
 
 def examples(asked: Recipe):
     tokenizer = TASKS[asked.task].processor(asked)
     return tokenizer, TASKS[asked.task].examples(asked, tokenizer, SILENT)
+
+
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+
+def command(task: str, models_of, data_of, output: Path, *more: str) -> list[str]:
+    flags = {"task": task, "model": models_of[task], "data": data_of[task], "output": str(output), **WIDTH}
+    pairs = [(f"--{key.replace('_', '-')}", str(value)) for key, value in flags.items()]
+    return ["train", *itertools.chain(*pairs), "--method", "pissa", "--r", "4", *more]
+
+
+AUTOS = {"classification": AutoModelForSequenceClassification, "seq2seq": AutoModelForSeq2SeqLM}
+
+
+@pytest.mark.parametrize("task", AUTOS)
+def test_a_run_is_saved_merged_and_read_without_inlay(task, models_of, data_of, tmp_path, capsys):
+    main(command(task, models_of, data_of, tmp_path / "run", "--steps", "3"))
+    said = capsys.readouterr().out
+    assert task != "classification" or "accuracy:" in said
+    main(["merge", str(tmp_path / "run"), str(tmp_path / "merged")])
+    assert float(capsys.readouterr().out.split()[-1]) < 1e-4  # the largest difference of logits
+    model = AUTOS[task].from_pretrained(tmp_path / "merged")
+    AutoTokenizer.from_pretrained(tmp_path / "merged")
+    if task == "classification":
+        assert model.config.id2label == {0: "0", 1: "1"}
+        again = AutoPeftModelForSequenceClassification.from_pretrained(str(tmp_path / "run" / "adapter"), num_labels=2)
+        ids = torch.arange(10)[None]
+        assert torch.allclose(model.eval()(input_ids=ids).logits, again.eval()(input_ids=ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("task", DATA)
+def test_a_stopped_run_goes_on_to_the_same_end(task, models_of, data_of, tmp_path, monkeypatch):
+    """As one that was left alone: after the second of four steps its process dies."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    flags = ("--steps", "4", "--save-every", "2")
+    main(command(task, models_of, data_of, whole, *flags))
+
+    def die(*_):
+        raise SystemExit("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "rotate", die)
+        with pytest.raises(SystemExit):
+            main(command(task, models_of, data_of, broken, *flags))
+    main(["train", "--resume", str(broken)])
+    ends = [(folder / "adapter" / "adapter_model.safetensors").read_bytes() for folder in (whole, broken)]
+    assert ends[0] == ends[1]
+    rows = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (whole, broken)]
+    keep = ("step", "loss", "eval_loss", "tokens", "eval_accuracy")
+    assert [{k: r.get(k) for k in keep} for r in rows[0]] == [{k: r.get(k) for k in keep} for r in rows[1]]

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from inlay.folding import FOLDED
 from inlay.host.layer import readable
-from inlay.workbench import builtin
+from inlay.workbench import builtin, kinds
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -158,6 +158,29 @@ def base_of(adapter: Path) -> str:
         raise ValueError(f"{adapter} does not name its base model; give it with --model")
     beside = adapter.resolve().parent / "base"
     return str(beside) if config.get("folded") and (beside / FOLDED).exists() else name
+
+
+def revision_of(adapter: Path) -> str | None:
+    """The revision of its base that an adapter names."""
+    return PeftConfig.from_pretrained(str(adapter)).revision
+
+
+def settings_of(adapter: Path) -> dict[str, Any]:
+    """What of its base's configuration an adapter brings along: the labels of a classification.
+
+    Raises:
+        ValueError: it is of a classification and does not say them.
+    """
+    if PeftConfig.from_pretrained(str(adapter)).task_type != kinds.SEQUENCE:
+        return {}
+    if not (adapter / "config.json").is_file():
+        raise ValueError(
+            f"{adapter} classifies and does not say its labels; put the config.json of its model beside it "
+            "(model.config.save_pretrained), as inlay train does"
+        )
+    config = AutoConfig.from_pretrained(str(adapter / "config.json"))
+    names = ("num_labels", "id2label", "label2id", "problem_type")
+    return {name: getattr(config, name) for name in names}
 
 
 def load_adapted(

@@ -241,6 +241,8 @@ def build(recipe: Recipe, base: Any, tokenizer, rows: Examples, folder: Path) ->
     steps = recipe.steps or math.ceil(recipe.epochs * len(rows.train) / (batch * recipe.accumulation))
     stop: list[TrainerCallback] = [EarlyStoppingCallback(recipe.early_stopping)] if recipe.early_stopping else []
     adapter = None if isinstance(base, PeftModel) else recipe.adapter(steps)
+    if adapter is not None:
+        adapter.revision = recipe.revision  # of the base, for who loads or merges it
     task = TASKS[recipe.task]
     trainer = task.trainer(
         base,
