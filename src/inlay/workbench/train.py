@@ -7,7 +7,7 @@ import glob
 import json
 import math
 import shutil
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +19,8 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_rep
 from transformers.trainer_callback import PrinterCallback
 
 from inlay.host.schedule import Schedule
-from inlay.workbench import checkpoints, kinds, memory, models, peft_methods, ranks, report
+from inlay.workbench import checkpoints, kinds, memory, models, peft_methods, ranks, report, run_plots
+from inlay.workbench.changes import changes
 from inlay.workbench.checkpoints import Checkpoint
 from inlay.workbench.files import check_free, locked, new_folder, set_aside, write_text
 from inlay.workbench.prepare import MARK, Examples, at_most, fitting_batch, load, planned
@@ -176,6 +177,7 @@ def run(
 ) -> Result:
     """Fit, and write everything into the run folder."""
     result = fit(recipe, trainer, tokenizer, rows, console, found)
+    result.memory_planned = foreseen(recipe, rows, trainer)
     write(result, cast(Any, trainer.model))
     return result
 
@@ -230,7 +232,25 @@ def fit(
     return Result(
         recipe, folder, parameters, base, before, after, seconds, watch.tokens, peak_memory(), watch.history,
         samples(questions, answers), {name: (then[name], score) for name, score in now.items()},
+        len(rows.labels or ()) or None,
     )  # fmt: skip
+
+
+def foreseen(recipe: Recipe, rows: Examples, trainer: Any) -> dict[str, float]:
+    """What the planner says of the peak of a step, by part, in bytes; nothing where it cannot follow the model."""
+    if recipe.task not in ("instruction", "language_modelling"):
+        return {}
+    try:
+        run, length = planned(recipe, rows, models.dtype_for(recipe.dtype))
+        need = run.step(trainer.args.per_device_train_batch_size, length)
+    except ValueError:
+        return {}
+    parts = {
+        "weights": need.frozen,
+        "adapter, gradients, optimiser": need.trained + need.gradients + need.optimizer,
+        "activations": need.activations,
+    }
+    return {**parts, "for a moment": max(0.0, need.peak - sum(parts.values()))}
 
 
 def build(recipe: Recipe, base: Any, tokenizer, rows: Examples, folder: Path) -> Trainer:
@@ -312,8 +332,14 @@ def write(result: Result, model: PeftModel | PreTrainedModel) -> None:
         (part / "README.md").write_text(report.card(result), encoding="utf-8")
     (result.folder / "plots").mkdir(exist_ok=True)
     report.plot_loss(result, result.folder / "plots" / "loss.png")
+    found = changes(model) if isinstance(model, PeftModel) else {}
+    memory_parts = {**result.memory_planned, "measured": result.memory} if result.memory_planned else {}
+    drawn = run_plots.draw(found, memory_parts, result.folder / "plots")
+    if found:
+        told = {module: asdict(change) for module, change in found.items()}
+        write_text(result.folder / "changes.json", json.dumps(told, indent=1))
     write_text(result.folder / "samples.md", report.samples_text(result))
-    write_text(result.folder / PAGE, report.page(result))
+    write_text(result.folder / PAGE, report.page(result, drawn))
     (result.folder / BEFORE).unlink()
 
 
