@@ -3,8 +3,8 @@
     python benchmarks/metamath.py PATH/peft bone lamda --r 64 --learning-rate 1e-4
 
 PATH/peft is a checkout of PEFT's repository. Their runner reads experiments/<peft type>/<name>/adapter_config.json, and
-beside it training_params.json for what differs from its own defaults; both are written here, and it is started in a
-process that knows the type. Results go where it puts them. It has no callbacks: LaMDA trains without its schedule there.
+beside it training_params.json for what differs from its defaults; both are written here, and it is started in a
+process that knows the type. Results go where it puts them. It has no callbacks: LaMDA trains without its schedule.
 Not run by us: it needs a GPU and a hub.
 """
 
@@ -18,7 +18,10 @@ from pathlib import Path
 
 from inlay import InlayConfig
 
-RUN = "import inlay, runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, '.'); runpy.run_path(sys.argv[0], run_name='__main__')"  # fmt: skip # noqa: E501
+RUN = """import inlay, runpy, sys
+sys.argv = sys.argv[1:]
+sys.path.insert(0, ".")
+runpy.run_path(sys.argv[0], run_name="__main__")"""
 
 
 def experiment(folder: Path, method: str, size: int, rate: float, modules: str | list[str]) -> Path:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification, get_peft_model
+from PIL import Image
 from rich.console import Console
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -18,6 +19,12 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertModel,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -262,6 +269,63 @@ def test_a_stream_is_cut_into_blocks_and_nothing_is_learned_twice(tiny, tmp_path
     assert all(len(row["ids"]) == 16 for row in (*rows.train, *rows.heldout))
     whole = list(itertools.chain(*(row["ids"] for row in (*rows.train, *rows.heldout))))
     assert (tmp_path / "book.txt").read_text().startswith(tokenizer.decode(whole)[:-4])
+
+
+# -- images -----------------------------------------------------------------------------------------------------------
+
+TEMPLATE = """{% for m in messages %}{{ m.role }}: {% if m.content is string %}{{ m.content }}{% else %}
+{%- for c in m.content %}{{ '<image>' if c.type == 'image' else c.text }}{% endfor %}{% endif %}
+{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"""
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory) -> str:
+    """A random LLaVA: images of 16², patches of 8², two layers in all."""
+    folder, tokenizer = tmp_path_factory.mktemp("llava"), builtin.load_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    sight = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    text = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = LlavaConfig(vision_config=sight, text_config=text, image_token_index=image, image_seq_length=4)
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    LlavaProcessor(
+        CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}), tokenizer,
+        patch_size=8, vision_feature_select_strategy="default", chat_template=TEMPLATE, num_additional_image_tokens=1,
+    ).save_pretrained(folder)  # fmt: skip
+    return str(folder)
+
+
+def test_a_vision_model_learns_from_images(llava, tmp_path, capsys):
+    for i in range(8):
+        Image.new("RGB", (20, 16), (30 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    rows = [
+        {
+            "image": f"{i}.png",
+            "conversations": [
+                {"from": "human", "value": f"<image>\nWhat colour is number {i}?"},
+                {"from": "gpt", "value": "Red."},
+            ],
+        }
+        for i in range(8)
+    ]
+    (tmp_path / "seen.json").write_text(json.dumps(rows))
+    asked = Recipe(
+        task="vision", model=llava, data=str(tmp_path / "seen.json"), method="milora", args={"r": 4}, steps=3,
+        batch_size=2, eval_size=2, samples=1, dtype="float32", learning_rate=1e-2, output=str(tmp_path / "run"),
+    )  # fmt: skip
+    made = train.train(asked, SILENT)
+    assert made.after < made.before
+    assert made.samples[0]["reference"] == "Red."
+    rows[0]["image"] = "nowhere.png"
+    (tmp_path / "seen.json").write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match=r"row 1: image is 'nowhere.png'; accepted: the path of an image file"):
+        examples(asked)
 
 
 # -- real weights -----------------------------------------------------------------------------------------------------
