@@ -154,7 +154,7 @@ def test_a_run_is_saved_merged_and_read_without_inlay(task, models_of, data_of, 
         assert torch.allclose(model.eval()(input_ids=ids).logits, again.eval()(input_ids=ids).logits, atol=1e-5)
 
 
-@pytest.mark.parametrize("task", DATA)
+@pytest.mark.parametrize("task", ["classification", *(pytest.param(t, marks=pytest.mark.slow) for t in list(DATA)[1:])])
 def test_a_stopped_run_goes_on_to_the_same_end(task, models_of, data_of, tmp_path, monkeypatch):
     """As one that was left alone: after the second of four steps its process dies."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"

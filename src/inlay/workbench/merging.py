@@ -209,7 +209,9 @@ def describe(folder: Path, model: PeftModel, adapter: Path, weights: Weights, dt
         part.dtype = dtype or part.dtype
     config.save_pretrained(folder)
     with contextlib.suppress(OSError):
-        GenerationConfig.from_pretrained(models.resolve(base), revision=weights.revision).save_pretrained(folder)
+        GenerationConfig.from_pretrained(models.resolve(base), revision=weights.revision or "main").save_pretrained(
+            folder
+        )
     with contextlib.suppress(ValueError):  # a base without a tokenizer gives a model without one
         name = tokenizer_of(adapter, base)
         made = models.load_tokenizer(name, weights.revision if name == base else None, weights.trust_remote_code)

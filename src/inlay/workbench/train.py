@@ -326,7 +326,10 @@ def write(result: Result, model: PeftModel | PreTrainedModel) -> None:
     kept = result.folder / result.recipe.kept
     marker = "adapter_config.json" if isinstance(model, PeftModel) else "config.json"
     with new_folder(kept, overwrite=True, marker=marker) as part:
-        model.save_pretrained(str(part), **({"selected_adapters": ["default"]} if isinstance(model, PeftModel) else {}))
+        if isinstance(model, PeftModel):
+            model.save_pretrained(str(part), selected_adapters=["default"])  # DPO may keep another as the reference
+        else:
+            model.save_pretrained(str(part))
         if kinds.find(result.recipe.task).peft == kinds.SEQUENCE:
             model.config.save_pretrained(str(part))  # the labels
         (part / "README.md").write_text(report.card(result), encoding="utf-8")
