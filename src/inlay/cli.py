@@ -245,6 +245,7 @@ def export(options: argparse.Namespace) -> None:
     done = export.export_lora(
         adapters, options.out, to=options.to, rank=options.rank, energy=options.energy, model=options.model,
         dtype=options.dtype, pad=not options.no_pad, overwrite=options.overwrite,
+        revision=options.revision, trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
     for module, error in done.errors.items() if any(e > 1e-5 for e in done.errors.values()) else ():
         print(f"{module}: relative error {error:.2e}")
@@ -292,6 +293,7 @@ def merge(options: argparse.Namespace) -> None:
     done = export.merge(
         options.adapter, options.out, options.model, options.dtype, options.overwrite,
         to=options.to, shard=options.shard, probe=not options.no_probe,
+        revision=options.revision, trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
     mean, most = sum(done.lost.values()) / max(1, len(done.lost)), max(done.lost.values(), default=0.0)
     print(f"{done.folder}: rounding lost {mean:.1e} of the change of a weight, at most {most:.1e}")
@@ -452,6 +454,8 @@ def parser() -> Parser:
     verb.add_argument("--model", help="base model (default: the one the adapter names)")
     verb.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     verb.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    verb.add_argument("--revision", help="revision of a hub model (default: the one it was trained on)")
+    verb.add_argument("--trust-remote-code", action="store_true", help="let the model's repository run its own code")
 
     verb = add_verb(verbs, import_)
     verb.add_argument("adapter", help="folder of a PEFT adapter")
@@ -471,6 +475,8 @@ def parser() -> Parser:
     verb.add_argument("--shard", default="4GB", help="at most so large a file, as 500MB (default 4GB)")
     verb.add_argument("--no-probe", action="store_true", help="do not compare its logits with the adapter's")
     verb.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
+    verb.add_argument("--revision", help="revision of a hub model (default: the one it was trained on)")
+    verb.add_argument("--trust-remote-code", action="store_true", help="let the model's repository run its own code")
 
     verb = add_verb(verbs, inspect)
     verb.add_argument("model", nargs="?", default="builtin", help="hub id, folder or builtin (default)")

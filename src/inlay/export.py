@@ -38,6 +38,8 @@ def merge(
     to: str = "safetensors",
     shard: str = "4GB",
     probe: bool = True,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Merged:
     """Write base + adapter as an ordinary checkpoint that transformers loads without Inlay, or as GGUF for llama.cpp.
 
@@ -54,12 +56,14 @@ def merge(
         to: "safetensors", or "gguf": one file with the tokenizer in it, and an Ollama Modelfile.
         shard: how large a file may be, as 500MB or 4GB.
         probe: compare the new model's logits with the adapter's.
+        revision: of the base on a hub; None: the one the adapter was trained on.
+        trust_remote_code: let the base's repository run its own code.
 
     Raises:
         ValueError: no adapter there, a broken one, a base that does not fit, one that cannot be written as GGUF, or
             `out` exists.
     """
-    from inlay.workbench import gguf_model, lora, merging, models
+    from inlay.workbench import gguf_model, kinds, lora, merging, models
     from inlay.workbench.files import new_folder
     from inlay.workbench.weights import Weights
 
@@ -70,19 +74,24 @@ def merge(
     limit = merging.size_of(shard)
     folder = models.adapter_folder(str(adapter))
     name = model or models.base_of(folder)
+    revision = revision or (None if model else models.revision_of(folder))
     for used in (folder, Path(models.resolve(name))):
         if used.exists() and used.resolve().is_relative_to(Path(out).resolve()):
             raise ValueError(f"{out} holds {used}, which the merge reads; choose another output")
     with new_folder(Path(out), overwrite, marker=MERGED) as part:
-        blank = lora.load(folder, name)
+        auto = lora.auto_of(folder, name, revision, trust_remote_code)
+        if to == "gguf" and auto is not kinds.find("instruction").auto:
+            raise ValueError(f"to={to!r} writes causal language models, which {folder} is not an adapter of")
+        blank = lora.load(folder, name, revision, trust_remote_code, auto)
         config: Any = blank.get_base_model().config
-        tensors = merging.merge(blank, folder, Weights(name), width := merging.width(dtype, config))
+        weights = Weights(name, revision, trust_remote_code, auto)
+        tensors = merging.merge(blank, folder, weights, width := merging.width(dtype, config))
         if to == "gguf":
             made = gguf_model.write_merged(part, config, merging.tokenizer_of(folder, name), tensors, str(out))
         else:
             made = merging.write(part, tensors, limit)
-            merging.describe(part, blank, folder, name, width)
-        error = merging.probe(folder, name, part) if probe else None
+            merging.describe(part, blank, folder, weights, width)
+        error = merging.probe(folder, weights, part) if probe else None
         lost = {new.name.removesuffix(".weight"): new.lost for new in made if new.lost is not None}
         about = {"adapter": str(adapter), "base": name, "largest_logit_difference": error, "lost_in_rounding": lost}
         (part / MERGED).write_text(json.dumps(about, indent=1), encoding="utf-8")
@@ -110,6 +119,8 @@ def export_lora(
     dtype: str = "float32",
     pad: bool = True,
     overwrite: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Exported:
     """Write an adapter as an ordinary PEFT LoRA folder, which needs no Inlay to load; vLLM serves it.
 
@@ -126,6 +137,8 @@ def export_lora(
         dtype: of the LoRA's tensors: float32, bfloat16 or float16.
         pad: with zeros to the next rank that vLLM serves.
         overwrite: replace an earlier export at `out`.
+        revision: of the base on a hub; None: the one the (first) adapter was trained on.
+        trust_remote_code: let the base's repository run its own code.
 
     Raises:
         ValueError: the change has full rank and neither `rank` nor `energy` is given, adapters do not fit each other
@@ -155,7 +168,9 @@ def export_lora(
     if len(bases) != 1 and not model:
         raise ValueError(f"the adapters name {len(bases)} bases, {', '.join(bases)}; name the one they share")
     base, first = model or next(iter(bases.values())), next(iter(folders))
-    settings = models.load_config(base)
+    revision = revision or (None if model else models.revision_of(first))
+    settings = models.load_config(base, trust_remote_code, revision)
+    auto = lora.auto_of(first, base, revision, trust_remote_code)
     if to == "gguf":
         llamacpp.check(settings, str(out))
     for folder in folders if to == "gguf" or list(folders.values()) != [1.0] else ():
@@ -163,8 +178,10 @@ def export_lora(
             kind = "a GGUF file" if to == "gguf" else "a weighted LoRA"
             raise ValueError(f"{folder} also trained {more[0]} whole, which {kind} has no place for; merge the adapter")
     with new_folder(Path(out), overwrite, marker=EXPORTED) as part:
-        loaded = [(weight, lora.load(folder, base)) for folder, weight in folders.items()]
-        made = list(lora.changes(loaded, base, rank, energy))
+        loaded = [
+            (weight, lora.load(folder, base, revision, trust_remote_code, auto)) for folder, weight in folders.items()
+        ]
+        made = list(lora.changes(loaded, base, rank, energy, revision, trust_remote_code, auto))
         size = lora.padded(made, pad)
         if to == "gguf":
             llamacpp.write(part / llamacpp.FILE, settings, made, size, models.DTYPES[dtype])

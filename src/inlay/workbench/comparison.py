@@ -129,6 +129,8 @@ def plan(recipe: Recipe, ask: Comparison) -> Plan:
     for name in ELSEWHERE:
         if getattr(recipe, name):
             raise ValueError(f"{name} is for single runs: here all methods train as long, and only results are kept")
+    if recipe.task != "instruction":
+        raise ValueError(f"task: {recipe.task} is for single runs; inlay compare compares on task instruction")
     if recipe.batch_size == "auto":
         raise ValueError("batch_size: auto would give each method another one; give a number")
     entries = tuple(settle(recipe, ask, item) for item in ask.methods)

@@ -8,6 +8,7 @@ with a user's data is a one-line ValueError that says where.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -18,10 +19,11 @@ from transformers import PreTrainedTokenizerBase
 from inlay.workbench.read import Record, read, short  # noqa: F401 (read is part of this room)
 
 Example = dict[str, Any]
+Formats = dict[str, dict[str, tuple[str, ...]]]
 
 # Format -> role -> the columns that can play it, the preferred one first; of the formats the first that fits is taken.
 # Recognition, error messages and docs all come from this table.
-FORMATS = {
+FORMATS: Formats = {
     "chat": {"messages": ("messages",)},
     "ShareGPT": {"messages": ("conversations",)},
     "instruction": {
@@ -38,10 +40,12 @@ ROLES = ("prompt", "input", "answer", "messages", "text")
 SPEAKERS = {"human": "user", "gpt": "assistant"}
 
 
-def accepted() -> str:
+def accepted(formats: Formats = FORMATS) -> str:
     """The record formats in one line, for error messages and docs; brackets hold what is optional."""
-    one = {role: "[{}]" if role == "input" else "{}" for role in ROLES}
-    parts = {n: " + ".join(one[role].format("|".join(c)) for role, c in f.items()) for n, f in FORMATS.items()}
+    one = {"input": "[{}]"}
+    parts = {
+        n: " + ".join(one.get(role, "{}").format("|".join(c)) for role, c in f.items()) for n, f in formats.items()
+    }
     return ", ".join(f"{name} ({part})" for name, part in parts.items())
 
 
@@ -54,15 +58,36 @@ def examples(records: list[Record], columns: dict[str, str] | None = None, syste
     which few have. Newlines around an answer are dropped: they would merge with the template's own into tokens that
     the model never sees when it answers.
     """
+
+    def convert(record: Record, roles: dict[str, str]) -> list[Example]:
+        if system is not None and "text" in roles:
+            raise ValueError("a system message needs a prompt to stand before; plain text has none")
+        return _convert(record, roles, system)
+
+    return convert_all(records, columns or {}, FORMATS, convert)
+
+
+def convert_all(
+    records: list[Record],
+    columns: dict[str, str],
+    formats: Formats,
+    convert: Callable[[Record, dict[str, str]], list[Example]],
+) -> list[Example]:
+    """Records of one of some formats, each by `convert`, which also gets role -> column.
+
+    Raises:
+        ValueError: there are none, no format fits them, or rows are at fault: the first two, and how many.
+    """
     if not records:
         raise ValueError("found no records; accepted: at least one")
-    roles = _recognise(list(records[0]), columns or {})
-    if system is not None and "text" in roles:
-        raise ValueError("a system message needs a prompt to stand before; plain text has none")
+    roles = recognise(list(records[0]), columns, formats)
     found, faults = [], []
     for number, record in enumerate(records, start=1):
         try:
-            found += _convert(record, roles, system)
+            missing = [column for role, column in roles.items() if column not in record and role != "input"]
+            if missing:
+                raise ValueError(f"no column {missing[0]!r} as in row 1, but {short(', '.join(record))}")
+            found += convert(record, roles)
         except ValueError as error:
             faults.append(f"row {number}: {error}")
     if faults:
@@ -70,15 +95,17 @@ def examples(records: list[Record], columns: dict[str, str] | None = None, syste
     return found
 
 
-def _recognise(found: list[str], mapped: dict[str, str]) -> dict[str, str]:
+def recognise(found: list[str], mapped: dict[str, str], formats: Formats = FORMATS) -> dict[str, str]:
     """Role -> column by the first format that fits, the user's mapping laid over it."""
     listed = ", ".join(map(short, found))
+    known = list(dict.fromkeys(role for format in formats.values() for role in format))
+    known.sort(key=lambda role: ROLES.index(role) if role in ROLES else len(ROLES))
     for role, column in mapped.items():
-        if role not in ROLES:
-            raise ValueError(f"columns: found the role {role!r}; accepted: {', '.join(ROLES)}")
+        if role not in known:
+            raise ValueError(f"columns: found the role {role!r}; accepted: {', '.join(known)}")
         if column not in found:
             raise ValueError(f"columns: {role} is mapped to {column!r}, which is not among the columns {listed}")
-    for format in FORMATS.values():
+    for format in formats.values():
         names = format | {role: (column,) for role, column in mapped.items()}
         if "prompt" in mapped and "input" not in mapped:
             names.pop("input", None)
@@ -87,72 +114,75 @@ def _recognise(found: list[str], mapped: dict[str, str]) -> dict[str, str]:
         if not strange and all(column or role == "input" for role, column in chosen.items()):
             return {role: column for role, column in chosen.items() if column}
     raise ValueError(
-        f"no record format fits the columns {listed}; accepted: {accepted()}; or map them: {{prompt: mr, answer: ref}}"
+        f"no record format fits the columns {listed}; accepted: {accepted(formats)}; or map them: "
+        f"{{{known[0]}: ..., {known[1]}: ...}}"
     )
 
 
 def _convert(record: Record, roles: dict[str, str], system: str | None) -> list[Example]:
     cells = {role: record.get(column) for role, column in roles.items()}
-    missing = [column for role, column in roles.items() if column not in record and role != "input"]
-    if missing:
-        raise ValueError(f"no column {missing[0]!r} as in row 1, but {short(', '.join(record))}")
     if "text" in roles:
-        return [{"text": _string(cells["text"], roles["text"])}]
+        return [{"text": string(cells["text"], roles["text"])}]
     if "messages" in roles:
-        return _turns(_messages(cells["messages"], roles["messages"]), system)
+        return turns(messages(cells["messages"], roles["messages"]), system)
     prompt, answer = cells["prompt"], cells["answer"]
     if isinstance(prompt, list):  # trl's own form: the turns so far, and the next
         tail = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
-        return _turns(_messages(prompt + tail, roles["prompt"]), system)[-1:]
-    question = _string(prompt, roles["prompt"])
+        return turns(messages(prompt + tail, roles["prompt"]), system)[-1:]
+    question = string(prompt, roles["prompt"])
     extra = cells.get("input")
     if extra is not None and str(extra).strip():
-        question += "\n\n" + _string(extra, roles["input"])
-    answer = _string(answer, roles["answer"])
-    return _turns([{"role": "user", "content": question}, {"role": "assistant", "content": answer}], system)
+        question += "\n\n" + string(extra, roles["input"])
+    answer = string(answer, roles["answer"])
+    return turns([{"role": "user", "content": question}, {"role": "assistant", "content": answer}], system)
 
 
-def _string(cell: Any, name: str) -> str:
+def string(cell: Any, name: str) -> str:
+    """A cell that has to be text; raises a ValueError that says what it is."""
     if isinstance(cell, str) and cell.strip():
         return cell
     found = "empty" if cell is None or isinstance(cell, str) else f"the {type(cell).__name__} {short(cell)}"
     raise ValueError(f"{name} is {found}; accepted: text")
 
 
-def _messages(turns: Any, name: str) -> list[dict[str, str]]:
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError(f"{name!r} is {short(turns)}; accepted: a list of messages")
-    messages = []
-    for place, turn in enumerate(turns, start=1):
+def messages(cell: Any, name: str) -> list[dict[str, str]]:
+    """A cell that has to be a chat, OpenAI's or ShareGPT's, as {"role", "content"}; else a ValueError."""
+    if not isinstance(cell, list) or not all(isinstance(turn, dict) for turn in cell):
+        raise ValueError(f"{name!r} is {short(cell)}; accepted: a list of messages")
+    made: list[dict[str, str]] = []
+    for place, turn in enumerate(cell, start=1):
         speaker = turn.get("role", turn.get("from"))
         role = SPEAKERS.get(str(speaker), speaker)
         if role not in ("system", "user", "assistant"):
             raise ValueError(f"message {place} is by {speaker!r}; accepted: system, user, assistant, human, gpt")
-        before = messages[-1]["role"] if messages else None
+        before = made[-1]["role"] if made else None
         if (role == "system" and before) or (role == "assistant" and before != "user"):
             wanted = "system only as the first, assistant after user"
             raise ValueError(f"message {place} is by {role}, after {before or 'none'}; accepted: {wanted}")
-        content = _string(turn.get("content", turn.get("value")), f"message {place}")
-        messages.append({"role": role, "content": content})
-    return messages
+        content = string(turn.get("content", turn.get("value")), f"message {place}")
+        made.append({"role": role, "content": content})
+    return made
 
 
-def _turns(messages: list[dict[str, str]], system: str | None) -> list[Example]:
-    if system is not None and messages and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system}, *messages]
-    messages = [m | {"content": m["content"].strip("\r\n")} if m["role"] == "assistant" else m for m in messages]
-    ends = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+def turns(chat: list[dict[str, str]], system: str | None) -> list[Example]:
+    """A chat as one prompt and completion for each of the assistant's turns."""
+    if system is not None and chat and chat[0]["role"] != "system":
+        chat = [{"role": "system", "content": system}, *chat]
+    chat = [m | {"content": m["content"].strip("\r\n")} if m["role"] == "assistant" else m for m in chat]
+    ends = [i for i, message in enumerate(chat) if message["role"] == "assistant"]
     if not ends:
         raise ValueError("no assistant message; accepted: at least one to learn from")
-    return [{"prompt": messages[:i], "completion": [messages[i]]} for i in ends]
+    return [{"prompt": chat[:i], "completion": [chat[i]]} for i in ends]
 
 
-def split(examples: list[Example], eval_size: int | float, seed: int | None) -> tuple[list[Example], list[Example]]:
+def split(
+    examples: list[Example], eval_size: int | float, seed: int | None, key: Callable[[Example], str] | None = None
+) -> tuple[list[Example], list[Example]]:
     """Train and held-out parts, in file order: `eval_size` rows, or that share of them, drawn by `seed`.
 
-    Examples with the same first question (all turns of a chat among them) stay together, so that none is on both sides;
-    the held-out part may come out a little smaller for it. With seed None the last rows are held out: the built-in
-    data is ordered for that.
+    Examples with the same `key` (by default the first question: all turns of a chat) stay together, so that none is on
+    both sides; the held-out part may come out a little smaller for it. With seed None the last rows are held out: the
+    built-in data is ordered for that.
     """
     total = len(examples)
     if eval_size < 0 or (isinstance(eval_size, float) and eval_size >= 1):
@@ -160,10 +190,10 @@ def split(examples: list[Example], eval_size: int | float, seed: int | None) -> 
     size = max(1, int(eval_size * total)) if 0 < eval_size < 1 else int(eval_size)
     if size >= total:
         raise ValueError(f"eval_size {eval_size} leaves none of {total} examples to train on; accepted: a smaller one")
-    keys = [_first_question(example) for example in examples]
+    keys = list(map(key or _first_question, examples))
     groups: dict[str, list[int]] = {}
-    for i, key in enumerate(keys):
-        groups.setdefault(key, []).append(i)
+    for i, same in enumerate(keys):
+        groups.setdefault(same, []).append(i)
     order = [list(range(total - size, total))] if seed is None else list(groups.values())
     random.Random(seed).shuffle(order)
     held: set[int] = set()

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from inlay import linalg
@@ -23,7 +24,7 @@ from inlay.host.config import InlayConfig
 from inlay.host.layer import PREFIX, START, InlayLinear
 from inlay.host.peft import adapted
 from inlay.method import LowRank
-from inlay.workbench import memory, models
+from inlay.workbench import kinds, memory, models
 from inlay.workbench.weights import Weights
 
 TINY = torch.finfo(torch.float64).tiny
@@ -53,26 +54,37 @@ class Change:
         return (lost / whole.clamp(min=TINY)).sqrt().item()
 
 
-def load(folder: Path, base: str) -> PeftModel:
-    """An adapter on its base without the base's memory: θ is there, W is not.
+def load(
+    folder: Path, base: str, revision: str | None = None, trust_remote_code: bool = False, auto: Any = None
+) -> PeftModel:
+    """An adapter on its base without the base's memory: θ is there, W is not. `auto`: see `auto_of`.
 
     Raises:
-        ValueError: it is none of a causal language model, or cannot be loaded.
+        ValueError: it is of a task that is not handled here, or cannot be loaded.
     """
-    task = str(InlayConfig.from_pretrained(str(folder)).task_type or "CAUSAL_LM")
-    if task != "CAUSAL_LM":
-        raise ValueError(
-            f"{folder} is an adapter for {task}; files of causal language models are written here. In Python, "
-            "PeftModel.from_pretrained(...).merge_and_unload() merges any"
-        )
-    return models.load_adapter(memory.meta_model(base, torch.float32), folder, light=True)
+    auto = auto or auto_of(folder, base, revision, trust_remote_code)
+    settings = models.settings_of(folder)
+    blank = memory.meta_model(base, torch.float32, trust_remote_code, auto=auto, revision=revision, **settings)
+    return models.load_adapter(blank, folder, light=True)
+
+
+def auto_of(folder: Path, base: str, revision: str | None, trust_remote_code: bool) -> Any:
+    """The class that loads an adapter's base."""
+    config = models.load_config(base, trust_remote_code, revision)
+    return kinds.auto_for(config, InlayConfig.from_pretrained(str(folder)).task_type)
 
 
 Weighted = tuple[float, PeftModel]  # a weight, and an adapter on a base without memory
 
 
 def changes(
-    adapters: list[Weighted], base: str, rank: int | None = None, energy: float | None = None
+    adapters: list[Weighted],
+    base: str,
+    rank: int | None = None,
+    energy: float | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    auto: Any = AutoModelForCausalLM,
 ) -> Iterator[Change]:
     """The change of every adapted weight; of several adapters, their weighted sum.
 
@@ -93,7 +105,7 @@ def changes(
                 layer.check_base("default", mark)
         W = torch.empty(one.out_features, one.in_features, device="meta")
         if any(layer.cuts["default"].method.reads_weight for _, layer in parts):
-            weights = weights or Weights(base)
+            weights = weights or Weights(base, revision, trust_remote_code, auto)
             W = weights.read(f"{module}.weight")
             if not W.is_floating_point():
                 raise ValueError(

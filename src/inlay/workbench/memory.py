@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import psutil
 import torch
@@ -11,19 +12,28 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from inlay.host import slot
-from inlay.workbench.models import load_config
+from inlay.workbench.models import first_line, load_config
 
 
 def meta_model(
-    name: str, dtype: torch.dtype, trust_remote_code: bool = False, layers: int | None = None
+    name: str,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    layers: int | None = None,
+    auto: Any = AutoModelForCausalLM,
+    revision: str | None = None,
+    **settings: Any,
 ) -> PreTrainedModel:
     """A model without any memory behind it, which `get_peft_model` adapts as it would the real one; with only the
-    first `layers` of its layers, if so asked."""
-    settings = load_config(name, trust_remote_code)
+    first `layers` of its layers, if so asked. `auto` and `settings`: as in `models.load_model`."""
+    config = load_config(name, trust_remote_code, revision, **settings)
     if layers is not None:
-        settings = cut_short(settings, layers)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=trust_remote_code)
+        config = cut_short(config, layers)
+    try:
+        with torch.device("meta"):
+            return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        raise ValueError(f"model {name!r} cannot be built: {first_line(error)}") from None
 
 
 def cut_short(settings, layers: int):
@@ -56,13 +66,19 @@ def depths(model: PreTrainedModel) -> tuple[int, int] | None:
     return (few, few + period) if few + period < len(layers) else None
 
 
-def count(name: str, config: PeftConfig | None) -> int:
+def count(
+    name: str,
+    config: PeftConfig | None,
+    trust_remote_code: bool = False,
+    auto: Any = AutoModelForCausalLM,
+    **settings: Any,
+) -> int:
     """How many numbers a config trains on a model; all without one.
 
     Raises:
         ValueError: it does not fit the model.
     """
-    model = meta_model(name, torch.float32)
+    model = meta_model(name, torch.float32, trust_remote_code, auto=auto, **settings)
     return trainable(model if config is None else get_peft_model(model, config))
 
 

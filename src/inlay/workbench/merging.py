@@ -19,7 +19,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import AutoModelForSequenceClassification, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from inlay.host import seal
@@ -96,6 +96,10 @@ def merge(model: PeftModel, folder: Path, weights: Weights, dtype: torch.dtype |
             if weights.key(name) is None:
                 waiting.discard(name)
                 yield new(name, name, source)
+    for name in sorted(whole.keys() & waiting) if weights.auto is AutoModelForSequenceClassification else ():
+        if weights.key(name) is None:  # a head, which the base never had
+            waiting.discard(name)
+            yield New(name, name, whole[name].to(dtype or whole[name].dtype).contiguous())
     if waiting:
         raise ValueError(
             f"the checkpoint of {weights.model!r} does not store {min(waiting)} (nor {len(waiting) - 1} more) "
@@ -193,18 +197,25 @@ def width(dtype: str, config: Any) -> torch.dtype | None:
     return own if own in (None, torch.float16) else torch.bfloat16
 
 
-def describe(folder: Path, model: PeftModel, adapter: Path, base: str, dtype: torch.dtype | None) -> None:
+def describe(folder: Path, model: PeftModel, adapter: Path, weights: Weights, dtype: torch.dtype | None) -> None:
     """The configuration of the merged model, and the adapter's tokenizer or else the base's, beside its weights."""
-    config = models.load_config(base)
+    base, settings = weights.model, models.settings_of(adapter)
+    config = models.load_config(base, weights.trust_remote_code, weights.revision, **settings)
+    if settings:
+        config.architectures = [type(model.get_base_model()).__name__]
     config.__dict__.pop("quantization_config", None)
     config.tie_word_embeddings = cast(Any, model.get_base_model()).config.tie_word_embeddings
     for part in (config, config.get_text_config()):
         part.dtype = dtype or part.dtype
     config.save_pretrained(folder)
     with contextlib.suppress(OSError):
-        GenerationConfig.from_pretrained(models.resolve(base)).save_pretrained(folder)
+        GenerationConfig.from_pretrained(models.resolve(base), revision=weights.revision or "main").save_pretrained(
+            folder
+        )
     with contextlib.suppress(ValueError):  # a base without a tokenizer gives a model without one
-        models.load_tokenizer(tokenizer_of(adapter, base)).save_pretrained(folder)
+        name = tokenizer_of(adapter, base)
+        made = models.load_tokenizer(name, weights.revision if name == base else None, weights.trust_remote_code)
+        made.save_pretrained(folder)
 
 
 def tokenizer_of(adapter: Path, base: str) -> str:
@@ -212,32 +223,37 @@ def tokenizer_of(adapter: Path, base: str) -> str:
     return str(adapter) if (adapter / "tokenizer.json").exists() else base
 
 
-def probe(adapter: Path, base: str, merged: Path) -> float:
+def probe(adapter: Path, weights: Weights, merged: Path) -> float:
     """The largest difference of logits between the adapter on its base and the merged model, both in fp32."""
-    model: Any = models.load_model(base, torch.float32, folded=True)
+    how = {"revision": weights.revision, "trust_remote_code": weights.trust_remote_code}
+    settings, base = models.settings_of(adapter), weights.model
+    model: Any = models.load_model(base, torch.float32, folded=True, auto=weights.auto, **how, **settings)
     config = copy.deepcopy(model.config)
     try:
-        ids = torch.tensor([models.load_tokenizer(base).encode(TEXT)])
+        ids = torch.tensor([models.load_tokenizer(base, **how).encode(TEXT)])
     except ValueError:  # it has none
         ids = torch.arange(32)[None] * 101
     ids %= config.get_text_config().vocab_size
     before = logits(models.load_adapter(model, adapter), ids)
     del model
-    return (logits(load(merged, config), ids) - before).abs().max().item()
+    after = load(merged, config, weights.auto, weights.trust_remote_code)
+    return (logits(after, ids) - before).abs().max().item()
 
 
-def load(merged: Path, config: Any) -> Any:
+def load(merged: Path, config: Any, auto: Any, trust_remote_code: bool) -> Any:
     """A merged model in fp32; out of a GGUF file with the configuration of the base, which says more than the file."""
     for file in merged.glob("*.gguf"):
         config.__dict__.pop("quantization_config", None)
         return builtin.load_gguf(file, None if config.model_type == "mistral" else config)  # in GGUF that is a llama
-    return models.load_model(str(merged), torch.float32)
+    return models.load_model(str(merged), torch.float32, trust_remote_code=trust_remote_code, auto=auto)
 
 
 @torch.no_grad()
 def logits(model: Any, ids: Tensor) -> Tensor:
-    """(1, tokens, vocabulary), on the CPU."""
-    return model.eval()(input_ids=ids.to(model.device)).logits.float().cpu()
+    """(1, tokens, vocabulary), or (1, labels), on the CPU; a decoder beside an encoder reads the same."""
+    ids = ids.to(model.device)
+    more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    return model.eval()(input_ids=ids, **more).logits.float().cpu()
 
 
 def size_of(text: str) -> int:

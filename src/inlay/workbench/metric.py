@@ -7,7 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 Metric = Callable[[Any, Any], float]
 
@@ -30,7 +30,7 @@ def load(name: str) -> Metric:
         raise ValueError(f"metric: {name} cannot be imported: {type(error).__name__}: {error}") from None
     if not callable(found):
         raise ValueError(f"metric: {name} is no function of (model, tokenizer)")
-    return found
+    return cast(Metric, found)
 
 
 def score(name: str, model: Any, tokenizer: Any) -> float:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from inlay.folding import FOLDED
 from inlay.host import processes
 from inlay.host.layer import readable
-from inlay.workbench import builtin
+from inlay.workbench import builtin, kinds
 from inlay.workbench.files import DamagedFileError, from_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -77,8 +77,11 @@ def load_model(
     trust_remote_code: bool = False,
     quantization: Any = None,
     folded: bool = False,
+    auto: Any = AutoModelForCausalLM,
+    **settings: Any,
 ) -> PreTrainedModel:
-    """A causal language model, on the GPU if there is one and nothing shards it; quantised on the way, if so asked.
+    """A causal language model, or what else `auto` loads with `settings` of its configuration, on the GPU if there is
+    one and nothing shards it; quantised on the way, if so asked.
 
     Raises:
         ValueError: it cannot be loaded, is to be quantised and is so already, or (unless `folded`) is half of a fold.
@@ -86,13 +89,13 @@ def load_model(
     where = resolve(name)
     if (Path(where) / FOLDED).exists() and not folded:
         raise ValueError(f"{name} is a folded base, no model without its adapter; give the folder of both")
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, **settings}
     if quantization is not None:
-        if getattr(load_config(name, trust_remote_code), "quantization_config", None):
+        if getattr(load_config(name, trust_remote_code, revision), "quantization_config", None):
             raise ValueError(f"model {name!r} is quantised already; adapt it as it is, with quantize: none")
         options["quantization_config"] = quantization
     try:
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
+        model = auto.from_pretrained(where, dtype=dtype, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(f"model {name!r} cannot be loaded: {first_line(error)}") from None
     for module in model.modules():
@@ -124,11 +127,11 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
         raise ValueError(f"the tokenizer of {name!r} cannot be loaded: {first_line(error)}") from None
 
 
-def load_config(name: str, trust_remote_code: bool = False) -> Any:
-    """A model's configuration alone."""
+def load_config(name: str, trust_remote_code: bool = False, revision: str | None = None, **settings: Any) -> Any:
+    """A model's configuration alone, with `settings` in place of its own."""
     where = resolve(name)
     try:
-        return AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, revision=revision, **settings)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model {name!r} cannot be loaded: {first_line(error)}") from None
 
@@ -156,6 +159,29 @@ def base_of(adapter: Path) -> str:
         raise ValueError(f"{adapter} does not name its base model; give it with --model")
     beside = adapter.resolve().parent / "base"
     return str(beside) if config.get("folded") and (beside / FOLDED).exists() else name
+
+
+def revision_of(adapter: Path) -> str | None:
+    """The revision of its base that an adapter names."""
+    return PeftConfig.from_pretrained(str(adapter)).revision
+
+
+def settings_of(adapter: Path) -> dict[str, Any]:
+    """What of its base's configuration an adapter brings along: the labels of a classification.
+
+    Raises:
+        ValueError: it is of a classification and does not say them.
+    """
+    if PeftConfig.from_pretrained(str(adapter)).task_type != kinds.SEQUENCE:
+        return {}
+    if not (adapter / "config.json").is_file():
+        raise ValueError(
+            f"{adapter} classifies and does not say its labels; put the config.json of its model beside it "
+            "(model.config.save_pretrained), as inlay train does"
+        )
+    config = AutoConfig.from_pretrained(str(adapter / "config.json"))
+    names = ("num_labels", "id2label", "label2id", "problem_type")
+    return {name: getattr(config, name) for name in names}
 
 
 def load_adapted(

@@ -40,7 +40,9 @@ def names() -> list[str]:
     return sorted({kind.value.lower() for kind in PEFT_TYPE_TO_CONFIG_MAPPING} - {"inlay"} | set(OF_LORA))
 
 
-def config(method: str, args: Mapping[str, Any], where: Mapping[str, Any], steps: int) -> PeftConfig:
+def config(
+    method: str, args: Mapping[str, Any], where: Mapping[str, Any], steps: int, task_type: str = "CAUSAL_LM"
+) -> PeftConfig:
     """A config of PEFT's from `peft:NAME`, its own fields, and where it applies; alpha is r unless it is given, so that
     another rank is no other scale.
 
@@ -67,7 +69,7 @@ def config(method: str, args: Mapping[str, Any], where: Mapping[str, Any], steps
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about defaults that were not chosen here
-            return cls(task_type="CAUSAL_LM", **values)
+            return cls(task_type=task_type, **values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{method}: {' '.join(str(error).split())}") from None
 

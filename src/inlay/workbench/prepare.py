@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from inlay.folding import fold
 from inlay.host.config import InlayConfig
-from inlay.workbench import data, memory, models, ranks, stream
+from inlay.workbench import data, kinds, memory, models, ranks, stream
 from inlay.workbench.checkpoints import Checkpoint
 from inlay.workbench.files import check_free
 from inlay.workbench.peft_methods import FULL, without_start
@@ -25,6 +25,7 @@ from inlay.workbench.plan import Run
 from inlay.workbench.recipe import Recipe
 
 LOOKED_AT = 1000  # examples of a stream that are audited
+TOKENS = "\nfirst example, the tokens that are learned from in ⟦⟧:"
 MARK = ".inlay-run"  # what makes a folder a run of ours, which --overwrite may replace
 
 
@@ -36,6 +37,7 @@ class Examples:
     train: list[dict]
     heldout: list[dict]
     audit: data.Audit
+    labels: list[str] | None = None  # of a classification
     stream: IterableDataset | None = None
     shards: tuple[tuple[str, int], ...] = ()
 
@@ -44,23 +46,9 @@ def examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Consol
     """Read, split and audit a recipe's data; what cannot be learned from is counted and said."""
     source = None
     if recipe.streaming:
-        source = stream.examples(recipe.data, recipe.columns or None, recipe.system)
-        made = stream.head(source, LOOKED_AT)
+        train, held, source = streamed(recipe)
     else:
-        made = data.examples(data.read(recipe.data, recipe.split), recipe.columns or None, recipe.system)
-    if recipe.eval_data:
-        held = data.examples(data.read(recipe.eval_data), recipe.columns or None, recipe.system)
-        size = recipe.eval_size or len(held)
-        train, held = made, held[: max(1, round(size * len(held)) if size < 1 else int(size))]
-    elif source is not None:
-        size = int(recipe.eval_size or 100)
-        held, train, source = made[:size], made[size:], source.skip(size)
-        if not train:
-            raise ValueError(f"eval_size {size} leaves nothing to train on of {len(made)} examples; give eval_data")
-    else:
-        builtin = recipe.data == "builtin"  # its file says which rows are held out: the last 100
-        size = recipe.eval_size or (100 if builtin else min(100, max(1, len(made) // 10)))
-        train, held = data.split(made, size, None if builtin else recipe.seed)
+        train, held = halves(recipe, lambda records: data.examples(records, recipe.columns or None, recipe.system))
     audit = data.audit(train, tokenizer, recipe.max_length)
     count = str(len(train)) if source is None else f"a stream, looked at {len(train)}"
     console.print(f"{count} examples to train on, {len(held)} held out; longest {audit.longest} tokens")
@@ -79,7 +67,52 @@ def examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Consol
     if audit.masked == audit.total:
         raise ValueError(f"no example keeps an answer within max_length={recipe.max_length}; raise it")
     files = stream.shards(recipe.data) if recipe.streaming else []
-    return Examples(train, held, audit, source, tuple((file.name, file.stat().st_size) for file in files))
+    shards = tuple((file.name, file.stat().st_size) for file in files)
+    return Examples(train, held, audit, stream=source, shards=shards)
+
+
+def streamed(recipe: Recipe) -> tuple[list[dict], list[dict], IterableDataset]:
+    """The examples of a stream that are looked at, the held-out ones, and the stream to train on."""
+    source = stream.examples(recipe.data, recipe.columns or None, recipe.system)
+    made = stream.head(source, LOOKED_AT)
+    if recipe.eval_data:
+        held = data.examples(data.read(recipe.eval_data), recipe.columns or None, recipe.system)
+        size = recipe.eval_size or len(held)
+        return made, held[: max(1, round(size * len(held)) if size < 1 else int(size))], source
+    size = int(recipe.eval_size or 100)
+    if not made[size:]:
+        raise ValueError(f"eval_size {size} leaves nothing to train on of {len(made)} examples; give eval_data")
+    return made[size:], made[:size], source.skip(size)
+
+
+def halves(
+    recipe: Recipe, convert: Callable[[list[data.Record]], list[dict]], key: Callable[[dict], str] | None = None
+) -> tuple[list[dict], list[dict]]:
+    """A recipe's training and held-out examples; `key`: see `data.split`."""
+    made = convert(data.read(recipe.data, recipe.split))
+    if recipe.eval_data:
+        held = convert(data.read(recipe.eval_data))
+        size = recipe.eval_size or len(held)
+        return made, held[: max(1, round(size * len(held)) if size < 1 else int(size))]
+    builtin = recipe.data == "builtin"  # its file says which rows are held out: the last 100
+    size = recipe.eval_size or (100 if builtin else min(100, max(1, len(made) // 10)))
+    return data.split(made, size, None if builtin else recipe.seed, key)
+
+
+def measured(lengths: list[int], recipe: Recipe) -> data.Audit:
+    """An audit of examples that are cut without losing their answer."""
+    cut = sum(n > recipe.max_length for n in lengths)
+    return data.Audit(len(lengths), cut, 0, 0, max(lengths), sum(lengths) / len(lengths), 0)
+
+
+def announce(rows: Examples, recipe: Recipe, console: Console) -> None:
+    """Say how many examples there are, and how many are cut."""
+    console.print(
+        f"{len(rows.train)} examples to train on, {len(rows.heldout)} held out; longest {rows.audit.longest} tokens"
+        + (f"; labels: {', '.join(rows.labels[:20])}" if rows.labels else "")
+    )
+    if rows.audit.cut:
+        console.print(f"{rows.audit.cut} examples are cut at max_length={recipe.max_length}", style="yellow")
 
 
 def as_dataset(rows: list[dict], tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -141,8 +174,10 @@ def load(
     console: Console,
     found: Checkpoint | None = None,
     batches: Iterable[Any] | None = None,
+    **settings: Any,
 ) -> PreTrainedModel | PeftModel:
-    """The model a recipe trains, quantised if it says so; `batches`: for folds that start from data. After a fold, into
+    """The model a recipe trains, quantised if it says so; `batches`: for folds that start from data; `settings`: of its
+    configuration. After a fold, into
     `folder`/base, it is adapted already, and a run that goes on takes its base from there."""
     from inlay.workbench import packing
 
@@ -155,7 +190,8 @@ def load(
     dtype = torch.float32 if recipe.method == FULL else dtype  # its updates are too small for 16 bits
     if recipe.quantize != "nf4":
         quantization = None if recipe.quantize == "none" else packing.settings(recipe.quantize, dtype)
-        return models.load_model(recipe.model, dtype, *options, quantization)
+        auto = kinds.find(recipe.task).auto
+        return models.load_model(recipe.model, dtype, *options, quantization, auto=auto, **settings)
     made = fold(
         recipe.model, folder / "folded", recipe.config(), rounds=recipe.fold_rounds, batches=batches,
         revision=options[0], trust_remote_code=options[1],
@@ -174,23 +210,29 @@ def load(
 
 def dry_run(recipe: Recipe, console: Console) -> None:
     """Show what a run would do: recipe, first example with its answer marked, parameters, memory. Loads no weights."""
+    from inlay.workbench.tasks import TASKS  # which are made of what is here
+
     check_free(recipe.run_folder(), recipe.overwrite, MARK)
     if adapter := models.fold_at(recipe.model):
         check_fold(recipe, adapter)
-    dtype = models.dtype_for(recipe.dtype)
-    tokenizer = models.load_tokenizer(recipe.model, recipe.revision, recipe.trust_remote_code)
-    rows = examples(recipe, tokenizer, console)
+    dtype, task, kind = models.dtype_for(recipe.dtype), TASKS[recipe.task], kinds.find(recipe.task)
+    tokenizer = task.processor(recipe)
+    rows = task.examples(recipe, tokenizer, console)
     recipe = ranks.settle(recipe, console)
-    run, length = planned(recipe, rows, dtype)
     batch = recipe.batch_size
     if batch == "auto":
-        batch = fitting_batch(run, length, at_most(rows), loaded=False)
+        batch = fitting_batch(*planned(recipe, rows, dtype), at_most(rows), loaded=False)
     recipe = recipe.resolved(dtype=str(dtype).removeprefix("torch."), eval_size=len(rows.heldout), batch_size=batch)
-    need = run.step(batch, length)
-    shown = data.render(rows.train[0], tokenizer, recipe.max_length)
     console.print(recipe.to_yaml().rstrip(), soft_wrap=True)
-    console.print("\nfirst example, the tokens that are learned from in ⟦⟧:")
-    console.print(f"{shown.prompt}⟦{shown.answer.rstrip()}⟧", soft_wrap=True)
+    console.print("\nfirst example, what is learned from in ⟦⟧:" if not kind.causal else TOKENS)
+    console.print(task.shown(rows.train[0], tokenizer, recipe), soft_wrap=True)
+    if not kind.causal or recipe.task == "preference":
+        config = without_start(recipe.adapter())
+        trained = memory.count(recipe.model, config, recipe.trust_remote_code, kind.auto, **task.model_settings(rows))
+        console.print(f"\n{trained:,} trainable numbers; memory is planned for tasks instruction, language_modelling")
+        return
+    run, length = planned(recipe, rows, dtype)
+    need = run.step(batch, length)
     console.print(f"\n{need.parameters:,.0f} trainable numbers; batch {batch} × {length} tokens")
     training = need.trained + need.gradients + need.optimizer
     console.print(

@@ -18,7 +18,7 @@ from peft import PeftConfig
 
 from inlay.host.config import InlayConfig
 from inlay.methods import METHODS, find
-from inlay.workbench import optimizers, peft_methods
+from inlay.workbench import kinds, optimizers, peft_methods
 from inlay.workbench.files import DamagedFileError, from_yaml
 from inlay.zeroth import ZerothOrder
 
@@ -43,6 +43,10 @@ class Recipe:
     )
     fold_rounds: int = entry(1, "quantize: nf4: rounds of quantising and decomposing again what that lost", min=1)
 
+    task: Literal["instruction", "language_modelling", "preference", "classification", "seq2seq", "vision"] = entry(
+        "instruction",
+        "what is learned: answers; plain text; preferences (DPO); labels; summaries; answers on images",
+    )
     data: str = entry("builtin", "file, folder or hub data set; builtin: a slice of E2E NLG")
     split: str | None = entry(None, "split of a hub data set")
     streaming: bool = entry(
@@ -97,7 +101,7 @@ class Recipe:
     skip_nan: int = entry(0, "steps with NaN or Inf to pass over before one ends the run", min=0)
     gradient_checkpointing: bool = entry(False, "less memory, about a third more time")
     seed: int = entry(0, "of everything random", min=0)
-    trainer: dict = entry(dict, "any other field of trl's SFTConfig")
+    trainer: dict = entry(dict, "any other field of trl's SFTConfig or DPOConfig (else: TrainingArguments)")
 
     eval_every: int | None = entry(None, "steps between evaluations (default: before and after only)", min=1)
     early_stopping: int | None = entry(None, "evaluations without improvement to stop after, at the best", min=1)
@@ -125,6 +129,7 @@ class Recipe:
         if self.allocate != "none":
             check_allocate(self)
         check_foreign(self)
+        check_task(self)
         self.adapter()
         check_step(self)
 
@@ -138,12 +143,15 @@ class Recipe:
             return self.config()
         if self.method == peft_methods.FULL:
             return None
-        return peft_methods.config(self.method, self.args, self._where(), steps)
+        kind = kinds.find(self.task).peft
+        return peft_methods.config(self.method, self.args, self._where(), steps, kind)
 
     def config(self) -> InlayConfig:
         """The config of one of Inlay's methods; raises a ValueError for an unknown method or hyperparameter."""
         names = ("method", "args", "scale", "dropout", "patterns", "bias", "saver")
-        return InlayConfig(task_type="CAUSAL_LM", **{n: getattr(self, n) for n in names}, **self._where())
+        return InlayConfig(
+            task_type=kinds.find(self.task).peft, **{n: getattr(self, n) for n in names}, **self._where()
+        )
 
     def _where(self) -> dict[str, Any]:
         names = ("modules_to_save", "target_modules", "exclude_modules", "layers_to_transform")
@@ -240,6 +248,29 @@ def check_step(recipe: Recipe) -> None:
         raise ValueError(f"saver: step {recipe.step} has no backward pass to keep anything for")
     if recipe.lr_ratio is not None and recipe.lr_ratio <= 0:
         raise ValueError(f"lr_ratio: {recipe.lr_ratio} is not above 0")
+
+
+def check_task(recipe: Recipe) -> None:
+    """Refuse what a task has no use for, or what is made for causal language models alone."""
+    if recipe.packing and recipe.task != "instruction":
+        raise ValueError(f"packing is for task instruction, not {recipe.task}; leave it out")
+    if recipe.system is not None and recipe.task in ("classification", "language_modelling"):
+        raise ValueError(f"system: task {recipe.task} has no prompt it could stand before; leave it out")
+    if recipe.data == "builtin" and recipe.task not in ("instruction", "seq2seq"):
+        raise ValueError(f"data: the built-in slice of E2E is not for task {recipe.task}; name a file")
+    if recipe.task == "instruction":
+        return
+    if recipe.streaming:
+        raise ValueError(f"streaming is for task instruction, not {recipe.task}; leave it out")
+    if peft_methods.is_ours(recipe.method) and find(recipe.method).needs:
+        raise ValueError(f"method {recipe.method} starts from data, which is for task instruction, not {recipe.task}")
+    if recipe.quantize == "nf4":
+        raise ValueError(f"quantize: nf4 (folded) is for task instruction; {recipe.task} takes nf4_offset or int8")
+    planned = kinds.find(recipe.task).causal and recipe.task != "preference"
+    if recipe.batch_size == "auto" and not planned:
+        raise ValueError(f"batch_size: auto is not planned for task {recipe.task}; give a number")
+    if recipe.allocate != "none" and not kinds.find(recipe.task).causal:
+        raise ValueError(f"allocate: ranks from spectra are for causal language models, not task {recipe.task}")
 
 
 def check_allocate(recipe: Recipe) -> None:

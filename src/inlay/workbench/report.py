@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import html
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
 
 from inlay import __version__
+from inlay.workbench import kinds
 from inlay.workbench.builtin import MODEL
 from inlay.workbench.memory import gib
 from inlay.workbench.peft_methods import FULL, is_ours
@@ -28,6 +30,15 @@ th, td { text-align: left; vertical-align: top; padding: .4rem .8rem .4rem 0; bo
   .wide tr { display: block; padding: .6rem 0; border-bottom: 1px solid var(--line); } }
 img { max-width: 100%; background: white; } pre { overflow-x: auto; padding: 1rem; border: 1px solid var(--line); }
 """
+
+CAPTIONS = {
+    "loss": "Training and held-out loss per step",
+    "changes": "Where the weights changed: ‖ΔW‖ / ‖W‖",
+    "principal": "How much of each change lies in the principal eighth of its weight's spectrum",
+    "minor": "How much of each change lies in the minor eighth",
+    "ranks": "Ranks",
+    "memory": "Memory, predicted and measured",
+}
 
 MERGING = "\nTo serve it without Inlay, merge it first: `inlay merge path/to/this/folder merged/`.\n"
 
@@ -47,7 +58,7 @@ def plot_loss(result: Result, path: Path) -> None:
         axes.annotate(
             f"{loss:.2f}", (step, loss), textcoords="offset points", xytext=(0, 8), color="#b03a2e", ha="center"
         )
-    axes.set(xlabel="optimiser step", ylabel="loss (nats per answer token)", title=title(result))
+    axes.set(xlabel="optimiser step", ylabel=kinds.find(result.recipe.task).loss, title=title(result))
     axes.margins(0.05, 0.12)
     axes.grid(alpha=0.25)
     axes.legend()
@@ -84,6 +95,7 @@ def facts(result: Result) -> dict[str, str]:
         "Trained": f"{result.parameters:,} of {result.base_parameters:,} numbers",
         "Data": "E2E NLG (built in)" if recipe.data == MODEL else recipe.data,
         "Held-out loss": f"{result.before:.3f} before, {result.after:.3f} after",
+        **{name: f"{then:.3f} before, {now:.3f} after" for name, (then, now) in result.scores.items()},
         "Training": f"{result.seconds:.0f} s, {result.tokens:,} tokens, {gib(result.memory)} peak memory",
     }
 
@@ -112,9 +124,14 @@ def samples_text(result: Result) -> str:
     return "\n".join(lines)
 
 
-def page(result: Result) -> str:
-    """`report.html`: one self-contained file."""
-    picture = base64.b64encode((result.folder / "plots" / "loss.png").read_bytes()).decode()
+def picture(result: Result, name: str) -> str:
+    """A plot of the run, inside the page."""
+    data = base64.b64encode((result.folder / "plots" / f"{name}.png").read_bytes()).decode()
+    return f'<figure><img alt="{html.escape(CAPTIONS[name])}" src="data:image/png;base64,{data}"></figure>'
+
+
+def page(result: Result, plots: Sequence[str] = ()) -> str:
+    """`report.html`: one self-contained file; `plots`: those of the run beside its loss."""
     rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in facts(result).items())
     names = ("prompt", "before", "after", "reference")
     head = "".join(f"<th>{name}</th>" for name in names)
@@ -123,7 +140,8 @@ def page(result: Result) -> str:
     return document(
         title(result),
         f"""<table>{rows}</table>
-<h2>Loss</h2><img alt="training and held-out loss per step" src="data:image/png;base64,{picture}">
+<h2>Loss</h2>{picture(result, "loss")}
+{"".join(f"<h2>{CAPTIONS[name]}</h2>{picture(result, name)}" for name in plots)}
 <h2>Held-out prompts, before and after</h2><div class="wide"><table><tr>{head}</tr>{body}</table></div>
 <h2>Recipe</h2><pre>{html.escape(result.recipe.to_yaml())}</pre>
 <h2>Versions</h2><pre>{html.escape(versions())}</pre>""",
@@ -147,19 +165,28 @@ def versions() -> str:
     return "\n".join(f"{name} {number}" for name, number in {"inlay": __version__, **environment()}.items())
 
 
+def loader_of(result: Result) -> str:
+    """The class of transformers or PEFT that loads what was trained."""
+    name = kinds.find(result.recipe.task).auto.__name__
+    if result.recipe.method == FULL:
+        return name
+    return name.replace("Auto", "AutoPeft", 1) if "ImageText" not in name else "AutoPeftModel"
+
+
 def card(result: Result) -> str:
     """The README, for the hub, of what was trained."""
     name, method = result.recipe.model, result.recipe.method
     base = f"base_model: {name}\n" if not os.path.exists(name) and "/" in name else ""
     table = "\n".join(f"| {key} | {value} |" for key, value in facts(result).items())
-    library, loader = (
-        ("transformers", "AutoModelForCausalLM") if method == FULL else ("peft", "AutoPeftModelForCausalLM")
-    )
+    kind = kinds.find(result.recipe.task)
+    library, loader = "transformers" if method == FULL else "peft", loader_of(result)
+    own = method != FULL and kind.peft == kinds.SEQUENCE
+    more = f", num_labels={result.labels}" if own else ""
     register = "import inlay  # makes PEFT know the adapter type\n" if is_ours(method) else ""
     merging = "" if method == FULL else MERGING
     return f"""---
 {base}library_name: {library}
-pipeline_tag: text-generation
+pipeline_tag: {kind.tag}
 tags: [inlay, "{method}"]
 ---
 # {title(result)}
@@ -171,7 +198,7 @@ tags: [inlay, "{method}"]
 ```python
 {register}from {library} import {loader}
 
-model = {loader}.from_pretrained("path/to/this/folder")
+model = {loader}.from_pretrained("path/to/this/folder"{more})
 ```
 {merging}
 Recipe:

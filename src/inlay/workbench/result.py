@@ -26,6 +26,9 @@ class Result:
     memory: int
     history: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, str]] = field(default_factory=list)
+    scores: dict[str, tuple[float, float]] = field(default_factory=dict)  # of the task, before and after
+    labels: int | None = None  # of a classification
+    memory_planned: dict[str, float] = field(default_factory=dict)  # bytes at the peak of a step, by part
 
 
 def environment() -> dict[str, str]:

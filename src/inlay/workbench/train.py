@@ -1,4 +1,4 @@
-"""One fine-tuning run: trl's SFTTrainer between a recipe and a run folder."""
+"""One fine-tuning run: the trainer of its task between a recipe and a run folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,30 +20,31 @@ from torch import Tensor
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback, set_seed
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback
-from trl import SFTConfig
 
 from inlay.host import processes, starts
 from inlay.host.flat import Flat
 from inlay.host.groups import raised
 from inlay.host.schedule import Schedule
-from inlay.workbench import calibration, checkpoints, memory, models, optimizers, peft_methods, ranks, report
+from inlay.workbench import (
+    calibration,
+    checkpoints,
+    kinds,
+    memory,
+    models,
+    optimizers,
+    peft_methods,
+    ranks,
+    report,
+    run_plots,
+)
+from inlay.workbench.changes import changes
 from inlay.workbench.checkpoints import Checkpoint
 from inlay.workbench.files import check_free, locked, new_folder, set_aside, write_text
-from inlay.workbench.generate import answer
-from inlay.workbench.prepare import (
-    MARK,
-    Examples,
-    as_dataset,
-    at_most,
-    examples,
-    fitting_batch,
-    load,
-    planned,
-    training_set,
-)
+from inlay.workbench.prepare import MARK, Examples, at_most, fitting_batch, load, planned, training_set
 from inlay.workbench.recipe import Recipe
 from inlay.workbench.recipe import load as load_recipe
 from inlay.workbench.result import Result, environment
+from inlay.workbench.tasks import TASKS
 from inlay.workbench.trainer import Trainer
 from inlay.workbench.watch import Watch, duration, peak_memory
 
@@ -51,13 +52,13 @@ PAGE = "report.html"  # what a run writes last
 BEFORE = ".before.json"  # the answers before training, until the samples are written
 
 
-def arguments(recipe: Recipe, folder: Path, batch: int, steps: int, dtype: torch.dtype) -> SFTConfig:
-    """A recipe as trl's SFTConfig.
+def arguments(recipe: Recipe, folder: Path, batch: int, steps: int, dtype: torch.dtype) -> Any:
+    """A recipe as the arguments of its task's trainer: trl's SFTConfig, for instructions.
 
     Raises:
         ValueError: a value, or a key of `trainer`, that trl or transformers refuse.
     """
-    evaluating = recipe.eval_every
+    task, evaluating = TASKS[recipe.task], recipe.eval_every
     saving = math.ceil(steps / 10) if recipe.save_every is None else recipe.save_every
     if recipe.keep_best or recipe.early_stopping:
         saving = evaluating
@@ -76,9 +77,6 @@ def arguments(recipe: Recipe, folder: Path, batch: int, steps: int, dtype: torch
         "max_grad_norm": recipe.max_grad_norm if recipe.step == "backward" else 0.0,
         "gradient_checkpointing": recipe.gradient_checkpointing,
         "seed": recipe.seed,
-        "max_length": recipe.max_length,
-        "packing": recipe.packing,
-        "eval_packing": False,
         # An adapted base is loaded in its compute dtype and θ stays fp32: autocast would only add casts.
         "bf16": recipe.method == peft_methods.FULL and dtype == torch.bfloat16,
         # For its loss scaling.
@@ -98,13 +96,14 @@ def arguments(recipe: Recipe, folder: Path, batch: int, steps: int, dtype: torch
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
         "ddp_broadcast_buffers": False,  # θ₀ and frozen factors, equal from the start
+        **task.settings(recipe),
     }
     if processes.count() > 1:
         values["accelerator_config"] = {"use_configured_state": True}  # of `processes.joined`
     for key in recipe.trainer:
-        check_extra(key, values)
+        check_extra(key, values, task.arguments)
     try:
-        return SFTConfig(**{**values, **recipe.trainer})
+        return task.arguments(**{**values, **recipe.trainer})
     except (TypeError, ValueError) as error:
         raise ValueError(f"the trainer refuses this recipe: {models.first_line(error)}") from None
 
@@ -119,12 +118,14 @@ def check_tracker(names: str) -> None:
             raise ValueError(f"report_to: {name} is not installed; pip install {name}")
 
 
-def check_extra(key: str, values: dict[str, Any]) -> None:
-    """Refuse a key of `trainer` that trl does not have, or that the recipe sets itself."""
-    known = [f.name for f in fields(SFTConfig)]
+def check_extra(key: str, values: dict[str, Any], arguments: Any) -> None:
+    """Refuse a key of `trainer` that the trainer's arguments do not have, or that the recipe sets itself."""
+    known = [f.name for f in fields(arguments)]
     if key not in known:
         close = difflib.get_close_matches(key, known, 1)
-        raise ValueError(f"trainer: SFTConfig has no {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+        raise ValueError(
+            f"trainer: {arguments.__name__} has no {key!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+        )
     if key in values and key not in ("logging_steps", "save_total_limit", "per_device_eval_batch_size", "eval_packing"):
         raise ValueError(f"trainer: {key!r} is set by the recipe itself; use its own field")
 
@@ -142,8 +143,9 @@ def train(recipe: Recipe, console: Console | None = None, resume: bool = False) 
     with locked(folder) if processes.first() else nullcontext():
         found = processes.same(lambda: begin(recipe, folder, console, resume))
         dtype = models.dtype_for(recipe.dtype)
-        tokenizer = models.load_tokenizer(recipe.model, recipe.revision, recipe.trust_remote_code)
-        rows = processes.in_turn(lambda: examples(recipe, tokenizer, console))
+        task = TASKS[recipe.task]
+        tokenizer = task.processor(recipe)
+        rows = processes.in_turn(lambda: task.examples(recipe, tokenizer, console))
         old = processes.same(lambda: None if found else start_folder(folder, recipe))
         try:
             recipe = processes.same(lambda recipe=recipe: ranks.settle(recipe, console))
@@ -152,7 +154,8 @@ def train(recipe: Recipe, console: Console | None = None, resume: bool = False) 
             )
             set_seed(recipe.seed)
             seen = calibration.batches(recipe, tokenizer, rows)
-            trainer = build(recipe, load(recipe, dtype, folder, console, found, seen), tokenizer, rows, folder)
+            base = load(recipe, dtype, folder, console, found, seen, **task.model_settings(rows))
+            trainer = build(recipe, base, tokenizer, rows, folder)
             if found is None:
                 calibration.start(recipe, trainer.model, tokenizer, rows, console)
             recipe = recipe.resolved(
@@ -232,6 +235,7 @@ def run(
 ) -> Result:
     """Fit, and write everything into the run folder."""
     result = fit(recipe, trainer, tokenizer, rows, console, found)
+    result.memory_planned = foreseen(recipe, rows, trainer)
     model = cast(Any, trainer.model)
     state = processes.whole_state(model) if trainer.is_fsdp_enabled else None
     write(result, model, state) if processes.first() else None
@@ -248,7 +252,8 @@ def fit(
         "identity": checkpoints.identity(trainer, rows),
         "versions": environment(),
     }
-    watch = Watch(folder, console)
+    task = TASKS[recipe.task]
+    watch = Watch(folder, console, task.metrics)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(watch)
     parameters, base = memory.numbers(model)
@@ -266,10 +271,11 @@ def fit(
         trainer.args.eval_on_start = True
     else:
         trainer.evaluate()
-    prompts = [row["prompt"] for row in rows.heldout if "prompt" in row][: recipe.samples]
+    questions = task.questions(rows.heldout, recipe.samples)
+    asked = [row["input"] for row in questions]
     if not processes.same((folder / BEFORE).exists):
-        first = answer(model, tokenizer, prompts) if prompts else []
-        write_text(folder / BEFORE, json.dumps(first)) if processes.first() else None
+        said = task.answers(model, tokenizer, asked) if asked else []
+        write_text(folder / BEFORE, json.dumps(said)) if processes.first() else None
     try:
         trainer.go_on(found)
     except KeyboardInterrupt:
@@ -278,14 +284,36 @@ def fit(
     finally:
         watch.bar.stop()
     seconds = watch.seconds
-    before, after = watch.history[0]["eval_loss"], trainer.evaluate()["eval_loss"]
+    first, last = watch.history[0], trainer.evaluate()
+    before, after = first["eval_loss"], last["eval_loss"]
     console.print(f"held-out loss after:  {after:.3f}  ({duration(seconds)}, {memory.gib(peak_memory())} peak)")
+    then, now = task.scores(first), task.scores(last)
+    for name, score in now.items():
+        console.print(f"{name}: {then[name]:.3f} before, {score:.3f} after")
     answers = [processes.same(lambda: json.loads((folder / BEFORE).read_text(encoding="utf-8")))]
-    answers += [answer(model, tokenizer, prompts)] if prompts else []
+    answers += [task.answers(model, tokenizer, asked)] if asked else []
     return Result(
         recipe, folder, parameters, base, before, after, seconds, watch.tokens, peak_memory(), watch.history,
-        samples(rows.heldout, answers),
+        samples(questions, answers), {name: (then[name], score) for name, score in now.items()},
+        len(rows.labels or ()) or None,
     )  # fmt: skip
+
+
+def foreseen(recipe: Recipe, rows: Examples, trainer: Any) -> dict[str, float]:
+    """What the planner says of the peak of a step, by part, in bytes; nothing where it cannot follow the model."""
+    if recipe.task not in ("instruction", "language_modelling"):
+        return {}
+    try:
+        run, length = planned(recipe, rows, models.dtype_for(recipe.dtype))
+        need = run.step(trainer.args.per_device_train_batch_size, length)
+    except ValueError:
+        return {}
+    parts = {
+        "weights": need.frozen,
+        "adapter, gradients, optimiser": need.trained + need.gradients + need.optimizer,
+        "activations": need.activations,
+    }
+    return {**parts, "for a moment": max(0.0, need.peak - sum(parts.values()))}
 
 
 def build(recipe: Recipe, base: Any, tokenizer, rows: Examples, folder: Path) -> Trainer:
@@ -298,12 +326,15 @@ def build(recipe: Recipe, base: Any, tokenizer, rows: Examples, folder: Path) ->
     steps = recipe.steps or math.ceil(recipe.epochs * len(rows.train) / of_step)
     stop: list[TrainerCallback] = [EarlyStoppingCallback(recipe.early_stopping)] if recipe.early_stopping else []
     adapter = None if isinstance(base, PeftModel) else recipe.adapter(steps)
+    if adapter is not None:
+        adapter.revision = recipe.revision  # of the base, for who loads or merges it
+    task = TASKS[recipe.task]
     with starts.shared():
-        trainer = Trainer(
+        trainer = task.trainer(
             base,
             args=arguments(recipe, folder, batch, steps, models.dtype_for(recipe.dtype)),
-            train_dataset=training_set(rows, tokenizer),
-            eval_dataset=as_dataset(rows.heldout, tokenizer),
+            train_dataset=training_set(rows, tokenizer) if rows.stream else task.dataset(rows.train, tokenizer, recipe),
+            eval_dataset=task.dataset(rows.heldout, tokenizer, recipe),
             processing_class=tokenizer,
             peft_config=adapter,
             callbacks=[Schedule(), *([Flat(recipe.flat_noise, recipe.seed)] if recipe.flat_noise else []), *stop],
@@ -311,6 +342,7 @@ def build(recipe: Recipe, base: Any, tokenizer, rows: Examples, folder: Path) ->
             lr_ratio=recipe.lr_ratio,
             zeroth=recipe.zeroth(),
             optimizer_cls_and_kwargs=optimizers.own(recipe.optim, recipe.learning_rate, recipe.optimizer_args),
+            **task.parts(tokenizer, rows),
         )
     if adapter is not None and not peft_methods.is_ours(recipe.method):
         peft_methods.complete(trainer)
@@ -351,14 +383,13 @@ def tidy(folder: Path) -> None:
         path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
 
 
-def samples(heldout: list[dict], answers: list[list[str]]) -> list[dict[str, str]]:
+def samples(questions: list[dict], answers: list[list[str]]) -> list[dict[str, str]]:
     """Prompt, reference, and the answers before and after."""
     if len(answers) < 2:
         return []
-    rows = [row for row in heldout if "prompt" in row]
     return [
-        {"prompt": row["prompt"][-1]["content"], "reference": row["completion"][-1]["content"], "before": b, "after": a}
-        for row, b, a in zip(rows, answers[0], answers[1], strict=False)
+        {"prompt": row["prompt"], "reference": row["reference"], "before": b, "after": a}
+        for row, b, a in zip(questions, answers[0], answers[1], strict=False)
     ]
 
 
@@ -368,12 +399,23 @@ def write(result: Result, model: PeftModel | PreTrainedModel, state: dict[str, T
     kept = result.folder / result.recipe.kept
     marker = "adapter_config.json" if isinstance(model, PeftModel) else "config.json"
     with new_folder(kept, overwrite=True, marker=marker) as part:
-        model.save_pretrained(str(part), state_dict=state)
+        if isinstance(model, PeftModel):  # DPO may keep another adapter as the reference
+            model.save_pretrained(str(part), state_dict=state, selected_adapters=["default"])
+        else:
+            model.save_pretrained(str(part), state_dict=state)
+        if kinds.find(result.recipe.task).peft == kinds.SEQUENCE:
+            model.config.save_pretrained(str(part))  # the labels
         (part / "README.md").write_text(report.card(result), encoding="utf-8")
     (result.folder / "plots").mkdir(exist_ok=True)
     report.plot_loss(result, result.folder / "plots" / "loss.png")
+    found = changes(model) if isinstance(model, PeftModel) else {}
+    memory_parts = {**result.memory_planned, "measured": result.memory} if result.memory_planned else {}
+    drawn = run_plots.draw(found, memory_parts, result.folder / "plots")
+    if found:
+        told = {module: asdict(change) for module, change in found.items()}
+        write_text(result.folder / "changes.json", json.dumps(told, indent=1))
     write_text(result.folder / "samples.md", report.samples_text(result))
-    write_text(result.folder / PAGE, report.page(result))
+    write_text(result.folder / PAGE, report.page(result, drawn))
     (result.folder / BEFORE).unlink()
 
 

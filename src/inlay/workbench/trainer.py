@@ -1,5 +1,5 @@
-"""trl's SFTTrainer with a run's safety: whole checkpoints, a stop that keeps them, and no step on NaN or Inf; and with
-ways to take a step that transformers does not have."""
+"""The trainers of trl and transformers with a run's safety: whole checkpoints, a stop that keeps them, and no step on
+NaN or Inf; and with ways to take a step that transformers does not have."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import signal
 import threading
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft import PeftModel
+import transformers
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from trl import SFTTrainer
+from trl import DPOTrainer, SFTTrainer
 
 from inlay.host import processes
 from inlay.host.groups import raised
@@ -24,6 +25,9 @@ from inlay.workbench import checkpoints
 from inlay.workbench.checkpoints import Checkpoint
 from inlay.workbench.models import first_line
 from inlay.zeroth import ZerothOrder
+
+Base = transformers.Trainer if TYPE_CHECKING else object  # the trainers below have it after `Safe`
+FOR_LOSS = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")  # what DPO's batches hold beside inputs
 
 
 class Stop(TrainerCallback):
@@ -59,10 +63,10 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
-class Trainer(SFTTrainer):
-    """As trl's, with `checkpoints.staged` around its saving. `run`: what a checkpoint says of its run; `skips`: how
-    many steps with NaN or Inf are passed over before one ends the run; `lr_ratio`: LoRA+'s; `zeroth`: what estimates
-    gradients in place of a backward pass.
+class Safe(Base):
+    """A trainer of transformers' kind, with `checkpoints.staged` around its saving. `run`: what a checkpoint says of
+    its run; `skips`: how many steps with NaN or Inf are passed over before one ends the run; `lr_ratio`: LoRA+'s;
+    `zeroth`: what estimates gradients in place of a backward pass.
 
     In several processes a checkpoint is what one process writes: with FSDP2 the adapter and the optimiser's state are
     gathered, so that a run goes on in another number of processes, sharded or not.
@@ -183,7 +187,7 @@ class Trainer(SFTTrainer):
 
         def loss() -> Tensor:
             with self.compute_loss_context_manager():
-                value = self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
+                value = cast(Tensor, self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch))
             return cast(Tensor, self.accelerator.reduce(value.mean() / parts, "mean"))
 
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -211,7 +215,8 @@ class Trainer(SFTTrainer):
         if not processes.some(lost or bool(bad)):
             return None
         if processes.some(lost):  # then all look for where, as a sharded model's forward pass needs all
-            place = first_bad_output(model, self._prepare_inputs(inputs))
+            given = {key: value for key, value in inputs.items() if key not in FOR_LOSS}
+            place = first_bad_output(model, self._prepare_inputs(given))
             fault = f"the loss is {loss.item()}" + (f", first in the output of {place}" if place else "")
         elif bad:
             fault = f"the gradient of {bad[-1]} is not finite"
@@ -232,6 +237,24 @@ class Trainer(SFTTrainer):
         """As trl's; a step that was passed over has no loss, but a reason."""
         why = self.passed.get(self.state.global_step) if "loss" in logs else None
         super().log({"passed_over": why} if why else logs, start_time)  # type: ignore[arg-type]
+
+
+class Trainer(Safe, SFTTrainer):
+    """trl's, for instructions, plain text and images."""
+
+
+class PreferenceTrainer(Safe, DPOTrainer):
+    """trl's, for preferences."""
+
+
+class PlainTrainer(Safe, transformers.Trainer):
+    """transformers' own, which takes an adapter as trl's do."""
+
+    def __init__(self, model: Any, *args: Any, peft_config: PeftConfig | None = None, **kwargs: Any) -> None:
+        model = get_peft_model(model, peft_config) if peft_config is not None else model
+        if isinstance(model, PeftModel) and kwargs["args"].gradient_checkpointing:
+            cast(Any, model).enable_input_require_grads()
+        super().__init__(model, *args, **kwargs)
 
 
 def bad_gradients(model: nn.Module) -> list[str]:

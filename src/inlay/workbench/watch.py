@@ -6,6 +6,7 @@ import json
 import platform
 import resource
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from inlay.workbench.memory import gib, trainable
 class Watch(TrainerCallback):
     """Follows a run: `metrics.jsonl`, and a bar on a terminal or a line now and then in a log file."""
 
-    def __init__(self, folder: Path, console: Console) -> None:
-        self.file, self.console = folder / METRICS, console
+    def __init__(self, folder: Path, console: Console, metrics: Sequence[str] = ()) -> None:
+        self.file, self.console, self.metrics = folder / METRICS, console, [f"eval_{name}" for name in metrics]
         self.history: list[dict[str, Any]] = []
         self.started, self.tokens = time.perf_counter(), 0
         self.spent, self.read = 0.0, 0  # seconds and tokens of the processes before this one
@@ -54,9 +55,13 @@ class Watch(TrainerCallback):
     def on_log(self, args, state, control, logs: dict[str, Any] | None = None, model=None, **kwargs) -> None:
         logs = logs or {}
         names = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy", "eval_mean_token_accuracy")
-        row = {"step": state.global_step, **{name: logs[name] for name in (*names, "passed_over") if name in logs}}
+        row = {
+            "step": state.global_step,
+            **{name: logs[name] for name in (*names, *self.metrics, "passed_over") if name in logs},
+        }
         if "loss" in logs:
-            self.tokens = self.read + int(logs.get("num_tokens", self.tokens - self.read))
+            self.tokens = self.read + int(logs.get("num_tokens", self.tokens - self.read))  # trl counts from zero,
+            self.tokens = int(state.num_input_tokens_seen) or self.tokens  # transformers over the whole run
             row |= {"tokens": self.tokens, "seconds": round(self.seconds, 3), "memory": peak_memory()}
             row |= {"trained": trainable(model)} if model is not None else {}
             self._show(state, row)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
@@ -27,8 +28,15 @@ class Weights:
         ValueError: the model has no safetensors files, or they cannot be read.
     """
 
-    def __init__(self, model: str, revision: str | None = None, trust_remote_code: bool = False) -> None:
-        self.model, self.trust_remote_code, where = model, trust_remote_code, models.resolve(model)
+    def __init__(
+        self,
+        model: str,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        auto: Any = AutoModelForCausalLM,
+    ) -> None:
+        self.model, self.revision, self.trust_remote_code, self.auto = model, revision, trust_remote_code, auto
+        where = models.resolve(model)
         try:
             one = cached_file(where, ONE, revision=revision, _raise_exceptions_for_missing_entries=False)
             index = None if one else cached_file(where, MANY, revision=revision)
@@ -51,7 +59,8 @@ class Weights:
     def stored(self) -> dict[str, str]:
         """The stored name of every tensor that the model holds as it is stored, by the model's own name: checkpoints
         leave out a leading module, or keep the names of an older release."""
-        blank = memory.meta_model(self.model, torch.float32, self.trust_remote_code)
+        trust = self.trust_remote_code
+        blank = memory.meta_model(self.model, torch.float32, trust, auto=self.auto, revision=self.revision)
         conversions = get_model_conversion_mapping(blank)
         names = [c for c in conversions if isinstance(c, WeightRenaming)]
         layouts: Any = [c for c in conversions if not isinstance(c, WeightRenaming)]

@@ -1,0 +1,68 @@
+"""The tasks a recipe may name, and the transformers model that each one trains.
+
+What a task does with data, losses and answers is in `tasks`; here is what planning, merging and cards need too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A task's name, PEFT's name of it, the class that loads its models, the hub's tag, and what its loss is."""
+
+    name: str
+    peft: str
+    auto: Any
+    tag: str
+    loss: str = "loss (nats per answer token)"
+
+    @property
+    def causal(self) -> bool:
+        """Whether its models are causal language models, which are planned, folded, exported and compared."""
+        return self.auto is AutoModelForCausalLM
+
+
+CAUSAL, SEQUENCE, SEQ2SEQ = "CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM"
+KINDS = (
+    Kind("instruction", CAUSAL, AutoModelForCausalLM, "text-generation"),
+    Kind("language_modelling", CAUSAL, AutoModelForCausalLM, "text-generation", "loss (nats per token)"),
+    Kind("preference", CAUSAL, AutoModelForCausalLM, "text-generation", "DPO's loss (nats per pair)"),
+    Kind("classification", SEQUENCE, AutoModelForSequenceClassification, "text-classification", "loss (per example)"),
+    Kind("seq2seq", SEQ2SEQ, AutoModelForSeq2SeqLM, "summarization"),
+    Kind("vision", CAUSAL, AutoModelForImageTextToText, "image-text-to-text"),
+)
+
+
+def find(name: str) -> Kind:
+    """The kind of a task in a recipe."""
+    return next(kind for kind in KINDS if kind.name == name)
+
+
+def auto_for(config: Any, task_type: str | None) -> Any:
+    """The class that loads the base of an adapter, from the base's configuration and the adapter's task type.
+
+    Raises:
+        ValueError: no task here trains such a model.
+    """
+    task = str(task_type or CAUSAL)
+    text, sees = (type(config) in m for m in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING))
+    if task == CAUSAL and sees and not text:
+        return AutoModelForImageTextToText
+    for kind in KINDS:
+        if kind.peft == task:
+            return kind.auto
+    raise ValueError(
+        f"an adapter for {task} is not handled here ({', '.join({k.peft: 0 for k in KINDS})} are); in Python, "
+        "PeftModel.from_pretrained(...).merge_and_unload() merges any"
+    )

@@ -1,0 +1,96 @@
+"""Preferences: of two answers to a prompt, which one; direct preference optimisation (Rafailov et al., 2305.18290)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from datasets import Dataset
+from rich.console import Console
+from trl import DPOConfig
+from trl.data_utils import extract_prompt
+
+from inlay.workbench import data, prepare
+from inlay.workbench.peft_methods import FULL
+from inlay.workbench.prepare import Examples
+from inlay.workbench.read import Record
+from inlay.workbench.recipe import Recipe
+from inlay.workbench.tasks.task import Row, Task
+from inlay.workbench.trainer import PreferenceTrainer
+
+FORMATS = {
+    "preference": {
+        "prompt": ("prompt", "question", "instruction"),
+        "chosen": ("chosen",),
+        "rejected": ("rejected",),
+    },
+    "chats": {"chosen": ("chosen",), "rejected": ("rejected",)},
+}
+
+
+class Preference(Task):
+    """Through trl's DPOTrainer. The reference is the model without its adapter; where all of it is trained, its own
+    log-probabilities from before. DPO's β and variants go under `trainer`: {beta: 0.1}."""
+
+    trainer, arguments = PreferenceTrainer, DPOConfig
+    metrics = ("rewards/accuracies", "rewards/margins")
+
+    def examples(self, recipe: Recipe, tokenizer: Any, console: Console) -> Examples:
+        train, held = prepare.halves(
+            recipe, lambda records: convert(records, recipe), lambda r: r["prompt"][-1]["content"]
+        )
+        lengths = [
+            max(data.render({"prompt": r["prompt"], "completion": r[side]}, tokenizer, None).length for side in SIDES)
+            for r in train
+        ]
+        made = Examples(train, held, prepare.measured(lengths, recipe))
+        prepare.announce(made, recipe, console)
+        return made
+
+    def settings(self, recipe: Recipe) -> dict[str, Any]:
+        return {"max_length": recipe.max_length, "precompute_ref_log_probs": recipe.method == FULL}
+
+    def dataset(self, rows: list[Row], tokenizer: Any, recipe: Recipe) -> Dataset:
+        return Dataset.from_list(rows if tokenizer.chat_template else [plain(row) for row in rows])
+
+    def questions(self, rows: list[Row], count: int) -> list[Row]:
+        return [
+            {"input": r["prompt"], "prompt": r["prompt"][-1]["content"], "reference": r["chosen"][-1]["content"]}
+            for r in rows[:count]
+        ]
+
+    def shown(self, row: Row, tokenizer: Any, recipe: Recipe) -> str:
+        sides = [{"prompt": row["prompt"], "completion": row[side]} for side in SIDES]
+        return "\n".join(Task.shown(self, side, tokenizer, recipe) for side in sides)
+
+
+SIDES = ("chosen", "rejected")
+
+
+def convert(records: list[Record], recipe: Recipe) -> list[Row]:
+    """Records as conversations {"prompt", "chosen", "rejected"}; of two chats, the prompt is what they share."""
+
+    def row(record: Record, roles: dict[str, str]) -> list[Row]:
+        cells = {role: record[column] for role, column in roles.items()}
+        if "prompt" not in cells:
+            if not all(isinstance(cells[side], list) for side in SIDES):
+                raise ValueError("chosen and rejected without a prompt; accepted: two chats, or a prompt column")
+            cells = extract_prompt({side: data.messages(cells[side], side) for side in SIDES})
+        ask = cells["prompt"]
+        prompt = ask if isinstance(ask, list) else [{"role": "user", "content": data.string(ask, roles["prompt"])}]
+        made: Row = {}
+        for side in SIDES:
+            said = cells[side]
+            turns = said if isinstance(said, list) else [{"role": "assistant", "content": data.string(said, side)}]
+            (one,) = data.turns(data.messages(prompt + turns, side), recipe.system)[-1:]
+            made |= {"prompt": one["prompt"], side: one["completion"]}
+        if made["chosen"] == made["rejected"]:
+            raise ValueError("chosen and rejected are the same answer")
+        return [made]
+
+    return data.convert_all(records, recipe.columns, FORMATS, row)
+
+
+def plain(row: Row) -> Row:
+    """As strings, for a tokenizer without a chat template."""
+    made = {side: data.plain({"prompt": row["prompt"], "completion": row[side]}) for side in SIDES}
+    return {"prompt": made["chosen"]["prompt"], **{side: made[side]["completion"] for side in SIDES}}

@@ -1,0 +1,86 @@
+"""Encoder-decoder models that write a text from a text: summaries (XSum, CNN/DailyMail), translations, answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from datasets import Dataset
+from rich.console import Console
+from transformers import DataCollatorForSeq2Seq, TrainingArguments
+
+from inlay.workbench import data, prepare
+from inlay.workbench.prepare import Examples
+from inlay.workbench.read import Record
+from inlay.workbench.recipe import Recipe
+from inlay.workbench.tasks.task import Row, Task
+from inlay.workbench.trainer import PlainTrainer
+
+FORMATS = {
+    "XSum": {"prompt": ("document",), "answer": ("summary",)},
+    "CNN/DailyMail": {"prompt": ("article",), "answer": ("highlights",)},
+    "summary": {"prompt": ("text", "dialogue"), "answer": ("summary",)},
+    **{name: data.FORMATS[name] for name in ("instruction", "prompt-completion", "question-answer", "E2E")},
+}
+
+
+class Seq2Seq(Task):
+    """The source goes into the encoder, cut at `max_length`; the loss is over the target. `system` is put before every
+    source: T5's "summarize: "."""
+
+    trainer, arguments = PlainTrainer, TrainingArguments
+
+    def examples(self, recipe: Recipe, tokenizer: Any, console: Console) -> Examples:
+        train, held = prepare.halves(recipe, lambda records: convert(records, recipe), lambda row: row["source"])
+        lengths = [max(len(tokenizer(row[side])["input_ids"]) for side in ("source", "target")) for row in train]
+        made = Examples(train, held, prepare.measured(lengths, recipe))
+        prepare.announce(made, recipe, console)
+        return made
+
+    def settings(self, recipe: Recipe) -> dict[str, Any]:
+        return {
+            "include_num_input_tokens_seen": "non_padding",
+            "label_names": ["labels"],
+            "prediction_loss_only": True,
+        }
+
+    def dataset(self, rows: list[Row], tokenizer: Any, recipe: Recipe) -> Dataset:
+        limit = {"truncation": True, "max_length": recipe.max_length}
+        sources = [tokenizer(row["source"], **limit) for row in rows]
+        targets = [tokenizer(text_target=row["target"], **limit)["input_ids"] for row in rows]
+        return Dataset.from_list([{**s, "labels": t} for s, t in zip(sources, targets, strict=True)])
+
+    def parts(self, tokenizer: Any, rows: Examples) -> dict[str, Any]:
+        return {"data_collator": DataCollatorForSeq2Seq(tokenizer)}
+
+    def questions(self, rows: list[Row], count: int) -> list[Row]:
+        return [{"input": r["source"], "prompt": r["source"], "reference": r["target"]} for r in rows[:count]]
+
+    @torch.no_grad()
+    def answers(self, model: Any, tokenizer: Any, inputs: list[Any]) -> list[str]:
+        was_training = model.training
+        model.eval()
+        cut = tokenizer(inputs, return_tensors="pt", padding=True, truncation=True).to(model.device)
+        out = model.generate(**cut, do_sample=False, max_new_tokens=64)
+        model.train(was_training)
+        return [text.strip() for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
+
+    def shown(self, row: Row, tokenizer: Any, recipe: Recipe) -> str:
+        return f"{row['source']} ⟦{row['target']}⟧"
+
+
+def convert(records: list[Record], recipe: Recipe) -> list[Row]:
+    """Records as {"source", "target"}, with the recipe's `system` before the source."""
+
+    def row(record: Record, roles: dict[str, str]) -> list[Row]:
+        source = data.string(record[roles["prompt"]], roles["prompt"])
+        extra = record.get(roles.get("input", ""))
+        source = f"{source}\n\n{extra}" if extra else source
+        return [
+            {
+                "source": (recipe.system or "") + source,
+                "target": data.string(record[roles["answer"]], roles["answer"]),
+            }
+        ]
+
+    return data.convert_all(records, recipe.columns, FORMATS, row)

@@ -1,0 +1,116 @@
+"""Vision-language models learn answers to prompts with images, in the form of LLaVA, through trl's SFTTrainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, Image, List
+from PIL import Image as Picture
+from rich.console import Console
+from transformers import AutoProcessor
+
+from inlay.workbench import data, models, prepare
+from inlay.workbench.prepare import Examples
+from inlay.workbench.read import Record
+from inlay.workbench.recipe import Recipe
+from inlay.workbench.tasks.task import Row, Task
+
+FORMATS = {
+    "LLaVA": {"messages": ("conversations", "messages"), "images": ("image", "images")},
+    "question-answer": {
+        "prompt": ("prompt", "question", "instruction"),
+        "answer": ("answer", "completion", "response"),
+        "images": ("image", "images"),
+    },
+}
+MARK = "<image>"  # where LLaVA's texts have the image; trl puts its own before the first question
+
+
+class Vision(Task):
+    """Images are files, beside the data unless their paths are absolute. Nothing is cut: half an image's tokens are
+    none, so an example longer than `max_length` fails, saying so."""
+
+    def processor(self, recipe: Recipe) -> Any:
+        where, options = models.resolve(recipe.model), {"revision": recipe.revision}
+        try:
+            made = AutoProcessor.from_pretrained(where, trust_remote_code=recipe.trust_remote_code, **options)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise ValueError(
+                f"the processor of {recipe.model!r} cannot be loaded: {models.first_line(error)}"
+            ) from None
+        if not hasattr(made, "image_processor"):
+            raise ValueError(f"task vision needs a model that sees; {recipe.model!r} has no image processor")
+        return made
+
+    def examples(self, recipe: Recipe, tokenizer: Any, console: Console) -> Examples:
+        beside = Path(recipe.data).expanduser().parent
+        train, held = prepare.halves(recipe, lambda records: convert(records, recipe, beside), question)
+        made = Examples(train, held, prepare.measured([length(row, tokenizer) for row in train], recipe))
+        prepare.announce(made, recipe, console)
+        return made
+
+    def settings(self, recipe: Recipe) -> dict[str, Any]:
+        return {"max_length": recipe.max_length, "packing": False, "eval_packing": False}
+
+    def dataset(self, rows: list[Row], tokenizer: Any, recipe: Recipe) -> Dataset:
+        return Dataset.from_list(rows).cast_column("images", List(Image()))
+
+    def questions(self, rows: list[Row], count: int) -> list[Row]:
+        return [{"input": r, "prompt": question(r), "reference": r["completion"][-1]["content"]} for r in rows[:count]]
+
+    @torch.no_grad()
+    def answers(self, model: Any, tokenizer: Any, inputs: list[Any]) -> list[str]:
+        was_training, said = model.training, []
+        model.eval()
+        for row in inputs:
+            text = tokenizer.apply_chat_template(seen(row), tokenize=False, add_generation_prompt=True)
+            with_images = tokenizer(images=[Picture.open(p) for p in row["images"]], text=[text], return_tensors="pt")
+            out = model.generate(**with_images.to(model.device), do_sample=False, max_new_tokens=64)
+            said += tokenizer.batch_decode(out[:, with_images["input_ids"].shape[1] :], skip_special_tokens=True)
+        model.train(was_training)
+        return [text.strip() for text in said]
+
+    def shown(self, row: Row, tokenizer: Any, recipe: Recipe) -> str:
+        return f"{', '.join(row['images'])} {question(row)} ⟦{row['completion'][-1]['content']}⟧"
+
+
+def convert(records: list[Record], recipe: Recipe, beside: Path) -> list[Row]:
+    """Records as {"prompt", "completion", "images"}: one example a turn of the assistant, all with the images."""
+
+    def row(record: Record, roles: dict[str, str]) -> list[Row]:
+        found = record[roles["images"]]
+        paths = [beside / path for path in (found if isinstance(found, list) else [found]) if isinstance(path, str)]
+        if not paths or not all(path.is_file() for path in paths):
+            raise ValueError(f"{roles['images']} is {data.short(found)}; accepted: the path of an image file")
+        if "messages" in roles:
+            turns = data.messages(record[roles["messages"]], roles["messages"])
+        else:
+            turns = [
+                {"role": "user", "content": data.string(record[roles["prompt"]], roles["prompt"])},
+                {"role": "assistant", "content": data.string(record[roles["answer"]], roles["answer"])},
+            ]
+        turns = [turn | {"content": turn["content"].replace(MARK, "").strip()} for turn in turns]
+        return [{**made, "images": list(map(str, paths))} for made in data.turns(turns, recipe.system)]
+
+    return data.convert_all(records, recipe.columns, FORMATS, row)
+
+
+def question(row: Row) -> str:
+    """The last question of a prompt."""
+    return row["prompt"][-1]["content"]
+
+
+def seen(row: Row) -> list[dict[str, Any]]:
+    """The prompt as templates of vision models take it: the images before the first question."""
+    made, images = [], [{"type": "image"} for _ in row["images"]]
+    for turn in row["prompt"]:
+        first, images = (images, []) if turn["role"] == "user" else ([], images)
+        made.append({"role": turn["role"], "content": [*first, {"type": "text", "text": turn["content"]}]})
+    return made
+
+
+def length(row: Row, tokenizer: Any) -> int:
+    """An example's text in tokens; what its images add depends on the model."""
+    return len(tokenizer.tokenizer(" ".join(t["content"] for t in (*row["prompt"], *row["completion"])))["input_ids"])
