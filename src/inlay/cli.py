@@ -155,6 +155,43 @@ def count(method: Any, options: argparse.Namespace) -> str:
         return str(error).partition(": ")[2] or str(error)
 
 
+def eval_(options: argparse.Namespace) -> None:
+    """Say how well a model, a run or an adapter does a task; with --base, also what the adapter changed.
+
+    example:  inlay eval runs/mine --task commonsense --data boolq/test.json --by likelihood --base
+    """
+    from inlay.workbench import data, models
+    from inlay.workbench import evaluate as judge
+
+    models.quiet()
+    task, records = judge.find(options.task), data.read(options.data)[: options.limit]
+    dtype, folder = models.dtype_for(options.dtype), None
+    if (Path(options.model) / "adapter_config.json").is_file() or (Path(options.model) / "adapter").is_dir():
+        folder = models.adapter_folder(options.model)
+    model, tokenizer = models.load_adapted(folder, None, dtype) if folder else models.load_base(options.model, dtype)
+    if (options.base or options.merged) and not folder:
+        raise ValueError(f"{options.model} is no adapter: --base and --merged are for one")
+    if options.base and options.merged:
+        raise ValueError("--merged leaves no base to compare with; leave out one of the two")
+    model: Any = model.merge_and_unload() if options.merged else model  # type: ignore[operator]
+    asked = {"by": options.by, "size": options.batch_size, "tokens": options.tokens, "console": terminal()}
+    out = Path(options.output or (Path(options.model) if folder and folder.name == "adapter" else Path()) / "eval")
+    about = {"model": options.model, "data": options.data, "by": options.by}
+    figures, rows = judge.evaluate(model, tokenizer, task, records, **asked)
+    judge.write(out, task.name, figures, rows, about)
+    for f in figures:
+        print(f"{f.name}: {f.value:.3f} (95 % {f.low:.3f} to {f.high:.3f}, {f.count} examples)")
+    if options.base:
+        with model.disable_adapter():
+            before, its = judge.evaluate(model, tokenizer, task, records, **asked)
+        judge.write(out, f"{task.name}-base", before, its, {**about, "adapter": "disabled"})
+        for f in before:
+            print(f"base, {f.name}: {f.value:.3f} (95 % {f.low:.3f} to {f.high:.3f})")
+            if f.name in rows[0]:
+                print(judge.difference(f"  the adapter, {f.name}", [r[f.name] for r in its], [r[f.name] for r in rows]))
+    print(f"written to {out}")
+
+
 def generate(options: argparse.Namespace) -> None:
     """Answer a prompt with a base model, or with a base and an adapter; without --prompt, converse.
 
@@ -425,6 +462,19 @@ def parser() -> Parser:
     verb = add_verb(verbs, methods)
     verb.add_argument("--model", help="hub id, folder or builtin (default)")
     verb.add_argument("--r", type=int, default=16, help="rank or block size (default 16)")
+
+    verb = add_verb(verbs, eval_)
+    verb.add_argument("model", help="hub id, folder, builtin, run folder or adapter folder")
+    verb.add_argument("--task", required=True, help="commonsense, gsm8k, exact, text (BLEU, chrF) or perplexity")
+    verb.add_argument("--data", required=True, help="a file or data set, as for train")
+    verb.add_argument("--by", choices=("generation", "likelihood"), default="generation", help="how options are chosen")
+    verb.add_argument("--base", action="store_true", help="evaluate the base too, and say what the adapter changed")
+    verb.add_argument("--merged", action="store_true", help="evaluate the adapter merged into the base")
+    verb.add_argument("--limit", type=int, help="the first so many records")
+    verb.add_argument("--batch-size", type=int, default=8, help="questions at a time (default 8)")
+    verb.add_argument("--tokens", type=int, help="longest answer (default: the task's)")
+    verb.add_argument("--dtype", default="auto", help="of the base (default auto)")
+    verb.add_argument("--output", help="folder (default: eval/ in the run folder, else in this one)")
 
     verb = add_verb(verbs, generate)
     verb.add_argument("adapter", nargs="?", help="run folder or adapter folder (none: the base alone)")

@@ -1,0 +1,320 @@
+"""How well a model does a task: what it is asked, how its answers are read, and how sure the figure is.
+
+Answers are generated greedily, or, for questions with options, the option is taken that the model finds most likely.
+What is read of an answer follows the papers' own scripts; the rule of each task is in its docstring.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from inlay.workbench import data
+from inlay.workbench.files import write_text
+from inlay.workbench.generate import Chat, answer, prompt_text
+
+NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
+Scores = list[float]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One thing to ask: a conversation, what counts as right, and the options there are, if any."""
+
+    chat: Chat
+    wanted: list[str]
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A task's value with its 95 % interval, over so many examples."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    count: int
+
+
+# -- reading answers ---------------------------------------------------------------------------------------------------
+
+
+def choice(text: str) -> str:
+    """What LLM-Adapters (arXiv 2304.01933) reads: the first of true, false, answerN, optionN, endingN, solutionN."""
+    found = re.search(r"true|false|(?:answer|option|ending|solution)[1-9]", text)
+    return found.group() if found else ""
+
+
+def strict_number(text: str) -> str:
+    """GSM8K's own form: the number after ####."""
+    found = re.search(rf"####\s*\$?({NUMBER})", text)
+    return plain_number(found.group(1)) if found else ""
+
+
+def last_number(text: str) -> str:
+    """The last number there is, whatever stands around it."""
+    found = re.findall(NUMBER, text)
+    return plain_number(found[-1]) if found else ""
+
+
+def plain_number(text: str) -> str:
+    """A number without its commas and without zeros that say nothing."""
+    text = text.replace(",", "")
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def exact(text: str) -> str:
+    """All of it, but for space around it."""
+    return text.strip()
+
+
+# -- tasks -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """How records become questions, how answers are read, and how long they may be."""
+
+    name: str
+    title: str
+    questions: Callable[[list[data.Record]], list[Question]]
+    read: dict[str, Callable[[str], str]]  # accuracies by their names
+    tokens: int = 32
+
+
+def commonsense(records: list[data.Record]) -> list[Question]:
+    """LLM-Adapters' form: instruction, input, output, and the option that is right under `answer`."""
+    found = []
+    for number, row in enumerate(records, 1):
+        if not {"instruction", "answer"} <= row.keys():
+            raise ValueError(f"row {number}: commonsense needs instruction and answer, not {', '.join(row)}")
+        asked = str(row["instruction"]) + (f"\n\n{row['input']}" if row.get("input") else "")
+        last = asked.rpartition("Answer format:")[2]
+        options = tuple(dict.fromkeys(re.findall(r"true|false|(?:answer|option|ending|solution)[1-9]", last)))
+        found.append(Question([{"role": "user", "content": asked}], [str(row["answer"])], options))
+    return found
+
+
+def gsm8k(records: list[data.Record]) -> list[Question]:
+    """GSM8K's form: question, and an answer that ends in #### and a number."""
+    found = []
+    for number, row in enumerate(records, 1):
+        wanted = strict_number(str(row.get("answer", "")))
+        if "question" not in row or not wanted:
+            raise ValueError(f"row {number}: gsm8k needs question, and an answer that ends in #### and a number")
+        found.append(Question([{"role": "user", "content": str(row["question"])}], [wanted]))
+    return found
+
+
+def general(records: list[data.Record]) -> list[Question]:
+    """Any form that `inlay train` reads; rows with the same prompt are references of one question."""
+    found: dict[str, Question] = {}
+    for row in data.examples(records):
+        if "prompt" not in row:
+            raise ValueError("the data has no prompts; --task perplexity is for plain text")
+        asked = found.setdefault(json.dumps(row["prompt"]), Question(row["prompt"], []))
+        asked.wanted.append(row["completion"][-1]["content"])
+    return list(found.values())
+
+
+TASKS = (
+    Task("commonsense", "accuracy on options, as LLM-Adapters reads them", commonsense, {"accuracy": choice}),
+    Task("gsm8k", "accuracy of the number, strict (####) and flexible (the last)", gsm8k,
+         {"strict": strict_number, "flexible": last_number}, 512),
+    Task("exact", "share of answers that are the reference", general, {"exact match": exact}, 64),
+    Task("text", "BLEU and chrF of answers to their references (E2E and the like)", general, {}, 64),
+    Task("perplexity", "of plain text, or of the answers", general, {}),
+)  # fmt: skip
+
+
+def find(name: str) -> Task:
+    """The task of a name; raises a ValueError that lists them."""
+    for task in TASKS:
+        if task.name == name:
+            return task
+    raise ValueError(f"task {name!r} is not one of {', '.join(t.name for t in TASKS)}")
+
+
+# -- asking ------------------------------------------------------------------------------------------------------------
+
+
+def batches(sizes: list[int], size: int, what: str, console: Console) -> Iterator[list[int]]:
+    """Places in batches of similar length, the longest first, so that what does not fit shows at once."""
+    order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    parts = [order[i : i + size] for i in range(0, len(order), size)]
+    yield from track(parts, what, console=console, disable=not console.is_terminal)
+
+
+def generated(model: Any, tokenizer: Any, asked: list[Question], tokens: int, size: int, console: Console) -> list[str]:
+    """The answer to each question."""
+    said = [""] * len(asked)
+    for places in batches([len(str(q.chat)) for q in asked], size, "answers", console):
+        answers = answer(model, tokenizer, [asked[i].chat for i in places], tokens)
+        for i, text in zip(places, answers, strict=True):
+            said[i] = text
+    return said
+
+
+def likeliest(model: Any, tokenizer: Any, asked: list[Question], size: int, console: Console) -> list[str]:
+    """The option of each question whose words the model finds most likely, by their mean log-likelihood."""
+    if bare := [i for i, q in enumerate(asked, 1) if len(q.options) < 2]:
+        raise ValueError(f"row {bare[0]} names no options after 'Answer format:'; leave out --by likelihood")
+    texts = [
+        (i, prompt_text(tokenizer, q.chat), f"the correct answer is {o}")
+        for i, q in enumerate(asked)
+        for o in q.options
+    ]
+    found = losses(model, tokenizer, [(prompt, said) for _, prompt, said in texts], size, console)
+    best: dict[int, tuple[float, str]] = {}
+    for (i, _, said), (total, count) in zip(texts, found, strict=True):
+        best[i] = min(best.get(i, (math.inf, "")), (total / count, said.rpartition(" ")[2]))
+    return [best[i][1] for i in range(len(asked))]
+
+
+@torch.no_grad()
+def losses(
+    model: Any, tokenizer: Any, pairs: list[tuple[str, str]], size: int, console: Console, most: int = 1024
+) -> list[tuple[float, int]]:
+    """The loss (nats) summed over the tokens of each text after its prompt, and how many they are. Of what is longer
+    than `most` tokens the last are taken."""
+    rows = []
+    for prompt, text in pairs:
+        before = tokenizer(text=prompt, add_special_tokens=not prompt)["input_ids"]
+        own = tokenizer(text=text, add_special_tokens=False)["input_ids"]
+        ids = [*before, *own][-most:]
+        rows.append((ids, min(len(own), len(ids) - 1)))
+    found: list[tuple[float, int]] = [(0.0, 0)] * len(rows)
+    for places in batches([len(ids) for ids, _ in rows], size, "losses", console):
+        longest = max(len(rows[i][0]) for i in places)
+        ids, mask = (torch.zeros(len(places), longest, dtype=torch.long) for _ in range(2))
+        for k, i in enumerate(places):  # padded on the right: what comes after does not reach what came before
+            ids[k, : len(rows[i][0])], mask[k, : len(rows[i][0])] = torch.tensor(rows[i][0]), 1
+        logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits
+        for k, i in enumerate(places):
+            own, count = rows[i]
+            slope: Tensor = logits[k, len(own) - count - 1 : len(own) - 1].float()
+            want = torch.tensor(own[len(own) - count :], dtype=torch.long, device=slope.device)
+            found[i] = cross_entropy(slope, want, reduction="sum").item(), count
+    return found
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def share(name: str, right: list[bool]) -> Figure:
+    """A share with Wilson's interval."""
+    n, p, z = len(right), sum(right) / len(right), 1.96
+    middle, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return Figure(name, p, (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n), n)
+
+
+def resampled(name: str, count: int, value: Callable[[list[int]], float], draws: int = 200) -> Figure:
+    """A value of a whole corpus, with the interval of its bootstrap."""
+    draw = random.Random(0)
+    again = sorted(value([draw.randrange(count) for _ in range(count)]) for _ in range(draws))
+    low, high = again[int(0.025 * draws)], again[int(0.975 * draws) - 1]
+    return Figure(name, value(list(range(count))), low, high, count)
+
+
+def overlaps(said: list[str], asked: list[Question]) -> list[Figure]:
+    """Corpus BLEU and chrF, by sacrebleu."""
+    try:
+        import sacrebleu
+    except ImportError:
+        raise ValueError("task text needs sacrebleu; pip install 'inlay[eval]'") from None
+    most = max(len(q.wanted) for q in asked)
+    references = [[q.wanted[k] if k < len(q.wanted) else None for q in asked] for k in range(most)]
+
+    def corpus(measure: Callable[..., Any]) -> Callable[[list[int]], float]:
+        return lambda places: measure([said[i] for i in places], [[r[i] for i in places] for r in references]).score
+
+    measures = {"BLEU": sacrebleu.corpus_bleu, "chrF": sacrebleu.corpus_chrf}
+    return [resampled(name, len(said), corpus(measure)) for name, measure in measures.items()]
+
+
+def evaluate(
+    model: Any, tokenizer: Any, task: Task, records: list[data.Record], by: str = "generation", size: int = 8,
+    tokens: int | None = None, console: Console | None = None,
+) -> tuple[list[Figure], list[dict[str, Any]]]:  # fmt: skip
+    """The figures of a model on a task, and each example's part in them.
+
+    Raises:
+        ValueError: the records are not of the task's form, or a library is missing.
+    """
+    console = console or Console(quiet=True)
+    was_training = model.training
+    model.eval()
+    try:
+        if task.name == "perplexity":
+            return perplexity(model, tokenizer, records, size, console)
+        asked = task.questions(records)
+        if by == "likelihood":
+            if task.name != "commonsense":
+                raise ValueError(f"--by likelihood is for questions with options, not for task {task.name}")
+            said = likeliest(model, tokenizer, asked, size, console)
+        else:
+            said = generated(model, tokenizer, asked, tokens or task.tokens, size, console)
+    finally:
+        model.train(was_training)
+    rows: list[dict[str, Any]] = [
+        {"prompt": q.chat[-1]["content"], "wanted": q.wanted, "said": text} for q, text in zip(asked, said, strict=True)
+    ]
+    figures = []
+    for name, read in task.read.items():
+        right = [read(text) in q.wanted for q, text in zip(asked, said, strict=True)]
+        figures.append(share(name, right))
+        for row, ok in zip(rows, right, strict=True):
+            row[name] = ok
+    return (overlaps(said, asked) if task.name == "text" else figures), rows
+
+
+def perplexity(
+    model: Any, tokenizer: Any, records: list[data.Record], size: int, console: Console
+) -> tuple[list[Figure], list[dict[str, Any]]]:
+    """exp of the mean loss over all tokens of plain text, or over those of the answers."""
+    pairs = [
+        ("", row["text"])
+        if "text" in row
+        else (prompt_text(tokenizer, row["prompt"]), row["completion"][-1]["content"])
+        for row in data.examples(records)
+    ]
+    found = losses(model, tokenizer, pairs, size, console)
+    kept = [i for i, (_, count) in enumerate(found) if count]
+
+    def value(places: list[int]) -> float:
+        own = [found[kept[i]] for i in places]
+        return math.exp(min(700.0, sum(total for total, _ in own) / sum(count for _, count in own)))
+
+    rows = [
+        {"text": text, "loss": total, "tokens": count} for (_, text), (total, count) in zip(pairs, found, strict=True)
+    ]
+    return [resampled("perplexity", len(kept), value)], rows
+
+
+def difference(name: str, first: list[bool], second: list[bool]) -> str:
+    """What the second of two models does better on the same examples, with the 95 % interval of the mean difference."""
+    gaps = [float(b) - float(a) for a, b in zip(first, second, strict=True)]
+    mean, spread = statistics.fmean(gaps), 1.96 * (statistics.pstdev(gaps) / math.sqrt(len(gaps)))
+    verdict = "no difference beyond noise" if abs(mean) <= spread else "better" if mean > 0 else "worse"
+    return f"{name}: {mean:+.3f} ({mean - spread:+.3f} to {mean + spread:+.3f}), {verdict}"
+
+
+def write(folder: Path, name: str, figures: list[Figure], rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
+    """NAME.json with the figures, and NAME.jsonl with a line for each example."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(folder / f"{name}.json", json.dumps({**about, "figures": [vars(f) for f in figures]}, indent=1))
