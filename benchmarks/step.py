@@ -54,7 +54,7 @@ def candidates() -> dict[str, Callable[[], Any] | None]:
     }
 
 
-def drawn(method: Method, W: Tensor) -> Params:
+def drawn(method: Method, W: Tensor, stats: Params | None = None) -> Params:
     """A start that costs nothing: numbers of the right shapes."""
     shapes = method.start(torch.empty(W.shape, device="meta"))
     return {k: 0.01 * torch.randn(v.shape, device=W.device) for k, v in shapes.items()}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from test_export import ARGS, IDS, base, every_method
+from test_export import ARGS, IDS, base
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
@@ -19,11 +19,14 @@ from transformers import (
 
 from inlay import InlayConfig
 from inlay.host.layer import InlayLinear
+from inlay.methods import METHODS
 
 pytestmark = pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning")
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 BERT = BertConfig(vocab_size=64, num_labels=2, **SMALL)
 T5 = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
+
+every_method = pytest.mark.parametrize("method", sorted(m.name for m in METHODS if not m.needs))
 
 
 def config(method: str = "bone", **more) -> InlayConfig:

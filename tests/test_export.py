@@ -45,6 +45,9 @@ ARGS = {
             "xgblora",
             "spiel",
             "smt",
+            "eva",
+            "lora_ga",
+            "lq_lora",
         )
     },
     "randlora": {"r": 16},
@@ -64,6 +67,8 @@ def adapter(folder: str, out: Path, method: str = "pissa", scale: float = 0.05, 
     """An adapter away from its start, saved in `out`."""
     config = {"method": method, "args": ARGS[method], "target_modules": "all-linear", "task_type": "CAUSAL_LM", **more}
     model = get_peft_model(base(folder), InlayConfig(**config)).eval()
+    if find(method).needs:
+        inlay.calibrate(model, [{"input_ids": IDS, "labels": IDS}] * 2)
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:

@@ -51,7 +51,6 @@ ARGS = {
             "lorta",
             "xgblora",
             "spiel",
-            "smt",
         )
     },
     "randlora": {"r": 16},

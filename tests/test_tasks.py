@@ -39,7 +39,7 @@ from inlay.workbench.tasks import TASKS, preference, seq2seq
 from inlay.workbench.tasks import classification as cls
 
 SILENT = Console(quiet=True)
-METHOD_NAMES = [method.name for method in METHODS]
+METHOD_NAMES = [method.name for method in METHODS if not method.needs]
 WIDTH = {"max_length": 48, "eval_size": 4, "batch_size": 4, "dtype": "float32", "samples": 1, "learning_rate": 1e-3}
 PREFERENCES = [
     {"prompt": f"Say {i}.", "chosen": f"It is {i}.", "rejected": f"No, I will not say {i}."} for i in range(20)

@@ -24,9 +24,9 @@ rank, computed, compute = int(os.environ["RANK"]), [], starts.start
 models.quiet()
 
 
-def counted(method, W):
+def counted(method, W, stats=None):
     computed.append(method.name)
-    return compute(method, W)
+    return compute(method, W, stats)
 
 
 def at_step(step: int | None, what) -> None:

@@ -157,16 +157,16 @@ class Pair:
 @dataclass(frozen=True)
 class Core:
     """Builds s B S A, or s ((B − B₀) S + B₀ (S − S₀)) A, from a frozen A, S, and B in blocks of columns; as `Pair`.
-    `start` is (S₀, B₀)."""
+    `start` is S₀ and the blocks of B₀."""
 
     s: float = 1.0
-    start: tuple[Tensor, Tensor] | None = None
+    start: Sequence[Tensor] = ()
 
     def __call__(self, A: Tensor, S: Tensor, *blocks: Tensor) -> tuple[Tensor, Tensor]:
         B = torch.cat(blocks, 1)
-        if self.start is None:
+        if not self.start:
             return scaled(self.s, B @ S), A
-        S0, B0 = self.start
+        S0, B0 = self.start[0], torch.cat(list(self.start[1:]), 1)
         return scaled(self.s, torch.addmm(B0 @ (S - S0), B - B0, S)), A
 
     def pull(self, p: Sequence[Tensor], dB: Tensor | None, dA: Tensor | None) -> list[Tensor | None]:

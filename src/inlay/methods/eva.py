@@ -57,6 +57,3 @@ class EVA(LowRank):
         if len(V) < self.r:
             raise ValueError(f"eva: r={self.r} vectors cannot come from {len(V)} inputs; give more batches")
         return {"A": V[: self.r].to(W.device, copy=True), "B": torch.zeros(out, self.r, device=W.device)}
-
-    def factors(self, p: Params, W: Tensor) -> tuple[Tensor, Tensor]:
-        return p["B"], p["A"]

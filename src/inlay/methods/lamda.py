@@ -70,7 +70,7 @@ class LaMDA(LowRank):
 
     def written(self, p: Params, p0: Params | None) -> tuple[ops.Core, tuple[Tensor, ...]]:
         B, B0 = ([q[k] for k in q if k.startswith("B")] for q in (p, p0 or {}))
-        return ops.Core(self.s, (p0["S"], torch.cat(B0, 1)) if p0 else None), (p["A"], p["S"], *B)
+        return ops.Core(self.s, (p0["S"], *B0) if p0 else ()), (p["A"], p["S"], *B)
 
     def schedule(self, p: Params, t: float) -> frozenset[str]:
         names = [k for k in p if k.startswith("B")]

@@ -54,6 +54,3 @@ class LoRAGA(LowRank):
             return {"A": torch.empty(r, inp, device="meta"), "B": torch.empty(out, r, device="meta")}
         seen, c = check_seen(self, stats), out**0.25 / math.sqrt(self.gamma)
         return {"A": c * seen["V"][:r].to(W.device), "B": c * seen["U"][:, r : 2 * r].to(W.device)}
-
-    def factors(self, p: Params, W: Tensor) -> tuple[Tensor, Tensor]:
-        return p["B"], p["A"]

@@ -61,6 +61,3 @@ class LQLoRA(LowRank):
         U, S, Vh = linalg.top_svd(D1 * W * D2, self.r)
         root = (S / self.s).sqrt()
         return {"A": root[:, None] * Vh / D2, "B": U * root / D1}
-
-    def factors(self, p: Params, W: Tensor) -> tuple[Tensor, Tensor]:
-        return p["B"], p["A"]

@@ -19,7 +19,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from inlay.host import seal
@@ -240,7 +240,7 @@ def probe(adapter: Path, weights: Weights, merged: Path) -> float:
     return (logits(after, ids) - before).abs().max().item()
 
 
-def load(merged: Path, config: Any, auto: Any, trust_remote_code: bool) -> Any:
+def load(merged: Path, config: Any, auto: Any = AutoModelForCausalLM, trust_remote_code: bool = False) -> Any:
     """A merged model in fp32; out of a GGUF file with the configuration of the base, which says more than the file."""
     for file in merged.glob("*.gguf"):
         config.__dict__.pop("quantization_config", None)

@@ -329,6 +329,9 @@ def build(recipe: Recipe, base: Any, tokenizer, rows: Examples, folder: Path) ->
     if adapter is not None:
         adapter.revision = recipe.revision  # of the base, for who loads or merges it
     task = TASKS[recipe.task]
+    own = optimizers.own(recipe.optim, recipe.learning_rate, recipe.optimizer_args)
+    if own is not None and recipe.task == "preference":
+        raise ValueError(f"optimizer: trl's DPO trainer takes transformers' optimisers alone, not {recipe.optim}")
     with starts.shared():
         trainer = task.trainer(
             base,
@@ -341,7 +344,7 @@ def build(recipe: Recipe, base: Any, tokenizer, rows: Examples, folder: Path) ->
             skips=recipe.skip_nan,
             lr_ratio=recipe.lr_ratio,
             zeroth=recipe.zeroth(),
-            optimizer_cls_and_kwargs=optimizers.own(recipe.optim, recipe.learning_rate, recipe.optimizer_args),
+            **({} if own is None else {"optimizer_cls_and_kwargs": own}),
             **task.parts(tokenizer, rows),
         )
     if adapter is not None and not peft_methods.is_ours(recipe.method):
