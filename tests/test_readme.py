@@ -70,24 +70,11 @@ def test_every_command_of_the_readme_runs(workplace, tiny, capsys, monkeypatch):
         if words[0] == "tune":
             (workplace / "search.yaml").write_text(SEARCH.format(model=tiny))
             words = ["tune", "search.yaml"]
-        extra = {"train": ["--model", tiny, *TWIN], "generate": ["--tokens", "4"], "methods": ["--model", tiny]}
+        extra = {"train": ["--model", tiny, *TWIN], "methods": ["--model", tiny]}
+        extra |= {verb: ["--tokens", "4"] for verb in ("generate", "eval")}
         main([*words, *extra.get(words[0], [])])
         verbs.append(words[0])
-    rest = [
-        "compare",
-        "tune",
-        "ui",
-        "methods",
-        "plan",
-        "generate",
-        "inspect",
-        "fold",
-        "export",
-        "import",
-        "export",
-        "merge",
-        "merge",
-    ]
+    rest = "compare tune ui methods plan eval generate inspect fold export import export merge merge".split()
     assert verbs == ["train", "train", "train", *rest]
     assert watched == ["runs"]
     assert (workplace / "runs" / "small" / "report.html").exists()

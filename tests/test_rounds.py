@@ -310,6 +310,7 @@ def one_process(rank: int, folder: str) -> None:
     faulthandler.cancel_dump_traceback_later()
 
 
+@pytest.mark.slow
 def test_two_processes_begin_anew_in_step(tmp_path):
     torch.multiprocessing.spawn(one_process, (str(tmp_path),), nprocs=2)
     for method, moved in zip(BOTH, ("inlay_B_past", "inlay_eta"), strict=True):

@@ -87,7 +87,7 @@ def values(task: str, models_of, data_of, **more) -> dict:
 
 
 @pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning")  # of these tiny models' weights it is large
-@pytest.mark.parametrize("task", DATA)
+@pytest.mark.parametrize("task", [pytest.param(t, marks=pytest.mark.slow if t == "preference" else ()) for t in DATA])
 def test_every_method_learns_in_every_task(task, models_of, data_of, tmp_path):
     """By the task's own loss on one batch: the adapter starts where the base is, two steps lower it, W stays."""
     asked = [made(m, values(task, models_of, data_of, steps=2, save_every=0)) for m in METHOD_NAMES]
