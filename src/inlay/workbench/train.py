@@ -411,7 +411,8 @@ def write(result: Result, model: PeftModel | PreTrainedModel, state: dict[str, T
         (part / "README.md").write_text(report.card(result), encoding="utf-8")
     (result.folder / "plots").mkdir(exist_ok=True)
     report.plot_loss(result, result.folder / "plots" / "loss.png")
-    found = changes(model) if isinstance(model, PeftModel) else {}
+    whole = isinstance(model, PeftModel) and state is None  # a sharded one has no weights here to compare
+    found = changes(cast(Any, model)) if whole else {}
     memory_parts = {**result.memory_planned, "measured": result.memory} if result.memory_planned else {}
     drawn = run_plots.draw(found, memory_parts, result.folder / "plots")
     if found:
