@@ -122,10 +122,10 @@ def test_what_the_launcher_configures_is_refused_in_a_recipe(runs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_nan_in_one_process_ends_all(engine, tiny, records, tmp_path):
+def test_nan_in_one_process_ends_all(tiny, records, tmp_path):
+    """In DDP: FSDP2 writes gradients past the hook that spoils one here."""
     recipe = made(tiny, records, tmp_path / "run", method="bone", args={"r": 4})
-    (said,) = together(tmp_path, [{"engine": engine, "recipe": recipe, "spoil": 2}])
+    (said,) = together(tmp_path, [{"engine": "ddp", "recipe": recipe, "spoil": 2}])
     for own in said:
         assert re.match(r"ValueError: step 3: the gradient of .*layers\.1\.mlp\.down_proj", own["said"]), own
     assert checkpoints.newest(tmp_path / "run" / "checkpoints", Console(quiet=True)).step == 2

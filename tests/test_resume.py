@@ -18,6 +18,7 @@ from inlay.cli import main
 from inlay.workbench import checkpoints, train
 from inlay.workbench.files import locked
 from inlay.workbench.recipe import Recipe
+from inlay.workbench.trainer import bad_gradients
 from inlay.workbench.watch import Watch
 
 SILENT = Console(quiet=True)
@@ -435,3 +436,13 @@ def test_a_killed_process_holds_nothing(tmp_path):
     with locked(tmp_path / "run"):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_gradients_that_are_not_finite_are_named():
+    """Also beside a parameter of which a process holds no part, and where there is no gradient at all."""
+    net = torch.nn.ParameterDict({"a": torch.nn.Parameter(torch.ones(3)), "none": torch.nn.Parameter(torch.ones(0))})
+    assert bad_gradients(net) == []
+    net["a"].grad, net["none"].grad = torch.ones(3), torch.ones(0)
+    assert bad_gradients(net) == []
+    net["a"].grad[1] = torch.inf
+    assert bad_gradients(net) == ["a"]

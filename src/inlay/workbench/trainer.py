@@ -262,6 +262,9 @@ def bad_gradients(model: nn.Module) -> list[str]:
     backwards."""
     named = [(name.removeprefix("module."), p.grad) for name, p in model.named_parameters()]
     own = [(name, processes.mine(grad)) for name, grad in named if grad is not None]
+    own = [(name, grad) for name, grad in own if grad.numel()]  # a process may hold no part of a small tensor
+    if not own:
+        return []
     largest = nn.utils.get_total_norm([grad for _, grad in own], math.inf)  # a few kernels, and one wait for a GPU
     return [] if largest.isfinite() else [name for name, grad in own if not grad.isfinite().all()]
 
