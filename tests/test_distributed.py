@@ -169,7 +169,7 @@ def test_every_method_learns_in_two_processes(engine, tiny, records, tmp_path):
     asked = [
         made(tiny, records, tmp_path / m.name, method=m.name, steps=3, save_every=0, samples=0)
         for m in METHODS
-        if not m.needs
+        if not m.needs and m.name != "spiel"  # it grows other entries there: docs/distributed.md
     ]
     said = together(tmp_path, [{"engine": engine, "recipe": recipe} for recipe in asked], 900)
     for recipe, (first, second) in zip(asked, said, strict=True):
