@@ -41,7 +41,7 @@ def from_yaml(text: str) -> Any:
     Raises:
         yaml.YAMLError: it is none, is nested too deeply, or holds too much once its aliases are written out.
     """
-    values = yaml.load(text, Shallow)
+    values = yaml.load(text, Shallow)  # a SafeLoader: it makes plain values and runs nothing
     waiting, seen = [values], 0
     while waiting:
         value, seen = waiting.pop(), seen + 1
