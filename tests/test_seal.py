@@ -10,6 +10,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from inlay import InlayConfig
+from inlay.host import seal
 
 IDS = torch.arange(12)[None]
 
@@ -95,6 +96,32 @@ def test_one_changed_number_of_the_base_is_another_base(saved):
         base.model.layers[0].mlp.down_proj.weight[5, 7] += 0.5
     with pytest.raises(ValueError, match=r"down_proj: the adapter was cut from another base"):
         PeftModel.from_pretrained(base, str(saved[0]))
+
+
+def test_a_mark_sees_every_number_of_a_large_weight():
+    torch.manual_seed(0)
+    W = torch.randn(513, 1027)  # a sample takes one number in eight
+    mark = seal.of_base(W)
+    for i in (0, 1, 262_147, W.numel() - 1):
+        V = W.clone()
+        V.view(-1)[i] = V.view(-1)[i] * 1.01
+        assert seal.of_base(V) != mark
+    V = W.clone()
+    V[[3, 5]] = V[[5, 3]]
+    assert seal.of_base(V) != mark
+    whole = torch.cat([torch.zeros(3), W.flatten()]).bfloat16()
+    assert seal.of_base(whole[3:].view(W.shape)) == mark  # words that start within one
+
+
+def test_a_seal_of_the_sample_alone_still_counts(saved):
+    """As adapters had before every number was looked at."""
+    folder, logits = saved
+    found = json.loads((folder / "adapter_config.json").read_text())["seals"]
+    old = {m: {**s, "base": s["base"].rpartition(":")[0]} for m, s in found.items()}
+    edit(folder, seals=old)
+    assert torch.equal(PeftModel.from_pretrained(llama(), str(folder)).eval()(IDS).logits, logits)
+    with pytest.raises(ValueError, match="cut from another base model"):
+        PeftModel.from_pretrained(llama(seed=1), str(folder))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

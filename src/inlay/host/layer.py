@@ -383,7 +383,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         """Raise a ValueError if a weight with this mark (None: unknown) is not what an adapter was cut from."""
         cut = self.cuts[name]
         known = None if cut.seal is None else cut.seal["base"]
-        if not seal.same_base(mark, known) or (cut.folded and mark is not None and mark != known):
+        if not seal.same_base(mark, known) or (cut.folded and not seal.same_kind(mark, known)):
             raise ValueError(
                 f"{cut.module}: the adapter was cut from another base model; load it on its own, or set "
                 "config.seals = None to apply it here all the same"
