@@ -38,7 +38,8 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from inlay import InlayConfig, cache
-from inlay.workbench import checkpoints, comparison, data, foreign, models, recipe
+from inlay.workbench import builtin, checkpoints, comparison, data, foreign, gguf_model, models, recipe
+from inlay.workbench.merging import New
 from inlay.workbench.weights import Weights
 
 SECONDS, MEMORY = 20, 2 << 30
@@ -183,6 +184,10 @@ def targets(scratch: Path) -> dict[str, Target]:
         scratch / "one.safetensors",
         {"fingerprints": json.dumps({"a": cache.fingerprint(torch.ones(4, 4))})},
     )
+    vocabulary = {"model": {"vocab": {chr(97 + i): i for i in range(26)}, "merges": []}, "added_tokens": []}
+    (scratch / "tokenizer.json").write_text(json.dumps(vocabulary))
+    tensors = [New("", name, p.detach(), 0) for name, p in base.named_parameters()]
+    gguf_model.write_model(scratch / "m.gguf", base.config, scratch, "gpt-2", tensors)
     quiet = Console(file=(scratch / "said").open("w"))
 
     def records(path: Path) -> object:
@@ -223,6 +228,7 @@ def targets(scratch: Path) -> dict[str, Target]:
         "adapter": Target(adapter, contents(scratch / "adapter")),
         "adapter of PEFT": Target(lambda p: foreign.read(p), contents(scratch / "lora")),
         "weights": Target(stored, contents(scratch / "base")),
+        "gguf": Target(lambda p: builtin.load_gguf(p / "m.gguf"), {"m.gguf": (scratch / "m.gguf").read_bytes()}),
         "cache": Target(cached, {"starts/one.safetensors": (scratch / "one.safetensors").read_bytes()}),
     }  # fmt: skip
 

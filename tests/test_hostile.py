@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from inlay.workbench import data, recipe
+from inlay.workbench import builtin, data, models, recipe
 from inlay.workbench.files import DamagedFileError
 
 BOMB = "a: &a [1]\n" + "".join(f"{n}: &{n} [{', '.join(['*' + chr(ord(n) - 1)] * 9)}]\n" for n in "bcdefghijkl")
@@ -27,8 +27,8 @@ def fuzz():
 def test_a_slice_of_the_fuzzing(fuzz, tmp_path, monkeypatch, capsys):
     """The same cases at every run; make fuzz goes through 100,000."""
     monkeypatch.setenv("INLAY_CACHE", str(tmp_path / "cache"))
-    assert fuzz.run(390, 7, "", tmp_path) == 0
-    assert capsys.readouterr().out.count(" 0 unhandled") == 13
+    assert fuzz.run(392, 7, "", tmp_path) == 0
+    assert capsys.readouterr().out.count(" 0 unhandled") == 14
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -100,3 +100,15 @@ def test_data_that_is_none(name, content, tmp_path):
     with pytest.raises(DamagedFileError, match=name) as told:
         data.read(str(tmp_path / name))
     assert len(str(told.value)) < 1000
+
+
+def test_a_gguf_file_is_no_model_to_train(tmp_path):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=r"m\.gguf is packed for llama\.cpp; give the folder or hub id"):
+        models.resolve(str(tmp_path / "m.gguf"))
+
+
+def test_a_damaged_gguf_file_is_said(tmp_path):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF" + b"\xff" * 60)
+    with pytest.raises(DamagedFileError, match=r"m\.gguf cannot be read as GGUF"):
+        builtin.load_gguf(tmp_path / "m.gguf")

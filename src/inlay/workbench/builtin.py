@@ -29,6 +29,7 @@ from transformers import (
 from transformers.utils import logging
 
 from inlay.cache import cache_folder
+from inlay.workbench.files import DamagedFileError
 
 MODEL = "builtin"
 FOLDER = "smollm2-135m-instruct-"
@@ -93,13 +94,20 @@ def load_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def load_gguf(file: Path, config: PretrainedConfig | None = None) -> PreTrainedModel:
-    """The model in a GGUF file, unpacked to fp32; with the configuration that the file tells of, or a fuller one."""
+    """The model in a GGUF file, unpacked to fp32; with the configuration that the file tells of, or a fuller one.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     # The GGUF reader draws its bar whatever transformers is told; log records have their own way to stderr.
     with _quiet(), redirect_stderr(io.StringIO()):
         unpack, known = GgufConfig(dequantize=True), {} if config is None else {"config": config}
-        return AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, quantization_config=unpack, dtype=torch.float32, **known
-        )
+        try:
+            return AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, quantization_config=unpack, dtype=torch.float32, **known
+            )
+        except Exception as error:  # the reader checks little, and fails as what it trips over does
+            raise DamagedFileError(f"{file} cannot be read as GGUF: {error!r:.200}") from error
 
 
 def _convert(gguf: Path, folder: Path) -> None:

@@ -30,6 +30,8 @@ def resolve(name: str) -> str:
     if name == builtin.MODEL or (not Path(name).exists() and Path(name).name.startswith(builtin.FOLDER)):
         return str(builtin.model_dir())
     path = Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        raise ValueError(f"{name} is packed for llama.cpp; give the folder or hub id of the model it was made of")
     if path.exists():
         path = path / "base" if fold_at(name) else path
         if not (path / "config.json").exists():
