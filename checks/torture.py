@@ -2,10 +2,12 @@
 
     python checks/torture.py 200                  # a random two-layer model, every recipe below in turn
     python checks/torture.py 3 --model builtin    # SmolLM2-135M
+    python checks/torture.py 30 --recipes merge gguf export fold
 
 Each recipe runs once undisturbed. Then it is started again, killed (SIGKILL) after a random time, gone on with by
-`--resume`, killed again, until it ends; and so on until as many kills are counted as asked for. Exit status 1 if
-anything differs. Processes are forked from one that has imported the libraries and computed nothing, to save their
+`--resume`, killed again, until it ends; and so on until as many kills are counted as asked for. What is not a training
+is started again instead, and after a kill there is nothing at its output, or all of it. Exit status 1 if anything
+differs. Processes are forked from one that has imported the libraries and computed nothing, to save their
 start-up.
 """
 
@@ -39,6 +41,12 @@ RECIPES = {
     "lora": "--method lora --r 4 --modules-to-save lm_head --samples 1",
     "nf4": "--method pissa --r 4 --quantize nf4 --fold-rounds 2",
 }  # fmt: skip
+JOBS = {  # what is not a training, out of an adapter
+    "merge": "merge {adapter} {out} --no-probe",
+    "gguf": "merge {adapter} {out} --to gguf --no-probe",
+    "export": "export {adapter} {out} --to lora",
+    "fold": "fold {model} {out} --method pissa --r 4",
+}
 PART = ".part"
 
 
@@ -93,6 +101,29 @@ def outcome(run: Path) -> dict[str, object]:
     }
 
 
+def files(folder: Path) -> dict[str, bytes]:
+    """All that is in a folder, but for what says when it was made."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.suffix != ".md"
+    }
+
+
+def interrupted(words: list[str], out: Path, log: Path, draw: random.Random, expected: dict, seconds: float) -> int:
+    """Start a job until it ends, killing it at random; how often it was killed. Exits where anything is half there."""
+    kills = 0
+    while in_process(lambda: cli.main(words), log, draw.uniform(0, seconds) if kills < 3 else None):
+        kills += 1
+        if out.exists() and files(out) != expected:
+            sys.exit(f"{' '.join(words)}: half of it is there after a kill")
+    left = [path.name for path in out.parent.glob(f".{out.name}*")]
+    if files(out) != expected or left:
+        sys.exit(f"{' '.join(words)}, killed {kills} times: not what it is undisturbed; left over: {left}")
+    shutil.rmtree(out)
+    return kills
+
+
 def moment(run: Path, last: int) -> str:
     """Where a run was when it died."""
     if not (run / "recipe.yaml").exists():
@@ -110,7 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kills", type=int)
     parser.add_argument("--model", default="tiny", help="tiny (default) or any that inlay train takes")
-    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES)
+    parser.add_argument("--recipes", nargs="+", default=[*RECIPES, *JOBS], choices=[*RECIPES, *JOBS])
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--more", default="", help="flags for inlay train")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
@@ -128,12 +159,28 @@ def main() -> None:
             in_process(lambda: tiny(folder / "tiny"), log)
             model = str(folder / "tiny")
         references: dict[str, tuple[dict, float]] = {}
+        places = {"model": model, "adapter": folder / "adapter", "out": folder / "out"}
         while kills.total() < asked.kills:
             recipe = asked.recipes[trials % len(asked.recipes)]
             common = (
                 f"--model {model} --data {data} --output {run} --steps {asked.steps} --save-every 2 --dtype float32"
             )
             common += " --dtype float32 --max-length 64 --eval-size 2 --samples 0 --batch-size 4"
+            if recipe in JOBS:
+                words = JOBS[recipe].format(**places).split()
+                if recipe not in references:
+                    if not places["adapter"].exists():
+                        made = ["train", *split(common), "--steps", "1", "--output", str(places["adapter"])]
+                        in_process(lambda made=made: cli.main(made), log)
+                    began = time.monotonic()
+                    in_process(lambda words=words: cli.main(words), log)
+                    references[recipe] = files(places["out"]), time.monotonic() - began
+                    shutil.rmtree(places["out"])
+                here = interrupted(words, places["out"], log, draw, *references[recipe])
+                kills[f"in {recipe}"] += here
+                trials += 1
+                print(f"{recipe}: killed {here} times, ends the same", flush=True)
+                continue
             flags = split(f"{common} {RECIPES[recipe]} {asked.more}")
             if recipe not in references:
                 began = time.monotonic()

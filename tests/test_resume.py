@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from inlay.cli import main
 from inlay.workbench import checkpoints, train
-from inlay.workbench.files import locked
+from inlay.workbench.files import locked, new_folder
 from inlay.workbench.recipe import Recipe
 from inlay.workbench.trainer import bad_gradients
 from inlay.workbench.watch import Watch
@@ -436,6 +436,22 @@ def test_a_killed_process_holds_nothing(tmp_path):
     with locked(tmp_path / "run"):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_written_whole_has_one_process_and_keeps_nothing_of_a_killed_one(tmp_path):
+    out = tmp_path / "merged [1]"
+    for left in (".part", ".old"):
+        (tmp_path / f".{out.name}.abcdefgh{left}").mkdir()
+    (tmp_path / f".{out.name}s.abcdefgh.part").mkdir()  # another folder's
+    with new_folder(out) as part:
+        (part / "mark").touch()
+        with pytest.raises(ValueError, match="in use by another process"), new_folder(out):
+            pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f".{out.name}s.abcdefgh.part", out.name]
+    with new_folder(out, overwrite=True, marker="mark") as part:
+        (part / "second").touch()
+    assert [p.name for p in out.iterdir()] == ["second"]
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_gradients_that_are_not_finite_are_named():

@@ -1,8 +1,12 @@
 """Starts of many weights: what threads and the cache give is what one thread gives, and a seed means the same."""
 
 import copy
+import os
+import random
 import threading
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -161,6 +165,35 @@ def test_the_cache_keeps_to_its_size(folder, monkeypatch):
         starts.start(PiSSA(r=4), torch.randn(100, 100, generator=torch.Generator().manual_seed(i)))
     sizes = [file.stat().st_size for file in folder.glob("*")]
     assert 10_000 < sum(sizes) <= 20_000
+
+
+def test_a_cache_that_many_use_at_once_gives_what_was_stored_or_nothing(folder, monkeypatch):
+    """Entries are written, read and pruned at once; a warning (that it cannot be written) would be an error."""
+    monkeypatch.setattr(cache, "LIMIT", 30_000)
+    values = [torch.full((1000,), float(i)) for i in range(12)]
+
+    def use(seed: int) -> int:
+        draw, found = random.Random(seed), 0
+        for _ in range(60):
+            i = draw.randrange(len(values))
+            kept = cache.load("starts", f"key{i}")
+            assert kept is None or torch.equal(kept["x"], values[i])
+            found += kept is not None
+            cache.store("starts", f"key{i}", {"x": values[i]})
+        return found
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(use, range(8))) > 0
+    assert 0 < len(list(folder.iterdir())) <= 7
+
+
+def test_what_a_killed_process_left_in_the_cache_goes_in_a_day(folder):
+    folder.mkdir(parents=True)
+    for name, age in (("old", 2), ("new", 0)):
+        (folder / f".{name}.part").touch()
+        os.utime(folder / f".{name}.part", (time.time() - age * cache.DAY,) * 2)
+    starts.start(PiSSA(r=3), torch.randn(60, 50))
+    assert [file.name for file in folder.glob(".*")] == [".new.part"]
 
 
 def test_a_start_that_fails_stops_the_others_and_leaves_the_model_alone(llama, folder):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 import uuid
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+DAY = 86_400  # seconds
 LIMIT = 10 << 30  # bytes of a kind; what was not used for longest goes first
 CHUNK = 1 << 26  # bytes hashed at a time: a tensor on a GPU is never copied whole
 
@@ -76,8 +79,14 @@ def store(kind: str, key: str, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _prune(folder: Path) -> None:
-    entries = [(file.stat(), file) for file in folder.glob("*.safetensors")]
+    now, entries = time.time(), []
+    for file in folder.iterdir():
+        with suppress(FileNotFoundError):  # another process prunes too
+            entries.append((file.stat(), file))
     room = LIMIT
     for stat, file in sorted(entries, key=lambda entry: entry[0].st_mtime, reverse=True):
-        room -= stat.st_size
-        file.unlink(missing_ok=True) if room < 0 else None
+        if file.suffix == ".safetensors":
+            room -= stat.st_size
+        dead = file.suffix == ".part" and stat.st_mtime < now - DAY  # of a process that was killed
+        if dead or (file.suffix == ".safetensors" and room < 0):
+            file.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ And reading what anybody may have written: JSON and YAML that is nested or grows
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
@@ -124,26 +125,41 @@ def take(lock: IO[str], path: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path, overwrite: bool = False, marker: str = "") -> Iterator[Path]:
-    """A temporary sibling that becomes `path` when the block ends well, and vanishes when it does not.
+    """A temporary sibling that becomes `path` when the block ends well, and vanishes when it does not, or, if the
+    process dies, when the next one writes there.
 
     Raises:
-        ValueError: something is at `path` already (see `check_free`), or its parent cannot be written.
+        ValueError: something is at `path` already (see `check_free`), its parent cannot be written, or another process
+            writes there.
     """
     check_free(path, overwrite, marker)
+    with locked(path):
+        remove(path, "part")
+        with staged(path) as part:
+            yield part
+        remove(path, "old")
+
+
+@contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """`new_folder` for who holds `path` already and sees to what there was."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror}") from None
     try:
         yield part
         part.chmod(0o755)
-        old = set_aside(path)
+        set_aside(path)
         os.replace(part, path)
-        if old:
-            shutil.rmtree(old)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def remove(path: Path, end: str) -> None:
+    """Remove the hidden siblings of `path` that this process, or one that died, has made."""
+    for sibling in path.parent.glob(f".{glob.escape(path.name)}.????????.{end}"):
+        shutil.rmtree(sibling, ignore_errors=True)
 
 
 def set_aside(path: Path) -> Path | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import glob
 import json
 import math
 import os
@@ -39,7 +38,7 @@ from inlay.workbench import (
 )
 from inlay.workbench.changes import changes
 from inlay.workbench.checkpoints import Checkpoint
-from inlay.workbench.files import check_free, locked, new_folder, set_aside, write_text
+from inlay.workbench.files import check_free, locked, new_folder, remove, set_aside, staged, write_text
 from inlay.workbench.prepare import MARK, Examples, at_most, fitting_batch, load, planned, training_set
 from inlay.workbench.recipe import Recipe
 from inlay.workbench.recipe import load as load_recipe
@@ -359,7 +358,7 @@ def start_folder(folder: Path, recipe: Recipe) -> Path | None:
     """Create the run folder with its recipe; give back where the one it replaces was put."""
     try:
         old = set_aside(folder)
-        with new_folder(folder) as part:
+        with staged(folder) as part:
             (part / MARK).touch()
             write_text(part / "recipe.yaml", recipe.to_yaml())
         return old
@@ -380,9 +379,9 @@ def give_up(folder: Path, old: Path | None) -> bool:
 
 def tidy(folder: Path) -> None:
     """Remove the run that this one replaces, and what processes of this one left half-written when they were killed."""
-    name = glob.escape(folder.name)
-    beside = [path for end in ("old", "part") for path in folder.parent.glob(f".{name}.????????.{end}")]
-    for path in (*beside, *folder.rglob(".*part")):
+    remove(folder, "old")
+    remove(folder, "part")
+    for path in folder.rglob(".*part"):
         path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
 
 
