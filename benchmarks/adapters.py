@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import machine, table
+from common import machine, report
 from peft import LoraConfig, MissConfig, PeftModel, get_peft_model
 
 from inlay import InlayConfig
@@ -97,15 +97,12 @@ def main() -> None:
         seconds = [f"{middle[what]:.2f}" for what in ("start", "save", "load", "merge")]
         off = max(lap["reload"] for lap in laps)
         rows.append([name, *seconds, f"{middle['MB']:.1f}", f"{off:.1e}"])
-    text = [
+    about = (
         f"Seconds to start, save, load and merge an adapter on SmolLM2-135M, its size, and how far the logits are off "
-        f"after reloading. {machine()}. `python benchmarks/adapters.py`",
-        "",
-        *table(["adapter", "start", "save", "load", "merge", "MB", "logits after reload"], rows),
-        "",
-    ]
-    print("\n".join(text))
-    (asked.out / "adapters.md").write_text("\n".join(text), encoding="utf-8")
+        f"after reloading. {machine()}. `python benchmarks/adapters.py`"
+    )
+    header = ["adapter", "start", "save", "load", "merge", "MB", "logits after reload"]
+    report(asked.out, "adapters", about, header, rows)
 
 
 if __name__ == "__main__":

@@ -66,3 +66,11 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
     """The lines of a Markdown table."""
     return [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}", *(f"| {' | '.join(map(str, r))} |" for r in rows)]
+
+
+def report(out: Path, name: str, about: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table below what it is about, and write both to `name`.md in `out`."""
+    text = "\n".join([about, "", *table(header, rows), ""])
+    print(text)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.md").write_text(text, encoding="utf-8")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from common import report
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -52,9 +53,12 @@ def saved(forward: Callable[[Tensor], Tensor], x: Tensor, own: list[Tensor]) -> 
 
 def theta(method: Method, W: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
     """Random θ and θ₀ of the right shapes."""
-    shapes = method.start(W.to("meta"))
-    p0 = {k: 0.01 * torch.randn(v.shape) for k, v in shapes.items()}
-    p = {k: (v + 0.001 * torch.randn_like(v)).requires_grad_(k not in method.frozen) for k, v in p0.items()}
+
+    def drawn(v: Tensor, size: float) -> Tensor:
+        return size * torch.randn(v.shape) if v.is_floating_point() else torch.zeros(v.shape, dtype=v.dtype)
+
+    p0 = {k: drawn(v, 0.01) for k, v in method.start(W.to("meta")).items()}
+    p = {k: (v + drawn(v, 0.001)).requires_grad_(k not in method.frozen) for k, v in p0.items()}
     start = {k: v for k, v in p0.items() if k not in method.frozen}
     return p, None if method.zero_init else {**start, **{k: p[k] for k in method.frozen}}
 
@@ -88,15 +92,12 @@ def main() -> None:
     torch.manual_seed(0)
     W = torch.randn(options.size, options.size) / options.size**0.5
     x = torch.randn(options.tokens, options.size, requires_grad=True)
-    lines = ["| layer | x, MiB | beyond x, MiB |", "|---|---|---|"]
-    lines += [f"| {name} | {kept / 2**20:.2f} | {more / 2**20:.2f} |" for name, (kept, more) in rows(W, x)]
-    text = (
+    body = [[name, f"{kept / 2**20:.2f}", f"{more / 2**20:.2f}"] for name, (kept, more) in rows(W, x)]
+    about = (
         f"Kept for the backward pass by one {options.size} × {options.size} layer, {options.tokens:,} tokens, fp32, "
-        "parameters and buffers not counted. `python benchmarks/saved.py`\n\n" + "\n".join(lines) + "\n"
+        "parameters and buffers not counted. `python benchmarks/saved.py`"
     )
-    print(text)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "saved.md").write_text(text)
+    report(options.out, "saved", about, ["layer", "x, MiB", "beyond x, MiB"], body)
 
 
 if __name__ == "__main__":

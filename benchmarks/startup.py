@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import machine, table
+from common import machine, report
 from torch import Tensor
 
 from inlay.host import starts
@@ -85,17 +85,13 @@ def main() -> None:
             first, again = (ours(name, args, asked.layers, weights) for _ in range(2))
             rows.append([name, f"{first:,.0f}", f"{again:,.0f}", f"{own:.4f}" if name == "pissa" else ""])
             print(rows[-1], flush=True)
-    text = [
+    about = (
         f"Seconds to cut the {7 * asked.layers} linear layers of {asked.layers} decoder layers of Llama-2-7B's shapes, "
         f"r = {asked.r} (DoTA: bond 16), fp32. PEFT's are from one weight of each shape. {machine()}. "
-        "`python benchmarks/startup.py`",
-        "",
-        *table(["start", "s", "again, from the cache, s", "energy found, of the best"], rows),
-        "",
-    ]
-    print("\n".join(text))
-    asked.out.mkdir(parents=True, exist_ok=True)
-    (asked.out / "startup.md").write_text("\n".join(text), encoding="utf-8")
+        "`python benchmarks/startup.py`"
+    )
+    header = ["start", "s", "again, from the cache, s", "energy found, of the best"]
+    report(asked.out, "startup", about, header, rows)
 
 
 if __name__ == "__main__":

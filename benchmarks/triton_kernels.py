@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import machine, spread, table, wait
+from common import machine, report, spread, wait
 from torch import Tensor
 
 from inlay import kernels, trains
@@ -59,14 +59,8 @@ def main() -> None:
         [name, size, str(dtype).removeprefix("torch."), f"{plain:.0f}", f"{mine:.0f}", f"{mine / plain:.2f}"]
         for name, size, dtype, plain, mine in rows
     ]
-    text = [
-        f"Microseconds of one call as a CUDA graph. {machine()}. `python benchmarks/triton_kernels.py`",
-        "",
-        *table(["kernel", "size", "dtype", "torch", "Triton", "ratio"], body),
-        "",
-    ]
-    print("\n".join(text))
-    (asked.out / "triton_kernels.md").write_text("\n".join(text), encoding="utf-8")
+    about = f"Microseconds of one call as a CUDA graph. {machine()}. `python benchmarks/triton_kernels.py`"
+    report(asked.out, "triton_kernels", about, ["kernel", "size", "dtype", "torch", "Triton", "ratio"], body)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,15 @@
 
 import contextlib
 import copy
+import io
 import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from matplotlib.figure import Figure
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from inlay.workbench import builtin
 
@@ -39,6 +41,28 @@ def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("INLAY_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def painted():
+    """Figures are composed but not painted, a third of a short run; `with painted():` a test may look."""
+    paint = Figure.savefig
+
+    def savefig(self, file, **_):
+        if isinstance(file, io.TextIOBase):
+            file.write("<svg></svg>")
+        else:
+            Path(file).write_bytes(b"")
+
+    @contextlib.contextmanager
+    def painted():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Figure, "savefig", paint)
+            yield
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", savefig)
+        yield painted
 
 
 @pytest.fixture(autouse=True)
@@ -110,18 +134,31 @@ def data_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> str:
-    """A random two-layer Llama with the built-in tokenizer, as a folder."""
+def small_tokenizer(tmp_path_factory):
+    """The built-in tokenizer with the first 1,024 of its words: the head of a model is then no larger than its body."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    builtin.load_tokenizer().save_pretrained(folder)
+    file = folder / "tokenizer.json"
+    about = json.loads(file.read_text())
+    vocab = about["model"]["vocab"] = {word: i for word, i in about["model"]["vocab"].items() if i < 1024}
+    merges = about["model"]["merges"]
+    about["model"]["merges"] = [pair for pair in merges if all(word in vocab for word in (*pair, "".join(pair)))]
+    file.write_text(json.dumps(about))
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny(small_tokenizer, tmp_path_factory) -> str:
+    """A random two-layer Llama with the small tokenizer, as a folder."""
     folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
-    tokenizer = builtin.load_tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=len(tokenizer), max_position_embeddings=256, pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=True,
+        vocab_size=len(small_tokenizer), max_position_embeddings=256, pad_token_id=small_tokenizer.pad_token_id,
+        bos_token_id=small_tokenizer.bos_token_id, eos_token_id=small_tokenizer.eos_token_id, tie_word_embeddings=True,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    small_tokenizer.save_pretrained(folder)
     return str(folder)
 
 

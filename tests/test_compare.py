@@ -316,8 +316,9 @@ def asked(tiny, records, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def compared(asked, at_once, tmp_path_factory) -> Path:
-    return compare.compare(str(asked), output=str(tmp_path_factory.mktemp("out") / "c"), console=SILENT)
+def compared(asked, at_once, painted, tmp_path_factory) -> Path:
+    with painted():
+        return compare.compare(str(asked), output=str(tmp_path_factory.mktemp("out") / "c"), console=SILENT)
 
 
 def results(folder: Path) -> dict[str, dict]:
@@ -366,10 +367,11 @@ def test_the_results_are_those_of_the_runs(compared):
     assert rows["lora"]["budget_share"] == pytest.approx(8192 / 9000)
 
 
-def test_a_finished_comparison_runs_nothing(compared, asked, at_once, monkeypatch):
+def test_a_finished_comparison_runs_nothing(compared, asked, at_once, painted, monkeypatch):
     monkeypatch.setattr(compare.Runner, "wait", lambda *_: pytest.fail("a finished run was repeated"))
     before = (compared / "results.csv").read_bytes()
-    compare.compare(str(asked), output=str(compared), console=SILENT)
+    with painted():
+        compare.compare(str(asked), output=str(compared), console=SILENT)
     assert (compared / "results.csv").read_bytes() == before
 
 

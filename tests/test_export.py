@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from sizes import SIZES
 from transformers import AutoModelForCausalLM
 
 import inlay
@@ -21,37 +22,7 @@ from inlay.methods import METHODS, find
 
 pytestmark = pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning")  # of weights this small it is large
 
-ARGS = {
-    "lora": {"r": 4, "alpha": 8},
-    "pissa": {"r": 4},
-    "milora": {"r": 4},
-    "lamda": {"r": 6},
-    "dota": {"bond": 4},
-    "bone": {"r": 5},
-    "bat": {"r": 16},
-    "bat_col": {"r": 16},
-    **{
-        name: {"r": 4}
-        for name in (
-            "olora",
-            "svfit",
-            "loldu",
-            "mora",
-            "mora_rope",
-            "peanut",
-            "deep_lora",
-            "snell",
-            "lorta",
-            "xgblora",
-            "spiel",
-            "smt",
-            "eva",
-            "lora_ga",
-            "lq_lora",
-        )
-    },
-    "randlora": {"r": 16},
-}
+ARGS = {**SIZES, "lora": {"r": 4, "alpha": 8}, "lamda": {"r": 6}, "bone": {"r": 5}}
 EXACT = {m.name for m in METHODS if issubclass(m, LowRank)}
 IDS = torch.arange(24)[None]
 VLLM = {1, 8, 16, 32, 64, 128, 256, 320, 512}  # its documented values of max_lora_rank
@@ -95,17 +66,27 @@ def product(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def test_every_method_has_a_row():
-    assert set(ARGS) == {method.name for method in METHODS}
+@pytest.fixture(scope="module")
+def adapters(tiny, tmp_path_factory):
+    """Folders of adapters of every method, each made once, and their dense changes."""
+    made = {}
+
+    def get(method: str) -> tuple[Path, dict[str, torch.Tensor]]:
+        if method not in made:
+            folder = tmp_path_factory.mktemp("adapter")
+            made[method] = folder, dense(adapter(tiny, folder, method))
+        return made[method]
+
+    return get
 
 
 @every_method
-def test_a_lora_is_the_adapter(method, tiny, tmp_path):
+def test_a_lora_is_the_adapter(method, adapters, tmp_path):
     """Weight by weight against the dense change: 1e-5 where ΔW is low rank, what is said where it is not."""
-    model = adapter(tiny, tmp_path / "a", method)
+    folder, wanted = adapters(method)
     rank = None if method in EXACT else 12
-    made = inlay.export_lora(tmp_path / "a", tmp_path / "lora", rank=rank)
-    wanted, found = dense(model), product(tmp_path / "lora")
+    made = inlay.export_lora(folder, tmp_path / "lora", rank=rank)
+    found = product(tmp_path / "lora")
     assert set(found) == set(wanted) == set(made.errors)
     for name, D in wanted.items():
         error = ((found[name] - D).norm() / D.norm()).item()
@@ -157,10 +138,10 @@ def test_the_real_model_exports_within_1e_4(method, real_model, tmp_path):
 
 
 @every_method
-def test_the_folder_keeps_vllms_rules(method, tiny, tmp_path):
+def test_the_folder_keeps_vllms_rules(method, adapters, tmp_path):
     """A rank it serves, no bias, no DoRA, no rsLoRA, one rank for all, and tensors of linear layers only."""
-    adapter(tiny, tmp_path / "a", method, scale=0.01)
-    inlay.export_lora(tmp_path / "a", tmp_path / "lora", rank=None if method in EXACT else 3, dtype="bfloat16")
+    rank = None if method in EXACT else 3
+    inlay.export_lora(adapters(method)[0], tmp_path / "lora", rank=rank, dtype="bfloat16")
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
     assert config["r"] in VLLM

@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from sizes import SIZES
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
@@ -20,7 +21,7 @@ from inlay import InlayConfig, Schedule
 from inlay.cli import main
 from inlay.host.layer import InlayLinear
 from inlay.methods import METHODS, find
-from inlay.workbench import builtin, models, packing
+from inlay.workbench import models, packing
 from inlay.workbench.plan import Run
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -28,52 +29,27 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning")  # of weights this small it is large
 
-ARGS = {
-    "lora": {"r": 4},
-    "pissa": {"r": 8},
-    "milora": {"r": 4},
-    "lamda": {"r": 8},
-    "dota": {"bond": 4, "cores": 3},
-    "bone": {"r": 4},
-    "bat": {"r": 16},
-    "bat_col": {"r": 16},
-    **{
-        name: {"r": 4}
-        for name in (
-            "olora",
-            "svfit",
-            "loldu",
-            "mora",
-            "mora_rope",
-            "peanut",
-            "deep_lora",
-            "snell",
-            "lorta",
-            "xgblora",
-            "spiel",
-        )
-    },
-    "randlora": {"r": 16},
-}
+ARGS = {**SIZES, "pissa": {"r": 8}, "lamda": {"r": 8}, "dota": {"bond": 4, "cores": 3}}
+DRAWN = ("lora", "peanut", "deep_lora", "snell", "lorta", "xgblora", "spiel")  # starts that are drawn anew
 IDS = torch.arange(24)[None]
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory) -> str:
+def plain(tmp_path_factory, small_tokenizer) -> str:
     """A small Llama whose widths are multiples of a block of 64: bitsandbytes' CPU kernel misreads others."""
     folder = tmp_path_factory.mktemp("plain")
-    tokenizer = builtin.load_tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=len(tokenizer), max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.1,
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        vocab_size=len(small_tokenizer), max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.1,
+        pad_token_id=small_tokenizer.pad_token_id, bos_token_id=small_tokenizer.bos_token_id,
+        eos_token_id=small_tokenizer.eos_token_id,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     for p in model.parameters():
         p.data += 0.3 * p.data.mean(0)  # a spectrum that is not flat
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    small_tokenizer.save_pretrained(folder)
     return str(folder)
 
 
@@ -119,11 +95,8 @@ def wander(model, scale: float = 0.01) -> None:
                 p.add_(torch.randn_like(p), alpha=scale)
 
 
-every_method = pytest.mark.parametrize("method", sorted(m.name for m in METHODS if not m.needs))
-
-
-def test_every_method_has_a_row():
-    assert set(ARGS) == {method.name for method in METHODS if not method.needs}
+NAMES = sorted(m.name for m in METHODS if not m.needs)
+every_method = pytest.mark.parametrize("method", NAMES)
 
 
 # -- what a fold writes -----------------------------------------------------------------------------------------------
@@ -140,17 +113,8 @@ def test_a_fold_is_the_quantised_residual_and_its_piece(method, folds, plain):
         W = weights[f"{name}.weight"].detach()
         start = find(method)(**ARGS[method]).start(W)
         cls, p, _ = layer.theta("default")
-        random = method in (
-            "lora",
-            "peanut",
-            "deep_lora",
-            "snell",
-            "lorta",
-            "xgblora",
-            "spiel",
-        )  # drawn anew: the stored start counts
         for k, value in start.items():
-            if not random:
+            if method not in DRAWN:  # of those the stored start counts
                 torch.testing.assert_close(p[k].detach(), value, rtol=1e-4, atol=1e-5)
         D = cls.s * cls.delta(p, W).detach()
         packed, state = quantize_4bit(W - D, quant_type="nf4", blocksize=64, compress_statistics=True)
@@ -197,9 +161,9 @@ def test_what_is_not_targeted_is_quantised_as_it_is(plain, tmp_path):
     assert all(torch.equal(ours[k], theirs[k]) for k in ours if "weight" in k and "proj.weight" in k and "q_" not in k)
 
 
-def test_conv1d_is_folded_in_its_own_layout(gpt2_original, tmp_path):
+def test_conv1d_is_folded_in_its_own_layout(gpt2_original, tmp_path, small_tokenizer):
     gpt2_original.save_pretrained(tmp_path / "gpt2")
-    builtin.load_tokenizer().save_pretrained(tmp_path / "gpt2")
+    small_tokenizer.save_pretrained(tmp_path / "gpt2")
     made = inlay.fold(
         str(tmp_path / "gpt2"), tmp_path / "f", InlayConfig(method="pissa", args={"r": 8}, target_modules=["c_attn"])
     )
@@ -333,10 +297,10 @@ def test_mistakes_are_named_and_leave_nothing(plain, folds, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_quantised_model_is_not_folded(plain, tmp_path):
+def test_a_quantised_model_is_not_folded(plain, tmp_path, small_tokenizer):
     packed = AutoModelForCausalLM.from_pretrained(plain, quantization_config=packing.settings("nf4"))
     packed.save_pretrained(tmp_path / "packed")
-    builtin.load_tokenizer().save_pretrained(tmp_path / "packed")
+    small_tokenizer.save_pretrained(tmp_path / "packed")
     with pytest.raises(ValueError, match="is quantised already"):
         inlay.fold(str(tmp_path / "packed"), tmp_path / "f", config("bone"))
 
@@ -402,7 +366,7 @@ def test_a_fold_is_trained_again_and_again(folds, tmp_path, capsys):
 
 @pytest.mark.parametrize("method", ["pissa", "lamda", "lora"])
 @pytest.mark.parametrize("kind", ["folded", "offset"])
-def test_trl_leaves_theta_in_fp32_where_schedule_is_given(method, kind, folds, plain, tmp_path):
+def test_trl_leaves_theta_in_fp32_where_schedule_is_given(method, kind, folds, plain, tmp_path, small_tokenizer):
     """On quantised bases trl casts θ to bf16, in which a step of 1e-4 of a value's size is lost."""
 
     def fresh():
@@ -418,7 +382,7 @@ def test_trl_leaves_theta_in_fp32_where_schedule_is_given(method, kind, folds, p
         from datasets import Dataset
 
         return SFTTrainer(
-            model, args=args, train_dataset=Dataset.from_list(rows), processing_class=builtin.load_tokenizer(),
+            model, args=args, train_dataset=Dataset.from_list(rows), processing_class=small_tokenizer,
             callbacks=callbacks,
         )  # fmt: skip
 
@@ -517,13 +481,13 @@ def test_a_folded_adapter_saved_while_merged_is_still_its_bases(folds, tmp_path)
     assert torch.equal(PeftModel.from_pretrained(base(folds("pissa").base), str(tmp_path)).eval()(IDS).logits, logits)
 
 
-def test_hot_swap_keeps_to_the_base(folds, plain, tmp_path):
+def test_hot_swap_keeps_to_the_base(folds, plain, tmp_path, small_tokenizer):
     from peft.utils.hotswap import hotswap_adapter
 
     other = AutoModelForCausalLM.from_pretrained(plain)
     other.model.layers[0].mlp.up_proj.weight.data += 0.01
     other.save_pretrained(tmp_path / "other")
-    builtin.load_tokenizer().save_pretrained(tmp_path / "other")
+    small_tokenizer.save_pretrained(tmp_path / "other")
     elsewhere = inlay.fold(str(tmp_path / "other"), tmp_path / "f", config("pissa"))
     model = load(folds("pissa"))
     with pytest.raises(ValueError, match="folded_base"):
@@ -607,8 +571,8 @@ def test_known_errors_of_a_real_weight(method, args, error, real_model):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(
-    "method", [InlayConfig(method=m, args={"bond": 16} if m == "dota" else {"r": 16}) for m in sorted(ARGS)],
-    ids=sorted(ARGS),
+    "method", [InlayConfig(method=m, args={"bond": 16} if m == "dota" else {"r": 16}) for m in NAMES],
+    ids=NAMES,
 )  # fmt: skip
 def test_the_real_model_folds(method, tmp_path):
     method.target_modules = "all-linear"

@@ -32,19 +32,22 @@ LLAMA3 = {
 }  # fmt: skip
 
 
-def folder_of(out: Path, kind: str, **more) -> str:
-    """A random model of a family with the built-in tokenizer."""
-    tokenizer = builtin.load_tokenizer()
-    cls, own = FAMILIES[kind]
-    torch.manual_seed(0)
-    config = cls(vocab_size=len(tokenizer) + 5, **SIZE, **own, **more)
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for p in model.parameters():  # norms and biases that are not ones and zeros
-            p.add_(torch.randn_like(p), alpha=0.05)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    return str(out)
+@pytest.fixture
+def folder_of(small_tokenizer):
+    """Makes a random model of a family with the small tokenizer."""
+
+    def make(out: Path, kind: str, **more) -> str:
+        cls, own = FAMILIES[kind]
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(cls(vocab_size=len(small_tokenizer) + 5, **SIZE, **own, **more))
+        with torch.no_grad():
+            for p in model.parameters():  # norms and biases that are not ones and zeros
+                p.add_(torch.randn_like(p), alpha=0.05)
+        model.save_pretrained(out)
+        small_tokenizer.save_pretrained(out)
+        return str(out)
+
+    return make
 
 
 def fields(file: Path) -> tuple[dict, dict]:
@@ -53,7 +56,7 @@ def fields(file: Path) -> tuple[dict, dict]:
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [*((kind, "float32") for kind in FAMILIES), ("llama", "bfloat16")])
-def test_a_merged_model_comes_back_from_its_file(kind, dtype, tmp_path):
+def test_a_merged_model_comes_back_from_its_file(kind, dtype, tmp_path, folder_of, small_tokenizer):
     folder = folder_of(tmp_path / "base", kind)
     model = adapter(folder, tmp_path / "a", "bone")
     made = inlay.merge(tmp_path / "a", tmp_path / "m", to="gguf", dtype=dtype, probe=dtype == "bfloat16")
@@ -67,14 +70,13 @@ def test_a_merged_model_comes_back_from_its_file(kind, dtype, tmp_path):
     assert ("output.weight" in tensors) is not base(folder).config.tie_word_embeddings
     assert {p.name for p in (tmp_path / "m").iterdir()} == {"model.gguf", "Modelfile", "merged_from.json"}
     assert "FROM ./model.gguf" in (tmp_path / "m" / "Modelfile").read_text()
-    tokenizer = builtin.load_tokenizer()
     tokens = about["tokenizer.ggml.tokens"]
-    assert tokens[:1000] == tokenizer.convert_ids_to_tokens(range(1000))
-    assert tokens[-5:] == [f"[PAD{len(tokenizer) + i}]" for i in range(5)]
+    assert tokens[:1000] == small_tokenizer.convert_ids_to_tokens(range(1000))
+    assert tokens[-5:] == [f"[PAD{len(small_tokenizer) + i}]" for i in range(5)]
     assert about["tokenizer.ggml.token_type"][:18] == [3] * 17 + [1]
     assert about["tokenizer.ggml.token_type"][-5:] == [5] * 5
-    assert about["tokenizer.ggml.eos_token_id"] == tokenizer.eos_token_id
-    assert about["tokenizer.chat_template"] == tokenizer.chat_template
+    assert about["tokenizer.ggml.eos_token_id"] == small_tokenizer.eos_token_id
+    assert about["tokenizer.chat_template"] == small_tokenizer.chat_template
 
 
 def test_the_builtin_model_is_what_its_own_file_says(real_model, tmp_path):
@@ -94,7 +96,7 @@ def test_the_builtin_model_is_what_its_own_file_says(real_model, tmp_path):
         assert ours[key] == (pytest.approx(value) if isinstance(value, float) else value), key
 
 
-def test_llama_3_slows_its_rotations(tmp_path):
+def test_llama_3_slows_its_rotations(tmp_path, folder_of):
     """The factors by the formula of its paper's code, not by transformers' function."""
     folder = folder_of(tmp_path / "base", "llama", rope_parameters=LLAMA3)
     adapter(folder, tmp_path / "a", "bone")
@@ -138,12 +140,12 @@ def test_how_a_tokenizer_splits(made, name, tmp_path):
     assert gguf_model.pre_tokenizer(tmp_path) == name
 
 
-def test_what_cannot_be_written_says_what_to_run(tmp_path, gpt2_original, capsys):
+def test_what_cannot_be_written_says_what_to_run(tmp_path, gpt2_original, capsys, folder_of, small_tokenizer):
     cases = {"positions of type yarn are": {"rope_parameters": {**LLAMA3, "rope_type": "yarn"}}}
     folder = folder_of(tmp_path / "base", "llama", **cases["positions of type yarn are"])
     adapter(folder, tmp_path / "a", "bone")
     gpt2_original.save_pretrained(tmp_path / "gpt2")
-    builtin.load_tokenizer().save_pretrained(tmp_path / "gpt2")
+    small_tokenizer.save_pretrained(tmp_path / "gpt2")
     adapter(str(tmp_path / "gpt2"), tmp_path / "b", "bone", target_modules=["c_attn"])
     other = folder_of(tmp_path / "c", "llama")
     content = json.loads((Path(other) / "tokenizer.json").read_text())

@@ -2,9 +2,11 @@
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import peft
 import pytest
@@ -24,7 +26,15 @@ NAMES = [m.name for m in methods.METHODS if not m.needs]
 FIRST = ("lora", "pissa", "milora", "lamda", "dota", "bone", "bat", "bat_col")  # on the real model in the fast suite
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOKENS = torch.arange(24).view(2, 12)
-every_method = pytest.mark.parametrize("name", NAMES)
+KINDS = "lora pissa lamda dota bat lorta xgblora spiel".split()  # of what a start stores, shares, notes
+
+
+def in_fast_suite(names):
+    marks = {n: () if n in names else pytest.mark.slow for n in NAMES}
+    return pytest.mark.parametrize("name", [pytest.param(n, marks=mark) for n, mark in marks.items()])
+
+
+every_method, every_kind = pytest.mark.parametrize("name", NAMES), in_fast_suite(KINDS)
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning")  # of these small weights it is large
@@ -65,13 +75,21 @@ def trainable(model: nn.Module) -> set[str]:
     return {n for n, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.fixture
-def saved(llama, tmp_path):
-    """A trained adapter on disk, and what its model answers."""
-    model = get_peft_model(llama, config())
+@pytest.fixture(scope="module")
+def saved_original(llama_original, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    torch.manual_seed(0)
+    model = get_peft_model(copy.deepcopy(llama_original), config())
     wander(model)
-    model.save_pretrained(tmp_path)
-    return tmp_path, logits(model)
+    model.save_pretrained(folder)
+    return folder, logits(model)
+
+
+@pytest.fixture
+def saved(saved_original, tmp_path):
+    """A trained adapter on disk, and what its model answers."""
+    folder, answer = saved_original
+    return Path(shutil.copytree(folder, tmp_path, dirs_exist_ok=True)), answer
 
 
 # Entrances
@@ -113,7 +131,7 @@ def test_auto_peft_model(llama, tmp_path):
     assert torch.equal(logits(loaded), logits(model))
 
 
-@every_method
+@every_kind
 def test_inject_adapter_in_model(name, llama):
     base = logits(llama)
     model = inject_adapter_in_model(config(name), llama)
@@ -524,7 +542,7 @@ def test_a_config_survives_json(tmp_path):
         assert loaded.build("k_proj") == methods.MiLoRA(r=2, side="middle", scale=0.5, dropout=0.1)
 
 
-@every_method
+@every_kind
 def test_a_config_from_a_checkpoint_starts_a_fresh_adapter(name, llama_original, tmp_path):
     """The config says that it was loaded, but no tensors follow: the start must be computed, not left empty."""
     model = get_peft_model(copy.deepcopy(llama_original), config(name))
@@ -541,7 +559,7 @@ def test_a_config_from_a_checkpoint_starts_a_fresh_adapter(name, llama_original,
     assert difference(logits(fresh), base) > 1e-4
 
 
-@every_method
+@every_kind
 def test_a_fresh_adapter_of_a_loaded_config_can_be_saved_or_merged_at_once(name, llama_original, tmp_path):
     get_peft_model(copy.deepcopy(llama_original), config(name)).save_pretrained(tmp_path / "one")
     reused = InlayConfig.from_pretrained(tmp_path / "one")
@@ -756,7 +774,16 @@ def flipped_bit(state, _):
     return r"."
 
 
-@pytest.mark.parametrize("how", [{}, {"low_cpu_mem_usage": True}], ids=["plain", "low memory"])
+both_ways = pytest.mark.parametrize("how", [{}, {"low_cpu_mem_usage": True}], ids=["plain", "low memory"])
+
+
+@both_ways
+def test_a_whole_checkpoint_is_not_refused(how, saved, llama_original):
+    path, answer = saved
+    assert torch.equal(logits(PeftModel.from_pretrained(copy.deepcopy(llama_original), path, **how)), answer)
+
+
+@both_ways
 @pytest.mark.parametrize(
     "damage",
     [
@@ -766,9 +793,8 @@ def flipped_bit(state, _):
     ids=lambda f: f.__name__,
 )  # fmt: skip
 def test_a_damaged_checkpoint_is_refused(damage, how, saved, llama_original):
-    path, answer = saved
+    path, _ = saved
     weights, settings_file = path / "adapter_model.safetensors", path / "adapter_config.json"
-    assert torch.equal(logits(PeftModel.from_pretrained(copy.deepcopy(llama_original), path, **how)), answer)
     state, settings = load_file(weights), json.loads(settings_file.read_text())
     message = damage(state, settings)
     save_file(state, weights)
@@ -817,7 +843,7 @@ def test_the_start_survives_a_cast_of_the_parameters(name, llama):
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
 
 
-@every_method
+@every_kind
 def test_autocast_adapter_dtype_false(name, llama_original, tmp_path):
     """ZeRO-3 asks for one dtype; the default keeps fp32 parameters on a bf16 base."""
     base = copy.deepcopy(llama_original).to(torch.bfloat16)
@@ -887,7 +913,7 @@ def test_disabling_a_merged_adapter_gives_the_base_back(llama):
     assert difference(logits(model), trained) < 1e-4
 
 
-@every_method
+@every_kind
 def test_safe_merge_refuses_nan_and_leaves_the_base_alone(name, llama):
     model = get_peft_model(llama, config(name))
     layer = next(iter(layers_of(model).values()))
@@ -956,21 +982,27 @@ def text(real_tokenizer) -> Tensor:
     return torch.tensor([real_tokenizer(words)["input_ids"]])
 
 
+@pytest.fixture(scope="module")
+def real_bases(real_model, text):
+    """The model by dtype, and its logits. Who adapts it unloads it, and finds what others left of it."""
+    made = {torch.float32: copy.deepcopy(real_model), torch.bfloat16: copy.deepcopy(real_model).to(torch.bfloat16)}
+    return {dtype: (model, logits(model, text)) for dtype, model in made.items()}
+
+
 @every_method
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_a_real_model_starts_exactly(name, dtype, real_model, text):
-    base = copy.deepcopy(real_model).to(dtype)
-    before = logits(base, text)
+def test_a_real_model_starts_exactly(name, dtype, real_bases, text):
+    base, before = real_bases[dtype]
     model = get_peft_model(base, InlayConfig(method=name, target_modules=LINEARS, layers_to_transform=[0, 29]))
     assert len(layers_of(model)) == 14
     assert difference(logits(model, text), before) == 0
+    model.unload()
 
 
-@pytest.mark.parametrize("name", [n if n in FIRST else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
-def test_a_real_model_merges(name, real_model, text):
-    settings = InlayConfig(method=name, target_modules=LINEARS, layers_to_transform=[15])
-    model = get_peft_model(copy.deepcopy(real_model), settings)
-    before = logits(model, text)
+@in_fast_suite(FIRST)
+def test_a_real_model_merges(name, real_bases, text):
+    base, before = real_bases[torch.float32]
+    model = get_peft_model(base, InlayConfig(method=name, target_modules=LINEARS, layers_to_transform=[15]))
     wander(model, {"svfit": 0.1, "deep_lora": 0.03}.get(name, 1e-3))
     trained = logits(model, text)
     assert difference(trained, before) > 1e-3
@@ -978,6 +1010,7 @@ def test_a_real_model_merges(name, real_model, text):
     assert difference(logits(model, text), trained) < 1e-4
     model.unmerge_adapter()
     assert torch.equal(logits(model, text), trained)
+    model.unload()
 
 
 def test_a_real_model_reloads_bit_equal_in_another_process(real_model, text, tmp_path):

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from inlay.cli import main
-from inlay.workbench import builtin, joint
+from inlay.workbench import joint
 
 
 def test_the_shares_are_those_of_a_dense_svd(tiny):
@@ -42,9 +42,9 @@ def test_the_table(tiny, capsys):
     assert "gate_proj, up_proj (2)" in said
 
 
-def test_layers_of_which_no_two_read_one_input(gpt2_original, tmp_path, capsys):
+def test_layers_of_which_no_two_read_one_input(gpt2_original, tmp_path, capsys, small_tokenizer):
     gpt2_original.save_pretrained(tmp_path)
-    builtin.load_tokenizer().save_pretrained(tmp_path)
+    small_tokenizer.save_pretrained(tmp_path)
     with pytest.raises(SystemExit) as stop:
         main(["inspect", str(tmp_path), "--joint"])
     assert stop.value.code == 2

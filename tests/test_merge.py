@@ -1,10 +1,10 @@
 """A merged checkpoint: the adapter's outputs in stock transformers, from files that were never all in memory."""
 
+import copy
 import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_the_merged_model_is_the_adapter(method, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("untied", [False, True])
-def test_files_are_sharded_and_keep_dtypes_names_and_ties(untied, tmp_path):
+def test_files_are_sharded_and_keep_dtypes_names_and_ties(untied, tmp_path, copy_tokenizer):
     """A bf16 base with one fp32 norm comes out as one, in files of the size asked for, all else bit for bit."""
     config = LlamaConfig(
         hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=128,
@@ -80,10 +80,9 @@ def perturb(model, scale=0.05):
     return model.eval()
 
 
-def copy_tokenizer(folder: Path) -> None:
-    from inlay.workbench import builtin
-
-    builtin.load_tokenizer().save_pretrained(folder)
+@pytest.fixture
+def copy_tokenizer(small_tokenizer):
+    return small_tokenizer.save_pretrained
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
@@ -110,7 +109,7 @@ def test_what_is_tied_and_what_was_trained_whole(more, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("bias", ["all", "inlay_only"])
-def test_trained_biases(bias, gpt2_original, tmp_path):
+def test_trained_biases(bias, gpt2_original, tmp_path, copy_tokenizer):
     """And transformers' Conv1D, whose weight is kept as (in × out)."""
     gpt2_original.save_pretrained(tmp_path / "gpt2")
     copy_tokenizer(tmp_path / "gpt2")
@@ -122,7 +121,7 @@ def test_trained_biases(bias, gpt2_original, tmp_path):
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
 @pytest.mark.parametrize("model", ["tiny", "gpt2"])
-def test_a_quantised_checkpoint_merges_to_16_bits(quantize, model, tiny, gpt2_original, tmp_path):
+def test_a_quantised_checkpoint_merges_to_16_bits(quantize, model, tiny, gpt2_original, tmp_path, copy_tokenizer):
     pytest.importorskip("bitsandbytes")
     folder = tiny
     if model == "gpt2":
@@ -154,7 +153,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
-def test_memory_holds_a_file_and_a_weight_not_the_model(tmp_path):
+def test_memory_holds_a_file_and_a_weight_not_the_model(tmp_path, copy_tokenizer):
     """A model of 360 MB in fp32 whose largest weight has 16 MB is merged in less than half of its size."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -178,7 +177,7 @@ def test_memory_holds_a_file_and_a_weight_not_the_model(tmp_path):
     torch.testing.assert_close(base(tmp_path / "m")(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_a_checkpoint_under_other_names(tmp_path, tiny):
+def test_a_checkpoint_under_other_names(tmp_path, tiny, copy_tokenizer):
     """Of a base model without its head, whose names lack the leading module."""
     small = base(tiny)
     small.model.save_pretrained(tmp_path / "base")
@@ -191,7 +190,7 @@ def test_a_checkpoint_under_other_names(tmp_path, tiny):
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
-def test_a_twin_that_is_stored_as_well(tiny, tmp_path):
+def test_a_twin_that_is_stored_as_well(tiny, tmp_path, copy_tokenizer):
     """A tied head that the file holds too is no longer tied once it differs."""
     base(tiny).save_pretrained(tmp_path / "base")
     file = tmp_path / "base" / "model.safetensors"
@@ -205,7 +204,7 @@ def test_a_twin_that_is_stored_as_well(tiny, tmp_path):
     torch.testing.assert_close(base(tmp_path / "m")(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_a_base_that_only_others_can_read(tiny, tmp_path, capsys):
+def test_a_base_that_only_others_can_read(tiny, tmp_path, capsys, copy_tokenizer):
     """Nothing is written that lacks the adapter."""
     adapter(tiny, tmp_path / "a", "bone")
     base(tiny).save_pretrained(tmp_path / "other")
@@ -233,11 +232,9 @@ def test_a_merge_does_not_write_over_what_it_reads(tiny, tmp_path):
             inlay.merge(tmp_path / "b", out, overwrite=True)
 
 
-def test_the_tokenizer_beside_the_adapter_goes_along(tiny, tmp_path):
+def test_the_tokenizer_beside_the_adapter_goes_along(tiny, small_tokenizer, tmp_path):
     adapter(tiny, tmp_path / "a", "bone")
-    from inlay.workbench import builtin
-
-    tokenizer = builtin.load_tokenizer()
+    tokenizer = copy.deepcopy(small_tokenizer)
     tokenizer.chat_template = "{{ messages }} of the adapter"
     tokenizer.save_pretrained(tmp_path / "a")
     inlay.merge(tmp_path / "a", tmp_path / "m", probe=False)
@@ -252,7 +249,7 @@ def test_a_base_without_a_tokenizer(tiny, tmp_path):
     torch.testing.assert_close(base(tmp_path / "m")(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_mistakes_are_named_and_leave_nothing(tiny, tmp_path, capsys):
+def test_mistakes_are_named_and_leave_nothing(tiny, tmp_path, capsys, copy_tokenizer):
     adapter(tiny, tmp_path / "a", "bone", scale=1e6)
     torch.manual_seed(1)
     other = base(tiny)

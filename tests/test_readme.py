@@ -89,8 +89,8 @@ def test_every_command_of_the_readme_runs(workplace, tiny, capsys, monkeypatch):
     assert (workplace / "served" / "model.gguf").exists()
 
 
-def test_the_python_of_the_readme_runs(workplace, tiny):
-    code, loop = blocks(README, "python")
+def test_the_python_of_the_readme_and_of_its_page_runs(workplace, tiny):
+    (code,), (loop,) = (blocks(text, "python") for text in (README, (ROOT / "docs" / "python.md").read_text()))
     scope: dict = {}
     exec(code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", tiny), scope)
     merged = scope["merged"](input_ids=torch.arange(8)[None]).logits
@@ -161,14 +161,19 @@ def test_the_recipe_reference_is_the_recipe():
     assert (ROOT / "docs" / "recipe.md").read_text() == recipe.reference()
 
 
+@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")], ids=lambda path: path.name)
+def test_every_file_that_a_page_names_is_there(page):
+    named = [path for path in re.findall(r"\]\(([^)#]+)", page.read_text()) if "://" not in path]
+    assert [path for path in named if not (page.parent / path).exists()] == []
+
+
 def test_the_papers_page_shows_what_was_measured():
-    """Its table is the benchmark's, a row for every small recipe, and every file it names is there."""
+    """Its table is the benchmark's, with a row for every small recipe."""
     page = (ROOT / "docs" / "papers.md").read_text()
     measured = (ROOT / "benchmarks" / "results" / "papers.md").read_text()
     assert page.endswith(measured)
     rows = set(re.findall(r"^\| (\w+) \| \w+ \| \d", measured, re.MULTILINE))
     assert rows == {path.stem for path in (ROOT / "recipes" / "small").glob("*.yaml")}
-    assert all((ROOT / "docs" / path).exists() for path in re.findall(r"\]\((\.\.[^)]*)\)", page))
     assert {m.name for m in methods.METHODS} - {"lora"} <= set(re.findall(r"`(\w+)(?:\(|`)", page))
 
 

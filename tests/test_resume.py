@@ -102,11 +102,12 @@ def cut(interrupted, tmp_path) -> Path:
 # The same end
 
 
-@pytest.mark.parametrize("kills", [3, slow(25)])
-def test_a_killed_run_ends_as_one_left_alone(kills, tmp_path):
-    """On the built-in model: frozen blocks, dropout, accumulation, weight decay, more than one epoch."""
-    small = "--layers-to-transform 28,29 --target-modules q_proj,down_proj --max-length 48 --batch-size 1"
-    command = [sys.executable, str(TORTURE), str(kills), "--model", "builtin", "--recipes", "lamda", "--steps", "5"]
+@pytest.mark.parametrize(("model", "kills"), [("tiny", 3), pytest.param("builtin", 25, marks=pytest.mark.slow)])
+def test_a_killed_run_ends_as_one_left_alone(model, kills, tmp_path):
+    """Frozen blocks, dropout, accumulation, weight decay, more than one epoch."""
+    part = "--layers-to-transform 28,29 --target-modules q_proj,down_proj --max-length 48 --batch-size 1"
+    small = part if model == "builtin" else ""
+    command = [sys.executable, str(TORTURE), str(kills), "--model", model, "--recipes", "lamda", "--steps", "5"]
     done = subprocess.run([*command, "--more", small], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{kills} kills in" in done.stdout

@@ -1,8 +1,8 @@
 """What a run's page shows of its weights, against dense references; and the page in a real browser."""
 
 import json
+import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,11 +19,12 @@ SILENT = Console(quiet=True)
 
 
 @pytest.fixture(scope="module")
-def folder(tiny, records, tmp_path_factory):
+def folder(tiny, records, painted, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "milora"
     values = {"steps": 3, "batch_size": 4, "eval_size": 4, "samples": 1, "learning_rate": 1e-2, "dtype": "float32"}
     made = {"method": "milora", "args": {"r": 4}, "patterns": {"k_proj": {"r": 2}}, "max_length": 64}
-    train.train(Recipe(model=tiny, data=records, output=str(out), **made, **values), SILENT)
+    with painted():
+        train.train(Recipe(model=tiny, data=records, output=str(out), **made, **values), SILENT)
     return out
 
 
@@ -76,12 +77,13 @@ def test_the_page_in_a_browser(folder):
         chromium.close()
 
 
-def test_their_runner_finds_our_experiment(tmp_path):
+def test_their_runner_finds_our_experiment(tmp_path, monkeypatch, capsys):
     """PEFT's own loader reads what benchmarks/metamath.py writes, by the one type."""
-    root = Path(__file__).parent.parent
     (tmp_path / "method_comparison" / "MetaMathQA").mkdir(parents=True)
-    script = [sys.executable, str(root / "benchmarks" / "metamath.py"), str(tmp_path), "bone", "--write-only"]
-    made = subprocess.run(script, check=True, capture_output=True, text=True).stdout.strip()
+    script = str(Path(__file__).parent.parent / "benchmarks" / "metamath.py")
+    monkeypatch.setattr(sys, "argv", [script, str(tmp_path), "bone", "--write-only"])
+    runpy.run_path(script, run_name="__main__")
+    made = capsys.readouterr().out.strip()
     config = PeftConfig.from_pretrained(made)
     assert (config.peft_type.value.lower(), config.method, config.args["r"]) == ("inlay", "bone", 32)
     assert Path(made).parent.name == "inlay"

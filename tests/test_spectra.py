@@ -248,9 +248,10 @@ def test_ranks_are_not_allocated_where_they_save_numbers(uneven):
 # -- inspect ----------------------------------------------------------------------------------------------------------
 
 
-def test_inspect_shows_and_writes(uneven, tmp_path, capsys):
+def test_inspect_shows_and_writes(uneven, painted, tmp_path, capsys):
     out = tmp_path / "out"
-    main(["inspect", uneven, "--method", "pissa", "--r", "8", "--output", str(out)])
+    with painted():
+        main(["inspect", uneven, "--method", "pissa", "--r", "8", "--output", str(out)])
     said = capsys.readouterr().out
     assert "q_proj (2)" in said
     assert "ranks by energy (flat)" in said
@@ -265,7 +266,8 @@ def test_inspect_shows_and_writes(uneven, tmp_path, capsys):
     names = {"spectra", "energy", "ranks"}
     assert {p.name for p in (out / "plots").iterdir()} == {f"{n}.{end}" for n in names for end in ("png", "svg")}
     assert "exists" in fails(capsys, "inspect", uneven, "--output", str(out))
-    main(["inspect", uneven, "--method", "pissa", "--r", "8", "--output", str(tmp_path / "again")])
+    with painted():
+        main(["inspect", uneven, "--method", "pissa", "--r", "8", "--output", str(tmp_path / "again")])
     for file in ("spectra.json", "plots/ranks.svg", "plots/spectra.svg"):
         assert (out / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
     main(["inspect", uneven, "--output", str(out), "--overwrite"])
@@ -278,12 +280,13 @@ def test_inspect_a_part_of_a_model(uneven, capsys):
     assert "up_proj" not in said
 
 
-def test_pictures_of_a_model_without_layers_and_with_one_value(tmp_path):
+def test_pictures_of_a_model_without_layers_and_with_one_value(painted, tmp_path):
     weight = ranks.Weight((4, 4), torch.zeros(4), 2, 16, 16)
     found = ranks.Inspection("m", "lora", 2, "flat", {"lm_head": weight})
-    plots.draw(found, tmp_path / "plots")
     experts = {f"l.{i}.experts.{j}.up": weight for i in range(2) for j in range(3)}
-    plots.draw(ranks.Inspection("m", "lora", 2, "flat", {"l.0.q": weight, **experts}), tmp_path / "more")
+    with painted():
+        plots.draw(found, tmp_path / "plots")
+        plots.draw(ranks.Inspection("m", "lora", 2, "flat", {"l.0.q": weight, **experts}), tmp_path / "more")
 
 
 def test_mistakes_in_inspect_are_one_line(uneven, tmp_path, capsys):

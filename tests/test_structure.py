@@ -84,17 +84,13 @@ def test_methods_do_not_inherit_from_each_other():
         assert not set(method.__mro__[1:]) & set(inlay.methods.METHODS)
 
 
-def test_importing_inlay_is_light():
+def test_importing_inlay_is_light_and_registers_the_type():
     heavy = {"trl", "datasets", "triton", "optuna", "PyNomad", "tensorboard", *PLOTTING}
-    code = f"import inlay, sys; print(sorted({heavy!r} & set(sys.modules)))"
+    code = f"""import inlay, peft, sys
+print(sorted({heavy!r} & set(sys.modules)))
+print(peft.PeftType('INLAY').value, peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING['INLAY'])"""
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"
-
-
-def test_importing_inlay_registers_the_type():
-    code = "import inlay, peft; print(peft.PeftType('INLAY').value, peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING['INLAY'])"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "INLAY <class 'inlay.host.config.InlayConfig'>"
+    assert run.stdout.splitlines() == ["[]", "INLAY <class 'inlay.host.config.InlayConfig'>"]
 
 
 @pytest.mark.parametrize("name", METHOD_FILES)

@@ -33,7 +33,7 @@ import inlay
 from inlay.cli import main
 from inlay.host.layer import InlayLinear
 from inlay.methods import METHODS
-from inlay.workbench import builtin, checkpoints, kinds, prepare, train
+from inlay.workbench import checkpoints, kinds, prepare, train
 from inlay.workbench.recipe import Recipe
 from inlay.workbench.tasks import TASKS, preference, seq2seq
 from inlay.workbench.tasks import classification as cls
@@ -54,22 +54,22 @@ DATA = {
 
 
 @pytest.fixture(scope="module")
-def models_of(tmp_path_factory, tiny) -> dict[str, str]:
+def models_of(tmp_path_factory, tiny, small_tokenizer) -> dict[str, str]:
     """A tiny model for each task: a BERT without a head, as encoders are published, a T5, and the shared Llama."""
-    tokenizer, folder = builtin.load_tokenizer(), tmp_path_factory.mktemp("models")
+    folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     bert = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=64, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(small_tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=64, pad_token_id=small_tokenizer.pad_token_id,
     )  # fmt: skip
     t5 = T5Config(
-        vocab_size=len(tokenizer), d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-        decoder_start_token_id=tokenizer.pad_token_id,
+        vocab_size=len(small_tokenizer), d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2,
+        pad_token_id=small_tokenizer.pad_token_id, eos_token_id=small_tokenizer.eos_token_id,
+        decoder_start_token_id=small_tokenizer.pad_token_id,
     )  # fmt: skip
     for name, model in (("bert", BertModel(bert)), ("t5", T5ForConditionalGeneration(t5))):
         model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+        small_tokenizer.save_pretrained(folder / name)
     causal = dict.fromkeys(("language_modelling", "preference"), tiny)
     return {"classification": str(folder / "bert"), "seq2seq": str(folder / "t5"), **causal}
 
@@ -279,9 +279,9 @@ TEMPLATE = """{% for m in messages %}{{ m.role }}: {% if m.content is string %}{
 
 
 @pytest.fixture(scope="module")
-def llava(tmp_path_factory) -> str:
+def llava(tmp_path_factory, small_tokenizer) -> str:
     """A random LLaVA: images of 16², patches of 8², two layers in all."""
-    folder, tokenizer = tmp_path_factory.mktemp("llava"), builtin.load_tokenizer()
+    folder, tokenizer = tmp_path_factory.mktemp("llava"), copy.deepcopy(small_tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     image = tokenizer.convert_tokens_to_ids("<image>")
     sight = CLIPVisionConfig(

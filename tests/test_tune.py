@@ -180,9 +180,9 @@ def test_a_metric_is_a_finite_number(tmp_path, monkeypatch, llama):
 
 
 @pytest.fixture(scope="module")
-def searched(tiny, records, tmp_path_factory) -> Path:
+def searched(tiny, records, painted, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("searched")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, painted():
         patch.setattr(runner.Runner, "wait", pretend)
         path = ask(folder / "t.yaml", tiny, records, trials=24)
         return tune.tune(path, output=str(folder / "out"), console=SILENT)

@@ -135,7 +135,7 @@ def test_the_adapter_loads_with_peft_alone(run):
 def test_every_method_trains_from_the_command_line(method, tiny, records, tmp_path, capsys):
     out = tmp_path / "run"
     size = "bond" if method == "dota" else "r"
-    flags = f"--{size} 4 --steps 2 --batch-size 4 --eval-size 4 --samples 1 --dtype float32".split()
+    flags = f"--{size} 4 --steps 2 --batch-size 4 --eval-size 4 --samples 0 --save-every 0 --dtype float32".split()
     main(["train", "--model", tiny, "--data", records, "--method", method, "--output", str(out), *flags])
     assert "held-out loss after" in capsys.readouterr().out
     base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
