@@ -5,6 +5,7 @@ import copy
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -168,3 +169,38 @@ def records(tmp_path_factory) -> str:
     rows = [{"question": f"What is {i} plus one?", "answer": f"It is {i + 1}."} for i in range(24)]
     path.write_text("\n".join(map(json.dumps, rows)))
     return str(path)
+
+
+@pytest.fixture
+def phone():
+    """Opens files in Chromium, in the dark and as wide as a phone. They ask for nothing and log nothing, are no wider
+    than the screen, and all that their plots say is large enough and inside of them."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    browser = next((path for name in ("chromium", "google-chrome") if (path := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip("no Chromium on this machine")
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        page = chromium.new_page(viewport={"width": 375, "height": 800}, color_scheme="dark")
+        heard = []
+        page.on("console", lambda message: heard.append(message.text))
+        page.on("pageerror", lambda error: heard.append(str(error)))
+        page.on("request", lambda asked: heard.append(asked.url) if asked.url.startswith("http") else None)
+
+        def open_file(path):
+            page.goto(path.as_uri())
+            assert page.evaluate("document.documentElement.scrollWidth") <= 375
+            for ink in ("(document.body).color", "(document.querySelector('svg text')).fill"):
+                assert int(page.evaluate(f"getComputedStyle{ink}").split("(")[1].split(",")[0]) > 200
+            heights = "[...document.querySelectorAll('svg text')].map(t => t.getBoundingClientRect().height)"
+            assert min(page.evaluate(heights)) >= 8
+            inside = """[...document.querySelectorAll('svg text')].every(text => {
+                const out = text.closest('svg').getBoundingClientRect(), own = text.getBoundingClientRect();
+                const x = Math.min(own.left - out.left, out.right - own.right);
+                return Math.min(x, own.top - out.top, out.bottom - own.bottom) > -2; })"""
+            assert page.evaluate(inside)
+            return page
+
+        yield open_file
+        assert heard == []
+        chromium.close()

@@ -74,12 +74,13 @@ def test_every_command_of_the_readme_runs(workplace, tiny, capsys, monkeypatch):
         extra |= {verb: ["--tokens", "4"] for verb in ("generate", "eval")}
         main([*words, *extra.get(words[0], [])])
         verbs.append(words[0])
-    rest = "compare tune ui methods plan eval generate inspect fold export import export merge merge".split()
+    rest = "compare tune ui methods plan eval generate inspect inspect fold export import export merge merge".split()
     assert verbs == ["train", "train", "train", *rest]
     assert watched == ["runs"]
     assert (workplace / "runs" / "small" / "report.html").exists()
     assert (workplace / "runs" / "search" / "best.yaml").exists()
     assert (workplace / "spectra" / "spectra.json").exists()
+    assert (workplace / "changes" / "changes.json").exists()
     assert (workplace / "folded" / "base" / "model.safetensors").exists()
     assert (workplace / "runs" / "mine" / "adapter" / "adapter_model.safetensors").exists()
     assert (workplace / "lora" / "adapter_model.safetensors").exists()

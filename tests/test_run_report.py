@@ -2,17 +2,20 @@
 
 import json
 import runpy
-import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftConfig
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, get_peft_model
 from rich.console import Console
+from test_workbench import fails
+from transformers import AutoModelForCausalLM
 
+import inlay
+from inlay.cli import main
 from inlay.host.peft import adapted
-from inlay.workbench import changes, train
+from inlay.workbench import changes, edge, train
 from inlay.workbench.recipe import Recipe
 
 SILENT = Console(quiet=True)
@@ -41,40 +44,97 @@ def test_what_changed_is_what_the_dense_weights_say(folder):
         part = len(basis) // changes.PART
         for name, rows in (("principal", basis[:part]), ("minor", basis[-part:])):
             assert found[name] == pytest.approx(((rows @ other).norm() / D.norm()).item() ** 2, rel=1e-3)
+        S = torch.linalg.svdvals(D)
+        assert found["stable_rank"] == pytest.approx((S.square().sum() / S[0] ** 2).item(), rel=1e-3)
         assert found["rank"] == (2 if "k_proj" in layer.cuts["default"].module else 4)
+
+
+def test_spectra_before_and_after_are_those_of_the_weights():
+    """Of a change on the minor side of a wide and of a tall weight, by fp64 SVDs; and the ranks of ΔW."""
+    torch.manual_seed(0)
+    W, r = torch.randn(40, 96, dtype=torch.float64), 3
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    D = U[:, -r:] @ torch.diag(torch.tensor([3.0, 2.0, 1.0]).double()) @ Vh[-r:]
+    for weight, change in ((W, D), (W.T, D.T)):
+        before, shares = changes.along(change.float(), weight.float())
+        torch.testing.assert_close(before.double(), S, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(shares[-r:], torch.tensor([9.0, 4.0, 1.0]) / 14, atol=1e-4, rtol=0)
+    assert edge.stable_rank(torch.linalg.svdvals(D)) == pytest.approx(14 / 9)
+    p = torch.tensor([3.0, 2.0, 1.0]) / 6
+    entropy = -(p * p.log()).sum()
+    assert edge.effective_rank(torch.linalg.svdvals(D)) == pytest.approx(entropy.exp().item(), rel=1e-4)
 
 
 def test_a_random_change_has_an_eighth_in_either():
     W, D = torch.randn(64, 256), torch.randn(64, 256)
-    assert changes.shares(D, W) == pytest.approx((1 / 8, 1 / 8), abs=0.01)
-    U, _, Vh = torch.linalg.svd(W, full_matrices=False)
-    assert changes.shares(U[:, :4] @ Vh[:4], W) == pytest.approx((1, 0), abs=1e-6)
-    assert changes.shares((U[:, -4:] @ Vh[-4:]).T, W.T) == pytest.approx((0, 1), abs=1e-6)
+    shares = changes.along(D, W)[1]
+    assert (shares[:8].sum().item(), shares[-8:].sum().item()) == pytest.approx((1 / 8, 1 / 8), abs=0.01)
 
 
-def test_the_page_in_a_browser(folder):
-    """Dark, on a phone: every picture is there, nothing is asked for or logged, nothing overflows."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    browser = next((path for name in ("chromium", "google-chrome") if (path := shutil.which(name))), None)
-    if browser is None:
-        pytest.skip("no Chromium")
-    with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=browser, args=["--no-sandbox"])
-        page = chromium.new_page(viewport={"width": 375, "height": 800}, color_scheme="dark")
-        heard = []
-        page.on("console", lambda message: heard.append(message.text))
-        page.on("pageerror", lambda error: heard.append(str(error)))
-        page.on("request", lambda asked: heard.append(asked.url) if asked.url.startswith("http") else None)
-        page.goto((folder / "report.html").as_uri())
-        names = page.evaluate("[...document.images].map(i => i.alt)")
-        assert len(names) == 6
-        assert len({*names}) == 6
-        assert page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 300)")
-        assert page.evaluate("document.documentElement.scrollWidth") <= 375
-        ink = page.evaluate("getComputedStyle(document.body).color")
-        assert int(ink.removeprefix("rgb(").split(",")[0]) > 200
-        assert heard == []
-        chromium.close()
+def test_one_weight_of_each_type_in_three_layers_is_shown():
+    names = [f"m.{i}.{part}" for i in range(5) for part in ("q", "experts.0.up", "experts.1.up")]
+    assert changes.chosen(names) == {f"m.{i}.{part}" for i in (0, 2, 4) for part in ("q", "experts.0.up")}
+
+
+def test_the_page_in_a_browser(folder, phone):
+    """Every plot is there, with its name; wide ones scroll in their place; the table of changes sorts."""
+    page = phone(folder / "report.html")
+    names = page.evaluate("[...document.querySelectorAll('svg[role=img]')].map(i => i.getAttribute('aria-label'))")
+    drawn = {path.stem for path in (folder / "plots").glob("*.svg")}
+    assert len({*names}) == len(names) == len(drawn)
+    assert drawn == {"loss", "changes", "principal", "minor", "ranks", "spectra", "memory"}
+    sizes = "[...document.querySelectorAll('svg image')].map(i => i.getBoundingClientRect().width)"
+    assert min(page.evaluate(sizes)) > 2
+    column = "[...document.querySelectorAll('table.sortable td:nth-child(3)')].map(c => Number(c.dataset.value))"
+    for down in (False, True):
+        page.click("table.sortable th:nth-child(3) button")
+        shown = page.evaluate(column)
+        assert len(shown) == 7
+        assert shown == sorted(shown, reverse=down)
+
+
+def test_inspect_tells_of_an_adapter_what_its_run_did(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    main(["inspect", str(folder), "--output", str(out)])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "q_proj (2)" in said
+    assert "in the median ΔW has" in said
+    told, own = (json.loads((path / "changes.json").read_text()) for path in (out, folder))
+    assert told.keys() == own.keys()
+    for module, values in own.items():
+        assert told[module] == pytest.approx(values, rel=1e-4)
+    drawn = {path.name for path in (out / "plots").iterdir()}
+    assert drawn == {f"{n}.{e}" for n in ("changes", "principal", "minor", "ranks", "spectra") for e in ("png", "svg")}
+    assert set(inlay.inspect_adapter(folder, layers=[1])) == {module for module in own if ".1." in module}
+
+
+def test_inspect_reads_a_lora_of_pefts(tiny, tmp_path):
+    """Its ΔW against the factors themselves; an adapter of a weight that does not change says so."""
+    base = AutoModelForCausalLM.from_pretrained(tiny)
+    model = get_peft_model(base, LoraConfig(r=2, lora_alpha=6, target_modules=["down_proj"], task_type="CAUSAL_LM"))
+    name = "model.layers.0.mlp.down_proj"
+    layer = model.get_submodule(f"base_model.model.{name}")
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    model.save_pretrained(str(tmp_path / "lora"))
+    found = inlay.inspect_adapter(tmp_path / "lora", model=tiny)
+    D, W = (t.detach().double() for t in (layer.get_delta_weight("default"), layer.base_layer.weight))
+    S = torch.linalg.svdvals(D)
+    assert found[name].size == pytest.approx((D.norm() / W.norm()).item(), rel=1e-4)
+    assert found[name].stable_rank == pytest.approx((S.square().sum() / S[0] ** 2).item(), rel=1e-4)
+    assert found[name].numbers == 2 * (64 + 128)
+    other = found["model.layers.1.mlp.down_proj"]
+    assert (other.size, other.principal, other.stable_rank) == (0, None, None)
+
+
+def test_mistakes_in_inspecting_an_adapter_are_one_line(folder, tiny, tmp_path, capsys):
+    assert "--joint, --r is asked of a model" in fails(capsys, "inspect", str(folder), "--r", "8", "--joint")
+    assert "--base is of an adapter" in fails(capsys, "inspect", tiny, "--base", tiny)
+    assert "adapts none of these; it adapts 0, 1" in fails(capsys, "inspect", str(folder), "--layers", "7")
+    assert "exists" in fails(capsys, "inspect", str(folder), "--output", str(folder))
+    base = AutoModelForCausalLM.from_pretrained(tiny)
+    torch.nn.init.normal_(base.model.layers[0].self_attn.q_proj.weight)
+    base.save_pretrained(str(tmp_path / "other"))
+    assert "q_proj" in fails(capsys, "inspect", str(folder), "--base", str(tmp_path / "other"))
 
 
 def test_their_runner_finds_our_experiment(tmp_path, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """Fingerprints, spectra and their cache, `inlay inspect`, and `allocate` in a recipe, from the command line on."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import inlay
 from inlay import InlayConfig
 from inlay.cli import main
 from inlay.methods import METHODS
-from inlay.workbench import fingerprint, memory, plots, ranks, recipe, spectra
+from inlay.workbench import edge, fingerprint, inspect, memory, plots, ranks, recipe, spectra
 from inlay.workbench.recipe import Recipe
 from inlay.workbench.weights import Weights
 
@@ -214,6 +215,53 @@ def test_a_weight_that_cannot_be_read_is_named(tiny, llama, tmp_path):
         spectra.spectra(str(tmp_path / "inf"), {name: shapes[name]})
 
 
+# -- the noise edge ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta", [0.05, 0.25, 0.5, 0.75, 1.0])
+def test_the_median_of_noise_is_gavishs_and_donohos(beta):
+    """Their table of ω = λ* / √μ by its published fit, good to 0.02; and the median of noise that is drawn."""
+    median = edge.marchenko_pastur_median(beta)
+    best = math.sqrt(2 * (beta + 1) + 8 * beta / (beta + 1 + math.sqrt(beta**2 + 14 * beta + 1)))
+    assert best / math.sqrt(median) == pytest.approx(0.56 * beta**3 - 0.95 * beta**2 + 1.82 * beta + 1.43, abs=0.02)
+    S = torch.linalg.svdvals(torch.randn(int(400 * beta), 400))
+    assert S.square().median().item() / 400 == pytest.approx(median, rel=0.05)
+
+
+@pytest.mark.parametrize("shape", [(200, 600), (600, 200), (300, 300)])
+def test_the_edge_counts_what_was_planted(shape):
+    """Over noise that is not even normal, at any scale; of noise alone nothing stands out, or one value by chance."""
+    noise = 0.1 * math.sqrt(12) * (torch.rand(shape) - 0.5)
+    U, V = (torch.linalg.qr(torch.randn(side, 7)).Q for side in shape)
+    planted = noise + U * torch.linspace(6, 9, 7) @ V.T
+    for factor in (1.0, 1e4):
+        S = torch.linalg.svdvals(factor * planted)
+        assert edge.edge(S, shape) == pytest.approx(factor * 0.1 * sum(math.sqrt(side) for side in shape), rel=0.03)
+        assert edge.signal(S, shape) == 7
+    assert edge.signal(torch.linalg.svdvals(noise), shape) <= 1
+    assert edge.signal(torch.zeros(200), (200, 600)) == 0
+
+
+def test_a_side_is_suggested_by_what_stands_out_of_noise():
+    """Few strong directions: the principal side, with as many; more than the rank: the minor side; none: neither."""
+
+    def found(planted, r):
+        weights = {}
+        for i in range(3):
+            U, V = (torch.linalg.qr(torch.randn(80, 40)).Q[:, :planted] for _ in range(2))
+            S = torch.linalg.svdvals(torch.randn(80, 80) + 40 * U @ V.T)
+            weights[f"l.{i}.q"] = ranks.Weight((80, 80), S, r, 1, 1)
+        return inspect.suggestion(ranks.Inspection("m", "lora", r, "flat", weights))
+
+    few = found(3, 16)
+    assert (few.method, few.side, few.r) == ("pissa", "principal", 3)
+    assert "first 3 triplets hold the signal" in str(few)
+    many = found(20, 16)
+    assert (many.method, many.side, many.r) == ("milora", "minor", 16)
+    assert "20 singular values stand above the noise edge" in many.reason
+    assert found(0, 16).method == "lora"
+
+
 # -- ranks as patterns ------------------------------------------------------------------------------------------------
 
 
@@ -255,15 +303,23 @@ def test_inspect_shows_and_writes(uneven, painted, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "q_proj (2)" in said
     assert "ranks by energy (flat)" in said
+    assert "suggested: " in said
     found = inlay.inspect(uneven, "pissa", 8)
     data = json.loads((out / "spectra.json").read_text())
     assert {name: m["rank"] for name, m in data["modules"].items()} == found.ranks
     name = "model.layers.0.mlp.up_proj"
     assert data["modules"][name]["singular_values"] == pytest.approx(found.weights[name].S.tolist(), rel=1e-6)
     assert data["modules"][name]["energies"]["8"] == pytest.approx(found.weights[name].energy(8), abs=1e-6)
+    told = data["modules"][name]
+    W = AutoModelForCausalLM.from_pretrained(uneven).get_submodule(name).weight.detach().double()
+    S = torch.linalg.svdvals(W)
+    assert told["stable_rank"] == pytest.approx((W.norm() ** 2 / S[0] ** 2).item(), rel=1e-4)
+    assert told["minor_energies"]["8"] == pytest.approx((S[-8:].square().sum() / S.square().sum()).item(), rel=1e-4)
+    assert told["signal"] == int((told["noise_edge"] < S).sum())
+    assert data["suggestion"]["method"] in ("lora", "pissa", "milora")
     patterns = yaml.safe_load((out / "ranks.yaml").read_text())["patterns"]
     assert patterns == ranks.patterns(found.ranks)
-    names = {"spectra", "energy", "ranks"}
+    names = {"spectra", "energy", "signal", "ranks"}
     assert {p.name for p in (out / "plots").iterdir()} == {f"{n}.{end}" for n in names for end in ("png", "svg")}
     assert "exists" in fails(capsys, "inspect", uneven, "--output", str(out))
     with painted():

@@ -15,6 +15,7 @@ from inlay.host.peft import InlayConfig
 from inlay.host.schedule import Schedule, step
 from inlay.importing import import_adapter
 from inlay.workbench.inspect import inspect
+from inlay.workbench.inspect_adapter import inspect_adapter
 
 __all__ = [
     "Flat",
@@ -27,6 +28,7 @@ __all__ = [
     "fold",
     "import_adapter",
     "inspect",
+    "inspect_adapter",
     "merge",
     "methods",
     "parameter_groups",

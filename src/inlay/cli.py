@@ -341,24 +341,37 @@ def merge(options: argparse.Namespace) -> None:
 
 
 def inspect(options: argparse.Namespace) -> None:
-    """Show the spectra of a model's weights, how much of them r triplets cover, and the ranks of LaMDA++.
+    """Show what an adapter changed of its base; or of a model the spectra, what of them is signal, ranks, a method.
 
     example:  inlay inspect builtin --method pissa --r 16 --output spectra
+              inlay inspect runs/mine --output changes
     """
-    from inlay.workbench import inspect, models, recipe
+    from inlay.workbench import inspect, inspect_adapter, models, recipe
 
     models.quiet()
-    given = {k: v for k, v in vars(options).items() if k not in ("verb", "run", "joint")}
-    given["target_modules"] = recipe.from_flag("target_modules", options.target_modules)
-    given["layers"] = recipe.from_flag("layers_to_transform", options.layers) if options.layers else None
-    if options.joint:
-        from inlay.workbench import joint
+    given = {k: v for k, v in vars(options).items() if k not in ("verb", "run")}
+    if "layers" in given:
+        given["layers"] = recipe.from_flag("layers_to_transform", given["layers"])
+    if inspect_adapter.is_adapter(options.model):
+        if wrong := sorted(given.keys() & {"method", "r", "direction", "target_modules", "joint"}):
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
+            raise ValueError(f"{options.model} is an adapter, and {flags} is asked of a model; leave it out")
+        name, base = given.pop("model"), given.pop("base", None)
+        inspect_adapter.show(inspect_adapter.inspect_adapter(name, model=base, **given), name, terminal())
+    elif "base" in given:
+        raise ValueError(f"{options.model} is a model, and --base is of an adapter; leave it out")
+    else:
+        if "target_modules" in given:
+            given["target_modules"] = recipe.from_flag("target_modules", given["target_modules"])
+        if given.pop("joint", False):
+            from inlay.workbench import joint
 
-        keys = ("model", "target_modules", "layers", "revision", "trust_remote_code")
-        joint.show(joint.joint(**{key: given[key] for key in keys}), options.r, terminal())
-        return
-    inspect.show(inspect.inspect(**given), terminal())
-    print(f"written to {options.output}") if options.output else None
+            keys = ("model", "target_modules", "layers", "revision", "trust_remote_code")
+            found = joint.joint(**{key: given[key] for key in keys if key in given})
+            joint.show(found, given.get("r", 16), terminal())
+            return
+        inspect.show(inspect.inspect(**given), terminal())
+    print(f"written to {options.output}") if "output" in given else None
 
 
 def plan(options: argparse.Namespace) -> None:
@@ -529,14 +542,16 @@ def parser() -> Parser:
     verb.add_argument("--trust-remote-code", action="store_true", help="let the model's repository run its own code")
 
     verb = add_verb(verbs, inspect)
-    verb.add_argument("model", nargs="?", default="builtin", help="hub id, folder or builtin (default)")
-    verb.add_argument("--method", default="lamda", help="whose numbers are counted (default lamda)")
-    verb.add_argument("--r", type=int, default=16, help="rank whose numbers are the budget (default 16)")
-    verb.add_argument("--direction", default="flat", choices=("flat", "peaked"), help="which spectra get more")
-    verb.add_argument("--target-modules", default="all-linear", help="names, a regex, or all-linear (default)")
-    verb.add_argument("--layers", help="layer indices, as 0,1,2 (with names in --target-modules)")
+    verb.argument_default = argparse.SUPPRESS  # what is not given is not asked of an adapter
+    verb.add_argument("model", nargs="?", default="builtin", help="model (hub id, folder, builtin) or adapter (or run)")
+    verb.add_argument("--base", help="base model of an adapter (default: the one it names)")
+    verb.add_argument("--method", help="of a model: whose numbers are counted (default lamda)")
+    verb.add_argument("--r", type=int, help="of a model: rank whose numbers are the budget (default 16)")
+    verb.add_argument("--direction", choices=("flat", "peaked"), help="of a model: which spectra get more")
+    verb.add_argument("--target-modules", help="of a model: names, a regex, or all-linear (default)")
+    verb.add_argument("--layers", help="layer indices, as 0,1,2 (of a model with names in --target-modules)")
     verb.add_argument("--joint", action="store_true", help="what one right factor carries of layers with one input")
-    verb.add_argument("--output", help="folder for spectra.json, ranks.yaml and plots (default: print only)")
+    verb.add_argument("--output", help="folder for JSON, ranks.yaml (of a model) and plots (default: print only)")
     verb.add_argument("--overwrite", action="store_true", help="replace such a folder")
     verb.add_argument("--revision", help="revision of a hub model")
     verb.add_argument("--trust-remote-code", action="store_true", help="let the model's repository run its own code")

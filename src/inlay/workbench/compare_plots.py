@@ -1,10 +1,8 @@
-"""The plots of a comparison. Ink and background are left to the page, so that they suit light and dark."""
+"""The plots of a comparison."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
 import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,23 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from inlay.workbench import judge
-from inlay.workbench.report import smooth
+from inlay.workbench.figures import COLOURS, INK, LOOK, smooth
 from inlay.workbench.standings import Outcome, Standing, Sweep, mean, spread
 
-INK = "#262626"
-# Okabe and Ito's colours, told apart by everyone, without their black; the markers tell the second round.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C6D1F", "#7F7F7F")
 MARKERS = "osD^vPX<>"
 STYLES = ("-", "--", ":")
-LOOK: Any = {
-    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
-    "font.size": 10,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "svg.hashsalt": "inlay",  # the same comparison draws the same files
-}
 Plot = Callable[[Outcome], Figure]
 
 
@@ -40,18 +26,6 @@ def figures(made: Outcome) -> Iterator[tuple[str, Figure]]:
         if plot is not rates or swept(made):
             with matplotlib.rc_context(LOOK):
                 yield name, plot(made)
-
-
-def inline(name: str, figure: Figure, label: str) -> str:
-    """A figure as an SVG element: text stays text, ink is the page's, ids are its own."""
-    file = io.StringIO()
-    with matplotlib.rc_context({**LOOK, "svg.fonttype": "none"}):
-        about = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(file, format="svg", transparent=True, metadata=about)
-    svg = file.getvalue()
-    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg[svg.index("<svg") :]).replace(INK, "currentColor")
-    svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
 
 def start(title: str, x: str, y: str) -> tuple[Figure, Axes]:

@@ -6,35 +6,18 @@ import html
 import math
 
 from inlay import __version__
-from inlay.workbench import compare_plots, judge, plots
+from inlay.workbench import compare_plots, figures, judge
 from inlay.workbench.files import write_text
 from inlay.workbench.memory import gib
-from inlay.workbench.report import document, model_name
+from inlay.workbench.report import SORT, cell, document, model_name, sortable
 from inlay.workbench.standings import Outcome, Standing, machine, mean, spread
 
 STYLE = """
 body { max-width: 84rem; } p, pre { max-width: 60rem; } pre { box-sizing: border-box; }
-.scroll { overflow-x: auto; } .scroll table { white-space: nowrap; font-variant-numeric: tabular-nums; }
-.scroll th:first-child, .scroll td:first-child { position: sticky; left: 0; background: Canvas; }
 .scroll td:nth-child(2) { white-space: normal; min-width: 11rem; }
-th button { font: inherit; font-weight: 600; color: inherit; background: none; border: 0; padding: 0; cursor: pointer; }
-th[aria-sort=ascending] button::after { content: " ▲"; } th[aria-sort=descending] button::after { content: " ▼"; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); }
 .plots { gap: 1.5rem 2rem; margin-top: 2rem; }
 .plots svg { width: 100%; height: auto; } figure { margin: 0; } small { opacity: .7; } pre { font-size: .85rem; }
-"""
-SORT = """
-for (const table of document.querySelectorAll("table.sortable"))
-  table.querySelectorAll("th").forEach((head, column) => head.firstElementChild.addEventListener("click", () => {
-    const up = head.getAttribute("aria-sort") !== "ascending", body = table.tBodies[0];
-    for (const other of table.querySelectorAll("th")) other.removeAttribute("aria-sort");
-    head.setAttribute("aria-sort", up ? "ascending" : "descending");
-    const key = row => row.cells[column].dataset.value, number = row => key(row) === "" ? Infinity : Number(key(row));
-    const order = (a, b) => number(a) - number(b) || key(a).localeCompare(key(b));
-    const text = (a, b) => key(a).localeCompare(key(b));
-    const numeric = [...body.rows].every(row => !Number.isNaN(number(row)));
-    body.append(...[...body.rows].sort((a, b) => (up ? 1 : -1) * (numeric ? order : text)(a, b)));
-  }));
 """
 CAPTIONS = {
     "differences": "An interval that crosses the line is no difference beyond noise.",
@@ -53,9 +36,9 @@ def write(made: Outcome) -> None:
     folder.mkdir(exist_ok=True)
     pictures = []
     for name, figure in compare_plots.figures(made):
-        plots.save(figure, folder / f"{name}.png")
+        figures.save(figure, folder / f"{name}.png")
         label = html.escape(figure.axes[0].get_title())
-        svg = compare_plots.inline(name, figure, label)
+        svg = figures.inline(name, figure, label)
         pictures.append(f"<figure>{svg}<figcaption><small>{CAPTIONS[name]}</small></figcaption></figure>")
     write_text(made.folder / "report.html", page(made, pictures))
 
@@ -68,7 +51,7 @@ def page(made: Outcome, pictures: list[str]) -> str:
     return document(
         f"{names}: which one?",
         f"""<p>{html.escape(answer(made))}</p>
-<div class="scroll">{table(made)}</div>
+{table(made)}
 <div class="plots">{"".join(pictures)}</div>
 <h2>How it was done</h2>{"".join(f"<p>{html.escape(line)}</p>" for line in method(made))}
 <h2>Recipe</h2><p>Repeat it with <code>inlay compare recipe.yaml</code>, recipe.yaml being</p>
@@ -125,9 +108,7 @@ def table(made: Outcome) -> str:
     """A row per method, the least loss first."""
     heads = ("method", "verdict", "held-out loss", f"− {made.plan.reference}", "forgetting", "rate", "size", "trained")
     heads += ("of the model", *(["of the budget"] if made.plan.ask.budget else []), "time", "peak memory")
-    head = "".join(f"<th><button>{html.escape(name)}</button></th>" for name in heads)
-    body = "".join(f"<tr>{''.join(cells(row, made))}</tr>" for row in made.standings())
-    return f'<table class="sortable"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return sortable(heads, "".join(f"<tr>{''.join(cells(row, made))}</tr>" for row in made.standings()))
 
 
 def cells(row: Standing, made: Outcome) -> list[str]:
@@ -150,12 +131,6 @@ def cells(row: Standing, made: Outcome) -> list[str]:
         ("" if math.isnan(row.memory) else gib(row.memory), row.memory),
     ]
     return [cell(text, value) for text, value in shown]
-
-
-def cell(text: str, value: str | float) -> str:
-    """A cell; empty where there is no number."""
-    missing = isinstance(value, float) and math.isnan(value)
-    return f'<td data-value="{"" if missing else html.escape(str(value))}">{"" if missing else html.escape(text)}</td>'
 
 
 def plus_minus(values: list[float]) -> str:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from inlay.allocate import DIRECTIONS, Direction, rank_set
 from inlay.host.config import InlayConfig
+from inlay.workbench import edge
 from inlay.workbench.files import check_free, new_folder
 from inlay.workbench.ranks import Inspection, Weight, inspection, patterns
 
@@ -89,12 +89,18 @@ def as_data(found: Inspection) -> dict[str, Any]:
     about = {"model": found.model, "method": found.method, "r": found.r, "direction": found.direction}
     return {
         **about,
+        "suggestion": asdict(suggestion(found)),
         "modules": {
             name: {
                 "shape": list(w.shape),
                 "rank": w.rank,
                 "numbers": w.numbers,
+                "signal": w.signal,
+                "noise_edge": float(f"{edge.edge(w.S, w.shape):.7g}"),
+                "stable_rank": round(edge.stable_rank(w.S), 4),
+                "effective_rank": round(edge.effective_rank(w.S), 4),
                 "energies": {str(r): round(w.energy(r), 6) for r in rank_set(found.r) if r <= len(w.S)},
+                "minor_energies": {str(r): float(f"{w.minor(r):.6g}") for r in rank_set(found.r) if r <= len(w.S)},
                 "singular_values": [float(f"{s:.7g}") for s in w.S.tolist()],
             }
             for name, w in found.weights.items()
@@ -102,15 +108,48 @@ def as_data(found: Inspection) -> dict[str, Any]:
     }
 
 
-def effective_rank(S: Tensor) -> float:
-    """exp of the entropy of σ / Σσ (Roy and Vetterli 2007): how many equal singular values would be as spread out."""
-    p = S.double() / S.double().sum().clamp_min(1e-300)
-    return torch.special.entr(p).sum().exp().item()
+@dataclass(frozen=True)
+class Suggestion:
+    """A method, its rank, the side of the spectrum that it trains (none: either), and why."""
+
+    method: str
+    r: int
+    side: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"suggested: {self.method} with r = {self.r}: {self.reason}"
 
 
-def condition(S: Tensor) -> float:
-    """σ_max / σ_min, infinite where σ_min is 0."""
-    return (S[0].double() / S[-1].double()).item() if S[-1] > 0 else float("inf")
+def suggestion(found: Inspection) -> Suggestion:
+    """Where spectra say that adapters of the rank asked for belong [ours].
+
+    PiSSA trains the principal triplets because they hold what a weight is about, MiLoRA the minor ones because they
+    hold noise, and training there leaves what was learned alone. Either presumes something that can be counted: that r
+    triplets hold the signal, or that the last r lie below the noise edge. Medians over the weights; no evidence that it
+    trains better: `inlay compare` gives that.
+    """
+    r, weights = found.r, list(found.weights.values())
+    count = statistics.median_low(w.signal for w in weights)
+    if count == 0:
+        reason = (
+            "no singular value stands out of noise, so that neither end of the spectrum is more than a random place"
+        )
+        return Suggestion("lora", r, "none", reason)
+    if count <= r:
+        held = statistics.median(w.energy(count) for w in weights)
+        reason = (
+            f"half of the weights have at most {count} singular values above the noise edge, so that the first {count} "
+            f"triplets hold the signal ({held:.1%} of the energy), and a larger rank would train noise"
+        )
+        return Suggestion("pissa", count, "principal", reason)
+    room = max(1, min(r, *(len(w.S) - w.signal for w in weights)))
+    held, minor = statistics.median(w.energy(r) for w in weights), statistics.median(w.minor(room) for w in weights)
+    reason = (
+        f"{count} singular values stand above the noise edge, of which r = {r} principal triplets would train a part "
+        f"({held:.1%} of the energy), while the last {room} ({minor:.2%}) lie below it and leave the signal alone"
+    )
+    return Suggestion("milora", room, "minor", reason)
 
 
 def show(found: Inspection, console: Console) -> None:
@@ -120,32 +159,36 @@ def show(found: Inspection, console: Console) -> None:
     for kind, weights in found.kinds.items():
         console.print(f"  {kind:<12}{' '.join(f'{w.rank:>3}' for w in weights.values())}", soft_wrap=True)
     console.print(found.summary())
+    console.print(f"{suggestion(found)} (spectra alone; inlay compare tells which trains better)")
 
 
 def table(found: Inspection) -> Table:
     """A line per type of module."""
+    r = found.r
     made = Table(
         title=f"{found.model}: {len(found.weights)} weights",
-        caption="medians over layers; E, the share of Σσ² in the first r triplets: least, median, largest",
+        caption="medians over layers; signal: singular values above the noise edge (Marchenko-Pastur), least, median, "
+        f"most; E({r}), last {r}: shares of Σσ² in the first and the last triplets",
         title_justify="left",
         caption_justify="left",
     )
-    for column in ("module", "out × in", "σ max", "condition", "eff. rank", f"E({found.r})", "ranks"):
+    heads = ("module", "out × in", "σ max", "stable rank", "eff. rank", "signal")
+    for column in (*heads, f"E({r})", f"last {r}", "ranks"):
         made.add_column(column, no_wrap=True, justify="left" if column == "module" else "right")
-    made.add_column(f"numbers / r = {found.r}", justify="right")
     for kind, weights in found.kinds.items():
-        made.add_row(f"{kind} ({len(weights)})", *cells(list(weights.values()), found.r))
+        made.add_row(f"{kind} ({len(weights)})", *cells(list(weights.values()), r))
     return made
 
 
 def cells(weights: list[Weight], r: int) -> Iterator[str]:
     """What the table says of one type."""
     shapes, ranks = sorted({w.shape for w in weights}), sorted({w.rank for w in weights})
-    energies = [w.energy(r) for w in weights]
+    signals = sorted(w.signal for w in weights)
     yield "{} × {}".format(*shapes[0]) if len(shapes) == 1 else f"{len(shapes)} shapes"
     yield f"{statistics.median(w.S[0].item() for w in weights):.3g}"
-    yield f"{statistics.median(condition(w.S) for w in weights):.2g}"
-    yield f"{statistics.median(effective_rank(w.S) for w in weights):.0f}"
-    yield f"{min(energies):.2f} {statistics.median(energies):.2f} {max(energies):.2f}"
+    yield f"{statistics.median(edge.stable_rank(w.S) for w in weights):.0f}"
+    yield f"{statistics.median(edge.effective_rank(w.S) for w in weights):.0f}"
+    yield f"{signals[0]}..{statistics.median_low(signals)}..{signals[-1]}"
+    yield f"{statistics.median(w.energy(r) for w in weights):.2f}"
+    yield f"{statistics.median(w.minor(r) for w in weights):.1g}"
     yield f"{ranks[0]}..{ranks[-1]}" if len(ranks) > 1 else str(ranks[0])
-    yield f"{sum(w.numbers for w in weights):,} / {sum(w.uniform for w in weights):,}"

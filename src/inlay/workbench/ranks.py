@@ -14,7 +14,7 @@ from torch import Tensor
 
 from inlay.allocate import Direction, allocate, by_threshold, energy, kind_of
 from inlay.host.config import InlayConfig
-from inlay.workbench import spectra
+from inlay.workbench import edge, spectra
 from inlay.workbench.recipe import Recipe
 from inlay.workbench.spectra import Shape
 
@@ -30,9 +30,18 @@ class Weight:
     numbers: int
     uniform: int
 
+    @property
+    def signal(self) -> int:
+        """How many singular values lie above the noise edge (`edge`)."""
+        return edge.signal(self.S, self.shape)
+
     def energy(self, r: int) -> float:
         """The share of Σσ² in the first r triplets."""
         return energy(self.S, r)
+
+    def minor(self, r: int) -> float:
+        """The share of Σσ² in the last r triplets; what a σ of 1e-8 of the largest or less has is rounding."""
+        return 1 - energy(self.S, len(self.S) - r) if r < len(self.S) else 1.0
 
 
 @dataclass(frozen=True)
@@ -152,6 +161,17 @@ def split(name: str) -> tuple[str, str, str]:
     """A module's name before, at and after its layer's index, the first number among its components."""
     found = re.match(r"(|.*?\.)(\d+)(\..*|)$", name)
     return (found[1], found[2], found[3]) if found else (name, "", "")
+
+
+def depth(name: str) -> int:
+    """The index of a module's layer; -1 outside of the layers (a head)."""
+    return int(split(name)[1] or -1)
+
+
+def part_of(name: str) -> str:
+    """A module's name within its layer, the same for all experts of one kind."""
+    head, _, tail = split(name)
+    return re.sub(r"\.\d+(?=\.|$)", "", tail.strip(".") or head.strip("."))
 
 
 def settle(recipe: Recipe, console: Console) -> Recipe:

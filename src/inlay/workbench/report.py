@@ -1,19 +1,17 @@
-"""What a person looks at after a run: the loss plot, the samples, a page without network, the model card."""
+"""What a person reads after a run: the samples, a page without network, the model card."""
 
 from __future__ import annotations
 
-import base64
 import html
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import matplotlib
-from matplotlib.figure import Figure
 
 from inlay import __version__
 from inlay.workbench import kinds
 from inlay.workbench.builtin import MODEL
+from inlay.workbench.changes import FIELDS, Change, by_type
 from inlay.workbench.memory import gib
 from inlay.workbench.peft_methods import FULL, is_ours
 from inlay.workbench.recipe import Recipe
@@ -28,51 +26,39 @@ th, td { text-align: left; vertical-align: top; padding: .4rem .8rem .4rem 0; bo
 @media (max-width: 40rem) { .wide th { display: none; } .wide td { display: block; border: 0; padding: .2rem 0; }
   .wide td::before { content: attr(data-name) ": "; font-weight: 600; }
   .wide tr { display: block; padding: .6rem 0; border-bottom: 1px solid var(--line); } }
-img { max-width: 100%; background: white; } pre { overflow-x: auto; padding: 1rem; border: 1px solid var(--line); }
+.scroll { overflow-x: auto; } .scroll table { white-space: nowrap; font-variant-numeric: tabular-nums; }
+.scroll th:first-child, .scroll td:first-child { position: sticky; left: 0; background: Canvas; }
+th button { font: inherit; font-weight: 600; color: inherit; background: none; border: 0; padding: 0; cursor: pointer; }
+th[aria-sort=ascending] button::after { content: " ▲"; } th[aria-sort=descending] button::after { content: " ▼"; }
+figure { margin: 1rem 0; overflow-x: auto; }
+figure svg { width: calc(var(--inches) * 96px); min-width: calc(var(--inches) * 68px); max-width: 100%; height: auto; }
+pre { overflow-x: auto; padding: 1rem; border: 1px solid var(--line); }
 """
 
+SORT = """
+for (const table of document.querySelectorAll("table.sortable"))
+  table.querySelectorAll("th").forEach((head, column) => head.firstElementChild.addEventListener("click", () => {
+    const up = head.getAttribute("aria-sort") !== "ascending", body = table.tBodies[0];
+    for (const other of table.querySelectorAll("th")) other.removeAttribute("aria-sort");
+    head.setAttribute("aria-sort", up ? "ascending" : "descending");
+    const key = row => row.cells[column].dataset.value, number = row => key(row) === "" ? Infinity : Number(key(row));
+    const order = (a, b) => number(a) - number(b) || key(a).localeCompare(key(b));
+    const text = (a, b) => key(a).localeCompare(key(b));
+    const numeric = [...body.rows].every(row => !Number.isNaN(number(row)));
+    body.append(...[...body.rows].sort((a, b) => (up ? 1 : -1) * (numeric ? order : text)(a, b)));
+  }));
+"""
 CAPTIONS = {
     "loss": "Training and held-out loss per step",
     "changes": "Where the weights changed: ‖ΔW‖ / ‖W‖",
     "principal": "How much of each change lies in the principal eighth of its weight's spectrum",
     "minor": "How much of each change lies in the minor eighth",
     "ranks": "Ranks",
+    "spectra": "Spectra before and after, coloured where the change lies",
     "memory": "Memory, predicted and measured",
 }
 
 MERGING = "\nTo serve it without Inlay, merge it first: `inlay merge path/to/this/folder merged/`.\n"
-
-
-def plot_loss(result: Result, path: Path) -> None:
-    """Training loss per step with the held-out loss over it, as PNG (and SVG beside it)."""
-    matplotlib.rcParams["svg.hashsalt"] = "inlay"  # the same run draws the same file
-    figure = Figure(figsize=(7.5, 4), layout="constrained")
-    axes = figure.subplots()
-    steps = [(row["step"], row["loss"]) for row in result.history if "loss" in row]
-    held = [(row["step"], row["eval_loss"]) for row in result.history if "eval_loss" in row]
-    axes.plot(*zip(*steps, strict=True), color="#7fa8d1", linewidth=1, alpha=0.6, label="training batch")
-    axes.plot(*zip(*smooth(steps), strict=True), color="#2b6ca3", label="training, smoothed")
-    mark = "o--" if len(held) > 2 else "o"  # a line through two points would claim a course
-    axes.plot(*zip(*held, strict=True), mark, color="#b03a2e", linewidth=1, label="held-out examples")
-    for step, loss in (held[0], held[-1]):
-        axes.annotate(
-            f"{loss:.2f}", (step, loss), textcoords="offset points", xytext=(0, 8), color="#b03a2e", ha="center"
-        )
-    axes.set(xlabel="optimiser step", ylabel=kinds.find(result.recipe.task).loss, title=title(result))
-    axes.margins(0.05, 0.12)
-    axes.grid(alpha=0.25)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-
-
-def smooth(points: list[tuple[int, float]], weight: float = 0.85) -> list[tuple[int, float]]:
-    """An exponential mean without the pull of its start."""
-    made, mean, mass = [], 0.0, 0.0
-    for step, loss in points:
-        mean, mass = weight * mean + (1 - weight) * loss, weight * mass + 1 - weight
-        made.append((step, mean / mass))
-    return made
 
 
 def title(result: Result) -> str:
@@ -124,28 +110,54 @@ def samples_text(result: Result) -> str:
     return "\n".join(lines)
 
 
-def picture(result: Result, name: str) -> str:
-    """A plot of the run, inside the page."""
-    data = base64.b64encode((result.folder / "plots" / f"{name}.png").read_bytes()).decode()
-    return f'<figure><img alt="{html.escape(CAPTIONS[name])}" src="data:image/png;base64,{data}"></figure>'
-
-
-def page(result: Result, plots: Sequence[str] = ()) -> str:
-    """`report.html`: one self-contained file; `plots`: those of the run beside its loss."""
+def page(result: Result, pictures: Mapping[str, str], found: Mapping[str, Change]) -> str:
+    """`report.html`: one self-contained file, with the plots of the run, and what it changed."""
     rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in facts(result).items())
     names = ("prompt", "before", "after", "reference")
     head = "".join(f"<th>{name}</th>" for name in names)
     cells = [[f'<td data-name="{name}">{html.escape(row[name])}</td>' for name in names] for row in result.samples]
     body = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
+    parts = {name: f"<h2>{CAPTIONS[name]}</h2>{picture}" for name, picture in pictures.items()}
+    if found:
+        parts["changes"] += change_table(found)
     return document(
         title(result),
         f"""<table>{rows}</table>
-<h2>Loss</h2>{picture(result, "loss")}
-{"".join(f"<h2>{CAPTIONS[name]}</h2>{picture(result, name)}" for name in plots)}
+{"".join(parts.values())}
 <h2>Held-out prompts, before and after</h2><div class="wide"><table><tr>{head}</tr>{body}</table></div>
-<h2>Recipe</h2><pre>{html.escape(result.recipe.to_yaml())}</pre>
-<h2>Versions</h2><pre>{html.escape(versions())}</pre>""",
+<h2>Recipe</h2><p>Repeat it with <code>inlay train recipe.yaml</code>, recipe.yaml being</p>
+<pre>{html.escape(result.recipe.to_yaml())}</pre>
+<h2>Versions</h2><pre>{html.escape(versions())}</pre>
+<script>{SORT}</script>""",
     )
+
+
+def change_table(found: Mapping[str, Change]) -> str:
+    """A row per type of module, medians over its weights; sorted by a click."""
+    body = ""
+    for kind, count, values, trained in by_type(found):
+        cells = [cell(kind, kind), cell(str(count), count)]
+        cells += [number(value, form) for value, (_, _, form) in zip(values, FIELDS, strict=True)]
+        body += f"<tr>{''.join(cells)}{cell(f'{trained:,}', trained)}</tr>"
+    return sortable(("module", "weights", *(head for _, head, _ in FIELDS), "trained"), body)
+
+
+def number(value: float | None, form: str) -> str:
+    """A cell with a number, or none."""
+    return cell("", math.nan) if value is None else cell(f"{value:{form}}", value)
+
+
+def sortable(heads: Sequence[str], body: str) -> str:
+    """A table that a click on a head sorts, of rows of `cell`s."""
+    head = "".join(f"<th><button>{html.escape(name)}</button></th>" for name in heads)
+    table = f'<table class="sortable"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<div class="scroll">{table}</div>'
+
+
+def cell(text: str, value: str | float) -> str:
+    """A cell, and what it is sorted by; empty where there is no number."""
+    missing = isinstance(value, float) and math.isnan(value)
+    return f'<td data-value="{"" if missing else html.escape(str(value))}">{"" if missing else html.escape(text)}</td>'
 
 
 def document(title: str, body: str, style: str = "") -> str:

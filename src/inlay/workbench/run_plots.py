@@ -1,78 +1,147 @@
-"""The pictures of a run beside its loss: where the weights changed, the ranks, and the memory."""
+"""The pictures of a run: its loss, where the weights changed, spectra before and after, the ranks, and the memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import html
+from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import matplotlib
+import torch
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
-from inlay.workbench import plots
-from inlay.workbench.changes import Change
-from inlay.workbench.ranks import split
+from inlay.workbench import kinds
+from inlay.workbench.changes import Change, Spectrum
+from inlay.workbench.figures import COLOURS, INK, LOOK, heat_map, inline, save, short, smooth
+from inlay.workbench.ranks import depth, part_of
+from inlay.workbench.result import Result
 
 Value = Callable[[Change], float | None]
+Plot = tuple[str, Figure]
 MAPS: tuple[tuple[str, str, str, Value], ...] = (
     ("changes", "‖ΔW‖ / ‖W‖", ".3f", lambda c: c.size),
     ("principal", "share of ‖ΔW‖² in W's principal eighth (random: 0.125)", ".2f", lambda c: c.principal),
     ("minor", "share of ‖ΔW‖² in W's minor eighth (random: 0.125)", ".2f", lambda c: c.minor),
     ("ranks", "rank", ".4g", lambda c: c.rank),
 )
+BANDS, POINTS = 64, 160  # of a spectrum: how many colours, and how many points of a curve
+TRAINED = LinearSegmentedColormap.from_list("trained", [(*to_rgb(COLOURS[1]), alpha) for alpha in (0.0, 1.0)])
 
 
-def draw(found: dict[str, Change], memory: dict[str, float], folder: Path) -> list[str]:
-    """Write what there is to see into a folder, as PNG and SVG; gives back the names."""
-    made: list[str] = []
-    for name, title, form, value in MAPS if found else ():
-        values = {module: v for module, c in found.items() if (v := value(c)) is not None}
-        if values and (name != "ranks" or len(set(values.values())) > 1):
-            plots.save(heat_map(values, title, form), folder / f"{name}.png")
-            made.append(name)
-    if memory:
-        plots.save(stack(memory), folder / "memory.png")
-        made.append("memory")
+def draw(plots: Iterator[Plot], folder: Path) -> dict[str, str]:
+    """Write plots into a folder, as PNG and SVG; gives each back as an SVG element for a page."""
+    made = {}
+    with matplotlib.rc_context(LOOK):
+        for name, figure in plots:
+            save(figure, folder / f"{name}.png")
+            label = html.escape(figure.get_suptitle() or figure.axes[0].get_title())
+            wide = f' style="--inches: {figure.get_figwidth():g}"'
+            made[name] = f"<figure{wide}>{inline(name, figure, label)}</figure>"
     return made
 
 
-def heat_map(values: dict[str, float], title: str, form: str) -> Figure:
-    """Layers down, types of module across; where a layer has several of a type, their mean."""
-    parts = {module: split(module) for module in values}
-    kinds = list(dict.fromkeys(tail.strip(".") or head.strip(".") for head, _, tail in parts.values()))
-    layers = sorted({int(index or -1) for _, index, _ in parts.values()})
-    cells: dict[tuple[int, str], list[float]] = {}
-    for module, (head, index, tail) in parts.items():
-        cells.setdefault((int(index or -1), tail.strip(".") or head.strip(".")), []).append(values[module])
-    rows = [[plots.mean(cells.get((layer, kind), [])) for kind in kinds] for layer in layers]
-    figure = Figure(figsize=(1.6 + 0.85 * len(kinds) + 0.9, 1.8 + 0.26 * len(layers)), layout="constrained")
+def of_run(result: Result, found: Mapping[str, Change], title: str) -> Iterator[Plot]:
+    """All there is to see of a run."""
+    yield "loss", loss(result, title)
+    yield from of_changes(found)
+    if result.memory_planned:
+        yield "memory", stack(result.memory_planned, result.memory)
+
+
+def of_changes(found: Mapping[str, Change]) -> Iterator[Plot]:
+    """What an adapter changed: maps by layer and module, and spectra."""
+    for name, title, form, value in MAPS:
+        values = {module: v for module, c in found.items() if (v := value(c)) is not None}
+        if values and (name != "ranks" or len(set(values.values())) > 1):
+            yield name, heat_map(values, title, form)
+    if seen := {module: c.spectrum for module, c in found.items() if c.spectrum is not None}:
+        yield "spectra", spectra(seen)
+
+
+def loss(result: Result, title: str) -> Figure:
+    """Training loss per step with the held-out loss over it."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    picture = axes.imshow(rows, aspect="auto", cmap="viridis")
-    low, high = picture.get_clim()
-    for i, row in enumerate(rows):
-        for j, number in enumerate(row):
-            if number == number:  # a layer may lack a type
-                ink = "k" if number > low + 0.6 * (high - low) else "w"
-                axes.text(j, i, f"{number:{form}}", ha="center", va="center", fontsize=7.5, color=ink)
-    axes.set_xticks(
-        range(len(kinds)), labels=[k.rpartition(".")[2] for k in kinds], rotation=30, ha="right", fontsize=9
-    )
-    axes.set_yticks(range(len(layers)), labels=[str(i) if i >= 0 else "–" for i in layers], fontsize=8)
-    axes.set(xlabel="module", ylabel="layer")
+    steps = [(row["step"], row["loss"]) for row in result.history if "loss" in row]
+    held = [(row["step"], row["eval_loss"]) for row in result.history if "eval_loss" in row]
+    axes.plot(*zip(*steps, strict=True), color=COLOURS[5], linewidth=1, alpha=0.6, label="training batch")
+    axes.plot(*zip(*smooth(steps), strict=True), color=COLOURS[0], label="training, smoothed")
+    mark = "o--" if len(held) > 2 else "o"  # a line through two points would claim a course
+    axes.plot(*zip(*held, strict=True), mark, color=COLOURS[3], linewidth=1, label="held-out examples")
+    about: dict[str, Any] = {"textcoords": "offset points", "xytext": (0, 8), "color": COLOURS[3], "ha": "center"}
+    for step, value in (held[0], held[-1]):
+        axes.annotate(f"{value:.2f}", (step, value), **about)
+    axes.set(xlabel="optimiser step", ylabel=kinds.find(result.recipe.task).loss)
     axes.set_title(title, fontsize=10)
-    figure.colorbar(picture, ax=axes, fraction=0.06)
+    axes.margins(0.05, 0.12)
+    axes.legend()
     return figure
 
 
-def stack(memory: dict[str, float]) -> Figure:
+def spectra(seen: Mapping[str, Spectrum]) -> Figure:
+    """σ before and after: a row per type of module, a column per layer; the ground is coloured where ΔW lies."""
+    layers, parts = sorted({depth(name) for name in seen}), list(dict.fromkeys(map(part_of, seen)))
+    wide, high = 1.2 + 2.3 * len(layers), 2.2 + 1.3 * len(parts)
+    figure = Figure(figsize=(wide, high))  # laid out in inches: to let it find out takes seconds
+    around = {"left": 1 / wide, "right": 1 - 0.2 / wide, "bottom": 1.5 / high, "top": 1 - 0.7 / high}
+    grid = figure.subplots(len(parts), len(layers), squeeze=False, sharey="row", gridspec_kw={**around, "hspace": 0.35})
+    figure.suptitle("Singular values before and after, and where the change lies", fontsize=11, y=1 - 0.2 / high)
+    for axis in grid.flat:
+        axis.set_visible(False)  # a layer may lack a type
+    for name, one in seen.items():
+        i, j = parts.index(part_of(name)), layers.index(depth(name))
+        panel(grid[i][j], one)
+        if j == 0:
+            grid[i][j].set_ylabel(f"σ of {short(parts)[i]}", fontsize=9)
+    for axis, layer in zip(grid[0], layers, strict=True):
+        axis.set_title(f"layer {layer}" if layer >= 0 else "no layer", fontsize=9)
+    inch = 1 / high
+    figure.text(0.5, 1.02 * inch, "index of the singular value, largest first", fontsize=9, ha="center")
+    bar = figure.colorbar(
+        ScalarMappable(Normalize(-1, 1), TRAINED), cax=figure.add_axes((0.5, 0.62 * inch, 0.45, 0.12 * inch)),
+        orientation="horizontal", ticks=[-1, 0, 1],
+    )  # fmt: skip
+    bar.set_label("‖ΔW‖² in a direction, over a random change's", fontsize=9)
+    bar.ax.set_xticklabels(["≤ 0.1", "1", "≥ 10"], fontsize=8.5)
+    bar.ax.grid(visible=False)
+    lines = next(axis for axis in grid.flat if axis.get_visible()).get_lines()
+    figure.legend(lines, ["before", "after"], loc="lower left", bbox_to_anchor=(0.5 / wide, 0.25 * inch), ncols=2)
+    return figure
+
+
+def panel(axis: Any, one: Spectrum) -> None:
+    """One weight of `spectra`."""
+    k, S = len(one.before), one.before
+    edges = torch.linspace(0, k, min(BANDS, k) + 1).round().long().tolist()
+    dense = torch.stack([one.shares[a:b].mean() * k for a, b in pairwise(edges)]).clamp(0.1, 10).log10()
+    ground = AxesImage(axis, cmap=TRAINED, norm=Normalize(-1, 1), interpolation="none", extent=(0.5, k + 0.5, 0, 1))
+    ground.set_data(dense[None].numpy())
+    ground.set_transform(axis.get_xaxis_transform())
+    at = torch.linspace(0, k - 1, min(POINTS, k)).round().long()
+    floor = S[0].item() * 1e-6  # zeros would reach down without end
+    for values, ink, width in ((S, INK, 2.2), (one.after, COLOURS[0], 1.0)):
+        axis.semilogy(at + 1, values[at].clamp_min(floor), color=ink, linewidth=width)
+    axis.add_image(ground)
+    axis.set(visible=True, xlim=(0.5, k + 0.5))
+    axis.minorticks_off()
+    axis.tick_params(labelsize=8.5)
+
+
+def stack(planned: Mapping[str, float], measured: float) -> Figure:
     """Predicted memory in its parts, and the measured peak beside it, in GiB."""
-    figure = Figure(figsize=(7.5, 2.6), layout="constrained")
+    figure = Figure(figsize=(6, 2.8), layout="constrained")
     axes, left = figure.subplots(), 0.0
-    for name, size in memory.items():
-        if name != "measured":
-            axes.barh("predicted", size / 2**30, left=left / 2**30, label=name)
-            left += size
-    axes.barh("measured", memory["measured"] / 2**30, color="0.5", label="process or GPU, libraries included")
+    for place, (name, size) in enumerate(planned.items()):
+        axes.barh("predicted", size / 2**30, left=left / 2**30, color=COLOURS[place], label=name)
+        left += size
+    axes.barh("measured", measured / 2**30, color=COLOURS[7], label="process or GPU, libraries included")
     axes.set(xlabel="GiB", title="Memory at the peak of a step")
     axes.invert_yaxis()
-    axes.grid(alpha=0.25, axis="x")
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+    axes.grid(visible=False, axis="y")
+    figure.legend(loc="outside lower center", ncols=2)
     return figure

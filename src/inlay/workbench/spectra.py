@@ -74,13 +74,14 @@ def singular_values(W: Tensor) -> Tensor:
         raise ValueError("holds NaN or Inf")
     A = (A if A.shape[0] <= A.shape[1] else A.mT) / largest
     G = A @ A.mT
-    with _one_thread():
+    with one_thread():
         squares = torch.linalg.eigvalsh(G).flip(0).clamp_min(0)
     return (squares.sqrt() * largest).float().cpu()
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """torch on one thread until the block ends."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 from contextlib import nullcontext
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,7 +36,7 @@ from inlay.workbench import (
     report,
     run_plots,
 )
-from inlay.workbench.changes import changes
+from inlay.workbench.changes import CHANGES, as_data, changes
 from inlay.workbench.checkpoints import Checkpoint
 from inlay.workbench.files import check_free, locked, new_folder, remove, set_aside, staged, write_text
 from inlay.workbench.prepare import MARK, Examples, at_most, fitting_batch, load, planned, training_set
@@ -409,16 +409,13 @@ def write(result: Result, model: PeftModel | PreTrainedModel, state: dict[str, T
             model.config.save_pretrained(str(part))  # the labels
         (part / "README.md").write_text(report.card(result), encoding="utf-8")
     (result.folder / "plots").mkdir(exist_ok=True)
-    report.plot_loss(result, result.folder / "plots" / "loss.png")
     whole = isinstance(model, PeftModel) and state is None  # a sharded one has no weights here to compare
     found = changes(cast(Any, model)) if whole else {}
-    memory_parts = {**result.memory_planned, "measured": result.memory} if result.memory_planned else {}
-    drawn = run_plots.draw(found, memory_parts, result.folder / "plots")
+    drawn = run_plots.draw(run_plots.of_run(result, found, report.title(result)), result.folder / "plots")
     if found:
-        told = {module: asdict(change) for module, change in found.items()}
-        write_text(result.folder / "changes.json", json.dumps(told, indent=1))
+        write_text(result.folder / CHANGES, json.dumps(as_data(found), indent=1))
     write_text(result.folder / "samples.md", report.samples_text(result))
-    write_text(result.folder / PAGE, report.page(result, drawn))
+    write_text(result.folder / PAGE, report.page(result, drawn, found))
     (result.folder / BEFORE).unlink()
 
 

@@ -15,10 +15,10 @@ from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 
-from inlay.workbench.compare_plots import COLOURS, INK, LOOK, finish, start
+from inlay.workbench.compare_plots import finish, start
+from inlay.workbench.figures import COLOURS, INK, LOOK, save
 from inlay.workbench.files import write_text
 from inlay.workbench.memory import gib
-from inlay.workbench.plots import save
 from inlay.workbench.tune import BEST, Found, complete, label, state
 
 SHOWN = 10  # trials in the table on the terminal

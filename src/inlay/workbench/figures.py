@@ -1,0 +1,92 @@
+"""What the plots have in common. Ink and background are left to the page, so that they suit light and dark."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from inlay.workbench.ranks import depth, part_of
+
+INK = "#262626"
+# Okabe and Ito's colours, told apart by everyone, without their black; the markers tell the second round.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C6D1F", "#7F7F7F")
+LOOK: Any = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+    "font.size": 10,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "svg.hashsalt": "inlay",  # the same numbers draw the same files
+}
+
+
+def save(figure: Figure, path: Path) -> None:
+    """As PNG and SVG; the same figure gives the same files."""
+    with matplotlib.rc_context({"svg.hashsalt": "inlay"}):
+        figure.savefig(path, dpi=150)
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+
+
+def inline(name: str, figure: Figure, label: str) -> str:
+    """A figure as an SVG element: text stays text, ink is the page's, ids are its own."""
+    file = io.StringIO()
+    with matplotlib.rc_context({**LOOK, "svg.fonttype": "none"}):
+        about = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=about)
+    svg = file.getvalue()
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg[svg.index("<svg") :]).replace(INK, "currentColor")
+    svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+
+
+def short(parts: list[str]) -> list[str]:
+    """The last components of names, or the whole names where those would not tell them apart."""
+    ends = [part.rpartition(".")[2] for part in parts]
+    return [end if ends.count(end) == 1 else part for part, end in zip(parts, ends, strict=True)]
+
+
+def heat_map(values: Mapping[str, float], title: str, form: str) -> Figure:
+    """Layers down, types of module across; where a layer has several of a type (experts), their mean."""
+    parts = list(dict.fromkeys(map(part_of, values)))
+    layers = sorted(set(map(depth, values)))
+    cells: dict[tuple[int, str], list[float]] = {}
+    for module, value in values.items():
+        cells.setdefault((depth(module), part_of(module)), []).append(value)
+    rows = [[mean(cells.get((layer, part), [])) for part in parts] for layer in layers]
+    figure = Figure(figsize=(2.5 + 0.85 * len(parts), 1.8 + 0.26 * len(layers)), layout="constrained")
+    axes = figure.subplots()
+    picture = axes.imshow(rows, aspect="auto", cmap="viridis", interpolation="none")
+    low, high = picture.get_clim()
+    for i, row in enumerate(rows):
+        for j, number in enumerate(row):
+            if number == number:  # a layer may lack a type
+                ink = "k" if number > low + 0.6 * (high - low) else "w"
+                axes.text(j, i, f"{number:{form}}", ha="center", va="center", fontsize=8.5, color=ink)
+    axes.set_xticks(range(len(parts)), labels=short(parts), rotation=30, ha="right", fontsize=9)
+    axes.set_yticks(range(len(layers)), labels=[str(i) if i >= 0 else "–" for i in layers], fontsize=8.5)
+    axes.set(xlabel="module", ylabel="layer")
+    axes.set_title(title, fontsize=10)
+    axes.grid(visible=False)
+    figure.colorbar(picture, ax=axes, fraction=0.06)
+    return figure
+
+
+def mean(values: list[Any]) -> float:
+    """The mean; NaN of none."""
+    return sum(values) / len(values) if values else float("nan")
+
+
+def smooth(points: list[tuple[int, float]], weight: float = 0.85) -> list[tuple[int, float]]:
+    """An exponential mean without the pull of its start."""
+    made, mean, mass = [], 0.0, 0.0
+    for step, loss in points:
+        mean, mass = weight * mean + (1 - weight) * loss, weight * mass + 1 - weight
+        made.append((step, mean / mass))
+    return made

@@ -1,0 +1,154 @@
+"""`inlay inspect ADAPTER`: how much an adapter changed of each weight, and in which part of that weight's spectrum."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from peft import PeftConfig
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from inlay.host.layer import InlayLinear
+from inlay.host.peft import adapted
+from inlay.importing import import_adapter
+from inlay.workbench import lora, merging, models
+from inlay.workbench.changes import CHANGES, FIELDS, PART, Change, as_data, by_type, chosen, measure, median
+from inlay.workbench.files import check_free, new_folder, write_text
+from inlay.workbench.ranks import depth
+from inlay.workbench.weights import Weights
+
+OURS = "INLAY"
+
+
+def inspect_adapter(
+    adapter: str | Path,
+    *,
+    model: str | None = None,
+    layers: list[int] | None = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Change]:
+    """What an adapter changed of its base, by module; the base's weights are read one at a time.
+
+    A decomposition per weight: 0.1 s for 576 × 1536 on a core, minutes for 4096 × 11008; `layers` takes a few.
+
+    Args:
+        adapter: a run folder or an adapter folder, ours or a LoRA, MiSS or Bone of PEFT's (see `import_adapter`).
+        model: the base, if not the one the adapter names.
+        layers: indices of layers; None: all.
+        output: a folder for changes.json and plots/.
+        overwrite: replace such a folder.
+        revision: of the base on a hub; None: the one the adapter was trained on.
+        trust_remote_code: let the base's repository run its own code.
+
+    Raises:
+        ValueError: no adapter there, a broken one, a base that is not its own, or an output that cannot be used;
+            nothing is then written.
+    """
+    if output is not None:
+        check_free(Path(output), overwrite, CHANGES)
+    folder = models.adapter_folder(str(adapter))
+    name = model or models.base_of(folder)
+    revision = revision or (None if model else models.revision_of(folder))
+    if PeftConfig.from_pretrained(str(folder)).peft_type == OURS:
+        found = changes_of(folder, name, layers, revision, trust_remote_code)
+    else:
+        with tempfile.TemporaryDirectory() as part:
+            ours = import_adapter(folder, Path(part) / "ours", model=name).folder
+            found = changes_of(ours, name, layers, revision, trust_remote_code)
+    if output is not None:
+        write(found, Path(output), overwrite)
+    return found
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a name is the folder of an adapter, or of a run that left one."""
+    try:
+        return bool(models.adapter_folder(name))
+    except ValueError:
+        return False
+
+
+def changes_of(
+    folder: Path, base: str, layers: list[int] | None, revision: str | None, trust_remote_code: bool
+) -> dict[str, Change]:
+    """The changes of one of our adapters."""
+    auto = lora.auto_of(folder, base, revision, trust_remote_code)
+    light = lora.load(folder, base, revision, trust_remote_code, auto)
+    weights = Weights(base, revision, trust_remote_code, auto)
+    every = {layer.cuts["default"].module: layer for layer in adapted(light, "default").values()}
+    asked = {name: layer for name, layer in every.items() if layers is None or depth(name) in layers}
+    if not asked:
+        known = ", ".join(str(i) for i in sorted({depth(name) for name in every}) if i >= 0)
+        raise ValueError(f"layers={layers}: {folder} adapts none of these; it adapts {known or 'no layers'}")
+    shown = chosen(asked)
+    bar = tqdm(asked.items(), desc="Changes", unit="weight", disable=None, delay=1)
+    return {name: measure(layer, weight(weights, name, layer), True, name in shown) for name, layer in bar}
+
+
+def weight(weights: Weights, module: str, layer: InlayLinear) -> torch.Tensor:
+    """The base's weight (out × in) under a layer, fp32; a packed one is unpacked.
+
+    Raises:
+        ValueError: the checkpoint does not store it, or it is not the one the adapter was cut from.
+    """
+    key = weights.key(f"{module}.weight")
+    if key is None:
+        weights.read(f"{module}.weight")  # says what is wrong
+    W, mark = merging.read(weights, str(key), isinstance(layer.base_layer, Conv1D))
+    layer.check_base("default", mark)
+    return W.float()
+
+
+def write(found: Mapping[str, Change], folder: Path, overwrite: bool = False) -> None:
+    """changes.json and the plots, all or nothing.
+
+    Raises:
+        ValueError: the folder exists or cannot be written.
+    """
+    from inlay.workbench import run_plots  # matplotlib takes a second
+
+    with new_folder(folder, overwrite, CHANGES) as part:
+        (part / "plots").mkdir()
+        run_plots.draw(run_plots.of_changes(found), part / "plots")
+        write_text(part / CHANGES, json.dumps(as_data(found), indent=1))
+
+
+def show(found: Mapping[str, Change], adapter: str, console: Console) -> None:
+    """A table with a line per type of module, and a sentence."""
+    made = Table(
+        title=f"{adapter}: {len(found)} weights",
+        caption="medians over layers; principal, minor: the share of ‖ΔW‖² in the first and the last eighth of W's "
+        f"singular vectors (random: {1 / PART:.3f})",
+        title_justify="left",
+        caption_justify="left",
+    )
+    for column in ("module", *(head for _, head, _ in FIELDS), "trained"):
+        made.add_column(column, no_wrap=True, justify="left" if column == "module" else "right")
+    for kind, count, values, trained in by_type(found):
+        cells = ["" if v is None else f"{v:{form}}" for v, (_, _, form) in zip(values, FIELDS, strict=True)]
+        made.add_row(f"{kind} ({count})", *cells, f"{trained:,}")
+    console.print(made)
+    console.print(summary(found))
+
+
+def summary(found: Mapping[str, Change]) -> str:
+    """Where the change lies, in one sentence."""
+    size, principal, minor = (median(found.values(), field) for field in ("size", "principal", "minor"))
+    if not size or principal is None or minor is None:
+        return "in the median no weight is changed"
+    side, share = max(("principal", principal), ("minor", minor), key=lambda pair: pair[1])
+    times = f"{share * PART:.1f} times a random one's in the {side} part"
+    return (
+        f"in the median ΔW has {size:.2%} of W's norm; {principal:.1%} of its energy lies in the principal eighth of "
+        f"W's spectrum and {minor:.1%} in the minor one (random: {1 / PART:.1%}): "
+        + (f"mostly in the {side} part" if share > 0.5 else times)
+    )
