@@ -40,9 +40,12 @@ def at_step(step: int | None, what) -> None:
 
 
 def spoil(model) -> None:
-    """NaN in one gradient of one process."""
-    p = next(p for n, p in model.named_parameters() if "layers.1.mlp.down_proj" in n and p.requires_grad)
-    p.register_hook(lambda grad: grad * float("nan"))
+    """NaN in one gradient of one process, through a layer's output: FSDP2 passes by hooks on parameters."""
+
+    def hook(layer, args, output):
+        output.register_hook(lambda slope: slope * float("nan")) if output.requires_grad else None
+
+    next(m for n, m in model.named_modules() if n.endswith("layers.1.mlp.down_proj")).register_forward_hook(hook)
 
 
 starts.start = counted

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -488,6 +489,18 @@ def watched(D: Tensor, look: Callable[[Tensor], None]) -> Tensor:
     if D.requires_grad and not D.is_meta and not torch.compiler.is_compiling():
         D.register_hook(look)
     return D
+
+
+def of_the_first(value: Tensor) -> Tensor:
+    """The first process's, in place, where torch.distributed has several: all have to ask for it."""
+    dist.broadcast(value, 0) if dist.is_initialized() else None
+    return value
+
+
+def mean_of_all(value: Tensor) -> Tensor:
+    """The mean over the processes, in place, as of the gradients in DDP; all have to ask for it."""
+    dist.all_reduce(value.div_(dist.get_world_size())) if dist.is_initialized() else None
+    return value
 
 
 def bat_col_delta(W: Tensor, B: Tensor) -> Tensor:

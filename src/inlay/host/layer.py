@@ -18,7 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from inlay import ops
-from inlay.host import seal, starts
+from inlay.host import processes, seal, starts
 from inlay.host.slot import Slot
 from inlay.method import Base, Drop, LowRank, Method, Params, Place, check_seen, keep, like
 
@@ -205,7 +205,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         value = holder._held(prefix + symbol)[name]()
         if holder is self or (device := self._device()).type == "meta":
             return value
-        return value.to(device)
+        return processes.borrowed(value).to(device)
 
     def _held(self, container: str) -> nn.ModuleDict:
         return cast(nn.ModuleDict, self._modules[container])
@@ -356,7 +356,9 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         for name in (a for a in self.active_adapters if a in self.cuts):
             cut = self.cuts[name]
             method, p, _ = self.theta(name)
-            for k, mask in sorted(method.restart(p, t).items()):
+            begun = method.restart(seen := processes.Gathered(p), t)
+            seen.scatter()
+            for k, mask in sorted(begun.items()):
                 weight = self._holder(k, name)._held(PREFIX + k)[name]()
                 forget += [(weight, mask)] if isinstance(weight, nn.Parameter) else []
             frozen = method.schedule(p, t)

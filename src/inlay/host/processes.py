@@ -15,7 +15,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 
 T = TypeVar("T")
 
@@ -31,8 +31,7 @@ def launched() -> bool:
 
 def sharded() -> bool:
     """Whether accelerate is to shard the model among the processes."""
-    kinds = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-    return launched() and any(os.environ.get(kind, "false").lower() == "true" for kind in kinds)
+    return launched() and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 @contextmanager
@@ -157,6 +156,44 @@ def mine(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, in every process, on the CPU if it was sharded."""
     return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+
+
+def as_lies(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor that every process has, sharded as another one of its shape is, if that is."""
+    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def borrowed(tensor: Tensor) -> Tensor:
+    """All of a tensor that a layer holds for others, which FSDP2 gathers for that layer alone. Its gradient is the mean
+    over the processes, as FSDP2's are."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    made = tensor.full_tensor(grad_placements=[Partial()] * tensor.device_mesh.ndim)
+    if made.requires_grad:
+        made.register_hook(lambda slope: slope / count())
+    return made
+
+
+class Gathered(dict[str, Tensor]):
+    """Tensors by their names, each whole in every process once it is asked for; `scatter` writes what was changed in
+    them, in all processes alike, back to where they lie."""
+
+    def __init__(self, held: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.held = held
+
+    def __missing__(self, name: str) -> Tensor:
+        tensor = self.held[name]
+        self[name] = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        return self[name]
+
+    def scatter(self) -> None:
+        """Write back."""
+        for name, tensor in self.items():
+            if tensor is not (held := self.held[name]):
+                held.copy_(as_lies(tensor, held))
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from inlay.host import processes
 from inlay.host.layer import InlayLinear
 from inlay.host.slot import restore_precision, trained
 
@@ -49,7 +50,7 @@ def forget(optimizer: torch.optim.Optimizer, weight: nn.Parameter, mask: Tensor 
         optimizer.state.pop(weight, None)
     else:
         for moment in moments:
-            moment[mask] = 0
+            processes.mine(moment)[processes.mine(processes.as_lies(mask, moment))] = 0
 
 
 class Schedule(TrainerCallback):

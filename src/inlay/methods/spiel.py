@@ -6,7 +6,7 @@ Ansell et al. 2024, "Scaling Sparse Fine-Tuning to Large Language Models", arXiv
 `rounds` rounds (the paper's have 20 steps) the first quarter sums up g, the gradient of the k largest entries of ΔW in
 its first pass. Then a share `rate` (1 − t) of η, with the smallest |φ| (of the first η, evenly drawn, all), makes room
 for the largest |g|. [ours]: new entries have no moments in the optimiser. ΔW and its gradient are dense for a moment,
-never kept. In DDP g is the first process's; in a compiled model none is seen and η stays.
+never kept. Several processes take the candidates of the first and the mean g. Compiled, none is seen and η stays.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class SpIEL(Method):
         """Sum up the gradient of the candidates; choose them first."""
         if (now := self.place.t * self.rounds + 1e-6) % 1 < 0.25 and now < p["round"] + 0.25:
             if p["candidates"][0] < 0:
-                p["candidates"].copy_(slope.flatten().abs().topk(len(p["g"])).indices)
-            p["g"] += slope.flatten()[p["candidates"]]
+                p["candidates"].copy_(ops.of_the_first(slope.flatten().abs().topk(len(p["g"])).indices))
+            p["g"] += ops.mean_of_all(slope.flatten()[p["candidates"]])
 
     def restart(self, p: Params, t: float) -> dict[str, Tensor | None]:
         phi, eta, found, done = p["phi"], p["eta"], p["candidates"], int(p["round"])

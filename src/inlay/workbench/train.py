@@ -198,6 +198,11 @@ def check_engine(recipe: Recipe) -> None:
             raise ValueError(
                 f"trainer: {key} is accelerate's to configure: --launch-config recipes/distributed/fsdp2.yaml"
             )
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise ValueError(
+            "DeepSpeed is not supported (it takes a step before a gradient can be checked, and moves what is frozen); "
+            "recipes/distributed/fsdp2.yaml shards the same tensors"
+        )
     if processes.launched() and recipe.quantize == "nf4":
         raise ValueError(
             "quantize: nf4 folds in one process; run inlay fold first, then train with its folder as model"

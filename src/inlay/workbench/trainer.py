@@ -14,7 +14,6 @@ import torch
 import transformers
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from trl import DPOTrainer, SFTTrainer
@@ -139,7 +138,7 @@ class Safe(Base):
         state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
         weights = [p for group in optimizer.param_groups for p in group["params"]]
         for i, own in state["state"].items():
-            own.update({k: as_lies(v, weights[i]) for k, v in own.items() if isinstance(v, Tensor)})
+            own.update({k: processes.as_lies(v, weights[i]) for k, v in own.items() if isinstance(v, Tensor)})
         optimizer.load_state_dict(state)
         scheduler = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
         cast(Any, self.lr_scheduler).load_state_dict(scheduler)
@@ -267,13 +266,6 @@ def bad_gradients(model: nn.Module) -> list[str]:
         return []
     largest = nn.utils.get_total_norm([grad for _, grad in own], math.inf)  # a few kernels, and one wait for a GPU
     return [] if largest.isfinite() else [name for name, grad in own if not grad.isfinite().all()]
-
-
-def as_lies(state: Tensor, weight: Tensor) -> Tensor:
-    """An optimiser's state of a weight, sharded as the weight is."""
-    if not isinstance(weight, DTensor) or state.shape != weight.shape:
-        return state
-    return distribute_tensor(state.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None)
 
 
 @torch.no_grad()
