@@ -15,9 +15,10 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from inlay.cli import main
-from inlay.workbench import checkpoints, train
+from inlay.workbench import calibration, checkpoints, train
 from inlay.workbench.files import locked, new_folder
 from inlay.workbench.recipe import Recipe
+from inlay.workbench.recipe import load as load_recipe
 from inlay.workbench.trainer import bad_gradients
 from inlay.workbench.watch import Watch
 
@@ -100,6 +101,34 @@ def cut(interrupted, tmp_path) -> Path:
 
 
 # The same end
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        slow({"method": "smt", "args": {"r": 8}, "allocate": "blocks"}),
+        slow({"method": "eva", "args": {"r": 4}, "allocate": "variance"}),
+        slow({"method": "lora_ga", "args": {"r": 4}, "dropout": 0.1}),
+        slow({"method": "lq_lora", "args": {"r": 4}}),
+        slow({"method": "spiel", "args": {"r": 4, "rounds": 2}}),
+    ],
+    ids=lambda of: of["method"],
+)
+def test_a_run_that_looked_at_data_first_goes_on_without(of, tiny, records, tmp_path, monkeypatch):
+    """Its ranks, blocks and start are those of the checkpoint."""
+    values = {"steps": 4, "save_every": 1, "calibration": 2, **of}
+    train.train(made(tiny, records, tmp_path / "whole", **values), SILENT)
+    cut = stopped(made(tiny, records, tmp_path / "cut", **values), monkeypatch, 2)
+    monkeypatch.setattr(calibration, "batches", lambda *_: [])  # of which nothing could be learned
+    resume(cut)
+    assert outcome(cut) == outcome(tmp_path / "whole")
+    if of["method"] == "smt":
+        kept = load_recipe(str(cut / "recipe.yaml"), {})
+        assert kept.allocate == "none"
+        assert len({args["blocks"] for args in kept.patterns.values()}) > 1
+        D = [v for k, v in load_file(cut / "adapter" / "adapter_model.safetensors").items() if "inlay_D" in k]
+        one = [round(8 * sum(shape) / 64) for shape in [*2 * [(64, 64)], *2 * [(32, 64)], *3 * [(64, 128)]]]
+        assert sum(map(len, D)) == 2 * sum(one)  # in all as many numbers as LoRAs of rank 8
 
 
 @pytest.mark.parametrize(("model", "kills"), [("tiny", 3), pytest.param("builtin", 25, marks=pytest.mark.slow)])

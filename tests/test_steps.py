@@ -1,8 +1,10 @@
 """How a step is taken: rates by role, gradients without a backward pass, noise on the weights, inputs kept in part."""
 
+import copy
 import json
 import math
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,9 @@ from torch.autograd.graph import saved_tensors_hooks
 import inlay
 from inlay import InlayConfig, methods, ops
 from inlay.host.groups import raised
+from inlay.host.queries import spread
 from inlay.method import LowRank
+from inlay.subspace import SubspaceDescent
 from inlay.workbench import optimizers, train
 from inlay.workbench.recipe import Recipe
 from inlay.workbench.watch import Watch
@@ -41,7 +45,8 @@ def made(tiny, records, out, **more) -> Recipe:
 def outcome(run: Path) -> tuple[list[dict], bytes]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     curve = [{k: v for k, v in row.items() if k not in ("seconds", "memory")} for row in rows]
-    return curve, (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    (weights,) = run.glob("*/*model.safetensors")
+    return curve, weights.read_bytes()
 
 
 # LoRA+
@@ -195,6 +200,53 @@ def test_the_loss_falls_without_a_backward_pass(rank, llama):
     assert sum(losses[-5:]) / 5 < losses[0] - 0.05, losses
 
 
+@pytest.mark.parametrize(
+    "method",
+    [methods.PiSSA(r=4), methods.Bat(r=8), methods.LoRTA(r=4), methods.DoTA(bond=2), methods.SVFit(r=4)],
+    ids=lambda m: m.name,
+)
+@pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning")
+def test_queries_in_one_pass_give_what_they_give_one_by_one(method, llama):
+    model, ids = adapt(llama, method).double().train(), torch.arange(48).view(2, 24)
+    mask = torch.ones_like(ids)
+    mask[0, 20:] = 0
+    trained, grads, products = [p for p in model.parameters() if p.requires_grad], [], []
+    with torch.no_grad():
+        for p in trained:
+            p.add_(0.02 * torch.randn_like(p))
+    inlay.flat_noise(model, 0.5, sigma=0.1, seed=3)
+    own = [p.detach().clone() for p in trained]
+    base = model.get_base_model().model.layers[1].mlp.up_proj.base_layer
+    for together in (None, partial(spread, model)):
+        calls = []
+        hook = base.register_forward_hook(lambda *_, calls=calls: calls.append(0))
+        value = ZerothOrder(queries=3, rank=2).estimate(
+            lambda: model(input_ids=ids, attention_mask=mask, labels=ids).loss, trained, 5, together
+        )
+        hook.remove()
+        assert all(torch.equal(p, start) for p, start in zip(trained, own, strict=True))
+        grads.append([value, *(p.grad for p in trained)])
+        products.append(len(calls))
+        model.zero_grad()
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-6, atol=1e-8)
+    assert products == [6, 6 if method.name == "bat" else 1]  # Bat asks its base of an x of its own
+    assert model(input_ids=ids).logits.shape == (2, 24, 128)  # and all is as it was
+
+
+def test_what_one_pass_cannot_do_is_refused(llama_original, gpt2):
+    def ask(model):
+        trained = [p for p in model.parameters() if p.requires_grad]
+        with spread(model, ZerothOrder(), trained, [p.detach().clone() for p in trained], 0):
+            pass
+
+    with pytest.raises(ValueError, match="set dropout to 0"):
+        ask(adapt(copy.deepcopy(llama_original), methods.LoRA(r=4, dropout=0.1)))
+    with pytest.raises(ValueError, match="set dropout to 0"):
+        ask(adapt(gpt2, methods.LoRA(r=4)))  # whose own is 0.1
+    with pytest.raises(ValueError, match="also trains something else"):
+        ask(adapt(copy.deepcopy(llama_original), methods.LoRA(r=4), modules_to_save=["lm_head"]))
+
+
 # Optimisers by name
 
 
@@ -228,17 +280,88 @@ def test_unconstrained_scion_moves_by_its_rate_and_shrinks_nothing():
     assert ((sizes > 0.6) & (sizes < 1.3)).all(), sizes
 
 
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
+def test_subspace_descent_is_its_equations(shape):
+    """With torch's AdamW for both, and autograd for the slope of the projection."""
+    start, k, lr, alpha, decay, penalty = torch.randn(shape, dtype=torch.float64), 3, 0.01, 5.0, 0.1, 0.2
+    slopes = [torch.randn(shape, dtype=torch.float64) for _ in range(6)]
+    p = nn.Parameter(start.clone())
+    mine = SubspaceDescent([p], lr, weight_decay=decay, rank=k, alpha=alpha, penalty=penalty)
+    for slope in slopes:
+        p.grad = slope.clone()
+        mine.step()
+    turn = (lambda t: t.T) if shape[0] > shape[1] else (lambda t: t)
+    W, P = turn(start), mine_first(turn(slopes[0]), k)
+    low = nn.Parameter(torch.zeros(k, W.shape[1], dtype=torch.float64))
+    adams = [torch.optim.Adam([low], 1.0), torch.optim.AdamW([P], alpha * lr, weight_decay=decay)]
+    for step, G in enumerate(map(turn, slopes)):
+        before, low.grad = low.detach().clone(), P.detach().T @ G
+        adams[0].step()
+        W = W + lr * (P.detach() @ (low.detach() - before) - decay * W)
+        g = G / G.norm()
+        loss = (P @ P.T @ g - g).square().sum() + penalty * (P.T @ P - torch.eye(k)).square().sum()
+        (P.grad,) = torch.autograd.grad(loss, P)
+        if step:  # it begins where the loss is least
+            adams[1].step()
+    torch.testing.assert_close(turn(p.detach()), W, rtol=1e-4, atol=1e-5)  # the first SVD is in fp32
+    torch.testing.assert_close(mine.state[p]["P"], P.detach(), rtol=1e-4, atol=1e-5)
+    assert {tuple(v.shape) for v in mine.state[p].values()} == {(), (12, k), (k, 20)}
+
+
+def mine_first(G, k) -> nn.Parameter:
+    U = torch.linalg.svd(G)[0][:, :k]
+    return nn.Parameter(U * U.gather(0, U.abs().argmax(0, keepdim=True)).sign())
+
+
+def test_a_projection_follows_the_gradients():
+    """They move to another subspace, and a penalty holds P orthonormal."""
+    p, (old, new) = nn.Parameter(torch.zeros(16, 40)), (torch.linalg.qr(torch.randn(16, 2)).Q for _ in range(2))
+    made = SubspaceDescent([p], lr=2e-3, rank=2)
+
+    def held(space) -> float:
+        return (made.state[p]["P"].T @ space).square().sum().item() / 2
+
+    for step in range(400):
+        p.grad = (old if step < 5 else new) @ torch.randn(2, 40)
+        made.step()
+        if step == 4:
+            assert held(old) > 0.95
+    assert held(new) > 0.9
+    P = made.state[p]["P"]
+    torch.testing.assert_close(P.T @ P, torch.eye(2), atol=0.1, rtol=0)
+
+
+def test_subspace_descent_waits_for_a_gradient_and_is_adamw_where_a_matrix_is_narrow():
+    wide, narrow = (nn.Parameter(torch.randn(s)) for s in ((8, 8), (8, 3)))
+    twin = nn.Parameter(narrow.detach().clone())
+    mine = SubspaceDescent([wide, narrow], lr=0.01, weight_decay=0.1, rank=3)
+    theirs, start = torch.optim.AdamW([twin], lr=0.01, weight_decay=0.1), wide.detach().clone()
+    for step in range(3):
+        wide.grad, narrow.grad = torch.zeros(8, 8), torch.randn(8, 3)
+        twin.grad = narrow.grad.clone()
+        mine.step(), theirs.step()
+        assert torch.equal(wide, start), step
+    torch.testing.assert_close(narrow, twin)
+    wide.grad = torch.randn(8, 8)
+    mine.step()
+    assert not torch.equal(wide, start)
+    for wrong in ({"rank": 0}, {"alpha": -1}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            SubspaceDescent([wide], **wrong)
+
+
 @pytest.mark.parametrize(
     ("values", "says"),
     [
         ({"optimizer": "adamx"}, "did you mean"),
         ({"optimizer": "galore_adamw"}, "for method full"),
         ({"step": "mezo", "method": "full"}, "for adapters"),
-        ({"step": "mezo", "step_args": {"rank": 4}}, "no 'rank'; it has epsilon, queries"),
+        ({"step": "mezo", "step_args": {"rank": 4}}, "no 'rank'; it has epsilon, queries, batched"),
         ({"step_args": {"epsilon": 1e-3}}, "step backward has no 'epsilon'"),
         ({"step": "subzero", "step_args": {"rank": "x"}}, "is not a whole number"),
         ({"step": "mezo", "step_args": {"epsilon": 0}}, "epsilon=0.0 is not above 0"),
         ({"step": "mezo", "gradient_checkpointing": True}, "no backward pass"),
+        ({"step": "mezo", "step_args": {"batched": True}, "packing": True}, "without packing"),
         ({"step": "mezo", "saver": "velora", "method": "lora"}, "no backward pass"),
         ({"lr_ratio": 0}, "not above 0"),
         ({"lr_ratio": 4, "method": "full"}, "not for method full"),
@@ -423,11 +546,21 @@ def test_a_saver_where_there_is_nothing_to_save_is_refused(method, says, llama):
             "accumulation": 2,
             "learning_rate": 0.01,
         },
+        pytest.param(
+            {"step": "mezo", "step_args": {"queries": 2, "batched": True}, "accumulation": 2}, marks=pytest.mark.slow
+        ),
         {"flat_noise": 0.1, "saver": "wta_crs", "optimizer": "muon", "lr_ratio": 4.0},
         pytest.param({"step": "mezo", "optimizer": "adamw_torch", "method": "peft:dora"}, marks=pytest.mark.slow),
         pytest.param({"optimizer": "scion", "saver": "velora"}, marks=pytest.mark.slow),
+        pytest.param(
+            {"optimizer": "subspace_descent", "optimizer_args": {"rank": 4}, "method": "mora", "args": {"r": 4}},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"optimizer": "subspace_descent", "optimizer_args": {"rank": 4}, "method": "full"}, marks=pytest.mark.slow
+        ),
     ],
-    ids=["subzero", "flat", "mezo", "scion"],
+    ids=["subzero", "batched", "flat", "mezo", "scion", "subspace", "subspace full"],
 )
 def test_a_stopped_run_ends_as_one_left_alone(more, tiny, records, tmp_path, monkeypatch):
     values = {"steps": 4, "batch_size": 1, "eval_size": 1, "save_every": 1, **more}

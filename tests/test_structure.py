@@ -19,6 +19,7 @@ CORE = [
     "linalg.py",
     "trains.py",
     "allocate.py",
+    "subspace.py",
     "zeroth.py",
     *(name for name in FILES if name.startswith("methods/")),
 ]

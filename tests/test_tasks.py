@@ -4,7 +4,9 @@ import copy
 import importlib.util
 import itertools
 import json
+import math
 import typing
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 from peft import AutoPeftModelForSequenceClassification, get_peft_model
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -31,7 +34,9 @@ from transformers import (
 
 import inlay
 from inlay.cli import main
+from inlay.host.calibrate import bare, gather
 from inlay.host.layer import InlayLinear
+from inlay.method import Method
 from inlay.methods import METHODS
 from inlay.workbench import checkpoints, kinds, prepare, train
 from inlay.workbench.recipe import Recipe
@@ -115,6 +120,54 @@ def test_every_method_learns_in_every_task(task, models_of, data_of, tmp_path):
         assert layers
         assert all(torch.equal(m.base_layer.weight, before[f"{n}.weight"]) for n, m in layers.items()), one.method
     assert losses == pytest.approx([losses[0]] * len(losses), abs=1e-5)
+
+
+@pytest.mark.parametrize("task", [pytest.param(t, marks=pytest.mark.slow if t == "preference" else ()) for t in DATA])
+def test_starts_from_data_see_the_gradient_of_the_tasks_own_loss(task, models_of, data_of, tmp_path):
+    """And of the inputs, no padding. By autograd through the trainer's loss of the same examples."""
+    asked = made("lora", values(task, models_of, data_of, steps=2, save_every=0))
+    tokenizer, rows = examples(asked)
+    base = prepare.load(asked, torch.float32, tmp_path, SILENT, **TASKS[task].model_settings(rows))
+    trainer = train.build(asked, base, tokenizer, rows, tmp_path)
+    model, size = trainer.model.eval(), 4
+    layers = {f"{n}.base_layer": m for n, m in model.named_modules() if isinstance(m, InlayLinear)}
+    weights = [layer.base_layer.weight.requires_grad_() for layer in layers.values()]
+    loss = trainer.compute_loss(model, trainer.data_collator([trainer.train_dataset[i] for i in range(size)]))
+    wanted = torch.autograd.grad(loss, weights)
+    for W in weights:
+        W.requires_grad_(False)
+    batch, own = TASKS[task].batch(rows.train[:size], tokenizer, asked), TASKS[task].loss(asked)
+    with bare(layers.values()):
+        found = gather(model, dict.fromkeys(layers, Seen(needs="gradients")), [batch], loss=own).stats
+        inputs = gather(model, dict.fromkeys(layers, Seen(needs="activations")), [batch], loss=own).stats
+    for name, G in zip(layers, wanted, strict=True):
+        torch.testing.assert_close(found[name]["mean"], G, rtol=1e-3, atol=1e-6)
+    masks = [batch[key] for key in ("attention_mask", "decoder_attention_mask") if key in batch]
+    counts = {int(mask.sum()) for mask in masks} or {batch["input_ids"].numel()}
+    assert {len(stats["mean"]) for stats in inputs.values()} - {size} == counts  # a pooler reads a token an example
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen(Method):
+    name = "what_is_seen"
+    title = equation = paper = trains = "a test"
+
+    needs: str = "gradients"
+
+    def start(self, W, stats=None):
+        return {}
+
+    def delta(self, p, W):
+        return torch.zeros_like(W)
+
+
+@pytest.mark.parametrize("method", ["eva", pytest.param("smt", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("task", ["classification", *(pytest.param(t, marks=pytest.mark.slow) for t in list(DATA)[1:])])
+def test_a_run_may_start_from_the_data_of_any_task(task, method, models_of, data_of, tmp_path):
+    asked = made(method, values(task, models_of, data_of, steps=1, save_every=0, output=str(tmp_path / "run")))
+    result = train.train(replace(asked, calibration=2), SILENT)
+    assert math.isfinite(result.after)
+    assert load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
 
 
 def made(method: str, of: dict) -> Recipe:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,13 +26,16 @@ from torch import Tensor
 
 from inlay.ops import seed_of
 
+Together = Callable[["ZerothOrder", Sequence[Tensor], Sequence[Tensor], int], AbstractContextManager[None]]
+
 
 @dataclass(kw_only=True)
 class ZerothOrder:
     """An estimator of gradients; it has no state but what follows from `seed` and the number of the step."""
 
     epsilon: float = 1e-3
-    queries: int = 1  # directions per step, two passes each; ĝ is their mean
+    queries: int = 1  # directions per step, two losses each; ĝ is their mean
+    batched: bool = False  # all of them in one pass of the layers (`host.queries`)
     rank: int | None = None  # r; None: MeZO
     renew: int = 1000  # steps between new U and V
     seed: int = 0
@@ -43,47 +47,59 @@ class ZerothOrder:
             if value is not None and value <= 0:
                 raise ValueError(f"{name}={value} is not above 0")
 
+    @property
+    def sides(self) -> list[tuple[int, int]]:
+        """(query, sign) of the losses of a step, in the order in which they are asked."""
+        return [(query, sign) for query in range(self.queries) for sign in (1, -1)]
+
     @torch.no_grad()
-    def estimate(self, loss: Callable[[], Tensor], parameters: Sequence[Tensor], step: int) -> Tensor:
+    def estimate(
+        self, loss: Callable[[], Tensor], parameters: Sequence[Tensor], step: int, together: Together | None = None
+    ) -> Tensor:
         """Add ĝ to the `.grad` of the parameters, which keep their values; gives back the mean of the losses asked.
 
         Args:
             loss: a forward pass, giving a scalar; what it draws (dropout) is the same on both sides.
             parameters: θ, of which `.grad` is set.
             step: the number of the optimiser step: another one, another Z.
+            together: a context in which the k-th loss is at the k-th of `sides`, whatever θ is: `host.queries.spread`.
         """
         parameters = list(parameters)
-        own, total = [p.detach().clone() for p in parameters], 0.0
+        own, asked = [p.detach().clone() for p in parameters], []
         devices = sorted({p.get_device() for p in parameters if p.is_cuda})
-        for query in range(self.queries):
-            sides = []
+        with together(self, parameters, own, step) if together else nullcontext():
             try:
-                for epsilon in (self.epsilon, -self.epsilon):
-                    for p, start, Z in zip(parameters, own, self.directions(own, step, query), strict=True):
-                        torch.add(start, Z, alpha=epsilon, out=p.data)
+                for query, sign in self.sides:
+                    if together is None:
+                        for p, start, Z in zip(parameters, own, self.directions(own, step, query), strict=True):
+                            torch.add(start, Z, alpha=sign * self.epsilon, out=p.data)
                     with torch.random.fork_rng(devices):
                         torch.manual_seed(seed_of(self.seed, step, query, "loss"))
-                        sides.append(loss().float())
+                        value = loss()
+                    asked.append(value.to(torch.promote_types(value.dtype, torch.float32)))
             finally:
                 for p, start in zip(parameters, own, strict=True):
                     p.copy_(start)
-            slope = (sides[0] - sides[1]) / (2 * self.epsilon * self.queries)
+        losses = torch.stack(asked).view(-1, 2)
+        slopes = (losses[:, 0] - losses[:, 1]) / (2 * self.epsilon * self.queries)
+        for query, slope in enumerate(slopes):
             for p, Z in zip(parameters, self.directions(own, step, query), strict=True):
                 p.grad = Z.mul_(slope) if p.grad is None else p.grad.addcmul_(Z, slope.to(Z.dtype))
-            total += (sides[0] + sides[1]) / (2 * self.queries)
-        return torch.as_tensor(total)
+        return losses.mean()
 
     def directions(self, tensors: Sequence[Tensor], step: int, query: int) -> Iterator[Tensor]:
         """Z of one query, tensor by tensor."""
-        bases = self.bases(tensors, step)
-        for i, t in enumerate(tensors):
-            generator = torch.Generator(t.device).manual_seed(seed_of(self.seed, step, query, i))
-            if (basis := bases[i]) is None:
-                yield torch.empty_like(t).normal_(generator=generator)
-                continue
-            U, V = basis
-            C = torch.empty(U.shape[1], V.shape[1], device=t.device).normal_(generator=generator)
-            yield (math.sqrt(t.numel()) / len(C) * U @ C @ V.T).view(t.shape).to(t.dtype)
+        for i, (t, basis) in enumerate(zip(tensors, self.bases(tensors, step), strict=True)):
+            yield self.direction(i, t, basis, step, query)
+
+    def direction(self, i: int, t: Tensor, basis: tuple[Tensor, Tensor] | None, step: int, query: int) -> Tensor:
+        """Z of the i-th tensor, whose (U, V) `bases` gave."""
+        generator = torch.Generator(t.device).manual_seed(seed_of(self.seed, step, query, i))
+        if basis is None:
+            return torch.empty_like(t).normal_(generator=generator)
+        U, V = basis
+        C = torch.empty(U.shape[1], V.shape[1], device=t.device).normal_(generator=generator)
+        return (math.sqrt(t.numel()) / len(C) * U @ C @ V.T).view(t.shape).to(t.dtype)
 
     def bases(self, tensors: Sequence[Tensor], step: int) -> list[tuple[Tensor, Tensor] | None]:
         """(U, V) of each tensor; None where Z is Gaussian in all its numbers."""

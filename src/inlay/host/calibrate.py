@@ -25,6 +25,7 @@ from inlay.host.layer import InlayLinear
 from inlay.method import Method, Params
 
 MOST = 32  # batches
+MASKS = ("attention_mask", "decoder_attention_mask")
 Loss = Callable[[Any, Any], Tensor]
 
 
@@ -58,8 +59,8 @@ def calibrate(
 
     Args:
         model: adapted.
-        batches: keyword arguments of the model, such as input_ids, attention_mask and labels; an `attention_mask`
-            says which tokens are none.
+        batches: keyword arguments of the model, such as input_ids, attention_mask and labels; an `attention_mask` (and
+            `decoder_attention_mask`, if it is of another length) says which tokens are none.
         most: so many batches at most; fewer where every layer has seen enough.
         loss: what of (model, batch) is differentiated; by default the model's own loss, for which batches have labels.
 
@@ -106,7 +107,7 @@ def gather(
         for batch in tqdm(islice(batches, most), desc="Calibrating", unit="batch", disable=None, delay=1):
             batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
             for watcher in watchers.values():
-                watcher.mask = batch.get("attention_mask")
+                watcher.masks = [batch[key] for key in MASKS if batch.get(key) is not None]
             with torch.set_grad_enabled(gradients):
                 value = loss(model, batch) if loss else own_loss(model, batch, gradients)
             if gradients:
@@ -130,7 +131,7 @@ class Watcher:
         self.method = method
         self.stats: Params = {}
         self.settled = False
-        self.mask: Tensor | None = None
+        self.masks: list[Tensor] = []
         self.leader: Watcher | None = None
         self.input: Any = lambda: None  # a weak reference to the last one
 
@@ -150,7 +151,7 @@ class Watcher:
                 self.leader = next(alike, self)
             if self.leader is self:
                 self.input = weakref.ref(x)
-                self.see(tokens(x.detach(), self.mask))
+                self.see(tokens(x.detach(), self.masks))
             self.settled = self.leader.settled
             return None
 
@@ -180,9 +181,10 @@ class Tap(torch.autograd.Function):
         return g, None, None, None
 
 
-def tokens(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Inputs (..., in) as (tokens × in), without those that are padding."""
-    return x[mask.bool()] if mask is not None and mask.shape == x.shape[:-1] else x.flatten(0, -2)
+def tokens(x: Tensor, masks: list[Tensor]) -> Tensor:
+    """Inputs (..., in) as (tokens × in), without those that are padding by the mask of their shape."""
+    mask = next((mask for mask in masks if mask.shape == x.shape[:-1]), None)
+    return x.flatten(0, -2) if mask is None else x[mask.bool()]
 
 
 def own_loss(model: nn.Module, batch: dict[str, Any], needed: bool) -> Tensor:

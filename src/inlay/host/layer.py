@@ -428,9 +428,9 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         noise = self.noise if self.training and not self.disable_adapters else None
         return y if noise is None else y + ops.noise(x, *noise)
 
-    def _under(self, names: list[str], args: tuple, kwargs: dict) -> Base:
-        """The layer under these adapters, each cut from what lies below."""
-        layer: Base = Frozen(self, args, kwargs)
+    def _under(self, names: list[str], args: tuple, kwargs: dict, base: Base | None = None) -> Base:
+        """The layer (or `base`, in its place) under these adapters, each cut from what lies below."""
+        layer: Base = base or Frozen(self, args, kwargs)
         for name in names:
             layer = Adapted(self, name, layer) if name in self.cuts else layer
         return layer

@@ -6,52 +6,42 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from inlay.allocate import by_variance
+from inlay.allocate import blocks, by_variance
 from inlay.host.calibrate import calibrate, gather
 from inlay.host.layer import InlayLinear
+from inlay.method import Method
 from inlay.methods.eva import EVA
-from inlay.workbench import data, ranks, spectra
+from inlay.workbench import ranks, spectra
 from inlay.workbench.prepare import Examples, load
 from inlay.workbench.recipe import Recipe
+from inlay.workbench.tasks import TASKS
 
 RHO = 2  # EVA's ρ: no layer gets more than ρ r
 
 
 def batches(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: Examples) -> Iterator[dict[str, torch.Tensor]]:
-    """At most `calibration` batches of training examples, drawn by the seed, as a model and its loss take them."""
+    """At most `calibration` batches of training examples, drawn by the seed, as the task's model takes them."""
     generator = torch.Generator().manual_seed(recipe.seed)
     order = torch.randperm(len(rows.train), generator=generator).tolist()
     size = 8 if recipe.batch_size == "auto" else recipe.batch_size
     for i in range(0, min(len(order), size * recipe.calibration), size):
-        shown = [data.render(rows.train[j], tokenizer, recipe.max_length) for j in order[i : i + size]]
-        pairs = [(one.prompt_ids, one.answer_ids) for one in shown if one.answer_ids]
-        if pairs:
-            yield collate(pairs, cast(int, tokenizer.pad_token_id or 0))
-
-
-def collate(pairs: list[tuple[list[int], list[int]]], pad: int) -> dict[str, torch.Tensor]:
-    """Prompts and answers as one batch, filled up on the right; the loss is of the answers."""
-    length = max(len(prompt) + len(answer) for prompt, answer in pairs)
-    columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
-    for prompt, answer in pairs:
-        rest = length - len(prompt) - len(answer)
-        columns["input_ids"].append([*prompt, *answer, *[pad] * rest])
-        columns["attention_mask"].append([1] * (length - rest) + [0] * rest)
-        columns["labels"].append([-100] * len(prompt) + answer + [-100] * rest)
-    return {key: torch.tensor(column) for key, column in columns.items()}
+        batch = TASKS[recipe.task].batch([rows.train[j] for j in order[i : i + size]], tokenizer, recipe)
+        if batch is not None:
+            yield batch
 
 
 def start(recipe: Recipe, model: Any, tokenizer: PreTrainedTokenizerBase, rows: Examples, console: Console) -> None:
     """Give an adapter whose method starts from data its start, if it has none yet."""
     waiting = [m for m in model.modules() if isinstance(m, InlayLinear) and waits(m)]
     if waiting:
-        found = calibrate(model, batches(recipe, tokenizer, rows), most=recipe.calibration)
+        loss = TASKS[recipe.task].loss(recipe)
+        found = calibrate(model, batches(recipe, tokenizer, rows), most=recipe.calibration, loss=loss)
         console.print(f"{recipe.method} starts from {found.batches} batches of the training data")
         report(found.unsettled, len(waiting), console)
 
@@ -76,21 +66,31 @@ def settle(
     recipe: Recipe, dtype: torch.dtype, folder: Path, tokenizer: PreTrainedTokenizerBase, rows: Examples,
     console: Console,
 ) -> Recipe:  # fmt: skip
-    """The recipe with its ranks allocated by the explained variance of each layer's inputs, explicit in `patterns`.
+    """The recipe with what data allocates, explicit in `patterns`: ranks by the explained variance of each layer's
+    inputs, or SMT's blocks by the model's largest scores.
 
     Raises:
         ValueError: the model or the data cannot be used.
     """
-    if recipe.allocate != "variance":
+    if recipe.allocate not in ("variance", "blocks"):
         return recipe
     config = recipe.config()
-    r, shapes = ranks.rank_of(config), spectra.targets(recipe.model, config, recipe.trust_remote_code)
-    watched = {name: EVA(r=min(math.ceil(RHO * r), *shape)) for name, shape in shapes.items()}
+    shapes, method = spectra.targets(recipe.model, config, recipe.trust_remote_code), config.build()
+    watched: dict[str, Method] = dict.fromkeys(shapes, method)
+    if recipe.allocate == "variance":
+        watched = {name: EVA(r=min(math.ceil(RHO * ranks.rank_of(config)), *shape)) for name, shape in shapes.items()}
     whole = "none" if recipe.quantize == "nf4" else recipe.quantize  # it is folded afterwards, with these ranks
     base = load(replace(recipe, allocate="none", quantize=whole), dtype, folder, console)
-    found = gather(base, watched, batches(recipe, tokenizer, rows), recipe.calibration)
+    seen = batches(recipe, tokenizer, rows)
+    found = gather(base, watched, seen, recipe.calibration, TASKS[recipe.task].loss(recipe))
+    report(found.unsettled, len(watched), console)
+    if recipe.allocate == "blocks":
+        budget = sum(len(method.start(torch.empty(shape, device="meta"))["D"]) for shape in shapes.values())
+        shares = blocks({name: stats["score"] for name, stats in found.stats.items()}, budget)
+        console.print(f"blocks by gradient: {min(shares.values())} to {max(shares.values())} a weight, {budget} in all")
+        return replace(recipe, allocate="none", patterns=ranks.patterns(shares, "blocks"))
+    r = ranks.rank_of(config)
     ratios = {name: stats["S"].square() / stats["total"] for name, stats in found.stats.items()}
     chosen = by_variance(ratios, r, ranks.cost_of(config, shapes))
     console.print(f"ranks by explained variance: {min(chosen.values())} to {max(chosen.values())}, {r} in the mean")
-    report(found.unsettled, len(watched), console)
     return replace(recipe, allocate="none", patterns=ranks.patterns(chosen))

@@ -1,8 +1,9 @@
-"""Optimisers by name: transformers' own, and two more from the libraries that have them.
+"""Optimisers by name: transformers' own, two more from the libraries that have them, and one that none has.
 
 Muon (torch) and Scion (pytorch_optimizer) orthogonalise the update of a matrix. Scion is unconstrained: constrained, it
 shrinks what it trains in every step, and our tensors may hold a pretrained weight. GaLore and Apollo (transformers'
-names, from galore_torch and apollo_torch) project the gradients of whole weights: they are for full fine-tuning.
+names, from galore_torch and apollo_torch) project the gradients of whole weights: they are for full fine-tuning. Online
+Subspace Descent (`inlay.subspace`) does so where a matrix is wide enough for its rank, and takes adapters too.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers.training_args import OptimizerNames
 
+from inlay.subspace import SubspaceDescent
 from inlay.workbench.peft_methods import instead
 
-OWN = {"muon": (2,), "scion": (1, 2)}  # and how many dimensions a parameter may have
+OWN = {"muon": (2,), "scion": (1, 2), "subspace_descent": ()}  # and how many dimensions a parameter may have (any)
 PROJECTING = ("galore", "apollo")
 PACKAGES = {"scion": "pytorch_optimizer", "galore": "galore_torch", "apollo": "apollo_torch"}
 
@@ -58,6 +60,8 @@ def own(name: str, lr: float, args: dict[str, Any]) -> tuple[type[Optimizer], di
     """What transformers has no name for, and what it is made with; None for all others."""
     if name == "muon":  # with a step as long as AdamW's, so that AdamW's rates serve
         return torch.optim.Muon, {"lr": lr, "adjust_lr_fn": "match_rms_adamw", **args}
+    if name == "subspace_descent":
+        return SubspaceDescent, {"lr": lr, **args}
     if name != "scion":
         return None
     from pytorch_optimizer import SCION
@@ -71,7 +75,7 @@ def own(name: str, lr: float, args: dict[str, Any]) -> tuple[type[Optimizer], di
 
 def check_shapes(name: str, model: nn.Module) -> None:
     """Raise a ValueError where an optimiser cannot take, or would misread, the shape of what a model trains."""
-    for path, p in model.named_parameters() if name in OWN else ():
+    for path, p in model.named_parameters() if OWN.get(name) else ():
         if p.requires_grad and p.ndim not in OWN[name]:
             raise ValueError(
                 f"optimizer: {name} is for {'vectors and ' if 1 in OWN[name] else ''}matrices, and {path} has shape "

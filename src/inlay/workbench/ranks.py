@@ -139,15 +139,16 @@ def cost_of(config: InlayConfig, shapes: Mapping[str, Shape]) -> Callable[[str, 
     return lambda name, rank: count(shapes[name], rank)
 
 
-def patterns(ranks: Mapping[str, int]) -> dict[str, dict[str, int]]:
-    """Ranks as a recipe's `patterns`: regexes for whole names, of which one takes all layers with the same rank."""
+def patterns(ranks: Mapping[str, int], key: str = "r") -> dict[str, dict[str, int]]:
+    """Ranks (or another `key`) as a recipe's `patterns`: regexes for whole names, of which one takes all layers
+    with the same rank."""
     groups: dict[tuple[str, str, int], list[str]] = {}
     for name, rank in ranks.items():
         head, index, tail = split(name)
         groups.setdefault((head, tail, rank), []).append(index)
     # ^, because a pattern may otherwise match the end of a longer name
     return {
-        f"^{re.escape(head)}{any_of(indices)}{re.escape(tail)}": {"r": rank}
+        f"^{re.escape(head)}{any_of(indices)}{re.escape(tail)}": {key: rank}
         for (head, tail, rank), indices in groups.items()
     }
 
@@ -181,7 +182,7 @@ def settle(recipe: Recipe, console: Console) -> Recipe:
     Raises:
         ValueError: the model cannot be read, or does not fit the recipe.
     """
-    if recipe.allocate in ("none", "variance"):  # that waits for data: `calibration.settle`
+    if recipe.allocate in ("none", "variance", "blocks"):  # these wait for data: `calibration.settle`
         return recipe
     if recipe.allocate == "welore":
         return replace(recipe, allocate="none", patterns=patterns(thresholded(recipe, console)))

@@ -68,10 +68,10 @@ class Recipe:
     layers_to_transform: list | None = entry(None, "layer indices")
     modules_to_save: list | None = entry(None, "modules trained whole and saved")
     patterns: dict = entry(dict, "hyperparameters per module: {k_proj: {r: 4}}")
-    allocate: Literal["none", "energy", "energy_peaked", "welore", "variance"] = entry(
+    allocate: Literal["none", "energy", "energy_peaked", "welore", "variance", "blocks"] = entry(
         "none",
         "ranks per layer within what r trains: energy from the weights' spectra (LaMDA++), welore by one threshold on "
-        "them, variance from the layers' inputs (EVA); they end up in patterns",
+        "them, variance from the layers' inputs (EVA); blocks: of smt, the largest of all; they end up in patterns",
     )
     calibration: int = entry(16, "batches that starts and ranks from data look at, at most", min=1)
     bias: str = entry("none", "none, all or inlay_only")
@@ -88,14 +88,19 @@ class Recipe:
     warmup: float = entry(0.03, "share of the steps (or their number, from 1 up)", min=0)
     weight_decay: float = entry(0.0, "AdamW's", min=0)
     optimizer: str | None = entry(
-        None, "any of transformers' optimisers, muon or scion (default: adamw_torch; sgd with mezo and subzero)"
+        None,
+        "any of transformers' optimisers, muon, scion or subspace_descent (default: adamw_torch; sgd without backward)",
     )
-    optimizer_args: dict = entry(dict, "what else the optimiser takes: {rank: 64} for galore_adamw")
+    optimizer_args: dict = entry(dict, "what else the optimiser takes: {rank: 64} for galore_adamw, subspace_descent")
     lr_ratio: float | None = entry(None, "LoRA+: outer factors (B) learn so many times faster; 16 is usual")
     step: Literal["backward", "mezo", "subzero"] = entry(
         "backward", "where gradients come from; mezo and subzero ask for losses alone, in the memory of inference"
     )
-    step_args: dict = entry(dict, "of mezo and subzero: {epsilon: 1e-3, queries: 1}; of subzero also rank and renew")
+    step_args: dict = entry(
+        dict,
+        "of mezo and subzero: {epsilon: 1e-3, queries: 1, batched: false}, the last for all queries in one pass; of "
+        "subzero also rank and renew",
+    )
     flat_noise: float = entry(0.0, "Flat-LoRA: noise on the weights in training, over their rows' norms; 0.05", min=0)
     max_grad_norm: float = entry(1.0, "clipping of gradients from a backward pass", min=0)
     skip_nan: int = entry(0, "steps with NaN or Inf to pass over before one ends the run", min=0)
@@ -231,8 +236,8 @@ def check_foreign(recipe: Recipe) -> None:
 
 STEPS = {  # and what each takes as `step_args`
     "backward": (),
-    "mezo": ("epsilon", "queries"),
-    "subzero": ("epsilon", "queries", "rank", "renew"),
+    "mezo": ("epsilon", "queries", "batched"),
+    "subzero": ("epsilon", "queries", "batched", "rank", "renew"),
 }
 
 
@@ -246,6 +251,9 @@ def check_step(recipe: Recipe) -> None:
         raise ValueError(f"gradient_checkpointing: step {recipe.step} has no backward pass to save memory for")
     if recipe.step != "backward" and recipe.saver != "none":
         raise ValueError(f"saver: step {recipe.step} has no backward pass to keep anything for")
+    alone = recipe.task in ("instruction", "language_modelling") and not recipe.packing
+    if recipe.step_args.get("batched") and not alone:
+        raise ValueError("step_args: batched is for tasks instruction and language_modelling without packing")
     if recipe.lr_ratio is not None and recipe.lr_ratio <= 0:
         raise ValueError(f"lr_ratio: {recipe.lr_ratio} is not above 0")
 
@@ -262,8 +270,8 @@ def check_task(recipe: Recipe) -> None:
         return
     if recipe.streaming:
         raise ValueError(f"streaming is for task instruction, not {recipe.task}; leave it out")
-    if peft_methods.is_ours(recipe.method) and find(recipe.method).needs:
-        raise ValueError(f"method {recipe.method} starts from data, which is for task instruction, not {recipe.task}")
+    if recipe.task == "vision" and peft_methods.is_ours(recipe.method) and find(recipe.method).needs:
+        raise ValueError(f"method {recipe.method} starts from data, which task vision does not show it; choose another")
     if recipe.quantize == "nf4":
         raise ValueError(f"quantize: nf4 (folded) is for task instruction; {recipe.task} takes nf4_offset or int8")
     planned = kinds.find(recipe.task).causal and recipe.task != "preference"
@@ -277,6 +285,8 @@ def check_allocate(recipe: Recipe) -> None:
     """Refuse ranks to allocate where there are none, or where they are given already."""
     if recipe.patterns:
         raise ValueError(f"allocate={recipe.allocate} sets patterns itself; remove one of the two")
+    if (recipe.allocate == "blocks") != (recipe.method == "smt"):
+        raise ValueError(f"allocate={recipe.allocate} is not for method {recipe.method}; smt has blocks, others ranks")
     if "r" not in [f.name for f in fields(find(recipe.method))]:
         raise ValueError(
             f"allocate={recipe.allocate}: {recipe.method} has no rank r; set allocate: none or choose a method with r"

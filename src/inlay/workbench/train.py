@@ -209,6 +209,8 @@ def check_engine(recipe: Recipe) -> None:
         )
     if not processes.sharded():
         return
+    if recipe.optim == "subspace_descent":
+        raise ValueError("optimizer: subspace_descent projects whole matrices, which a sharded model has not; use DDP")
     if os.environ.get("FSDP_VERSION", "2") != "2":
         raise ValueError("fsdp_version: 1 is not supported; set it to 2, as recipes/distributed/fsdp2.yaml does")
     if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true":

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, cast
@@ -20,6 +21,7 @@ from trl import DPOTrainer, SFTTrainer
 
 from inlay.host import processes
 from inlay.host.groups import raised
+from inlay.host.queries import spread
 from inlay.workbench import checkpoints
 from inlay.workbench.checkpoints import Checkpoint
 from inlay.workbench.models import first_line
@@ -190,7 +192,9 @@ class Safe(Base):
             return cast(Tensor, self.accelerator.reduce(value.mean() / parts, "mean"))
 
         trained = [p for p in model.parameters() if p.requires_grad]
-        return cast(ZerothOrder, self.zeroth).estimate(loss, trained, self.state.global_step)
+        zeroth = cast(ZerothOrder, self.zeroth)
+        together = partial(spread, self.accelerator.unwrap_model(model)) if zeroth.batched else None
+        return zeroth.estimate(loss, trained, self.state.global_step, together)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """As transformers', with LoRA+'s rates.

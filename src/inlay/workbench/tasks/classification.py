@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -65,6 +65,9 @@ class Classification(Task):
     def dataset(self, rows: list[Row], tokenizer: Any, recipe: Recipe) -> Dataset:
         cut = [tokenizer(row["text"], row["pair"], truncation=True, max_length=recipe.max_length) for row in rows]
         return Dataset.from_list([{**one, "labels": row["labels"]} for one, row in zip(cut, rows, strict=True)])
+
+    def batch(self, rows: list[Row], tokenizer: Any, recipe: Recipe) -> dict[str, torch.Tensor]:
+        return dict(DataCollatorWithPadding(tokenizer)(cast(Any, list(self.dataset(rows, tokenizer, recipe)))))
 
     def parts(self, tokenizer: Any, rows: Examples) -> dict[str, Any]:
         made = classified if rows.labels else correlated

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from datasets import Dataset
 from rich.console import Console
 
@@ -40,6 +41,10 @@ class LanguageModelling(Task):
 
     def dataset(self, rows: list[Row], tokenizer: Any, recipe: Recipe) -> Dataset:
         return Dataset.from_list([{"input_ids": row["ids"], "labels": row["ids"]} for row in rows])
+
+    def batch(self, rows: list[Row], tokenizer: Any, recipe: Recipe) -> dict[str, torch.Tensor]:
+        ids = torch.tensor([row["ids"] for row in rows])
+        return {"input_ids": ids, "labels": ids}
 
     def scores(self, row: dict[str, Any]) -> dict[str, float]:
         return {"perplexity": math.exp(min(row["eval_loss"], 700))}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch.nn.functional as F
 from datasets import Dataset
 from rich.console import Console
+from torch import Tensor
 from trl import DPOConfig
 from trl.data_utils import extract_prompt
 
@@ -14,7 +17,7 @@ from inlay.workbench.peft_methods import FULL
 from inlay.workbench.prepare import Examples
 from inlay.workbench.read import Record
 from inlay.workbench.recipe import Recipe
-from inlay.workbench.tasks.task import Row, Task
+from inlay.workbench.tasks.task import Row, Task, collate
 from inlay.workbench.trainer import PreferenceTrainer
 
 FORMATS = {
@@ -51,6 +54,22 @@ class Preference(Task):
 
     def dataset(self, rows: list[Row], tokenizer: Any, recipe: Recipe) -> Dataset:
         return Dataset.from_list(rows if tokenizer.chat_template else [plain(row) for row in rows])
+
+    def batch(self, rows: list[Row], tokenizer: Any, recipe: Recipe) -> dict[str, Tensor] | None:
+        """The chosen answers, then the rejected ones."""
+        shown = [
+            [
+                data.render({"prompt": row["prompt"], "completion": row[side]}, tokenizer, recipe.max_length)
+                for side in SIDES
+            ]
+            for row in rows
+        ]
+        whole = [pair for pair in shown if all(one.answer_ids for one in pair)]
+        return collate([(pair[i].prompt_ids, pair[i].answer_ids) for i in (0, 1) for pair in whole], tokenizer)
+
+    def loss(self, recipe: Recipe) -> Callable[[Any, Any], Tensor]:
+        beta = recipe.trainer.get("beta", DPOConfig.beta)
+        return lambda model, batch: first_loss(model, batch, beta)
 
     def questions(self, rows: list[Row], count: int) -> list[Row]:
         return [
@@ -94,3 +113,15 @@ def plain(row: Row) -> Row:
     """As strings, for a tokenizer without a chat template."""
     made = {side: data.plain({"prompt": row["prompt"], "completion": row[side]}) for side in SIDES}
     return {"prompt": made["chosen"]["prompt"], **{side: made[side]["completion"] for side in SIDES}}
+
+
+def first_loss(model: Any, batch: dict[str, Tensor], beta: float) -> Tensor:
+    """DPO's loss where the policy is its own reference: log 2, with the slope −β/2 in each pair's margin."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    logits, labels = model(**inputs).logits[:, :-1], batch["labels"][:, 1:]
+    scores = (
+        -F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none").view(labels.shape).sum(1)
+    )
+    chosen, rejected = scores.chunk(2)
+    margin = chosen - rejected
+    return -F.logsigmoid(beta * (margin - margin.detach())).mean()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from rich.console import Console
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
@@ -49,6 +50,13 @@ class Seq2Seq(Task):
         sources = [tokenizer(row["source"], **limit) for row in rows]
         targets = [tokenizer(text_target=row["target"], **limit)["input_ids"] for row in rows]
         return Dataset.from_list([{**s, "labels": t} for s, t in zip(sources, targets, strict=True)])
+
+    def batch(self, rows: list[Row], tokenizer: Any, recipe: Recipe) -> dict[str, torch.Tensor]:
+        """The masks of both sides tell padding by their lengths, which are therefore made to differ."""
+        made = dict(DataCollatorForSeq2Seq(tokenizer)(list(self.dataset(rows, tokenizer, recipe))))
+        if made["labels"].shape == made["input_ids"].shape:
+            made["labels"] = F.pad(made["labels"], (0, 1), value=-100)
+        return {**made, "decoder_attention_mask": (made["labels"] != -100).long()}
 
     def parts(self, tokenizer: Any, rows: Examples) -> dict[str, Any]:
         return {"data_collator": DataCollatorForSeq2Seq(tokenizer)}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from datasets import Dataset
 from rich.console import Console
+from torch import Tensor
 from trl import SFTConfig
 
 from inlay.workbench import data, models, prepare
@@ -44,6 +47,15 @@ class Task:
         """Examples as the trainer takes them."""
         return prepare.as_dataset(rows, tokenizer)
 
+    def batch(self, rows: list[Row], tokenizer: Any, recipe: Recipe) -> dict[str, Tensor] | None:
+        """Examples as the model and `loss` take them, for starts from data; None where nothing is learned from them."""
+        shown = [data.render(row, tokenizer, recipe.max_length) for row in rows]
+        return collate([(one.prompt_ids, one.answer_ids) for one in shown if one.answer_ids], tokenizer)
+
+    def loss(self, recipe: Recipe) -> Callable[[Any, Any], Tensor] | None:
+        """What of (model, batch) such starts differentiate; None: the model's own loss."""
+        return None
+
     def parts(self, tokenizer: Any, rows: Examples) -> dict[str, Any]:
         """Arguments of the trainer itself: a collator, metrics."""
         return {}
@@ -72,3 +84,17 @@ class Task:
         """An example as text, what is learned from in ⟦⟧."""
         found = data.render(row, tokenizer, recipe.max_length)
         return f"{found.prompt}⟦{found.answer.rstrip()}⟧"
+
+
+def collate(pairs: list[tuple[list[int], list[int]]], tokenizer: Any) -> dict[str, Tensor] | None:
+    """Prompts and answers as one batch, filled up on the right; the loss is of the answers."""
+    if not pairs:
+        return None
+    length, pad = max(len(asked) + len(said) for asked, said in pairs), tokenizer.pad_token_id or 0
+    columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+    for asked, said in pairs:
+        rest = length - len(asked) - len(said)
+        columns["input_ids"].append([*asked, *said, *[pad] * rest])
+        columns["attention_mask"].append([1] * (length - rest) + [0] * rest)
+        columns["labels"].append([-100] * len(asked) + said + [-100] * rest)
+    return {key: torch.tensor(column) for key, column in columns.items()}
