@@ -1,10 +1,12 @@
 """Comparing methods: the decisions by hand, sizes for a budget by search, a whole comparison, its page."""
 
 import csv
+import io
 import json
 import math
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -130,6 +132,8 @@ def test_bisection_finds_what_search_finds(limit):
         ("compare: {budget: {parameters: 3, time: 3}}", "is not one of"),
         ("compare: {reference: bone, methods: [lora]}", "reference: 'bone' is not one of the methods lora"),
         ("compare: {halving: 1}", "halving: 1 is below 2"),
+        ("compare: {metric: {task: quiz, data: builtin}}", "metric: task 'quiz' is not one of"),
+        ("compare: {metric: {task: gsm8k}}", "has no data"),
         ("batch_size: auto", "batch_size: auto would give"),
         ("{early_stopping: 2, eval_every: 3}", "early_stopping is for single runs"),
     ],
@@ -386,6 +390,32 @@ def test_a_stopped_comparison_goes_on_where_it_was(compared, asked, at_once, tmp
     compare.compare(str(asked), output=str(folder), console=SILENT)
     assert begun == [folder / "runs" / name]
     assert results(folder)[name]["after"] == lost["after"]
+
+
+def test_final_runs_are_scored_by_a_metric(compared, records, tiny, at_once, tmp_path):
+    """Their mean and spread, and Student's interval of the differences; without a metric nothing says a word of it."""
+    judged = {"task": "perplexity", "data": records, "limit": 3}
+    block = {"methods": ["bone", "lora"], "learning_rates": [1e-2], "seeds": [3, 4], "selection": 4}
+    ask = {**ASKED, "model": tiny, "data": records, "compare": {**block, "metric": judged}, "steps": 2}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(ask))
+    out = Console(record=True, width=200, file=io.StringIO())
+    folder = compare.compare(str(tmp_path / "c.yaml"), output=str(tmp_path / "c"), console=out)
+    found = {name: r["metric"] for name, r in results(folder).items()}
+    scores = {m: [v for name, v in sorted(found.items()) if name.startswith(m)] for m in ("bone", "lora")}
+    for method, row in table(folder).items():
+        assert float(row["metric"]) == pytest.approx(statistics.fmean(scores[method]))
+        assert float(row["metric_sd"]) == pytest.approx(statistics.stdev(scores[method]))
+    apart = [a - b for a, b in zip(scores["bone"], scores["lora"], strict=True)]
+    half = 12.706205 * abs(apart[0] - apart[1]) / 2
+    assert float(table(folder)["bone"]["metric_difference_high"]) == pytest.approx(statistics.fmean(apart) + half)
+    told, page = out.export_text(), (folder / "report.html").read_text()
+    assert "perplexity" in next(line for line in told.splitlines() if "− lora" in line)
+    assert "bone: " in told
+    assert "; perplexity: " in told
+    assert "<button>perplexity</button>" in page
+    assert f"{statistics.fmean(scores['lora']):.3f} ± " in page
+    for path in ("compare.yaml", "results.csv", "results.json", "report.html"):
+        assert "metric" not in (compared / path).read_text()
 
 
 def test_another_comparison_does_not_go_into_the_folder(compared, asked, at_once, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from rich.console import Console
 from torch.nn.functional import log_softmax
 
 from inlay.cli import main
-from inlay.workbench import evaluate, models
+from inlay.workbench import evaluate, metric, models, overlap
 from inlay.workbench.evaluate import Question
 from inlay.workbench.generate import prompt_text
 
@@ -79,8 +80,17 @@ def test_the_likeliest_option(tiny):
             total, count = evaluate.losses(model, tokenizer, [pair], 1, QUIET)[0]
             losses[option] = total / count
         assert one == min(losses, key=losses.get)
+    passes = []
+    hook = model.register_forward_pre_hook(lambda *given: passes.append(given[2]["input_ids"].shape), with_kwargs=True)
+    same = [Question(asked[0].chat, ["answer1"], ("answer1", "answer2", "answer3"))]
+    evaluate.likeliest(model, tokenizer, same, 4, QUIET)
+    hook.remove()
+    assert [shape[0] for shape in passes] == [1]  # they differ in their last token
+
+
+def test_options_are_looked_for_before_anything_is_asked():
     with pytest.raises(ValueError, match="row 1 names no options"):
-        evaluate.likeliest(model, tokenizer, [Question(asked[0].chat, [])], 1, QUIET)
+        evaluate.ask(evaluate.find("commonsense"), [{"instruction": "Is it?", "answer": "true"}], "likelihood")
 
 
 def test_overlaps_with_several_references():
@@ -88,9 +98,89 @@ def test_overlaps_with_several_references():
         Question([], ["the cat sat on the mat today", "a cat was on a mat"]),
         Question([], ["hello there my friend"]),
     ]
-    bleu, chrf = evaluate.overlaps(["the cat sat on the mat today", "hello there my friend"], asked)
+    bleu, chrf, *_ = evaluate.overlaps(["the cat sat on the mat today", "hello there my friend"], asked)
     assert [bleu.value, chrf.value] == pytest.approx([100, 100])
     assert evaluate.overlaps(["nothing at all like it here", "hello there"], asked)[0].value < 50
+
+
+def test_rouge_and_nist_by_hand():
+    """ROUGE's F = 2PR / (P + R) of the better reference, after stemming; NIST of a text that is its own reference is
+    the information of its words, log2 of their number where all differ, for no longer n-gram brings any."""
+    pytest.importorskip("rouge_score", reason="inlay[eval] is not installed")
+    said, wanted = ["the cats sat"], [["the cat ran away", "dogs"]]
+    assert overlap.MEASURES["ROUGE-1"][1](said, wanted)([0]) == pytest.approx(100 * 4 / 7)
+    assert overlap.MEASURES["ROUGE-2"][1](said, wanted)([0]) == pytest.approx(100 * 2 / 5)
+    assert overlap.MEASURES["ROUGE-L"][1](["sat the cat"], wanted)([0]) == pytest.approx(100 * 4 / 7)
+    text = ["The cat sat on a mat."]
+    assert overlap.MEASURES["NIST"][1](text, [text])([0]) == pytest.approx(math.log2(7))
+    assert overlap.MEASURES["NIST"][1](["a"], [["a b"]])([0]) == 0
+
+
+def test_what_is_not_installed(monkeypatch):
+    """sacrebleu is needed, the others are left out; the harness is named with its extra."""
+    for package in ("nltk", "rouge_score"):
+        monkeypatch.setitem(sys.modules, package, None)
+    assert list(overlap.installed()) == ["BLEU", "chrF"]
+    with pytest.raises(ValueError, match=r"metric: NIST needs nltk; pip install 'inlay\[eval\]'"):
+        metric.load({"task": "text", "data": "builtin", "limit": 2, "figure": "NIST"})
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    with pytest.raises(ValueError, match=r"needs sacrebleu; pip install 'inlay\[eval\]'"):
+        metric.load({"task": "text", "data": "builtin", "limit": 2, "figure": "BLEU"})
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ValueError, match=r"pip install 'inlay\[harness\]'"):
+        metric.load({"task": "lm-eval:arc_easy"})
+
+
+def test_a_metric_of_ones_own_on_the_command_line(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "one_for_eval.py").write_text("def size(model, tokenizer):\n    return model.num_parameters()\n")
+    main(["eval", tiny, "--metric", "one_for_eval:size"])
+    told = json.loads((tmp_path / "eval" / "one_for_eval-size.json").read_text())["figures"]
+    assert told == [{"name": "one_for_eval:size", "value": models.load_base(tiny, torch.float32)[0].num_parameters(),
+                     "low": None, "high": None, "count": None}]  # fmt: skip
+    assert "one_for_eval:size: " in capsys.readouterr().out
+
+
+HARNESS = """
+task: inlay_capitals
+dataset_path: json
+dataset_kwargs: {{data_files: {data}}}
+test_split: train
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: [" Paris", " Rome"]
+doc_to_target: label
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+def test_a_yaml_task_of_the_harness_without_a_network(tiny, tmp_path, monkeypatch, capsys):
+    """Its accuracy is that of the option whose words have the least loss."""
+    pytest.importorskip("lm_eval", reason="inlay[harness] is not installed")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    rows = [{"question": f"The capital of {name} is", "label": label} for name, label in (("France", 0), ("Italy", 1))]
+    (tmp_path / "d.json").write_text(json.dumps(rows))
+    (tmp_path / "capitals.yaml").write_text(HARNESS.format(data=tmp_path / "d.json"))
+    monkeypatch.chdir(tmp_path)
+    for path in ("capitals.yaml", "."):
+        main(["eval", tiny, "--task", f"lm-eval:{path}", "--dtype", "float32", "--output", "out"])
+    assert "inlay_capitals, acc: " in capsys.readouterr().out
+    told = json.loads((tmp_path / "out" / "lm-eval-capitals-yaml.json").read_text())["figures"]
+    model, tokenizer = models.load_base(tiny, torch.float32)
+    right = []
+    for row in rows:
+        losses = evaluate.losses(model.eval(), tokenizer, [(row["question"], o) for o in (" Paris", " Rome")], 2, QUIET)
+        right.append(losses[row["label"]][0] == min(losses)[0])
+    assert told[0]["value"] == sum(right) / 2
+    assert metric.score({"task": "lm-eval:capitals.yaml"}, model, tokenizer) == sum(right) / 2
+    rows = [json.loads(line) for line in (tmp_path / "out" / "lm-eval-capitals-yaml.jsonl").read_text().splitlines()]
+    assert [bool(row["inlay_capitals, acc"]) for row in rows] == right
+    for name in ("no_such_task", "no/such.yaml"):
+        with pytest.raises(SystemExit):
+            main(["eval", tiny, "--task", f"lm-eval:{name}"])
+        assert capsys.readouterr().err.strip().count("\n") == 0
 
 
 ROWS = {
@@ -120,6 +210,31 @@ def test_every_task_on_the_command_line(task, tiny, tmp_path, capsys, monkeypatc
     assert "written to eval" in capsys.readouterr().out
 
 
+def test_a_task_as_a_metric_is_its_figure(tiny, tmp_path):
+    model, tokenizer = models.load_base(tiny, torch.float32)
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, ROWS["gsm8k"] + ROWS["exact"])))
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, ROWS["perplexity"])))
+    asked = {"task": "perplexity", "data": str(tmp_path / "p.jsonl"), "limit": 2}
+    found, _ = evaluate.evaluate(model, tokenizer, evaluate.find("perplexity"), ROWS["perplexity"][:2])
+    assert metric.score(asked, model, tokenizer) == found[0].value
+    assert (metric.title(asked), metric.less_is_better(asked)) == ("perplexity", True)
+    asked = {"task": "gsm8k", "data": str(tmp_path / "d.jsonl"), "limit": 3, "figure": "flexible", "tokens": 2}
+    assert (metric.title(asked), metric.less_is_better(asked)) == ("flexible", False)
+    assert 0 <= metric.score(asked, model, tokenizer) <= 1
+    for more, why in (
+        ({"limit": 4}, "metric: row 4: gsm8k needs"),
+        ({"figure": "BLEU"}, "'BLEU' of task gsm8k is not one of strict, flexible"),
+        ({"task": "quiz"}, "metric: task 'quiz' is not one of"),
+        ({"by": "guess"}, "one of generation, likelihood"),
+        ({"taks": "gsm8k"}, "metric has no 'taks'; did you mean 'task'"),
+        ({"by": "likelihood"}, "for questions with options"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            metric.load({**asked, **more})
+    with pytest.raises(ValueError, match="has no data"):
+        metric.load({"task": "gsm8k"})
+
+
 def test_an_adapter_its_base_and_both_merged(tiny, records, tmp_path, monkeypatch, capsys):
     """The merged model says what the adapter says; the base is compared with it on the same examples."""
     monkeypatch.chdir(tmp_path)
@@ -145,6 +260,8 @@ def test_an_adapter_its_base_and_both_merged(tiny, records, tmp_path, monkeypatc
         (["--task", "commonsense"], "row 1: commonsense needs instruction and answer"),
         (["--task", "exact", "--by", "likelihood"], "for questions with options"),
         (["--task", "exact", "--base"], "is no adapter"),
+        ([], "--task or --metric says what is asked"),
+        (["--task", "lm-eval:x"], "brings its own data"),
     ],
 )
 def test_bad_requests_are_one_line(more, why, tiny, tmp_path, capsys):

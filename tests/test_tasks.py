@@ -207,6 +207,41 @@ def test_a_run_is_saved_merged_and_read_without_inlay(task, models_of, data_of, 
         assert torch.allclose(model.eval()(input_ids=ids).logits, again.eval()(input_ids=ids).logits, atol=1e-5)
 
 
+def test_a_trained_classifier_is_evaluated(models_of, data_of, tmp_path, capsys):
+    """As transformers alone reads what was merged, one sentence at a time; a model without labels is refused."""
+    main(command("classification", models_of, data_of, tmp_path / "run", "--steps", "3", "--learning-rate", "0.02"))
+    main(["merge", str(tmp_path / "run"), str(tmp_path / "merged"), "--no-probe"])
+    ask = ["--task", "classification", "--data", data_of["classification"], "--dtype", "float32", "--batch-size", "5"]
+    main(["eval", str(tmp_path / "run"), *ask])
+    told = json.loads((tmp_path / "run" / "eval" / "classification.json").read_text())["figures"]
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    said = [int(model(**tokenizer(r["sentence"], return_tensors="pt")).logits.argmax()) for r in DATA["classification"]]
+    want = [r["label"] for r in DATA["classification"]]
+    both = sum(a and b for a, b in zip(said, want, strict=True))
+    right = sum(a == b for a, b in zip(said, want, strict=True))
+    assert [f["name"] for f in told] == ["accuracy", "f1", "matthews"]
+    assert told[0]["value"] == right / 24
+    assert told[1]["value"] == pytest.approx(2 * both / (sum(said) + sum(want)))
+    assert all(f["low"] <= f["value"] <= f["high"] and f["count"] == 24 for f in told)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "eval" / "classification.jsonl").read_text().splitlines()]
+    assert [int(row["said"]) for row in rows] == said
+    main(["eval", str(tmp_path / "merged"), *ask, "--output", str(tmp_path / "m")])
+    assert json.loads((tmp_path / "m" / "classification.json").read_text())["figures"] == told
+    capsys.readouterr()
+    for where, task, rows, why in (
+        (models_of["preference"], "classification", "classification", "this one has no labels"),
+        (str(tmp_path / "run"), "perplexity", "language_modelling", "--task classification, not perplexity"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["eval", where, "--task", task, "--data", data_of[rows]])
+        assert why in capsys.readouterr().err
+    (tmp_path / "strange.jsonl").write_text('{"sentence": "x", "label": 2}')
+    with pytest.raises(SystemExit):
+        main(["eval", str(tmp_path / "run"), *ask[:3], str(tmp_path / "strange.jsonl")])
+    assert "label '2' is not one that the model was trained on: 0, 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("task", ["classification", *(pytest.param(t, marks=pytest.mark.slow) for t in list(DATA)[1:])])
 def test_a_stopped_run_goes_on_to_the_same_end(task, models_of, data_of, tmp_path, monkeypatch):
     """As one that was left alone: after the second of four steps its process dies."""

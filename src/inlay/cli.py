@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -160,35 +161,45 @@ def eval_(options: argparse.Namespace) -> None:
 
     example:  inlay eval runs/mine --task commonsense --data boolq/test.json --by likelihood --base
     """
-    from inlay.workbench import data, models
     from inlay.workbench import evaluate as judge
+    from inlay.workbench import metric, models
 
     models.quiet()
-    task, records = judge.find(options.task), data.read(options.data)[: options.limit]
+    if (options.task is None) == (options.metric is None):
+        raise ValueError("--task or --metric says what is asked, one of the two")
+    if options.metric:
+        run, name = metric.load(options.metric), re.sub(r"\W+", "-", options.metric)
+    else:
+        flags = {key: getattr(options, key) for key in ("task", "limit", "by", "tokens", "batch_size")}
+        run = metric.OnTask(**flags, data=options.data or "").load(terminal())
+        name = re.sub(r"\W+", "-", options.task)
     dtype, folder = models.dtype_for(options.dtype), None
     if (Path(options.model) / "adapter_config.json").is_file() or (Path(options.model) / "adapter").is_dir():
         folder = models.adapter_folder(options.model)
-    model, tokenizer = models.load_adapted(folder, None, dtype) if folder else models.load_base(options.model, dtype)
+    if folder:
+        model, tokenizer = models.load_adapted(folder, None, dtype)
+    else:
+        model, tokenizer = models.load_base(options.model, dtype, auto=models.auto_of(options.model))
     if (options.base or options.merged) and not folder:
         raise ValueError(f"{options.model} is no adapter: --base and --merged are for one")
     if options.base and options.merged:
         raise ValueError("--merged leaves no base to compare with; leave out one of the two")
     model: Any = model.merge_and_unload() if options.merged else model  # type: ignore[operator]
-    asked = {"by": options.by, "size": options.batch_size, "tokens": options.tokens, "console": terminal()}
     out = Path(options.output or (Path(options.model) if folder and folder.name == "adapter" else Path()) / "eval")
     about = {"model": options.model, "data": options.data, "by": options.by}
-    figures, rows = judge.evaluate(model, tokenizer, task, records, **asked)
-    judge.write(out, task.name, figures, rows, about)
-    for f in figures:
-        print(f"{f.name}: {f.value:.3f} (95 % {f.low:.3f} to {f.high:.3f}, {f.count} examples)")
+    figures, rows = metric.run(run, model, tokenizer)
+    judge.write(out, name, figures, rows, about)
+    for figure in figures:
+        print(figure)
     if options.base:
         with model.disable_adapter():
-            before, its = judge.evaluate(model, tokenizer, task, records, **asked)
-        judge.write(out, f"{task.name}-base", before, its, {**about, "adapter": "disabled"})
-        for f in before:
-            print(f"base, {f.name}: {f.value:.3f} (95 % {f.low:.3f} to {f.high:.3f})")
-            if f.name in rows[0]:
-                print(judge.difference(f"  the adapter, {f.name}", [r[f.name] for r in its], [r[f.name] for r in rows]))
+            before, its = metric.run(run, model, tokenizer)
+        judge.write(out, f"{name}-base", before, its, {**about, "adapter": "disabled"})
+        for figure in before:
+            print(f"base, {figure}")
+            was, now = ([row[figure.name] for row in own if figure.name in row] for own in (its, rows))
+            if was and isinstance(was[0], bool | int | float):
+                print(judge.difference(f"  the adapter, {figure.name}", was, now))
     print(f"written to {out}")
 
 
@@ -478,8 +489,10 @@ def parser() -> Parser:
 
     verb = add_verb(verbs, eval_)
     verb.add_argument("model", help="hub id, folder, builtin, run folder or adapter folder")
-    verb.add_argument("--task", required=True, help="commonsense, gsm8k, exact, text (BLEU, chrF) or perplexity")
-    verb.add_argument("--data", required=True, help="a file or data set, as for train")
+    verb.add_argument("--task", help="commonsense, gsm8k, exact, text (BLEU, chrF, NIST, ROUGE), classification, "
+                      "perplexity, or lm-eval:NAME, also a YAML file or a folder of them")  # fmt: skip
+    verb.add_argument("--metric", help="in place of a task: module:function, (model, tokenizer) -> a number")
+    verb.add_argument("--data", help="a file or data set, as for train (lm-eval tasks bring theirs)")
     verb.add_argument("--by", choices=("generation", "likelihood"), default="generation", help="how options are chosen")
     verb.add_argument("--base", action="store_true", help="evaluate the base too, and say what the adapter changed")
     verb.add_argument("--merged", action="store_true", help="evaluate the adapter merged into the base")

@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from inlay.workbench import budget, comparison, judge, models, standings
+from inlay.workbench import budget, comparison, judge, metric, models, standings
 from inlay.workbench.comparison import BUDGETS, Entry, Plan
 from inlay.workbench.prepare import Examples, examples
 from inlay.workbench.runner import Runner, open_folder, steps_of
@@ -52,11 +52,13 @@ def rows_of(plan: Plan, console: Console) -> Examples:
     """The examples of all runs, read once before the first.
 
     Raises:
-        ValueError: they cannot be used, or none are left to train on.
+        ValueError: they or what runs are judged by cannot be used, or none are left to train on.
     """
     first = replace(plan.recipe, seed=plan.ask.seeds[0])
     rows = examples(first, models.load_tokenizer(first.model, first.revision, first.trust_remote_code), console)
     unrelated(plan.ask.unrelated)
+    if plan.ask.metric:
+        metric.load(plan.ask.metric)
     if plan.ask.selection >= len(rows.train):
         raise ValueError(f"selection: {plan.ask.selection} of {len(rows.train)} examples leave none to train on")
     return rows
@@ -130,4 +132,5 @@ def trial_of(plan: Plan, entry: Entry, rate: float, seed: int, steps: int, stop:
     """A trial of an entry."""
     ask = plan.ask
     recipe = replace(entry.recipe, learning_rate=rate, seed=seed, steps=steps, output=None, overwrite=False)
-    return Trial(entry.name, recipe, stop, final, ask.selection, ask.seeds[0], ask.unrelated)
+    more = {"metric": ask.metric} if final else {}
+    return Trial(entry.name, recipe, stop, final, ask.selection, ask.seeds[0], ask.unrelated, **more)

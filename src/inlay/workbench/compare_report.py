@@ -28,6 +28,7 @@ CAPTIONS = {
     "forgetting": "Right is more learned, down is less forgotten.",
     "rates": "The first rung, one seed.",
 }
+QUESTIONS = "Intervals are over seeds, all asked the same: what another draw of questions would change is not in them."
 
 
 def write(made: Outcome) -> None:
@@ -101,26 +102,33 @@ def method(made: Outcome) -> list[str]:
         f"the same seed, {judge.CONFIDENCE:.0%}, each by itself: of twenty methods that do not differ, one will seem "
         "to. Losses are means over the answer tokens of the held-out examples.",
         "Forgetting: the loss over unrelated text after training minus before.",
-    ]
+    ] + ([f"{made.metric}: {ask.metric}, after training. {QUESTIONS}"] if made.metric else [])
 
 
 def table(made: Outcome) -> str:
     """A row per method, the least loss first."""
-    heads = ("method", "verdict", "held-out loss", f"− {made.plan.reference}", "forgetting", "rate", "size", "trained")
+    apart = f"− {made.plan.reference}"
+    heads = ("method", "verdict", "held-out loss", apart, *([made.metric, apart] if made.metric else []))
+    heads += ("forgetting", "rate", "size", "trained")
     heads += ("of the model", *(["of the budget"] if made.plan.ask.budget else []), "time", "peak memory")
     return sortable(heads, "".join(f"<tr>{''.join(cells(row, made))}</tr>" for row in made.standings()))
 
 
 def cells(row: Standing, made: Outcome) -> list[str]:
     """One row; what it is sorted by stands beside what is shown."""
-    d, loss, forgets = row.difference, mean(row.losses), mean(row.forgetting)
+    loss, forgets, verdict = mean(row.losses), mean(row.forgetting), row.verdict + made.said(row)
     base = next(r["base_parameters"] for results in made.finals.values() for r in results if r)
-    interval = "" if math.isnan(d.low) else f" [{d.low:+.3f}, {d.high:+.3f}]"
+    score = mean(row.scores)
+    metric: list[tuple[str, str | float]] = [
+        (f"{score:.3f}" + plus_minus(row.scores), score),
+        (row.apart.shown(), row.apart.mean),
+    ]
     shown: list[tuple[str, str | float]] = [
         (row.method, row.method),
-        (row.verdict, row.verdict),
+        (verdict, verdict),
         (f"{loss:.3f}" + plus_minus(row.losses), loss),
-        (f"{d.mean:+.3f}{interval}", d.mean),
+        (row.difference.shown(), row.difference.mean),
+        *(metric if made.metric else []),
         (f"{forgets:+.3f}" + plus_minus(row.forgetting), forgets),
         (f"{row.learning_rate:g}", row.learning_rate),
         (row.size, row.size),

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from inlay.workbench import metric
 from inlay.workbench.peft_methods import instead
 from inlay.workbench.recipe import Recipe, conform, conform_all, entry, from_values, read_yaml, told
 
@@ -37,6 +38,7 @@ class Comparison:
     reference: str | None = entry(None, "the method the others are compared with (default: lora, or the first)")
     selection: int = entry(48, "training examples that are held out to choose rates on", min=1)
     unrelated: str | None = entry(None, "text on which forgetting is measured (default: paragraphs that come with it)")
+    metric: str | dict | None = entry(None, f"of the final runs, beside their loss: {metric.HELP}")
 
     def __post_init__(self) -> None:
         conform_all(self)
@@ -49,6 +51,8 @@ class Comparison:
             raise ValueError(
                 f"budget: {self.budget} is not one of {', '.join(f'{{{k}: {v}}}' for k, v in BUDGETS.items())}"
             )
+        if isinstance(self.metric, dict):
+            metric.on_task(self.metric)
         self.budget = {kind: positive("budget", [limit])[0] for kind, limit in self.budget.items()}
 
     @property
@@ -81,7 +85,8 @@ class Plan:
 
     def to_yaml(self) -> str:
         """The recipe that asks for it; where it is kept and run is no part of it."""
-        return yaml.safe_dump({**told(self.recipe), "compare": asdict(self.ask)}, sort_keys=False, allow_unicode=True)
+        asked = {key: value for key, value in asdict(self.ask).items() if key != "metric" or value is not None}
+        return yaml.safe_dump({**told(self.recipe), "compare": asked}, sort_keys=False, allow_unicode=True)
 
 
 def slug(name: str) -> str:

@@ -16,13 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from peft import PeftModel
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
-from inlay.workbench import data
+from inlay.workbench import data, overlap
 from inlay.workbench.files import write_text
 from inlay.workbench.generate import Chat, answer, prompt_text
 
@@ -41,13 +44,18 @@ class Question:
 
 @dataclass(frozen=True)
 class Figure:
-    """A task's value with its 95 % interval, over so many examples."""
+    """A task's value with its 95 % interval, over so many examples; of what a user measures neither is known."""
 
     name: str
     value: float
-    low: float
-    high: float
-    count: int
+    low: float | None = None
+    high: float | None = None
+    count: int | None = None
+
+    def __str__(self) -> str:
+        interval = "" if self.low is None else f"95 % {self.low:.3f} to {self.high:.3f}"
+        told = ", ".join(part for part in (interval, f"{self.count} examples" if self.count else "") if part)
+        return f"{self.name}: {self.value:.3f}" + (f" ({told})" if told else "")
 
 
 # -- reading answers ---------------------------------------------------------------------------------------------------
@@ -91,9 +99,16 @@ class Task:
 
     name: str
     title: str
-    questions: Callable[[list[data.Record]], list[Question]]
+    questions: Callable[[list[data.Record]], list[Any]]
     read: dict[str, Callable[[str], str]]  # accuracies by their names
     tokens: int = 32
+    whole: tuple[str, ...] = ()  # the names of figures of all answers together
+    less: bool = False  # is better
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """The names of its figures."""
+        return (*self.read, *self.whole)
 
 
 def commonsense(records: list[data.Record]) -> list[Question]:
@@ -131,13 +146,23 @@ def general(records: list[data.Record]) -> list[Question]:
     return list(found.values())
 
 
+def labelled(records: list[data.Record]) -> list[dict[str, Any]]:
+    """GLUE's forms: a sentence or a pair, and its label."""
+    from inlay.workbench.tasks.classification import convert  # it brings the trainers
+
+    return convert(records, {})
+
+
 TASKS = (
     Task("commonsense", "accuracy on options, as LLM-Adapters reads them", commonsense, {"accuracy": choice}),
     Task("gsm8k", "accuracy of the number, strict (####) and flexible (the last)", gsm8k,
          {"strict": strict_number, "flexible": last_number}, 512),
     Task("exact", "share of answers that are the reference", general, {"exact match": exact}, 64),
-    Task("text", "BLEU and chrF of answers to their references (E2E and the like)", general, {}, 64),
-    Task("perplexity", "of plain text, or of the answers", general, {}),
+    Task("text", "BLEU, chrF, NIST and ROUGE of answers to their references (E2E and the like)", general, {}, 64,
+         tuple(overlap.MEASURES)),
+    Task("classification", "of a trained classifier: accuracy, F1, Matthews; of scores, correlations", labelled, {},
+         whole=("accuracy", "f1", "matthews", "pearson", "spearman")),
+    Task("perplexity", "of plain text, or of the answers", data.examples, {}, whole=("perplexity",), less=True),
 )  # fmt: skip
 
 
@@ -147,6 +172,21 @@ def find(name: str) -> Task:
         if task.name == name:
             return task
     raise ValueError(f"task {name!r} is not one of {', '.join(t.name for t in TASKS)}")
+
+
+def ask(task: Task, records: list[data.Record], by: str) -> list[Any]:
+    """What a model is asked, by generation or by likelihood.
+
+    Raises:
+        ValueError: the records are not of the task's form, or have no options to choose from by likelihood.
+    """
+    found = task.questions(records)
+    if by == "likelihood":
+        if task.name != "commonsense":
+            raise ValueError(f"--by likelihood is for questions with options, not for task {task.name}")
+        if bare := [i for i, question in enumerate(found, 1) if len(question.options) < 2]:
+            raise ValueError(f"row {bare[0]} names no options after 'Answer format:'; leave out --by likelihood")
+    return found
 
 
 # -- asking ------------------------------------------------------------------------------------------------------------
@@ -171,8 +211,6 @@ def generated(model: Any, tokenizer: Any, asked: list[Question], tokens: int, si
 
 def likeliest(model: Any, tokenizer: Any, asked: list[Question], size: int, console: Console) -> list[str]:
     """The option of each question whose words the model finds most likely, by their mean log-likelihood."""
-    if bare := [i for i, q in enumerate(asked, 1) if len(q.options) < 2]:
-        raise ValueError(f"row {bare[0]} names no options after 'Answer format:'; leave out --by likelihood")
     texts = [
         (i, prompt_text(tokenizer, q.chat), f"the correct answer is {o}")
         for i, q in enumerate(asked)
@@ -190,21 +228,26 @@ def losses(
     model: Any, tokenizer: Any, pairs: list[tuple[str, str]], size: int, console: Console, most: int = 1024
 ) -> list[tuple[float, int]]:
     """The loss (nats) summed over the tokens of each text after its prompt, and how many they are. Of what is longer
-    than `most` tokens the last are taken."""
+    than `most` tokens the last are taken. What differs in its last token alone, as options do, shares a pass."""
     rows = []
     for prompt, text in pairs:
         before = tokenizer(text=prompt, add_special_tokens=not prompt)["input_ids"]
         own = tokenizer(text=text, add_special_tokens=False)["input_ids"]
         ids = [*before, *own][-most:]
         rows.append((ids, min(len(own), len(ids) - 1)))
+    passes: dict[tuple[int, ...], list[int]] = {}
+    for i, (ids, count) in enumerate(rows):
+        if count > 0:
+            passes.setdefault(tuple(ids[:-1]), []).append(i)
+    heads = list(passes)
     found: list[tuple[float, int]] = [(0.0, 0)] * len(rows)
-    for places in batches([len(ids) for ids, _ in rows], size, "losses", console):
-        longest = max(len(rows[i][0]) for i in places)
+    for places in batches([len(head) for head in heads], size, "losses", console):
+        longest = max(len(heads[i]) for i in places)
         ids, mask = (torch.zeros(len(places), longest, dtype=torch.long) for _ in range(2))
         for k, i in enumerate(places):  # padded on the right: what comes after does not reach what came before
-            ids[k, : len(rows[i][0])], mask[k, : len(rows[i][0])] = torch.tensor(rows[i][0]), 1
+            ids[k, : len(heads[i])], mask[k, : len(heads[i])] = torch.tensor(heads[i]), 1
         logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits
-        for k, i in enumerate(places):
+        for k, i in [(k, i) for k, place in enumerate(places) for i in passes[heads[place]]]:
             own, count = rows[i]
             slope: Tensor = logits[k, len(own) - count - 1 : len(own) - 1].float()
             want = torch.tensor(own[len(own) - count :], dtype=torch.long, device=slope.device)
@@ -230,20 +273,10 @@ def resampled(name: str, count: int, value: Callable[[list[int]], float], draws:
     return Figure(name, value(list(range(count))), low, high, count)
 
 
-def overlaps(said: list[str], asked: list[Question]) -> list[Figure]:
-    """Corpus BLEU and chrF, by sacrebleu."""
-    try:
-        import sacrebleu
-    except ImportError:
-        raise ValueError("task text needs sacrebleu; pip install 'inlay[eval]'") from None
-    most = max(len(q.wanted) for q in asked)
-    references = [[q.wanted[k] if k < len(q.wanted) else None for q in asked] for k in range(most)]
-
-    def corpus(measure: Callable[..., Any]) -> Callable[[list[int]], float]:
-        return lambda places: measure([said[i] for i in places], [[r[i] for i in places] for r in references]).score
-
-    measures = {"BLEU": sacrebleu.corpus_bleu, "chrF": sacrebleu.corpus_chrf}
-    return [resampled(name, len(said), corpus(measure)) for name, measure in measures.items()]
+def overlaps(said: list[str], questions: list[Question]) -> list[Figure]:
+    """Of answers with their references, by every measure that is installed."""
+    wanted = [question.wanted for question in questions]
+    return [resampled(name, len(said), measure(said, wanted)) for name, measure in overlap.installed().items()]
 
 
 def evaluate(
@@ -256,41 +289,43 @@ def evaluate(
         ValueError: the records are not of the task's form, or a library is missing.
     """
     console = console or Console(quiet=True)
-    was_training = model.training
+    questions, was_training = ask(task, records, by), model.training
     model.eval()
     try:
+        if task.name == "classification":
+            return classification(model, tokenizer, questions, size, console)
+        if classifier(model):
+            raise ValueError(f"the model is a classifier, which says nothing; --task classification, not {task.name}")
         if task.name == "perplexity":
-            return perplexity(model, tokenizer, records, size, console)
-        asked = task.questions(records)
+            return perplexity(model, tokenizer, questions, size, console)
         if by == "likelihood":
-            if task.name != "commonsense":
-                raise ValueError(f"--by likelihood is for questions with options, not for task {task.name}")
-            said = likeliest(model, tokenizer, asked, size, console)
+            said = likeliest(model, tokenizer, questions, size, console)
         else:
-            said = generated(model, tokenizer, asked, tokens or task.tokens, size, console)
+            said = generated(model, tokenizer, questions, tokens or task.tokens, size, console)
     finally:
         model.train(was_training)
+    both = list(zip(questions, said, strict=True))
     rows: list[dict[str, Any]] = [
-        {"prompt": q.chat[-1]["content"], "wanted": q.wanted, "said": text} for q, text in zip(asked, said, strict=True)
+        {"prompt": q.chat[-1]["content"], "wanted": q.wanted, "said": text} for q, text in both
     ]
     figures = []
     for name, read in task.read.items():
-        right = [read(text) in q.wanted for q, text in zip(asked, said, strict=True)]
+        right = [read(text) in q.wanted for q, text in both]
         figures.append(share(name, right))
         for row, ok in zip(rows, right, strict=True):
             row[name] = ok
-    return (overlaps(said, asked) if task.name == "text" else figures), rows
+    return (overlaps(said, questions) if task.name == "text" else figures), rows
 
 
 def perplexity(
-    model: Any, tokenizer: Any, records: list[data.Record], size: int, console: Console
+    model: Any, tokenizer: Any, examples: list[data.Record], size: int, console: Console
 ) -> tuple[list[Figure], list[dict[str, Any]]]:
     """exp of the mean loss over all tokens of plain text, or over those of the answers."""
     pairs = [
         ("", row["text"])
         if "text" in row
         else (prompt_text(tokenizer, row["prompt"]), row["completion"][-1]["content"])
-        for row in data.examples(records)
+        for row in examples
     ]
     found = losses(model, tokenizer, pairs, size, console)
     kept = [i for i, (_, count) in enumerate(found) if count]
@@ -305,6 +340,53 @@ def perplexity(
     return [resampled("perplexity", len(kept), value)], rows
 
 
+def classifier(model: Any) -> bool:
+    """Whether a model, or the base of an adapted one, has a head for labels."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return type(base) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.values()
+
+
+@torch.no_grad()
+def classification(
+    model: Any, tokenizer: Any, examples: list[dict[str, Any]], size: int, console: Console
+) -> tuple[list[Figure], list[dict[str, Any]]]:
+    """Accuracy, F1 and Matthews' correlation as GLUE has them, by the labels that the model was trained on; of scores,
+    Pearson's and Spearman's correlation.
+
+    Raises:
+        ValueError: the model has no head for labels, or was not trained on one that is asked for.
+    """
+    from inlay.workbench.tasks.classification import classified, correlated
+
+    if not classifier(model):
+        raise ValueError(
+            "--task classification is for models trained with task: classification; this one has no labels"
+        )
+    scores, names = model.config.num_labels == 1, model.config.label2id
+    if not scores and (strange := next((row["label"] for row in examples if row["label"] not in names), None)):
+        raise ValueError(f"label {strange!r} is not one that the model was trained on: {', '.join(names)}")
+    wanted = np.array([float(row["label"]) if scores else names[row["label"]] for row in examples])
+    logits = np.zeros((len(examples), model.config.num_labels))
+    for places in batches([len(row["text"] + (row["pair"] or "")) for row in examples], size, "labels", console):
+        pairs = [(examples[i]["text"], examples[i]["pair"]) for i in places]
+        texts, seconds = zip(*pairs, strict=True)
+        both = (list(texts),) if seconds[0] is None else (list(texts), list(seconds))
+        inputs = tokenizer(*both, truncation=True, padding=True, return_tensors="pt").to(model.device)
+        logits[places] = model(**inputs).logits.float().cpu().numpy()
+    measure = correlated if scores else classified
+    figures = [
+        resampled(name, len(examples), lambda places, name=name: measure(logits[places], wanted[places])[name])
+        for name in measure(logits, wanted)
+    ]
+    said = logits[:, 0] if scores else [model.config.id2label[i] for i in logits.argmax(1).tolist()]
+    rows = [{**row, "said": float(own) if scores else own} for row, own in zip(examples, said, strict=True)]
+    if not scores:
+        right = [row["said"] == row["label"] for row in rows]
+        figures[0] = share("accuracy", right)
+        rows = [{**row, "accuracy": ok} for row, ok in zip(rows, right, strict=True)]
+    return figures, rows
+
+
 def difference(name: str, first: list[bool], second: list[bool]) -> str:
     """What the second of two models does better on the same examples, with the 95 % interval of the mean difference."""
     gaps = [float(b) - float(a) for a, b in zip(first, second, strict=True)]
@@ -316,5 +398,7 @@ def difference(name: str, first: list[bool], second: list[bool]) -> str:
 def write(folder: Path, name: str, figures: list[Figure], rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
     """NAME.json with the figures, and NAME.jsonl with a line for each example."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(
+        folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+    )
     write_text(folder / f"{name}.json", json.dumps({**about, "figures": [vars(f) for f in figures]}, indent=1))

@@ -18,15 +18,20 @@ class Difference:
     low: float
     high: float
 
-    def verdict(self, reference: str) -> str:
-        """In words; losses are compared, so that less is better."""
+    def shown(self) -> str:
+        """As text; empty where there is no difference."""
+        interval = "" if math.isnan(self.low) else f" [{self.low:+.3f}, {self.high:+.3f}]"
+        return "" if math.isnan(self.mean) else f"{self.mean:+.3f}{interval}"
+
+    def verdict(self, reference: str, below: str = "better", above: str = "worse") -> str:
+        """In words: of losses, less is better."""
         if math.isnan(self.mean):
             return "no comparison: a run failed or diverged"
         if math.isnan(self.low):
             return "one seed: noise is not known"
         if self.low <= 0 <= self.high:
             return "no difference beyond noise"
-        return f"{'better' if self.high < 0 else 'worse'} than {reference} by {abs(self.mean):.3f}"
+        return f"{below if self.high < 0 else above} than {reference} by {abs(self.mean):.3f}"
 
 
 def paired(values: Sequence[float], reference: Sequence[float], confidence: float = CONFIDENCE) -> Difference:

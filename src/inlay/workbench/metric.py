@@ -1,4 +1,5 @@
-"""A user's own measure of a model, named in a recipe as "module:function": (model, tokenizer) -> a number."""
+"""What a model is judged by beside its loss: a task of `inlay eval`, one of lm-evaluation-harness, or a user's own
+function. `inlay eval`, `inlay compare` and `inlay tune` ask for it alike."""
 
 from __future__ import annotations
 
@@ -7,42 +8,173 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, cast
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
-Metric = Callable[[Any, Any], float]
+from rich.console import Console
+
+from inlay.workbench import data, evaluate, harness, overlap
+from inlay.workbench.evaluate import Figure
+from inlay.workbench.peft_methods import instead
+from inlay.workbench.recipe import conform_all, entry
+
+Asked = str | dict[str, Any]  # as a recipe asks for one
+Rows = list[dict[str, Any]]
+Run = Callable[[Any, Any], tuple[list[Figure], Rows]]  # of (model, tokenizer): figures, and each example's part in them
+HELP = (
+    "{task: commonsense, data: test.json, limit: 100, by: likelihood}, a task of inlay eval with its flags (and "
+    "figure, of several the one), or module:function, (model, tokenizer) -> a number"
+)
 
 
-def load(name: str) -> Metric:
-    """The function that `name` says, in a module of the working folder or an installed one. Its code is run: it is the
-    user who names it.
+@dataclass
+class OnTask:
+    """A task of `inlay eval`; the fields are the flags there."""
+
+    task: str = entry("", "the task, or lm-eval:NAME")
+    data: str = entry("", "a file or data set, as for train; none for lm-eval:")
+    limit: int | None = entry(None, "the first so many records", min=1)
+    by: Literal["generation", "likelihood"] = entry("generation", "how options are chosen")
+    tokens: int | None = entry(None, "longest answer (default: the task's)", min=1)
+    batch_size: int = entry(8, "questions at a time", min=1)
+    figure: str = entry("", "of a task with several figures, which (default: the first)")
+
+    def __post_init__(self) -> None:
+        conform_all(self)
+        if self.foreign:
+            if self.data:
+                raise ValueError(f"task {self.task} brings its own data; leave out data {self.data}")
+            return
+        figures = evaluate.find(self.task).figures
+        if self.figure and self.figure not in figures:
+            raise ValueError(f"figure {self.figure!r} of task {self.task} is not one of {', '.join(figures)}")
+        if not self.data:
+            raise ValueError(f"task {self.task} has no data: give it a file or a data set")
+
+    @property
+    def foreign(self) -> bool:
+        """Whether it is a task of lm-evaluation-harness."""
+        return self.task.startswith(harness.PREFIX)
+
+    @property
+    def title(self) -> str:
+        """What its figure is called in a table."""
+        return self.figure or (self.task if self.foreign else evaluate.find(self.task).figures[0])
+
+    def load(self, console: Console | None = None) -> Run:
+        """Its data is read, and the form is checked.
+
+        Raises:
+            ValueError: the data cannot be read, is not of the task's form, or a library is missing.
+        """
+        if self.foreign:
+            measure = harness.load(self.task.removeprefix(harness.PREFIX), self.limit, self.batch_size)
+            return lambda model, tokenizer: told(measure(model, tokenizer))
+        task, records = evaluate.find(self.task), data.read(self.data)[: self.limit]
+        evaluate.ask(task, records, self.by)
+        if task.name == "text" and self.figure and self.figure not in overlap.installed():
+            raise ValueError(f"{self.figure} needs {overlap.MEASURES[self.figure][0]}; pip install 'inlay[eval]'")
+        return lambda model, tokenizer: evaluate.evaluate(
+            model, tokenizer, task, records, self.by, self.batch_size, self.tokens, console
+        )
+
+
+def told(found: harness.Results) -> tuple[list[Figure], Rows]:
+    """What lm-evaluation-harness found; the interval is 1.96 of its standard errors to either side."""
+    figures = [
+        Figure(
+            harness.title(task, metric, kind), value, *((value - 1.96 * e, value + 1.96 * e) if e else (None,) * 2), n
+        )
+        for task, metric, kind, value, e, n in harness.values(found)
+    ]
+    return figures, harness.examples(found)
+
+
+def on_task(given: dict[str, Any]) -> OnTask:
+    """The mapping of a recipe.
 
     Raises:
-        ValueError: it is not written as module:function, or there is no such function.
+        ValueError: there is no such task or figure, or a key is not known, missing or of another type.
     """
-    module, _, function = name.partition(":")
+    names = [f.name for f in fields(OnTask)]
+    for key in given:
+        if key not in names:
+            raise ValueError(f"metric has no {key!r}; {instead(key, names)}")
+    try:
+        return OnTask(**given)
+    except ValueError as error:
+        raise ValueError(f"metric: {error}") from None
+
+
+def title(given: Asked) -> str:
+    """What it is called in a table."""
+    return given if isinstance(given, str) else on_task(given).title
+
+
+def less_is_better(given: Asked) -> bool:
+    """Of a task here; of others it is the user's to say."""
+    asked = None if isinstance(given, str) else on_task(given)
+    return asked is not None and not asked.foreign and evaluate.find(asked.task).less
+
+
+def load(given: Asked) -> Run:
+    """The metric that is asked for. The code of a user's own, in a module of the working folder or an installed one, is
+    run: it is the user who names it.
+
+    Raises:
+        ValueError: there is no such task, data or function, or the data is not of the task's form.
+    """
+    if not isinstance(given, str):
+        asked = on_task(given)
+        try:
+            return asked.load()
+        except ValueError as error:
+            raise ValueError(f"metric: {error}") from None
+    module, _, function = given.partition(":")
     if not module or not function:
-        raise ValueError(f"metric: {name!r} is not written as module:function, as in my_metric:exact_match")
+        raise ValueError(
+            f"metric: {given!r} is not written as module:function, as in my_metric:exact_match, nor as a task, "
+            "{task: commonsense, data: test.json}"
+        )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         found: Any = getattr(importlib.import_module(module), function)
     except Exception as error:  # a module of the user's fails in its own ways
-        raise ValueError(f"metric: {name} cannot be imported: {type(error).__name__}: {error}") from None
+        raise ValueError(f"metric: {given} cannot be imported: {type(error).__name__}: {error}") from None
     if not callable(found):
-        raise ValueError(f"metric: {name} is no function of (model, tokenizer)")
-    return cast(Metric, found)
+        raise ValueError(f"metric: {given} is no function of (model, tokenizer)")
+
+    def run(model: Any, tokenizer: Any) -> tuple[list[Figure], Rows]:
+        value: Any = found(model, tokenizer)
+        if not isinstance(value, int | float):
+            raise ValueError(f"metric: {given} gave {value!r}, which is no number")
+        return [Figure(given, float(value))], []
+
+    return run
 
 
-def score(name: str, model: Any, tokenizer: Any) -> float:
-    """What the metric says of a model, which is in evaluation mode meanwhile.
+def run(asked: Run, model: Any, tokenizer: Any) -> tuple[list[Figure], Rows]:
+    """What a metric says of a model, which is in evaluation mode meanwhile."""
+    was_training = model.training
+    model.eval()
+    try:
+        return asked(model, tokenizer)
+    finally:
+        model.train(was_training)
+
+
+def score(given: Asked, model: Any, tokenizer: Any) -> float:
+    """The one figure of a metric.
 
     Raises:
-        ValueError: it is no finite number.
+        ValueError: it cannot be loaded, does not say this figure, or gives no finite number.
     """
-    measure, was_training = load(name), model.training
-    model.eval()
-    value = measure(model, tokenizer)
-    model.train(was_training)
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"metric: {name} gave {value!r}, which is no finite number")
-    return float(value)
+    figures, _ = run(load(given), model, tokenizer)
+    found = {figure.name: figure.value for figure in figures}
+    name = title(given) if isinstance(given, str) or given.get("figure") else figures[0].name
+    if name not in found:
+        raise ValueError(f"metric: the task says {', '.join(found)}, and not {name}")
+    if not math.isfinite(found[name]):
+        raise ValueError(f"metric: {name} is {found[name]}, which is no finite number")
+    return found[name]

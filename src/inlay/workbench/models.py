@@ -10,7 +10,14 @@ from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from inlay.folding import FOLDED
 from inlay.host import processes
@@ -70,6 +77,13 @@ def load_base(
     """A causal language model and its tokenizer; as `load_model`."""
     tokenizer = load_tokenizer(name, revision, trust_remote_code)
     return load_model(name, dtype, revision, trust_remote_code, **more), tokenizer
+
+
+def auto_of(name: str) -> Any:
+    """What loads a model that is judged: a classifier where its configuration says it is one."""
+    heads = load_config(name).architectures or []
+    classifies = any(head.endswith("ForSequenceClassification") for head in heads)
+    return AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
 
 
 def load_model(
@@ -189,9 +203,11 @@ def settings_of(adapter: Path) -> dict[str, Any]:
 def load_adapted(
     adapter: Path, name: str | None = None, dtype: torch.dtype | None = None, trainable: bool = False
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """An adapter on its base (or another one named), and the tokenizer; without a dtype, in the stored one."""
-    name = name or base_of(adapter)
-    base, tokenizer = load_base(name, dtype or stored_dtype(name), folded=True)
+    """An adapter on its base (or another one named), and the tokenizer; without a dtype, in the stored one. The base is
+    a causal language model, or a classifier for an adapter of one."""
+    name, settings = name or base_of(adapter), settings_of(adapter)
+    auto = AutoModelForSequenceClassification if settings else AutoModelForCausalLM
+    base, tokenizer = load_base(name, dtype or stored_dtype(name), folded=True, auto=auto, **settings)
     model = load_adapter(base, adapter, trainable)
     model.peft_config["default"].base_model_name_or_path = resolve(name)
     return model, tokenizer

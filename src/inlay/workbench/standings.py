@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from inlay.workbench import budget, judge
+from inlay.workbench import budget, judge, metric
 from inlay.workbench.comparison import Entry, Plan
 from inlay.workbench.files import write_text
 from inlay.workbench.judge import Difference
@@ -28,6 +28,7 @@ from inlay.workbench.result import environment
 Results = Mapping[str, list[dict[str, Any] | None]]  # of the last rung: by method, one for each seed
 COLUMNS = """method verdict loss loss_sd difference difference_low difference_high forgetting forgetting_sd
 learning_rate size budget_share parameters parameters_last seconds memory steps seeds failed""".split()
+SCORED = "metric metric_sd metric_difference metric_difference_low metric_difference_high".split()  # with a metric
 
 
 @dataclass
@@ -69,15 +70,19 @@ class Standing:
     memory: float
     steps: int
     failed: int
+    scores: list[float]  # by the metric, if one is asked for
+    apart: Difference  # of the scores, to those of the reference
 
     def row(self) -> dict[str, Any]:
-        """Flat, by `COLUMNS`."""
+        """Flat, by `COLUMNS` and `SCORED`."""
         flat = {k: v for k, v in asdict(self).items() if k in COLUMNS}
         low, high = self.difference.low, self.difference.high
         flat |= {"loss": mean(self.losses), "loss_sd": spread(self.losses), "difference": self.difference.mean}
         flat |= {"forgetting": mean(self.forgetting), "forgetting_sd": spread(self.forgetting)}
         flat |= {"difference_low": low, "difference_high": high, "seeds": len(self.losses)}
-        return {name: flat[name] for name in COLUMNS}
+        flat |= {"metric": mean(self.scores), "metric_sd": spread(self.scores), "metric_difference": self.apart.mean}
+        flat |= {"metric_difference_low": self.apart.low, "metric_difference_high": self.apart.high}
+        return {name: flat[name] for name in COLUMNS + SCORED}
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,27 @@ class Outcome:
         """The held-out loss of the model as it comes."""
         return next(r["before"] for results in self.finals.values() for r in results if r)
 
+    @property
+    def metric(self) -> str:
+        """What runs are judged by beside the loss; empty where there is nothing."""
+        return metric.title(self.plan.ask.metric) if self.plan.ask.metric else ""
+
+    @property
+    def columns(self) -> list[str]:
+        """Of results.csv."""
+        return COLUMNS + SCORED if self.metric else COLUMNS
+
+    def picked(self, row: Standing) -> dict[str, Any]:
+        """A row by these columns."""
+        found = row.row()
+        return {name: found[name] for name in self.columns}
+
+    def said(self, row: Standing) -> str:
+        """The verdict on the metric, where there is one: it does not know whether more or less of it is better."""
+        if not self.metric or row.method == self.plan.reference or not row.losses:
+            return ""
+        return f"; {self.metric}: {row.apart.verdict(self.plan.reference, 'lower', 'higher')}"
+
     def standings(self) -> list[Standing]:
         """The rows, the least loss first; what did not finish last."""
         rows = [self.standing(entry) for entry in self.plan.entries]
@@ -106,8 +132,8 @@ class Outcome:
         name, reference = entry.name, self.plan.reference
         results, sweep = self.finals[name], self.sweeps[name]
         done = [r for r in results if r and r["after"] is not None]
-        pairs = (losses(results), losses(self.finals[reference])) if results and name != reference else ([], [])
-        difference = judge.paired(*pairs)
+        others = self.finals[reference] if results and name != reference else []
+        difference = judge.paired(losses(results), losses(others))
         verdict = "the reference" if name == reference else difference.verdict(reference)
         if not done:
             verdict = "failed" if sweep.rates else "diverged or failed at every rate"
@@ -123,12 +149,19 @@ class Outcome:
             forgetting=[r["forgetting"] for r in done if r["forgetting"] is not None],
             learning_rate=sweep.rates[0] if sweep.rates else math.nan, size=sized(entry), budget_share=share,
             steps=self.steps[name], failed=len(results) - len(done), **average,
+            scores=[score for score in scores(results) if not math.isnan(score)],
+            apart=judge.paired(scores(results), scores(others)),
         )  # fmt: skip
 
 
 def losses(results: Sequence[dict[str, Any] | None]) -> list[float]:
     """The held-out losses after training; infinite for a run that failed or diverged."""
     return [math.inf if r is None or r["after"] is None else r["after"] for r in results]
+
+
+def scores(results: Sequence[dict[str, Any] | None]) -> list[float]:
+    """What the metric says of each run; NaN for one that failed or diverged."""
+    return [math.nan if r is None else r.get("metric", math.nan) for r in results]
 
 
 def mean(values: list[float]) -> float:
@@ -167,7 +200,7 @@ def plain(value: Any) -> Any:
 
 def as_data(made: Outcome) -> dict[str, Any]:
     """Everything that was found, for results.json."""
-    rows = [{**row.row(), "losses": row.losses} for row in made.standings()]
+    rows = [{**made.picked(row), "losses": row.losses} for row in made.standings()]
     sweeps = {
         name: [{"steps": steps, "losses": {f"{rate:g}": loss for rate, loss in by.items()}} for steps, by in s.rungs]
         for name, s in made.sweeps.items()
@@ -187,36 +220,38 @@ def write(made: Outcome, console: Console) -> None:
     from inlay.workbench import compare_report  # matplotlib takes a second
 
     text = io.StringIO()
-    sheet = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    sheet = csv.DictWriter(text, made.columns, lineterminator="\n")
     sheet.writeheader()
-    sheet.writerows([plain(row.row()) for row in made.standings()])
+    sheet.writerows([plain(made.picked(row)) for row in made.standings()])
     write_text(made.folder / "results.csv", text.getvalue())
     write_text(made.folder / "results.json", json.dumps(as_data(made), indent=1) + "\n")
     compare_report.write(made)
     console.print(table(made))
     for row in made.standings():
-        console.print(f"{row.method}: {row.verdict}")
+        console.print(f"{row.method}: {row.verdict}{made.said(row)}")
     console.print(f"report: {made.folder / 'report.html'}")
 
 
 def table(made: Outcome) -> Table:
     """A line per method, for the terminal."""
     shown = Table(title=f"held-out loss; {made.before:.3f} before training", title_justify="left")
-    for column in ("method", "loss", "± sd", f"− {made.plan.reference}", "rate", "trained", "time", "peak", "forgets"):
+    found = (made.metric, "± sd") if made.metric else ()
+    heads = ("loss", "± sd", f"− {made.plan.reference}", *found, "rate", "trained", "time", "peak", "forgets")
+    for column in ("method", *heads):
         shown.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     for row in made.standings():
-        shown.add_row(row.method, *cells(row))
+        shown.add_row(row.method, *cells(row, bool(found)))
     return shown
 
 
-def cells(row: Standing) -> list[str]:
+def cells(row: Standing, scored: bool) -> list[str]:
     """A row's numbers as text, after its name."""
-    d, found = row.difference, row.row()
+    found = row.row()
     if not row.losses:
-        return [""] * 8
-    interval = "" if math.isnan(d.low) else f" [{d.low:+.3f}, {d.high:+.3f}]"
+        return [""] * (8 + 2 * scored)
+    parts = [found[name] for name in ("loss", "loss_sd", *(("metric", "metric_sd") if scored else ()))]
+    loss, noise, *more = ["" if math.isnan(part) else f"{part:.3f}" for part in parts]
     return [
-        f"{found['loss']:.3f}", "" if math.isnan(found["loss_sd"]) else f"{found['loss_sd']:.3f}",
-        "" if math.isnan(d.mean) else f"{d.mean:+.3f}{interval}", f"{row.learning_rate:g}",
+        loss, noise, row.difference.shown(), *more, f"{row.learning_rate:g}",
         f"{row.parameters:,.0f}", f"{row.seconds:.0f} s", gib(row.memory), f"{found['forgetting']:+.3f}",
     ]  # fmt: skip

@@ -34,7 +34,7 @@ TEXTS = 64  # paragraphs of it that are read, at most
 class Trial:
     """The first `stop` steps of a recipe's run, judged by the examples that rates are chosen on or, when it is final,
     by the held-out ones; `split_seed` draws both, for all trials of a comparison alike. `label` is its folder, where
-    rate and seed do not tell it from others; `metric` a user's own, see `metric.load`."""
+    rate and seed do not tell it from others; `metric` what it is judged by beside its loss, see `metric.load`."""
 
     method: str
     recipe: Recipe
@@ -44,7 +44,7 @@ class Trial:
     split_seed: int
     unrelated: str | None = None
     label: str | None = None
-    metric: str | None = None
+    metric: metric.Asked | None = None
 
     @property
     def name(self) -> str:
@@ -144,7 +144,8 @@ def run(folder: Path) -> None:
     knew = loss_on(*measure) if trial.final else 0.0
     found = train.fit(recipe, trainer, tokenizer, rows, console)
     steps = [row for row in found.history if "loss" in row]
-    scored = {"metric": metric.score(trial.metric, trainer.model, tokenizer)} if trial.metric else {}
+    judged = trial.metric is not None and math.isfinite(found.after)
+    scored = {"metric": metric.score(trial.metric, trainer.model, tokenizer)} if judged else {}
     result = {
         **scored,
         "before": found.before,

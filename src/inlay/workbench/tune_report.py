@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 
+from inlay.workbench import metric
 from inlay.workbench.compare_plots import finish, start
 from inlay.workbench.figures import COLOURS, INK, LOOK, save
 from inlay.workbench.files import write_text
@@ -64,7 +65,7 @@ def rows(found: Found) -> list[dict[str, Any]]:
 
 def table(found: Found) -> Table:
     """The best few, the winner first."""
-    measure = found.plan.rescore.metric
+    measure = metric.title(found.plan.rescore.metric) if found.plan.rescore.metric else ""
     judged = sorted((t for t in found.done if label(t) in found.again), key=found.score)
     rest = [t for t in found.done if label(t) not in found.again]
     counts = Counter(trial.state.name for trial in found.study.get_trials(deepcopy=False))

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
+from inlay.workbench import metric
 from inlay.workbench.comparison import ELSEWHERE, block
 from inlay.workbench.peft_methods import instead
 from inlay.workbench.recipe import Recipe, conform, conform_all, entry, from_values, hyperparameters, told
@@ -49,11 +50,15 @@ class Rescore:
     """The `rescore` block: how the best few trials are judged again."""
 
     top: int = entry(3, "trials that are trained again; 0: the least loss wins", min=0)
-    metric: str | None = entry(None, "module:function, (model, tokenizer) -> a number (default: the held-out loss)")
-    direction: Literal["maximize", "minimize"] = entry("maximize", "what is better in the metric")
+    metric: str | dict | None = entry(None, f"{metric.HELP} (default: the held-out loss)")
+    direction: Literal["maximize", "minimize"] | None = entry(
+        None, "what is better in the metric (default: maximize; of perplexity, minimize)"
+    )
 
     def __post_init__(self) -> None:
         conform_all(self)
+        if self.direction is None:
+            self.direction = "minimize" if self.metric and metric.less_is_better(self.metric) else "maximize"
 
 
 @dataclass
@@ -66,7 +71,7 @@ class Search:
     pruner: Literal["median", "hyperband", "none"] = entry("median", "ends trials that fall behind")
     evaluations: int = entry(5, "of a trial while it trains, evenly spaced: what the pruner sees", min=1)
     selection: int = entry(48, "training examples that are held out to judge trials by", min=1)
-    rescore: dict = entry(dict, "{top: 3, metric: module:function, direction: maximize}: the best few, trained again")
+    rescore: dict = entry(dict, "{top: 3, metric: ..., direction: maximize}: the best few, trained again")
 
     def __post_init__(self) -> None:
         conform_all(self)

@@ -1,0 +1,96 @@
+"""Tasks of lm-evaluation-harness (Gao et al., doi:10.5281/zenodo.10256836) through its Python API: those that come with
+it, whose data a hub has, and YAML files of one's own, which work offline where their data is local.
+
+Prompts, few-shot examples and metrics are the task's; no chat template is applied, as the harness has it by default. A
+YAML file may name Python functions beside it: their code is run, as with `--metric`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from inlay.workbench.models import first_line
+
+PREFIX = "lm-eval:"
+Results = dict[str, Any]
+
+
+def load(name: str, limit: int | None, size: int) -> Callable[[Any, Any], Results]:
+    """What the harness finds of (model, tokenizer) on a task of its own by name, or on that of a YAML file, or on all
+    of a folder of them; the data is loaded at once.
+
+    Raises:
+        ValueError: lm-eval is not installed, or the task or its data cannot be loaded.
+    """
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ValueError(f"task {PREFIX}{name} needs lm-eval ({error}); pip install 'inlay[harness]'") from None
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    path = Path(name).expanduser()
+    local = path.exists()
+    if not local and (path.suffix in (".yaml", ".yml") or len(path.parts) > 1):
+        raise ValueError(f"task {PREFIX}{name}: there is no such file or folder")
+    try:
+        where = (str(path if path.is_dir() else path.parent),) if local else ()
+        manager = TaskManager(include_path=list(where), include_defaults=not local)
+        names = named(path, manager.all_tasks) if local else [name]
+        manager.load(names)
+    except Exception as error:  # the harness, datasets and the hub each raise their own kinds
+        raise ValueError(f"task {PREFIX}{name} cannot be loaded: {first_line(error)}") from None
+
+    def run(model: Any, tokenizer: Any) -> Results:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its own libraries
+            wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size)
+            found = lm_eval.simple_evaluate(wrapped, tasks=names, task_manager=manager, limit=limit)
+        assert found is not None  # of processes, only the first gets results
+        return dict(found)
+
+    return run
+
+
+def named(path: Path, tasks: list[str]) -> list[str]:
+    """The tasks of a folder, or that of a file."""
+    if path.is_dir():
+        return list(tasks)
+    text = path.read_text(encoding="utf-8")  # which plain YAML does not read: it has tags of the harness's own
+    for key in ("task", "group"):
+        if found := re.search(rf"""^{key}:[ \t]*["']?([\w.-]+)""", text, re.MULTILINE):
+            return [found[1]]
+    raise ValueError("the file has no task: NAME")
+
+
+def values(found: Results) -> Iterator[tuple[str, str, str, float, float | None, int | None]]:
+    """Each figure: task or group, metric, filter, value, its standard error if there is one, over how many examples."""
+    for task, row in {**found["results"], **found.get("groups", {})}.items():
+        for key, value in row.items():
+            metric, _, kind = key.partition(",")
+            if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            error = row.get(f"{metric}_stderr,{kind}")
+            count = found.get("n-samples", {}).get(task, {}).get("effective")
+            yield task, metric, kind, float(value), error if isinstance(error, int | float) else None, count
+
+
+def title(task: str, metric: str, kind: str) -> str:
+    """What a figure is called."""
+    return f"{task}, {metric}" + ("" if kind == "none" else f" ({kind})")
+
+
+def examples(found: Results) -> list[dict[str, Any]]:
+    """What was asked and said of each example, and its part in every figure."""
+    rows = []
+    for task, samples in found.get("samples", {}).items():
+        for one in samples:
+            kept = {key: one[key] for key in ("doc_id", "doc", "target", "resps", "filtered_resps", "filter")}
+            scores = {title(task, metric, one["filter"]): one[metric] for metric in one["metrics"]}
+            rows.append({"task": task, **kept, **scores})
+    return rows

@@ -1,0 +1,87 @@
+"""How near texts are to their references: a table of measures, each by the package that papers report it with."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+Texts = list[str]
+Corpus = Callable[[list[int]], float]  # the value over some examples, by their places
+Measure = Callable[[Texts, list[Texts]], Corpus]  # of texts, and of each one's references
+
+
+def sacre(name: str) -> Measure:
+    """Corpus BLEU or chrF against all references, by sacrebleu (Post 2018)."""
+
+    def measure(said: Texts, wanted: list[Texts]) -> Corpus:
+        import sacrebleu
+
+        corpus: Callable[..., Any] = getattr(sacrebleu, name)
+        most = max(map(len, wanted))
+        rows = [[own[k] if k < len(own) else None for own in wanted] for k in range(most)]
+        return lambda places: corpus([said[i] for i in places], [[row[i] for i in places] for row in rows]).score
+
+    return measure
+
+
+def rouge(name: str) -> Measure:
+    """The mean F-measure of ROUGE (Lin 2004) of the best reference, in percent, by rouge-score with its stemmer, as
+    transformers' summarisation examples have it."""
+
+    def measure(said: Texts, wanted: list[Texts]) -> Corpus:
+        from rouge_score.rouge_scorer import RougeScorer
+
+        scorer: Any = RougeScorer([name], use_stemmer=True)
+        found = [100 * scorer.score_multi(own, text)[name].fmeasure for own, text in zip(wanted, said, strict=True)]
+        return lambda places: statistics.fmean(found[i] for i in places)
+
+    return measure
+
+
+def nist(said: Texts, wanted: list[Texts]) -> Corpus:
+    """NIST (Doddington 2002) up to 5-grams by nltk, of lower-case words as mteval-v13a has them."""
+    from nltk.translate.nist_score import corpus_nist
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
+    words = Tokenizer13a()
+    tokens = [words(text.lower()).split() for text in said]
+    references = [[words(text.lower()).split() for text in own] for own in wanted]
+
+    def corpus(places: list[int]) -> float:
+        try:
+            return float(corpus_nist([references[i] for i in places], [tokens[i] for i in places]))
+        except ZeroDivisionError:  # not one text has five words
+            return 0.0
+
+    return corpus
+
+
+MEASURES: dict[str, tuple[str, Measure]] = {  # the package each needs, and what it does
+    "BLEU": ("sacrebleu", sacre("corpus_bleu")),
+    "chrF": ("sacrebleu", sacre("corpus_chrf")),
+    "NIST": ("nltk", nist),
+    "ROUGE-1": ("rouge_score", rouge("rouge1")),
+    "ROUGE-2": ("rouge_score", rouge("rouge2")),
+    "ROUGE-L": ("rouge_score", rouge("rougeL")),
+}
+
+
+def installed() -> dict[str, Measure]:
+    """The measures whose package is there.
+
+    Raises:
+        ValueError: sacrebleu is not.
+    """
+    if not there("sacrebleu"):
+        raise ValueError("task text needs sacrebleu; pip install 'inlay[eval]'")
+    return {name: measure for name, (package, measure) in MEASURES.items() if there(package)}
+
+
+def there(package: str) -> bool:
+    """Whether it is installed."""
+    try:
+        return find_spec(package) is not None
+    except ValueError:  # what is None in sys.modules
+        return False
