@@ -132,5 +132,5 @@ def trial_of(plan: Plan, entry: Entry, rate: float, seed: int, steps: int, stop:
     """A trial of an entry."""
     ask = plan.ask
     recipe = replace(entry.recipe, learning_rate=rate, seed=seed, steps=steps, output=None, overwrite=False)
-    more = {"metric": ask.metric} if final else {}
-    return Trial(entry.name, recipe, stop, final, ask.selection, ask.seeds[0], ask.unrelated, **more)
+    judged = ask.metric if final else None
+    return Trial(entry.name, recipe, stop, final, ask.selection, ask.seeds[0], ask.unrelated, metric=judged)

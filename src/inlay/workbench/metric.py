@@ -81,12 +81,10 @@ class OnTask:
 
 def told(found: harness.Results) -> tuple[list[Figure], Rows]:
     """What lm-evaluation-harness found; the interval is 1.96 of its standard errors to either side."""
-    figures = [
-        Figure(
-            harness.title(task, metric, kind), value, *((value - 1.96 * e, value + 1.96 * e) if e else (None,) * 2), n
-        )
-        for task, metric, kind, value, e, n in harness.values(found)
-    ]
+    figures = []
+    for task, name, kind, value, error, count in harness.values(found):
+        low, high = (value - 1.96 * error, value + 1.96 * error) if error else (None, None)
+        figures.append(Figure(harness.title(task, name, kind), value, low, high, count))
     return figures, harness.examples(found)
 
 

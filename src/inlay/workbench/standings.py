@@ -109,7 +109,7 @@ class Outcome:
     @property
     def columns(self) -> list[str]:
         """Of results.csv."""
-        return COLUMNS + SCORED if self.metric else COLUMNS
+        return [*COLUMNS, *SCORED] if self.metric else [*COLUMNS]
 
     def picked(self, row: Standing) -> dict[str, Any]:
         """A row by these columns."""

@@ -144,8 +144,8 @@ def run(folder: Path) -> None:
     knew = loss_on(*measure) if trial.final else 0.0
     found = train.fit(recipe, trainer, tokenizer, rows, console)
     steps = [row for row in found.history if "loss" in row]
-    judged = trial.metric is not None and math.isfinite(found.after)
-    scored = {"metric": metric.score(trial.metric, trainer.model, tokenizer)} if judged else {}
+    judged = trial.metric if math.isfinite(found.after) else None
+    scored = {} if judged is None else {"metric": metric.score(judged, trainer.model, tokenizer)}
     result = {
         **scored,
         "before": found.before,
