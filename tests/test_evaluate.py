@@ -177,6 +177,7 @@ def test_a_yaml_task_of_the_harness_without_a_network(tiny, tmp_path, monkeypatc
     assert metric.score({"task": "lm-eval:capitals.yaml"}, model, tokenizer) == sum(right) / 2
     rows = [json.loads(line) for line in (tmp_path / "out" / "lm-eval-capitals-yaml.jsonl").read_text().splitlines()]
     assert [bool(row["inlay_capitals, acc"]) for row in rows] == right
+    capsys.readouterr()  # the harness's progress
     for name in ("no_such_task", "no/such.yaml"):
         with pytest.raises(SystemExit):
             main(["eval", tiny, "--task", f"lm-eval:{name}"])
@@ -255,7 +256,7 @@ def test_an_adapter_its_base_and_both_merged(tiny, records, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("more", "why"),
     [
-        (["--task", "quiz"], "'quiz' is not one of commonsense, gsm8k, exact, text, perplexity"),
+        (["--task", "quiz"], "'quiz' is not one of commonsense, gsm8k, exact, text, classification, perplexity"),
         (["--task", "gsm8k"], "row 1: gsm8k needs question"),
         (["--task", "commonsense"], "row 1: commonsense needs instruction and answer"),
         (["--task", "exact", "--by", "likelihood"], "for questions with options"),
