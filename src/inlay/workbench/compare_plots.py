@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, NullFormatter
 
 from inlay.workbench import judge
 from inlay.workbench.figures import COLOURS, INK, LOOK, smooth
@@ -88,7 +89,11 @@ def against(made: Outcome, title: str, x: str, value: Callable[[Standing], float
         axes.errorbar(*point, yerr=None if math.isnan(error) else error, capsize=3, label=row.method, **style)
         if point in front:
             axes.plot(*point, "o", markersize=13, markerfacecolor="none", markeredgecolor=INK, alpha=0.5)
-    axes.set_xscale("log" if log else "linear")
+    sizes = [size for size, _ in points]
+    axes.set_xscale("log" if log and max(sizes) > 4 * min(sizes) else "linear")
+    if log:
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(0.12)
     return finish(figure, axes)
 
