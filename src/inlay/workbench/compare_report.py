@@ -69,7 +69,9 @@ def answer(made: Outcome) -> str:
     others = [row for row in rows if row.method != reference]
     groups = {
         f"better than {reference} beyond noise": [r.method for r in others if r.difference.high < 0],
-        f"no different from {reference} beyond noise": [r.method for r in others if r.difference.low <= 0 <= r.difference.high],
+        f"no different from {reference} beyond noise": [
+            r.method for r in others if r.difference.low <= 0 <= r.difference.high
+        ],
         f"worse than {reference} beyond noise": [r.method for r in others if r.difference.low > 0],
         "not judged": [r.method for r in others if math.isnan(r.difference.low)],
     }
