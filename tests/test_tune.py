@@ -172,7 +172,7 @@ def test_a_metric_is_a_finite_number(tmp_path, monkeypatch, llama):
     (tmp_path / "mine_for_a_test.py").write_text(code)
     assert metric.score("mine_for_a_test:good", llama.train(), None) == 1.0
     assert llama.training
-    with pytest.raises(ValueError, match="gave nan"):
+    with pytest.raises(ValueError, match="is nan"):
         metric.score("mine_for_a_test:bad", llama, None)
 
 
