@@ -362,7 +362,9 @@ def test_a_search_trains_and_its_best_recipe_trains(tmp_path, tiny, records, mon
 def test_a_hopeless_trial_is_ended_while_it_trains(tmp_path, tiny, records, capsys):
     told = Recipe(model=tiny, data=records, **{**SHORT, "steps": 400}, eval_every=1)
     asked = trial.Trial("lora", told, 400, False, 4, 0, label="trial-000")
-    with runner.Runner(tmp_path, 1, Console(width=200), lambda folder, rows: len(rows) > 2) as running:
+    with runner.Runner(
+        tmp_path, runner.Processes(1), Console(width=200), lambda folder, rows: len(rows) > 2
+    ) as running:
         assert running.run([asked]) == [None]
     assert running.pruned == {tmp_path / "runs" / "trial-000"}
     assert not running.live

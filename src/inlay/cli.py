@@ -90,7 +90,7 @@ def compare(options: argparse.Namespace) -> None:
     from inlay.workbench import compare, models
 
     models.quiet()
-    compare.compare(options.recipe, options.jobs, options.output, options.overwrite, terminal())
+    compare.compare(options.recipe, options.jobs, options.output, options.overwrite, terminal(), cluster(options))
 
 
 def tune(options: argparse.Namespace) -> None:
@@ -103,7 +103,22 @@ def tune(options: argparse.Namespace) -> None:
     from inlay.workbench import models, tune
 
     models.quiet()
-    tune.tune(options.recipe, options.jobs, options.output, options.overwrite, terminal())
+    tune.tune(options.recipe, options.jobs, options.output, options.overwrite, terminal(), cluster(options))
+
+
+def cluster(options: argparse.Namespace) -> Any:
+    """The Ray that trials are to run on, if any.
+
+    Raises:
+        ValueError: there is none, and yet it is said what a trial gets of it.
+    """
+    from inlay.workbench.on_ray import Cluster
+
+    if options.ray is None:
+        if options.cpus is not None or options.gpus is not None:
+            raise ValueError("--cpus and --gpus say what a trial gets of a Ray cluster; give --ray too")
+        return None
+    return Cluster(options.ray, options.cpus or 1, options.gpus)
 
 
 def ui(options: argparse.Namespace) -> None:
@@ -469,13 +484,15 @@ def parser() -> Parser:
 
     verb = add_verb(verbs, compare)
     verb.add_argument("recipe", help="YAML file: what all runs share, and under compare what differs")
-    verb.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1; seconds then say less)")
+    verb.add_argument("--jobs", type=int, help="runs at a time (default 1, seconds then say less; with --ray: all)")
+    add_cluster(verb)
     verb.add_argument("--output", help="folder (default: the recipe's output, or runs/<name of the recipe>)")
     verb.add_argument("--overwrite", action="store_true", help="replace another comparison that is there")
 
     verb = add_verb(verbs, tune)
     verb.add_argument("recipe", help="YAML file: what all trials share, and under tune what is searched")
-    verb.add_argument("--jobs", type=int, default=1, help="trials at a time (default 1)")
+    verb.add_argument("--jobs", type=int, help="trials at a time (default 1; with --ray: as many as it has room for)")
+    add_cluster(verb)
     verb.add_argument("--output", help="folder (default: the recipe's output, or runs/<name of the recipe>)")
     verb.add_argument("--overwrite", action="store_true", help="replace another search that is there")
 
@@ -618,6 +635,13 @@ def add_train(verb: argparse.ArgumentParser) -> None:
     add_fields(verb, rest, hidden=True)
     flags = " ".join(f"--{name.replace('_', '-')}" for name in rest)
     verb.epilog = f"also, each as in the recipe:\n{wrap(flags)}\n\n{verb.epilog}"
+
+
+def add_cluster(verb: argparse.ArgumentParser) -> None:
+    """Where trials run, and with what."""
+    verb.add_argument("--ray", nargs="?", const="", metavar="ADDRESS", help="run them on a Ray cluster (none: here)")
+    verb.add_argument("--cpus", type=positive, help="cores of a trial there (default 1)")
+    verb.add_argument("--gpus", type=float, help="GPUs of a trial there, or a part of one (default 1, if it has any)")
 
 
 def add_fields(verb: argparse.ArgumentParser, names: Sequence[str], hidden: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Runs trials in processes of their own, so many at a time: what `inlay compare` and `inlay tune` share."""
+"""Runs trials, so many at a time: what `inlay compare` and `inlay tune` share."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from rich.console import Console
@@ -54,31 +53,66 @@ def open_folder(
         raise ValueError(f"{folder} cannot be written: {error.strerror}") from None
 
 
-class Runner:
-    """Runs trials in processes of their own, so many at a time, and shows how far they are.
+class Process(Protocol):
+    """A trial that runs, as multiprocessing's processes are asked of theirs."""
 
-    Args:
-        hopeless: of a running trial's folder and the metrics it has written, whether to end it, as one of `pruned`.
+    @property
+    def exitcode(self) -> int | None: ...
+
+    def is_alive(self) -> bool: ...
+
+    def join(self, timeout: float) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+class Workers(Protocol):
+    """What runs trials: so many at a time, each from its folder."""
+
+    jobs: int
+
+    def begin(self, folder: Path) -> Process: ...
+
+
+class Processes:
+    """Trials as processes of this machine.
 
     Raises:
         ValueError: `jobs` is below 1.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        jobs: int,
-        console: Console,
-        hopeless: Callable[[Path, list[dict[str, Any]]], bool] = lambda folder, rows: False,
-    ) -> None:
+    def __init__(self, jobs: int) -> None:
         if jobs < 1:
             raise ValueError(f"jobs: {jobs} is below 1")
-        self.folder, self.jobs, self.console, self.hopeless = folder, jobs, console, hopeless
+        self.jobs = jobs
         # Each trial is forked from a process that has imported everything and done nothing. CUDA survives no fork.
         processes = multiprocessing.get_context("forkserver")
         processes.set_forkserver_preload([trial.__name__])
-        self.processes = multiprocessing.get_context("spawn") if torch.cuda.is_available() else processes
-        self.live: set[BaseProcess] = set()
+        self.context = multiprocessing.get_context("spawn") if torch.cuda.is_available() else processes
+
+    def begin(self, folder: Path) -> Process:
+        """Start the process of the trial in a folder."""
+        process = self.context.Process(target=trial.main, args=(folder, max(1, (os.cpu_count() or 1) // self.jobs)))
+        process.start()
+        return process
+
+
+class Runner:
+    """Runs trials and shows how far they are.
+
+    Args:
+        hopeless: of a running trial's folder and the metrics it has written, whether to end it, as one of `pruned`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        workers: Workers,
+        console: Console,
+        hopeless: Callable[[Path, list[dict[str, Any]]], bool] = lambda folder, rows: False,
+    ) -> None:
+        self.folder, self.workers, self.console, self.hopeless = folder, workers, console, hopeless
+        self.live: set[Process] = set()
         self.pruned: set[Path] = set()
         self.ended = False
         columns = (
@@ -107,7 +141,7 @@ class Runner:
         """`work` on every item, each of which runs one trial; no process of theirs outlives what goes wrong."""
         items = list(items)
         self.bars.update(self.all, total=(self.bars.tasks[0].total or 0) + len(items))
-        pool = ThreadPoolExecutor(self.jobs)
+        pool = ThreadPoolExecutor(self.workers.jobs)
         try:
             return list(pool.map(work, items))
         except BaseException:
@@ -147,9 +181,7 @@ class Runner:
 
     def wait(self, folder: Path, task: TaskID) -> int | None:
         """Run a trial's process to its end, or until it is hopeless; gives its exit code."""
-        threads = max(1, (os.cpu_count() or 1) // self.jobs)
-        process = self.processes.Process(target=trial.main, args=(folder, threads))
-        process.start()
+        process = self.workers.begin(folder)
         self.live.add(process)
         metrics, size = folder / METRICS, 0
         while process.is_alive():

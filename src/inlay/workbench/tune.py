@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from rich.console import Console
 
-from inlay.workbench import metric, models, nomad, tuning
+from inlay.workbench import metric, models, nomad, on_ray, tuning
 from inlay.workbench.files import locked, write_text
+from inlay.workbench.on_ray import Cluster
 from inlay.workbench.prepare import examples
 from inlay.workbench.recipe import told
-from inlay.workbench.runner import Runner, open_folder, steps_of
+from inlay.workbench.runner import Runner, Workers, open_folder, steps_of
 from inlay.workbench.trial import Trial
 from inlay.workbench.tuning import Plan, Range, lay
 
@@ -62,14 +63,19 @@ class Found:
 
 
 def tune(
-    path: str, jobs: int = 1, output: str | None = None, overwrite: bool = False, console: Console | None = None
+    path: str,
+    jobs: int | None = None,
+    output: str | None = None,
+    overwrite: bool = False,
+    console: Console | None = None,
+    cluster: Cluster | None = None,
 ) -> Path:
     """Run a search, or go on with it, and leave its best recipe, its table and its plots in its folder, which is
     returned.
 
     Raises:
-        ValueError: the recipe or the data cannot be used, the folder holds something else, Optuna or NOMAD is not
-            installed, or every trial failed.
+        ValueError: the recipe or the data cannot be used, the folder holds something else, Optuna, NOMAD or Ray is
+            not there, or every trial failed.
     """
     console = console or Console()
     plan = tuning.load(path, output, overwrite)
@@ -79,9 +85,9 @@ def tune(
     rows = examples(recipe, models.load_tokenizer(recipe.model, recipe.revision, recipe.trust_remote_code), console)
     if plan.ask.selection >= len(rows.train):
         raise ValueError(f"selection: {plan.ask.selection} of {len(rows.train)} examples leave none to train on")
-    with locked(folder):
+    with on_ray.workers(jobs, cluster, console) as workers, locked(folder):
         open_folder(folder, folder / ASKED, plan.to_yaml(), overwrite, "search", tuning.same)
-        with Search(plan, folder, len(rows.train) - plan.ask.selection, jobs, console) as search:
+        with Search(plan, folder, len(rows.train) - plan.ask.selection, workers, console) as search:
             search.run()
             found = search.judge()
         from inlay.workbench import tune_report  # matplotlib takes a second
@@ -91,7 +97,7 @@ def tune(
     return folder
 
 
-def check(plan: Plan, jobs: int) -> None:
+def check(plan: Plan, jobs: int | None) -> None:
     """Refuse what would fail only after the trials.
 
     Raises:
@@ -104,7 +110,7 @@ def check(plan: Plan, jobs: int) -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if plan.ask.sampler == "nomad":
         nomad.load()
-        if jobs > 1:
+        if jobs is not None and jobs > 1:
             raise ValueError(f"sampler: nomad chooses each trial by the one before; leave out --jobs {jobs}")
     if plan.rescore.metric:
         metric.load(plan.rescore.metric)
@@ -147,11 +153,11 @@ def twin(trials: list[FrozenTrial], of: Any) -> FrozenTrial | None:
 class Search:
     """The trials of a search: chosen, run, told to the study."""
 
-    def __init__(self, plan: Plan, folder: Path, rows: int, jobs: int, console: Console) -> None:
+    def __init__(self, plan: Plan, folder: Path, rows: int, workers: Workers, console: Console) -> None:
         import optuna
 
         self.plan, self.folder, self.rows, self.console = plan, folder, rows, console
-        self.runner = Runner(folder, jobs, console, self.hopeless)
+        self.runner = Runner(folder, workers, console, self.hopeless)
         self.storage = optuna.storages.RDBStorage(f"sqlite:///{folder / STUDY}")
         known = [s.study_name for s in self.storage.get_all_studies()]
         seen = len(self.storage.get_all_trials(self.storage.get_study_id_from_name("inlay"))) if known else 0
