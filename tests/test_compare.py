@@ -40,7 +40,7 @@ from inlay.workbench.recipe import Recipe
 
 SILENT = Console(quiet=True)
 INF = math.inf
-PLOTS = "differences curves parameters memory seconds forgetting rates".split()
+PLOTS = "differences curves parameters memory seconds forgetting rates subspaces maps".split()
 
 
 # -- decisions --------------------------------------------------------------------------------------------------------
@@ -500,7 +500,8 @@ class Page(HTMLParser):
         found = dict(attrs)
         self.tags.append(tag)
         self.ids += [found["id"]] if "id" in found else []
-        self.refs += [found[key][1:] for key in ("href", "xlink:href") if key in found]
+        refs = [found[key] for key in ("href", "xlink:href") if key in found]
+        self.refs += [ref.removeprefix("#") for ref in refs if not ref.startswith("data:image/png;base64,")]
         self.values += [found["data-value"]] if "data-value" in found else []
 
 
@@ -509,7 +510,7 @@ def test_the_page_stands_alone(compared):
     page = Page(text)
     assert "http" not in text
     assert not {"link", "img", "iframe"} & set(page.tags)
-    assert page.tags.count("svg") == 7
+    assert page.tags.count("svg") == len(PLOTS)
     assert set(page.refs) <= set(page.ids)
     assert len(page.ids) == len(set(page.ids))
     assert {path.name for path in (compared / "plots").iterdir()} == {
@@ -530,6 +531,16 @@ def test_the_page_says_what_was_found_and_how_to_repeat_it(compared):
     assert "torch" in text
 
 
+def test_where_each_method_changed_the_weights_is_kept(compared, tiny):
+    """Of the run with the first seed, and no other; of full fine-tuning against the weights that were saved."""
+    told = json.loads((compared / "changes.json").read_text())
+    assert list(told) == ["bone", "lora", "full"]
+    assert {len(of) for of in told.values()} == {14}
+    assert [name for name, r in results(compared).items() if "changes" in r] == [
+        name for name in results(compared) if "seed-3" in name and name.endswith("final")
+    ]
+
+
 def test_ink_is_the_pages(compared):
     """Or nothing could be read in the dark."""
     assert compare_plots.INK not in (compared / "report.html").read_text()
@@ -543,7 +554,7 @@ def test_one_seed_and_no_halving_still_make_a_page(compared, asked):
     sweeps = {e.name: standings.Sweep(list(e.rates)[:1]) for e in plan.entries}
     finals = {e.name: [result] if e.name != "full" else [] for e in plan.entries}
     made = standings.Outcome(plan, compared, {e.name: 6 for e in plan.entries}, sweeps, finals, {})
-    assert [name for name, _ in compare_plots.figures(made)] == PLOTS[:-1]
+    assert [name for name, _ in compare_plots.figures(made)] == [name for name in PLOTS if name != "rates"]
     assert made.standings()[-1].method == "full"
 
 

@@ -178,7 +178,7 @@ def test_a_stopped_run_ends_as_one_left_alone(options, tiny, records, tmp_path, 
     train.train(recipe := made(tiny, records, tmp_path / "run", **options), SILENT)
     expected = outcome(tmp_path / "run")
     shutil.rmtree(tmp_path / "run")
-    stopped(recipe, monkeypatch).rename(tmp_path / "moved")
+    stopped(recipe, monkeypatch, 4).rename(tmp_path / "moved")
     with monkeypatch.context() as patch:
         patch.setattr(train, "write", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):

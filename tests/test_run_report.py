@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, LilyConfig, LoraConfig, PeftConfig, get_peft_model
 from rich.console import Console
 from test_workbench import fails
 from transformers import AutoModelForCausalLM
@@ -17,6 +17,7 @@ from inlay.cli import main
 from inlay.host.peft import adapted
 from inlay.workbench import changes, edge, train
 from inlay.workbench.recipe import Recipe
+from inlay.workbench.weights import Weights
 
 SILENT = Console(quiet=True)
 
@@ -74,6 +75,45 @@ def test_a_random_change_has_an_eighth_in_either():
 def test_one_weight_of_each_type_in_three_layers_is_shown():
     names = [f"m.{i}.{part}" for i in range(5) for part in ("q", "experts.0.up", "experts.1.up")]
     assert changes.chosen(names) == {f"m.{i}.{part}" for i in (0, 2, 4) for part in ("q", "experts.0.up")}
+
+
+@pytest.mark.parametrize("start", [True, "pissa"])
+def test_what_pefts_methods_changed_is_against_the_checkpoint(tiny, start):
+    """DoRA, and PiSSA, which cuts the base's own weight: merged minus stored; the model is left as it was."""
+    config = LoraConfig(r=4, use_dora=start is True, init_lora_weights=start, target_modules=["q_proj", "up_proj"])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), config)
+    for name, p in model.named_parameters():
+        torch.nn.init.normal_(p, std=0.1) if "lora_B" in name else None
+    was = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = changes.changes(model, lambda: Weights(tiny))
+    assert all(torch.equal(tensor, was[name]) for name, tensor in model.state_dict().items())
+    assert len(found) == 4
+    stored, after = Weights(tiny), model.merge_and_unload()
+    for module, change in found.items():
+        W = stored.read(f"{module}.weight").double()
+        D = after.get_submodule(module).weight.detach().double() - W
+        assert change.size == pytest.approx((D.norm() / W.norm()).item(), rel=1e-4)
+        assert change.numbers == 4 * sum(W.shape) + (len(W) if start is True else 0)
+        assert change.spectrum is not None
+
+
+def test_what_full_fine_tuning_changed(tiny):
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    weight = model.model.layers[1].mlp.down_proj.weight
+    with torch.no_grad():
+        weight *= 1.01
+    found = changes.changes(model, lambda: Weights(tiny))
+    assert {module for module, change in found.items() if change.size} == {"model.layers.1.mlp.down_proj"}
+    assert found["model.layers.1.mlp.down_proj"].size == pytest.approx(0.01, rel=1e-4)
+    assert found["model.layers.1.mlp.down_proj"].numbers == weight.numel()
+
+
+def test_what_cannot_be_compared_has_no_changes(tiny):
+    """A base that is not stored as safetensors; an adapter that has no merged form."""
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    assert changes.changes(model, lambda: Weights("/nowhere")) == {}
+    lily = get_peft_model(model, LilyConfig(r=2, stride_A=1, num_B=2, target_modules=["q_proj"]))
+    assert changes.changes(lily, lambda: Weights(tiny)) == {}
 
 
 def test_the_page_in_a_browser(folder, phone):

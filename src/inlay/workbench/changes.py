@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from inlay.host.layer import InlayLinear
 from inlay.host.peft import adapted
 from inlay.workbench.edge import effective_rank, stable_rank
 from inlay.workbench.ranks import depth, part_of
 from inlay.workbench.spectra import one_thread, singular_values
+from inlay.workbench.weights import Weights
 
 CHANGES = "changes.json"
 PART = 8  # the principal and the minor subspace are the first and the last 1/8 of the directions
@@ -56,13 +60,84 @@ class Change:
     spectrum: Spectrum | None = None
 
 
-def changes(model: Any) -> dict[str, Change]:
-    """The changes of an adapted model's weights, by module; none for a model without Inlay's layers."""
-    layers = {layer.cuts["default"].module: layer for layer in adapted(model, "default").values()}
-    cost = sum(m.in_features * m.out_features * min(m.in_features, m.out_features) for m in layers.values())
-    full = cost <= MOST or all(m.base_layer.weight.is_cuda for m in layers.values())
-    shown = chosen(layers) if full else set()
-    return {name: measure(m, m.pristine().float(), full, name in shown) for name, m in layers.items()}
+@dataclass(frozen=True)
+class Trained:
+    """A weight that was trained: `read` gives W and ΔW, (out × in), fp32."""
+
+    read: Callable[[], tuple[Tensor, Tensor]]
+    shape: torch.Size
+    cuda: bool
+    numbers: int
+    rank: int | None = None
+
+
+def changes(model: Any, base: Callable[[], Weights]) -> dict[str, Change]:
+    """The changes of a trained model's weights, by module; of PEFT's adapters and of a model trained whole, those of
+    linear layers which differ from what the checkpoint of the `base` stores."""
+    ours = {layer.cuts["default"].module: of_ours(layer) for layer in adapted(model, "default").values()}
+    every = ours or of_others(model, base)
+    cost = sum(one.shape.numel() * min(one.shape) for one in every.values())
+    full = cost <= MOST or all(one.cuda for one in every.values())
+    shown = chosen(every) if full else set()
+    return {name: measure(one, full, name in shown) for name, one in every.items()}
+
+
+def of_ours(layer: InlayLinear, W: Tensor | None = None) -> Trained:
+    """A layer of ours, over its own weight or another that is given."""
+
+    def read() -> tuple[Tensor, Tensor]:
+        weight = layer.pristine().float() if W is None else W
+        return weight, layer.change("default", weight).float()
+
+    size, rank = (layer.out_features, layer.in_features), getattr(layer.cuts["default"].method, "r", None)
+    given = [slot.weight for slot in layer.slots("default").values() if isinstance(slot.weight, nn.Parameter)]
+    return Trained(read, torch.Size(size), bool(layer.base_layer.weight.is_cuda), numbers(given), rank)
+
+
+def of_others(model: Any, base: Callable[[], Weights]) -> dict[str, Trained]:
+    """The layers of PEFT's, if they can be merged; or the linear layers of a model that was trained whole."""
+    kind = BaseTunerLayer if isinstance(model, PeftModel) else nn.Linear | Conv1D
+    named = {name.removeprefix("base_model.model."): m for name, m in model.named_modules() if isinstance(m, kind)}
+    linear = {name: m for name, m in named.items() if isinstance(bare(m), nn.Linear | Conv1D) and depth(name) >= 0}
+    plain = {name: m for name, m in linear.items() if bare(m).weight.is_floating_point()}
+    if not plain:
+        return {}
+    try:
+        weights = base()
+        merged(next(iter(plain.values())))
+    except (ValueError, RuntimeError, AttributeError):  # no safetensors (GGUF); an adapter that has no merged form
+        return {}
+
+    def of(key: str, module: Any) -> Trained:
+        def read() -> tuple[Tensor, Tensor]:
+            after = merged(module)
+            W = weights.read(key).to(after)  # the layer's own may be another: PEFT's PiSSA cuts it
+            pair = (W.float(), after.float() - W.float())
+            return (pair[0].T, pair[1].T) if isinstance(bare(module), Conv1D) else pair
+
+        weight = bare(module).weight
+        return Trained(read, weight.shape, weight.is_cuda, numbers(module.parameters()))
+
+    return {name: of(key, m) for name, m in plain.items() if (key := weights.key(f"{name}.weight"))}
+
+
+def bare(module: Any) -> Any:
+    """A layer without the adapter around it."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def merged(module: Any) -> Tensor:
+    """The weight of a layer with its adapter in it; the layer is left as it was."""
+    base = bare(module)
+    weight = base.weight
+    if base is module:
+        return weight.detach()
+    before = weight.detach().clone()
+    module.merge()
+    after = base.weight.detach().clone()
+    module.unmerge()
+    weight.data = before  # unmerged, it is not bit-equal
+    return after
 
 
 def chosen(modules: Iterable[str]) -> set[str]:
@@ -76,10 +151,10 @@ def chosen(modules: Iterable[str]) -> set[str]:
 
 
 @torch.no_grad()
-def measure(layer: InlayLinear, W: Tensor, full: bool = True, spectrum: bool = False) -> Change:
-    """What the adapter "default" of a layer changes of its weight W (out × in, fp32): `full`, by decompositions of W
-    and of ΔW; `spectrum`, with W's before and after."""
-    cut, D = layer.cuts["default"], layer.change("default", W).float()
+def measure(one: Trained, full: bool = True, spectrum: bool = False) -> Change:
+    """What training changed of a weight: `full`, by decompositions of W and of ΔW; `spectrum`, with W's before and
+    after."""
+    W, D = one.read()
     size = (D.norm() / W.norm()).item() if W.any() else 0.0
     principal = minor = stable = effective = kept = None
     if full and D.any():
@@ -88,13 +163,12 @@ def measure(layer: InlayLinear, W: Tensor, full: bool = True, spectrum: bool = F
         principal, minor = shares[:part].sum().item(), shares[-part:].sum().item()
         stable, effective = stable_rank(S), effective_rank(S)
         kept = Spectrum(before, singular_values(W + D), shares) if spectrum else None
-    rank = getattr(cut.method, "r", None)
-    return Change(size, principal, minor, stable, effective, numbers(layer), rank, kept)
+    return Change(size, principal, minor, stable, effective, one.numbers, one.rank, kept)
 
 
-def numbers(layer: InlayLinear) -> int:
-    """How many numbers a layer trains now or, loaded to be used, was given to train."""
-    given = [slot.weight for slot in layer.slots("default").values() if isinstance(slot.weight, nn.Parameter)]
+def numbers(parameters: Iterable[nn.Parameter]) -> int:
+    """How many numbers are trained now or, loaded to be used, were given to train."""
+    given = list(parameters)
     return sum(p.numel() for p in [p for p in given if p.requires_grad] or given)
 
 

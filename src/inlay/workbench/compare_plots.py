@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, NullFormatter
 
 from inlay.workbench import judge
-from inlay.workbench.figures import COLOURS, INK, LOOK, smooth
+from inlay.workbench.changes import PART, Change, median
+from inlay.workbench.figures import COLOURS, INK, LOOK, short, smooth
+from inlay.workbench.ranks import depth, part_of
 from inlay.workbench.standings import Outcome, Standing, Sweep, mean, spread
 
 MARKERS = "osD^vPX<>"
@@ -22,9 +25,11 @@ Plot = Callable[[Outcome], Figure]
 
 
 def figures(made: Outcome) -> Iterator[tuple[str, Figure]]:
-    """Every plot by the name of its file; without a sweep there are no rates to draw."""
+    """Every plot by the name of its file; without a sweep there are no rates to draw, and without runs that were looked
+    into, no changes."""
+    there = {"rates": bool(swept(made)), "subspaces": bool(made.changes), "maps": bool(made.changes)}
     for name, plot in PLOTS.items():
-        if plot is not rates or swept(made):
+        if there.get(name, True):
             with matplotlib.rc_context(LOOK):
                 yield name, plot(made)
 
@@ -176,6 +181,58 @@ def differences(made: Outcome) -> Figure:
     return finish(figure, axes)
 
 
+def maps(made: Outcome) -> Figure:
+    """‖ΔW‖ / ‖W‖ of every weight: a map of layers and modules for each method, all in the same colours."""
+    found = {row.method: of for row in finished(made) if (of := made.changes.get(row.method))}
+    modules = list(dict.fromkeys(module for of in found.values() for module in of))
+    parts, layers = list(dict.fromkeys(map(part_of, modules))), sorted(set(map(depth, modules)))
+    wide, deep = min(4, len(found)), math.ceil(len(found) / 4)
+    figure = Figure(figsize=(1.4 + 2.3 * wide, 0.9 + deep * (1.1 + 0.06 * len(layers))), layout="constrained")
+    figure.suptitle("Where the weights changed: ‖ΔW‖ / ‖W‖", fontsize=11)
+    grid = figure.subplots(deep, wide, squeeze=False, sharex=True, sharey=True)
+    sizes = [change.size for of in found.values() for change in of.values() if change.size > 0]
+    colours = LogNorm(min(sizes, default=0.5), max(sizes, default=1))
+    for place, axes in enumerate(grid.flat):
+        axes.set_visible(place < len(found))
+        axes.grid(visible=False)
+    for axes, (name, of) in zip(grid.flat, found.items(), strict=False):
+        cells = [[typical(of, layer, part) for part in parts] for layer in layers]
+        picture = axes.imshow(cells, norm=colours, aspect="auto", cmap="viridis", interpolation="none")
+        axes.set_title(name, fontsize=10)
+        axes.set_xticks(range(len(parts)), labels=short(parts), rotation=60, ha="right", fontsize=8)
+    shown = range(0, len(layers), max(1, len(layers) // 6))
+    grid[0][0].set_yticks(shown, labels=[str(layers[i]) if layers[i] >= 0 else "–" for i in shown], fontsize=8)
+    figure.supylabel("layer", fontsize=10)
+    figure.supxlabel("module", fontsize=10)
+    figure.colorbar(picture, ax=grid, fraction=0.03, label="‖ΔW‖ / ‖W‖")
+    return figure
+
+
+def typical(of: Mapping[str, Change], layer: int, part: str) -> float:
+    """The median size of a layer's changes of one type of module; NaN, which is not drawn, where nothing changed."""
+    return median([c for name, c in of.items() if (depth(name), part_of(name)) == (layer, part)], "size") or math.nan
+
+
+def subspaces(made: Outcome) -> Figure:
+    """In which part of each weight's own spectrum a method changed it: medians over its weights, and quartiles."""
+    figure, axes = start("In which part of the spectrum", "share of ‖ΔW‖² (a random change: 1/8)", "")
+    rows = [row.method for row in reversed(finished(made)) if row.method in made.changes]
+    for place, name in enumerate(rows):
+        for up, field, filled in ((0.14, "principal", True), (-0.14, "minor", False)):
+            shares = [v for c in made.changes[name].values() if (v := getattr(c, field)) is not None]
+            if len(shares) > 1:
+                low, middle, high = statistics.quantiles(shares, n=4)
+                style: dict[str, Any] = {**look(made, name), "linestyle": "none"}
+                style |= {} if filled else {"markerfacecolor": "none"}
+                axes.errorbar(middle, place + up, xerr=[[middle - low], [high - middle]], capsize=3, **style)
+    for label, fill in (("principal eighth", INK), ("minor eighth", "none")):
+        axes.plot([], [], "o", color=INK, markerfacecolor=fill, label=label)
+    axes.axvline(1 / PART, color=INK, linewidth=1, alpha=0.6, label="random")
+    axes.set_yticks(range(len(rows)), labels=rows)
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.6, max(0, len(rows) - 1) + 0.6))
+    return finish(figure, axes)
+
+
 PLOTS: dict[str, Plot] = {
     "differences": differences,
     "curves": curves,
@@ -184,4 +241,6 @@ PLOTS: dict[str, Plot] = {
     "seconds": seconds,
     "forgetting": forgetting,
     "rates": rates,
+    "subspaces": subspaces,
+    "maps": maps,
 }

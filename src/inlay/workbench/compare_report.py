@@ -17,7 +17,8 @@ body { max-width: 84rem; } p, pre { max-width: 60rem; } pre { box-sizing: border
 .scroll td:nth-child(2) { white-space: normal; min-width: 11rem; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); }
 .plots { gap: 1.5rem 2rem; margin-top: 2rem; }
-.plots svg { width: 100%; height: auto; } figure { margin: 0; } small { opacity: .7; } pre { font-size: .85rem; }
+.plots svg { width: 100%; height: auto; } .plots figure[style] { grid-column: 1 / -1; } figure { margin: 0; }
+small { opacity: .7; } pre { font-size: .85rem; }
 """
 CAPTIONS = {
     "differences": "An interval that crosses the line is no difference beyond noise.",
@@ -27,6 +28,8 @@ CAPTIONS = {
     "seconds": "Wall time of training on the machine below.",
     "forgetting": "Right is more learned, down is less forgotten.",
     "rates": "The first rung, one seed.",
+    "subspaces": "Medians over the weights, and quartiles; the run with the first seed.",
+    "maps": "The run with the first seed. One scale of colours, logarithmic, for all.",
 }
 QUESTIONS = "Intervals are over seeds, all asked the same: what another draw of questions would change is not in them."
 
@@ -38,9 +41,11 @@ def write(made: Outcome) -> None:
     pictures = []
     for name, figure in compare_plots.figures(made):
         figures.save(figure, folder / f"{name}.png")
-        label = html.escape(figure.axes[0].get_title())
+        label = html.escape(figure.get_suptitle() or figure.axes[0].get_title())
         svg = figures.inline(name, figure, label)
-        pictures.append(f"<figure>{svg}<figcaption><small>{CAPTIONS[name]}</small></figcaption></figure>")
+        inches = figure.get_figwidth()
+        wide = f' style="--inches: {inches:g}"' if inches > 6 else ""
+        pictures.append(f"<figure{wide}>{svg}<figcaption><small>{CAPTIONS[name]}</small></figcaption></figure>")
     write_text(made.folder / "report.html", page(made, pictures))
 
 

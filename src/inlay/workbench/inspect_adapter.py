@@ -18,7 +18,7 @@ from inlay.host.layer import InlayLinear
 from inlay.host.peft import adapted
 from inlay.importing import import_adapter
 from inlay.workbench import lora, merging, models
-from inlay.workbench.changes import CHANGES, FIELDS, PART, Change, as_data, by_type, chosen, measure, median
+from inlay.workbench.changes import CHANGES, FIELDS, PART, Change, as_data, by_type, chosen, measure, median, of_ours
 from inlay.workbench.files import check_free, new_folder, write_text
 from inlay.workbench.ranks import depth
 from inlay.workbench.weights import Weights
@@ -91,7 +91,7 @@ def changes_of(
         raise ValueError(f"layers={layers}: {folder} adapts none of these; it adapts {known or 'no layers'}")
     shown = chosen(asked)
     bar = tqdm(asked.items(), desc="Changes", unit="weight", disable=None, delay=1)
-    return {name: measure(layer, weight(weights, name, layer), True, name in shown) for name, layer in bar}
+    return {name: measure(of_ours(layer, weight(weights, name, layer)), True, name in shown) for name, layer in bar}
 
 
 def weight(weights: Weights, module: str, layer: InlayLinear) -> torch.Tensor:

@@ -18,7 +18,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from inlay.workbench import budget, judge, metric
+from inlay.workbench import budget, changes, judge, metric
+from inlay.workbench.changes import CHANGES, Change
 from inlay.workbench.comparison import Entry, Plan
 from inlay.workbench.files import write_text
 from inlay.workbench.judge import Difference
@@ -105,6 +106,13 @@ class Outcome:
     def metric(self) -> str:
         """What runs are judged by beside the loss; empty where there is nothing."""
         return metric.title(self.plan.ask.metric) if self.plan.ask.metric else ""
+
+    @property
+    def changes(self) -> dict[str, dict[str, Change]]:
+        """By method and module, where the weights changed in the run with the first seed, where that is known."""
+        firsts = {name: (results or [None])[0] or {} for name, results in self.finals.items()}
+        found = {name: r["changes"] for name, r in firsts.items() if r.get("changes")}
+        return {name: {module: Change(**told) for module, told in of.items()} for name, of in found.items()}
 
     @property
     def columns(self) -> list[str]:
@@ -199,14 +207,18 @@ def plain(value: Any) -> Any:
 
 
 def as_data(made: Outcome) -> dict[str, Any]:
-    """Everything that was found, for results.json."""
+    """Everything that was found, for results.json, but what changes.json holds."""
     rows = [{**made.picked(row), "losses": row.losses} for row in made.standings()]
     sweeps = {
         name: [{"steps": steps, "losses": {f"{rate:g}": loss for rate, loss in by.items()}} for steps, by in s.rungs]
         for name, s in made.sweeps.items()
     }
     about = {"reference": made.plan.reference, "confidence": judge.CONFIDENCE, "before": made.before}
-    return plain({**about, "methods": rows, "sweeps": sweeps, "runs": made.finals, "environment": machine()})
+    runs = {
+        name: [r and {key: value for key, value in r.items() if key != "changes"} for r in results]
+        for name, results in made.finals.items()
+    }
+    return plain({**about, "methods": rows, "sweeps": sweeps, "runs": runs, "environment": machine()})
 
 
 def write(made: Outcome, console: Console) -> None:
@@ -225,6 +237,8 @@ def write(made: Outcome, console: Console) -> None:
     sheet.writerows([plain(made.picked(row)) for row in made.standings()])
     write_text(made.folder / "results.csv", text.getvalue())
     write_text(made.folder / "results.json", json.dumps(as_data(made), indent=1) + "\n")
+    if found := made.changes:
+        write_text(made.folder / CHANGES, json.dumps({name: changes.as_data(of) for name, of in found.items()}) + "\n")
     compare_report.write(made)
     console.print(table(made))
     for row in made.standings():

@@ -46,6 +46,7 @@ from inlay.workbench.result import Result, environment
 from inlay.workbench.tasks import TASKS
 from inlay.workbench.trainer import Trainer
 from inlay.workbench.watch import Watch, duration, peak_memory
+from inlay.workbench.weights import Weights
 
 PAGE = "report.html"  # what a run writes last
 BEFORE = ".before.json"  # the answers before training, until the samples are written
@@ -416,14 +417,19 @@ def write(result: Result, model: PeftModel | PreTrainedModel, state: dict[str, T
             model.config.save_pretrained(str(part))  # the labels
         (part / "README.md").write_text(report.card(result), encoding="utf-8")
     (result.folder / "plots").mkdir(exist_ok=True)
-    whole = isinstance(model, PeftModel) and state is None  # a sharded one has no weights here to compare
-    found = changes(cast(Any, model)) if whole else {}
+    # A sharded model has no weights here to compare.
+    found = changes(model, lambda: weights_of(result.recipe)) if state is None else {}
     drawn = run_plots.draw(run_plots.of_run(result, found, report.title(result)), result.folder / "plots")
     if found:
         write_text(result.folder / CHANGES, json.dumps(as_data(found), indent=1))
     write_text(result.folder / "samples.md", report.samples_text(result))
     write_text(result.folder / PAGE, report.page(result, drawn, found))
     (result.folder / BEFORE).unlink()
+
+
+def weights_of(recipe: Recipe) -> Weights:
+    """What the checkpoint of a recipe's model stores."""
+    return Weights(recipe.model, recipe.revision, recipe.trust_remote_code, kinds.find(recipe.task).auto)
 
 
 def claim(repository: str) -> None:

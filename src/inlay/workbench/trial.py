@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from inlay.workbench import calibration, data, metric, models, ranks, train
+from inlay.workbench.changes import as_data, changes
 from inlay.workbench.comparison import slug
 from inlay.workbench.files import write_text
 from inlay.workbench.prepare import Examples, examples, load
@@ -53,6 +54,11 @@ class Trial:
             return self.label
         length = f"{self.stop}-of-{self.recipe.steps}" + ("-final" if self.final else "")
         return f"{slug(self.method)}/lr-{self.recipe.learning_rate}-seed-{self.recipe.seed}-{length}"
+
+    @property
+    def looked_into(self) -> bool:
+        """Whether it is the one run of its method of which it is kept where the weights changed."""
+        return self.final and self.recipe.seed == self.split_seed
 
     def to_json(self) -> str:
         """As it stands in its folder."""
@@ -159,6 +165,7 @@ def run(folder: Path) -> None:
         "parameters": found.parameters,
         "parameters_last": steps[-1]["trained"],
         "base_parameters": found.base_parameters,
+        **({"changes": as_data(changes(trainer.model, lambda: train.weights_of(recipe)))} if trial.looked_into else {}),
         "curve": [(row["step"], number(row["loss"])) for row in steps],
         "heldout": [(row["step"], number(row["eval_loss"])) for row in found.history if "eval_loss" in row],
     }
