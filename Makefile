@@ -43,6 +43,7 @@ bench: $(DEV)  ## the measurements behind benchmarks/results
 	$(BIN)/python benchmarks/adapters.py
 	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/export.py
+	$(BIN)/python benchmarks/calibration.py
 	$(BIN)/python benchmarks/papers.py
 
 peft-suite: $(DEV)  ## PEFT's own tests on our configs
