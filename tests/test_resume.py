@@ -103,6 +103,14 @@ def cut(interrupted, tmp_path) -> Path:
 # The same end
 
 
+def test_the_rows_of_steps_are_in_one_file_and_not_in_every_checkpoint(whole):
+    """Nor in memory, where they would be all that a long run gathers."""
+    states = [json.loads(path.read_text()) for path in whole.rglob("trainer_state.json")]
+    assert states
+    assert not any("loss" in row for state in states for row in state["log_history"])
+    assert sum("loss" in row for row in outcome(whole)[0]) == 6
+
+
 @pytest.mark.parametrize(
     "of",
     [

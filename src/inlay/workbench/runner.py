@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import multiprocessing
 import os
@@ -21,6 +20,7 @@ from inlay.workbench.checkpoints import METRICS
 from inlay.workbench.files import check_free, write_text
 from inlay.workbench.recipe import Recipe
 from inlay.workbench.trial import LOG, TRIAL, Trial
+from inlay.workbench.watch import history
 
 Asked = TypeVar("Asked")
 Given = TypeVar("Given")
@@ -198,12 +198,6 @@ class Runner:
         """How far a running trial is."""
         if at := next((row for row in reversed(rows) if "loss" in row), None):
             self.bars.update(task, completed=at["step"], now=f"loss {at['loss']:.3f}")
-
-
-def history(metrics: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl that may be being written."""
-    text = metrics.read_text(encoding="utf-8") if metrics.is_file() else ""
-    return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
 def last_line(log: Path, code: int | None) -> str:

@@ -273,7 +273,7 @@ def fit(
         for change in checkpoints.versions_changed(found):
             console.print(f"note: the checkpoint was made with {change}; bits may differ", style="yellow")
         watch.restore(found.path)
-        console.print(f"held-out loss before: {watch.history[0]['eval_loss']:.3f}")
+        console.print(f"held-out loss before: {watch.evaluated[0]['eval_loss']:.3f}")
     elif processes.count() > 1:  # a model evaluated before it is trained would not be wrapped any more, without a word
         trainer.args.eval_on_start = True
     else:
@@ -291,7 +291,7 @@ def fit(
     finally:
         watch.bar.stop()
     seconds = watch.seconds
-    first, last = watch.history[0], trainer.evaluate()
+    first, last = watch.evaluated[0], trainer.evaluate()
     before, after = first["eval_loss"], last["eval_loss"]
     console.print(f"held-out loss after:  {after:.3f}  ({duration(seconds)}, {memory.gib(peak_memory())} peak)")
     then, now = task.scores(first), task.scores(last)

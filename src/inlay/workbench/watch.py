@@ -22,11 +22,16 @@ from inlay.workbench.memory import gib, trainable
 
 
 class Watch(TrainerCallback):
-    """Follows a run: `metrics.jsonl`, and a bar on a terminal or a line now and then in a log file."""
+    """Follows a run: `metrics.jsonl`, and a bar on a terminal or a line now and then in a log file.
+
+    The rows of training steps are in that file alone: a hundred thousand of them would be a hundred MB in memory, and
+    again in every checkpoint. `evaluated` are the others.
+    """
 
     def __init__(self, folder: Path, console: Console, metrics: Sequence[str] = ()) -> None:
         self.file, self.console, self.metrics = folder / METRICS, console, [f"eval_{name}" for name in metrics]
-        self.history: list[dict[str, Any]] = []
+        self.evaluated: list[dict[str, Any]] = []
+        self.first: int | None = None  # how many numbers the first step trained
         self.started, self.tokens = time.perf_counter(), 0
         self.spent, self.read = 0.0, 0  # seconds and tokens of the processes before this one
         columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[now]}"))
@@ -37,10 +42,17 @@ class Watch(TrainerCallback):
         """Go on where the metrics in a checkpoint end."""
         text = (checkpoint / METRICS).read_text(encoding="utf-8")
         write_text(self.file, text) if processes.first() else None
-        self.history = [json.loads(line) for line in text.splitlines()]
-        last = next((row for row in reversed(self.history) if "seconds" in row), {"seconds": 0.0, "tokens": 0})
+        rows = [json.loads(line) for line in text.splitlines()]
+        self.evaluated = [row for row in rows if "eval_loss" in row]
+        self.first = next((row["trained"] for row in rows if "trained" in row), None)
+        last = next((row for row in reversed(rows) if "seconds" in row), {"seconds": 0.0, "tokens": 0})
         self.spent, self.read = last["seconds"], last["tokens"]
         self.tokens = self.read
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """All rows so far; in other processes than the one that writes them, those of evaluations."""
+        return history(self.file) if processes.first() else self.evaluated
 
     @property
     def seconds(self) -> float:
@@ -68,12 +80,13 @@ class Watch(TrainerCallback):
         if "passed_over" in row:
             self.console.print(f"step {state.global_step} is passed over: {row['passed_over']}", style="yellow")
         if row.keys() & {"loss", "eval_loss", "passed_over"}:
-            if not self.history and "eval_loss" in row:
+            if not self.evaluated and "eval_loss" in row:
                 self.console.print(f"held-out loss before: {row['eval_loss']:.3f}")
-            self.history.append(row)
+            self.evaluated += [row] if "eval_loss" in row else []
             if processes.first():
                 with self.file.open("a", encoding="utf-8") as out:
                     out.write(json.dumps(row) + "\n")
+        state.log_history[:] = [kept for kept in state.log_history if "loss" not in kept]
 
     def _show(self, state, row: dict[str, Any]) -> None:
         speed = row["tokens"] / max(row["seconds"], 1e-9)
@@ -86,11 +99,17 @@ class Watch(TrainerCallback):
 
     def falls(self, row: dict[str, Any]) -> bool:
         """Whether a schedule has frozen anything since the first step, so that the number is worth a look."""
-        first = next((r["trained"] for r in self.history if "trained" in r), None)
-        return first is not None and row.get("trained", first) != first
+        self.first = self.first or row.get("trained")
+        return row.get("trained", self.first) != self.first
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         self.bar.stop()
+
+
+def history(metrics: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl that may be being written."""
+    text = metrics.read_text(encoding="utf-8") if metrics.is_file() else ""
+    return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
 def peak_memory() -> int:
