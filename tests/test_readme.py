@@ -130,6 +130,14 @@ def test_every_recipe_is_valid(path):
     loaders[kind](str(path)) if kind else recipe.load(str(path), {})
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "papers").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_of_a_paper_names_its_twins(path):
+    """What of it runs on two cores; or why nothing does."""
+    told = re.search(r"Twins?: (none|[^#]*?\.yaml(?:, [^#\s]*\.yaml)*)", path.read_text())
+    twins = [] if told[1] == "none" else [name.removeprefix("recipes/") for name in told[1].split(", ")]
+    assert [name for name in twins if not (ROOT / "recipes" / name).is_file()] == []
+
+
 def test_the_demo_recipe_is_what_inlay_train_does():
     assert recipe.load(str(ROOT / "recipes" / "e2e.yaml"), {}) == Recipe().resolved()
 
