@@ -330,17 +330,35 @@ def test_other_data_under_the_same_name_is_refused(cut, records, tmp_path, capsy
         Path(records).write_text(text)
 
 
-def test_another_base_under_the_same_name_is_refused(cut, tiny, capsys):
+@pytest.mark.parametrize("tensor", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+def test_another_base_under_the_same_name_is_refused(tensor, cut, tiny, capsys):
     file = Path(tiny) / "model.safetensors"
     data = file.read_bytes()
     try:
         tensors = load_file(file)
-        tensors["model.layers.1.mlp.up_proj.weight"][0] += 1
+        tensors[tensor][0] += 1
         save_file(tensors, file, {"format": "pt"})
         assert "base was" in fails(capsys, "train", "--resume", str(cut))
     finally:
         file.write_bytes(data)
     assert checkpoints.steps(cut / "checkpoints") == [5, 4]
+
+
+@pytest.mark.parametrize("method", ["peft:lora", "full"])
+def test_another_base_of_what_is_not_ours_is_refused(method, tiny, records, tmp_path, monkeypatch):
+    """A checkpoint of before that was looked at is still gone on with."""
+    model = shutil.copytree(tiny, tmp_path / "model")
+    values = {"method": method, "steps": 3, "save_every": 1}
+    run = stopped(made(str(model), records, tmp_path / "run", **values), monkeypatch, 1)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0] += 1
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="whole base was"):
+        resume(run)
+    found = checkpoints.newest(run / "checkpoints", SILENT)
+    del found.run["identity"]["whole base"]
+    monkeypatch.setattr(checkpoints, "newest", lambda *_: found)
+    assert resume(run).history[-1]["step"] == 3
 
 
 def test_what_is_no_run_cannot_be_gone_on_with(tmp_path, capsys):

@@ -17,11 +17,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from peft import PeftModel
 from rich.console import Console
 from safetensors import SafetensorError
+from torch import nn
 
 from inlay.host import processes, seal
-from inlay.host.layer import InlayLinear
+from inlay.host.layer import PREFIX, InlayLinear
 from inlay.workbench.files import DamagedFileError, sync
 from inlay.workbench.memory import gib
 from inlay.workbench.models import first_line
@@ -147,6 +150,15 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     return json.loads(json.dumps({k: v for k, v in asdict(recipe).items() if k not in FREE}))
 
 
+def mark(base: nn.Module) -> str:
+    """A digest of every weight of a model as it was loaded, but for those of an adapter that a fold has put there."""
+    own = isinstance(base, PeftModel)
+    kept = {n: p.data for n, p in base.named_parameters() if not (own and (p.requires_grad or PREFIX in n))}
+    byte = torch.uint8
+    sums = {n: seal.sums(t.flatten().view(byte), byte) for n, t in kept.items() if not t.is_meta}
+    return seal.of_values({n: [*kept[n].shape, digest] for n, digest in sums.items()})
+
+
 def identity(trainer: Any, rows: Any) -> dict[str, Any]:
     """What a recipe names but does not hold: the data, the base's weights, the batch over all devices."""
     digest = hashlib.sha256()
@@ -158,6 +170,7 @@ def identity(trainer: Any, rows: Any) -> dict[str, Any]:
     return {
         "data": digest.hexdigest()[:16],
         "base": seal.of_values({n: m.base_mark(m.cuts["default"].folded) for n, m in layers.items()}),
+        "whole base": trainer.base,
         "effective batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "processes": args.world_size,
     }

@@ -155,7 +155,9 @@ def train(recipe: Recipe, console: Console | None = None, resume: bool = False) 
             set_seed(recipe.seed)
             seen = calibration.batches(recipe, tokenizer, rows)
             base = load(recipe, dtype, folder, console, found, seen, **task.model_settings(rows))
+            whole = checkpoints.mark(base)  # some of PEFT's starts change the base itself
             trainer = build(recipe, base, tokenizer, rows, folder)
+            trainer.base = whole
             if found is None:
                 calibration.start(recipe, trainer.model, tokenizer, rows, console)
             recipe = recipe.resolved(

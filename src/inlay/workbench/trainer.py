@@ -83,6 +83,7 @@ class Safe(Base):
         **kwargs: Any,
     ) -> None:
         self.stop, self.skips, self.run = Stop(), skips, {}
+        self.base: str | None = None  # a mark of all its weights before they were adapted
         self.lr_ratio, self.zeroth = lr_ratio, zeroth
         self.fault: str | None = None
         self.passed: dict[int, str] = {}  # steps that were passed over, and why
