@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from inlay.workbench import calibration, checkpoints, train
 from inlay.workbench.files import locked, new_folder
 from inlay.workbench.recipe import Recipe
 from inlay.workbench.recipe import load as load_recipe
-from inlay.workbench.trainer import bad_gradients
+from inlay.workbench.trainer import Safe, bad_gradients
 from inlay.workbench.watch import Watch
 
 SILENT = Console(quiet=True)
@@ -244,6 +245,30 @@ def test_a_run_that_replaces_another_is_gone_on_with(tiny, records, tmp_path, mo
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_ctrl_c_after_the_last_step_is_heard(tiny, records, tmp_path, monkeypatch):
+    """When nothing is saved any more."""
+    monkeypatch.setattr(Watch, "on_train_end", lambda *_, **__: interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        train.train(made(tiny, records, tmp_path / "run", steps=1, save_every=0), SILENT)
+
+
+@pytest.mark.parametrize("key", ["save_only_model", "ignore_data_skip"])
+def test_what_would_make_a_resumed_run_end_otherwise_is_refused(key, tiny, records, tmp_path):
+    with pytest.raises(ValueError, match=f"'{key}' could not be gone on with"):
+        train.train(made(tiny, records, tmp_path / "run", trainer={key: True}), SILENT)
+
+
+def test_adalora_takes_no_checkpoints_and_says_so(tiny, records, tmp_path, monkeypatch):
+    """It prunes, and PEFT cannot load what is left into what is whole."""
+    recipe = made(tiny, records, tmp_path / "run", method="peft:adalora", steps=3)
+    with pytest.raises(ValueError, match="no run of it can be gone on with; leave out save_every"):
+        train.train(recipe, SILENT)
+    run = stopped(replace(recipe, save_every=None), monkeypatch, 1)
+    assert checkpoints.steps(run / "checkpoints") == [2]  # of Ctrl-C
+    with pytest.raises(ValueError, match="start it anew"):
+        resume(run)
+
+
 # Damage
 
 
@@ -465,6 +490,31 @@ def test_a_step_with_nan_is_passed_over_as_often_as_allowed(tiny, records, tmp_p
     (row,) = [row for row in result.history if "passed_over" in row]
     assert row["step"] == 3
     assert "v_proj" in row["passed_over"]
+
+
+def test_a_run_that_goes_on_passes_over_no_more_steps(tiny, records, tmp_path, monkeypatch):
+    fault = Safe._find_fault
+
+    def faulty(self, model, inputs, loss, last):
+        return "made up" if self.state.global_step + 1 in (2, 4) else fault(self, model, inputs, loss, last)
+
+    monkeypatch.setattr(Safe, "_find_fault", faulty)
+    run = stopped(made(tiny, records, tmp_path / "run", skip_nan=1), monkeypatch, 2)
+    with pytest.raises(ValueError, match="step 4: made up"):
+        resume(run)
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_what_holds_inf_after_the_last_step_is_not_kept(every, tiny, records, tmp_path, monkeypatch):
+    def spoil(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 2:
+            next(p for n, p in model.named_parameters() if p.requires_grad).data[0] = torch.inf
+
+    monkeypatch.setattr(Watch, "on_step_end", spoil, raising=False)
+    last = "the checkpoint of step 1 is untouched" if every else "there is no checkpoint"
+    with pytest.raises(ValueError, match=rf"step 2: .*layers\.0.* holds NaN or Inf; {last}"):
+        train.train(made(tiny, records, tmp_path / "run", steps=2, save_every=every), SILENT)
+    assert not (tmp_path / "run" / "adapter").exists()
 
 
 # One process at a time

@@ -48,7 +48,9 @@ from inlay.workbench.trainer import Trainer
 from inlay.workbench.watch import Watch, duration, peak_memory
 from inlay.workbench.weights import Weights
 
+NO_WAY_BACK = "it prunes what a checkpoint would be loaded into, so no run of it can be gone on with"
 PAGE = "report.html"  # what a run writes last
+INEXACT = ("save_only_model", "ignore_data_skip")  # with these a run would not go on to the same end
 BEFORE = ".before.json"  # the answers before training, until the samples are written
 
 
@@ -62,6 +64,10 @@ def arguments(recipe: Recipe, folder: Path, batch: int, steps: int, dtype: torch
     saving = math.ceil(steps / 10) if recipe.save_every is None else recipe.save_every
     if recipe.keep_best or recipe.early_stopping:
         saving = evaluating
+    if recipe.method == peft_methods.ADALORA:
+        if saving and recipe.save_every is not None or recipe.keep_best or recipe.early_stopping:
+            raise ValueError(f"{recipe.method}: {NO_WAY_BACK}; leave out save_every, keep_best and early_stopping")
+        saving = 0
     values: dict[str, Any] = {
         "output_dir": str(folder / checkpoints.FOLDER),
         "learning_rate": recipe.learning_rate,
@@ -126,6 +132,8 @@ def check_extra(key: str, values: dict[str, Any], arguments: Any) -> None:
         raise ValueError(
             f"trainer: {arguments.__name__} has no {key!r}" + (f"; did you mean {close[0]!r}?" if close else "")
         )
+    if key in INEXACT:
+        raise ValueError(f"trainer: a run with {key!r} could not be gone on with exactly; leave it out")
     if key in values and key not in ("logging_steps", "save_total_limit", "per_device_eval_batch_size", "eval_packing"):
         raise ValueError(f"trainer: {key!r} is set by the recipe itself; use its own field")
 
@@ -170,7 +178,8 @@ def train(recipe: Recipe, console: Console | None = None, resume: bool = False) 
             result = run(recipe, trainer, tokenizer, rows, console, found)
         except BaseException:
             if processes.first() and give_up(folder, old):
-                console.print(f"what it learned so far is kept; to go on: inlay train --resume {folder}")
+                way = "" if recipe.method == peft_methods.ADALORA else f"; to go on: inlay train --resume {folder}"
+                console.print(f"what it learned so far is kept{way}")
             raise
         tidy(folder) if processes.first() else None
     console.print(f"run folder: {folder}")
@@ -184,6 +193,8 @@ def begin(recipe: Recipe, folder: Path, console: Console, resume: bool) -> Check
     """See that a run can begin, and find the checkpoint that it goes on from, if it does."""
     check_engine(recipe)
     check_free(folder, recipe.overwrite or resume, MARK)
+    if resume and recipe.method == peft_methods.ADALORA:
+        raise ValueError(f"{recipe.method}: {NO_WAY_BACK}; start it anew with --overwrite")
     found = checkpoints.newest(folder / checkpoints.FOLDER, console) if resume else None
     if found:
         checkpoints.check_same(found, "recipe", checkpoints.settings(recipe))
@@ -275,6 +286,7 @@ def fit(
         for change in checkpoints.versions_changed(found):
             console.print(f"note: the checkpoint was made with {change}; bits may differ", style="yellow")
         watch.restore(found.path)
+        trainer.passed = watch.passed
         console.print(f"held-out loss before: {watch.evaluated[0]['eval_loss']:.3f}")
     elif processes.count() > 1:  # a model evaluated before it is trained would not be wrapped any more, without a word
         trainer.args.eval_on_start = True
@@ -292,6 +304,7 @@ def fit(
         raise
     finally:
         watch.bar.stop()
+    trainer.check_finite()
     seconds = watch.seconds
     first, last = watch.evaluated[0], trainer.evaluate()
     before, after = first["eval_loss"], last["eval_loss"]

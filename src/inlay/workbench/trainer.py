@@ -91,10 +91,7 @@ class Safe(Base):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder, step = Path(str(self.args.output_dir)), self.state.global_step
-        named = cast(nn.Module, self.model).named_parameters()
-        broken = [name for name, p in named if p.requires_grad and not processes.mine(p.detach()).isfinite().all()]
-        if broken := [name for names in processes.gather(broken) for name in names]:
-            raise ValueError(f"step {step}: {broken[0]} holds NaN or Inf; the checkpoints before it are untouched")
+        self.check_finite()
         over = self.control.should_training_stop or step >= self.state.max_steps
         with checkpoints.staged(folder, step, over, self.run) as part:
             self.args.output_dir = str(part)
@@ -106,6 +103,17 @@ class Safe(Base):
         self.state.best_model_checkpoint = str(checkpoints.path_of(folder, best)) if best else None
         if processes.first():
             checkpoints.rotate(folder, step, self.args.save_total_limit, best)
+
+    def check_finite(self) -> None:
+        """Raise a ValueError if what is trained holds NaN or Inf."""
+        named = cast(nn.Module, self.model).named_parameters()
+        broken = [name for name, p in named if p.requires_grad and not processes.mine(p.detach()).isfinite().all()]
+        if broken := [name for names in processes.gather(broken) for name in names]:
+            kept = checkpoints.steps(Path(str(self.args.output_dir)))
+            last = f"the checkpoint of step {kept[0]} is untouched" if kept else "there is no checkpoint from before it"
+            raise ValueError(
+                f"step {self.state.global_step}: {broken[0]} holds NaN or Inf; {last}; try a lower learning_rate"
+            )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As trl's; of a sharded model what is trained is gathered, not the base."""
@@ -156,6 +164,8 @@ class Safe(Base):
                     self.train(resume_from_checkpoint=str(found.path) if found else None)
                 except UnpicklingError as error:  # it would run code, in a checkpoint that somebody else sealed
                     raise ValueError(f"{found and found.path} is not read: {first_line(error)}") from None
+                if processes.some(self.stop.asked):  # after the last step, which may write no checkpoint
+                    raise KeyboardInterrupt
                 return
         self.state = TrainerState.load_from_json(str(found.path / TRAINER_STATE_NAME))
         best = self.state.best_global_step if self.args.load_best_model_at_end else None
