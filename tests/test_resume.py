@@ -16,7 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from inlay.cli import main
-from inlay.workbench import calibration, checkpoints, train
+from inlay.workbench import calibration, checkpoints, files, train
 from inlay.workbench.files import locked, new_folder
 from inlay.workbench.recipe import Recipe
 from inlay.workbench.recipe import load as load_recipe
@@ -298,11 +298,39 @@ def test_what_does_not_belong_to_a_checkpoint_is_seen(cut):
     assert checkpoints.newest(cut / "checkpoints", SILENT).step == 4
 
 
-def test_a_run_goes_on_from_the_older_checkpoint(cut, whole):
+def test_a_run_goes_on_from_the_older_checkpoint(cut, whole, monkeypatch):
+    """Also by the name of "."; what is damaged is none of the two that are kept."""
     truncate(cut / "checkpoints" / "checkpoint-5" / "optimizer.pt")
-    resume(cut)
+    monkeypatch.chdir(cut)
+    resume(Path())
     assert outcome(cut) == outcome(whole)
+    assert checkpoints.steps(cut / "checkpoints") == [6, 4]  # both whole
     assert checkpoints.read(cut / "checkpoints" / "checkpoint-6").over
+
+
+def test_a_checkpoint_that_cannot_be_read_is_passed_over(cut, monkeypatch):
+    def failing(folder):
+        if folder.name == "checkpoint-5":
+            raise OSError(5, "Input/output error")
+        return digests(folder)
+
+    digests = checkpoints.digests
+    monkeypatch.setattr(checkpoints, "digests", failing)
+    assert checkpoints.newest(cut / "checkpoints", SILENT).step == 4
+
+
+def test_a_run_that_was_killed_when_all_was_written_is_completed(whole, tmp_path, monkeypatch, capsys):
+    uploaded = []
+    monkeypatch.setattr(train, "upload", lambda folder, name: uploaded.append((folder.name, name)))
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    (tmp_path / ".run.abcdefgh.old").mkdir()
+    (run / ".before.json").write_text("[]")
+    for _ in range(2):
+        main(["train", "--resume", str(run), "--push-to-hub", "me/it"])
+        assert "is finished" in capsys.readouterr().out
+    assert uploaded == [("adapter", "me/it")]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert not (run / ".before.json").exists()
 
 
 def test_a_pickle_in_a_checkpoint_does_not_run(cut, capsys):
@@ -558,6 +586,72 @@ def test_a_folder_that_is_written_whole_has_one_process_and_keeps_nothing_of_a_k
         (part / "second").touch()
     assert [p.name for p in out.iterdir()] == ["second"]
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_folder_has_one_lock_by_whatever_name(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to("run")
+    monkeypatch.chdir(tmp_path / "run")
+    with locked(tmp_path / "run"):
+        for name in (tmp_path / "link", Path()):
+            with pytest.raises(ValueError, match="in use by another process"), locked(name):
+                pass
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_is_replaced_is_lost_only_when_something_is_in_its_place(killed, tmp_path, monkeypatch):
+    """Where the second rename fails, and where a process dies before it."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mark").write_text("old")
+    if killed:
+        files.set_aside(out)
+    else:
+
+        def fail(*_):
+            raise OSError(5, "Input/output error")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files.os, "replace", fail)
+            with pytest.raises(OSError, match="Input/output"), new_folder(out, overwrite=True, marker="mark"):
+                pass
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(ValueError, match="out exists"), new_folder(out):
+        pass
+    assert (out / "mark").read_text() == "old"
+    with new_folder(out, overwrite=True, marker="mark"):
+        pass
+    assert [*tmp_path.iterdir()] == [out]
+
+
+def test_folders_have_the_rights_that_the_user_gives(tmp_path):
+    for umask in (0o077, 0o022):
+        before = os.umask(umask)
+        try:
+            with new_folder(tmp_path / str(umask)):
+                pass
+        finally:
+            os.umask(before)
+        assert (tmp_path / str(umask)).stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_a_folder_is_on_the_disk_before_it_is_in_its_place(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(files, "sync", lambda path: seen.append(path.relative_to(tmp_path).parts[1:]))
+    with new_folder(tmp_path / "out") as part:
+        (part / "a").mkdir()
+        (part / "a" / "b").touch()
+    assert seen == [("a",), ("a", "b"), (), ()]
+
+
+def test_nothing_is_written_through_a_link(cut, tmp_path, capsys):
+    (tmp_path / "precious").write_text("as it was")
+    (tmp_path / ".text.part").symlink_to("precious")
+    files.write_text(tmp_path / "text", "new")
+    assert not (tmp_path / "text").is_symlink()
+    (cut / "plots").symlink_to(tmp_path)
+    assert "plots is a link" in fails(capsys, "train", "--resume", str(cut))
+    assert (tmp_path / "precious").read_text() == "as it was"
 
 
 def test_gradients_that_are_not_finite_are_named():

@@ -25,7 +25,7 @@ from torch import nn
 
 from inlay.host import processes, seal
 from inlay.host.layer import PREFIX, InlayLinear
-from inlay.workbench.files import DamagedFileError, sync
+from inlay.workbench.files import DamagedFileError, sync, sync_all
 from inlay.workbench.memory import gib
 from inlay.workbench.models import first_line
 from inlay.workbench.recipe import Recipe
@@ -81,8 +81,7 @@ def staged(folder: Path, step: int, over: bool, run: dict[str, Any]) -> Iterator
         shutil.copyfile(folder.parent / METRICS, made / METRICS)
         about = {"format": FORMAT, "step": step, "over": over, "run": run, "files": digests(made)}
         (made / MANIFEST).write_text(json.dumps({**about, "seal": seal.of_values(about)}, indent=1), encoding="utf-8")
-        for path in (*made.rglob("*"), made):
-            sync(path)
+        sync_all(made)
         shutil.rmtree(final, ignore_errors=True)  # not whole, or the run would not have come to its step again
         os.replace(made, final)
         sync(folder)
@@ -140,7 +139,7 @@ def newest(folder: Path, console: Console) -> Checkpoint | None:
     for step in steps(folder):
         try:
             return read(path_of(folder, step))
-        except ValueError as error:
+        except (OSError, ValueError) as error:  # a file of it that cannot be read, too
             console.print(f"{error}; it is passed over", style="yellow")
     return None
 

@@ -4,6 +4,7 @@ NaN or Inf; and with ways to take a step that transformers does not have."""
 from __future__ import annotations
 
 import math
+import shutil
 import signal
 import threading
 from functools import partial
@@ -156,6 +157,9 @@ class Safe(Base):
 
     def go_on(self, found: Checkpoint | None) -> None:
         """Train, from a checkpoint if there is one; what was over already is only loaded."""
+        if found is not None and processes.first():  # what was passed over is no checkpoint, of those that are kept
+            for step in (step for step in checkpoints.steps(found.path.parent) if step > found.step):
+                shutil.rmtree(checkpoints.path_of(found.path.parent, step), ignore_errors=True)
         with self.stop:
             if found is not None and self.is_fsdp_enabled:
                 cast(PeftModel, self.model).load_adapter(str(found.path), "default", is_trainable=True)
