@@ -452,11 +452,15 @@ def test_a_full_disk_is_said_and_nothing_lost(tiny, records, whole, tmp_path, mo
 
 def test_a_folder_that_cannot_be_written_is_said(tiny, records, tmp_path, monkeypatch):
     def refuse(self, *args, **kwargs):
-        raise OSError(30, "Read-only file system")
+        raise OSError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(ValueError, match="run cannot be written: Read-only file system"):
+    if os.geteuid():
+        tmp_path.chmod(0o500)
+    else:  # whom no rights stop
+        monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(ValueError, match="run cannot be written: Permission denied"):
         train.train(made(tiny, records, tmp_path / "runs" / "run"), SILENT)
+    tmp_path.chmod(0o700)
 
 
 # NaN

@@ -286,7 +286,7 @@ class InlayModel(BaseTuner):
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        check_state(model, config, adapter_name, mapped)
+        check_state(model, cast(InlayConfig, config), adapter_name, mapped)
         return mapped
 
 
