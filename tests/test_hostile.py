@@ -1,11 +1,15 @@
 """Files that somebody else made: a slice of `make fuzz`, and what it cannot come upon by chance."""
 
+import contextlib
 import importlib.util
+import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from inlay.workbench import builtin, data, models, recipe
 from inlay.workbench.files import DamagedFileError
@@ -112,3 +116,19 @@ def test_a_damaged_gguf_file_is_said(tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"GGUF" + b"\xff" * 60)
     with pytest.raises(DamagedFileError, match=r"m\.gguf cannot be read as GGUF"):
         builtin.load_gguf(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("kind", ["llama", "unheard_of"])
+def test_a_models_own_code_does_not_run(kind, tiny, tmp_path):
+    """A model of a kind that transformers knows is loaded without it; another one, or its tokenizer, is refused."""
+    folder = Path(shutil.copytree(tiny, tmp_path / "model"))
+    about = json.loads((folder / "config.json").read_text())
+    own = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model", "AutoTokenizer": ["own.Words", None]}
+    for name, values in (("config.json", {**about, "model_type": kind}), ("tokenizer_config.json", {})):
+        (folder / name).write_text(json.dumps({**values, "auto_map": own}))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    for read in (models.load_tokenizer, models.load_config, lambda name: models.load_model(name, torch.float32)):
+        known = kind == "llama" and read is not models.load_tokenizer
+        with contextlib.nullcontext() if known else pytest.raises(ValueError, match="cannot be loaded"):
+            read(str(folder))
+    assert not (tmp_path / "ran").exists()

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,11 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from inlay.cli import main
-from inlay.workbench import calibration, checkpoints, train
+from inlay.workbench import calibration, checkpoints, files, train
 from inlay.workbench.files import locked, new_folder
 from inlay.workbench.recipe import Recipe
 from inlay.workbench.recipe import load as load_recipe
-from inlay.workbench.trainer import bad_gradients
+from inlay.workbench.trainer import Safe, bad_gradients
 from inlay.workbench.watch import Watch
 
 SILENT = Console(quiet=True)
@@ -244,6 +245,30 @@ def test_a_run_that_replaces_another_is_gone_on_with(tiny, records, tmp_path, mo
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_ctrl_c_after_the_last_step_is_heard(tiny, records, tmp_path, monkeypatch):
+    """When nothing is saved any more."""
+    monkeypatch.setattr(Watch, "on_train_end", lambda *_, **__: interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        train.train(made(tiny, records, tmp_path / "run", steps=1, save_every=0), SILENT)
+
+
+@pytest.mark.parametrize("key", ["save_only_model", "ignore_data_skip"])
+def test_what_would_make_a_resumed_run_end_otherwise_is_refused(key, tiny, records, tmp_path):
+    with pytest.raises(ValueError, match=f"'{key}' could not be gone on with"):
+        train.train(made(tiny, records, tmp_path / "run", trainer={key: True}), SILENT)
+
+
+def test_adalora_takes_no_checkpoints_and_says_so(tiny, records, tmp_path, monkeypatch):
+    """It prunes, and PEFT cannot load what is left into what is whole."""
+    recipe = made(tiny, records, tmp_path / "run", method="peft:adalora", steps=3)
+    with pytest.raises(ValueError, match="no run of it can be gone on with; leave out save_every"):
+        train.train(recipe, SILENT)
+    run = stopped(replace(recipe, save_every=None), monkeypatch, 1)
+    assert checkpoints.steps(run / "checkpoints") == [2]  # of Ctrl-C
+    with pytest.raises(ValueError, match="start it anew"):
+        resume(run)
+
+
 # Damage
 
 
@@ -273,11 +298,39 @@ def test_what_does_not_belong_to_a_checkpoint_is_seen(cut):
     assert checkpoints.newest(cut / "checkpoints", SILENT).step == 4
 
 
-def test_a_run_goes_on_from_the_older_checkpoint(cut, whole):
+def test_a_run_goes_on_from_the_older_checkpoint(cut, whole, monkeypatch):
+    """Also by the name of "."; what is damaged is none of the two that are kept."""
     truncate(cut / "checkpoints" / "checkpoint-5" / "optimizer.pt")
-    resume(cut)
+    monkeypatch.chdir(cut)
+    resume(Path())
     assert outcome(cut) == outcome(whole)
+    assert checkpoints.steps(cut / "checkpoints") == [6, 4]  # both whole
     assert checkpoints.read(cut / "checkpoints" / "checkpoint-6").over
+
+
+def test_a_checkpoint_that_cannot_be_read_is_passed_over(cut, monkeypatch):
+    def failing(folder):
+        if folder.name == "checkpoint-5":
+            raise OSError(5, "Input/output error")
+        return digests(folder)
+
+    digests = checkpoints.digests
+    monkeypatch.setattr(checkpoints, "digests", failing)
+    assert checkpoints.newest(cut / "checkpoints", SILENT).step == 4
+
+
+def test_a_run_that_was_killed_when_all_was_written_is_completed(whole, tmp_path, monkeypatch, capsys):
+    uploaded = []
+    monkeypatch.setattr(train, "upload", lambda folder, name: uploaded.append((folder.name, name)))
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    (tmp_path / ".run.abcdefgh.old").mkdir()
+    (run / ".before.json").write_text("[]")
+    for _ in range(2):
+        main(["train", "--resume", str(run), "--push-to-hub", "me/it"])
+        assert "is finished" in capsys.readouterr().out
+    assert uploaded == [("adapter", "me/it")]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert not (run / ".before.json").exists()
 
 
 def test_a_pickle_in_a_checkpoint_does_not_run(cut, capsys):
@@ -330,17 +383,35 @@ def test_other_data_under_the_same_name_is_refused(cut, records, tmp_path, capsy
         Path(records).write_text(text)
 
 
-def test_another_base_under_the_same_name_is_refused(cut, tiny, capsys):
+@pytest.mark.parametrize("tensor", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+def test_another_base_under_the_same_name_is_refused(tensor, cut, tiny, capsys):
     file = Path(tiny) / "model.safetensors"
     data = file.read_bytes()
     try:
         tensors = load_file(file)
-        tensors["model.layers.1.mlp.up_proj.weight"][0] += 1
+        tensors[tensor][0] += 1
         save_file(tensors, file, {"format": "pt"})
         assert "base was" in fails(capsys, "train", "--resume", str(cut))
     finally:
         file.write_bytes(data)
     assert checkpoints.steps(cut / "checkpoints") == [5, 4]
+
+
+@pytest.mark.parametrize("method", ["peft:lora", "full"])
+def test_another_base_of_what_is_not_ours_is_refused(method, tiny, records, tmp_path, monkeypatch):
+    """A checkpoint of before that was looked at is still gone on with."""
+    model = shutil.copytree(tiny, tmp_path / "model")
+    values = {"method": method, "steps": 3, "save_every": 1}
+    run = stopped(made(str(model), records, tmp_path / "run", **values), monkeypatch, 1)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0] += 1
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="whole base was"):
+        resume(run)
+    found = checkpoints.newest(run / "checkpoints", SILENT)
+    del found.run["identity"]["whole base"]
+    monkeypatch.setattr(checkpoints, "newest", lambda *_: found)
+    assert resume(run).history[-1]["step"] == 3
 
 
 def test_what_is_no_run_cannot_be_gone_on_with(tmp_path, capsys):
@@ -381,11 +452,15 @@ def test_a_full_disk_is_said_and_nothing_lost(tiny, records, whole, tmp_path, mo
 
 def test_a_folder_that_cannot_be_written_is_said(tiny, records, tmp_path, monkeypatch):
     def refuse(self, *args, **kwargs):
-        raise OSError(30, "Read-only file system")
+        raise OSError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(ValueError, match="run cannot be written: Read-only file system"):
+    if os.geteuid():
+        tmp_path.chmod(0o500)
+    else:  # whom no rights stop
+        monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(ValueError, match="run cannot be written: Permission denied"):
         train.train(made(tiny, records, tmp_path / "runs" / "run"), SILENT)
+    tmp_path.chmod(0o700)
 
 
 # NaN
@@ -449,6 +524,31 @@ def test_a_step_with_nan_is_passed_over_as_often_as_allowed(tiny, records, tmp_p
     assert "v_proj" in row["passed_over"]
 
 
+def test_a_run_that_goes_on_passes_over_no_more_steps(tiny, records, tmp_path, monkeypatch):
+    fault = Safe._find_fault
+
+    def faulty(self, model, inputs, loss, last):
+        return "made up" if self.state.global_step + 1 in (2, 4) else fault(self, model, inputs, loss, last)
+
+    monkeypatch.setattr(Safe, "_find_fault", faulty)
+    run = stopped(made(tiny, records, tmp_path / "run", skip_nan=1), monkeypatch, 2)
+    with pytest.raises(ValueError, match="step 4: made up"):
+        resume(run)
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_what_holds_inf_after_the_last_step_is_not_kept(every, tiny, records, tmp_path, monkeypatch):
+    def spoil(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 2:
+            next(p for n, p in model.named_parameters() if p.requires_grad).data[0] = torch.inf
+
+    monkeypatch.setattr(Watch, "on_step_end", spoil, raising=False)
+    last = "the checkpoint of step 1 is untouched" if every else "there is no checkpoint"
+    with pytest.raises(ValueError, match=rf"step 2: .*layers\.0.* holds NaN or Inf; {last}"):
+        train.train(made(tiny, records, tmp_path / "run", steps=2, save_every=every), SILENT)
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
 # One process at a time
 
 
@@ -490,6 +590,72 @@ def test_a_folder_that_is_written_whole_has_one_process_and_keeps_nothing_of_a_k
         (part / "second").touch()
     assert [p.name for p in out.iterdir()] == ["second"]
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_folder_has_one_lock_by_whatever_name(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to("run")
+    monkeypatch.chdir(tmp_path / "run")
+    with locked(tmp_path / "run"):
+        for name in (tmp_path / "link", Path()):
+            with pytest.raises(ValueError, match="in use by another process"), locked(name):
+                pass
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_is_replaced_is_lost_only_when_something_is_in_its_place(killed, tmp_path, monkeypatch):
+    """Where the second rename fails, and where a process dies before it."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mark").write_text("old")
+    if killed:
+        files.set_aside(out)
+    else:
+
+        def fail(*_):
+            raise OSError(5, "Input/output error")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files.os, "replace", fail)
+            with pytest.raises(OSError, match="Input/output"), new_folder(out, overwrite=True, marker="mark"):
+                pass
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(ValueError, match="out exists"), new_folder(out):
+        pass
+    assert (out / "mark").read_text() == "old"
+    with new_folder(out, overwrite=True, marker="mark"):
+        pass
+    assert [*tmp_path.iterdir()] == [out]
+
+
+def test_folders_have_the_rights_that_the_user_gives(tmp_path):
+    for umask in (0o077, 0o022):
+        before = os.umask(umask)
+        try:
+            with new_folder(tmp_path / str(umask)):
+                pass
+        finally:
+            os.umask(before)
+        assert (tmp_path / str(umask)).stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_a_folder_is_on_the_disk_before_it_is_in_its_place(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(files, "sync", lambda path: seen.append(path.relative_to(tmp_path).parts[1:]))
+    with new_folder(tmp_path / "out") as part:
+        (part / "a").mkdir()
+        (part / "a" / "b").touch()
+    assert seen == [("a",), ("a", "b"), (), ()]
+
+
+def test_nothing_is_written_through_a_link(cut, tmp_path, capsys):
+    (tmp_path / "precious").write_text("as it was")
+    (tmp_path / ".text.part").symlink_to("precious")
+    files.write_text(tmp_path / "text", "new")
+    assert not (tmp_path / "text").is_symlink()
+    (cut / "plots").symlink_to(tmp_path)
+    assert "plots is a link" in fails(capsys, "train", "--resume", str(cut))
+    assert (tmp_path / "precious").read_text() == "as it was"
 
 
 def test_gradients_that_are_not_finite_are_named():

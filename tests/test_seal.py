@@ -15,11 +15,11 @@ from inlay.host import seal
 IDS = torch.arange(12)[None]
 
 
-def llama(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def llama(seed: int = 0, dtype: torch.dtype = torch.float32, bias: bool = False) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=64,
+        vocab_size=64, attention_bias=bias,
     )  # fmt: skip
     return LlamaForCausalLM(config).to(dtype).eval()
 
@@ -61,6 +61,50 @@ def test_what_was_saved_loads(saved):
 def test_a_flipped_bit_is_refused(saved, tensor):
     flip(saved[0], tensor)
     with pytest.raises(ValueError, match="not those it was saved with"):
+        PeftModel.from_pretrained(llama(), str(saved[0]))
+
+
+def spoiled(how):
+    def change(tensors, name):
+        tensors[name] = how(tensors[name])
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (spoiled(lambda t: t + 1), "not those it was saved with"),
+        (spoiled(lambda t: t * torch.nan), "holds NaN or Inf"),
+        (spoiled(lambda t: t[:-1]), "has shape"),
+    ],
+)
+@pytest.mark.parametrize("beside", ["lm_head", "bias"])
+def test_what_an_adapter_holds_beside_its_own_tensors_is_sealed_too(beside, change, says, tmp_path):
+    """Seals of before they were are as good as they were."""
+    whole = {"modules_to_save": ["lm_head"]} if beside == "lm_head" else {"bias": "all"}
+    model = get_peft_model(llama(bias=True), InlayConfig(method="bone", target_modules=["q_proj"], **whole)).eval()
+    nn.init.normal_(next(p for n, p in model.named_parameters() if p.requires_grad and beside in n))
+    model.save_pretrained(str(tmp_path))
+    logits = PeftModel.from_pretrained(llama(bias=True), str(tmp_path)).eval()(IDS).logits
+    assert torch.equal(logits, model(IDS).logits)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors, next(name for name in tensors if beside in name))
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=says):
+        PeftModel.from_pretrained(llama(bias=True), str(tmp_path))
+    if says.startswith("not those"):
+        found = json.loads((tmp_path / "adapter_config.json").read_text())["seals"]
+        edit(tmp_path, seals={name: own for name, own in found.items() if name != "*"})
+        PeftModel.from_pretrained(llama(bias=True), str(tmp_path))
+
+
+@pytest.mark.parametrize("lost", ["all", "one"])
+def test_a_seal_that_is_taken_away_is_missed(saved, lost):
+    found = json.loads((saved[0] / "adapter_config.json").read_text())["seals"]
+    edit(saved[0], seals={} if lost == "all" else {name: own for name, own in found.items() if "q_proj" not in name})
+    with pytest.raises(ValueError, match="q_proj: the adapter's tensors are not those"):
         PeftModel.from_pretrained(llama(), str(saved[0]))
 
 

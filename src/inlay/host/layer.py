@@ -22,6 +22,10 @@ from inlay.host import processes, seal, starts
 from inlay.host.slot import Slot
 from inlay.method import Base, Drop, LowRank, Method, Params, Place, check_seen, keep, like
 
+UNSEALED = (
+    "the adapter's tensors are not those it was saved with (a damaged or converted file?); "
+    "set config.seals = None to load them all the same"
+)
 PREFIX = "inlay_"
 START = "inlay_start_"  # θ₀, stored beside θ so that nothing is ever decomposed again
 
@@ -374,17 +378,14 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         cut = self.cuts[name]
         if not cut.pending or cut.seal is None:
             return
-        if seal.of_tensors(strip(tensors, name)) != cut.seal["tensors"]:
-            raise ValueError(
-                f"{cut.module}: the adapter's tensors are not those it was saved with (a damaged or converted file?); "
-                "set config.seals = None to load them all the same"
-            )
+        if seal.of_tensors(strip(tensors, name)) != cut.seal.get("tensors"):  # a table of seals without one lost it
+            raise ValueError(f"{cut.module}: {UNSEALED}")
         self.check_base(name, self.base_mark(cut.folded))
 
     def check_base(self, name: str, mark: str | None) -> None:
         """Raise a ValueError if a weight with this mark (None: unknown) is not what an adapter was cut from."""
         cut = self.cuts[name]
-        known = None if cut.seal is None else cut.seal["base"]
+        known = None if cut.seal is None else cut.seal.get("base")
         if not seal.same_base(mark, known) or (cut.folded and not seal.same_kind(mark, known)):
             raise ValueError(
                 f"{cut.module}: the adapter was cut from another base model; load it on its own, or set "

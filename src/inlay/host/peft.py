@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from inlay.host import seal, starts
 from inlay.host.config import INLAY, InlayConfig
-from inlay.host.layer import PREFIX, InlayLinear
+from inlay.host.layer import PREFIX, UNSEALED, InlayLinear
 from inlay.host.place import places
 
 
@@ -141,6 +141,9 @@ class InlayModel(BaseTuner):
             check_layer(target, current_key)
         if isinstance(parent, nn.MultiheadAttention):
             raise ValueError(f"{current_key}: nn.MultiheadAttention reads this weight past its layer; leave it out")
+        sealed = (config.seals or {}).get(current_key)
+        if config.seals is not None and config.format_version is not None:  # else they are of another place
+            sealed = sealed or {}
         layer = target
         if not isinstance(layer, InlayLinear):
             layer = InlayLinear(target, home_of(self.model, target), **get_quantization_kwargs(self))
@@ -154,7 +157,7 @@ class InlayModel(BaseTuner):
                 self._light,
                 perturb=not config.init_weights,
                 module=current_key,
-                seal=(config.seals or {}).get(current_key),
+                seal=sealed,
                 folded=config.folded,
                 saver=config.saver,
             )
@@ -261,13 +264,17 @@ class InlayModel(BaseTuner):
             if layer.cuts[adapter_name].pending and not blank:
                 layer.settle(adapter_name)  # fills the tensors that `state_dict` refers to
         saved = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        config.seals = seals = {}
+        seals = {}
         for name, layer in layers.items():
             paths = {path: f"{name}.{path}" for path in layer.slots(adapter_name)}
             if all(key in saved and seal.is_plain(saved[key]) for key in paths.values()):  # not so when sharded
                 tensors = {path: saved[key] for path, key in paths.items()}
                 seals[layer.cuts[adapter_name].module] = layer.make_seal(adapter_name, tensors)
         config.folded_base = seal.of_values([s["base"] for s in seals.values()]) if config.folded else None
+        config.seals = seals if len(seals) == len(layers) else None
+        rest = beside(model, config, adapter_name, state_dict)
+        if seals and rest and all(map(seal.is_plain, rest.values())):
+            seals[BESIDE] = {"tensors": seal.of_tensors(rest), "base": None}
         return saved
 
     @classmethod
@@ -279,7 +286,7 @@ class InlayModel(BaseTuner):
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        check_state(model, adapter_name, mapped)
+        check_state(model, cast(InlayConfig, config), adapter_name, mapped)
         return mapped
 
 
@@ -335,22 +342,38 @@ def adapted(model: nn.Module, adapter_name: str) -> dict[str, InlayLinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, InlayLinear) and adapter_name in m.cuts}
 
 
-def check_state(model: nn.Module, adapter_name: str, state: dict[str, Tensor]) -> None:
+BESIDE = "*"  # the seal of what an adapter holds beside θ
+
+
+def beside(model: nn.Module, config: InlayConfig, adapter_name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What of a model's state an adapter holds beside θ, as it is saved: biases, modules and tokens trained whole."""
+    found = InlayModel._get_learnable_bias_state_dict(model, state, config)
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            paths = {f"{name}.{k}": f"{name}.{p}" for k, p in module.adapter_state_dict_load_map(adapter_name).items()}
+            found |= {key: state[path] for key, path in paths.items() if path in state}
+    return {key.removeprefix("base_model.model."): tensor for key, tensor in found.items()}
+
+
+def check_state(model: nn.Module, config: InlayConfig, adapter_name: str, state: dict[str, Tensor]) -> None:
     """Raise a ValueError unless `state` is exactly this adapter: nothing missing, extra, misshapen or non-finite."""
-    layers = adapted(model, adapter_name)
+    layers, rest = adapted(model, adapter_name), beside(model, config, adapter_name, state)
     expected = {f"{n}.{path}" for n, m in layers.items() for path in m.slots(adapter_name)}
-    there = model.state_dict()
+    there, sized = model.state_dict(), {*map(id, rest.values())}  # not embeddings, which may grow
     faults = [f"{key} is missing" for key in sorted(expected - state.keys())]
     for key, value in state.items():
         if key not in there:
             faults.append(f"{key} belongs to no module of this model")
-        elif key in expected and value.shape != there[key].shape:
+        elif (key in expected or id(value) in sized) and value.shape != there[key].shape:
             faults.append(f"{key} has shape {tuple(value.shape)}, not {tuple(there[key].shape)}")
-        elif key in expected and not value.isfinite().all():
+        elif not value.isfinite().all():
             faults.append(f"{key} holds NaN or Inf")
     if faults:
         more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
         raise ValueError(f"this adapter cannot be loaded here: {'; '.join(faults[:3])}{more}")
+    known = (config.seals or {}).get(BESIDE) if any(m.cuts[adapter_name].pending for m in layers.values()) else None
+    if known is not None and seal.of_tensors(rest) != known["tensors"]:
+        raise ValueError(f"{', '.join(rest)[:200] or 'biases'}: {UNSEALED}")
     for name, layer in layers.items():
         layer.check_seal(adapter_name, {path: state[f"{name}.{path}"] for path in layer.slots(adapter_name)})
         layer.cuts[adapter_name].pending = False

@@ -17,12 +17,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from peft import PeftModel
 from rich.console import Console
 from safetensors import SafetensorError
+from torch import nn
 
 from inlay.host import processes, seal
-from inlay.host.layer import InlayLinear
-from inlay.workbench.files import DamagedFileError, sync
+from inlay.host.layer import PREFIX, InlayLinear
+from inlay.workbench.files import DamagedFileError, sync, sync_all
 from inlay.workbench.memory import gib
 from inlay.workbench.models import first_line
 from inlay.workbench.recipe import Recipe
@@ -78,8 +81,7 @@ def staged(folder: Path, step: int, over: bool, run: dict[str, Any]) -> Iterator
         shutil.copyfile(folder.parent / METRICS, made / METRICS)
         about = {"format": FORMAT, "step": step, "over": over, "run": run, "files": digests(made)}
         (made / MANIFEST).write_text(json.dumps({**about, "seal": seal.of_values(about)}, indent=1), encoding="utf-8")
-        for path in (*made.rglob("*"), made):
-            sync(path)
+        sync_all(made)
         shutil.rmtree(final, ignore_errors=True)  # not whole, or the run would not have come to its step again
         os.replace(made, final)
         sync(folder)
@@ -137,7 +139,7 @@ def newest(folder: Path, console: Console) -> Checkpoint | None:
     for step in steps(folder):
         try:
             return read(path_of(folder, step))
-        except ValueError as error:
+        except (OSError, ValueError) as error:  # a file of it that cannot be read, too
             console.print(f"{error}; it is passed over", style="yellow")
     return None
 
@@ -145,6 +147,15 @@ def newest(folder: Path, console: Console) -> Checkpoint | None:
 def settings(recipe: Recipe) -> dict[str, Any]:
     """What of a recipe changes what is learned, as JSON gives it back."""
     return json.loads(json.dumps({k: v for k, v in asdict(recipe).items() if k not in FREE}))
+
+
+def mark(base: nn.Module) -> str:
+    """A digest of every weight of a model as it was loaded, but for those of an adapter that a fold has put there."""
+    own = isinstance(base, PeftModel)
+    kept = {n: p.data for n, p in base.named_parameters() if not (own and (p.requires_grad or PREFIX in n))}
+    byte = torch.uint8
+    sums = {n: seal.sums(t.flatten().view(byte), byte) for n, t in kept.items() if not t.is_meta}
+    return seal.of_values({n: [*kept[n].shape, digest] for n, digest in sums.items()})
 
 
 def identity(trainer: Any, rows: Any) -> dict[str, Any]:
@@ -158,6 +169,7 @@ def identity(trainer: Any, rows: Any) -> dict[str, Any]:
     return {
         "data": digest.hexdigest()[:16],
         "base": seal.of_values({n: m.base_mark(m.cuts["default"].folded) for n, m in layers.items()}),
+        "whole base": trainer.base,
         "effective batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "processes": args.world_size,
     }

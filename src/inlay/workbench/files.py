@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -69,7 +70,9 @@ class Shallow(yaml.SafeLoader):
 def write_text(path: Path, text: str) -> None:
     """Write a text file at once, and onto the disk."""
     part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
+    part.unlink(missing_ok=True)
+    with part.open("x", encoding="utf-8") as file:  # never through a link that somebody put there
+        file.write(text)
     sync(part)
     os.replace(part, path)
 
@@ -83,6 +86,12 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def sync_all(folder: Path) -> None:
+    """`sync` for a folder and all that is in it."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold `path` against other processes until the block ends. Of a process that dies, the system lets go itself.
@@ -92,11 +101,12 @@ def locked(path: Path) -> Iterator[None]:
     Raises:
         ValueError: another process holds it, or its parent cannot be written.
     """
-    missing = [parent for parent in path.parents if not parent.exists()]
-    lock = path.with_name(f".{path.name}.lock")
+    real = path.resolve()  # by whatever name it is called
+    missing = [parent for parent in real.parents if not parent.exists()]
+    lock = real.with_name(f".{real.name}.lock")
     try:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            real.parent.mkdir(parents=True, exist_ok=True)
             file = lock.open("a")
         except OSError as error:
             raise ValueError(f"{path} cannot be written: {error.strerror}") from None
@@ -132,8 +142,11 @@ def new_folder(path: Path, overwrite: bool = False, marker: str = "") -> Iterato
         ValueError: something is at `path` already (see `check_free`), its parent cannot be written, or another process
             writes there.
     """
+    path = path if path.name else path.absolute()  # as "." has none
     check_free(path, overwrite, marker)
     with locked(path):
+        put_back(path)
+        check_free(path, overwrite, marker)
         remove(path, "part")
         with staged(path) as part:
             yield part
@@ -144,30 +157,47 @@ def new_folder(path: Path, overwrite: bool = False, marker: str = "") -> Iterato
 def staged(path: Path) -> Iterator[Path]:
     """`new_folder` for who holds `path` already and sees to what there was."""
     try:
-        part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+        part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+        part.mkdir()  # with the rights that the user gives to folders
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror}") from None
     try:
         yield part
-        part.chmod(0o755)
+        sync_all(part)
         set_aside(path)
         os.replace(part, path)
+        sync(path.parent)
+    except BaseException:
+        put_back(path)
+        raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def siblings(path: Path, end: str) -> list[Path]:
+    """The hidden siblings of `path` that this process, or one that died, has made; the oldest first."""
+    found = path.parent.glob(f".{glob.escape(path.name)}.????????.{end}")
+    return sorted(found, key=lambda sibling: sibling.stat().st_mtime_ns)
+
+
 def remove(path: Path, end: str) -> None:
-    """Remove the hidden siblings of `path` that this process, or one that died, has made."""
-    for sibling in path.parent.glob(f".{glob.escape(path.name)}.????????.{end}"):
+    """Remove them."""
+    for sibling in siblings(path, end):
         shutil.rmtree(sibling, ignore_errors=True)
 
 
-def set_aside(path: Path) -> Path | None:
+def set_aside(path: Path) -> None:
     """Move what is at `path` to a hidden sibling, so that it is lost only once there is something in its place."""
-    if not path.exists():
-        return None
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-    return path.rename(old / path.name).parent
+    if path.exists():
+        path.rename(Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent)) / path.name)
+
+
+def put_back(path: Path) -> None:
+    """Undo that, where nothing has come to `path`, here or in a process that died."""
+    for old in siblings(path, "old")[::-1]:
+        if not path.exists() and (old / path.name).exists():
+            (old / path.name).rename(path)
+            old.rmdir()
 
 
 def check_free(path: Path, overwrite: bool, marker: str) -> None:

@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 FULL = "full"
 PREFIX = "peft:"
+ADALORA = "peft:adalora"
 # Methods that PEFT has as a field of LoRA's config.
 OF_LORA: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},

@@ -38,7 +38,7 @@ from inlay.workbench import (
 )
 from inlay.workbench.changes import CHANGES, as_data, changes
 from inlay.workbench.checkpoints import Checkpoint
-from inlay.workbench.files import check_free, locked, new_folder, remove, set_aside, staged, write_text
+from inlay.workbench.files import check_free, locked, new_folder, put_back, remove, staged, write_text
 from inlay.workbench.prepare import MARK, Examples, at_most, fitting_batch, load, planned, training_set
 from inlay.workbench.recipe import Recipe
 from inlay.workbench.recipe import load as load_recipe
@@ -48,7 +48,9 @@ from inlay.workbench.trainer import Trainer
 from inlay.workbench.watch import Watch, duration, peak_memory
 from inlay.workbench.weights import Weights
 
+NO_WAY_BACK = "it prunes what a checkpoint would be loaded into, so no run of it can be gone on with"
 PAGE = "report.html"  # what a run writes last
+INEXACT = ("save_only_model", "ignore_data_skip")  # with these a run would not go on to the same end
 BEFORE = ".before.json"  # the answers before training, until the samples are written
 
 
@@ -62,6 +64,10 @@ def arguments(recipe: Recipe, folder: Path, batch: int, steps: int, dtype: torch
     saving = math.ceil(steps / 10) if recipe.save_every is None else recipe.save_every
     if recipe.keep_best or recipe.early_stopping:
         saving = evaluating
+    if recipe.method == peft_methods.ADALORA:
+        if recipe.save_every or recipe.keep_best or recipe.early_stopping:
+            raise ValueError(f"{recipe.method}: {NO_WAY_BACK}; leave out save_every, keep_best and early_stopping")
+        saving = 0
     values: dict[str, Any] = {
         "output_dir": str(folder / checkpoints.FOLDER),
         "learning_rate": recipe.learning_rate,
@@ -126,6 +132,8 @@ def check_extra(key: str, values: dict[str, Any], arguments: Any) -> None:
         raise ValueError(
             f"trainer: {arguments.__name__} has no {key!r}" + (f"; did you mean {close[0]!r}?" if close else "")
         )
+    if key in INEXACT:
+        raise ValueError(f"trainer: a run with {key!r} could not be gone on with exactly; leave it out")
     if key in values and key not in ("logging_steps", "save_total_limit", "per_device_eval_batch_size", "eval_packing"):
         raise ValueError(f"trainer: {key!r} is set by the recipe itself; use its own field")
 
@@ -146,7 +154,7 @@ def train(recipe: Recipe, console: Console | None = None, resume: bool = False) 
         task = TASKS[recipe.task]
         tokenizer = task.processor(recipe)
         rows = processes.in_turn(lambda: task.examples(recipe, tokenizer, console))
-        old = processes.same(lambda: None if found else start_folder(folder, recipe))
+        processes.same(lambda: None if found else start_folder(folder, recipe))
         try:
             recipe = processes.same(lambda recipe=recipe: ranks.settle(recipe, console))
             recipe = processes.same(
@@ -155,7 +163,9 @@ def train(recipe: Recipe, console: Console | None = None, resume: bool = False) 
             set_seed(recipe.seed)
             seen = calibration.batches(recipe, tokenizer, rows)
             base = load(recipe, dtype, folder, console, found, seen, **task.model_settings(rows))
+            whole = checkpoints.mark(base)  # some of PEFT's starts change the base itself
             trainer = build(recipe, base, tokenizer, rows, folder)
+            trainer.base = whole
             if found is None:
                 calibration.start(recipe, trainer.model, tokenizer, rows, console)
             recipe = recipe.resolved(
@@ -167,21 +177,22 @@ def train(recipe: Recipe, console: Console | None = None, resume: bool = False) 
             write_text(folder / "recipe.yaml", recipe.to_yaml()) if processes.first() else None
             result = run(recipe, trainer, tokenizer, rows, console, found)
         except BaseException:
-            if processes.first() and give_up(folder, old):
-                console.print(f"what it learned so far is kept; to go on: inlay train --resume {folder}")
+            if processes.first() and give_up(folder):
+                way = "" if recipe.method == peft_methods.ADALORA else f"; to go on: inlay train --resume {folder}"
+                console.print(f"what it learned so far is kept{way}")
             raise
-        tidy(folder) if processes.first() else None
-    console.print(f"run folder: {folder}")
-    if recipe.push_to_hub and processes.first():
-        upload(folder / recipe.kept, recipe.push_to_hub)
-        console.print(f"uploaded to {recipe.push_to_hub}")
+        console.print(f"run folder: {folder}")
+        finish(recipe, folder, console) if processes.first() else None
     return result
 
 
 def begin(recipe: Recipe, folder: Path, console: Console, resume: bool) -> Checkpoint | None:
     """See that a run can begin, and find the checkpoint that it goes on from, if it does."""
     check_engine(recipe)
+    put_back(folder)
     check_free(folder, recipe.overwrite or resume, MARK)
+    if resume and recipe.method == peft_methods.ADALORA:
+        raise ValueError(f"{recipe.method}: {NO_WAY_BACK}; start it anew with --overwrite")
     found = checkpoints.newest(folder / checkpoints.FOLDER, console) if resume else None
     if found:
         checkpoints.check_same(found, "recipe", checkpoints.settings(recipe))
@@ -226,15 +237,24 @@ def unfinished(folder: Path, changed: dict[str, Any]) -> Recipe | None:
     """The recipe of the run in a folder, with what a user says of it; None if nothing is left to do.
 
     Raises:
-        ValueError: there is no run, or it is of another method (whose hyperparameters have other names).
+        ValueError: there is no run, it is of another method (whose hyperparameters have other names), or it holds a
+            link, through which it would write elsewhere.
     """
+    folder = folder.resolve()
     if not (folder / MARK).exists() or not (folder / "recipe.yaml").exists():
         raise ValueError(f"{folder} holds no run to go on with: it has no recipe.yaml of one")
     begun = load_recipe(str(folder / "recipe.yaml"), {}).method
     if (asked := changed.get("method", begun)) != begun:
         raise ValueError(f"{folder} is of another run: method was {begun!r} and is {asked!r}; start a new run for that")
+    if link := next((path for path in folder.rglob("*") if path.is_symlink()), None):
+        raise ValueError(f"{link} is a link, through which a run would write elsewhere; put there what it points to")
     recipe = load_recipe(str(folder / "recipe.yaml"), {**changed, "output": str(folder)})
-    return None if (folder / PAGE).exists() else recipe
+    if not (folder / PAGE).exists():
+        return recipe
+    if (folder / BEFORE).exists() and not int(os.environ.get("RANK", 0)):
+        with locked(folder):
+            finish(recipe, folder, Console())
+    return None
 
 
 def run(
@@ -273,6 +293,7 @@ def fit(
         for change in checkpoints.versions_changed(found):
             console.print(f"note: the checkpoint was made with {change}; bits may differ", style="yellow")
         watch.restore(found.path)
+        trainer.passed = watch.passed
         console.print(f"held-out loss before: {watch.evaluated[0]['eval_loss']:.3f}")
     elif processes.count() > 1:  # a model evaluated before it is trained would not be wrapped any more, without a word
         trainer.args.eval_on_start = True
@@ -290,6 +311,7 @@ def fit(
         raise
     finally:
         watch.bar.stop()
+    trainer.check_finite()
     seconds = watch.seconds
     first, last = watch.evaluated[0], trainer.evaluate()
     before, after = first["eval_loss"], last["eval_loss"]
@@ -362,27 +384,32 @@ def build(recipe: Recipe, base: Any, tokenizer, rows: Examples, folder: Path) ->
     return trainer
 
 
-def start_folder(folder: Path, recipe: Recipe) -> Path | None:
-    """Create the run folder with its recipe; give back where the one it replaces was put."""
+def start_folder(folder: Path, recipe: Recipe) -> None:
+    """Create the run folder with its recipe, in place of what is set aside."""
     try:
-        old = set_aside(folder)
         with staged(folder) as part:
             (part / MARK).touch()
             write_text(part / "recipe.yaml", recipe.to_yaml())
-        return old
     except OSError as error:
         raise ValueError(f"{folder} cannot be written: {error.strerror}") from None
 
 
-def give_up(folder: Path, old: Path | None) -> bool:
+def give_up(folder: Path) -> bool:
     """After a failure: whether the folder is kept, for its checkpoints; else things are as they were before the run."""
     if checkpoints.steps(folder / checkpoints.FOLDER):
         return True
     shutil.rmtree(folder, ignore_errors=True)
-    if old:
-        (old / folder.name).rename(folder)
-        old.rmdir()
+    put_back(folder)
     return False
+
+
+def finish(recipe: Recipe, folder: Path, console: Console) -> None:
+    """What is left to do of a run that is written."""
+    tidy(folder)
+    if recipe.push_to_hub:
+        upload(folder / recipe.kept, recipe.push_to_hub)
+        console.print(f"uploaded to {recipe.push_to_hub}")
+    (folder / BEFORE).unlink(missing_ok=True)  # last: where it is found with a report, this is done again
 
 
 def tidy(folder: Path) -> None:
@@ -424,7 +451,6 @@ def write(result: Result, model: PeftModel | PreTrainedModel, state: dict[str, T
         write_text(result.folder / CHANGES, json.dumps(as_data(found), indent=1))
     write_text(result.folder / "samples.md", report.samples_text(result))
     write_text(result.folder / PAGE, report.page(result, drawn, found))
-    (result.folder / BEFORE).unlink()
 
 
 def weights_of(recipe: Recipe) -> Weights:

@@ -4,6 +4,7 @@ NaN or Inf; and with ways to take a step that transformers does not have."""
 from __future__ import annotations
 
 import math
+import shutil
 import signal
 import threading
 from functools import partial
@@ -83,6 +84,7 @@ class Safe(Base):
         **kwargs: Any,
     ) -> None:
         self.stop, self.skips, self.run = Stop(), skips, {}
+        self.base: str | None = None  # a mark of all its weights before they were adapted
         self.lr_ratio, self.zeroth = lr_ratio, zeroth
         self.fault: str | None = None
         self.passed: dict[int, str] = {}  # steps that were passed over, and why
@@ -90,10 +92,7 @@ class Safe(Base):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder, step = Path(str(self.args.output_dir)), self.state.global_step
-        named = cast(nn.Module, self.model).named_parameters()
-        broken = [name for name, p in named if p.requires_grad and not processes.mine(p.detach()).isfinite().all()]
-        if broken := [name for names in processes.gather(broken) for name in names]:
-            raise ValueError(f"step {step}: {broken[0]} holds NaN or Inf; the checkpoints before it are untouched")
+        self.check_finite()
         over = self.control.should_training_stop or step >= self.state.max_steps
         with checkpoints.staged(folder, step, over, self.run) as part:
             self.args.output_dir = str(part)
@@ -105,6 +104,17 @@ class Safe(Base):
         self.state.best_model_checkpoint = str(checkpoints.path_of(folder, best)) if best else None
         if processes.first():
             checkpoints.rotate(folder, step, self.args.save_total_limit, best)
+
+    def check_finite(self) -> None:
+        """Raise a ValueError if what is trained holds NaN or Inf."""
+        named = cast(nn.Module, self.model).named_parameters()
+        broken = [name for name, p in named if p.requires_grad and not processes.mine(p.detach()).isfinite().all()]
+        if broken := [name for names in processes.gather(broken) for name in names]:
+            kept = checkpoints.steps(Path(str(self.args.output_dir)))
+            last = f"the checkpoint of step {kept[0]} is untouched" if kept else "there is no checkpoint from before it"
+            raise ValueError(
+                f"step {self.state.global_step}: {broken[0]} holds NaN or Inf; {last}; try a lower learning_rate"
+            )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As trl's; of a sharded model what is trained is gathered, not the base."""
@@ -147,6 +157,9 @@ class Safe(Base):
 
     def go_on(self, found: Checkpoint | None) -> None:
         """Train, from a checkpoint if there is one; what was over already is only loaded."""
+        if found is not None and processes.first():  # what was passed over is no checkpoint, of those that are kept
+            for step in (step for step in checkpoints.steps(found.path.parent) if step > found.step):
+                shutil.rmtree(checkpoints.path_of(found.path.parent, step), ignore_errors=True)
         with self.stop:
             if found is not None and self.is_fsdp_enabled:
                 cast(PeftModel, self.model).load_adapter(str(found.path), "default", is_trainable=True)
@@ -155,6 +168,8 @@ class Safe(Base):
                     self.train(resume_from_checkpoint=str(found.path) if found else None)
                 except UnpicklingError as error:  # it would run code, in a checkpoint that somebody else sealed
                     raise ValueError(f"{found and found.path} is not read: {first_line(error)}") from None
+                if processes.some(self.stop.asked):  # after the last step, which may write no checkpoint
+                    raise KeyboardInterrupt
                 return
         self.state = TrainerState.load_from_json(str(found.path / TRAINER_STATE_NAME))
         best = self.state.best_global_step if self.args.load_best_model_at_end else None

@@ -33,6 +33,7 @@ class Watch(TrainerCallback):
         self.evaluated: list[dict[str, Any]] = []
         self.first: int | None = None  # how many numbers the first step trained
         self.started, self.tokens = time.perf_counter(), 0
+        self.passed: dict[int, str] = {}  # the steps that they passed over, and why
         self.spent, self.read = 0.0, 0  # seconds and tokens of the processes before this one
         columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[now]}"))
         self.bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
@@ -44,6 +45,7 @@ class Watch(TrainerCallback):
         write_text(self.file, text) if processes.first() else None
         rows = [json.loads(line) for line in text.splitlines()]
         self.evaluated = [row for row in rows if "eval_loss" in row]
+        self.passed = {row["step"]: row["passed_over"] for row in rows if "passed_over" in row}
         self.first = next((row["trained"] for row in rows if "trained" in row), None)
         last = next((row for row in reversed(rows) if "seconds" in row), {"seconds": 0.0, "tokens": 0})
         self.spent, self.read = last["seconds"], last["tokens"]
