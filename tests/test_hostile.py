@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
-from inlay.workbench import builtin, data, models, recipe
+from inlay.workbench import builtin, data, files, models, recipe
 from inlay.workbench.files import DamagedFileError
 
 BOMB = "a: &a [1]\n" + "".join(f"{n}: &{n} [{', '.join(['*' + chr(ord(n) - 1)] * 9)}]\n" for n in "bcdefghijkl")
@@ -55,8 +56,10 @@ def test_the_fuzzing_sees_what_goes_wrong(fuzz, tmp_path, monkeypatch):
         ("true: 1", "no field's name"),
         ("args: 5", "args: 5 is not a mapping"),
         ("model: a\0b", "not YAML"),
+        ("a: &a {x: 1}\nargs: {<<: [*a, *a]}", "merge key"),
+        ("model: " + "x" * 1_000_000, "longer than 1,000,000"),
     ],
-    ids=["list", "mapping", "bomb", "ring", "code", "date", "key", "args", "NUL"],
+    ids=["list", "mapping", "bomb", "ring", "code", "date", "key", "args", "NUL", "merge", "long"],
 )  # fmt: skip
 def test_a_recipe_that_is_none(text, why, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -65,6 +68,12 @@ def test_a_recipe_that_is_none(text, why, tmp_path, monkeypatch):
         recipe.load("r.yaml", {})
     assert len(str(told.value)) < 1000
     assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
+
+
+def test_values_are_counted_while_they_are_read(monkeypatch):
+    monkeypatch.setattr(files, "SIZE", 100)
+    with pytest.raises(yaml.YAMLError, match="holds more than 100 values$"):
+        files.from_yaml(f"[{'1,' * 101}]")
 
 
 def test_a_models_own_code_runs_only_if_asked_for():

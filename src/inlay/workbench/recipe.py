@@ -19,7 +19,7 @@ from peft import PeftConfig
 from inlay.host.config import InlayConfig
 from inlay.methods import METHODS, find
 from inlay.workbench import kinds, optimizers, peft_methods
-from inlay.workbench.files import DamagedFileError, from_yaml
+from inlay.workbench.files import LENGTH, DamagedFileError, from_yaml
 from inlay.zeroth import ZerothOrder
 
 
@@ -374,7 +374,8 @@ def from_values(values: dict[str, Any], overrides: dict[str, Any], path: str | N
 def read_yaml(path: str) -> dict[str, Any]:
     """A YAML mapping from a file."""
     try:
-        values = from_yaml(Path(path).read_text(encoding="utf-8"))
+        with Path(path).open(encoding="utf-8") as file:
+            values = from_yaml(file.read(LENGTH + 1))  # no more, of what may have no end
     except FileNotFoundError:
         raise ValueError(f"recipe {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -406,13 +407,13 @@ def from_flag(name: str, text: str) -> Any:
         return None
     names = re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*", text)
     if list in options and names:
-        return [yaml.safe_load(part) for part in text.split(",")]
+        return [from_yaml(part) for part in text.split(",")]
     if str in options and not (list in options and text.startswith("[") and text.endswith("]")):
         return text
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ValueError(f"{name}: {text!r} cannot be read as {' or '.join(map(describe, options))}") from None
+        return from_yaml(text)
+    except (yaml.YAMLError, ValueError):
+        raise ValueError(f"{name}: {text[:60]!r} cannot be read as {' or '.join(map(describe, options))}") from None
 
 
 def conform_all(filled: Any) -> None:
