@@ -1,13 +1,19 @@
 """Files that somebody else made: a slice of `make fuzz`, and what it cannot come upon by chance."""
 
 import importlib.util
+import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from peft import PeftModel, get_peft_model
 
+from inlay import InlayConfig
+from inlay.cli import main
 from inlay.workbench import builtin, data, files, models, recipe
 from inlay.workbench.files import DamagedFileError
 
@@ -72,7 +78,7 @@ def test_a_recipe_that_is_none(text, why, tmp_path, monkeypatch):
 
 def test_values_are_counted_while_they_are_read(monkeypatch):
     monkeypatch.setattr(files, "SIZE", 100)
-    with pytest.raises(yaml.YAMLError, match="holds more than 100 values$"):
+    with pytest.raises(yaml.YAMLError, match=r"holds more than 100 values$"):
         files.from_yaml(f"[{'1,' * 101}]")
 
 
@@ -121,3 +127,76 @@ def test_a_damaged_gguf_file_is_said(tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"GGUF" + b"\xff" * 60)
     with pytest.raises(DamagedFileError, match=r"m\.gguf cannot be read as GGUF"):
         builtin.load_gguf(tmp_path / "m.gguf")
+
+
+def spoil(path, change):
+    """Cut a file in half, replace it, or change fields of the JSON that it holds."""
+    if change is None:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    else:
+        path.write_text(change if isinstance(change, str) else json.dumps(json.loads(path.read_text()) | change))
+
+
+def refused(capsys, *arguments):
+    """What a verb says that refuses, on one line."""
+    with pytest.raises(SystemExit) as end:
+        main(list(arguments))
+    said = capsys.readouterr().err.strip()
+    assert end.value.code == 2
+    assert "\n" not in said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("model.safetensors", None),
+        ("config.json", {"hidden_size": 32}),
+        ("config.json", {"hidden_size": -64}),
+        ("config.json", {"hidden_size": "x"}),
+        ("config.json", {"num_attention_heads": 0}),
+        ("config.json", "[]"),
+        ("config.json", "[" * 100_000),
+        ("tokenizer_config.json", "[]"),
+        ("chat_template.jinja", "{% for x in %}"),
+        ("chat_template.jinja", "{{ 1/0 }}"),
+    ],
+)  # fmt: skip
+def test_a_damaged_model_folder_is_said(name, change, tiny, records, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny, "m")
+    spoil(Path("m", name), change)
+    what = "chat template does not take" if name.endswith("jinja") else "'m' cannot be loaded"
+    for verb in (["generate", "--prompt", "hi"], ["train", "--data", records, "--output", "o", "--samples", "0"]):
+        assert what in refused(capsys, *verb, "--model", "m")
+
+
+def test_out_of_memory_is_no_damaged_file():
+    for full in (MemoryError(), torch.OutOfMemoryError("CUDA"), RuntimeError("can't allocate memory")):
+        with pytest.raises(type(full)), models.loading("m"):
+            raise full
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter")
+    config = InlayConfig(method="lora", args={"r": 2}, target_modules=["q_proj"])
+    base, _ = models.load_base(tiny, torch.float32)
+    get_peft_model(base, config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("change", [
+    "[" * 100_000, "[]", '{"base_model_name_or_path": "m", "peft_type": "NOPE"}', {"peft_type": 5}, {"patterns": 5},
+    {"args": [1]}, {"format_version": "x"}, {"seals": {"q_proj": 5}}, {"seals": 5}, {"target_modules": [["a"]]},
+    {"exclude_modules": "("},
+])  # fmt: skip
+def test_a_damaged_adapter_config_is_said(change, adapter, tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(adapter, "a")
+    spoil(Path("a", "adapter_config.json"), change)
+    for verb in ("generate a --prompt hi --model", "merge a o --model", "export a o --model", "inspect a --base"):
+        assert "a/adapter_config.json" in refused(capsys, *verb.split(), tiny)
+    if isinstance(change, dict) and "peft_type" not in change:  # in Python too, which PEFT leads to our config
+        with pytest.raises(ValueError, match=next(iter(change))):
+            PeftModel.from_pretrained(models.load_model(tiny, torch.float32), "a")

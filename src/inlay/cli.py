@@ -448,7 +448,6 @@ def positive(text: str) -> int:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a verb; a mistake of the user's is one line and exit code 2."""
-    import torch
 
     from inlay.host.processes import Elsewhere
 
@@ -467,12 +466,12 @@ def main(arguments: list[str] | None = None) -> None:
         if os.environ.get("INLAY_DEBUG"):
             raise
         fail(str(error))
-    except (torch.OutOfMemoryError, MemoryError):
+    except Exception as error:
+        from inlay.workbench.models import out_of_memory
+
+        if not out_of_memory(error):
+            raise
         fail(OUT_OF_MEMORY)
-    except RuntimeError as error:
-        if "allocate memory" in str(error) or "not enough memory" in str(error):
-            fail(OUT_OF_MEMORY)
-        raise
 
 
 def parser() -> Parser:
