@@ -2,11 +2,13 @@
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import sys
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import torch
 import yaml
@@ -14,7 +16,7 @@ from peft import PeftModel, get_peft_model
 
 from inlay import InlayConfig
 from inlay.cli import main
-from inlay.workbench import builtin, data, files, models, recipe
+from inlay.workbench import builtin, data, files, models, read, recipe
 from inlay.workbench.files import DamagedFileError
 
 BOMB = "a: &a [1]\n" + "".join(f"{n}: &{n} [{', '.join(['*' + chr(ord(n) - 1)] * 9)}]\n" for n in "bcdefghijkl")
@@ -76,6 +78,31 @@ def test_a_recipe_that_is_none(text, why, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
 
 
+@pytest.mark.parametrize("text", [
+    f"learning_rate: 1{'0' * 400}", f"learning_rate: 0x{'f' * 300}", "learning_rate: 1e38", "epochs: 1.0e308",
+    f"batch_size: 1{'0' * 30}", "target_modules: '('", "exclude_modules: '(*'", "target_modules: [[a]]",
+    "modules_to_save: [1]", "patterns: {1: {r: 2}}", "{method: peft:lora, target_modules: '('}",
+    "{method: peft:lora, args: {1: 2}}", "trainer: {1: 2}", "trainer: {run_name: 2001-01-01}",
+    "optimizer_args: {betas: 2001-01-01}", "optimizer_args: {foo: 2}", "columns: {5: a}",
+])  # fmt: skip
+def test_values_that_libraries_would_trip_over_are_refused(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text(text)
+    said = refused(capsys, "train", "r.yaml", "--dry-run")
+    assert any(f"{word}:" in said for word in re.findall(r"\w+", text)), said
+    assert len(said) < 300
+
+
+@pytest.mark.parametrize(("arguments", "why"), [
+    (["train", "--args", "[" * 3000], "args: '[[["), (["train", "--epochs", "1e400"], "epochs: "),
+    (["plan", "--csv", "/nonexistent/x.csv"], "no folder /nonexistent"),
+    (["plan", "--length", "9" * 400], "whole number"),
+    (["plan", "--r", "9" * 5000], "whole number"), (["merge", "\x1b[2J", "o"], "\\x1b[2J"),
+])  # fmt: skip
+def test_flags_that_libraries_would_trip_over_are_refused(arguments, why, capsys):
+    assert why in refused(capsys, *arguments)
+
+
 def test_values_are_counted_while_they_are_read(monkeypatch):
     monkeypatch.setattr(files, "SIZE", 100)
     with pytest.raises(yaml.YAMLError, match=r"holds more than 100 values$"):
@@ -115,6 +142,31 @@ def test_data_that_is_none(name, content, tmp_path):
     with pytest.raises(DamagedFileError, match=name) as told:
         data.read(str(tmp_path / name))
     assert len(str(told.value)) < 1000
+
+
+@pytest.mark.parametrize("column", [
+    pyarrow.array([2**62, 1], pyarrow.timestamp("us")), pyarrow.array([2**62, 1], pyarrow.duration("s")),
+    pyarrow.array([1, 2], pyarrow.timestamp("us", tz="Nowhere/City")),
+    pyarrow.array([b"\xff", b"b"], pyarrow.binary()).view(pyarrow.string()), pyarrow.array(["x"] * 101),
+], ids=["timestamp", "duration", "zone", "not UTF-8", "too many"])  # fmt: skip
+def test_parquet_that_cannot_be_had(column, tmp_path, monkeypatch):
+    monkeypatch.setattr(read, "VALUES", 100)
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": column}), tmp_path / "d.parquet")
+    with pytest.raises(DamagedFileError, match=r"d\.parquet: found"):
+        data.read(str(tmp_path / "d.parquet"))
+
+
+def test_data_is_in_files(tmp_path):
+    for make in (lambda path: path.symlink_to("/dev/zero"), os.mkfifo):
+        make(tmp_path / "d.jsonl")
+        with pytest.raises(DamagedFileError, match="found a device, a pipe"):
+            data.read(str(tmp_path))
+        (tmp_path / "d.jsonl").unlink()
+
+
+def test_half_a_surrogate_pair_is_no_text():
+    with pytest.raises(ValueError, match=r"row 1: answer is 'a\\ud800', with half of a surrogate pair"):
+        data.examples([{"question": "b", "answer": "a\ud800"}])
 
 
 def test_a_gguf_file_is_no_model_to_train(tmp_path):

@@ -139,6 +139,8 @@ def _convert(record: Record, roles: dict[str, str], system: str | None) -> list[
 def string(cell: Any, name: str) -> str:
     """A cell that has to be text; raises a ValueError that says what it is."""
     if isinstance(cell, str) and cell.strip():
+        if any("\ud800" <= c <= "\udfff" for c in cell):  # JSON can write it, no tokenizer reads it
+            raise ValueError(f"{name} is {short(cell)}, with half of a surrogate pair; accepted: text")
         return cell
     found = "empty" if cell is None or isinstance(cell, str) else f"the {type(cell).__name__} {short(cell)}"
     raise ValueError(f"{name} is {found}; accepted: text")

@@ -253,7 +253,7 @@ def out_of_memory(error: BaseException) -> bool:
 def first_line(error: BaseException) -> str:
     """What an exception says, on one line."""
     text = repr(error) if isinstance(error, KeyError) else str(error)  # of a key alone nobody would know what it is
-    text = " ".join(text.split()) or type(error).__name__
+    text = " ".join(text.partition("Exception raised from ")[0].split()) or type(error).__name__
     return text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"
 
 

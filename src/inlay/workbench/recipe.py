@@ -22,6 +22,8 @@ from inlay.workbench import kinds, optimizers, peft_methods
 from inlay.workbench.files import LENGTH, DamagedFileError, from_yaml
 from inlay.zeroth import ZerothOrder
 
+LARGEST = 2**32  # of the numbers in a recipe; beyond, libraries overflow in ways of their own
+
 
 def entry(default: Any, text: str, **meta: Any) -> Any:
     """A recipe field with its help text."""
@@ -244,7 +246,7 @@ STEPS = {  # and what each takes as `step_args`
 def check_step(recipe: Recipe) -> None:
     """Refuse ways to take a step that cannot be, or that do not go together."""
     recipe.zeroth()
-    optimizers.check(recipe.optim, recipe.method == peft_methods.FULL)
+    optimizers.check(recipe.optim, recipe.method == peft_methods.FULL, recipe.optimizer_args)
     if recipe.step != "backward" and recipe.method == peft_methods.FULL:
         raise ValueError(f"step: {recipe.step} keeps a copy of what is trained, so it is for adapters, not for full")
     if recipe.step != "backward" and recipe.gradient_checkpointing:
@@ -420,13 +422,15 @@ def conform_all(filled: Any) -> None:
     """Make every field of a dataclass the type it is annotated with.
 
     Raises:
-        ValueError: a value cannot be, or is below its field's minimum.
+        ValueError: a value cannot be, or is out of bounds.
     """
     hints = typing.get_type_hints(type(filled))
     for f in fields(filled):
         value = conform(f.name, hints[f.name], getattr(filled, f.name))
         if "min" in f.metadata and isinstance(value, (int, float)) and value < f.metadata["min"]:
             raise ValueError(f"{f.name}: {value} is below {f.metadata['min']}")
+        if isinstance(value, (int, float)) and abs(value) > LARGEST:
+            raise ValueError(f"{f.name}: {value!r:.40} is beyond {LARGEST:,}")
         setattr(filled, f.name, value)
 
 
@@ -448,11 +452,22 @@ def conform(name: str, hint: Any, value: Any) -> Any:
             try:
                 if math.isfinite(float(value)):
                     return float(value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 pass
         elif isinstance(option, type) and isinstance(value, option) and not (option is int and isinstance(value, bool)):
+            if not plain(value):
+                raise ValueError(f"{name}: {value!r:.100} holds what is no text, number, list or mapping of names")
             return value
-    raise ValueError(f"{name}: {value!r} is not {' or '.join(map(describe, options))}")
+    raise ValueError(f"{name}: {value!r:.100} is not {' or '.join(map(describe, options))}")
+
+
+def plain(value: Any) -> bool:
+    """Whether YAML and JSON both give a value back as it is."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and plain(inner) for key, inner in value.items())
+    return (
+        all(map(plain, value)) if isinstance(value, (list, tuple)) else isinstance(value, (str, int, float, type(None)))
+    )
 
 
 def describe(option: Any) -> str:
