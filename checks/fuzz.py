@@ -25,6 +25,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,25 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerState
 
 from inlay import InlayConfig, cache
-from inlay.workbench import builtin, checkpoints, comparison, data, foreign, gguf_model, models, recipe
+from inlay.workbench import (
+    builtin,
+    checkpoints,
+    comparison,
+    data,
+    foreign,
+    generate,
+    gguf_model,
+    models,
+    recipe,
+    trainer,
+)
 from inlay.workbench.merging import New
+from inlay.workbench.watch import Watch
 from inlay.workbench.weights import Weights
 
 SECONDS, MEMORY = 20, 2 << 30
@@ -54,6 +69,9 @@ steps: 10
 patterns: {k_proj: {r: 4}}
 trainer: {adam_beta2: 0.99}
 """
+
+
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% endfor %}"
 
 
 class Payload:
@@ -94,6 +112,8 @@ NASTY = [
     b"\n".join(b"%c: &%c [" % (n, n) + b",".join([b"*%c" % (n - 1)] * 9) + b"]" for n in range(98, 110)).replace(
         b"*a", b"x"
     ),
+    *(b"<<: [*a, *a]", b"{<<: {a: 1}}", b"a: &a {x: 1}\n"),
+    b"\n".join(b"%c: &%c {<<: [" % (n, n) + b",".join([b"*%c" % (n - 1)] * 9) + b"]}" for n in range(98, 110)),
     *(pickle.dumps(Payload()), b"PK\x03\x04", b"PAR1", b"GGUF", "\u00e9\u2028".encode() * 20),
 ]
 
@@ -175,10 +195,14 @@ def targets(scratch: Path) -> dict[str, Target]:
         known = model(input_ids=IDS).logits if folder == "adapter" else known
     point = scratch / "run" / "checkpoints"
     point.mkdir(parents=True)
-    (scratch / "run" / checkpoints.METRICS).write_text('{"step": 1}\n')
+    (scratch / "run" / checkpoints.METRICS).write_text('{"step": 1, "eval_loss": 2.0}\n')
     with checkpoints.staged(point, 1, False, {"recipe": {}, "identity": {}, "versions": {}}) as part:
         checkpoints.path_of(part, 1).mkdir()
-        (checkpoints.path_of(part, 1) / "trainer_state.json").write_text("{}")
+        TrainerState(global_step=1).save_to_json(str(checkpoints.path_of(part, 1) / "trainer_state.json"))
+    sealed = checkpoints.digests(checkpoints.path_of(point, 1))
+    words = Tokenizer(WordLevel({"a": 0, "b": 1, "?": 2}, "?"))
+    PreTrainedTokenizerFast(tokenizer_object=words, chat_template=TEMPLATE).save_pretrained(scratch / "model")
+    base.save_pretrained(scratch / "model")
     save_file(
         {"a": torch.ones(4, 4)},
         scratch / "one.safetensors",
@@ -207,6 +231,21 @@ def targets(scratch: Path) -> dict[str, Target]:
         assert found is None or found.run == {"recipe": {}, "identity": {}, "versions": {}}
         return found
 
+    def resealed(path: Path) -> object:
+        manifest = checkpoints.path_of(path, 1) / checkpoints.MANIFEST
+        with suppress(ValueError, RecursionError):
+            about = json.loads(manifest.read_text())
+            if isinstance(about, dict):
+                about |= {"files": checkpoints.digests(manifest.parent)} if about.get("files") == sealed else {}
+                about["seal"] = checkpoints.seal.of_values({k: v for k, v in about.items() if k != "seal"})
+                manifest.write_text(json.dumps(about))
+        found = checkpoints.newest(path, quiet)
+        return found and (trainer.state_of(found), Watch(path, quiet).restore(found.path))
+
+    def model(path: Path) -> object:
+        found, words = models.load_base(str(path), torch.float32)
+        return found, generate.prompt_text(words, [{"role": "user", "content": "a b"}])
+
     def cached(path: Path) -> object:
         os.environ["INLAY_CACHE"] = str(path)
         found = cache.load("starts", "one")
@@ -225,6 +264,8 @@ def targets(scratch: Path) -> dict[str, Target]:
             }.items()
         },
         "checkpoint": Target(checkpoint, contents(point)),
+        "resealed": Target(resealed, contents(point)),
+        "model": Target(model, contents(scratch / "model")),
         "adapter": Target(adapter, contents(scratch / "adapter")),
         "adapter of PEFT": Target(lambda p: foreign.read(p), contents(scratch / "lora")),
         "weights": Target(stored, contents(scratch / "base")),

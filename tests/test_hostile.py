@@ -3,15 +3,21 @@
 import contextlib
 import importlib.util
 import json
+import os
 import re
 import shutil
 import sys
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import torch
+import yaml
+from peft import PeftModel, get_peft_model
 
-from inlay.workbench import builtin, data, models, recipe
+from inlay import InlayConfig
+from inlay.cli import main
+from inlay.workbench import builtin, data, files, models, read, recipe
 from inlay.workbench.files import DamagedFileError
 
 BOMB = "a: &a [1]\n" + "".join(f"{n}: &{n} [{', '.join(['*' + chr(ord(n) - 1)] * 9)}]\n" for n in "bcdefghijkl")
@@ -31,8 +37,8 @@ def fuzz():
 def test_a_slice_of_the_fuzzing(fuzz, tmp_path, monkeypatch, capsys):
     """The same cases at every run; make fuzz goes through 100,000."""
     monkeypatch.setenv("INLAY_CACHE", str(tmp_path / "cache"))
-    assert fuzz.run(392, 7, "", tmp_path) == 0
-    assert capsys.readouterr().out.count(" 0 unhandled") == 14
+    assert fuzz.run(448, 7, "", tmp_path) == 0
+    assert capsys.readouterr().out.count(" 0 unhandled") == 16
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -59,8 +65,10 @@ def test_the_fuzzing_sees_what_goes_wrong(fuzz, tmp_path, monkeypatch):
         ("true: 1", "no field's name"),
         ("args: 5", "args: 5 is not a mapping"),
         ("model: a\0b", "not YAML"),
+        ("a: &a {x: 1}\nargs: {<<: [*a, *a]}", "merge key"),
+        ("model: " + "x" * 1_000_000, "longer than 1,000,000"),
     ],
-    ids=["list", "mapping", "bomb", "ring", "code", "date", "key", "args", "NUL"],
+    ids=["list", "mapping", "bomb", "ring", "code", "date", "key", "args", "NUL", "merge", "long"],
 )  # fmt: skip
 def test_a_recipe_that_is_none(text, why, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -69,6 +77,37 @@ def test_a_recipe_that_is_none(text, why, tmp_path, monkeypatch):
         recipe.load("r.yaml", {})
     assert len(str(told.value)) < 1000
     assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
+
+
+@pytest.mark.parametrize("text", [
+    f"learning_rate: 1{'0' * 400}", f"learning_rate: 0x{'f' * 300}", "learning_rate: 1e38", "epochs: 1.0e308",
+    f"batch_size: 1{'0' * 30}", "target_modules: '('", "exclude_modules: '(*'", "target_modules: [[a]]",
+    "modules_to_save: [1]", "patterns: {1: {r: 2}}", "{method: peft:lora, target_modules: '('}",
+    "{method: peft:lora, args: {1: 2}}", "trainer: {1: 2}", "trainer: {run_name: 2001-01-01}",
+    "optimizer_args: {betas: 2001-01-01}", "optimizer_args: {foo: 2}", "columns: {5: a}",
+])  # fmt: skip
+def test_values_that_libraries_would_trip_over_are_refused(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text(text)
+    said = refused(capsys, "train", "r.yaml", "--dry-run")
+    assert any(f"{word}:" in said for word in re.findall(r"\w+", text)), said
+    assert len(said) < 300
+
+
+@pytest.mark.parametrize(("arguments", "why"), [
+    (["train", "--args", "[" * 3000], "args: '[[["), (["train", "--epochs", "1e400"], "epochs: "),
+    (["plan", "--csv", "/nonexistent/x.csv"], "no folder /nonexistent"),
+    (["plan", "--length", "9" * 400], "whole number"),
+    (["plan", "--r", "9" * 5000], "whole number"), (["merge", "\x1b[2J", "o"], "\\x1b[2J"),
+])  # fmt: skip
+def test_flags_that_libraries_would_trip_over_are_refused(arguments, why, capsys):
+    assert why in refused(capsys, *arguments)
+
+
+def test_values_are_counted_while_they_are_read(monkeypatch):
+    monkeypatch.setattr(files, "SIZE", 100)
+    with pytest.raises(yaml.YAMLError, match=r"holds more than 100 values$"):
+        files.from_yaml(f"[{'1,' * 101}]")
 
 
 def test_a_models_own_code_runs_only_if_asked_for():
@@ -106,6 +145,31 @@ def test_data_that_is_none(name, content, tmp_path):
     assert len(str(told.value)) < 1000
 
 
+@pytest.mark.parametrize("column", [
+    pyarrow.array([2**62, 1], pyarrow.timestamp("us")), pyarrow.array([2**62, 1], pyarrow.duration("s")),
+    pyarrow.array([1, 2], pyarrow.timestamp("us", tz="Nowhere/City")),
+    pyarrow.array([b"\xff", b"b"], pyarrow.binary()).view(pyarrow.string()), pyarrow.array(["x"] * 101),
+], ids=["timestamp", "duration", "zone", "not UTF-8", "too many"])  # fmt: skip
+def test_parquet_that_cannot_be_had(column, tmp_path, monkeypatch):
+    monkeypatch.setattr(read, "VALUES", 100)
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": column}), tmp_path / "d.parquet")
+    with pytest.raises(DamagedFileError, match=r"d\.parquet: found"):
+        data.read(str(tmp_path / "d.parquet"))
+
+
+def test_data_is_in_files(tmp_path):
+    for make in (lambda path: path.symlink_to("/dev/zero"), os.mkfifo):
+        make(tmp_path / "d.jsonl")
+        with pytest.raises(DamagedFileError, match="found a device, a pipe"):
+            data.read(str(tmp_path))
+        (tmp_path / "d.jsonl").unlink()
+
+
+def test_half_a_surrogate_pair_is_no_text():
+    with pytest.raises(ValueError, match=r"row 1: answer is 'a\\ud800', with half of a surrogate pair"):
+        data.examples([{"question": "b", "answer": "a\ud800"}])
+
+
 def test_a_gguf_file_is_no_model_to_train(tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     with pytest.raises(ValueError, match=r"m\.gguf is packed for llama\.cpp; give the folder or hub id"):
@@ -127,8 +191,81 @@ def test_a_models_own_code_does_not_run(kind, tiny, tmp_path):
     for name, values in (("config.json", {**about, "model_type": kind}), ("tokenizer_config.json", {})):
         (folder / name).write_text(json.dumps({**values, "auto_map": own}))
     (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    for read in (models.load_tokenizer, models.load_config, lambda name: models.load_model(name, torch.float32)):
-        known = kind == "llama" and read is not models.load_tokenizer
+    for load in (models.load_tokenizer, models.load_config, lambda name: models.load_model(name, torch.float32)):
+        known = kind == "llama" and load is not models.load_tokenizer
         with contextlib.nullcontext() if known else pytest.raises(ValueError, match="cannot be loaded"):
-            read(str(folder))
+            load(str(folder))
     assert not (tmp_path / "ran").exists()
+
+
+def spoil(path, change):
+    """Cut a file in half, replace it, or change fields of the JSON that it holds."""
+    if change is None:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    else:
+        path.write_text(change if isinstance(change, str) else json.dumps(json.loads(path.read_text()) | change))
+
+
+def refused(capsys, *arguments):
+    """What a verb says that refuses, on one line."""
+    with pytest.raises(SystemExit) as end:
+        main(list(arguments))
+    said = capsys.readouterr().err.strip()
+    assert end.value.code == 2
+    assert "\n" not in said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("model.safetensors", None),
+        ("config.json", {"hidden_size": 32}),
+        ("config.json", {"hidden_size": -64}),
+        ("config.json", {"hidden_size": "x"}),
+        ("config.json", {"num_attention_heads": 0}),
+        ("config.json", "[]"),
+        ("config.json", "[" * 100_000),
+        ("tokenizer_config.json", "[]"),
+        ("chat_template.jinja", "{% for x in %}"),
+        ("chat_template.jinja", "{{ 1/0 }}"),
+    ],
+)  # fmt: skip
+def test_a_damaged_model_folder_is_said(name, change, tiny, records, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny, "m")
+    spoil(Path("m", name), change)
+    what = "chat template does not take" if name.endswith("jinja") else "'m' cannot be loaded"
+    for verb in (["generate", "--prompt", "hi"], ["train", "--data", records, "--output", "o", "--samples", "0"]):
+        assert what in refused(capsys, *verb, "--model", "m")
+
+
+def test_out_of_memory_is_no_damaged_file():
+    for full in (MemoryError(), torch.OutOfMemoryError("CUDA"), RuntimeError("can't allocate memory")):
+        with pytest.raises(type(full)), models.loading("m"):
+            raise full
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter")
+    config = InlayConfig(method="lora", args={"r": 2}, target_modules=["q_proj"])
+    base, _ = models.load_base(tiny, torch.float32)
+    get_peft_model(base, config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("change", [
+    "[" * 100_000, "[]", '{"base_model_name_or_path": "m", "peft_type": "NOPE"}', {"peft_type": 5}, {"patterns": 5},
+    {"args": [1]}, {"format_version": "x"}, {"seals": {"q_proj": 5}}, {"seals": 5}, {"target_modules": [["a"]]},
+    {"exclude_modules": "("},
+])  # fmt: skip
+def test_a_damaged_adapter_config_is_said(change, adapter, tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(adapter, "a")
+    spoil(Path("a", "adapter_config.json"), change)
+    for verb in ("generate a --prompt hi --model", "merge a o --model", "export a o --model", "inspect a --base"):
+        assert "a/adapter_config.json" in refused(capsys, *verb.split(), tiny)
+    if isinstance(change, dict) and "peft_type" not in change:  # in Python too, which PEFT leads to our config
+        with pytest.raises(ValueError, match=next(iter(change))):
+            PeftModel.from_pretrained(models.load_model(tiny, torch.float32), "a")

@@ -333,17 +333,52 @@ def test_a_run_that_was_killed_when_all_was_written_is_completed(whole, tmp_path
     assert not (run / ".before.json").exists()
 
 
+def reseal(folder, **changed):
+    """Make a checkpoint's manifest right again, as somebody else could."""
+    about = json.loads((folder / "manifest.json").read_text()) | {"files": checkpoints.digests(folder)} | changed
+    about.pop("seal")
+    (folder / "manifest.json").write_text(json.dumps({**about, "seal": checkpoints.seal.of_values(about)}))
+
+
+@pytest.mark.parametrize("changed", [
+    {"files": [1]}, {"run": {}}, {"run": 5}, {"step": "5"}, {"step": 4},
+    {"run": {"recipe": 1, "identity": 2, "versions": 3}},
+])  # fmt: skip
+def test_a_sealed_manifest_that_is_none_is_passed_over(changed, cut):
+    reseal(cut / "checkpoints" / "checkpoint-5", **changed)
+    assert checkpoints.newest(cut / "checkpoints", SILENT).step == 4
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("metrics.jsonl", ""), ("metrics.jsonl", "5"), ("metrics.jsonl", '{"eval_loss": "x"}'),
+    ("trainer_state.json", '{"x": 1}'), ("trainer_state.json", "[" * 100_000),
+    ("trainer_state.json", '{"global_step": 5, "best_metric": "x"}'),
+    ("optimizer.pt", ""), ("rng_state.pth", "x"), ("scheduler.pt", ""),
+])  # fmt: skip
+def test_sealed_files_that_are_none_are_said(name, content, cut, capsys):
+    folder = cut / "checkpoints" / "checkpoint-5"
+    (folder / name).write_text(content)
+    reseal(folder)
+    assert "checkpoint-5" in (said := fails(capsys, "train", "--resume", str(cut)))
+    assert "cannot be loaded" in said
+
+
+def test_a_checkpoints_manifest_may_be_no_file(cut):
+    manifest = cut / "checkpoints" / "checkpoint-5" / "manifest.json"
+    manifest.unlink()
+    os.mkfifo(manifest)
+    assert checkpoints.newest(cut / "checkpoints", SILENT).step == 4
+
+
 def test_a_pickle_in_a_checkpoint_does_not_run(cut, capsys):
     class Payload:
         def __reduce__(self):
             return Path.touch, (cut / "ran",)
 
     folder = cut / "checkpoints" / "checkpoint-5"
-    found = checkpoints.read(folder)
     torch.save({"state": Payload()}, folder / "optimizer.pt")
-    about = {"format": 1, "step": 5, "over": False, "run": found.run, "files": checkpoints.digests(folder)}
-    (folder / "manifest.json").write_text(json.dumps({**about, "seal": checkpoints.seal.of_values(about)}))
-    assert "is not read" in fails(capsys, "train", "--resume", str(cut))
+    reseal(folder)
+    assert "cannot be loaded" in fails(capsys, "train", "--resume", str(cut))
     assert not (cut / "ran").exists()
     torch.load(folder / "optimizer.pt", weights_only=False)  # it is one that would
     assert (cut / "ran").exists()

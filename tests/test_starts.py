@@ -153,6 +153,13 @@ def test_a_damaged_entry_is_computed_again(folder, damage):
     assert all(torch.equal(again[k], first[k]) for k in first)
 
 
+@pytest.mark.parametrize("marks", ['["a"]', "5", "[" * 100_000, '{"a": 5}', "null"])
+def test_a_cache_entry_with_odd_marks_is_none(marks, folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({"a": torch.ones(2)}, folder / "k.safetensors", {"fingerprints": marks})
+    assert cache.load("starts", "k") is None
+
+
 def test_a_cache_that_cannot_be_written_costs_time_only(folder):
     folder.parent.joinpath("starts").write_text("a file where the folder should be")
     with pytest.warns(UserWarning, match="cannot be written"):

@@ -49,10 +49,10 @@ def load(kind: str, key: str) -> dict[str, Tensor] | None:
     path = cache_folder() / kind / f"{key}.safetensors"
     try:
         with safe_open(path, "pt") as file:
-            marks = json.loads((file.metadata() or {})["fingerprints"])
+            marks = dict(json.loads((file.metadata() or {})["fingerprints"]))
             tensors = {name: file.get_tensor(name) for name in marks}
         os.utime(path)
-    except (OSError, SafetensorError, KeyError, ValueError):
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError):
         return None
     return tensors if all(fingerprint(t) == marks[name] for name, t in tensors.items()) else None
 

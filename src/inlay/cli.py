@@ -43,8 +43,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def fail(message: str) -> Any:
-    """End with the user's mistake on one line."""
-    print(f"inlay: {' '.join(message.split())}", file=sys.stderr)
+    """End with the user's mistake on one line, in which nothing steers the terminal."""
+    said = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
+    print(f"inlay: {said}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -413,6 +414,9 @@ def plan(options: argparse.Namespace) -> None:
     models.quiet()
     own = ("verb", "run", "model", "batch_size", "length", "fits", "dtype", "device", "r", "json", "csv")
     flags = {k: recipe.from_flag(k, v) if isinstance(v, str) else v for k, v in vars(options).items() if k not in own}
+    for path in filter(None, (options.json, options.csv)):  # before a minute is spent
+        if not Path(path).parent.is_dir():
+            raise ValueError(f"{path} cannot be written: there is no folder {Path(path).parent}")
     made = plan_table.candidates(flags, whole_numbers("--r", options.r))
     trust = bool(flags.get("trust_remote_code"))
     of = Run(options.model, None, models.DTYPES[options.dtype], device=options.device, trust_remote_code=trust)
@@ -441,14 +445,13 @@ def whole_numbers(flag: str, text: str) -> list[int]:
 
 def positive(text: str) -> int:
     """A whole number from 1 up."""
-    if not text.isdecimal() or not int(text):
+    if not text.isdecimal() or len(text) > 9 or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 up")
     return int(text)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a verb; a mistake of the user's is one line and exit code 2."""
-    import torch
 
     from inlay.host.processes import Elsewhere
 
@@ -467,12 +470,12 @@ def main(arguments: list[str] | None = None) -> None:
         if os.environ.get("INLAY_DEBUG"):
             raise
         fail(str(error))
-    except (torch.OutOfMemoryError, MemoryError):
+    except Exception as error:
+        from inlay.workbench.models import out_of_memory
+
+        if not out_of_memory(error):
+            raise
         fail(OUT_OF_MEMORY)
-    except RuntimeError as error:
-        if "allocate memory" in str(error) or "not enough memory" in str(error):
-            fail(OUT_OF_MEMORY)
-        raise
 
 
 def parser() -> Parser:

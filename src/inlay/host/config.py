@@ -15,6 +15,25 @@ from inlay.ops import SAVERS
 
 FORMAT_VERSION = 1
 BIAS = ("none", "all", "inlay_only")
+NAMES, SEALED = (list, set, tuple), {"tensors", "base"}
+
+
+def check_where(config: PeftConfig) -> None:
+    """Refuse what PEFT would trip over where it looks for the modules that a config, of whatever type, names."""
+    for what in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+        value = getattr(config, what, None)
+        if isinstance(value, str):
+            check_regex(what, value)
+        elif value is not None and not (isinstance(value, NAMES) and all(isinstance(name, str) for name in value)):
+            raise ValueError(f"{what}: {value!r} is not a name or a list of names")
+
+
+def check_regex(what: str, pattern: Any) -> None:
+    """Refuse what is no regular expression."""
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError, RecursionError, OverflowError) as error:
+        raise ValueError(f"{what}: {pattern!r} is not a regular expression ({error})") from None
 
 
 def add_peft_type(name: str) -> PeftType:
@@ -93,6 +112,13 @@ class InlayConfig(PeftConfig):
         self.peft_type = INLAY
         if isinstance(self.method, Method):
             self._take(self.method)
+        for name, kind in (("args", dict), ("patterns", dict), ("seals", dict), ("format_version", int)):
+            if not isinstance(value := getattr(self, name), kind | None):
+                raise ValueError(f"{name}={value!r} is not {'a mapping' if kind is dict else 'a whole number'}")
+        for mark in (self.seals or {}).values():
+            if not (isinstance(mark, dict) and mark.keys() >= SEALED):
+                raise ValueError(f"seals: {mark!r} is no seal; set config.seals = None to load without")
+        check_where(self)
         self.args = dict(self.args or {})
         self.patterns = dict(self.patterns or {})
         self._adopt_host_args()
@@ -135,10 +161,7 @@ class InlayConfig(PeftConfig):
         for pattern, overrides in self.patterns.items():
             if not isinstance(overrides, dict):
                 raise ValueError(f"patterns: {pattern!r} needs hyperparameters as {{name: value}}, not {overrides!r}")
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"patterns: {pattern!r} is not a regular expression ({error})") from None
+            check_regex("patterns", pattern)
         for overrides in ({}, *self.patterns.values()):
             self._build(overrides)
         if self.format_version is not None and self.hyperparameters not in (None, self._digest()):

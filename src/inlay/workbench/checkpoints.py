@@ -121,11 +121,16 @@ def read(path: Path) -> Checkpoint:
         ValueError: it is not whole.
     """
     try:
+        if not (path / MANIFEST).is_file():  # it may be what has no end
+            raise ValueError
         about = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         mark = about.pop("seal")
         if mark != seal.of_values(about) or about["format"] != FORMAT:
             raise ValueError
         files, found = about["files"], Checkpoint(path, about["step"], about["over"], about["run"])
+        parts = [files, *(found.run[part] for part in ("recipe", "identity", "versions"))]
+        if path.name != f"checkpoint-{found.step!r}" or not all(isinstance(part, dict) for part in parts):
+            raise ValueError
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise DamagedFileError(f"{path} is not whole: its {MANIFEST} is missing or damaged") from None
     there = digests(path)
@@ -194,5 +199,6 @@ def divided(found: Checkpoint) -> set[str]:
 
 def versions_changed(found: Checkpoint) -> list[str]:
     """The libraries that are not those a checkpoint was made with: with others, bits may differ."""
-    return [f"{name} {old} (now {environment()[name]})" for name, old in found.run["versions"].items()
-            if environment()[name] != old]  # fmt: skip
+    now = environment()
+    return [f"{name} {old} (now {now.get(name)})" for name, old in found.run["versions"].items()
+            if now.get(name) != old]  # fmt: skip

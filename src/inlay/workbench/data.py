@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from inlay.workbench.read import Record, read, short  # noqa: F401 (read is part of this room)
@@ -140,6 +139,8 @@ def _convert(record: Record, roles: dict[str, str], system: str | None) -> list[
 def string(cell: Any, name: str) -> str:
     """A cell that has to be text; raises a ValueError that says what it is."""
     if isinstance(cell, str) and cell.strip():
+        if any("\ud800" <= c <= "\udfff" for c in cell):  # JSON can write it, no tokenizer reads it
+            raise ValueError(f"{name} is {short(cell)}, with half of a surrogate pair; accepted: text")
         return cell
     found = "empty" if cell is None or isinstance(cell, str) else f"the {type(cell).__name__} {short(cell)}"
     raise ValueError(f"{name} is {found}; accepted: text")
@@ -283,9 +284,14 @@ def _ended(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
 def _ids(value: str | list[dict[str, str]], tokenizer: Any, **options: Any) -> list[int]:
     if isinstance(value, str):
         return tokenizer(text=value)["input_ids"]
+    return templated(tokenizer, value, tokenize=True, return_dict=True, **options)["input_ids"]
+
+
+def templated(tokenizer: Any, chat: list[dict[str, Any]], **options: Any) -> Any:
+    """A conversation in the model's chat template, which is a program and fails as programs do."""
     try:
-        return tokenizer.apply_chat_template(value, tokenize=True, return_dict=True, **options)["input_ids"]
-    except jinja2.TemplateError as error:
+        return tokenizer.apply_chat_template(chat, **options)
+    except Exception as error:
         raise ValueError(f"the model's chat template does not take this example: {error}") from error
 
 

@@ -18,7 +18,8 @@ from typing import IO, Any
 
 import yaml
 
-DEPTH, SIZE = 50, 100_000  # levels of a YAML file, and values, those that an alias repeats counted again
+# Of a YAML file: levels; values, those that an alias repeats counted again; characters.
+DEPTH, SIZE, LENGTH = 50, 100_000, 1_000_000
 
 
 class DamagedFileError(ValueError):
@@ -43,6 +44,8 @@ def from_yaml(text: str) -> Any:
     Raises:
         yaml.YAMLError: it is none, is nested too deeply, or holds too much once its aliases are written out.
     """
+    if len(text) > LENGTH:
+        raise yaml.YAMLError(f"it is longer than {LENGTH:,} characters")
     values = yaml.load(text, Shallow)  # a SafeLoader: it makes plain values and runs nothing
     waiting, seen = [values], 0
     while waiting:
@@ -54,17 +57,24 @@ def from_yaml(text: str) -> Any:
 
 
 class Shallow(yaml.SafeLoader):
-    """Follows no more than DEPTH levels."""
+    """Follows no more than DEPTH levels, reads no more than SIZE values, and merges none into others."""
 
-    level = 0
+    level = seen = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        self.level += 1
+        self.level, self.seen = self.level + 1, self.seen + 1
         if self.level > DEPTH:
             raise yaml.YAMLError(f"it is nested more than {DEPTH} levels deep")
+        if self.seen > SIZE:  # to read these takes seconds already
+            raise yaml.YAMLError(f"it holds more than {SIZE:,} values")
         node = super().compose_node(parent, index)
         self.level -= 1
         return node
+
+    def flatten_mapping(self, node: Any) -> None:
+        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):  # it multiplies before one could count
+            raise yaml.YAMLError("it has a merge key (<<); write the values out")
+        super().flatten_mapping(node)
 
 
 def write_text(path: Path, text: str) -> None:

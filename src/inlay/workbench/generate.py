@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from inlay.workbench.data import plain
+from inlay.workbench.data import plain, templated
 
 Chat = list[dict[str, str]]
 
@@ -15,7 +15,7 @@ Chat = list[dict[str, str]]
 def prompt_text(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> str:
     """A conversation as the text the model continues, in its chat template or, without one, the plain one."""
     if tokenizer.chat_template:
-        return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+        return str(templated(tokenizer, chat, tokenize=False, add_generation_prompt=True))
     return plain({"prompt": chat, "completion": [{"role": "assistant", "content": ""}]})["prompt"]
 
 

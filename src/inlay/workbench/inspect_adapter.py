@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from peft import PeftConfig
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -58,7 +57,7 @@ def inspect_adapter(
     folder = models.adapter_folder(str(adapter))
     name = model or models.base_of(folder)
     revision = revision or (None if model else models.revision_of(folder))
-    if PeftConfig.from_pretrained(str(folder)).peft_type == OURS:
+    if models.read_config(folder).peft_type == OURS:
         found = changes_of(folder, name, layers, revision, trust_remote_code)
     else:
         with tempfile.TemporaryDirectory() as part:

@@ -71,7 +71,7 @@ def load(
 def auto_of(folder: Path, base: str, revision: str | None, trust_remote_code: bool) -> Any:
     """The class that loads an adapter's base."""
     config = models.load_config(base, trust_remote_code, revision)
-    return kinds.auto_for(config, InlayConfig.from_pretrained(str(folder)).task_type)
+    return kinds.auto_for(config, models.read_config(folder).task_type)
 
 
 Weighted = tuple[float, PeftModel]  # a weight, and an adapter on a base without memory
@@ -176,7 +176,7 @@ def others(folder: Path) -> dict[str, Tensor]:
 
     Not the embeddings that PEFT saves along, as they are, where a head is adapted.
     """
-    config = cast(InlayConfig, InlayConfig.from_pretrained(str(folder)))
+    config = cast(InlayConfig, models.read_config(folder))
     stored = load_file(folder / "adapter_model.safetensors")
     rest = {k: v for k, v in stored.items() if f".{PREFIX}" not in k and f".{START}" not in k}
 
@@ -198,7 +198,7 @@ def write(folder: Path, source: Path, model: PeftModel, made: list[Change], r: i
             if not rounded.isfinite().all():
                 raise ValueError(f"{name} does not fit {dtype}; choose the dtype bfloat16 or float32")
             tensors[name] = rounded
-    asked = cast(InlayConfig, InlayConfig.from_pretrained(str(source)))
+    asked = cast(InlayConfig, models.read_config(source))
     config = LoraConfig(
         r=r,
         lora_alpha=r,

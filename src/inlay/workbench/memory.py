@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from inlay.host import slot
-from inlay.workbench.models import first_line, load_config
+from inlay.workbench.models import load_config, loading
 
 
 def meta_model(
@@ -29,11 +29,8 @@ def meta_model(
     config = load_config(name, trust_remote_code, revision, **settings)
     if layers is not None:
         config = cut_short(config, layers)
-    try:
-        with torch.device("meta"):
-            return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    except ValueError as error:
-        raise ValueError(f"model {name!r} cannot be built: {first_line(error)}") from None
+    with loading(f"model {name!r}"), torch.device("meta"):
+        return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def cut_short(settings, layers: int):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -82,7 +84,7 @@ def load_base(
 def auto_of(name: str) -> Any:
     """What loads a model that is judged: a classifier where its configuration says it is one."""
     heads = load_config(name).architectures or []
-    classifies = any(head.endswith("ForSequenceClassification") for head in heads)
+    classifies = any(str(head).endswith("ForSequenceClassification") for head in heads)
     return AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
 
 
@@ -110,10 +112,8 @@ def load_model(
         if getattr(load_config(name, trust_remote_code, revision), "quantization_config", None):
             raise ValueError(f"model {name!r} is quantised already; adapt it as it is, with quantize: none")
         options["quantization_config"] = quantization
-    try:
+    with loading(f"model {name!r}"):
         model = auto.from_pretrained(where, dtype=dtype, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ValueError(f"model {name!r} cannot be loaded: {first_line(error)}") from None
     for module in model.modules():
         readable(module)
     settle_dtype(model, dtype)
@@ -137,19 +137,15 @@ def settle_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """A model's tokenizer, or one that lies in a folder without a model."""
     where = name if (Path(name) / "tokenizer.json").exists() else resolve(name)
-    try:
+    with loading(f"the tokenizer of {name!r}"):
         return AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"the tokenizer of {name!r} cannot be loaded: {first_line(error)}") from None
 
 
 def load_config(name: str, trust_remote_code: bool = False, revision: str | None = None, **settings: Any) -> Any:
     """A model's configuration alone, with `settings` in place of its own."""
     where = resolve(name)
-    try:
+    with loading(f"model {name!r}"):
         return AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, revision=revision, **settings)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"model {name!r} cannot be loaded: {first_line(error)}") from None
 
 
 def adapter_folder(path: str) -> Path:
@@ -179,7 +175,17 @@ def base_of(adapter: Path) -> str:
 
 def revision_of(adapter: Path) -> str | None:
     """The revision of its base that an adapter names."""
-    return PeftConfig.from_pretrained(str(adapter)).revision
+    return read_config(adapter).revision
+
+
+def read_config(adapter: Path) -> PeftConfig:
+    """An adapter's configuration.
+
+    Raises:
+        ValueError: it is none.
+    """
+    with loading(f"{adapter}/adapter_config.json", DamagedFileError):
+        return PeftConfig.from_pretrained(str(adapter))
 
 
 def settings_of(adapter: Path) -> dict[str, Any]:
@@ -188,14 +194,15 @@ def settings_of(adapter: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is of a classification and does not say them.
     """
-    if PeftConfig.from_pretrained(str(adapter)).task_type != kinds.SEQUENCE:
+    if read_config(adapter).task_type != kinds.SEQUENCE:
         return {}
     if not (adapter / "config.json").is_file():
         raise ValueError(
             f"{adapter} classifies and does not say its labels; put the config.json of its model beside it "
             "(model.config.save_pretrained), as inlay train does"
         )
-    config = AutoConfig.from_pretrained(str(adapter / "config.json"))
+    with loading(f"{adapter}/config.json", DamagedFileError):
+        config = AutoConfig.from_pretrained(str(adapter / "config.json"))
     names = ("num_labels", "id2label", "label2id", "problem_type")
     return {name: getattr(config, name) for name in names}
 
@@ -221,15 +228,32 @@ def load_adapter(model: PreTrainedModel, adapter: Path, trainable: bool = False,
     """
     if not (adapter / "adapter_model.safetensors").is_file():
         raise ValueError(f"{adapter} has no adapter_model.safetensors")
-    try:
+    with loading(f"adapter {adapter}", DamagedFileError):
         return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable, low_cpu_mem_usage=light)
-    except Exception as error:  # safetensors, JSON and PEFT each raise their own kind
-        raise DamagedFileError(f"adapter {adapter} cannot be loaded: {first_line(error)}") from None
+
+
+@contextmanager
+def loading(what: str, kind: type[ValueError] = ValueError) -> Iterator[None]:
+    """Around a library that loads a file: of a damaged one, each raises what it trips over."""
+    try:
+        yield
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise kind(f"{what} cannot be loaded: {first_line(error)}") from error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that a GPU's memory, or the machine's, has ended."""
+    said = str(error) if isinstance(error, RuntimeError) else ""
+    ended = "allocate memory" in said or "not enough memory" in said
+    return ended or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def first_line(error: BaseException) -> str:
     """What an exception says, on one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = repr(error) if isinstance(error, KeyError) else str(error)  # of a key alone nobody would know what it is
+    text = " ".join(text.partition("Exception raised from ")[0].split()) or type(error).__name__
     return text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"
 
 

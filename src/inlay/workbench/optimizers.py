@@ -21,11 +21,13 @@ from inlay.workbench.peft_methods import instead
 
 OWN = {"muon": (2,), "scion": (1, 2), "subspace_descent": ()}  # and how many dimensions a parameter may have (any)
 PROJECTING = ("galore", "apollo")
+DEAF = ("adamw_torch", "adamw_torch_fused", "adafactor")  # transformers gives them no arguments
 PACKAGES = {"scion": "pytorch_optimizer", "galore": "galore_torch", "apollo": "apollo_torch"}
 
 
-def check(name: str, full: bool) -> None:
-    """Refuse an optimiser that is unknown, not installed, or not for this: `full` fine-tuning, or adapters.
+def check(name: str, full: bool, args: dict[str, Any]) -> None:
+    """Refuse an optimiser that is unknown, not installed, or not for this: `full` fine-tuning, or adapters; or `args`
+    that it would pass over.
 
     Raises:
         ValueError: it is one of these.
@@ -33,6 +35,8 @@ def check(name: str, full: bool) -> None:
     known = [*(member.value for member in OptimizerNames), *OWN]
     if name not in known:
         raise ValueError(f"optimizer: transformers has no {name!r}; {instead(name, known)}")
+    if args and name in DEAF:
+        raise ValueError(f"optimizer_args: {name} takes none; adam_beta1, adam_beta2 and adam_epsilon go in trainer")
     kind = name.partition("_")[0]
     if kind in PROJECTING and not full:
         raise ValueError(

@@ -16,6 +16,8 @@ from peft import AdaLoraConfig, LoraConfig, PeftConfig, initialize_lora_eva_weig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import TrainerCallback
 
+from inlay.host.config import check_where
+
 FULL = "full"
 PREFIX = "peft:"
 ADALORA = "peft:adalora"
@@ -70,9 +72,11 @@ def config(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about defaults that were not chosen here
-            return cls(task_type=task_type, **values)
+            made = cls(task_type=task_type, **values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{method}: {' '.join(str(error).split())}") from None
+    check_where(made)
+    return made
 
 
 def config_class(method: str) -> type[PeftConfig]:

@@ -16,7 +16,6 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from inlay.folding import fold
-from inlay.host.config import InlayConfig
 from inlay.workbench import data, kinds, memory, models, ranks, stream
 from inlay.workbench.checkpoints import Checkpoint
 from inlay.workbench.files import check_free
@@ -154,7 +153,7 @@ def fitting_batch(run: Run, length: int, most: int, loaded: bool) -> int:
 
 def check_fold(recipe: Recipe, adapter: Path) -> None:
     """Refuse to train a fold as another method than the one it was made with."""
-    asked, made = recipe.config().to_dict(), InlayConfig.from_pretrained(str(adapter)).to_dict()
+    asked, made = recipe.config().to_dict(), models.read_config(adapter).to_dict()
     names = ["method", "args", "scale", "dropout", "patterns"]
     names += ["bias", "modules_to_save", "exclude_modules", "layers_to_transform"]
     names += ["target_modules"] if recipe.target_modules != "all-linear" else []  # all that were folded

@@ -17,6 +17,7 @@ from inlay.workbench import builtin
 from inlay.workbench.files import DamagedFileError, from_json
 
 Record = dict[str, Any]
+VALUES, BYTES = 20_000_000, 4 << 30  # of a Parquet file, which may be a thousandth of that on the disk
 
 
 def read(source: str, split: str | None = None) -> list[Record]:
@@ -73,6 +74,8 @@ def _read_file(path: Path) -> list[Record]:
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise _bad(path, f"the suffix {path.suffix!r}", KINDS)
+    if path.exists() and not path.is_file():
+        raise _bad(path, "a device, a pipe or a folder", "a file")
     try:
         records = reader(path)
     except OSError as error:
@@ -139,9 +142,18 @@ def _read_table(path: Path) -> list[Record]:
 
 def _read_parquet(path: Path) -> list[Record]:
     try:
-        return pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise _bad(path, short(str(error)), "a Parquet file") from error
+        about = pyarrow.parquet.read_metadata(path)
+        groups = [about.row_group(i) for i in range(about.num_row_groups)]
+        values = sum(group.column(i).num_values for group in groups for i in range(group.num_columns))
+        size = sum(group.total_byte_size for group in groups)
+        if values <= VALUES and size <= BYTES:
+            return pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, ValueError, OverflowError, KeyError, NotImplementedError) as error:
+        if isinstance(error, MemoryError):
+            raise
+        raise _bad(path, short(str(error)), "a Parquet file of plain values") from error
+    most = f"at most {VALUES:,} in {BYTES >> 30} GiB (streaming: true reads more)"
+    raise _bad(path, f"{values:,} values in {size / 2**30:.1f} GiB", most)
 
 
 def _read_paragraphs(path: Path) -> list[Record]:

@@ -19,8 +19,10 @@ from peft import PeftConfig
 from inlay.host.config import InlayConfig
 from inlay.methods import METHODS, find
 from inlay.workbench import kinds, optimizers, peft_methods
-from inlay.workbench.files import DamagedFileError, from_yaml
+from inlay.workbench.files import LENGTH, DamagedFileError, from_yaml
 from inlay.zeroth import ZerothOrder
+
+LARGEST = 2**32  # of the numbers in a recipe; beyond, libraries overflow in ways of their own
 
 
 def entry(default: Any, text: str, **meta: Any) -> Any:
@@ -244,7 +246,7 @@ STEPS = {  # and what each takes as `step_args`
 def check_step(recipe: Recipe) -> None:
     """Refuse ways to take a step that cannot be, or that do not go together."""
     recipe.zeroth()
-    optimizers.check(recipe.optim, recipe.method == peft_methods.FULL)
+    optimizers.check(recipe.optim, recipe.method == peft_methods.FULL, recipe.optimizer_args)
     if recipe.step != "backward" and recipe.method == peft_methods.FULL:
         raise ValueError(f"step: {recipe.step} keeps a copy of what is trained, so it is for adapters, not for full")
     if recipe.step != "backward" and recipe.gradient_checkpointing:
@@ -374,7 +376,8 @@ def from_values(values: dict[str, Any], overrides: dict[str, Any], path: str | N
 def read_yaml(path: str) -> dict[str, Any]:
     """A YAML mapping from a file."""
     try:
-        values = from_yaml(Path(path).read_text(encoding="utf-8"))
+        with Path(path).open(encoding="utf-8") as file:
+            values = from_yaml(file.read(LENGTH + 1))  # no more, of what may have no end
     except FileNotFoundError:
         raise ValueError(f"recipe {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -406,26 +409,28 @@ def from_flag(name: str, text: str) -> Any:
         return None
     names = re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*", text)
     if list in options and names:
-        return [yaml.safe_load(part) for part in text.split(",")]
+        return [from_yaml(part) for part in text.split(",")]
     if str in options and not (list in options and text.startswith("[") and text.endswith("]")):
         return text
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ValueError(f"{name}: {text!r} cannot be read as {' or '.join(map(describe, options))}") from None
+        return from_yaml(text)
+    except (yaml.YAMLError, ValueError):
+        raise ValueError(f"{name}: {text[:60]!r} cannot be read as {' or '.join(map(describe, options))}") from None
 
 
 def conform_all(filled: Any) -> None:
     """Make every field of a dataclass the type it is annotated with.
 
     Raises:
-        ValueError: a value cannot be, or is below its field's minimum.
+        ValueError: a value cannot be, or is out of bounds.
     """
     hints = typing.get_type_hints(type(filled))
     for f in fields(filled):
         value = conform(f.name, hints[f.name], getattr(filled, f.name))
         if "min" in f.metadata and isinstance(value, (int, float)) and value < f.metadata["min"]:
             raise ValueError(f"{f.name}: {value} is below {f.metadata['min']}")
+        if isinstance(value, (int, float)) and abs(value) > LARGEST:
+            raise ValueError(f"{f.name}: {value!r:.40} is beyond {LARGEST:,}")
         setattr(filled, f.name, value)
 
 
@@ -447,11 +452,22 @@ def conform(name: str, hint: Any, value: Any) -> Any:
             try:
                 if math.isfinite(float(value)):
                     return float(value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 pass
         elif isinstance(option, type) and isinstance(value, option) and not (option is int and isinstance(value, bool)):
+            if not plain(value):
+                raise ValueError(f"{name}: {value!r:.100} holds what is no text, number, list or mapping of names")
             return value
-    raise ValueError(f"{name}: {value!r} is not {' or '.join(map(describe, options))}")
+    raise ValueError(f"{name}: {value!r:.100} is not {' or '.join(map(describe, options))}")
+
+
+def plain(value: Any) -> bool:
+    """Whether YAML and JSON both give a value back as it is."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and plain(inner) for key, inner in value.items())
+    return (
+        all(map(plain, value)) if isinstance(value, (list, tuple)) else isinstance(value, (str, int, float, type(None)))
+    )
 
 
 def describe(option: Any) -> str:

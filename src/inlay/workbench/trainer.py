@@ -9,7 +9,6 @@ import signal
 import threading
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -25,10 +24,13 @@ from inlay.host.groups import raised
 from inlay.host.queries import spread
 from inlay.workbench import checkpoints
 from inlay.workbench.checkpoints import Checkpoint
-from inlay.workbench.models import first_line
+from inlay.workbench.files import DamagedFileError
+from inlay.workbench.models import first_line, loading
 from inlay.zeroth import ZerothOrder
 
 Base = transformers.Trainer if TYPE_CHECKING else object  # the trainers below have it after `Safe`
+LOADERS = """_load_from_checkpoint _load_callback_state _load_optimizer_and_scheduler _load_scaler _load_rng_state
+_load_best_model""".split()
 FOR_LOSS = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")  # what DPO's batches hold beside inputs
 
 
@@ -156,28 +158,35 @@ class Safe(Base):
         cast(Any, self.lr_scheduler).load_state_dict(scheduler)
 
     def go_on(self, found: Checkpoint | None) -> None:
-        """Train, from a checkpoint if there is one; what was over already is only loaded."""
+        """Train, from a checkpoint if there is one; what was over already is only loaded.
+
+        Raises:
+            ValueError: the checkpoint is sealed and yet none (somebody else made it); nothing in it runs.
+        """
+        state = None
+        if found is not None:
+            state = state_of(found)
+            for name in LOADERS:  # what they call is torch's and PEFT's; training itself may fail as it does
+                setattr(self, name, loading(str(found.path), DamagedFileError)(getattr(self, name)))
         if found is not None and processes.first():  # what was passed over is no checkpoint, of those that are kept
             for step in (step for step in checkpoints.steps(found.path.parent) if step > found.step):
                 shutil.rmtree(checkpoints.path_of(found.path.parent, step), ignore_errors=True)
         with self.stop:
             if found is not None and self.is_fsdp_enabled:
                 cast(PeftModel, self.model).load_adapter(str(found.path), "default", is_trainable=True)
-            if found is None or not found.over or not isinstance(self.model, PeftModel):
-                try:
-                    self.train(resume_from_checkpoint=str(found.path) if found else None)
-                except UnpicklingError as error:  # it would run code, in a checkpoint that somebody else sealed
-                    raise ValueError(f"{found and found.path} is not read: {first_line(error)}") from None
+            if found is None or state is None or not found.over or not isinstance(self.model, PeftModel):
+                self.train(resume_from_checkpoint=str(found.path) if found else None)
                 if processes.some(self.stop.asked):  # after the last step, which may write no checkpoint
                     raise KeyboardInterrupt
                 return
-        self.state = TrainerState.load_from_json(str(found.path / TRAINER_STATE_NAME))
+        self.state = state
         best = self.state.best_global_step if self.args.load_best_model_at_end else None
         path = checkpoints.path_of(found.path.parent, best) if best else found.path
         if self.is_fsdp_enabled:
             self._prepare_for_training(self.state.max_steps, None, None)
             return
-        cast(PeftModel, self.model).load_adapter(str(path), "default", is_trainable=True)
+        with loading(str(path), DamagedFileError):
+            cast(PeftModel, self.model).load_adapter(str(path), "default", is_trainable=True)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
         """As trl's; a step in which the loss or a gradient is not finite moves nothing.
@@ -273,6 +282,21 @@ class PlainTrainer(Safe, transformers.Trainer):
         if isinstance(model, PeftModel) and kwargs["args"].gradient_checkpointing:
             cast(Any, model).enable_input_require_grads()
         super().__init__(model, *args, **kwargs)
+
+
+def state_of(found: Checkpoint) -> TrainerState:
+    """What transformers keeps of a run in its checkpoint.
+
+    Raises:
+        ValueError: it is none.
+    """
+    with loading(f"{found.path / TRAINER_STATE_NAME}", DamagedFileError):
+        state = TrainerState.load_from_json(str(found.path / TRAINER_STATE_NAME))
+        numbers = (state.num_input_tokens_seen, state.total_flos, state.best_metric or 0, state.best_global_step or 0)
+        if state.global_step != found.step or not all(isinstance(number, int | float) for number in numbers):
+            raise ValueError("it is of another run")
+        state.log_history[:] = list(state.log_history)
+    return state
 
 
 def bad_gradients(model: nn.Module) -> list[str]:

@@ -17,8 +17,9 @@ from transformers import TrainerCallback
 
 from inlay.host import processes
 from inlay.workbench.checkpoints import METRICS
-from inlay.workbench.files import write_text
+from inlay.workbench.files import DamagedFileError, write_text
 from inlay.workbench.memory import gib, trainable
+from inlay.workbench.models import loading
 
 
 class Watch(TrainerCallback):
@@ -40,16 +41,23 @@ class Watch(TrainerCallback):
         self.task = self.bar.add_task("", total=None, now="")
 
     def restore(self, checkpoint: Path) -> None:
-        """Go on where the metrics in a checkpoint end."""
-        text = (checkpoint / METRICS).read_text(encoding="utf-8")
-        write_text(self.file, text) if processes.first() else None
-        rows = [json.loads(line) for line in text.splitlines()]
-        self.evaluated = [row for row in rows if "eval_loss" in row]
-        self.passed = {row["step"]: row["passed_over"] for row in rows if "passed_over" in row}
-        self.first = next((row["trained"] for row in rows if "trained" in row), None)
-        last = next((row for row in reversed(rows) if "seconds" in row), {"seconds": 0.0, "tokens": 0})
-        self.spent, self.read = last["seconds"], last["tokens"]
+        """Go on where the metrics in a checkpoint end.
+
+        Raises:
+            ValueError: they are none.
+        """
+        with loading(f"{checkpoint / METRICS}", DamagedFileError):
+            text = (checkpoint / METRICS).read_text(encoding="utf-8")
+            rows = [json.loads(line) for line in text.splitlines()]
+            self.evaluated = [row for row in rows if "eval_loss" in row]
+            if not all(isinstance(row["eval_loss"], float) for row in self.evaluated or [{"eval_loss": None}]):
+                raise ValueError("it has no evaluations")
+            self.passed = {row["step"]: row["passed_over"] for row in rows if "passed_over" in row}
+            self.first = next((row["trained"] for row in rows if "trained" in row), None)
+            last = next((row for row in reversed(rows) if "seconds" in row), {"seconds": 0.0, "tokens": 0})
+            self.spent, self.read = float(last["seconds"]), int(last["tokens"])
         self.tokens = self.read
+        write_text(self.file, text) if processes.first() else None
 
     @property
     def history(self) -> list[dict[str, Any]]:

@@ -34,12 +34,8 @@ class Vision(Task):
 
     def processor(self, recipe: Recipe) -> Any:
         where, options = models.resolve(recipe.model), {"revision": recipe.revision}
-        try:
+        with models.loading(f"the processor of {recipe.model!r}"):
             made = AutoProcessor.from_pretrained(where, trust_remote_code=recipe.trust_remote_code, **options)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise ValueError(
-                f"the processor of {recipe.model!r} cannot be loaded: {models.first_line(error)}"
-            ) from None
         if not hasattr(made, "image_processor"):
             raise ValueError(f"task vision needs a model that sees; {recipe.model!r} has no image processor")
         return made
@@ -65,7 +61,7 @@ class Vision(Task):
         was_training, said = model.training, []
         model.eval()
         for row in inputs:
-            text = tokenizer.apply_chat_template(seen(row), tokenize=False, add_generation_prompt=True)
+            text = data.templated(tokenizer, seen(row), tokenize=False, add_generation_prompt=True)
             with_images = tokenizer(images=[Picture.open(p) for p in row["images"]], text=[text], return_tensors="pt")
             out = model.generate(**with_images.to(model.device), do_sample=False, max_new_tokens=64)
             said += tokenizer.batch_decode(out[:, with_images["input_ids"].shape[1] :], skip_special_tokens=True)
