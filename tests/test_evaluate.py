@@ -7,12 +7,13 @@ import sys
 import pytest
 import torch
 from rich.console import Console
+from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import log_softmax
 
 from inlay.cli import main
-from inlay.workbench import evaluate, metric, models, overlap
+from inlay.workbench import data, evaluate, metric, models, overlap
 from inlay.workbench.evaluate import Question
-from inlay.workbench.generate import prompt_text
+from inlay.workbench.generate import answer
 
 QUIET = Console(quiet=True)
 
@@ -68,6 +69,30 @@ def test_losses_in_batches_are_those_one_by_one(tiny):
     assert found[1] == (pytest.approx(known, rel=1e-5), len(own))
 
 
+@pytest.mark.parametrize("templated", [False, True])
+@pytest.mark.parametrize("around", ["{b} $A", "{b} $A {e}", "$A"])
+def test_what_is_asked_begins_with_the_tokens_of_training(around, templated, tiny):
+    """With what the tokenizer puts before a text and without its end, which comes after the answer."""
+    model, tokenizer = models.load_base(tiny, torch.float32)
+    first, end = (tokenizer.convert_ids_to_tokens(i) for i in (1, tokenizer.eos_token_id))
+    special = [(first, 1), (end, tokenizer.eos_token_id)]
+    made = TemplateProcessing(single=around.format(b=first, e=end), special_tokens=special)
+    tokenizer.backend_tokenizer.post_processor = made
+    if not templated:
+        tokenizer.chat_template = None
+    chat, passes = [{"role": "user", "content": "hi"}], []
+    example = {"prompt": chat, "completion": [{"role": "assistant", "content": "yo"}]}
+    wanted = data.render(example, tokenizer, None).prompt_ids
+    assert (wanted[0] == 1) == (templated or "{b}" in around)
+    hook = model.register_forward_pre_hook(lambda *given: passes.append(given[2]["input_ids"]), with_kwargs=True)
+    answer(model, tokenizer, [chat], 1)
+    evaluate.losses(model, tokenizer, [(chat, "yo"), ("", "yo and more")], 1, QUIET)
+    hook.remove()
+    whole = [ids[0].tolist() for ids in passes]
+    assert whole[0] == wanted
+    assert all(any(ids[: len(start)] == start for ids in whole[1:]) for start in (wanted, [1] if "b" in around else []))
+
+
 def test_the_likeliest_option(tiny):
     model, tokenizer = models.load_base(tiny, torch.float32)
     model.eval()
@@ -76,7 +101,7 @@ def test_the_likeliest_option(tiny):
     for question, one in zip(asked, said, strict=True):
         losses = {}
         for option in question.options:
-            pair = (prompt_text(tokenizer, question.chat), f"the correct answer is {option}")
+            pair = (question.chat, f"the correct answer is {option}")
             total, count = evaluate.losses(model, tokenizer, [pair], 1, QUIET)[0]
             losses[option] = total / count
         assert one == min(losses, key=losses.get)

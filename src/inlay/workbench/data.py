@@ -289,6 +289,18 @@ def _ids(value: str | list[dict[str, str]], tokenizer: Any, **options: Any) -> l
         raise ValueError(f"the model's chat template does not take this example: {error}") from error
 
 
+def prompt_ids(prompt: str | list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A prompt as `render` has it before its answer: with what the tokenizer or the chat template puts before it, and
+    without the end that some tokenizers put after every text."""
+    if not isinstance(prompt, str) and tokenizer.chat_template is None:
+        prompt = plain({"prompt": prompt, "completion": [{"content": ""}]})["prompt"]
+    if not isinstance(prompt, str):
+        return _ids(prompt, tokenizer, add_generation_prompt=True)
+    ids = _ids(prompt, tokenizer)
+    ended = ids and ids[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id
+    return ids[:-1] if ended and not prompt.endswith(str(tokenizer.eos_token)) else ids
+
+
 def audit(examples: list[Example], tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Audit:
     """Counts over all examples, to be looked at before the first step."""
     all_ = [render(example, tokenizer, max_length) for example in examples]

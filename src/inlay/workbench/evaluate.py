@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 
 from inlay.workbench import data, overlap
 from inlay.workbench.files import write_text
-from inlay.workbench.generate import Chat, answer, prompt_text
+from inlay.workbench.generate import Chat, answer
 
 NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
 Scores = list[float]
@@ -211,12 +211,8 @@ def generated(model: Any, tokenizer: Any, asked: list[Question], tokens: int, si
 
 def likeliest(model: Any, tokenizer: Any, asked: list[Question], size: int, console: Console) -> list[str]:
     """The option of each question whose words the model finds most likely, by their mean log-likelihood."""
-    texts = [
-        (i, prompt_text(tokenizer, q.chat), f"the correct answer is {o}")
-        for i, q in enumerate(asked)
-        for o in q.options
-    ]
-    found = losses(model, tokenizer, [(prompt, said) for _, prompt, said in texts], size, console)
+    texts = [(i, q.chat, f"the correct answer is {o}") for i, q in enumerate(asked) for o in q.options]
+    found = losses(model, tokenizer, [(chat, said) for _, chat, said in texts], size, console)
     best: dict[int, tuple[float, str]] = {}
     for (i, _, said), (total, count) in zip(texts, found, strict=True):
         best[i] = min(best.get(i, (math.inf, "")), (total / count, said.rpartition(" ")[2]))
@@ -225,13 +221,14 @@ def likeliest(model: Any, tokenizer: Any, asked: list[Question], size: int, cons
 
 @torch.no_grad()
 def losses(
-    model: Any, tokenizer: Any, pairs: list[tuple[str, str]], size: int, console: Console, most: int = 1024
+    model: Any, tokenizer: Any, pairs: list[tuple[Chat | str, str]], size: int, console: Console, most: int = 1024
 ) -> list[tuple[float, int]]:
-    """The loss (nats) summed over the tokens of each text after its prompt, and how many they are. Of what is longer
-    than `most` tokens the last are taken. What differs in its last token alone, as options do, shares a pass."""
+    """The loss (nats) summed over the tokens of each text after its prompt (a conversation, or a text as it is), and
+    how many they are. Of what is longer than `most` tokens the last are taken. What differs in its last token alone,
+    as options do, shares a pass."""
     rows = []
     for prompt, text in pairs:
-        before = tokenizer(text=prompt, add_special_tokens=not prompt)["input_ids"]
+        before = data.prompt_ids(prompt, tokenizer)
         own = tokenizer(text=text, add_special_tokens=False)["input_ids"]
         ids = [*before, *own][-most:]
         rows.append((ids, min(len(own), len(ids) - 1)))
@@ -322,10 +319,7 @@ def perplexity(
 ) -> tuple[list[Figure], list[dict[str, Any]]]:
     """exp of the mean loss over all tokens of plain text, or over those of the answers."""
     pairs = [
-        ("", row["text"])
-        if "text" in row
-        else (prompt_text(tokenizer, row["prompt"]), row["completion"][-1]["content"])
-        for row in examples
+        ("", row["text"]) if "text" in row else (row["prompt"], row["completion"][-1]["content"]) for row in examples
     ]
     found = losses(model, tokenizer, pairs, size, console)
     kept = [i for i, (_, count) in enumerate(found) if count]
