@@ -36,6 +36,11 @@ FORMATS: Formats = {
     "E2E": {"prompt": ("mr",), "answer": ("ref",)},
     "text": {"text": ("text",)},
 }
+SUMMARIES: Formats = {
+    "XSum": {"prompt": ("document",), "answer": ("summary",)},
+    "CNN/DailyMail": {"prompt": ("article",), "answer": ("highlights",)},
+    "summary": {"prompt": ("text", "dialogue"), "answer": ("summary",)},
+}
 ROLES = ("prompt", "input", "answer", "messages", "text")
 SPEAKERS = {"human": "user", "gpt": "assistant"}
 
@@ -49,7 +54,12 @@ def accepted(formats: Formats = FORMATS) -> str:
     return ", ".join(f"{name} ({part})" for name, part in parts.items())
 
 
-def examples(records: list[Record], columns: dict[str, str] | None = None, system: str | None = None) -> list[Example]:
+def examples(
+    records: list[Record],
+    columns: dict[str, str] | None = None,
+    system: str | None = None,
+    formats: Formats = FORMATS,
+) -> list[Example]:
     """Records of one format as trl's conversational prompt and completion, or as {"text": ...} for plain text.
 
     `columns` maps roles (prompt, input, answer, messages, text) to columns, over the recognised ones; a mapped prompt
@@ -64,7 +74,7 @@ def examples(records: list[Record], columns: dict[str, str] | None = None, syste
             raise ValueError("a system message needs a prompt to stand before; plain text has none")
         return _convert(record, roles, system)
 
-    return convert_all(records, columns or {}, FORMATS, convert)
+    return convert_all(records, columns or {}, formats, convert)
 
 
 def convert_all(

@@ -19,9 +19,7 @@ from inlay.workbench.tasks.task import Row, Task
 from inlay.workbench.trainer import PlainTrainer
 
 FORMATS = {
-    "XSum": {"prompt": ("document",), "answer": ("summary",)},
-    "CNN/DailyMail": {"prompt": ("article",), "answer": ("highlights",)},
-    "summary": {"prompt": ("text", "dialogue"), "answer": ("summary",)},
+    **data.SUMMARIES,
     **{name: data.FORMATS[name] for name in ("instruction", "prompt-completion", "question-answer", "E2E")},
 }
 
