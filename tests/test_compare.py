@@ -20,7 +20,7 @@ import torch
 import yaml
 from peft import get_peft_model
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from inlay.cli import main
 from inlay.workbench import (
@@ -32,10 +32,12 @@ from inlay.workbench import (
     memory,
     peft_methods,
     prepare,
+    runner,
     standings,
     train,
     trial,
 )
+from inlay.workbench.files import locked
 from inlay.workbench.recipe import Recipe
 
 SILENT = Console(quiet=True)
@@ -63,7 +65,9 @@ def test_pairs_take_away_what_seeds_share():
 
 
 def test_what_cannot_be_compared_is_not():
-    assert judge.paired([1.0], [2.0]).verdict("lora") == "one seed: noise is not known"
+    assert judge.paired([1.0], [2.0]).verdict("lora") == judge.paired([1.0] * 3, [1.001] * 3).verdict("lora")
+    assert judge.paired([1.0], [2.0]).verdict("lora").startswith("noise is not known")
+    assert judge.paired([1.0] * 3, [1.0] * 3).verdict("lora") == "no difference beyond noise"
     assert judge.paired([1.0, INF], [1.0, 1.0]).verdict("lora") == "no comparison: a run failed or diverged"
     assert math.isnan(judge.paired([1.0, 2.0], []).mean)
 
@@ -128,6 +132,13 @@ def test_bisection_finds_what_search_finds(limit):
         ("compare: {methods: [3]}", "neither a name nor a mapping"),
         ("compare: {learning_rates: [0]}", "learning_rates: 0.0 is not above 0"),
         ("compare: {seeds: [a]}", "seeds: 'a' is not a whole number"),
+        ("compare: {seeds: [0, 1, 0]}", "seeds: [0, 1, 0] are not different"),
+        ("compare: {seeds: [-1]}", "from 0 up"),
+        ("compare: {methods: [{method: lora, learning_rates: 1.0e-3}]}", "must be a list with one or more, not 0.001"),
+        ("compare: {methods: [{method: lora, learning_rates: []}]}", "learning_rates of lora must be a list"),
+        ("compare: {methods: [{method: lora, name: [a]}]}", "name: ['a'] is not"),
+        ("compare: {methods: [{method: lora, name: '$x$'}]}", "has a $, which plots take for a formula"),
+        ("{streaming: true, steps: 3, data: a.jsonl}", "streaming is for inlay train"),
         ("compare: {budget: {flops: 3}}", "is not one of {parameters: trained numbers}"),
         ("compare: {budget: {parameters: 3, time: 3}}", "is not one of"),
         ("compare: {reference: bone, methods: [lora]}", "reference: 'bone' is not one of the methods lora"),
@@ -430,6 +441,48 @@ def test_another_comparison_does_not_go_into_the_folder(compared, asked, at_once
     with pytest.raises(ValueError, match="not made by this command"):
         compare.compare(str(other), output=str(tmp_path), overwrite=True, console=SILENT)
     assert (tmp_path / "precious").exists()
+
+
+def test_other_data_or_another_model_does_not_go_on(compared, asked, tiny, at_once, tmp_path, monkeypatch):
+    """The name is the same, what it stands for is not; a folder of before says nothing of it and goes on."""
+    folder, real = tmp_path / "c", compare.rows_of
+    shutil.copytree(compared, folder)
+    once_more = {"path": str(asked), "output": str(folder), "console": SILENT}
+    (folder / "origin.json").rename(folder / "kept.json")
+    compare.compare(**once_more)
+    (folder / "kept.json").rename(folder / "origin.json")
+
+    def rows_of(plan, console):
+        rows = real(plan, console)
+        return replace(rows, train=[{**rows.train[0], "completion": rows.train[1]["completion"]}, *rows.train[1:]])
+
+    monkeypatch.setattr(compare, "rows_of", rows_of)
+    with pytest.raises(ValueError, match="the data changed since"):
+        compare.compare(**once_more)
+    shutil.copytree(tiny, tmp_path / "m")
+    recipe, rows = Recipe(model=str(tmp_path / "m")), real(comparison.load(str(asked)), SILENT)
+    before = runner.origin(recipe, rows)
+    assert before == runner.origin(replace(recipe, model=tiny), rows)
+    weights = load_file(tmp_path / "m" / "model.safetensors")
+    save_file({name: tensor + 1e-3 for name, tensor in weights.items()}, tmp_path / "m" / "model.safetensors")
+    assert runner.origin(recipe, rows) == {"data": before["data"], "model": runner.origin(recipe, rows)["model"]}
+    assert runner.origin(recipe, rows) != before
+
+
+def test_a_comparison_that_runs_is_left_alone(compared, asked, at_once):
+    with locked(compared), pytest.raises(ValueError, match="another process"):
+        compare.compare(str(asked), output=str(compared), console=SILENT)
+
+
+def test_the_trial_of_another_version_is_none(compared, tmp_path):
+    """Which had fields that a recipe has not."""
+    folder = next(compared.rglob("trial.json")).parent
+    shutil.copytree(folder, tmp_path / "t")
+    made = trial.read(folder)
+    assert made.result(tmp_path / "t")
+    told = json.loads(made.to_json())
+    (tmp_path / "t" / "trial.json").write_text(json.dumps({**told, "recipe": {**told["recipe"], "older": 1}}))
+    assert made.result(tmp_path / "t") is None
 
 
 def test_a_method_that_fails_is_said_and_the_rest_goes_on(asked, at_once, tmp_path, monkeypatch, capsys):

@@ -3,16 +3,18 @@
 import json
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
+from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import log_softmax
 
 from inlay.cli import main
-from inlay.workbench import evaluate, metric, models, overlap
+from inlay.workbench import data, evaluate, metric, models, overlap
 from inlay.workbench.evaluate import Question
-from inlay.workbench.generate import prompt_text
+from inlay.workbench.generate import answer
 
 QUIET = Console(quiet=True)
 
@@ -31,6 +33,14 @@ QUIET = Console(quiet=True)
         (evaluate.last_number, "she pays $10.50", "10.5"),
         (evaluate.last_number, "none", ""),
         (evaluate.last_number, "100", "100"),
+        (evaluate.last_number, "the probability is .5", "0.5"),
+        (evaluate.last_number, "version 1.2.3", "3"),
+        (evaluate.last_number, "he owes -$5", "-5"),
+        (evaluate.last_number, "it takes 10-12 days", "12"),
+        (evaluate.last_number, "down by 7, to -7.", "-7"),
+        (evaluate.strict_number, "#### -$7", "-7"),
+        (evaluate.strict_number, "#### .50", "0.5"),
+        (lambda text: evaluate.choice(text, ("solution1", "solution2")), "It is true that solution2 fits", "solution2"),
     ],
 )
 def test_reading_answers(read, text, found):
@@ -47,10 +57,36 @@ def test_the_share_has_wilsons_interval():
 
 
 def test_a_difference_is_paired():
+    def difference(first, second):
+        figures = (evaluate.share("accuracy", own) for own in (first, second))
+        return evaluate.difference(*figures, *([{"accuracy": ok} for ok in own] for own in (first, second)))
+
     one, two = [False] * 50 + [True] * 50, [True] * 100
-    assert evaluate.difference("accuracy", one, two).endswith("better")
-    assert evaluate.difference("accuracy", one, one).endswith("no difference beyond noise")
-    assert evaluate.difference("accuracy", two, one).startswith("accuracy: -0.500")
+    assert difference(one, two).endswith("better")
+    assert difference(one, one).endswith("no difference beyond noise")
+    assert difference(two, one).startswith("-0.500")
+    assert difference([False, False, True], [True] * 3) == "+0.667 (-0.768 to +2.101), no difference beyond noise"
+    for count in (1, 2):
+        assert "noise is not known" in difference([False] * count, [True] * count)
+
+
+def test_a_difference_of_what_all_examples_say_together():
+    """Both bootstraps draw the same examples, so that what they have in common is no noise."""
+    gen = torch.Generator().manual_seed(0)
+    one = torch.randn(40, generator=gen, dtype=torch.float64)
+    two = one - 0.1 + 0.01 * torch.randn(40, generator=gen, dtype=torch.float64)
+    was, now = (
+        evaluate.resampled("perplexity", 40, lambda places, own=own: math.exp(own[places].mean())) for own in (one, two)
+    )
+    found = evaluate.difference(was, now, [], [])
+    assert found.endswith("better")  # less is
+    assert found.startswith(f"{now.value - was.value:+.3f}")
+    assert was.low < now.value  # each by itself says nothing
+    assert evaluate.difference(now, was, [], []).endswith("worse")
+    assert evaluate.difference(was, was, [], []).endswith("no difference beyond noise")
+    few = [evaluate.resampled("perplexity", 1, lambda places, own=own: own) for own in (1.0, 2.0)]
+    assert "noise is not known" in evaluate.difference(*few, [], [])
+    assert evaluate.difference(evaluate.Figure("mine", 1.0), evaluate.Figure("mine", 2.0), [], []) == ""
 
 
 def test_losses_in_batches_are_those_one_by_one(tiny):
@@ -68,6 +104,30 @@ def test_losses_in_batches_are_those_one_by_one(tiny):
     assert found[1] == (pytest.approx(known, rel=1e-5), len(own))
 
 
+@pytest.mark.parametrize("templated", [False, True])
+@pytest.mark.parametrize("around", ["{b} $A", "{b} $A {e}", "$A"])
+def test_what_is_asked_begins_with_the_tokens_of_training(around, templated, tiny):
+    """With what the tokenizer puts before a text and without its end, which comes after the answer."""
+    model, tokenizer = models.load_base(tiny, torch.float32)
+    first, end = (tokenizer.convert_ids_to_tokens(i) for i in (1, tokenizer.eos_token_id))
+    special = [(first, 1), (end, tokenizer.eos_token_id)]
+    made = TemplateProcessing(single=around.format(b=first, e=end), special_tokens=special)
+    tokenizer.backend_tokenizer.post_processor = made
+    if not templated:
+        tokenizer.chat_template = None
+    chat, passes = [{"role": "user", "content": "hi"}], []
+    example = {"prompt": chat, "completion": [{"role": "assistant", "content": "yo"}]}
+    wanted = data.render(example, tokenizer, None).prompt_ids
+    assert (wanted[0] == 1) == (templated or "{b}" in around)
+    hook = model.register_forward_pre_hook(lambda *given: passes.append(given[2]["input_ids"]), with_kwargs=True)
+    answer(model, tokenizer, [chat], 1)
+    evaluate.losses(model, tokenizer, [(chat, "yo"), ("", "yo and more")], 1, QUIET)
+    hook.remove()
+    whole = [ids[0].tolist() for ids in passes]
+    assert whole[0] == wanted
+    assert all(any(ids[: len(start)] == start for ids in whole[1:]) for start in (wanted, [1] if "b" in around else []))
+
+
 def test_the_likeliest_option(tiny):
     model, tokenizer = models.load_base(tiny, torch.float32)
     model.eval()
@@ -76,7 +136,7 @@ def test_the_likeliest_option(tiny):
     for question, one in zip(asked, said, strict=True):
         losses = {}
         for option in question.options:
-            pair = (prompt_text(tokenizer, question.chat), f"the correct answer is {option}")
+            pair = (question.chat, f"the correct answer is {option}")
             total, count = evaluate.losses(model, tokenizer, [pair], 1, QUIET)[0]
             losses[option] = total / count
         assert one == min(losses, key=losses.get)
@@ -204,9 +264,10 @@ def test_every_task_on_the_command_line(task, tiny, tmp_path, capsys, monkeypatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, ROWS[task])))
     main(["eval", tiny, "--task", task, "--data", "d.jsonl", "--tokens", "4", "--batch-size", "2"])
-    told = json.loads((tmp_path / "eval" / f"{task}.json").read_text())
+    told = json.loads((tmp_path / "eval" / f"{task}-d.json").read_text())
+    assert told["tokens"] == 4
     assert all(math.isfinite(f["value"]) and f["low"] <= f["value"] + 1e-9 for f in told["figures"])
-    rows = [json.loads(line) for line in (tmp_path / "eval" / f"{task}.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "eval" / f"{task}-d.jsonl").read_text().splitlines()]
     assert len(rows) == (2 if task == "text" else 3)
     assert "written to eval" in capsys.readouterr().out
 
@@ -247,10 +308,55 @@ def test_an_adapter_its_base_and_both_merged(tiny, records, tmp_path, monkeypatc
     main([*ask, "--base"])
     assert "the adapter, accuracy" in capsys.readouterr().out
     folder = tmp_path / "run" / "eval"
-    assert (folder / "commonsense-base.json").exists()
-    first = (folder / "commonsense.jsonl").read_text()
-    main([*ask, "--merged", "--output", "m"])
-    assert (tmp_path / "m" / "commonsense.jsonl").read_text() == first
+    assert (folder / "commonsense-d-likelihood-base.json").exists()
+    first = (folder / "commonsense-d-likelihood.jsonl").read_text()
+    main([*ask, "--merged"])
+    assert (folder / "commonsense-d-likelihood-merged.jsonl").read_text() == first
+    main(["eval", run, "--task", "perplexity", "--data", records, "--base", "--limit", "5", "--dtype", "float32"])
+    assert "the adapter, perplexity: " in capsys.readouterr().out
+    where = folder / f"perplexity-{Path(records).parent.name}-facts.json"
+    about = json.loads(where.read_text())
+    told = [about[key] for key in ("limit", "merged", "dtype", "adapter", "model")]
+    assert told == [5, False, "float32", str(tmp_path / "run" / "adapter"), run]
+
+
+@pytest.mark.parametrize("how", ["peft:pissa", "fold"])
+def test_the_base_of_an_adapter_that_cut_it_is_loaded_afresh(how, tiny, records, tmp_path, monkeypatch, capsys):
+    """With the adapter switched off, what is left of it is a residual, which nobody asks about."""
+    monkeypatch.chdir(tmp_path)
+    if how == "fold":
+        pytest.importorskip("bitsandbytes")
+        main(["fold", tiny, "made", "--method", "pissa", "--r", "4"])
+    else:
+        made = ["train", "--model", tiny, "--data", records, "--method", how, "--args", "{r: 8}", "--steps", "1"]
+        main([*made, "--samples", "0", "--learning-rate", "0.01", "--dtype", "float32", "--output", "made"])
+    ask = ["--task", "perplexity", "--data", records, "--dtype", "float32", "--output"]
+    main(["eval", tiny, *ask, "alone"])
+    main(["eval", "made", *ask, "both", "--base"])
+    alone, base = (next((tmp_path / name).glob(end)) for name, end in (("alone", "*s.json"), ("both", "*-base.json")))
+    assert json.loads(alone.read_text())["figures"] == json.loads(base.read_text())["figures"]
+    if how == "fold":
+        (tmp_path / "made" / "base" / "folded.json").write_text("{}")
+        with pytest.raises(SystemExit):
+            main(["eval", "made", *ask, "both", "--base"])
+        assert "does not say which model was folded" in capsys.readouterr().err
+
+
+def test_a_run_of_full_fine_tuning_is_judged_and_inspected_by_its_folder(tiny, records, tmp_path, capsys):
+    run = str(tmp_path / "run")
+    made = ["train", "--model", tiny, "--data", records, "--method", "full", "--steps", "1", "--samples", "0"]
+    main([*made, "--learning-rate", "0.01", "--output", run])
+    main(["eval", run, "--task", "perplexity", "--data", records])
+    assert f"written to {run}/eval" in capsys.readouterr().out
+    main(["inspect", run, "--r", "4", "--layers", "0", "--target-modules", "q_proj"])
+    assert "suggested" in capsys.readouterr().out
+
+
+def test_texts_of_a_token_have_no_perplexity(tiny, tmp_path, capsys):
+    (tmp_path / "d.jsonl").write_text('{"text": "a"}')
+    with pytest.raises(SystemExit):
+        main(["eval", tiny, "--task", "perplexity", "--data", str(tmp_path / "d.jsonl")])
+    assert "the texts have a token each" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -263,6 +369,7 @@ def test_an_adapter_its_base_and_both_merged(tiny, records, tmp_path, monkeypatc
         (["--task", "exact", "--base"], "is no adapter"),
         ([], "--task or --metric says what is asked"),
         (["--task", "lm-eval:x"], "brings its own data"),
+        (["--task", "exact", "--dtype", "foo"], "invalid choice: 'foo'"),
     ],
 )
 def test_bad_requests_are_one_line(more, why, tiny, tmp_path, capsys):

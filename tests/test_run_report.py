@@ -2,13 +2,16 @@
 
 import json
 import runpy
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LilyConfig, LoraConfig, PeftConfig, get_peft_model
+from peft import AdaLoraConfig, AutoPeftModelForCausalLM, LilyConfig, LoraConfig, PeftConfig, VeraConfig, get_peft_model
 from rich.console import Console
+from safetensors.torch import load_file
 from test_workbench import fails
 from transformers import AutoModelForCausalLM
 
@@ -164,6 +167,49 @@ def test_inspect_reads_a_lora_of_pefts(tiny, tmp_path):
     assert found[name].numbers == 2 * (64 + 128)
     other = found["model.layers.1.mlp.down_proj"]
     assert (other.size, other.principal, other.stable_rank) == (0, None, None)
+
+
+@pytest.mark.parametrize(
+    "config", [LoraConfig(r=2, use_dora=True), VeraConfig(r=2), AdaLoraConfig(init_r=2, total_step=9)]
+)
+def test_inspect_merges_what_has_no_equal_here(config, tiny, tmp_path, capsys):
+    config = replace(config, target_modules={"down_proj"}, task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "layers.0" in name and p.requires_grad:
+                p += 0.1
+    model.save_pretrained(str(tmp_path / "a"))
+    wanted = changes.changes(model, lambda: Weights(tiny))
+    found = inlay.inspect_adapter(tmp_path / "a", model=tiny)
+    assert found.keys() == wanted.keys()
+    for name, one in found.items():
+        assert one.numbers == wanted[name].numbers
+        assert one.size == pytest.approx(wanted[name].size, rel=1e-3, abs=1e-6)
+    assert found["model.layers.0.mlp.down_proj"].size > 1e-4
+    assert list(inlay.inspect_adapter(tmp_path / "a", model=tiny, layers=[1])) == ["model.layers.1.mlp.down_proj"]
+    lily = LilyConfig(r=2, stride_A=1, num_B=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), lily).save_pretrained(str(tmp_path / "lily"))
+    assert "is not one of LORA" in fails(capsys, "inspect", str(tmp_path / "lily"), "--base", tiny)
+
+
+def test_inspect_counts_a_fold_from_where_it_began(tiny, records, tmp_path, capsys):
+    """W is the base with its piece, ΔW what training made of that; of a fold that keeps no start nothing is said."""
+    pytest.importorskip("bitsandbytes")
+    fold, ask = tmp_path / "fold", ["--steps", "1", "--samples", "0", "--learning-rate", "1e-3", "--data", records]
+    main(["fold", tiny, str(fold), "--method", "pissa", "--r", "4"])
+    assert "nothing was trained" in fails(capsys, "inspect", str(fold))
+    main(["train", "--model", str(fold), "--method", "pissa", "--r", "4", *ask, "--output", str(tmp_path / "run")])
+    assert not (tmp_path / "run" / "changes.json").exists()
+    found = inlay.inspect_adapter(tmp_path / "run")
+    start, end = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (fold, tmp_path / "run"))
+    name = "model.layers.0.mlp.down_proj"
+    key = f"base_model.model.{name}.inlay_%s.weight"
+    B, A, B0, A0 = (side[key % symbol] for side in (end, start) for symbol in "BA")
+    W = AutoModelForCausalLM.from_pretrained(tiny).get_submodule(name).weight  # all but what the quantisation lost
+    assert found[name].size == pytest.approx(((B @ A - B0 @ A0).norm() / W.norm()).item(), rel=0.02)
+    shutil.rmtree(fold / "adapter")
+    assert "is folded, and the adapter it began with" in fails(capsys, "inspect", str(tmp_path / "run"))
 
 
 def test_mistakes_in_inspecting_an_adapter_are_one_line(folder, tiny, tmp_path, capsys):

@@ -38,7 +38,7 @@ from inlay.host.calibrate import bare, gather
 from inlay.host.layer import InlayLinear
 from inlay.method import Method
 from inlay.methods import METHODS
-from inlay.workbench import checkpoints, kinds, prepare, train
+from inlay.workbench import checkpoints, kinds, models, prepare, train
 from inlay.workbench.recipe import Recipe
 from inlay.workbench.tasks import TASKS, preference, seq2seq
 from inlay.workbench.tasks import classification as cls
@@ -213,7 +213,8 @@ def test_a_trained_classifier_is_evaluated(models_of, data_of, tmp_path, capsys)
     main(["merge", str(tmp_path / "run"), str(tmp_path / "merged"), "--no-probe"])
     ask = ["--task", "classification", "--data", data_of["classification"], "--dtype", "float32", "--batch-size", "5"]
     main(["eval", str(tmp_path / "run"), *ask])
-    told = json.loads((tmp_path / "run" / "eval" / "classification.json").read_text())["figures"]
+    data = f"{Path(data_of['classification']).parent.name}-classification"
+    told = json.loads((tmp_path / "run" / "eval" / f"classification-{data}.json").read_text())["figures"]
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     said = [int(model(**tokenizer(r["sentence"], return_tensors="pt")).logits.argmax()) for r in DATA["classification"]]
@@ -224,10 +225,11 @@ def test_a_trained_classifier_is_evaluated(models_of, data_of, tmp_path, capsys)
     assert told[0]["value"] == right / 24
     assert told[1]["value"] == pytest.approx(2 * both / (sum(said) + sum(want)))
     assert all(f["low"] <= f["value"] <= f["high"] and f["count"] == 24 for f in told)
-    rows = [json.loads(line) for line in (tmp_path / "run" / "eval" / "classification.jsonl").read_text().splitlines()]
+    lines = (tmp_path / "run" / "eval" / f"classification-{data}.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
     assert [int(row["said"]) for row in rows] == said
     main(["eval", str(tmp_path / "merged"), *ask, "--output", str(tmp_path / "m")])
-    assert json.loads((tmp_path / "m" / "classification.json").read_text())["figures"] == told
+    assert json.loads((tmp_path / "m" / f"classification-{data}.json").read_text())["figures"] == told
     capsys.readouterr()
     for where, task, rows, why in (
         (models_of["preference"], "classification", "classification", "this one has no labels"),
@@ -240,6 +242,25 @@ def test_a_trained_classifier_is_evaluated(models_of, data_of, tmp_path, capsys)
     with pytest.raises(SystemExit):
         main(["eval", str(tmp_path / "run"), *ask[:3], str(tmp_path / "strange.jsonl")])
     assert "label '2' is not one that the model was trained on: 0, 1" in capsys.readouterr().err
+
+
+def test_summaries_are_evaluated(models_of, data_of, tmp_path, capsys):
+    """The answers are those of the run's own samples; what an encoder-decoder is not asked is said."""
+    main(command("seq2seq", models_of, data_of, tmp_path / "run", "--steps", "2", "--save-every", "0"))
+    ask = ["eval", str(tmp_path / "run"), "--data", data_of["seq2seq"], "--dtype", "float32", "--output", str(tmp_path)]
+    main([*ask, "--task", "text", "--limit", "4", "--base"])
+    said = capsys.readouterr().out
+    for line in ("base, BLEU: ", "the adapter, chrF: ", "ROUGE-L: "):
+        assert line in said
+    rows = [json.loads(line) for line in next(tmp_path.glob("text-*seq2seq.jsonl")).read_text().splitlines()]
+    assert [row["wanted"] for row in rows] == [[f"Number {i}."] for i in range(4)]
+    model, tokenizer = models.load_adapted(tmp_path / "run" / "adapter", dtype=torch.float32)
+    inputs = tokenizer(DATA["seq2seq"][0]["document"], return_tensors="pt")
+    out = model.eval().generate(**inputs, do_sample=False, max_new_tokens=64)[0]
+    assert rows[0]["said"] == tokenizer.decode(out, skip_special_tokens=True).strip()
+    with pytest.raises(SystemExit):
+        main([*ask, "--task", "perplexity", "--data", data_of["language_modelling"]])
+    assert "this one has an encoder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("task", ["classification", *(pytest.param(t, marks=pytest.mark.slow) for t in list(DATA)[1:])])
@@ -410,6 +431,10 @@ def test_a_vision_model_learns_from_images(llava, tmp_path, capsys):
     made = train.train(asked, SILENT)
     assert made.after < made.before
     assert made.samples[0]["reference"] == "Red."
+    (tmp_path / "d.jsonl").write_text('{"prompt": "a", "completion": "b"}')
+    with pytest.raises(SystemExit):
+        main(["eval", str(tmp_path / "run"), "--task", "exact", "--data", str(tmp_path / "d.jsonl")])
+    assert "the model sees images" in capsys.readouterr().err
     rows[0]["image"] = "nowhere.png"
     (tmp_path / "seen.json").write_text(json.dumps(rows))
     with pytest.raises(ValueError, match=r"row 1: image is 'nowhere.png'; accepted: the path of an image file"):

@@ -115,6 +115,8 @@ def test_ranges_are_read_as_their_fields_are():
     assert tuning.range_of("batch_size", {"low": 2, "high": 8}) == Range(2, 8, False, True)
     assert tuning.range_of("args.r", {"low": 2, "high": 8, "log": True}) == Range(2, 8, True, True)
     assert tuning.range_of("args.eta", {"low": 0.5, "high": 1}) == Range(0.5, 1.0)
+    for name in ("args.eta", "trainer.adam_beta2"):  # which are no whole numbers, however their ends are written
+        assert tuning.range_of(name, {"low": 0, "high": 1}) == Range(0.0, 1.0)
     made = tuning.range_of("target_modules", {"choices": [["q_proj", "v_proj"], "all-linear"]})
     assert made.labels == {'["q_proj", "v_proj"]': ["q_proj", "v_proj"], "all-linear": "all-linear"}
 

@@ -67,6 +67,23 @@ def test_runs_are_followed_as_they_grow(tmp_path):
         run.writer.close()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what TensorBoard brings along
+def test_a_damaged_line_is_said_and_left_out(tmp_path, capsys):
+    runs, events = tmp_path / "runs", tmp_path / "events"
+    grow(runs / "a", {"loss": 2.0}, {"step": 1, "loss": None})
+    with (runs / "a" / "metrics.jsonl").open("a") as file:
+        file.write('{broken\n[3]\n{"step": 2, "loss": 2.5}\n')
+    grow(runs / "b", {"step": 1, "loss": 3.0})
+    follower = ui.Follower(runs, events)
+    follower.look()
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 4
+    assert all(line.startswith(f"note: {runs}/a/metrics.jsonl: ") for line in said)
+    assert (written(events, "a"), written(events, "b")) == ([(2, 2.5)], [(1, 3.0)])
+    for run in follower.known.values():
+        run.writer.close()
+
+
 def test_a_folder_that_is_not_there_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["ui", str(tmp_path / "none")])

@@ -184,11 +184,10 @@ def eval_(options: argparse.Namespace) -> None:
     if (options.task is None) == (options.metric is None):
         raise ValueError("--task or --metric says what is asked, one of the two")
     if options.metric:
-        run, name = metric.load(options.metric), re.sub(r"\W+", "-", options.metric)
+        run = metric.load(options.metric)
     else:
         flags = {key: getattr(options, key) for key in ("task", "limit", "by", "tokens", "batch_size")}
         run = metric.OnTask(**flags, data=options.data or "").load(terminal())
-        name = re.sub(r"\W+", "-", options.task)
     dtype, folder = models.dtype_for(options.dtype), None
     if (Path(options.model) / "adapter_config.json").is_file() or (Path(options.model) / "adapter").is_dir():
         folder = models.adapter_folder(options.model)
@@ -201,21 +200,31 @@ def eval_(options: argparse.Namespace) -> None:
     if options.base and options.merged:
         raise ValueError("--merged leaves no base to compare with; leave out one of the two")
     model: Any = model.merge_and_unload() if options.merged else model  # type: ignore[operator]
-    out = Path(options.output or (Path(options.model) if folder and folder.name == "adapter" else Path()) / "eval")
-    about = {"model": options.model, "data": options.data, "by": options.by}
+    data, where = Path(options.data or ""), Path(options.model)
+    within = folder not in (None, where) or (where / "recipe.yaml").is_file()
+    out = Path(options.output or (where if within else Path()) / "eval")
+    how = (options.by if options.by == "likelihood" else "", "merged" if options.merged else "")
+    parts = (options.metric or options.task, data.parent.name, data.stem, *how)
+    name = "-".join(re.sub(r"\W+", "-", part).strip("-") for part in parts if part)
+    about = {key: getattr(options, key) for key in ("model", "data", "by", "limit", "tokens", "merged")}
+    about |= {"adapter": folder and str(folder), "dtype": str(dtype).removeprefix("torch.")}
     figures, rows = metric.run(run, model, tokenizer)
     judge.write(out, name, figures, rows, about)
     for figure in figures:
         print(figure)
     if options.base:
-        with model.disable_adapter():
-            before, its = metric.run(run, model, tokenizer)
-        judge.write(out, f"{name}-base", before, its, {**about, "adapter": "disabled"})
-        for figure in before:
-            print(f"base, {figure}")
-            was, now = ([row[figure.name] for row in own if figure.name in row] for own in (its, rows))
-            if was and isinstance(was[0], bool | int | float):
-                print(judge.difference(f"  the adapter, {figure.name}", was, now))
+        assert folder is not None
+        if models.cuts_base(folder):
+            del model  # before its base is loaded a second time
+            before, its = metric.run(run, models.intact(folder, dtype), tokenizer)
+        else:
+            with model.disable_adapter():
+                before, its = metric.run(run, model, tokenizer)
+        judge.write(out, f"{name}-base", before, its, {**about, "adapter": None})
+        for was, now in zip(before, figures, strict=True):
+            print(f"base, {was}")
+            if found := judge.difference(was, now, its, rows):
+                print(f"  the adapter, {now.name}: {found}")
     print(f"written to {out}")
 
 
@@ -519,7 +528,7 @@ def parser() -> Parser:
     verb.add_argument("--limit", type=int, help="the first so many records")
     verb.add_argument("--batch-size", type=int, default=8, help="questions at a time (default 8)")
     verb.add_argument("--tokens", type=int, help="longest answer (default: the task's)")
-    verb.add_argument("--dtype", default="auto", help="of the base (default auto)")
+    verb.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of the base")
     verb.add_argument("--output", help="folder (default: eval/ in the run folder, else in this one)")
 
     verb = add_verb(verbs, generate)

@@ -74,7 +74,10 @@ class Trained:
 def changes(model: Any, base: Callable[[], Weights]) -> dict[str, Change]:
     """The changes of a trained model's weights, by module; of PEFT's adapters and of a model trained whole, those of
     linear layers which differ from what the checkpoint of the `base` stores."""
-    ours = {layer.cuts["default"].module: of_ours(layer) for layer in adapted(model, "default").values()}
+    layers = {layer.cuts["default"].module: layer for layer in adapted(model, "default").values()}
+    if any(layer.cuts["default"].folded for layer in layers.values()):
+        return {}  # what training changed of a fold is counted from θ₀, which is not kept
+    ours = {module: of_ours(layer) for module, layer in layers.items()}
     every = ours or of_others(model, base)
     cost = sum(one.shape.numel() * min(one.shape) for one in every.values())
     full = cost <= MOST or all(one.cuda for one in every.values())
@@ -82,12 +85,17 @@ def changes(model: Any, base: Callable[[], Weights]) -> dict[str, Change]:
     return {name: measure(one, full, name in shown) for name, one in every.items()}
 
 
-def of_ours(layer: InlayLinear, W: Tensor | None = None) -> Trained:
-    """A layer of ours, over its own weight or another that is given."""
+def of_ours(layer: InlayLinear, W: Tensor | None = None, first: InlayLinear | None = None) -> Trained:
+    """A layer of ours, over its own weight or another that is given; of a fold, whose base W lacks ΔW(θ₀), `first` is
+    the layer as it was before training."""
 
     def read() -> tuple[Tensor, Tensor]:
         weight = layer.pristine().float() if W is None else W
-        return weight, layer.change("default", weight).float()
+        change = layer.change("default", weight).float()
+        if first is None:
+            return weight, change
+        piece = first.change("default", weight).float()
+        return weight + piece, change - piece
 
     size, rank = (layer.out_features, layer.in_features), getattr(layer.cuts["default"].method, "r", None)
     given = [slot.weight for slot in layer.slots("default").values() if isinstance(slot.weight, nn.Parameter)]

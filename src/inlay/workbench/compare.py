@@ -16,9 +16,10 @@ from rich.console import Console
 
 from inlay.workbench import budget, comparison, judge, metric, models, on_ray, standings
 from inlay.workbench.comparison import BUDGETS, Entry, Plan
+from inlay.workbench.files import locked
 from inlay.workbench.on_ray import Cluster
 from inlay.workbench.prepare import Examples, examples
-from inlay.workbench.runner import Runner, open_folder, steps_of
+from inlay.workbench.runner import Runner, open_folder, origin, steps_of
 from inlay.workbench.standings import Sweep
 from inlay.workbench.trial import Trial, unrelated
 
@@ -37,22 +38,23 @@ def compare(
     """Run a comparison, or go on with it, and leave its results and its report in its folder, which is returned.
 
     Raises:
-        ValueError: the recipe or the data cannot be used, the folder holds another comparison, Ray is asked
-            for and not there, or every run failed.
+        ValueError: the recipe or the data cannot be used, the folder holds another comparison, or one of other data,
+            or is in use, Ray is asked for and not there, or every run failed.
     """
     console = console or Console()
     plan = comparison.load(path, output, overwrite)
     folder = Path(plan.recipe.output or Path("runs") / Path(path).stem).expanduser()
-    with on_ray.workers(jobs, cluster, console) as workers:
+    with on_ray.workers(jobs, cluster, console) as workers, locked(folder):
         rows = rows_of(plan, console)
         plan, shares = settle(plan, rows, console)
-        open_folder(folder, folder / ASKED, plan.to_yaml(), overwrite, "comparison")
+        begun = origin(plan.recipe, rows)
+        open_folder(folder, folder / ASKED, plan.to_yaml(), begun, overwrite, "comparison")
         steps = steps_of(plan.recipe, len(rows.train) - plan.ask.selection)
         with Runner(folder, workers, console) as runner:
             lengths = timed(runner, plan, steps)
             sweeps = sweep(runner, plan, lengths)
             finals = final(runner, plan, lengths, sweeps)
-    standings.write(standings.Outcome(plan, folder, lengths, sweeps, finals, shares), console)
+        standings.write(standings.Outcome(plan, folder, lengths, sweeps, finals, shares), console)
     return folder
 
 

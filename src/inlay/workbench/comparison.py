@@ -47,6 +47,8 @@ class Comparison:
                 raise ValueError(f"compare: {name} is empty")
         self.learning_rates = positive("learning_rates", self.learning_rates)
         self.seeds = [conform("seeds", int, seed) for seed in self.seeds]
+        if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"seeds: {self.seeds} are not different whole numbers from 0 up; a seed twice is one run")
         if self.budget and (len(self.budget) != 1 or not self.budget.keys() <= BUDGETS.keys()):
             raise ValueError(
                 f"budget: {self.budget} is not one of {', '.join(f'{{{k}: {v}}}' for k, v in BUDGETS.items())}"
@@ -134,6 +136,7 @@ def plan(recipe: Recipe, ask: Comparison) -> Plan:
     for name in ELSEWHERE:
         if getattr(recipe, name):
             raise ValueError(f"{name} is for single runs: here all methods train as long, and only results are kept")
+    whole(recipe)
     if recipe.task != "instruction":
         raise ValueError(f"task: {recipe.task} is for single runs; inlay compare compares on task instruction")
     if recipe.batch_size == "auto":
@@ -151,15 +154,26 @@ def plan(recipe: Recipe, ask: Comparison) -> Plan:
     return Plan(ask, recipe, entries)
 
 
+def whole(recipe: Recipe) -> None:
+    """Raise a ValueError for data that is not held whole: trials draw their examples from all there are."""
+    if recipe.streaming:
+        raise ValueError("streaming is for inlay train: trials draw their examples from all there are; leave it out")
+
+
 def settle(recipe: Recipe, ask: Comparison, item: Any) -> Entry:
     """One of `methods`, laid over the recipe that all share."""
     given: Any = {"method": item} if isinstance(item, str) else item
     if not isinstance(given, dict) or "method" not in given:
         raise ValueError(f"methods: {item!r} is neither a name nor a mapping with method")
-    rates = positive("learning_rates", given.get("learning_rates", ask.learning_rates))
+    rates, name = given.get("learning_rates", ask.learning_rates), given.get("name", given["method"])
+    if not isinstance(rates, list) or not rates:
+        raise ValueError(f"methods: learning_rates of {name} must be a list with one or more, not {rates!r}")
+    rates = positive("learning_rates", rates)
     own = {key: value for key, value in given.items() if key not in ("name", "learning_rates")}
     for key in own:
         if key not in OF_METHOD:
             raise ValueError(f"methods: {key!r} cannot differ between methods; these can: {', '.join(OF_METHOD)}")
     made = replace(recipe, **{"args": {}, **own})
-    return Entry(str(given.get("name", made.method)), made, tuple(sorted(set(rates))))
+    if "$" in str(name):
+        raise ValueError(f"methods: name {name!r} has a $, which plots take for a formula; leave it out")
+    return Entry(conform("methods: name", str, name), made, tuple(sorted(set(rates))))

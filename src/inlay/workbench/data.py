@@ -35,6 +35,11 @@ FORMATS: Formats = {
     "E2E": {"prompt": ("mr",), "answer": ("ref",)},
     "text": {"text": ("text",)},
 }
+SUMMARIES: Formats = {
+    "XSum": {"prompt": ("document",), "answer": ("summary",)},
+    "CNN/DailyMail": {"prompt": ("article",), "answer": ("highlights",)},
+    "summary": {"prompt": ("text", "dialogue"), "answer": ("summary",)},
+}
 ROLES = ("prompt", "input", "answer", "messages", "text")
 SPEAKERS = {"human": "user", "gpt": "assistant"}
 
@@ -48,7 +53,12 @@ def accepted(formats: Formats = FORMATS) -> str:
     return ", ".join(f"{name} ({part})" for name, part in parts.items())
 
 
-def examples(records: list[Record], columns: dict[str, str] | None = None, system: str | None = None) -> list[Example]:
+def examples(
+    records: list[Record],
+    columns: dict[str, str] | None = None,
+    system: str | None = None,
+    formats: Formats = FORMATS,
+) -> list[Example]:
     """Records of one format as trl's conversational prompt and completion, or as {"text": ...} for plain text.
 
     `columns` maps roles (prompt, input, answer, messages, text) to columns, over the recognised ones; a mapped prompt
@@ -63,7 +73,7 @@ def examples(records: list[Record], columns: dict[str, str] | None = None, syste
             raise ValueError("a system message needs a prompt to stand before; plain text has none")
         return _convert(record, roles, system)
 
-    return convert_all(records, columns or {}, FORMATS, convert)
+    return convert_all(records, columns or {}, formats, convert)
 
 
 def convert_all(
@@ -293,6 +303,18 @@ def templated(tokenizer: Any, chat: list[dict[str, Any]], **options: Any) -> Any
         return tokenizer.apply_chat_template(chat, **options)
     except Exception as error:
         raise ValueError(f"the model's chat template does not take this example: {error}") from error
+
+
+def prompt_ids(prompt: str | list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A prompt as `render` has it before its answer: with what the tokenizer or the chat template puts before it, and
+    without the end that some tokenizers put after every text."""
+    if not isinstance(prompt, str) and tokenizer.chat_template is None:
+        prompt = plain({"prompt": prompt, "completion": [{"content": ""}]})["prompt"]
+    if not isinstance(prompt, str):
+        return _ids(prompt, tokenizer, add_generation_prompt=True)
+    ids = _ids(prompt, tokenizer)
+    ended = ids and ids[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id
+    return ids[:-1] if ended and not prompt.endswith(str(tokenizer.eos_token)) else ids
 
 
 def audit(examples: list[Example], tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Audit:

@@ -10,9 +10,8 @@ import json
 import math
 import random
 import re
-import statistics
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,15 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from transformers import AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
-from inlay.workbench import data, overlap
+from inlay.workbench import data, judge, kinds, overlap
 from inlay.workbench.files import write_text
-from inlay.workbench.generate import Chat, answer, prompt_text
+from inlay.workbench.generate import Chat, answer
 
-NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
+NUMBER = r"(?:(?<!\d)-\$?|\$-?)?(?:\d[\d,]*(?:\.\d+)?|(?<!\w)\.\d+)"  # the - of 10-12 is none
+CHOICES = r"true|false|(?:answer|option|ending|solution)[1-9]"
 Scores = list[float]
 
 
@@ -51,6 +52,7 @@ class Figure:
     low: float | None = None
     high: float | None = None
     count: int | None = None
+    draws: tuple[float, ...] = field(default=(), repr=False)  # its bootstrap: the same examples for every model
 
     def __str__(self) -> str:
         interval = "" if self.low is None else f"95 % {self.low:.3f} to {self.high:.3f}"
@@ -61,15 +63,16 @@ class Figure:
 # -- reading answers ---------------------------------------------------------------------------------------------------
 
 
-def choice(text: str) -> str:
-    """What LLM-Adapters (arXiv 2304.01933) reads: the first of true, false, answerN, optionN, endingN, solutionN."""
-    found = re.search(r"true|false|(?:answer|option|ending|solution)[1-9]", text)
+def choice(text: str, options: Sequence[str] = ()) -> str:
+    """What LLM-Adapters (arXiv 2304.01933) reads: the first of the question's options; where those are not known, the
+    first of true, false, answerN, optionN, endingN, solutionN."""
+    found = re.search("|".join(map(re.escape, options)) or CHOICES, text)
     return found.group() if found else ""
 
 
 def strict_number(text: str) -> str:
     """GSM8K's own form: the number after ####."""
-    found = re.search(rf"####\s*\$?({NUMBER})", text)
+    found = re.search(rf"####\s*({NUMBER})", text)
     return plain_number(found.group(1)) if found else ""
 
 
@@ -80,8 +83,8 @@ def last_number(text: str) -> str:
 
 
 def plain_number(text: str) -> str:
-    """A number without its commas and without zeros that say nothing."""
-    text = text.replace(",", "")
+    """A number without its dollar, its commas and zeros that say nothing."""
+    text = re.sub(r"^(-?)\.", r"\g<1>0.", re.sub(r"[$,]", "", text))
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
@@ -100,7 +103,7 @@ class Task:
     name: str
     title: str
     questions: Callable[[list[data.Record]], list[Any]]
-    read: dict[str, Callable[[str], str]]  # accuracies by their names
+    read: dict[str, Callable[..., str]]  # accuracies by their names: of an answer and the options, if there are any
     tokens: int = 32
     whole: tuple[str, ...] = ()  # the names of figures of all answers together
     less: bool = False  # is better
@@ -119,7 +122,7 @@ def commonsense(records: list[data.Record]) -> list[Question]:
             raise ValueError(f"row {number}: commonsense needs instruction and answer, not {', '.join(row)}")
         asked = str(row["instruction"]) + (f"\n\n{row['input']}" if row.get("input") else "")
         last = asked.rpartition("Answer format:")[2]
-        options = tuple(dict.fromkeys(re.findall(r"true|false|(?:answer|option|ending|solution)[1-9]", last)))
+        options = tuple(dict.fromkeys(re.findall(CHOICES, last)))
         found.append(Question([{"role": "user", "content": asked}], [str(row["answer"])], options))
     return found
 
@@ -136,9 +139,9 @@ def gsm8k(records: list[data.Record]) -> list[Question]:
 
 
 def general(records: list[data.Record]) -> list[Question]:
-    """Any form that `inlay train` reads; rows with the same prompt are references of one question."""
+    """Any form that `inlay train` reads, summaries too; rows with the same prompt are references of one question."""
     found: dict[str, Question] = {}
-    for row in data.examples(records):
+    for row in data.examples(records, formats={**data.SUMMARIES, **data.FORMATS}):
         if "prompt" not in row:
             raise ValueError("the data has no prompts; --task perplexity is for plain text")
         asked = found.setdefault(json.dumps(row["prompt"]), Question(row["prompt"], []))
@@ -211,12 +214,8 @@ def generated(model: Any, tokenizer: Any, asked: list[Question], tokens: int, si
 
 def likeliest(model: Any, tokenizer: Any, asked: list[Question], size: int, console: Console) -> list[str]:
     """The option of each question whose words the model finds most likely, by their mean log-likelihood."""
-    texts = [
-        (i, prompt_text(tokenizer, q.chat), f"the correct answer is {o}")
-        for i, q in enumerate(asked)
-        for o in q.options
-    ]
-    found = losses(model, tokenizer, [(prompt, said) for _, prompt, said in texts], size, console)
+    texts = [(i, q.chat, f"the correct answer is {o}") for i, q in enumerate(asked) for o in q.options]
+    found = losses(model, tokenizer, [(chat, said) for _, chat, said in texts], size, console)
     best: dict[int, tuple[float, str]] = {}
     for (i, _, said), (total, count) in zip(texts, found, strict=True):
         best[i] = min(best.get(i, (math.inf, "")), (total / count, said.rpartition(" ")[2]))
@@ -225,13 +224,14 @@ def likeliest(model: Any, tokenizer: Any, asked: list[Question], size: int, cons
 
 @torch.no_grad()
 def losses(
-    model: Any, tokenizer: Any, pairs: list[tuple[str, str]], size: int, console: Console, most: int = 1024
+    model: Any, tokenizer: Any, pairs: Sequence[tuple[Chat | str, str]], size: int, console: Console, most: int = 1024
 ) -> list[tuple[float, int]]:
-    """The loss (nats) summed over the tokens of each text after its prompt, and how many they are. Of what is longer
-    than `most` tokens the last are taken. What differs in its last token alone, as options do, shares a pass."""
+    """The loss (nats) summed over the tokens of each text after its prompt (a conversation, or a text as it is), and
+    how many they are. Of what is longer than `most` tokens the last are taken. What differs in its last token alone,
+    as options do, shares a pass."""
     rows = []
     for prompt, text in pairs:
-        before = tokenizer(text=prompt, add_special_tokens=not prompt)["input_ids"]
+        before = data.prompt_ids(prompt, tokenizer)
         own = tokenizer(text=text, add_special_tokens=False)["input_ids"]
         ids = [*before, *own][-most:]
         rows.append((ids, min(len(own), len(ids) - 1)))
@@ -268,9 +268,14 @@ def share(name: str, right: list[bool]) -> Figure:
 def resampled(name: str, count: int, value: Callable[[list[int]], float], draws: int = 200) -> Figure:
     """A value of a whole corpus, with the interval of its bootstrap."""
     draw = random.Random(0)
-    again = sorted(value([draw.randrange(count) for _ in range(count)]) for _ in range(draws))
-    low, high = again[int(0.025 * draws)], again[int(0.975 * draws) - 1]
-    return Figure(name, value(list(range(count))), low, high, count)
+    again = tuple(value([draw.randrange(count) for _ in range(count)]) for _ in range(draws))
+    return Figure(name, value(list(range(count))), *middle(again), count, again)
+
+
+def middle(values: Iterable[float]) -> tuple[float, float]:
+    """Where 95 % of the values of a bootstrap lie."""
+    order = sorted(values)
+    return order[int(0.025 * len(order))], order[int(0.975 * len(order)) - 1]
 
 
 def overlaps(said: list[str], questions: list[Question]) -> list[Figure]:
@@ -289,7 +294,11 @@ def evaluate(
         ValueError: the records are not of the task's form, or a library is missing.
     """
     console = console or Console(quiet=True)
-    questions, was_training = ask(task, records, by), model.training
+    questions, was_training, config = ask(task, records, by), model.training, model.config
+    if kinds.auto_for(config, None) is AutoModelForImageTextToText:
+        raise ValueError("the model sees images, and inlay eval asks in text alone; write a --metric of your own")
+    if config.is_encoder_decoder and (task.name == "perplexity" or by == "likelihood"):
+        raise ValueError("perplexity and --by likelihood are of causal language models; this one has an encoder")
     model.eval()
     try:
         if task.name == "classification":
@@ -310,7 +319,7 @@ def evaluate(
     ]
     figures = []
     for name, read in task.read.items():
-        right = [read(text) in q.wanted for q, text in both]
+        right = [(read(text, q.options) if q.options else read(text)) in q.wanted for q, text in both]
         figures.append(share(name, right))
         for row, ok in zip(rows, right, strict=True):
             row[name] = ok
@@ -322,13 +331,12 @@ def perplexity(
 ) -> tuple[list[Figure], list[dict[str, Any]]]:
     """exp of the mean loss over all tokens of plain text, or over those of the answers."""
     pairs = [
-        ("", row["text"])
-        if "text" in row
-        else (prompt_text(tokenizer, row["prompt"]), row["completion"][-1]["content"])
-        for row in examples
+        ("", row["text"]) if "text" in row else (row["prompt"], row["completion"][-1]["content"]) for row in examples
     ]
     found = losses(model, tokenizer, pairs, size, console)
     kept = [i for i, (_, count) in enumerate(found) if count]
+    if not kept:
+        raise ValueError("the texts have a token each, before which there is nothing; give longer ones")
 
     def value(places: list[int]) -> float:
         own = [found[kept[i]] for i in places]
@@ -387,18 +395,32 @@ def classification(
     return figures, rows
 
 
-def difference(name: str, first: list[bool], second: list[bool]) -> str:
-    """What the second of two models does better on the same examples, with the 95 % interval of the mean difference."""
-    gaps = [float(b) - float(a) for a, b in zip(first, second, strict=True)]
-    mean, spread = statistics.fmean(gaps), 1.96 * (statistics.pstdev(gaps) / math.sqrt(len(gaps)))
-    verdict = "no difference beyond noise" if abs(mean) <= spread else "better" if mean > 0 else "worse"
-    return f"{name}: {mean:+.3f} ({mean - spread:+.3f} to {mean + spread:+.3f}), {verdict}"
+def difference(was: Figure, now: Figure, its: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:
+    """What the second of two models does better on the same examples, with the 95 % interval: of a mean over examples
+    Student's, of a value of all together that of its bootstrap, with the same draws in both. Empty: not known."""
+    first, second = ([row[now.name] for row in own if now.name in row] for own in (its, rows))
+    if first and isinstance(first[0], bool | int | float):
+        gap = judge.paired(list(map(float, second)), list(map(float, first)))
+    elif was.draws and len(was.draws) == len(now.draws) and was.count == now.count:
+        gaps = [b - a for a, b in zip(was.draws, now.draws, strict=True)]
+        alike = math.isclose(min(gaps), max(gaps)) and any(gaps)
+        gap = judge.Difference(now.value - was.value, *((math.nan, math.nan) if alike else middle(gaps)))
+    else:
+        return ""
+    if math.isnan(gap.low):
+        return f"{gap.mean:+.3f}, noise is not known: one example, or all differ by the same"
+    up, down = (
+        ("worse", "better") if any(task.less and now.name in task.whole for task in TASKS) else ("better", "worse")
+    )
+    verdict = "no difference beyond noise" if gap.low <= 0 <= gap.high else up if gap.low > 0 else down
+    return f"{gap.mean:+.3f} ({gap.low:+.3f} to {gap.high:+.3f}), {verdict}"
 
 
 def write(folder: Path, name: str, figures: list[Figure], rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
     """NAME.json with the figures, and NAME.jsonl with a line for each example."""
     folder.mkdir(parents=True, exist_ok=True)
+    told = [{key: value for key, value in vars(f).items() if key != "draws"} for f in figures]
     write_text(
         folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
     )
-    write_text(folder / f"{name}.json", json.dumps({**about, "figures": [vars(f) for f in figures]}, indent=1))
+    write_text(folder / f"{name}.json", json.dumps({**about, "figures": told}, indent=1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -16,9 +16,21 @@ from transformers.pytorch_utils import Conv1D
 from inlay.host.layer import InlayLinear
 from inlay.host.peft import adapted
 from inlay.importing import import_adapter
-from inlay.workbench import lora, merging, models
-from inlay.workbench.changes import CHANGES, FIELDS, PART, Change, as_data, by_type, chosen, measure, median, of_ours
-from inlay.workbench.files import check_free, new_folder, write_text
+from inlay.workbench import kinds, lora, merging, models
+from inlay.workbench.changes import (
+    CHANGES,
+    FIELDS,
+    PART,
+    Change,
+    as_data,
+    by_type,
+    changes,
+    chosen,
+    measure,
+    median,
+    of_ours,
+)  # fmt: skip
+from inlay.workbench.files import DamagedFileError, check_free, new_folder, write_text
 from inlay.workbench.ranks import depth
 from inlay.workbench.weights import Weights
 
@@ -40,7 +52,8 @@ def inspect_adapter(
     A decomposition per weight: 0.1 s for 576 × 1536 on a core, minutes for 4096 × 11008; `layers` takes a few.
 
     Args:
-        adapter: a run folder or an adapter folder, ours or a LoRA, MiSS or Bone of PEFT's (see `import_adapter`).
+        adapter: a run folder or an adapter folder, ours or PEFT's: a LoRA, MiSS or Bone (see `import_adapter`), or
+            another that can be merged, for which the base is loaded.
         model: the base, if not the one the adapter names.
         layers: indices of layers; None: all.
         output: a folder for changes.json and plots/.
@@ -61,8 +74,14 @@ def inspect_adapter(
         found = changes_of(folder, name, layers, revision, trust_remote_code)
     else:
         with tempfile.TemporaryDirectory() as part:
-            ours = import_adapter(folder, Path(part) / "ours", model=name).folder
-            found = changes_of(ours, name, layers, revision, trust_remote_code)
+            try:
+                ours = import_adapter(folder, Path(part) / "ours", model=name).folder
+            except DamagedFileError:
+                raise
+            except ValueError as error:
+                found = merged_changes(folder, name, layers, revision, trust_remote_code, error)
+            else:
+                found = changes_of(ours, name, layers, revision, trust_remote_code)
     if output is not None:
         write(found, Path(output), overwrite)
     return found
@@ -84,13 +103,62 @@ def changes_of(
     light = lora.load(folder, base, revision, trust_remote_code, auto)
     weights = Weights(base, revision, trust_remote_code, auto)
     every = {layer.cuts["default"].module: layer for layer in adapted(light, "default").values()}
-    asked = {name: layer for name, layer in every.items() if layers is None or depth(name) in layers}
+    first: dict[str, InlayLinear] = {}
+    if any(layer.cuts["default"].folded for layer in every.values()):
+        start = lora.load(untrained(folder, base), base, revision, trust_remote_code, auto)
+        first = {layer.cuts["default"].module: layer for layer in adapted(start, "default").values()}
+    names = among(every, layers, folder)
+    shown = chosen(names)
+    made: dict[str, Change] = {}
+    for name in tqdm(names, desc="Changes", unit="weight", disable=None, delay=1):
+        layer = every[name]
+        made[name] = measure(of_ours(layer, weight(weights, name, layer), first.get(name)), True, name in shown)
+    return made
+
+
+def merged_changes(
+    folder: Path, base: str, layers: list[int] | None, revision: str | None, trust_remote_code: bool, why: ValueError
+) -> dict[str, Change]:
+    """The changes of an adapter of PEFT's that has no equal here, by merging each layer; else `why` it has none."""
+    config = models.load_config(base, trust_remote_code, revision)
+    auto = kinds.auto_for(config, models.read_config(str(folder)).task_type)
+    more = {"auto": auto, **models.settings_of(folder)}
+    model = models.load_model(base, torch.float32, revision, trust_remote_code, **more)
+    adapter = models.load_adapter(model, folder, trainable=True)  # that its numbers are told from the base's
+    found = changes(adapter, lambda: Weights(base, revision, trust_remote_code, auto))
+    if not found:
+        raise why
+    return {name: found[name] for name in among(found, layers, folder)}
+
+
+def among(names: Collection[str], layers: list[int] | None, folder: Path) -> list[str]:
+    """The modules that are in some layers.
+
+    Raises:
+        ValueError: there are none.
+    """
+    asked = [name for name in names if layers is None or depth(name) in layers]
     if not asked:
-        known = ", ".join(str(i) for i in sorted({depth(name) for name in every}) if i >= 0)
+        known = ", ".join(str(i) for i in sorted(set(map(depth, names))) if i >= 0)
         raise ValueError(f"layers={layers}: {folder} adapts none of these; it adapts {known or 'no layers'}")
-    shown = chosen(asked)
-    bar = tqdm(asked.items(), desc="Changes", unit="weight", disable=None, delay=1)
-    return {name: measure(of_ours(layer, weight(weights, name, layer)), True, name in shown) for name, layer in bar}
+    return asked
+
+
+def untrained(folder: Path, base: str) -> Path:
+    """The adapter that a fold began with, which lies beside its base.
+
+    Raises:
+        ValueError: it is not there, or nothing was trained.
+    """
+    start = models.fold_at(str(Path(base).parent))
+    if start is None:
+        raise ValueError(
+            f"{folder} is folded, and the adapter it began with is not beside {base}: what training changed cannot be "
+            "told from what was cut out of the base (train on what inlay fold makes, which keeps it)"
+        )
+    if start.resolve() == folder.resolve():
+        raise ValueError(f"{folder} is a fold that nothing was trained of yet, so that no weight is changed")
+    return start
 
 
 def weight(weights: Weights, module: str, layer: InlayLinear) -> torch.Tensor:

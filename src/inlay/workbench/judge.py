@@ -12,7 +12,8 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Difference:
-    """The mean of paired differences and its confidence interval, which one pair does not give (NaN)."""
+    """The mean of paired differences and its confidence interval, which one pair does not give (NaN), nor pairs that
+    all differ by the same."""
 
     mean: float
     low: float
@@ -28,7 +29,7 @@ class Difference:
         if math.isnan(self.mean):
             return "no comparison: a run failed or diverged"
         if math.isnan(self.low):
-            return "one seed: noise is not known"
+            return "noise is not known: one seed, or all differ by the same"
         if self.low <= 0 <= self.high:
             return "no difference beyond noise"
         return f"{below if self.high < 0 else above} than {reference} by {abs(self.mean):.3f}"
@@ -40,8 +41,8 @@ def paired(values: Sequence[float], reference: Sequence[float], confidence: floa
     differences = [a - b for a, b in zip(values, reference, strict=True)] if reference else []
     if not differences or not all(map(math.isfinite, differences)):
         return Difference(math.nan, math.nan, math.nan)
-    mean = statistics.fmean(differences)
-    if len(differences) == 1:
+    mean, spread = statistics.fmean(differences), statistics.pstdev(differences)
+    if len(differences) == 1 or (mean and spread <= 1e-9 * abs(mean)):  # a spread of 0 is no sign of certainty
         return Difference(mean, math.nan, math.nan)
     from scipy.stats import t  # half a second
 

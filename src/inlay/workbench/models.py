@@ -15,7 +15,6 @@ from peft import PeftConfig, PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -43,6 +42,8 @@ def resolve(name: str) -> str:
         raise ValueError(f"{name} is packed for llama.cpp; give the folder or hub id of the model it was made of")
     if path.exists():
         path = path / "base" if fold_at(name) else path
+        if (path / "recipe.yaml").exists() and (path / "model" / "config.json").exists():  # a run of full fine-tuning
+            path = path / "model"
         if not (path / "config.json").exists():
             raise ValueError(f"{name} is no model folder: it has no config.json")
         return str(path.resolve())  # an adapter names its base, and may be used from another folder
@@ -82,10 +83,12 @@ def load_base(
 
 
 def auto_of(name: str) -> Any:
-    """What loads a model that is judged: a classifier where its configuration says it is one."""
-    heads = load_config(name).architectures or []
-    classifies = any(str(head).endswith("ForSequenceClassification") for head in heads)
-    return AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+    """What loads a model that is judged: a classifier or an encoder-decoder where its configuration says so."""
+    config = load_config(name)
+    classifies = any(str(head).endswith("ForSequenceClassification") for head in config.architectures or [])
+    return kinds.auto_for(
+        config, kinds.SEQUENCE if classifies else kinds.SEQ2SEQ if config.is_encoder_decoder else None
+    )
 
 
 def load_model(
@@ -207,13 +210,35 @@ def settings_of(adapter: Path) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
 
 
+def cuts_base(adapter: Path) -> bool:
+    """Whether an adapter may change what lies under it: a fold, and PEFT's, several starts of which do."""
+    config = PeftConfig.from_pretrained(str(adapter))
+    return config.peft_type != "INLAY" or getattr(config, "folded", False)
+
+
+def intact(adapter: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The base of an adapter as it is without it; a fold's is the model it was made of.
+
+    Raises:
+        ValueError: it cannot be loaded, or a fold does not say what it was made of.
+    """
+    config, name = PeftConfig.from_pretrained(str(adapter)), base_of(adapter)
+    if getattr(config, "folded", False):
+        try:
+            name = from_json((Path(name) / FOLDED).read_text(encoding="utf-8"))["model"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ValueError(f"{name} does not say which model was folded into it; leave out --base") from None
+    auto = kinds.auto_for(load_config(name), config.task_type)
+    return load_model(name, dtype, auto=auto, **settings_of(adapter))
+
+
 def load_adapted(
     adapter: Path, name: str | None = None, dtype: torch.dtype | None = None, trainable: bool = False
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """An adapter on its base (or another one named), and the tokenizer; without a dtype, in the stored one. The base is
-    a causal language model, or a classifier for an adapter of one."""
+    what the adapter's task takes."""
     name, settings = name or base_of(adapter), settings_of(adapter)
-    auto = AutoModelForSequenceClassification if settings else AutoModelForCausalLM
+    auto = kinds.auto_for(load_config(name), PeftConfig.from_pretrained(str(adapter)).task_type)
     base, tokenizer = load_base(name, dtype or stored_dtype(name), folded=True, auto=auto, **settings)
     model = load_adapter(base, adapter, trainable)
     model.peft_config["default"].base_model_name_or_path = resolve(name)

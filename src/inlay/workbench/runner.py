@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import multiprocessing
 import os
@@ -15,13 +17,16 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from inlay.workbench import trial
+from inlay.workbench import models, trial
 from inlay.workbench.checkpoints import METRICS
-from inlay.workbench.files import check_free, write_text
+from inlay.workbench.files import check_free, from_json, write_text
+from inlay.workbench.prepare import Examples
 from inlay.workbench.recipe import Recipe
 from inlay.workbench.trial import LOG, TRIAL, Trial
 from inlay.workbench.watch import history
 
+ORIGIN = "origin.json"  # beside what was asked: of which data and model
+SAMPLES = 64  # places of a file of weights that are looked at
 Asked = TypeVar("Asked")
 Given = TypeVar("Given")
 
@@ -31,23 +36,53 @@ def steps_of(recipe: Recipe, examples: int) -> int:
     return recipe.steps or math.ceil(recipe.epochs * examples / (int(recipe.batch_size) * recipe.accumulation))
 
 
+def origin(recipe: Recipe, rows: Examples) -> dict[str, str]:
+    """What tells the examples, and the weights of a local model by a sample, from others under the same name."""
+    texts = json.dumps([rows.train, rows.heldout], default=lambda value: type(value).__name__)
+    data, model = hashlib.sha256(texts.encode()), hashlib.sha256()
+    for path in sorted(Path(models.resolve(recipe.model)).glob("*.safetensors")):
+        size = path.stat().st_size
+        model.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for part in range(SAMPLES):
+                file.seek(size * part // SAMPLES)
+                model.update(file.read(4096))
+    return {"data": data.hexdigest(), "model": model.hexdigest()}
+
+
 def open_folder(
-    folder: Path, asked: Path, text: str, overwrite: bool, what: str, same: Callable[[str, str], bool] = str.__eq__
+    folder: Path,
+    asked: Path,
+    text: str,
+    begun: dict[str, str],
+    overwrite: bool,
+    what: str,
+    same: Callable[[str, str], bool] = str.__eq__,
 ) -> None:
-    """A new folder for what `text` asks, which stands in its file `asked`, or the one that was begun for the `same`.
+    """A new folder for what `text` asks, which stands in its file `asked`, or the one that was begun for the `same`
+    with the same `origin`, if it says one.
 
     Raises:
         ValueError: the folder holds something else.
     """
+    kept = folder / ORIGIN
     if asked.is_file() and same(asked.read_text(encoding="utf-8"), text):
-        write_text(asked, text)
-        return
-    if asked.is_file() and not overwrite:
+        known = from_json(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+        if not (other := [name for name, mark in begun.items() if known.get(name, mark) != mark]):
+            write_text(asked, text)
+            return
+        if not overwrite:
+            raise ValueError(
+                f"the {' and the '.join(other)} changed since {folder} was begun, and its results would be of both; "
+                "choose another output, or pass --overwrite"
+            )
+    elif asked.is_file() and not overwrite:
         raise ValueError(f"{folder} holds another {what}, see {asked}; choose another output, or pass --overwrite")
     check_free(folder, overwrite, asked.name)
     shutil.rmtree(folder, ignore_errors=True)
     try:
         folder.mkdir(parents=True)
+        write_text(kept, json.dumps(begun))
         write_text(asked, text)
     except OSError as error:
         raise ValueError(f"{folder} cannot be written: {error.strerror}") from None

@@ -440,6 +440,7 @@ def write(result: Result, model: PeftModel | PreTrainedModel, state: dict[str, T
             model.save_pretrained(str(part), state_dict=state, selected_adapters=["default"])
         else:
             model.save_pretrained(str(part), state_dict=state)
+            TASKS[result.recipe.task].processor(result.recipe).save_pretrained(str(part))
         if kinds.find(result.recipe.task).peft == kinds.SEQUENCE:
             model.config.save_pretrained(str(part))  # the labels
         (part / "README.md").write_text(report.card(result), encoding="utf-8")

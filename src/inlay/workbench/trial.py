@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import os
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -67,9 +68,10 @@ class Trial:
     def result(self, folder: Path) -> dict[str, Any] | None:
         """What it gave, if it is finished: what another trial left in the folder does not count."""
         found = folder / RESULT
-        if not found.is_file() or read(folder) != self:
-            return None
-        return json.loads(found.read_text(encoding="utf-8"))
+        with suppress(TypeError):  # of another version, with other fields
+            if found.is_file() and read(folder) == self:
+                return json.loads(found.read_text(encoding="utf-8"))
+        return None
 
 
 def read(folder: Path) -> Trial:

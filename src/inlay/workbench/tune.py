@@ -23,7 +23,7 @@ from inlay.workbench.files import locked, write_text
 from inlay.workbench.on_ray import Cluster
 from inlay.workbench.prepare import examples
 from inlay.workbench.recipe import told
-from inlay.workbench.runner import Runner, Workers, open_folder, steps_of
+from inlay.workbench.runner import Runner, Workers, open_folder, origin, steps_of
 from inlay.workbench.trial import Trial
 from inlay.workbench.tuning import Plan, Range, lay
 
@@ -86,7 +86,7 @@ def tune(
     if plan.ask.selection >= len(rows.train):
         raise ValueError(f"selection: {plan.ask.selection} of {len(rows.train)} examples leave none to train on")
     with on_ray.workers(jobs, cluster, console) as workers, locked(folder):
-        open_folder(folder, folder / ASKED, plan.to_yaml(), overwrite, "search", tuning.same)
+        open_folder(folder, folder / ASKED, plan.to_yaml(), origin(recipe, rows), overwrite, "search", tuning.same)
         with Search(plan, folder, len(rows.train) - plan.ask.selection, workers, console) as search:
             search.run()
             found = search.judge()

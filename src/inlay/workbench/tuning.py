@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 import yaml
 
+from inlay.methods import METHODS
 from inlay.workbench import metric
-from inlay.workbench.comparison import ELSEWHERE, block
+from inlay.workbench.comparison import ELSEWHERE, block, whole
 from inlay.workbench.peft_methods import instead
 from inlay.workbench.recipe import Recipe, conform, conform_all, entry, from_values, hyperparameters, told
 
@@ -119,6 +120,7 @@ def plan(recipe: Recipe, ask: Search) -> Plan:
     for name in ELSEWHERE:
         if getattr(recipe, name):
             raise ValueError(f"{name} is for single runs: here trials leave only results")
+    whole(recipe)
     ranges = {name: range_of(name, given) for name, given in ask.space.items()}
     first = {name: r.ends[0] for name, r in ranges.items()}
     for name, r in ranges.items():
@@ -172,10 +174,20 @@ def range_of(name: str, given: Any) -> Range:
     log = conform(f"space: {name}: log", bool, given.get("log", False))
     if low >= high or (log and low <= 0):
         raise ValueError(f"space: {name}: low {low:g} is not below high {high:g}" + (", and above 0" if log else ""))
-    whole = float not in options and all(isinstance(given[end], int) for end in ("low", "high"))
-    if not inner and float not in options and not whole:
+    fraction = float in options or (bool(inner) and takes_fractions(head, inner[0]))
+    whole = not fraction and all(isinstance(given[end], int) for end in ("low", "high"))
+    if not inner and not fraction and not whole:
         raise ValueError(f"space: {name} takes whole numbers; {given['low']} to {given['high']} are not")
     return Range(int(low), int(high), log, True) if whole else Range(low, high, log)
+
+
+def takes_fractions(head: str, key: str) -> bool:
+    """Whether a key within a field is a number that need not be whole, as far as that is known."""
+    from transformers import TrainingArguments
+
+    classes: dict[str, Any] = {"args": METHODS, "trainer": (TrainingArguments,)}
+    types = [str(f.type) for cls in classes.get(head, ()) for f in fields(cls) if f.name == key]
+    return bool(types) and all("float" in text for text in types)
 
 
 def lay(recipe: Recipe, values: dict[str, Any]) -> Recipe:

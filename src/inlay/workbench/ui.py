@@ -7,6 +7,7 @@ which lays runs over each other; its own files are gone with the process.
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 import threading
 import warnings
@@ -68,10 +69,14 @@ class Run:
             text, end, _ = file.read().rpartition(b"\n")
         self.read += len(text) + len(end)
         began = (self.metrics.parent / "recipe.yaml").stat().st_mtime
-        for row in map(json.loads, text.splitlines()):
-            self.seconds = row.get("seconds", self.seconds)
-            for name in row.keys() & NAMES.keys():
-                self.writer.add_scalar(NAMES[name], row[name], row["step"], walltime=began + self.seconds)
+        for line in text.splitlines():
+            try:
+                row = json.loads(line)
+                step, self.seconds = row["step"], float(row.get("seconds", self.seconds))
+                for name in row.keys() & NAMES.keys():
+                    self.writer.add_scalar(NAMES[name], float(row[name]), step, walltime=began + self.seconds)
+            except (ValueError, TypeError, KeyError) as error:
+                print(f"note: {self.metrics}: {line[:80]!r} is left out: {error!r}", file=sys.stderr)
         self.writer.flush()
 
 

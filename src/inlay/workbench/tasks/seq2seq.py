@@ -11,6 +11,7 @@ from rich.console import Console
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
 from inlay.workbench import data, prepare
+from inlay.workbench.generate import answer
 from inlay.workbench.prepare import Examples
 from inlay.workbench.read import Record
 from inlay.workbench.recipe import Recipe
@@ -18,9 +19,7 @@ from inlay.workbench.tasks.task import Row, Task
 from inlay.workbench.trainer import PlainTrainer
 
 FORMATS = {
-    "XSum": {"prompt": ("document",), "answer": ("summary",)},
-    "CNN/DailyMail": {"prompt": ("article",), "answer": ("highlights",)},
-    "summary": {"prompt": ("text", "dialogue"), "answer": ("summary",)},
+    **data.SUMMARIES,
     **{name: data.FORMATS[name] for name in ("instruction", "prompt-completion", "question-answer", "E2E")},
 }
 
@@ -64,14 +63,8 @@ class Seq2Seq(Task):
     def questions(self, rows: list[Row], count: int) -> list[Row]:
         return [{"input": r["source"], "prompt": r["source"], "reference": r["target"]} for r in rows[:count]]
 
-    @torch.no_grad()
     def answers(self, model: Any, tokenizer: Any, inputs: list[Any]) -> list[str]:
-        was_training = model.training
-        model.eval()
-        cut = tokenizer(inputs, return_tensors="pt", padding=True, truncation=True).to(model.device)
-        out = model.generate(**cut, do_sample=False, max_new_tokens=64)
-        model.train(was_training)
-        return [text.strip() for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
+        return answer(model, tokenizer, [[{"role": "user", "content": text}] for text in inputs])
 
     def shown(self, row: Row, tokenizer: Any, recipe: Recipe) -> str:
         return f"{row['source']} ⟦{row['target']}⟧"
