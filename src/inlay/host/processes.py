@@ -5,6 +5,7 @@ In a run of one process everything here is what it says, and costs nothing.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -173,9 +174,7 @@ def mine(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, in every process, on the CPU if it was sharded."""
     if hasattr(tensor, "ds_id"):
-        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
-
-        with GatheredParameters([tensor]):
+        with importlib.import_module("deepspeed").zero.GatheredParameters([tensor]):
             return tensor.detach().cpu().clone()
     return tensor.detach().full_tensor().cpu() if isinstance(tensor, DTensor) else tensor.detach()
 

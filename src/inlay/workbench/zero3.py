@@ -6,7 +6,8 @@ DeepSpeed itself steps within the backward pass, and saves one pickle per proces
 
 from __future__ import annotations
 
-from typing import Any, cast
+import importlib
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,11 @@ from inlay.workbench import models, peft_methods
 from inlay.workbench.recipe import Recipe
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+
+
+def tools() -> Any:
+    """What DeepSpeed has to look into its shards."""
+    return importlib.import_module("deepspeed.utils")
 
 
 class Held:
@@ -61,10 +67,8 @@ def check(recipe: Recipe) -> None:
 
 def gradients(model: nn.Module) -> list[tuple[str, Tensor]]:
     """The gradients of what is trained, the parts that this process holds."""
-    from deepspeed.utils import safe_get_local_grad
-
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    found = [(name, cast(Any, safe_get_local_grad)(p)) for name, p in named]
+    get = tools().safe_get_local_grad
+    found = [(name, get(p)) for name, p in model.named_parameters() if p.requires_grad]
     return [(name, grad) for name, grad in found if grad is not None]
 
 
@@ -76,9 +80,7 @@ def state(optimizer: Any, weights: list[nn.Parameter], groups: list[dict[str, An
         weights: what it trains, as it was given it.
         groups: its parameter groups as torch's `state_dict` had them then; DeepSpeed leaves empty ones out.
     """
-    from deepspeed.utils import safe_get_full_optimizer_state
-
-    get, inner = cast(Any, safe_get_full_optimizer_state), optimizer.optimizer
+    get, inner = tools().safe_get_full_optimizer_state, optimizer.optimizer
     step, own = next(iter(inner.state.values()))["step"], iter(inner.param_groups)
     now = [{**group, **next(own), "params": group["params"]} if group["params"] else group for group in groups]
     moments = {i: {k: get(p, k).cpu() for k in MOMENTS} for i, p in enumerate(weights)}
@@ -87,9 +89,7 @@ def state(optimizer: Any, weights: list[nn.Parameter], groups: list[dict[str, An
 
 def load(optimizer: Any, weights: list[nn.Parameter], saved: dict[str, Any]) -> None:
     """Put such a state back."""
-    from deepspeed.utils import safe_get_local_optimizer_state, safe_set_local_optimizer_state
-
-    get, put = cast(Any, safe_get_local_optimizer_state), cast(Any, safe_set_local_optimizer_state)
+    get, put = tools().safe_get_local_optimizer_state, tools().safe_set_local_optimizer_state
     for flat in optimizer.fp32_partitioned_groups_flat:  # torch makes them in the first step
         made: dict[str, Tensor] = {key: torch.zeros_like(flat) for key in MOMENTS}
         optimizer.optimizer.state[flat] = {"step": saved["state"][0]["step"].clone(), **made}
