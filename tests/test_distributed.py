@@ -130,11 +130,66 @@ def test_what_the_launcher_configures_is_refused_in_a_recipe(runs):
     assert "trainer: fsdp is accelerate's to configure" in said[3][0]["said"]
 
 
-def test_deepspeed_is_refused(tiny, records, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (LAMDA, "method: lamda changes what is trained on the way"),
+        ({"method": "lorta"}, "method: lorta has tensors that layers share"),
+        ({"dtype": "bfloat16"}, "dtype: DeepSpeed would round what is trained"),
+        ({"lr_ratio": 16.0}, "lr_ratio: not with DeepSpeed; use recipes/distributed/fsdp2.yaml"),
+        ({"optimizer": "adafactor"}, "optimizer: not with DeepSpeed"),
+        ({"quantize": "int8"}, "a sharded model takes no method: full, quantize"),
+    ],
+)
+def test_what_zero3_cannot_follow_is_refused(more, says, tiny, records, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ValueError, match=r"fsdp2\.yaml shards the same"):
-        train.train(Recipe(**made(tiny, records, tmp_path / "run")), Console(quiet=True))
-    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=re.escape(says)):
+        train.check_engine(Recipe(**{**made(tiny, records, tmp_path / "run", method="bone"), **more}))
+
+
+def zero3(folder: Path) -> Path:
+    """Its configuration for tests.together: even the smallest tensors are cut in two."""
+    own = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    sizes = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    text = {"zero_optimization": own, "zero_allow_untested_optimizer": True, **dict.fromkeys(sizes, "auto")}
+    (folder / "zero3").write_text(json.dumps(text))
+    return folder
+
+
+@pytest.mark.slow
+def test_zero3_does_what_one_process_does(tiny, records, tmp_path):
+    """Also stopped and gone on with, by itself and by DDP; NaN ends it before the step."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    values = {"method": "pissa", "args": {"r": 3}, "weight_decay": 0.1, "max_grad_norm": 0.3}
+    cut, moved, bad = (made(tiny, records, tmp_path / name, **values) for name in ("cut", "moved", "bad"))
+    asked = [
+        {"engine": "zero3", "recipe": cut, "interrupt": 2},
+        {"engine": "zero3", "recipe": cut, "resume": True},
+        {"engine": "zero3", "recipe": moved, "interrupt": 2},
+        {"engine": "ddp", "recipe": moved, "resume": True},
+        {"engine": "zero3", "recipe": bad, "spoil": 2},
+    ]
+    said = [[own["said"] for own in both] for both in together(zero3(tmp_path), asked)]
+    assert [both[0].partition(":")[0] for both in said] == ["KeyboardInterrupt", "done"] * 2 + ["ValueError"]
+    assert all(re.match(r"ValueError: step 3: the gradient of .*layers\.1\.mlp\.down_proj", own) for own in said[4])
+    for recipe in (cut, moved):
+        assert_same(Path(recipe["output"]), one(recipe, output=str(tmp_path / f"{recipe['output']}-alone")))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning")
+def test_every_method_that_zero3_takes_learns_in_it(tiny, records, tmp_path):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    asked = [
+        made(tiny, records, tmp_path / m.name, method=m.name, steps=3, save_every=0, samples=0)
+        for m in METHODS
+        if not m.needs and m.name not in ("lamda", "lorta", "spiel", "xgblora")
+    ]
+    said = together(zero3(tmp_path), [{"engine": "zero3", "recipe": recipe} for recipe in asked], 900)
+    for recipe, (first, second) in zip(asked, said, strict=True):
+        assert (first["said"], second["said"]) == ("done", "done"), recipe["method"]
+        assert_same(Path(recipe["output"]), one(recipe, output=f"{recipe['output']}-alone"), 1e-4)
 
 
 @pytest.mark.slow

@@ -20,6 +20,10 @@ FSDP2 = {
     "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
     "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT", "FSDP_OFFLOAD_PARAMS": "false",
 }  # fmt: skip
+CONFIG = str(Path(sys.argv[1]).with_name("zero3"))
+ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": CONFIG}
+ENGINES = {"ddp": {}, "fsdp2": FSDP2, "zero3": ZERO3}
+os.environ["DS_ACCELERATOR"] = "cpu"
 rank, computed, compute = int(os.environ["RANK"]), [], starts.start
 models.quiet()
 
@@ -52,7 +56,9 @@ starts.start = counted
 PartialState(cpu=True)  # one group for all runs: torch's store remembers the addresses of the first
 for number, run in enumerate(json.loads(Path(sys.argv[1]).read_text())):
     computed.clear()
-    os.environ.update(FSDP2) if run["engine"] == "fsdp2" else [os.environ.pop(key, None) for key in FSDP2]
+    for key in (*FSDP2, *ZERO3):
+        os.environ.pop(key, None)
+    os.environ.update(ENGINES[run["engine"]])
     at_step(None, None)
     if rank == run.get("rank", 1):
         if "interrupt" in run:

@@ -13,7 +13,6 @@ from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
@@ -403,7 +402,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         whole = W.shape == (self.out_features, self.in_features) and seal.is_plain(W)
         if whole:
             self.marked = seal.of_base(W)
-        return self.marked if whole or isinstance(W, DTensor) else None
+        return self.marked if whole or processes.is_shard(W) else None
 
     def make_seal(self, name: str, tensors: dict[str, Tensor]) -> dict[str, str | None]:
         """What `check_seal` will want to find when these tensors are loaded again."""

@@ -5,10 +5,11 @@ In a run of one process everything here is what it says, and costs nothing.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -29,9 +30,19 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
+def fsdp() -> bool:
+    """Whether FSDP is to shard the model among the processes."""
+    return launched() and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def deepspeed() -> bool:
+    """Whether DeepSpeed is to."""
+    return launched() and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
 def sharded() -> bool:
     """Whether accelerate is to shard the model among the processes."""
-    return launched() and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return fsdp() or deepspeed()
 
 
 @contextmanager
@@ -58,7 +69,7 @@ def joined() -> Iterator[None]:
 
 def allow_sharding(state: PartialState) -> None:
     """accelerate shards on accelerators only; torch does on any device, so a CPU can run what GPUs would."""
-    if state.distributed_type == DistributedType.MULTI_CPU and sharded():
+    if state.distributed_type == DistributedType.MULTI_CPU and fsdp():
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
@@ -148,14 +159,24 @@ def share(tensors: dict[str, Tensor], source: int) -> dict[str, Tensor]:
     return made
 
 
+def is_shard(tensor: Tensor) -> bool:
+    """Whether FSDP2 or ZeRO-3 shards a tensor."""
+    return isinstance(tensor, DTensor) or hasattr(tensor, "ds_id")
+
+
 def mine(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds."""
+    if hasattr(tensor, "ds_id"):
+        return cast(Any, tensor).ds_tensor
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, in every process, on the CPU if it was sharded."""
-    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+    if hasattr(tensor, "ds_id"):
+        with importlib.import_module("deepspeed").zero.GatheredParameters([tensor]):
+            return tensor.detach().cpu().clone()
+    return tensor.detach().full_tensor().cpu() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def as_lies(tensor: Tensor, like: Tensor) -> Tensor:
@@ -198,5 +219,5 @@ class Gathered(dict[str, Tensor]):
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
     """A model's state with what is trained gathered whole, for who saves an adapter; the rest is as it lies."""
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    return {name: whole(t.detach()) if name in trained else t for name, t in model.state_dict().items()}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {name: whole(trained[name]) if name in trained else t for name, t in model.state_dict().items()}

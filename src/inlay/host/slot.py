@@ -89,7 +89,9 @@ class Slot(nn.Module):
 def trained(model: nn.Module) -> int:
     """How many numbers of a model are trained."""
     held = sum(slot.weight.numel() for slot in model.modules() if isinstance(slot, Slot) and slot.held)
-    return sum(p.numel() for p in model.parameters() if p.requires_grad) - held
+    return (
+        sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad) - held
+    )  # ZeRO-3's parts
 
 
 def uncast(value: Tensor, exact: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from inlay.workbench import (
     ranks,
     report,
     run_plots,
+    zero3,
 )
 from inlay.workbench.changes import CHANGES, as_data, changes
 from inlay.workbench.checkpoints import Checkpoint
@@ -210,22 +211,19 @@ def check_engine(recipe: Recipe) -> None:
             raise ValueError(
                 f"trainer: {key} is accelerate's to configure: --launch-config recipes/distributed/fsdp2.yaml"
             )
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise ValueError(
-            "DeepSpeed is not supported (it takes a step before a gradient can be checked, and moves what is frozen); "
-            "recipes/distributed/fsdp2.yaml shards the same tensors"
-        )
     if processes.launched() and recipe.quantize == "nf4":
         raise ValueError(
             "quantize: nf4 folds in one process; run inlay fold first, then train with its folder as model"
         )
     if not processes.sharded():
         return
+    if processes.deepspeed():
+        zero3.check(recipe)
     if recipe.optim == "subspace_descent":
         raise ValueError("optimizer: subspace_descent projects whole matrices, which a sharded model has not; use DDP")
-    if os.environ.get("FSDP_VERSION", "2") != "2":
+    if processes.fsdp() and os.environ.get("FSDP_VERSION", "2") != "2":
         raise ValueError("fsdp_version: 1 is not supported; set it to 2, as recipes/distributed/fsdp2.yaml does")
-    if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true":
+    if processes.fsdp() and os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true":
         raise ValueError("fsdp_cpu_ram_efficient_loading leaves most processes without weights to cut; set it to false")
     if recipe.method == peft_methods.FULL or recipe.quantize != "none" or recipe.keep_best or recipe.early_stopping:
         raise ValueError(
@@ -264,7 +262,7 @@ def run(
     result = fit(recipe, trainer, tokenizer, rows, console, found)
     result.memory_planned = foreseen(recipe, rows, trainer)
     model = cast(Any, trainer.model)
-    state = processes.whole_state(model) if trainer.is_fsdp_enabled else None
+    state = processes.whole_state(model) if trainer.sharded else None
     write(result, model, state) if processes.first() else None
     return result
 

@@ -22,7 +22,7 @@ from trl import DPOTrainer, SFTTrainer
 from inlay.host import processes
 from inlay.host.groups import raised
 from inlay.host.queries import spread
-from inlay.workbench import checkpoints
+from inlay.workbench import checkpoints, zero3
 from inlay.workbench.checkpoints import Checkpoint
 from inlay.workbench.files import DamagedFileError
 from inlay.workbench.models import first_line, loading
@@ -72,8 +72,8 @@ class Safe(Base):
     its run; `skips`: how many steps with NaN or Inf are passed over before one ends the run; `lr_ratio`: LoRA+'s;
     `zeroth`: what estimates gradients in place of a backward pass.
 
-    In several processes a checkpoint is what one process writes: with FSDP2 the adapter and the optimiser's state are
-    gathered, so that a run goes on in another number of processes, sharded or not.
+    In several processes a checkpoint is what one process writes: of a sharded model the adapter and the optimiser's
+    state are gathered, so that a run goes on in another number of processes, sharded or not.
     """
 
     def __init__(
@@ -91,6 +91,16 @@ class Safe(Base):
         self.fault: str | None = None
         self.passed: dict[int, str] = {}  # steps that were passed over, and why
         super().__init__(*args, callbacks=[*(callbacks or []), self.stop], **kwargs)
+        stage = self.accelerator.state.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else 3
+        if stage != 3:
+            raise ValueError(
+                f"zero_stage: {stage} is not handled; 3 is, and recipes/distributed/ddp.yaml shards nothing"
+            )
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP2 or ZeRO-3 holds what is trained."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder, step = Path(str(self.args.output_dir)), self.state.global_step
@@ -110,7 +120,7 @@ class Safe(Base):
     def check_finite(self) -> None:
         """Raise a ValueError if what is trained holds NaN or Inf."""
         named = cast(nn.Module, self.model).named_parameters()
-        broken = [name for name, p in named if p.requires_grad and not processes.mine(p.detach()).isfinite().all()]
+        broken = [name for name, p in named if p.requires_grad and not processes.mine(p).detach().isfinite().all()]
         if broken := [name for names in processes.gather(broken) for name in names]:
             kept = checkpoints.steps(Path(str(self.args.output_dir)))
             last = f"the checkpoint of step {kept[0]} is untouched" if kept else "there is no checkpoint from before it"
@@ -120,7 +130,7 @@ class Safe(Base):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As trl's; of a sharded model what is trained is gathered, not the base."""
-        if not self.is_fsdp_enabled:
+        if not self.sharded:
             super().save_model(output_dir, _internal_call)
             return
         state = processes.whole_state(cast(nn.Module, self.model))
@@ -128,34 +138,52 @@ class Safe(Base):
             self._save(output_dir, state_dict=state)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_fsdp_enabled:
+        if not self.sharded:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        state = cast(Any, self.optimizer).state_dict()
-        state["state"] = {
-            i: {k: processes.whole(v) if isinstance(v, Tensor) else v for k, v in own.items()}
-            for i, own in state["state"].items()
-        }
+        optimizer = cast(Any, self.optimizer)
+        schedule = cast(Any, self.lr_scheduler).state_dict()
+        if self.is_deepspeed_enabled:
+            state = zero3.state(optimizer.optimizer, self.given, self.groups)
+            schedule = zero3.for_all(schedule, self.groups)
+        else:
+            state = optimizer.state_dict()
+            state["state"] = {
+                i: {k: processes.whole(v) if isinstance(v, Tensor) else v for k, v in own.items()}
+                for i, own in state["state"].items()
+            }
         if self.args.should_save:
             torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
-            torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / SCHEDULER_NAME)
+            torch.save(schedule, Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not self.is_fsdp_enabled:  # else `go_on` did, before it was sharded
+        if not self.sharded:  # else `go_on` did, before it was sharded
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not self.is_fsdp_enabled or checkpoint is None:
+        if not self.sharded or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         optimizer = cast(Any, self.optimizer)
         state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
-        weights = [p for group in optimizer.param_groups for p in group["params"]]
-        for i, own in state["state"].items():
-            own.update({k: processes.as_lies(v, weights[i]) for k, v in own.items() if isinstance(v, Tensor)})
-        optimizer.load_state_dict(state)
-        scheduler = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
-        cast(Any, self.lr_scheduler).load_state_dict(scheduler)
+        if self.is_deepspeed_enabled:
+            zero3.load(optimizer.optimizer, self.given, state)
+        else:
+            weights = [p for group in optimizer.param_groups for p in group["params"]]
+            for i, own in state["state"].items():
+                own.update({k: processes.as_lies(v, weights[i]) for k, v in own.items() if isinstance(v, Tensor)})
+            optimizer.load_state_dict(state)
+        schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
+        schedule = zero3.for_own(schedule, self.groups) if self.is_deepspeed_enabled else schedule
+        cast(Any, self.lr_scheduler).load_state_dict(schedule)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        if not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        made = super()._prepare_for_training(max_steps, train_dataloader, None)  # or it asks for DeepSpeed's own
+        zero3.hold(self.accelerator)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint) if resume_from_checkpoint else None
+        return made
 
     def go_on(self, found: Checkpoint | None) -> None:
         """Train, from a checkpoint if there is one; what was over already is only loaded.
@@ -172,7 +200,7 @@ class Safe(Base):
             for step in (step for step in checkpoints.steps(found.path.parent) if step > found.step):
                 shutil.rmtree(checkpoints.path_of(found.path.parent, step), ignore_errors=True)
         with self.stop:
-            if found is not None and self.is_fsdp_enabled:
+            if found is not None and self.sharded:
                 cast(PeftModel, self.model).load_adapter(str(found.path), "default", is_trainable=True)
             if found is None or state is None or not found.over or not isinstance(self.model, PeftModel):
                 self.train(resume_from_checkpoint=str(found.path) if found else None)
@@ -182,7 +210,7 @@ class Safe(Base):
         self.state = state
         best = self.state.best_global_step if self.args.load_best_model_at_end else None
         path = checkpoints.path_of(found.path.parent, best) if best else found.path
-        if self.is_fsdp_enabled:
+        if self.sharded:
             self._prepare_for_training(self.state.max_steps, None, None)
             return
         with loading(str(path), DamagedFileError):
@@ -201,6 +229,8 @@ class Safe(Base):
             self.fault = self._find_fault(model, inputs, loss, last)
         if self.fault and last:
             self._pass_over(model)
+        elif self.is_deepspeed_enabled and last:
+            self.accelerator.deepspeed_engine_wrapped.engine.step()
         return loss
 
     def _ask(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
@@ -233,6 +263,9 @@ class Safe(Base):
             raise ValueError(f"optimizer: {first_line(error)}") from None
         if made and self.lr_ratio is not None:
             optimizer.param_groups[:] = raised(optimizer.param_groups, cast(nn.Module, self.model), self.lr_ratio)
+        if self.is_deepspeed_enabled and made:  # it will put flat shards in their place
+            self.given = [p for group in optimizer.param_groups for p in group["params"]]
+            self.groups = optimizer.state_dict()["param_groups"]
         return optimizer
 
     def _find_fault(self, model: nn.Module, inputs: dict[str, Any], loss: Tensor, last: bool) -> str | None:
@@ -302,8 +335,10 @@ def state_of(found: Checkpoint) -> TrainerState:
 def bad_gradients(model: nn.Module) -> list[str]:
     """The parameters whose gradient holds NaN or Inf. The last one is nearest to where they come from: they spread
     backwards."""
-    named = [(name.removeprefix("module."), p.grad) for name, p in model.named_parameters()]
-    own = [(name, processes.mine(grad)) for name, grad in named if grad is not None]
+    parts = (
+        zero3.gradients(model) if processes.deepspeed() else [(name, p.grad) for name, p in model.named_parameters()]
+    )
+    own = [(name.removeprefix("module."), processes.mine(grad)) for name, grad in parts if grad is not None]
     own = [(name, grad) for name, grad in own if grad.numel()]  # a process may hold no part of a small tensor
     if not own:
         return []
