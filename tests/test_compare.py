@@ -611,6 +611,29 @@ def test_one_seed_and_no_halving_still_make_a_page(compared, asked):
     assert made.standings()[-1].method == "full"
 
 
+def test_a_rate_whose_run_failed_and_an_edge_of_the_reference_are_said(compared, asked):
+    """The rate that is left may not be the best, nor what the others are compared with."""
+    plan = comparison.load(str(asked))
+    result = next(r for name, r in results(compared).items() if name.endswith("final"))
+    lengths = {e.name: 6 for e in plan.entries}
+
+    def run(trials):
+        least = max(t.recipe.learning_rate for t in trials)
+        return [
+            None if (t.method, t.recipe.learning_rate) == ("bone", least)
+            else {**result, "after": 1 / t.recipe.learning_rate}
+            for t in trials
+        ]  # fmt: skip
+
+    sweeps = compare.sweep(SimpleNamespace(run=run), plan, lengths)
+    made = standings.Outcome(plan, compared, lengths, sweeps, {e.name: [result] for e in plan.entries}, {})
+    found = {row.method: row.verdict for row in made.standings()}
+    assert "; failed at rate 0.1" in found["bone"]
+    assert "; the rate of lora is the highest tried" in found["bone"]
+    assert "failed" not in found["lora"]
+    assert "the rate of" not in found["lora"]
+
+
 # -- for real ---------------------------------------------------------------------------------------------------------
 
 

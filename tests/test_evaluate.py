@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import log_softmax
+from transformers import AutoModelForCausalLM
 
 from inlay.cli import main
 from inlay.workbench import data, evaluate, metric, models, overlap
@@ -340,6 +341,24 @@ def test_the_base_of_an_adapter_that_cut_it_is_loaded_afresh(how, tiny, records,
         with pytest.raises(SystemExit):
             main(["eval", "made", *ask, "both", "--base"])
         assert "does not say which model was folded" in capsys.readouterr().err
+
+
+def test_an_adapter_is_judged_on_the_revision_it_names(tiny, records, tmp_path, monkeypatch):
+    main(["train", "--model", tiny, "--data", records, "--r", "4", "--steps", "1", "--samples", "0",
+          "--learning-rate", "0.01", "--output", str(tmp_path / "run")])  # fmt: skip
+    config = tmp_path / "run" / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "revision": "v1"}))
+    asked, real = [], AutoModelForCausalLM.from_pretrained
+
+    def noted(*given, **more):
+        asked.append((more["revision"], more["trust_remote_code"]))
+        return real(*given, **more)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", noted)
+    ask = ["eval", str(tmp_path / "run"), "--task", "perplexity", "--data", records, "--limit", "2"]
+    main(ask)
+    main([*ask, "--revision", "v2", "--trust-remote-code"])
+    assert asked == [("v1", False), ("v2", True)]
 
 
 def test_a_run_of_full_fine_tuning_is_judged_and_inspected_by_its_folder(tiny, records, tmp_path, capsys):

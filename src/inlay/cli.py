@@ -189,12 +189,13 @@ def eval_(options: argparse.Namespace) -> None:
         flags = {key: getattr(options, key) for key in ("task", "limit", "by", "tokens", "batch_size")}
         run = metric.OnTask(**flags, data=options.data or "").load(terminal())
     dtype, folder = models.dtype_for(options.dtype), None
+    hub: Any = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     if (Path(options.model) / "adapter_config.json").is_file() or (Path(options.model) / "adapter").is_dir():
         folder = models.adapter_folder(options.model)
     if folder:
-        model, tokenizer = models.load_adapted(folder, None, dtype)
+        model, tokenizer = models.load_adapted(folder, None, dtype, **hub)
     else:
-        model, tokenizer = models.load_base(options.model, dtype, auto=models.auto_of(options.model))
+        model, tokenizer = models.load_base(options.model, dtype, **hub, auto=models.auto_of(options.model, **hub))
     if (options.base or options.merged) and not folder:
         raise ValueError(f"{options.model} is no adapter: --base and --merged are for one")
     if options.base and options.merged:
@@ -216,7 +217,7 @@ def eval_(options: argparse.Namespace) -> None:
         assert folder is not None
         if models.cuts_base(folder):
             del model  # before its base is loaded a second time
-            before, its = metric.run(run, models.intact(folder, dtype), tokenizer)
+            before, its = metric.run(run, models.intact(folder, dtype, **hub), tokenizer)
         else:
             with model.disable_adapter():
                 before, its = metric.run(run, model, tokenizer)
@@ -530,6 +531,8 @@ def parser() -> Parser:
     verb.add_argument("--tokens", type=int, help="longest answer (default: the task's)")
     verb.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of the base")
     verb.add_argument("--output", help="folder (default: eval/ in the run folder, else in this one)")
+    verb.add_argument("--revision", help="revision of a hub model (default: the one an adapter was trained on)")
+    verb.add_argument("--trust-remote-code", action="store_true", help="let the model's repository run its own code")
 
     verb = add_verb(verbs, generate)
     verb.add_argument("adapter", nargs="?", help="run folder or adapter folder (none: the base alone)")

@@ -111,7 +111,9 @@ def sweep(runner: Runner, plan: Plan, lengths: dict[str, int]) -> dict[str, Swee
         trials = [trial_of(plan, e, rate, plan.ask.seeds[0], lengths[e.name], stops[e.name]) for e, rate in asked]
         results = runner.run(trials)
         for e in going:
-            losses = {rate: loss(r) for (own, rate), r in zip(asked, results, strict=True) if own is e}
+            given = {rate: r for (own, rate), r in zip(asked, results, strict=True) if own is e}
+            losses = {rate: loss(r) for rate, r in given.items()}
+            made[e.name].failed += [rate for rate, r in given.items() if r is None]
             made[e.name].add(stops[e.name], losses, judge.survivors(losses, rungs_of(plan, e, lengths)[rung + 1][0]))
     return made
 

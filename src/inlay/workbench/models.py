@@ -82,9 +82,9 @@ def load_base(
     return load_model(name, dtype, revision, trust_remote_code, **more), tokenizer
 
 
-def auto_of(name: str) -> Any:
+def auto_of(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """What loads a model that is judged: a classifier or an encoder-decoder where its configuration says so."""
-    config = load_config(name)
+    config = load_config(name, trust_remote_code, revision)
     classifies = any(str(head).endswith("ForSequenceClassification") for head in config.architectures or [])
     return kinds.auto_for(
         config, kinds.SEQUENCE if classifies else kinds.SEQ2SEQ if config.is_encoder_decoder else None
@@ -216,30 +216,42 @@ def cuts_base(adapter: Path) -> bool:
     return config.peft_type != "INLAY" or getattr(config, "folded", False)
 
 
-def intact(adapter: Path, dtype: torch.dtype) -> PreTrainedModel:
+def intact(
+    adapter: Path, dtype: torch.dtype, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The base of an adapter as it is without it; a fold's is the model it was made of.
 
     Raises:
         ValueError: it cannot be loaded, or a fold does not say what it was made of.
     """
     config, name = PeftConfig.from_pretrained(str(adapter)), base_of(adapter)
+    revision = revision or config.revision
     if getattr(config, "folded", False):
         try:
             name = from_json((Path(name) / FOLDED).read_text(encoding="utf-8"))["model"]
         except (OSError, ValueError, KeyError, TypeError):
             raise ValueError(f"{name} does not say which model was folded into it; leave out --base") from None
-    auto = kinds.auto_for(load_config(name), config.task_type)
-    return load_model(name, dtype, auto=auto, **settings_of(adapter))
+    auto = kinds.auto_for(load_config(name, trust_remote_code, revision), config.task_type)
+    return load_model(name, dtype, revision, trust_remote_code, auto=auto, **settings_of(adapter))
 
 
 def load_adapted(
-    adapter: Path, name: str | None = None, dtype: torch.dtype | None = None, trainable: bool = False
+    adapter: Path,
+    name: str | None = None,
+    dtype: torch.dtype | None = None,
+    trainable: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """An adapter on its base (or another one named), and the tokenizer; without a dtype, in the stored one. The base is
-    what the adapter's task takes."""
-    name, settings = name or base_of(adapter), settings_of(adapter)
-    auto = kinds.auto_for(load_config(name), PeftConfig.from_pretrained(str(adapter)).task_type)
-    base, tokenizer = load_base(name, dtype or stored_dtype(name), folded=True, auto=auto, **settings)
+    what the adapter's task takes, in the revision that it was trained on."""
+    revision = revision or (None if name else revision_of(adapter))
+    name, settings, options = name or base_of(adapter), settings_of(adapter), (revision, trust_remote_code)
+    auto = kinds.auto_for(
+        load_config(name, trust_remote_code, revision), PeftConfig.from_pretrained(str(adapter)).task_type
+    )
+    dtype = dtype or stored_dtype(name, trust_remote_code)
+    base, tokenizer = load_base(name, dtype, *options, folded=True, auto=auto, **settings)
     model = load_adapter(base, adapter, trainable)
     model.peft_config["default"].base_model_name_or_path = resolve(name)
     return model, tokenizer

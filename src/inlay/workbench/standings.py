@@ -34,10 +34,12 @@ SCORED = "metric metric_sd metric_difference metric_difference_low metric_differ
 
 @dataclass
 class Sweep:
-    """One method's halving: the losses of each rung, and the rates still in it, the best first."""
+    """One method's halving: the losses of each rung, the rates still in it, the best first, and those whose run failed,
+    which says nothing of the rate."""
 
     rates: list[float]
     rungs: list[tuple[int, dict[float, float]]] = field(default_factory=list)
+    failed: list[float] = field(default_factory=list)
 
     def add(self, steps: int, losses: dict[float, float], left: list[float]) -> None:
         """A rung that was run."""
@@ -147,6 +149,10 @@ class Outcome:
             verdict = "failed" if sweep.rates else "diverged or failed at every rate"
         elif sweep.edge:
             verdict += f"; its rate is the {sweep.edge} tried"
+        if done and name != reference and (edge := self.sweeps[reference].edge):
+            verdict += f"; the rate of {reference} is the {edge} tried"
+        if done and sweep.failed:
+            verdict += f"; failed at rate {', '.join(f'{rate:g}' for rate in sorted(set(sweep.failed)))}"
         average = {key: mean([r[key] for r in done]) for key in ("parameters", "parameters_last", "seconds", "memory")}
         kind, limit = self.plan.ask.limit or ("", math.nan)
         share = average["seconds"] / limit if kind == "time" else self.shares.get(name, math.nan)
