@@ -176,7 +176,7 @@ def whole(tensor: Tensor) -> Tensor:
     if hasattr(tensor, "ds_id"):
         with importlib.import_module("deepspeed").zero.GatheredParameters([tensor]):
             return tensor.detach().cpu().clone()
-    return tensor.detach().full_tensor().cpu() if isinstance(tensor, DTensor) else tensor.detach()
+    return tensor.full_tensor().detach().cpu() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def as_lies(tensor: Tensor, like: Tensor) -> Tensor:

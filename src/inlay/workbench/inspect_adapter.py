@@ -121,7 +121,7 @@ def merged_changes(
 ) -> dict[str, Change]:
     """The changes of an adapter of PEFT's that has no equal here, by merging each layer; else `why` it has none."""
     config = models.load_config(base, trust_remote_code, revision)
-    auto = kinds.auto_for(config, models.read_config(str(folder)).task_type)
+    auto = kinds.auto_for(config, models.read_config(folder).task_type)
     more = {"auto": auto, **models.settings_of(folder)}
     model = models.load_model(base, torch.float32, revision, trust_remote_code, **more)
     adapter = models.load_adapter(model, folder, trainable=True)  # that its numbers are told from the base's

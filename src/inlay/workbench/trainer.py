@@ -91,7 +91,7 @@ class Safe(Base):
         self.fault: str | None = None
         self.passed: dict[int, str] = {}  # steps that were passed over, and why
         super().__init__(*args, callbacks=[*(callbacks or []), self.stop], **kwargs)
-        stage = self.accelerator.state.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else 3
+        stage = cast(Any, self.accelerator.state).deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else 3
         if stage != 3:
             raise ValueError(
                 f"zero_stage: {stage} is not handled; 3 is, and recipes/distributed/ddp.yaml shards nothing"
@@ -230,7 +230,7 @@ class Safe(Base):
         if self.fault and last:
             self._pass_over(model)
         elif self.is_deepspeed_enabled and last:
-            self.accelerator.deepspeed_engine_wrapped.engine.step()
+            cast(Any, self.accelerator).deepspeed_engine_wrapped.engine.step()
         return loss
 
     def _ask(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
