@@ -47,7 +47,6 @@ from inlay.workbench import (
     comparison,
     data,
     foreign,
-    generate,
     gguf_model,
     models,
     recipe,
@@ -244,7 +243,7 @@ def targets(scratch: Path) -> dict[str, Target]:
 
     def model(path: Path) -> object:
         found, words = models.load_base(str(path), torch.float32)
-        return found, generate.prompt_text(words, [{"role": "user", "content": "a b"}])
+        return found, data.prompt_ids([{"role": "user", "content": "a b"}], words)
 
     def cached(path: Path) -> object:
         os.environ["INLAY_CACHE"] = str(path)
