@@ -363,6 +363,16 @@ def test_sealed_files_that_are_none_are_said(name, content, cut, capsys):
     assert "cannot be loaded" in said
 
 
+def test_a_name_without_end_is_cut_short(cut, capsys):
+    """Or what colours the message would look through all of it, again and again."""
+    folder = cut / "checkpoints" / "checkpoint-5"
+    reseal(folder, files={**checkpoints.digests(folder), "[red]\x1b" + "x" * 1_000_000: "0"})
+    assert checkpoints.newest(cut / "checkpoints", Console(width=1000)).step == 4
+    said = capsys.readouterr().out
+    assert "'[red]\\x1bxxx" in said
+    assert len(said) < 1000
+
+
 def test_a_checkpoints_manifest_may_be_no_file(cut):
     manifest = cut / "checkpoints" / "checkpoint-5" / "manifest.json"
     manifest.unlink()

@@ -28,6 +28,7 @@ from inlay.host.layer import PREFIX, InlayLinear
 from inlay.workbench.files import DamagedFileError, sync, sync_all
 from inlay.workbench.memory import gib
 from inlay.workbench.models import first_line
+from inlay.workbench.read import short
 from inlay.workbench.recipe import Recipe
 from inlay.workbench.result import environment
 
@@ -135,7 +136,9 @@ def read(path: Path) -> Checkpoint:
         raise DamagedFileError(f"{path} is not whole: its {MANIFEST} is missing or damaged") from None
     there = digests(path)
     if changed := sorted(name for name in files.keys() | there.keys() if files.get(name) != there.get(name)):
-        raise DamagedFileError(f"{path} is not whole: {', '.join(changed)} is not what was written")
+        names = [name if name.isprintable() and len(name) < 60 else short(name) for name in changed[:5]]
+        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+        raise DamagedFileError(f"{path} is not whole: {', '.join(names)}{more} is not what was written")
     return found
 
 
@@ -145,7 +148,7 @@ def newest(folder: Path, console: Console) -> Checkpoint | None:
         try:
             return read(path_of(folder, step))
         except (OSError, ValueError) as error:  # a file of it that cannot be read, too
-            console.print(f"{error}; it is passed over", style="yellow")
+            console.print(f"{error}; it is passed over", style="yellow", markup=False, highlight=False)
     return None
 
 

@@ -289,7 +289,8 @@ def fit(
     if found:
         checkpoints.check_same(found, "identity", trainer.run["identity"])
         for change in checkpoints.versions_changed(found):
-            console.print(f"note: the checkpoint was made with {change}; bits may differ", style="yellow")
+            told = f"note: the checkpoint was made with {change[:400]}; bits may differ"
+            console.print(told, style="yellow", markup=False, highlight=False)
         watch.restore(found.path)
         trainer.passed = watch.passed
         console.print(f"held-out loss before: {watch.evaluated[0]['eval_loss']:.3f}")
