@@ -1,5 +1,6 @@
 """What each process of tests/test_distributed.py does: the runs that a JSON file lists, one after the other."""
 
+import gc
 import json
 import os
 import signal
@@ -56,6 +57,7 @@ starts.start = counted
 PartialState(cpu=True)  # one group for all runs: torch's store remembers the addresses of the first
 for number, run in enumerate(json.loads(Path(sys.argv[1]).read_text())):
     computed.clear()
+    gc.collect()  # while a trainer lives on, transformers takes its ZeRO-3 for that of the next model
     for key in (*FSDP2, *ZERO3):
         os.environ.pop(key, None)
     os.environ.update(ENGINES[run["engine"]])
