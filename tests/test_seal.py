@@ -219,3 +219,12 @@ def test_an_adapter_added_over_a_merged_one_is_cut_from_the_base(saved):
         model.add_adapter("second", InlayConfig(method="pissa", args={"r": 4}, target_modules=["q_proj"]))
     key = "base_model.model.model.layers.0.self_attn.q_proj.inlay_A.{}.weight"
     assert torch.equal(model.state_dict()[key.format("second")], alone[key.format("default")])
+
+
+def test_a_config_is_saved_the_same_however_it_came_about(tmp_path):
+    """Sets have the order of their history, and it went into the file."""
+    names = [f"layers.{i}.{part}" for i in range(40) for part in ("q_proj", "v_proj")]
+    for folder, order in (("one", names), ("other", names[::-1])):
+        InlayConfig(method="lora", target_modules=order).save_pretrained(str(tmp_path / folder))
+    one, other = ((tmp_path / folder / "adapter_config.json").read_text() for folder in ("one", "other"))
+    assert one == other

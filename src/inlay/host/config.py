@@ -189,9 +189,11 @@ class InlayConfig(PeftConfig):
         return self._build({} if pattern is None else self.patterns[pattern])
 
     def to_dict(self) -> dict:
-        """As saved: with every hyperparameter, so that a later default changes no adapter that exists."""
+        """As saved: with every hyperparameter, so that a later default changes no adapter that exists; what are sets in
+        order, or the file would tell how often it was loaded."""
         more = {"args": self._all_args(), "format_version": FORMAT_VERSION, "hyperparameters": self._digest()}
-        return {**asdict(self), **more}
+        plain = {k: sorted(v) if isinstance(v, set) else v for k, v in asdict(self).items()}
+        return {**plain, **more}
 
     def _all_args(self) -> dict[str, Any]:
         method = self.build()
