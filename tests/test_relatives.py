@@ -14,7 +14,8 @@ from inlay.host.layer import PREFIX
 from inlay.methods import METHODS
 from inlay.workbench import models
 
-ONE_LAYER = "--layers-to-transform 29 --batch-size 1 --max-length 48 --eval-size 1"
+LINEARS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+ONE_LAYER = f"--target-modules {LINEARS} --layers-to-transform 29 --batch-size 1 --max-length 128 --eval-size 1"
 SHORT = "--samples 0 --save-every 0 --steps 3 --warmup 0"
 every_method = pytest.mark.parametrize("method", [m.name for m in METHODS])
 
@@ -33,7 +34,11 @@ def trained(method: str, out: Path, *more: str) -> Path:
         "1e-3",
     ]
     main(["train", "--method", method, "--output", str(out), *flags, *more])
-    losses = [row["eval_loss"] for row in map(json.loads, (out / "metrics.jsonl").open()) if "eval_loss" in row]
+    losses = [
+        row["eval_loss"]
+        for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+        if "eval_loss" in row
+    ]
     assert len(losses) == 2
     assert losses[0] != losses[1]
     return out / "adapter"

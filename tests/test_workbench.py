@@ -170,6 +170,17 @@ def test_examples_without_an_answer_left_are_counted(tiny, tmp_path, capsys):
     assert "answers are cut off at max_length=64" in capsys.readouterr().out
 
 
+def test_a_held_out_answer_has_to_be_left(tiny, tmp_path):
+    for name, words in (("train", 2), ("held", 200)):
+        row = {"prompt": "word " * words, "completion": "yes"}
+        (tmp_path / f"{name}.json").write_text(json.dumps([row] * 4))
+    made = Recipe(model=tiny, data=str(tmp_path / "train.json"), eval_data=str(tmp_path / "held.json"), steps=1,
+                  max_length=64, output=str(tmp_path / "r"))  # fmt: skip
+    with pytest.raises(ValueError, match="no held-out example keeps an answer within max_length=64; raise it"):
+        train.train(made, SILENT)
+    assert not (tmp_path / "r").exists()
+
+
 @pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning")
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_every_method_has_a_dry_run(method, tiny, records, tmp_path, capsys):

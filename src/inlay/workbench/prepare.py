@@ -65,6 +65,8 @@ def examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Consol
         )
     if audit.masked == audit.total:
         raise ValueError(f"no example keeps an answer within max_length={recipe.max_length}; raise it")
+    if not any(data.render(row, tokenizer, recipe.max_length).answer_ids for row in held):
+        raise ValueError(f"no held-out example keeps an answer within max_length={recipe.max_length}; raise it")
     files = stream.shards(recipe.data) if recipe.streaming else []
     shards = tuple((file.name, file.stat().st_size) for file in files)
     return Examples(train, held, audit, stream=source, shards=shards)
