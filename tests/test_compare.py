@@ -1,6 +1,7 @@
 """Comparing methods: the decisions by hand, sizes for a budget by search, a whole comparison, its page."""
 
 import csv
+import html
 import io
 import json
 import math
@@ -42,7 +43,7 @@ from inlay.workbench.recipe import Recipe
 
 SILENT = Console(quiet=True)
 INF = math.inf
-PLOTS = "differences curves parameters memory seconds forgetting rates subspaces maps".split()
+PLOTS = "differences curves parameters memory seconds stack forgetting rates subspaces maps spectra".split()  # no ranks
 
 
 # -- decisions --------------------------------------------------------------------------------------------------------
@@ -345,6 +346,17 @@ def table(folder: Path) -> dict[str, dict[str, str]]:
     return {row["method"]: row for row in rows}
 
 
+def outcome(folder: Path, asked: Path) -> standings.Outcome:
+    """A comparison from its finished runs, without its sweeps."""
+    plan, found = comparison.load(str(asked)), sorted(results(folder).items())
+    finals = {
+        e.name: [r for name, r in found if name.startswith(f"{e.name}/") and name.endswith("final")]
+        for e in plan.entries
+    }
+    sweeps = {e.name: standings.Sweep(list(e.rates)[:1]) for e in plan.entries}
+    return standings.Outcome(plan, folder, {e.name: 6 for e in plan.entries}, sweeps, finals, {})
+
+
 def test_every_method_gets_the_rate_that_did_best(compared):
     found = results(compared)
     rows = table(compared)
@@ -584,6 +596,52 @@ def test_the_page_says_what_was_found_and_how_to_repeat_it(compared):
     assert "torch" in text
 
 
+def test_the_page_has_what_each_method_answers(compared):
+    """The first held-out prompts, and nothing of it in results.json."""
+    text, found = (compared / "report.html").read_text(), results(compared)
+    kept = {name: r["samples"] for name, r in found.items() if "samples" in r}
+    assert len(kept) == 3
+    assert {len(rows) for rows in kept.values()} == {trial.SAMPLES}
+    for row in (row for rows in kept.values() for row in rows):
+        assert all(html.escape(row[name]) in text for name in ("prompt", "reference", "before", "after"))
+    assert text.count("<h3>") == trial.SAMPLES
+    assert "samples" not in (compared / "results.json").read_text()
+
+
+def test_what_was_foreseen_of_memory_stands_over_what_was_measured(compared, asked):
+    made = outcome(compared, asked)
+    axes = compare_plots.stack(made).axes[0]
+    lengths = [bar.get_width() for bar in axes.patches]
+    rows = made.standings()
+    assert [label.get_text() for label in axes.get_yticklabels()] == [row.method for row in rows]
+    for place, row in enumerate(rows):
+        *parts, measured = lengths[5 * place : 5 * place + 5]
+        assert measured == row.memory / 2**30
+        assert sum(parts) == pytest.approx(sum(made.kept("memory_planned")[row.method].values()) / 2**30)
+
+
+def test_spectra_of_the_middle_layer_are_kept(compared, asked):
+    made = outcome(compared, asked)
+    found = compare_plots.spectra_of(made)
+    assert set(found) == {"bone", "lora", "full"}
+    assert {re.search(r"layers\.(\d)", module)[1] for of in found.values() for module in of} == {"1"}
+    assert all(len(of) == 7 for of in found.values())
+    one = next(iter(found["full"].values()))
+    assert one.shares.sum().item() == pytest.approx(1, abs=1e-3)
+    assert (one.before.diff() <= 0).all()
+    assert not torch.equal(one.before, one.after)
+
+
+def test_ranks_are_drawn_where_they_differ(compared, asked):
+    made = outcome(compared, asked)
+    assert "ranks" not in dict(compare_plots.figures(made))
+    for place, told in enumerate(made.finals["lora"][0]["changes"].values()):
+        told["rank"] = 2 + place
+    made = replace(made)  # what it read is kept
+    assert list(compare_plots.allocated(made)) == ["lora"]
+    assert compare_plots.ranks(made).axes[0].images[0].get_array().max() == 15
+
+
 def test_where_each_method_changed_the_weights_is_kept(compared, tiny):
     """Of the run with the first seed, and no other; of full fine-tuning against the weights that were saved."""
     told = json.loads((compared / "changes.json").read_text())
@@ -603,7 +661,7 @@ def test_ink_is_the_pages(compared):
 def test_one_seed_and_no_halving_still_make_a_page(compared, asked):
     """The plots of a comparison that has no sweep and no noise."""
     plan = comparison.load(str(asked))
-    result = next(r for name, r in results(compared).items() if name.endswith("final"))
+    result = next(r for r in results(compared).values() if "changes" in r)
     sweeps = {e.name: standings.Sweep(list(e.rates)[:1]) for e in plan.entries}
     finals = {e.name: [result] if e.name != "full" else [] for e in plan.entries}
     made = standings.Outcome(plan, compared, {e.name: 6 for e in plan.entries}, sweeps, finals, {})

@@ -251,7 +251,7 @@ def test_every_method_learns_in_two_processes(engine, tiny, records, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [[], FSDP2], ids=["ddp", "fsdp2"])
 def test_the_real_model(more, tmp_path):
-    recipe = made("builtin", "builtin", tmp_path / "run", max_length=64, steps=3, save_every=0, samples=0)
+    recipe = made("builtin", "builtin", tmp_path / "run", max_length=128, steps=3, save_every=0, samples=0)
     recipe |= {"method": "lamda", "eta": 0.6, "r": 8}
     done = subprocess.run([*command(*flags(recipe)), *more], capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr

@@ -10,6 +10,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from rich.console import Console
@@ -203,6 +205,23 @@ def test_a_stopped_run_ends_as_one_left_alone(options, tiny, records, tmp_path, 
         assert curve == expected
     else:
         assert curve == expected[0]
+
+
+@pytest.mark.parametrize("packing", [True, slow(False)])
+def test_a_stream_over_shards_is_gone_on_with(packing, tiny, tmp_path, monkeypatch):
+    """It is stopped in the second of three files, and read more than once in all."""
+    rows = [{"question": f"What is {i} plus one?", "answer": f"It is {i + 1}."} for i in range(34)]
+    for name, part in (("a", rows[:12]), ("b", rows[12:24]), ("c", rows[24:])):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(part), tmp_path / f"{name}.parquet")
+    more = {"streaming": True, "packing": packing, "max_length": 96, "batch_size": 1 if packing else 6, "steps": 8}
+    recipe = made(tiny, str(tmp_path / "*.parquet"), tmp_path / "run", **more, method="bone", args={"r": 4})
+    train.train(recipe, SILENT)
+    expected = outcome(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    resume(stopped(recipe, monkeypatch))
+    assert outcome(tmp_path / "run") == expected
+    tokens = [row["tokens"] for row in expected[0] if "tokens" in row]
+    assert tokens[-1] > sum(len(f"{row['question']}{row['answer']}".split()) for row in rows)
 
 
 @pytest.mark.slow

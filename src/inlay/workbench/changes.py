@@ -194,9 +194,25 @@ def along(D: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
     return squares.clamp_min(0).sqrt().flip(0).float().cpu(), shares.flip(0).float().cpu()
 
 
-def as_data(found: Mapping[str, Change]) -> dict[str, Any]:
-    """What changes.json holds: everything but the spectra."""
-    return {module: {k: v for k, v in vars(c).items() if k != "spectrum"} for module, c in found.items()}
+def as_data(found: Mapping[str, Change], spectra: bool = False) -> dict[str, Any]:
+    """What changes.json holds: everything but the spectra, or with them, five digits of each number."""
+
+    def of(one: Spectrum | None) -> dict[str, Any] | None:
+        return one and {
+            name: [float(f"{value:.5g}") for value in values.tolist()] for name, values in vars(one).items()
+        }
+
+    plain = {module: {k: v for k, v in vars(c).items() if k != "spectrum"} for module, c in found.items()}
+    return {m: {**told, "spectrum": of(found[m].spectrum)} for m, told in plain.items()} if spectra else plain
+
+
+def from_data(told: Mapping[str, Mapping[str, Any]]) -> dict[str, Change]:
+    """What `as_data` was given."""
+
+    def of(one: Mapping[str, list[float]] | None) -> Spectrum | None:
+        return one and Spectrum(**{name: torch.tensor(values) for name, values in one.items()})
+
+    return {module: Change(**{**values, "spectrum": of(values.get("spectrum"))}) for module, values in told.items()}
 
 
 def by_type(found: Mapping[str, Change]) -> list[tuple[str, int, list[float | None], int]]:

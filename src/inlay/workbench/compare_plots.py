@@ -9,12 +9,12 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, NullFormatter
 
-from inlay.workbench import judge
-from inlay.workbench.changes import PART, Change, median
+from inlay.workbench import judge, run_plots
+from inlay.workbench.changes import PART, Change, Spectrum, median
 from inlay.workbench.figures import COLOURS, INK, LOOK, short, smooth
 from inlay.workbench.ranks import depth, part_of
 from inlay.workbench.standings import Outcome, Standing, Sweep, mean, spread
@@ -25,9 +25,15 @@ Plot = Callable[[Outcome], Figure]
 
 
 def figures(made: Outcome) -> Iterator[tuple[str, Figure]]:
-    """Every plot by the name of its file; without a sweep there are no rates to draw, and without runs that were looked
-    into, no changes."""
-    there = {"rates": bool(swept(made)), "subspaces": bool(made.changes), "maps": bool(made.changes)}
+    """Every plot by the name of its file, but those that there is nothing to draw of."""
+    there = {
+        "stack": bool(made.kept("memory_planned")),
+        "rates": bool(swept(made)),
+        "subspaces": bool(made.changes),
+        "maps": bool(made.changes),
+        "ranks": bool(allocated(made)),
+        "spectra": bool(spectra_of(made)),
+    }
     for name, plot in PLOTS.items():
         if there.get(name, True):
             with matplotlib.rc_context(LOOK):
@@ -182,21 +188,39 @@ def differences(made: Outcome) -> Figure:
 
 
 def maps(made: Outcome) -> Figure:
-    """‖ΔW‖ / ‖W‖ of every weight: a map of layers and modules for each method, all in the same colours."""
+    """‖ΔW‖ / ‖W‖ of every weight."""
     found = {row.method: of for row in finished(made) if (of := made.changes.get(row.method))}
+    sizes = [change.size for of in found.values() for change in of.values() if change.size > 0]
+    colours = LogNorm(min(sizes, default=0.5), max(sizes, default=1))
+    return mapped(found, "size", colours, "Where the weights changed", "‖ΔW‖ / ‖W‖")
+
+
+def ranks(made: Outcome) -> Figure:
+    """The ranks of those that have different ones."""
+    found = allocated(made)
+    values = [change.rank or 0 for of in found.values() for change in of.values()]
+    return mapped(found, "rank", Normalize(min(values), max(values)), "Ranks, where they were allocated", "rank")
+
+
+def allocated(made: Outcome) -> dict[str, dict[str, Change]]:
+    """What changed by methods whose ranks differ from weight to weight."""
+    found = {row.method: made.changes.get(row.method, {}) for row in finished(made)}
+    return {name: of for name, of in found.items() if len({change.rank for change in of.values()}) > 1}
+
+
+def mapped(found: Mapping[str, Mapping[str, Change]], field: str, colours: Normalize, title: str, unit: str) -> Figure:
+    """A map of layers and modules for each method, all in the same colours."""
     modules = list(dict.fromkeys(module for of in found.values() for module in of))
     parts, layers = list(dict.fromkeys(map(part_of, modules))), sorted(set(map(depth, modules)))
     wide, deep = min(4, len(found)), math.ceil(len(found) / 4)
     figure = Figure(figsize=(1.4 + 2.3 * wide, 0.9 + deep * (1.1 + 0.06 * len(layers))), layout="constrained")
-    figure.suptitle("Where the weights changed: ‖ΔW‖ / ‖W‖", fontsize=11)
+    figure.suptitle(title, fontsize=11)
     grid = figure.subplots(deep, wide, squeeze=False, sharex=True, sharey=True)
-    sizes = [change.size for of in found.values() for change in of.values() if change.size > 0]
-    colours = LogNorm(min(sizes, default=0.5), max(sizes, default=1))
     for place, axes in enumerate(grid.flat):
         axes.set_visible(place < len(found))
         axes.grid(visible=False)
     for axes, (name, of) in zip(grid.flat, found.items(), strict=False):
-        cells = [[typical(of, layer, part) for part in parts] for layer in layers]
+        cells = [[typical(of, layer, part, field) for part in parts] for layer in layers]
         picture = axes.imshow(cells, norm=colours, aspect="auto", cmap="viridis", interpolation="none")
         axes.set_title(name, fontsize=10)
         axes.set_xticks(range(len(parts)), labels=short(parts), rotation=60, ha="right", fontsize=8)
@@ -204,13 +228,49 @@ def maps(made: Outcome) -> Figure:
     grid[0][0].set_yticks(shown, labels=[str(layers[i]) if layers[i] >= 0 else "–" for i in shown], fontsize=8)
     figure.supylabel("layer", fontsize=10)
     figure.supxlabel("module", fontsize=10)
-    figure.colorbar(picture, ax=grid, fraction=0.03, label="‖ΔW‖ / ‖W‖")
+    figure.colorbar(picture, ax=grid, fraction=0.03, label=unit)
     return figure
 
 
-def typical(of: Mapping[str, Change], layer: int, part: str) -> float:
-    """The median size of a layer's changes of one type of module; NaN, which is not drawn, where nothing changed."""
-    return median([c for name, c in of.items() if (depth(name), part_of(name)) == (layer, part)], "size") or math.nan
+def typical(of: Mapping[str, Change], layer: int, part: str, field: str) -> float:
+    """The median of a layer's changes of one type of module; NaN, which is not drawn, where nothing changed."""
+    return median([c for name, c in of.items() if (depth(name), part_of(name)) == (layer, part)], field) or math.nan
+
+
+def spectra(made: Outcome) -> Figure:
+    """Singular values before and after in the middle layer."""
+    found = spectra_of(made)
+    columns = run_plots.by_part(module for of in found.values() for module in of)
+    cells = {(name, columns[part_of(m)]): one for name, of in found.items() for m, one in of.items()}
+    return run_plots.panels(cells, list(found), list(columns.values()))
+
+
+def spectra_of(made: Outcome) -> dict[str, dict[str, Spectrum]]:
+    """By method, the spectra that were kept, of the middle one of their layers."""
+    found = {}
+    for row in finished(made):
+        kept = {m: c.spectrum for m, c in made.changes.get(row.method, {}).items() if c.spectrum is not None}
+        layers = sorted(set(map(depth, kept)))
+        found[row.method] = {m: one for m, one in kept.items() if depth(m) == layers[len(layers) // 2]}
+    return {name: of for name, of in found.items() if of}
+
+
+def stack(made: Outcome) -> Figure:
+    """What was foreseen of each method's memory, in its parts, and under it what was measured."""
+    planned = made.kept("memory_planned")
+    rows = [row for row in finished(made) if row.method in planned]
+    figure, axes = start("Memory at the peak of a step, predicted and measured", "GiB", "")
+    figure.set_size_inches(8, 1.9 + 0.42 * len(rows))
+    for place, row in enumerate(rows):
+        run_plots.bars(axes, place - 0.2, planned[row.method], 0.36)
+        axes.barh(place + 0.2, row.memory / 2**30, 0.36, color=COLOURS[7], label=run_plots.MEASURED)
+    axes.set_yticks(range(len(rows)), labels=[row.method for row in rows])
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    handles, labels = axes.get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=3)
+    return figure
 
 
 def subspaces(made: Outcome) -> Figure:
@@ -239,8 +299,11 @@ PLOTS: dict[str, Plot] = {
     "parameters": parameters,
     "memory": memory,
     "seconds": seconds,
+    "stack": stack,
     "forgetting": forgetting,
     "rates": rates,
     "subspaces": subspaces,
     "maps": maps,
+    "ranks": ranks,
+    "spectra": spectra,
 }

@@ -18,7 +18,7 @@ body { max-width: 84rem; } p, pre { max-width: 60rem; } pre { box-sizing: border
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); }
 .plots { gap: 1.5rem 2rem; margin-top: 2rem; }
 .plots svg { width: 100%; height: auto; } .plots figure[style] { grid-column: 1 / -1; } figure { margin: 0; }
-small { opacity: .7; } pre { font-size: .85rem; }
+small { opacity: .7; } pre { font-size: .85rem; } h3 { font-size: 1rem; max-width: 60rem; white-space: pre-line; }
 """
 CAPTIONS = {
     "differences": "An interval that crosses the line is no difference beyond noise.",
@@ -29,7 +29,10 @@ CAPTIONS = {
     "forgetting": "Right is more learned, down is less forgotten.",
     "rates": "The first rung, one seed.",
     "subspaces": "Medians over the weights, and quartiles; the run with the first seed.",
-    "maps": "The run with the first seed. One scale of colours, logarithmic, for all.",
+    "maps": "‖ΔW‖ / ‖W‖. The run with the first seed. One scale of colours, logarithmic, for all.",
+    "stack": "Predicted as by <code>inlay plan</code>; libraries are in the measured peak of a process alone.",
+    "ranks": "Of the methods that have different ones.",
+    "spectra": "The middle one of the layers; the run with the first seed. Coloured where the change lies.",
 }
 QUESTIONS = "Intervals are over seeds, all asked the same: what another draw of questions would change is not in them."
 
@@ -59,6 +62,7 @@ def page(made: Outcome, pictures: list[str]) -> str:
         f"""<p>{html.escape(answer(made))}</p>
 {table(made)}
 <div class="plots">{"".join(pictures)}</div>
+{answers(made)}
 <h2>How it was done</h2>{"".join(f"<p>{html.escape(line)}</p>" for line in method(made))}
 <h2>Recipe</h2><p>Repeat it with <code>inlay compare recipe.yaml</code>, recipe.yaml being</p>
 <pre>{html.escape(made.plan.to_yaml())}</pre>
@@ -66,6 +70,19 @@ def page(made: Outcome, pictures: list[str]) -> str:
 <script>{SORT}</script>""",
         STYLE,
     )
+
+
+def answers(made: Outcome) -> str:
+    """Some held-out prompts, and what each method answered after the run with its first seed."""
+    told = made.kept("samples")
+    every = next(iter(told.values()), [])
+    parts = []
+    for place, row in enumerate(every):
+        said = [("reference", row["reference"]), ("before", row["before"])]
+        said += [(r.method, told[r.method][place]["after"]) for r in made.standings() if r.method in told]
+        body = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in said)
+        parts.append(f"<h3>{html.escape(row['prompt'])}</h3><table>{body}</table>")
+    return f"<h2>Held-out prompts, before and after</h2>{''.join(parts)}" if parts else ""
 
 
 def answer(made: Outcome) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import torch
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
@@ -29,6 +30,7 @@ MAPS: tuple[tuple[str, str, str, Value], ...] = (
     ("minor", "share of ‖ΔW‖² in W's minor eighth (random: 0.125)", ".2f", lambda c: c.minor),
     ("ranks", "rank", ".4g", lambda c: c.rank),
 )
+MEASURED = "process or GPU, libraries included"
 BANDS, POINTS = 64, 160  # of a spectrum: how many colours, and how many points of a curve
 TRAINED = LinearSegmentedColormap.from_list("trained", [(*to_rgb(COLOURS[1]), alpha) for alpha in (0.0, 1.0)])
 
@@ -84,22 +86,35 @@ def loss(result: Result, title: str) -> Figure:
 
 
 def spectra(seen: Mapping[str, Spectrum]) -> Figure:
-    """σ before and after: a row per type of module, a column per layer; the ground is coloured where ΔW lies."""
-    layers, parts = sorted({depth(name) for name in seen}), list(dict.fromkeys(map(part_of, seen)))
-    wide, high = 1.2 + 2.3 * len(layers), 2.2 + 1.3 * len(parts)
+    """σ before and after: a row per type of module, a column per layer."""
+    rows = {part: f"σ of {end}" for part, end in by_part(seen).items()}
+    columns = {i: f"layer {i}" if i >= 0 else "no layer" for i in sorted(set(map(depth, seen)))}
+    cells = {(rows[part_of(name)], columns[depth(name)]): one for name, one in seen.items()}
+    return panels(cells, list(rows.values()), list(columns.values()))
+
+
+def by_part(modules: Iterable[str]) -> dict[str, str]:
+    """The types of some modules, with their short names."""
+    parts = list(dict.fromkeys(map(part_of, modules)))
+    return dict(zip(parts, short(parts), strict=True))
+
+
+def panels(cells: Mapping[tuple[str, str], Spectrum], rows: list[str], columns: list[str]) -> Figure:
+    """σ before and after, by row and column; the ground is coloured where ΔW lies."""
+    wide, high = 1.2 + 2.3 * len(columns), 2.2 + 1.3 * len(rows)
     figure = Figure(figsize=(wide, high))  # laid out in inches: to let it find out takes seconds
     around = {"left": 1 / wide, "right": 1 - 0.2 / wide, "bottom": 1.5 / high, "top": 1 - 0.7 / high}
-    grid = figure.subplots(len(parts), len(layers), squeeze=False, sharey="row", gridspec_kw={**around, "hspace": 0.35})
+    grid = figure.subplots(len(rows), len(columns), squeeze=False, sharey="row", gridspec_kw={**around, "hspace": 0.35})
     figure.suptitle("Singular values before and after, and where the change lies", fontsize=11, y=1 - 0.2 / high)
     for axis in grid.flat:
         axis.set_visible(False)  # a layer may lack a type
-    for name, one in seen.items():
-        i, j = parts.index(part_of(name)), layers.index(depth(name))
+    for (row, column), one in cells.items():
+        i, j = rows.index(row), columns.index(column)
         panel(grid[i][j], one)
         if j == 0:
-            grid[i][j].set_ylabel(f"σ of {short(parts)[i]}", fontsize=9)
-    for axis, layer in zip(grid[0], layers, strict=True):
-        axis.set_title(f"layer {layer}" if layer >= 0 else "no layer", fontsize=9)
+            grid[i][j].set_ylabel(row, fontsize=9)
+    for axis, column in zip(grid[0], columns, strict=True):
+        axis.set_title(column, fontsize=9)
     inch = 1 / high
     figure.text(0.5, 1.02 * inch, "index of the singular value, largest first", fontsize=9, ha="center")
     bar = figure.colorbar(
@@ -115,7 +130,7 @@ def spectra(seen: Mapping[str, Spectrum]) -> Figure:
 
 
 def panel(axis: Any, one: Spectrum) -> None:
-    """One weight of `spectra`."""
+    """One weight of `panels`."""
     k, S = len(one.before), one.before
     edges = torch.linspace(0, k, min(BANDS, k) + 1).round().long().tolist()
     dense = torch.stack([one.shares[a:b].mean() * k for a, b in pairwise(edges)]).clamp(0.1, 10).log10()
@@ -135,13 +150,19 @@ def panel(axis: Any, one: Spectrum) -> None:
 def stack(planned: Mapping[str, float], measured: float) -> Figure:
     """Predicted memory in its parts, and the measured peak beside it, in GiB."""
     figure = Figure(figsize=(6, 2.8), layout="constrained")
-    axes, left = figure.subplots(), 0.0
-    for place, (name, size) in enumerate(planned.items()):
-        axes.barh("predicted", size / 2**30, left=left / 2**30, color=COLOURS[place], label=name)
-        left += size
-    axes.barh("measured", measured / 2**30, color=COLOURS[7], label="process or GPU, libraries included")
+    axes = figure.subplots()
+    bars(axes, "predicted", planned)
+    axes.barh("measured", measured / 2**30, color=COLOURS[7], label=MEASURED)
     axes.set(xlabel="GiB", title="Memory at the peak of a step")
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     figure.legend(loc="outside lower center", ncols=2)
     return figure
+
+
+def bars(axes: Axes, at: Any, planned: Mapping[str, float], height: float = 0.8) -> None:
+    """The parts of a predicted peak, one after the other."""
+    left = 0.0
+    for place, (name, size) in enumerate(planned.items()):
+        axes.barh(at, size / 2**30, height, left=left / 2**30, color=COLOURS[place], label=name)
+        left += size

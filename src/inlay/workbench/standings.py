@@ -11,6 +11,7 @@ import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from inlay.workbench.result import environment
 Results = Mapping[str, list[dict[str, Any] | None]]  # of the last rung: by method, one for each seed
 COLUMNS = """method verdict loss loss_sd difference difference_low difference_high forgetting forgetting_sd
 learning_rate size budget_share parameters parameters_last seconds memory steps seeds failed""".split()
+LOOKED = ("changes", "memory_planned", "samples")  # kept of one run of each method
 SCORED = "metric metric_sd metric_difference metric_difference_low metric_difference_high".split()  # with a metric
 
 
@@ -109,12 +111,15 @@ class Outcome:
         """What runs are judged by beside the loss; empty where there is nothing."""
         return metric.title(self.plan.ask.metric) if self.plan.ask.metric else ""
 
-    @property
+    def kept(self, what: str) -> dict[str, Any]:
+        """By method, something of LOOKED that its run with the first seed left; only those that have it."""
+        firsts = {name: (results or [None])[0] or {} for name, results in self.finals.items()}
+        return {name: r[what] for name, r in firsts.items() if r.get(what)}
+
+    @cached_property
     def changes(self) -> dict[str, dict[str, Change]]:
         """By method and module, where the weights changed in the run with the first seed, where that is known."""
-        firsts = {name: (results or [None])[0] or {} for name, results in self.finals.items()}
-        found = {name: r["changes"] for name, r in firsts.items() if r.get("changes")}
-        return {name: {module: Change(**told) for module, told in of.items()} for name, of in found.items()}
+        return {name: changes.from_data(told) for name, told in self.kept("changes").items()}
 
     @property
     def columns(self) -> list[str]:
@@ -213,7 +218,7 @@ def plain(value: Any) -> Any:
 
 
 def as_data(made: Outcome) -> dict[str, Any]:
-    """Everything that was found, for results.json, but what changes.json holds."""
+    """Everything that was found, for results.json, but what stands in changes.json and on the page alone."""
     rows = [{**made.picked(row), "losses": row.losses} for row in made.standings()]
     sweeps = {
         name: [{"steps": steps, "losses": {f"{rate:g}": loss for rate, loss in by.items()}} for steps, by in s.rungs]
@@ -221,7 +226,7 @@ def as_data(made: Outcome) -> dict[str, Any]:
     }
     about = {"reference": made.plan.reference, "confidence": judge.CONFIDENCE, "before": made.before}
     runs = {
-        name: [r and {key: value for key, value in r.items() if key != "changes"} for r in results]
+        name: [r and {key: value for key, value in r.items() if key not in LOOKED} for r in results]
         for name, results in made.finals.items()
     }
     return plain({**about, "methods": rows, "sweeps": sweeps, "runs": runs, "environment": machine()})

@@ -26,10 +26,12 @@ from inlay.workbench.comparison import slug
 from inlay.workbench.files import write_text
 from inlay.workbench.prepare import Examples, examples, load
 from inlay.workbench.recipe import Recipe
+from inlay.workbench.result import Result
 
 TRIAL, RESULT, LOG = "trial.json", "result.json", "log.txt"
 UNRELATED = Path(__file__).parent.parent / "data" / "unrelated.txt"
 TEXTS = 64  # paragraphs of it that are read, at most
+SAMPLES = 3  # held-out prompts that a method answers, at most
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Trial:
 
     @property
     def looked_into(self) -> bool:
-        """Whether it is the one run of its method of which it is kept where the weights changed."""
+        """Whether it is the one run of its method of which more is kept than numbers."""
         return self.final and self.recipe.seed == self.split_seed
 
     def to_json(self) -> str:
@@ -128,6 +130,13 @@ def unrelated(source: str | None) -> list[str]:
     return [row["text"] for row in rows[:TEXTS]]
 
 
+def look_into(found: Result, trainer: Any, rows: Examples) -> dict[str, Any]:
+    """What is kept of one run of each method: what it changed, foresaw of its memory, and answers."""
+    changed = changes(trainer.model, lambda: train.weights_of(found.recipe))
+    planned = train.foreseen(found.recipe, rows, trainer)
+    return {"changes": as_data(changed, spectra=True), "memory_planned": planned, "samples": found.samples}
+
+
 def number(value: float) -> float | None:
     """A number as JSON has it; none for what diverged."""
     return value if math.isfinite(value) else None
@@ -136,7 +145,8 @@ def number(value: float) -> float | None:
 def run(folder: Path) -> None:
     """Carry out the trial of a folder."""
     trial, console = read(folder), Console(width=120)
-    recipe = replace(trial.recipe, output=str(folder), samples=0, save_every=0)
+    samples = min(SAMPLES, trial.recipe.samples) if trial.looked_into else 0
+    recipe = replace(trial.recipe, output=str(folder), samples=samples, save_every=0)
     tokenizer = models.load_tokenizer(recipe.model, recipe.revision, recipe.trust_remote_code)
     rows, texts = rows_of(trial, tokenizer, console), unrelated(trial.unrelated)
     set_seed(recipe.seed)
@@ -167,7 +177,7 @@ def run(folder: Path) -> None:
         "parameters": found.parameters,
         "parameters_last": steps[-1]["trained"],
         "base_parameters": found.base_parameters,
-        **({"changes": as_data(changes(trainer.model, lambda: train.weights_of(recipe)))} if trial.looked_into else {}),
+        **(look_into(found, trainer, rows) if trial.looked_into else {}),
         "curve": [(row["step"], number(row["loss"])) for row in steps],
         "heldout": [(row["step"], number(row["eval_loss"])) for row in found.history if "eval_loss" in row],
     }
