@@ -194,14 +194,15 @@ def test_inspect_merges_what_has_no_equal_here(config, tiny, tmp_path, capsys):
 
 
 def test_inspect_counts_a_fold_from_where_it_began(tiny, records, tmp_path, capsys):
-    """W is the base with its piece, ΔW what training made of that; of a fold that keeps no start nothing is said."""
+    """W is the base with its piece, ΔW what training made of that; its run says the same; of a fold that keeps no start
+    nothing is said."""
     pytest.importorskip("bitsandbytes")
     fold, ask = tmp_path / "fold", ["--steps", "1", "--samples", "0", "--learning-rate", "1e-3", "--data", records]
     main(["fold", tiny, str(fold), "--method", "pissa", "--r", "4"])
     assert "nothing was trained" in fails(capsys, "inspect", str(fold))
     main(["train", "--model", str(fold), "--method", "pissa", "--r", "4", *ask, "--output", str(tmp_path / "run")])
-    assert not (tmp_path / "run" / "changes.json").exists()
     found = inlay.inspect_adapter(tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "changes.json").read_text()) == changes.as_data(found)
     start, end = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (fold, tmp_path / "run"))
     name = "model.layers.0.mlp.down_proj"
     key = f"base_model.model.{name}.inlay_%s.weight"
@@ -210,6 +211,20 @@ def test_inspect_counts_a_fold_from_where_it_began(tiny, records, tmp_path, caps
     assert found[name].size == pytest.approx(((B @ A - B0 @ A0).norm() / W.norm()).item(), rel=0.02)
     shutil.rmtree(fold / "adapter")
     assert "is folded, and the adapter it began with" in fails(capsys, "inspect", str(tmp_path / "run"))
+
+
+def test_a_run_that_folds_keeps_what_it_began_with(tiny, records, tmp_path):
+    """Its report and `inlay inspect` tell the same changes; LoRA's B starts at 0, so that ΔW is all of it."""
+    pytest.importorskip("bitsandbytes")
+    ask = ["--steps", "2", "--samples", "0", "--learning-rate", "1e-2", "--data", records, "--quantize", "nf4"]
+    main(["train", "--model", tiny, "--method", "lora", "--r", "4", *ask, "--output", str(tmp_path / "run")])
+    told, found = json.loads((tmp_path / "run" / "changes.json").read_text()), inlay.inspect_adapter(tmp_path / "run")
+    assert told == changes.as_data(found)
+    held = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    key = "base_model.model.model.layers.1.self_attn.v_proj.inlay_%s.weight"
+    W = AutoModelForCausalLM.from_pretrained(tiny).model.layers[1].self_attn.v_proj.weight
+    size = (held[key % "B"] @ held[key % "A"]).norm() / W.norm()
+    assert told["model.layers.1.self_attn.v_proj"]["size"] == pytest.approx(size.item(), rel=0.02)
 
 
 def test_mistakes_in_inspecting_an_adapter_are_one_line(folder, tiny, tmp_path, capsys):

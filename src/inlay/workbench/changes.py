@@ -210,7 +210,7 @@ def from_data(told: Mapping[str, Mapping[str, Any]]) -> dict[str, Change]:
     """What `as_data` was given."""
 
     def of(one: Mapping[str, list[float]] | None) -> Spectrum | None:
-        return one and Spectrum(**{name: torch.tensor(values) for name, values in one.items()})
+        return None if one is None else Spectrum(**{name: torch.tensor(values) for name, values in one.items()})
 
     return {module: Change(**{**values, "spectrum": of(values.get("spectrum"))}) for module, values in told.items()}
 

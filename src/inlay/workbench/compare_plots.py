@@ -21,6 +21,7 @@ from inlay.workbench.standings import Outcome, Standing, Sweep, mean, spread
 
 MARKERS = "osD^vPX<>"
 STYLES = ("-", "--", ":")
+FAINT = 1e-4  # of the largest change: what is smaller has the colour of this one
 Plot = Callable[[Outcome], Figure]
 
 
@@ -50,9 +51,10 @@ def start(title: str, x: str, y: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def finish(figure: Figure, axes: Axes) -> Figure:
-    """The legend, below, where it covers nothing."""
+def finish(figure: Figure, axes: Axes, rows: int = 0) -> Figure:
+    """The legend, below, where it covers nothing; room for it, and for `rows` beside the axis."""
     handles, labels = axes.get_legend_handles_labels()
+    figure.set_figheight(max(3.8, 1.4 + 0.24 * rows) + 0.2 * math.ceil(len(labels) / 3))
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
     return figure
 
@@ -184,14 +186,15 @@ def differences(made: Outcome) -> Figure:
     axes.axvline(0, color=INK, linewidth=1, alpha=0.6, label=reference)
     axes.set_yticks(range(len(rows)), labels=[row.method for row in rows])
     axes.set_ylim(-0.6, max(0, len(rows) - 1) + 0.6)
-    return finish(figure, axes)
+    return finish(figure, axes, len(rows))
 
 
 def maps(made: Outcome) -> Figure:
     """‖ΔW‖ / ‖W‖ of every weight."""
     found = {row.method: of for row in finished(made) if (of := made.changes.get(row.method))}
     sizes = [change.size for of in found.values() for change in of.values() if change.size > 0]
-    colours = LogNorm(min(sizes, default=0.5), max(sizes, default=1))
+    most = max(sizes, default=1)
+    colours = LogNorm(max(min(sizes, default=0.5), most * FAINT), most)
     return mapped(found, "size", colours, "Where the weights changed", "‖ΔW‖ / ‖W‖")
 
 
@@ -265,7 +268,7 @@ def stack(made: Outcome) -> Figure:
         run_plots.bars(axes, place - 0.2, planned[row.method], 0.36)
         axes.barh(place + 0.2, row.memory / 2**30, 0.36, color=COLOURS[7], label=run_plots.MEASURED)
     axes.set_yticks(range(len(rows)), labels=[row.method for row in rows])
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
     handles, labels = axes.get_legend_handles_labels()
     once = dict(zip(labels, handles, strict=True))
@@ -290,7 +293,7 @@ def subspaces(made: Outcome) -> Figure:
     axes.axvline(1 / PART, color=INK, linewidth=1, alpha=0.6, label="random")
     axes.set_yticks(range(len(rows)), labels=rows)
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.6, max(0, len(rows) - 1) + 0.6))
-    return finish(figure, axes)
+    return finish(figure, axes, len(rows))
 
 
 PLOTS: dict[str, Plot] = {

@@ -17,7 +17,8 @@ body { max-width: 84rem; } p, pre { max-width: 60rem; } pre { box-sizing: border
 .scroll td:nth-child(2) { white-space: normal; min-width: 11rem; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); }
 .plots { gap: 1.5rem 2rem; margin-top: 2rem; }
-.plots svg { width: 100%; height: auto; } .plots figure[style] { grid-column: 1 / -1; } figure { margin: 0; }
+.plots svg { width: 100%; height: auto; } .plots figure[style] svg { max-width: calc(var(--inches) * 96px); }
+.plots figure[style] { grid-column: 1 / -1; } figure { margin: 0; }
 small { opacity: .7; } pre { font-size: .85rem; } h3 { font-size: 1rem; max-width: 60rem; white-space: pre-line; }
 """
 CAPTIONS = {

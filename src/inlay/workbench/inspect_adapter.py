@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ from inlay.workbench import kinds, lora, merging, models
 from inlay.workbench.changes import (
     CHANGES,
     FIELDS,
+    MOST,
     PART,
     Change,
     as_data,
@@ -95,10 +98,22 @@ def is_adapter(name: str) -> bool:
         return False
 
 
+def of_fold(folder: Path) -> dict[str, Change]:
+    """The changes of a fold that was trained; none where what it began with is gone, the subspaces within MOST."""
+    with suppress(ValueError):
+        return changes_of(folder, models.base_of(folder), None, None, False, MOST)
+    return {}
+
+
 def changes_of(
-    folder: Path, base: str, layers: list[int] | None, revision: str | None, trust_remote_code: bool
+    folder: Path,
+    base: str,
+    layers: list[int] | None,
+    revision: str | None,
+    trust_remote_code: bool,
+    most: float = math.inf,
 ) -> dict[str, Change]:
-    """The changes of one of our adapters."""
+    """The changes of one of our adapters; with subspaces if these take at most so many multiplications."""
     auto = lora.auto_of(folder, base, revision, trust_remote_code)
     light = lora.load(folder, base, revision, trust_remote_code, auto)
     weights = Weights(base, revision, trust_remote_code, auto)
@@ -108,11 +123,13 @@ def changes_of(
         start = lora.load(untrained(folder, base), base, revision, trust_remote_code, auto)
         first = {layer.cuts["default"].module: layer for layer in adapted(start, "default").values()}
     names = among(every, layers, folder)
+    shapes = [(every[name].out_features, every[name].in_features) for name in names]
+    full = sum(math.prod(shape) * min(shape) for shape in shapes) <= most
     shown = chosen(names)
     made: dict[str, Change] = {}
     for name in tqdm(names, desc="Changes", unit="weight", disable=None, delay=1):
         layer = every[name]
-        made[name] = measure(of_ours(layer, weight(weights, name, layer), first.get(name)), True, name in shown)
+        made[name] = measure(of_ours(layer, weight(weights, name, layer), first.get(name)), full, name in shown)
     return made
 
 
@@ -145,12 +162,13 @@ def among(names: Collection[str], layers: list[int] | None, folder: Path) -> lis
 
 
 def untrained(folder: Path, base: str) -> Path:
-    """The adapter that a fold began with, which lies beside its base.
+    """The adapter that a fold began with, which lies beside its base: a run's that folded, or what inlay fold made.
 
     Raises:
         ValueError: it is not there, or nothing was trained.
     """
-    start = models.fold_at(str(Path(base).parent))
+    kept = Path(base).parent / models.START
+    start = kept if kept.is_dir() else models.fold_at(str(kept.parent))
     if start is None:
         raise ValueError(
             f"{folder} is folded, and the adapter it began with is not beside {base}: what training changed cannot be "

@@ -27,6 +27,7 @@ from inlay.workbench import builtin, kinds
 from inlay.workbench.files import DamagedFileError, from_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+START = "start"  # within the folder of a run that folded: the adapter before training
 
 
 def resolve(name: str) -> str:

@@ -204,6 +204,7 @@ def load(
     model = models.load_adapted(made.adapter, str(made.base), dtype, trainable=True)[0]
     for path in (made.base, made.folder / "errors.csv"):
         path.rename(folder / path.name)
+    made.adapter.rename(folder / models.START)
     shutil.rmtree(made.folder)
     model.peft_config["default"].base_model_name_or_path = str((folder / "base").resolve())
     return model

@@ -37,9 +37,10 @@ from inlay.workbench import (
     run_plots,
     zero3,
 )
-from inlay.workbench.changes import CHANGES, as_data, changes
+from inlay.workbench.changes import CHANGES, Change, as_data, changes
 from inlay.workbench.checkpoints import Checkpoint
 from inlay.workbench.files import check_free, locked, new_folder, put_back, remove, staged, write_text
+from inlay.workbench.inspect_adapter import of_fold
 from inlay.workbench.prepare import MARK, Examples, at_most, fitting_batch, load, planned, training_set
 from inlay.workbench.recipe import Recipe
 from inlay.workbench.recipe import load as load_recipe
@@ -444,8 +445,11 @@ def write(result: Result, model: PeftModel | PreTrainedModel, state: dict[str, T
             model.config.save_pretrained(str(part))  # the labels
         (part / "README.md").write_text(report.card(result), encoding="utf-8")
     (result.folder / "plots").mkdir(exist_ok=True)
-    # A sharded model has no weights here to compare.
-    found = changes(model, lambda: weights_of(result.recipe)) if state is None else {}
+    found: dict[str, Change] = {}
+    if isinstance(model, PeftModel) and getattr(model.peft_config["default"], "folded", False):
+        found = of_fold(kept)
+    elif state is None:  # a sharded model has no weights here to compare
+        found = changes(model, lambda: weights_of(result.recipe))
     drawn = run_plots.draw(run_plots.of_run(result, found, report.title(result)), result.folder / "plots")
     if found:
         write_text(result.folder / CHANGES, json.dumps(as_data(found), indent=1))
