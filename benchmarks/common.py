@@ -21,9 +21,10 @@ def machine() -> str:
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
-    units = "with" if any("amx_bf16" in line for line in lines) else "without"
+    kinds = {"amx_bf16": "with bf16 units", "avx512_bf16": "with bf16 instructions"}
+    units = next((said for flag, said in kinds.items() if any(flag in line for line in lines)), "without bf16")
     name = names.pop() if len(names) == 1 else platform.machine()
-    cores = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, {units} bf16 units"
+    cores = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, {units}"
     return f"{name}, {cores}, torch {torch.__version__}"
 
 
