@@ -76,7 +76,7 @@ def changes(model: Any, base: Callable[[], Weights]) -> dict[str, Change]:
     linear layers which differ from what the checkpoint of the `base` stores."""
     layers = {layer.cuts["default"].module: layer for layer in adapted(model, "default").values()}
     if any(layer.cuts["default"].folded for layer in layers.values()):
-        return {}  # what training changed of a fold is counted from θ₀, which is not kept
+        return {}  # of a fold it is counted from the adapter it began with: `inspect_adapter.of_fold`
     ours = {module: of_ours(layer) for module, layer in layers.items()}
     every = ours or of_others(model, base)
     cost = sum(one.shape.numel() * min(one.shape) for one in every.values())
