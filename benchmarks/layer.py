@@ -1,6 +1,6 @@
 """One adapted layer: time of forward and backward, and memory, against the frozen layer and PEFT's methods.
 
-    python benchmarks/layer.py [--cases 4096x4096:2048:16:bf16,...] [--repeats 7] [--out benchmarks/results]
+    python benchmarks/layer.py [--cases 4096x4096:2048:16:bf16,...] [--repeats 5] [--out benchmarks/results]
 
 A case is out x in : tokens : r : precision. By default one thing at a time departs from 4096 × 4096, 2,048 tokens,
 r = 16: the shape and the precision together, the tokens, the rank. Precisions: fp32; bf16 (a bf16 base under fp32
@@ -251,7 +251,7 @@ def plot(rows: list[dict], path: Path) -> None:
 def main() -> None:
     options = argparse.ArgumentParser()
     options.add_argument("--cases", default=",".join(CASES))
-    options.add_argument("--repeats", type=int, default=7)
+    options.add_argument("--repeats", type=int, default=5)
     options.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     asked = options.parse_args()
     rows: list[dict] = []

@@ -228,8 +228,9 @@ def test_what_a_layer_keeps(method):
     assert (ref() is not None) is (held is not None)
     assert y.requires_grad
     # MoRA is 16 wide here, and keeps s M; its turned blocks one that was filled up; RandLoRA's bases are 24 together,
-    # XGBLoRA's rounds 64.
-    width = {"bat": 40, "mora": 17, "mora_rope": 18, "randlora": 24, "xgblora": 64}.get(method, 8)
+    # XGBLoRA's rounds 64. PiSSA and the like, of twice the rank with their start, keep but half of it.
+    wide = {"bat": 40, "bone": 5, "deep_lora": 8, "mora": 17, "mora_rope": 18, "randlora": 24, "xgblora": 64}
+    width = wide.get(method, 4)
     built = 24 * 8  # B, where it is built from more than one tensor
     assert sum(t.nbytes for t in kept.values()) <= (512 * width + built) * 4
 

@@ -133,7 +133,8 @@ class Pair:
     """Builds s B A, or s ((B − B₀) A + B₀ (A − A₀)) as one product of (out × 2r) and (2r × in), from (A, B), or from B
     alone. Zero at the start in any order of products, and nothing large cancels. `start` is (A₀, B₀).
 
-    Its gradients are written out: a graph of its own for them takes longer than a small layer does.
+    Its gradients are written out: a graph of its own for them takes longer than a small layer does. And B's needs but
+    half of x [A; A − A₀]ᵀ (`seen`), A's but one product for both halves (`joined`).
     """
 
     s: float = 1.0
@@ -146,12 +147,17 @@ class Pair:
             A, B = [torch.cat([A[0], A[0] - A0])], torch.cat([B - B0, B0], 1)
         return scaled(self.s, B), A[0] if A else None
 
+    def seen(self, u: Tensor) -> Tensor:
+        """What of x Aᵀ, (T × r), `pull` wants dB from."""
+        return u if self.start is None else u[:, : u.shape[1] // 2].clone()
+
+    def joined(self, v: Tensor) -> Tensor:
+        """The v (T × r) with dA = vᵀ x, as `pull` wants it, from g B."""
+        return v if self.start is None else v[:, : v.shape[1] // 2] + v[:, v.shape[1] // 2 :]
+
     def pull(self, p: Sequence[Tensor], dB: Tensor | None, dA: Tensor | None) -> list[Tensor | None]:
         """The gradients of p from those of what was built, None for None."""
-        r = p[-1].shape[1]
-        if self.start is not None and dA is not None:
-            dA = dA[:r] + dA[r:]
-        dB = None if dB is None else scaled(self.s, dB[:, :r])
+        dB = None if dB is None else scaled(self.s, dB)
         return [None if d is None else d.to(t.dtype) for d, t in zip((dA, dB)[-len(p) :], p, strict=True)]
 
 
@@ -170,13 +176,20 @@ class Core:
         S0, B0 = self.start[0], torch.cat(list(self.start[1:]), 1)
         return scaled(self.s, torch.addmm(B0 @ (S - S0), B - B0, S)), A
 
+    def seen(self, u: Tensor) -> Tensor:
+        return u
+
+    def joined(self, v: Tensor) -> Tensor:
+        return v
+
     def pull(self, p: Sequence[Tensor], dB: Tensor | None, dA: Tensor | None) -> list[Tensor | None]:
         """As `Pair.pull`: B S A has the slopes Bᵀ (dB) for S and (dB) Sᵀ for B."""
         _, S, *blocks = p
         if dB is None:
             return [None] * len(p)
         dB = scaled(self.s, dB.to(S.dtype))
-        return [None, torch.cat(blocks, 1).T @ dB, *(dB @ S.T).split([block.shape[1] for block in blocks], 1)]
+        each = torch.split_with_sizes_copy(dB @ S.T, [block.shape[1] for block in blocks], 1)
+        return [None, torch.cat(blocks, 1).T @ dB, *each]
 
 
 def scaled(s: float, t: Tensor) -> Tensor:
@@ -232,7 +245,7 @@ class _LowRank(torch.autograd.Function):
             if ctx.saver is not None and kept[0] is not None:
                 kept = ctx.saver.keep(flat)
         ctx.kept = len(kept)
-        ctx.save_for_backward(*kept, u, W, *p)
+        ctx.save_for_backward(*kept, build.seen(u) if hasattr(build, "seen") else u, W, *p)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
@@ -255,23 +268,23 @@ class _LowRank(torch.autograd.Function):
             right = tiles(B.shape[1], inp, g) if A is None else A.detach().to(g.dtype)
             flat = None if trained is None or ctx.saver else x.reshape(-1, inp).to(g.dtype)
             v, dA, dx = g @ B.detach().to(g.dtype), None, None
+            w = ctx.build.joined(v) if written and trained is not None else v
             if ctx.needs_input_grad[0]:
                 dx = g.new_zeros(len(g), inp) if W is None else g @ W
             if ctx.drop and ctx.on_x:
-                dA = None if trained is None else torch.zeros_like(trained)
+                dA = None if trained is None else trained.new_zeros(w.shape[1], inp)
                 for rows, mask in masks((len(g), inp), g, ctx.drop, ctx.seed):
                     if dx is not None:
                         dx[rows].addcmul_(v[rows] @ right, mask)
                     if dA is not None and flat is not None:
-                        dA += v[rows].T @ mask.mul_(flat[rows])
+                        dA += w[rows].T @ mask.mul_(flat[rows])
             else:
                 for rows, mask in masks(v.shape, v, ctx.drop, ctx.seed) if ctx.drop else ():
                     v[rows] *= mask
                 if dx is not None:
                     add_blocks(dx, v) if right is None else dx.addmm_(v, right)
-                dA = None if flat is None else v.T @ flat
-                if trained is not None and ctx.saver:
-                    dA = ctx.saver.product(v, *kept)
+                if trained is not None:
+                    dA = w.T @ flat if flat is not None else cast(Any, ctx.saver).product(w, *kept)
             dB = (u.T @ g).T if trains_B else None
             grads = ctx.build.pull(p, dB, dA) if written else pull([(B, dB), (A, dA)], leaves)
         return None if dx is None else dx.view(ctx.shape).to(ctx.dtype), None, None, None, None, None, *grads
@@ -349,7 +362,15 @@ def tiles(r: int, inp: int, like: Tensor) -> Tensor | None:
     """[I I ... I], (r × in), in half precision, which multiplies faster than it adds, and sums in fp32; else None."""
     if like.element_size() >= 4:
         return None
-    return torch.eye(r, dtype=like.dtype, device=like.device).repeat(1, -(-inp // r))[:, :inp]
+    # What is made under a dispatch mode or in the capture of a CUDA graph is not to outlive it.
+    passing = type(like) is not Tensor or (like.is_cuda and torch.cuda.is_current_stream_capturing())
+    return (tiled.__wrapped__ if passing else tiled)(r, inp, like.dtype, like.device)
+
+
+@functools.lru_cache(maxsize=64)
+def tiled(r: int, inp: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.eye(r, dtype=dtype, device=device).repeat(1, -(-inp // r))[:, :inp]
 
 
 def block_sum(x: Tensor, r: int) -> Tensor:
