@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from inlay import InlayConfig, linalg, ops
 from inlay.methods import METHODS
@@ -280,6 +281,24 @@ def test_products_are_joined_only_where_a_layer_is_nothing_else(what, monkeypatc
         assert len(calls) == 2  # the one that lies on the layer itself; the other lies on that
         return
     assert len(calls) == 1
+
+
+def test_tiles_that_are_kept_serve_every_later_step():
+    """Made first in inference, then wanted in training; what is fake or without memory is not kept."""
+    ops.tiled.cache_clear()
+    with FakeTensorMode():
+        assert type(ops.tiles(4, 10, torch.empty(2, dtype=torch.bfloat16))) is not torch.Tensor
+    ops.tiles(4, 10, torch.empty(2, dtype=torch.bfloat16, device="meta"))
+    assert ops.tiled.cache_info().currsize == 0
+    x = torch.randn(3, 10, dtype=torch.bfloat16)
+    B = torch.randn(6, 4, requires_grad=True)
+    with torch.inference_mode():
+        first = ops.low_rank(x, None, build, False, ops.keep, B)
+    assert ops.tiled.cache_info().currsize == 1
+    again = ops.low_rank(x, None, build, False, ops.keep, B)
+    assert torch.equal(first, again)
+    again.sum().backward()
+    assert B.grad is not None and B.grad.norm() > 0
 
 
 @pytest.mark.parametrize("inp", [40, 43])

@@ -362,8 +362,9 @@ def tiles(r: int, inp: int, like: Tensor) -> Tensor | None:
     """[I I ... I], (r × in), in half precision, which multiplies faster than it adds, and sums in fp32; else None."""
     if like.element_size() >= 4:
         return None
-    # What is made under a dispatch mode or in the capture of a CUDA graph is not to outlive it.
-    passing = type(like) is not Tensor or (like.is_cuda and torch.cuda.is_current_stream_capturing())
+    # What is made for a count of bytes, under a dispatch mode or in the capture of a CUDA graph is not to outlive it.
+    capturing = like.is_cuda and torch.cuda.is_current_stream_capturing()
+    passing = like.is_meta or type(like) is not Tensor or capturing
     return (tiled.__wrapped__ if passing else tiled)(r, inp, like.dtype, like.device)
 
 
