@@ -82,6 +82,21 @@ def test_dropout_from_a_seed(kind, joined, monkeypatch):
     assert not torch.equal(ops.low_rank(x, linear, lambda B, A=None: (B, A), True, ops.Dropout(p), B, *A), y)
 
 
+@given(p=st.floats(0.001, 0.999), seed=st.integers(0, 1 << 62), width=st.integers(1, 7), wide=st.booleans())
+@settings(deadline=None, max_examples=30)
+def test_a_mask_drops_its_share_and_keeps_the_mean(p, seed, width, wide):
+    like = torch.empty(0, dtype=torch.float32 if wide else torch.bfloat16)
+    n = 40_001
+    found = torch.cat([m.float().clone() for _, m in ops.masks((n, width), like, p, seed)])
+    dropped, spread = (found == 0).double().mean(), (p * (1 - p) / found.numel()) ** 0.5
+    assert abs(dropped - p) < 6 * spread + 2**-16
+    assert torch.equal(found[found > 0].unique(), found.max()[None])
+    assert found.max() == pytest.approx(1 / (1 - p), rel=2**-8 if not wide else 2**-16 / (1 - p))
+    other = torch.cat([m.float().clone() for _, m in ops.masks((n, width), like, p, seed + 1)])
+    together = ((found == 0) & (other == 0)).double().mean()  # of another seed: unrelated
+    assert abs(together - p**2) < 6 * (p**2 * (1 - p**2) / found.numel()) ** 0.5 + 2**-15
+
+
 @pytest.mark.parametrize("linear", ["bias", "no bias", "beside"])
 @pytest.mark.parametrize("step", [0, 2])
 def test_dense_is_its_reference(step, linear, monkeypatch):
@@ -298,7 +313,8 @@ def test_tiles_that_are_kept_serve_every_later_step():
     again = ops.low_rank(x, None, build, False, ops.keep, B)
     assert torch.equal(first, again)
     again.sum().backward()
-    assert B.grad is not None and B.grad.norm() > 0
+    assert B.grad is not None
+    assert B.grad.norm() > 0
 
 
 @pytest.mark.parametrize("inp", [40, 43])
