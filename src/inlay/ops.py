@@ -350,18 +350,20 @@ def pull(built: Sequence[tuple[Tensor | None, Tensor | None]], leaves: Sequence[
 
 
 def masks(shape: Sequence[int], like: Tensor, p: float, seed: int) -> Iterator[tuple[slice, Tensor]]:
-    """The dropout mask of a seed for a (rows × width) tensor, scaled, in strips of rows; p to the nearest of 2⁻¹⁶.
-
-    A number of 64 bits serves four entries: torch's own Bernoulli takes six times as long on a CPU.
-    """
+    """The dropout mask of a seed for a (rows × width) tensor, scaled, in strips of rows; p to the nearest of 2⁻¹⁶."""
     generator = None if like.is_meta else torch.Generator(like.device).manual_seed(seed)
     height, dropped = max(1, scratch(like) // shape[1]), min(round(p * 65536), 65535)
     for i in range(0, shape[0], height):
         rows = slice(i, min(i + height, shape[0]))
-        mask = like.new_empty(rows.stop - i, shape[1])
-        drawn = like.new_empty(-(-mask.numel() // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
-        bits = drawn.view(torch.int16)[: mask.numel()].view(mask.shape)
-        yield rows, torch.ge(bits, dropped - 32768, out=mask).mul_(65536 / (65536 - dropped))
+        yield rows, draw_mask(like.new_empty(rows.stop - i, shape[1]), dropped, generator)
+
+
+def draw_mask(out: Tensor, dropped: int, generator: torch.Generator | None) -> Tensor:
+    """`out`, filled: an entry is 0 with a probability of dropped / 65536. One random number of 64 bits serves four
+    entries, as torch's own Bernoulli takes six times as long on many CPUs."""
+    drawn = out.new_empty(-(-out.numel() // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    bits = drawn.view(torch.int16)[: out.numel()].view(out.shape)
+    return torch.ge(bits, dropped - 32768, out=out).mul_(65536 / (65536 - dropped))
 
 
 def tiles(r: int, inp: int, like: Tensor) -> Tensor | None:
