@@ -352,7 +352,7 @@ def pull(built: Sequence[tuple[Tensor | None, Tensor | None]], leaves: Sequence[
 def masks(shape: Sequence[int], like: Tensor, p: float, seed: int) -> Iterator[tuple[slice, Tensor]]:
     """The dropout mask of a seed for a (rows × width) tensor, scaled, in strips of rows; p to the nearest of 2⁻¹⁶."""
     generator = None if like.is_meta else torch.Generator(like.device).manual_seed(seed)
-    size = scratch(like) if like.is_cuda else SCRATCH >> 4  # small ones stay in a CPU's cache, and take no longer
+    size = scratch(like) if like.is_cuda else SCRATCH >> 2  # less memory on a CPU, in about the same time
     height, dropped = max(1, size // shape[1]), min(round(p * 65536), 65535)
     for i in range(0, shape[0], height):
         rows = slice(i, min(i + height, shape[0]))
