@@ -12,7 +12,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from inlay import InlayConfig, linalg, ops
-from inlay.methods import METHODS
+from inlay.method import LowRank
+from inlay.methods import METHODS, find
 
 ARGS = {"dota": {"bond": 4}, "bone": {"r": 5}}
 
@@ -215,6 +216,37 @@ def test_a_layer_with_a_hook_takes_the_plain_way_to_the_same_numbers(method):
     base.register_forward_hook(lambda *_: seen.append(1))
     torch.testing.assert_close(step(model, x), joined, rtol=1e-4, atol=1e-5)
     assert seen
+
+
+@pytest.mark.parametrize("method", [m.name for m in METHODS if not m.needs])
+@pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning")
+def test_many_tokens_are_a_few_at_a_time(method, monkeypatch):
+    """Where there are so many that W + B A is multiplied: the same values and gradients."""
+    made = []
+    monkeypatch.setattr(ops, "sum_pays", lambda *about, pays=ops.sum_pays: made.append(pays(*about)) or made[-1])
+    model, x = layer(method), torch.randn(120, 40)
+    together = step(model, x)
+    joins = method == "randlora" or (issubclass(find(method), LowRank) and method not in ("bone", "mora"))
+    assert made == [True] * joins
+    apart = [step(model, part) for part in x.split(10)]
+    assert not any(made[1:])
+    torch.testing.assert_close(together[0], torch.cat([y for y, *_ in apart]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together[1], torch.cat([dx for _, dx, *_ in apart]), rtol=1e-4, atol=1e-5)
+    for i, total in enumerate(together[2:], 2):
+        torch.testing.assert_close(total, sum(part[i] for part in apart), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [7, 3000])
+@pytest.mark.parametrize("method", [m.name for m in METHODS if not m.needs])
+@pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning")
+def test_a_layer_with_a_bias_starts_exactly(method, tokens):
+    """So wide that a product is summed in parts: its bias comes first in nn.Linear, and one rounding differs if not."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(1504, 96))
+    x = torch.randn(tokens, 1504)
+    y = base(x)
+    config = InlayConfig(method=method, args={"bond" if method == "dota" else "r": 4}, target_modules=["0"])
+    assert torch.equal(get_peft_model(base, config)(x), y)
 
 
 @pytest.mark.parametrize("method", [m.name for m in METHODS if not m.needs])

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.distributed as dist
@@ -133,8 +133,8 @@ class Pair:
     """Builds s B A, or s ((B − B₀) A + B₀ (A − A₀)) as one product of (out × 2r) and (2r × in), from (A, B), or from B
     alone. Zero at the start in any order of products, and nothing large cancels. `start` is (A₀, B₀).
 
-    Its gradients are written out: a graph of its own for them takes longer than a small layer does. And B's needs but
-    half of x [A; A − A₀]ᵀ (`seen`), A's but one product for both halves (`joined`).
+    Its gradients are written out: a graph of its own for them takes longer than a small layer does. Where it is
+    `doubled`, so wide for the start, they are of the first half of A and of the sum of both halves of B.
     """
 
     s: float = 1.0
@@ -147,13 +147,9 @@ class Pair:
             A, B = [torch.cat([A[0], A[0] - A0])], torch.cat([B - B0, B0], 1)
         return scaled(self.s, B), A[0] if A else None
 
-    def seen(self, u: Tensor) -> Tensor:
-        """What of x Aᵀ, (T × r), `pull` wants dB from."""
-        return u if self.start is None else u[:, : u.shape[1] // 2].clone()
-
-    def joined(self, v: Tensor) -> Tensor:
-        """The v (T × r) with dA = vᵀ x, as `pull` wants it, from g B."""
-        return v if self.start is None else v[:, : v.shape[1] // 2] + v[:, v.shape[1] // 2 :]
+    @property
+    def doubled(self) -> bool:
+        return self.start is not None
 
     def pull(self, p: Sequence[Tensor], dB: Tensor | None, dA: Tensor | None) -> list[Tensor | None]:
         """The gradients of p from those of what was built, None for None."""
@@ -166,6 +162,7 @@ class Core:
     """Builds s B S A, or s ((B − B₀) S + B₀ (S − S₀)) A, from a frozen A, S, and B in blocks of columns; as `Pair`.
     `start` is S₀ and the blocks of B₀."""
 
+    doubled: ClassVar[bool] = False
     s: float = 1.0
     start: Sequence[Tensor] = ()
 
@@ -175,12 +172,6 @@ class Core:
             return scaled(self.s, B @ S), A
         S0, B0 = self.start[0], torch.cat(list(self.start[1:]), 1)
         return scaled(self.s, torch.addmm(B0 @ (S - S0), B - B0, S)), A
-
-    def seen(self, u: Tensor) -> Tensor:
-        return u
-
-    def joined(self, v: Tensor) -> Tensor:
-        return v
 
     def pull(self, p: Sequence[Tensor], dB: Tensor | None, dA: Tensor | None) -> list[Tensor | None]:
         """As `Pair.pull`: B S A has the slopes Bᵀ (dB) for S and (dB) Sᵀ for B."""
@@ -230,22 +221,28 @@ class _LowRank(torch.autograd.Function):
         ctx.seed = int(torch.randint(1 << 62, (), device="cpu")) if drop else 0
         with own_precision(x.device.type):
             flat, (B, A) = x.reshape(-1, x.shape[-1]).to(dtype), build(*p)
-            ctx.on_x = on_x and A is not None
+            ctx.on_x, half = on_x and A is not None, B.shape[1] // 2 if getattr(build, "doubled", False) else None
+            ctx.joined = A is not None and not drop and W is not None and sum_pays(len(flat), W, half is not None)
             B, A = B.to(dtype), tiles(B.shape[1], flat.shape[1], flat) if A is None else A.to(dtype)
-            if drop and ctx.on_x:
-                u = flat.new_empty(len(flat), B.shape[1])
-                for rows, mask in masks(flat.shape, flat, drop, ctx.seed):
-                    torch.mm(mask.mul_(flat[rows]), cast(Tensor, A).T, out=u[rows])
+            if ctx.joined:
+                y = F.linear(flat, torch.addmm(cast(Tensor, W), B, cast(Tensor, A)), bias)
+                u = flat @ cast(Tensor, A)[:half].T if any(ctx.needs_input_grad[6:]) else None
             else:
-                u = (block_sum(flat, B.shape[1]) if A is None else flat @ A.T).to(dtype)
-                for rows, mask in masks(u.shape, u, drop, ctx.seed) if drop else ():
-                    u[rows] *= mask
-            y = u @ B.T if W is None else F.linear(flat, W, bias).addmm_(u, B.T)
+                if drop and ctx.on_x:
+                    u = flat.new_empty(len(flat), B.shape[1])
+                    for rows, mask in masks(flat.shape, flat, drop, ctx.seed):
+                        torch.mm(mask.mul_(flat[rows]), cast(Tensor, A).T, out=u[rows])
+                else:
+                    u = (block_sum(flat, B.shape[1]) if A is None else flat @ A.T).to(dtype)
+                    for rows, mask in masks(u.shape, u, drop, ctx.seed) if drop else ():
+                        u[rows] *= mask
+                y = u @ B.T if W is None else F.linear(flat, W, bias).addmm_(u, B.T)
+                u = u if half is None else u[:, :half].clone()
             kept: tuple[Tensor | None, ...] = (x if ctx.on_x and any(ctx.needs_input_grad[6:]) else None,)
             if ctx.saver is not None and kept[0] is not None:
                 kept = ctx.saver.keep(flat)
         ctx.kept = len(kept)
-        ctx.save_for_backward(*kept, build.seen(u) if hasattr(build, "seen") else u, W, *p)
+        ctx.save_for_backward(*kept, u, W, *p)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
@@ -267,10 +264,17 @@ class _LowRank(torch.autograd.Function):
             trained = A if trains_A else None
             right = tiles(B.shape[1], inp, g) if A is None else A.detach().to(g.dtype)
             flat = None if trained is None or ctx.saver else x.reshape(-1, inp).to(g.dtype)
-            v, dA, dx = g @ B.detach().to(g.dtype), None, None
-            w = ctx.build.joined(v) if written and trained is not None else v
-            if ctx.needs_input_grad[0]:
-                dx = g.new_zeros(len(g), inp) if W is None else g @ W
+            left, dA, dx = B.detach().to(g.dtype), None, None
+            half = B.shape[1] // 2 if getattr(ctx.build, "doubled", False) else None
+            if ctx.joined:
+                w = None if trained is None else g @ (left if half is None else left[:, :half] + left[:, half:])
+                if ctx.needs_input_grad[0]:
+                    dx = g @ torch.addmm(W, left, right)
+            else:
+                v = g @ left
+                w = v if half is None or trained is None else v[:, :half] + v[:, half:]
+                if ctx.needs_input_grad[0]:
+                    dx = g.new_zeros(len(g), inp) if W is None else g @ W
             if ctx.drop and ctx.on_x:
                 dA = None if trained is None else trained.new_zeros(w.shape[1], inp)
                 for rows, mask in masks((len(g), inp), g, ctx.drop, ctx.seed):
@@ -281,13 +285,27 @@ class _LowRank(torch.autograd.Function):
             else:
                 for rows, mask in masks(v.shape, v, ctx.drop, ctx.seed) if ctx.drop else ():
                     v[rows] *= mask
-                if dx is not None:
+                if dx is not None and not ctx.joined:
                     add_blocks(dx, v) if right is None else dx.addmm_(v, right)
                 if trained is not None:
                     dA = w.T @ flat if flat is not None else cast(Any, ctx.saver).product(w, *kept)
             dB = (u.T @ g).T if trains_B else None
             grads = ctx.build.pull(p, dB, dA) if written else pull([(B, dB), (A, dA)], leaves)
         return None if dx is None else dx.view(ctx.shape).to(ctx.dtype), None, None, None, None, None, *grads
+
+
+def sum_pays(tokens: int, W: Tensor, doubled: bool) -> bool:
+    """Whether x (W + B A)ᵀ, with that sum made in each pass, is faster than x Wᵀ and (x Aᵀ) Bᵀ: not in half precision,
+    which would round a small B A away, and for many tokens. It saves 2 T r (out + in) operations (doubled, 6), and the
+    sums take 4 r out in (8), at half the speed of a thin product. They are then smaller than x or y."""
+    out, inp = W.shape
+    return W.element_size() >= 4 and tokens * (out + inp) * (3 if doubled else 2) > 8 * out * inp
+
+
+def begun(x: Tensor, bias: Tensor | None, out: int) -> Tensor:
+    """A (rows of x × out) tensor for products to be added to: with the bias in it first, as nn.Linear does, or one
+    rounding would differ; without one, with nothing."""
+    return x.new_empty(len(x), out) if bias is None else bias.expand(len(x), -1).clone()
 
 
 class Velora:
@@ -476,14 +494,13 @@ class _Dense(torch.autograd.Function):
             flat, parts = x.reshape(-1, x.shape[-1]).to(dtype), D.parts(dtype, p)
             strips = D.strips(parts, x.shape[-1])
             narrow = dtype.itemsize < 4
-            y = flat.new_empty(len(flat), strips[-1][1]) if W is None or not narrow else F.linear(flat, W, bias)
+            beside = W is not None and narrow
+            y = F.linear(flat, W, bias) if beside else begun(flat, bias, strips[-1][1])
             for i, j in strips:
                 rows = D.rows(i, j, *parts).to(dtype)
                 if W is not None and not narrow:
                     rows.add_(W[i:j])
-                y[:, i:j].addmm_(flat, rows.T, beta=int(W is not None and narrow))
-            if bias is not None and not narrow:
-                y.add_(bias)
+                y[:, i:j].addmm_(flat, rows.T, beta=int(beside or bias is not None))
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
