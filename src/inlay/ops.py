@@ -193,6 +193,7 @@ def low_rank(x: Tensor, linear: Linear | None, build: Factors, on_x: bool, drop:
     p and x Aᵀ, r wide, are kept, and x if `on_x`, where A is trained. An A of None stands for [I I ... I] (r × in):
     x Aᵀ is then the sum of x's blocks. Dropout is on x if x is kept, else on x Aᵀ; its seed is kept, and no mask.
     With a saver in `drop` less than x is kept, and A's gradient is an estimate; nothing else is (nor if compiled).
+    The order of the products goes by `sum_pays`.
     """
     if torch.compiler.is_compiling():  # the compiler decides itself what to keep and what to compute twice
         return low_rank_reference(x, linear, *build(*p), drop, on_x)
