@@ -51,7 +51,7 @@ def lin(inp: int, out: int, bias: bool):
 
 
 @pytest.mark.parametrize("joined", [True, False])
-@pytest.mark.parametrize("kind", ["on x", "behind a frozen A", "behind a block sum"])
+@pytest.mark.parametrize("kind", ["on x", "of twice the rank", "behind a frozen A", "behind a block sum"])
 def test_dropout_from_a_seed(kind, joined, monkeypatch):
     """One mask in both passes, the one its seed gives; the share that is dropped, and the scale of the rest."""
     monkeypatch.setattr(ops, "SCRATCH", 64)  # several strips
@@ -62,25 +62,32 @@ def test_dropout_from_a_seed(kind, joined, monkeypatch):
     B, *A = factors(x, out, r, kind == "behind a block sum")
     A = [A[0].detach()] if kind == "behind a frozen A" else A
     seed = int(torch.randint(1 << 62, (), generator=torch.Generator().manual_seed(7), device="cpu"))
-    shape = (n, inp) if kind == "on x" else (n, r)
+    on_x, start = kind in ("on x", "of twice the rank"), [torch.randn_like(t) for t in (*A, B)]
+    made = (
+        ops.Pair(1.0, tuple(start))
+        if kind == "of twice the rank"
+        else lambda A, B=None: (A, None) if B is None else (B, A)
+    )
+    shape = (n, inp) if on_x else (n, r)
     mask = torch.cat([m.clone() for _, m in ops.masks(shape, x, p, seed)])
     assert mask.unique().tolist() == [0, 1 / (1 - p)]
     assert abs((mask == 0).double().mean() - p) < 0.1
 
     def ours(x, B, *A):
         torch.manual_seed(7)
-        return ops.low_rank(x, linear, lambda B, A=None: (B, A), kind != "behind a frozen A", ops.Dropout(p), B, *A)
+        return ops.low_rank(x, linear, made, kind != "behind a frozen A", ops.Dropout(p), *A, B)
 
     def reference(x, B, *A):
-        u = (x * mask) @ A[0].T if kind == "on x" else (x @ A[0].T if A else ops.block_sum(x, r)) * mask
-        return u @ B.T + (0 if linear is None else F.linear(x, *linear))
+        u = (x * mask) @ A[0].T if on_x else (x @ A[0].T if A else ops.block_sum(x, r)) * mask
+        y = u @ B.T - ((x * mask) @ start[0].T @ start[1].T if kind == "of twice the rank" else 0)
+        return y + (0 if linear is None else F.linear(x, *linear))
 
     wanted = [v for v in (x, B, *A) if v.requires_grad]
     y, known = ours(x, B, *A), reference(x, B, *A)
     torch.testing.assert_close(y, known)
     g = torch.randn_like(y)
     torch.testing.assert_close(torch.autograd.grad(y, wanted, g), torch.autograd.grad(known, wanted, g))
-    assert not torch.equal(ops.low_rank(x, linear, lambda B, A=None: (B, A), True, ops.Dropout(p), B, *A), y)
+    assert not torch.equal(ops.low_rank(x, linear, made, True, ops.Dropout(p), *A, B), y)
 
 
 @given(p=st.floats(0.001, 0.999), seed=st.integers(0, 1 << 62), width=st.integers(1, 7), wide=st.booleans())
@@ -236,11 +243,33 @@ def test_many_tokens_are_a_few_at_a_time(method, monkeypatch):
         torch.testing.assert_close(total, sum(part[i] for part in apart), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("factor", ["fp32", "fp64", "bf16", "reduced"])
+def test_a_sum_is_multiplied_only_where_it_holds_a_small_change(factor):
+    W = torch.empty(6, 4, dtype={"fp64": torch.float64, "bf16": torch.bfloat16}.get(factor, torch.float32))
+    backend = torch.backends.mkldnn.matmul
+    before = backend.fp32_precision
+    try:
+        backend.fp32_precision = "bf16" if factor == "reduced" else "ieee"
+        assert ops.sum_pays(1000, W, False) is (factor in ("fp32", "fp64"))
+        assert not ops.sum_pays(9, W, False)  # T > 4 out in / (out + in) = 9.6
+        assert ops.sum_pays(10, W, False) is (factor in ("fp32", "fp64"))
+        linear, D = (W.normal_(), None), torch.full((6, 4), 1e-4)  # a dense change as well
+        x = torch.randn(50, 4, dtype=W.dtype)
+        y = ops.dense(x, linear, ops.Rows(lambda D: (D,)), D)
+        assert torch.equal(y, F.linear(x, W)) is False
+        beside = F.linear(x, W).addmm_(x, D.to(W.dtype).T)
+        assert torch.equal(y, beside) is (factor in ("bf16", "reduced"))
+    finally:
+        backend.fp32_precision = before
+
+
 @pytest.mark.parametrize("tokens", [7, 3000])
 @pytest.mark.parametrize("method", [m.name for m in METHODS if not m.needs])
 @pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning")
-def test_a_layer_with_a_bias_starts_exactly(method, tokens):
+def test_a_layer_with_a_bias_starts_exactly(method, tokens, monkeypatch):
     """So wide that a product is summed in parts: its bias comes first in nn.Linear, and one rounding differs if not."""
+    monkeypatch.setattr(ops, "SCRATCH", 1504 * 40)  # several strips
+    monkeypatch.setattr(ops, "TALL", 40)
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(1504, 96))
     x = torch.randn(tokens, 1504)
@@ -251,8 +280,10 @@ def test_a_layer_with_a_bias_starts_exactly(method, tokens):
 
 @pytest.mark.parametrize("method", [m.name for m in METHODS if not m.needs])
 @pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning")
-def test_what_a_layer_keeps(method):
+@pytest.mark.parametrize("joined", [True, False])
+def test_what_a_layer_keeps(method, joined, monkeypatch):
     """x by reference where an input-sided factor is trained, and little more; a frozen A or a block sum needs no x."""
+    monkeypatch.setattr(ops, "sum_pays", lambda *_: joined)
     model = layer(method)
     x = torch.randn(512, 40, requires_grad=True)
     model(x)  # draws the bases that layers share
@@ -331,22 +362,16 @@ def test_products_are_joined_only_where_a_layer_is_nothing_else(what, monkeypatc
 
 
 def test_tiles_that_are_kept_serve_every_later_step():
-    """Made first in inference, then wanted in training; what is fake or without memory is not kept."""
+    """What is fake or without memory is not kept."""
     ops.tiled.cache_clear()
     with FakeTensorMode():
         assert type(ops.tiles(4, 10, torch.empty(2, dtype=torch.bfloat16))) is not torch.Tensor
     ops.tiles(4, 10, torch.empty(2, dtype=torch.bfloat16, device="meta"))
     assert ops.tiled.cache_info().currsize == 0
-    x = torch.randn(3, 10, dtype=torch.bfloat16)
-    B = torch.randn(6, 4, requires_grad=True)
-    with torch.inference_mode():
-        first = ops.low_rank(x, None, build, False, ops.keep, B)
-    assert ops.tiled.cache_info().currsize == 1
-    again = ops.low_rank(x, None, build, False, ops.keep, B)
-    assert torch.equal(first, again)
-    again.sum().backward()
-    assert B.grad is not None
-    assert B.grad.norm() > 0
+    first, again = (ops.tiles(4, 10, torch.empty(2, dtype=torch.bfloat16)) for _ in range(2))
+    assert first is again
+    assert torch.equal(first, torch.eye(4, dtype=torch.bfloat16).repeat(1, 3)[:, :10])
+    assert not torch.equal(first, ops.tiles(5, 10, torch.empty(2, dtype=torch.bfloat16))[:4])
 
 
 @pytest.mark.parametrize("inp", [40, 43])

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-SCRATCH = 1 << 22  # numbers of ΔW, or of a dropout mask, built at a time; on a GPU eight times as many
+SCRATCH = 1 << 22  # numbers of ΔW built at a time, four times those of a dropout mask; on a GPU eight times as many
 TALL = 512  # rows below which a product of many columns is slower by the row
 
 Linear = tuple[Tensor, Tensor | None]  # W (out × in) and bias
@@ -162,7 +162,6 @@ class Core:
     """Builds s B S A, or s ((B − B₀) S + B₀ (S − S₀)) A, from a frozen A, S, and B in blocks of columns; as `Pair`.
     `start` is S₀ and the blocks of B₀."""
 
-    doubled: ClassVar[bool] = False
     s: float = 1.0
     start: Sequence[Tensor] = ()
 
@@ -193,7 +192,8 @@ def low_rank(x: Tensor, linear: Linear | None, build: Factors, on_x: bool, drop:
     p and x Aᵀ, r wide, are kept, and x if `on_x`, where A is trained. An A of None stands for [I I ... I] (r × in):
     x Aᵀ is then the sum of x's blocks. Dropout is on x if x is kept, else on x Aᵀ; its seed is kept, and no mask.
     With a saver in `drop` less than x is kept, and A's gradient is an estimate; nothing else is (nor if compiled).
-    The order of the products goes by `sum_pays`.
+    Where `sum_pays`, W + B A is made in both passes and multiplied. A `build` that is `doubled` is given the gradients
+    of the halves it names.
     """
     if torch.compiler.is_compiling():  # the compiler decides itself what to keep and what to compute twice
         return low_rank_reference(x, linear, *build(*p), drop, on_x)
@@ -222,12 +222,13 @@ class _LowRank(torch.autograd.Function):
         ctx.seed = int(torch.randint(1 << 62, (), device="cpu")) if drop else 0
         with own_precision(x.device.type):
             flat, (B, A) = x.reshape(-1, x.shape[-1]).to(dtype), build(*p)
-            ctx.on_x, half = on_x and A is not None, B.shape[1] // 2 if getattr(build, "doubled", False) else None
-            ctx.joined = A is not None and not drop and W is not None and sum_pays(len(flat), W, half is not None)
+            ctx.on_x, doubled = on_x and A is not None, getattr(build, "doubled", False)
+            ctx.half = half = B.shape[1] // 2 if doubled else None
+            ctx.joined = A is not None and not drop and W is not None and sum_pays(len(flat), W, doubled)
             B, A = B.to(dtype), tiles(B.shape[1], flat.shape[1], flat) if A is None else A.to(dtype)
             if ctx.joined:
                 y = F.linear(flat, torch.addmm(cast(Tensor, W), B, cast(Tensor, A)), bias)
-                u = flat @ cast(Tensor, A)[:half].T if any(ctx.needs_input_grad[6:]) else None
+                u = flat @ cast(Tensor, A)[:half].T
             else:
                 if drop and ctx.on_x:
                     u = flat.new_empty(len(flat), B.shape[1])
@@ -266,17 +267,16 @@ class _LowRank(torch.autograd.Function):
             right = tiles(B.shape[1], inp, g) if A is None else A.detach().to(g.dtype)
             flat = None if trained is None or ctx.saver else x.reshape(-1, inp).to(g.dtype)
             left, dA, dx = B.detach().to(g.dtype), None, None
-            half = B.shape[1] // 2 if getattr(ctx.build, "doubled", False) else None
             if ctx.joined:
-                w = None if trained is None else g @ (left if half is None else left[:, :half] + left[:, half:])
+                v = None if trained is None else g @ folded(left, ctx.half)
                 if ctx.needs_input_grad[0]:
                     dx = g @ torch.addmm(W, left, right)
             else:
                 v = g @ left
-                w = v if half is None or trained is None else v[:, :half] + v[:, half:]
                 if ctx.needs_input_grad[0]:
                     dx = g.new_zeros(len(g), inp) if W is None else g @ W
             if ctx.drop and ctx.on_x:
+                w = folded(v, ctx.half)
                 dA = None if trained is None else trained.new_zeros(w.shape[1], inp)
                 for rows, mask in masks((len(g), inp), g, ctx.drop, ctx.seed):
                     if dx is not None:
@@ -289,6 +289,7 @@ class _LowRank(torch.autograd.Function):
                 if dx is not None and not ctx.joined:
                     add_blocks(dx, v) if right is None else dx.addmm_(v, right)
                 if trained is not None:
+                    w = v if ctx.joined else folded(v, ctx.half)
                     dA = w.T @ flat if flat is not None else cast(Any, ctx.saver).product(w, *kept)
             dB = (u.T @ g).T if trains_B else None
             grads = ctx.build.pull(p, dB, dA) if written else pull([(B, dB), (A, dA)], leaves)
@@ -296,11 +297,22 @@ class _LowRank(torch.autograd.Function):
 
 
 def sum_pays(tokens: int, W: Tensor, doubled: bool) -> bool:
-    """Whether x (W + B A)ᵀ, with that sum made in each pass, is faster than x Wᵀ and (x Aᵀ) Bᵀ: not in half precision,
-    which would round a small B A away, and for many tokens. It saves 2 T r (out + in) operations (doubled, 6), and the
-    sums take 4 r out in (8), at half the speed of a thin product. They are then smaller than x or y."""
+    """Whether x (W + B A)ᵀ, with that sum made in each pass, is faster than x Wᵀ and (x Aᵀ) Bᵀ: for many tokens, and
+    where the sum holds a small B A. It saves 2 T r (out + in) operations (doubled, 6), and the sums take 4 r out in
+    (8), at half the speed of a thin product. They are then smaller than x or y."""
     out, inp = W.shape
-    return W.element_size() >= 4 and tokens * (out + inp) * (3 if doubled else 2) > 8 * out * inp
+    return holds_changes(W) and tokens * (out + inp) * (3 if doubled else 2) > 8 * out * inp
+
+
+def holds_changes(W: Tensor) -> bool:
+    """Whether a product with W + ΔW sees a small ΔW: not in half precision or TF32, which round the sum to 3 digits."""
+    backend = torch.backends.cuda if W.is_cuda else torch.backends.mkldnn
+    return W.element_size() > 4 or (W.element_size() == 4 and backend.matmul.fp32_precision in ("none", "ieee"))  # pyright: ignore
+
+
+def folded(v: Tensor, half: int | None) -> Tensor:
+    """The sum of both halves of v's columns, if it has two."""
+    return v if half is None else v[:, :half] + v[:, half:]
 
 
 def begun(x: Tensor, bias: Tensor | None, out: int) -> Tensor:
@@ -398,8 +410,7 @@ def tiles(r: int, inp: int, like: Tensor) -> Tensor | None:
 
 @functools.lru_cache(maxsize=64)
 def tiled(r: int, inp: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.eye(r, dtype=dtype, device=device).repeat(1, -(-inp // r))[:, :inp]
+    return torch.eye(r, dtype=dtype, device=device).repeat(1, -(-inp // r))[:, :inp]
 
 
 def block_sum(x: Tensor, r: int) -> Tensor:
@@ -472,7 +483,7 @@ def dense(x: Tensor, linear: Linear | None, D: Rows, *p: Tensor) -> Tensor:
     """x Wᵀ + bias + x Dᵀ, (..., out). x and p are kept; D's rows live for a moment, and so do those of gᵀx.
 
     In fp32 and wider W + D is multiplied at once: three products of the size of a layer in all, the floor of a dense
-    update, where a second product beside the layer's own makes five. In bf16 that sum would round a small D away.
+    update, where a second product beside the layer's own makes five. In bf16 or TF32 that would round a small D away.
     """
     if torch.compiler.is_compiling():
         return dense_reference(x, linear, D, *p)
@@ -494,14 +505,14 @@ class _Dense(torch.autograd.Function):
         with own_precision(x.device.type):
             flat, parts = x.reshape(-1, x.shape[-1]).to(dtype), D.parts(dtype, p)
             strips = D.strips(parts, x.shape[-1])
-            narrow = dtype.itemsize < 4
-            beside = W is not None and narrow
+            beside = W is not None and not holds_changes(W)
             y = F.linear(flat, W, bias) if beside else begun(flat, bias, strips[-1][1])
             for i, j in strips:
                 rows = D.rows(i, j, *parts).to(dtype)
-                if W is not None and not narrow:
+                if W is not None and not beside:
                     rows.add_(W[i:j])
                 y[:, i:j].addmm_(flat, rows.T, beta=int(beside or bias is not None))
+            ctx.beside = beside
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
@@ -516,15 +527,15 @@ class _Dense(torch.autograd.Function):
             ends = leaves_of(parts, [t.requires_grad for t in parts])
             wanted = [t for t in ends if t.requires_grad]
             slopes: list[Any] = [None] * len(wanted)
-            narrow, dx = g.element_size() < 4, None
+            dx = None
             if ctx.needs_input_grad[0]:
-                dx = torch.zeros_like(flat) if W is None or not narrow else g @ W
+                dx = g @ W if ctx.beside else torch.zeros_like(flat)
             for i, j in D.strips(parts, inp):
                 with torch.enable_grad():
                     rows = D.rows(i, j, *ends)
                 if dx is not None:
                     own = rows.detach().to(g.dtype)
-                    dx.addmm_(g[:, i:j], own if W is None or narrow else own + W[i:j])
+                    dx.addmm_(g[:, i:j], own if W is None or ctx.beside else own + W[i:j])
                 if wanted:
                     slope = (g[:, i:j].T @ flat).to(rows.dtype)
                     new = torch.autograd.grad(rows, wanted, slope)
