@@ -178,7 +178,7 @@ class Core:
         if dB is None:
             return [None] * len(p)
         dB = scaled(self.s, dB.to(S.dtype))
-        each = torch.split_with_sizes_copy(dB @ S.T, [block.shape[1] for block in blocks], 1)
+        each: Any = torch.split_with_sizes_copy(dB @ S.T, [block.shape[1] for block in blocks], 1)
         return [None, torch.cat(blocks, 1).T @ dB, *each]
 
 
@@ -264,9 +264,10 @@ class _LowRank(torch.autograd.Function):
             else:
                 trains_A, trains_B = A is not None and A.requires_grad, B.requires_grad
             trained = A if trains_A else None
-            right = tiles(B.shape[1], inp, g) if A is None else A.detach().to(g.dtype)
+            right: Any = tiles(B.shape[1], inp, g) if A is None else A.detach().to(g.dtype)
             flat = None if trained is None or ctx.saver else x.reshape(-1, inp).to(g.dtype)
             left, dA, dx = B.detach().to(g.dtype), None, None
+            v: Any = None  # g B, which the sum spares where A is frozen
             if ctx.joined:
                 v = None if trained is None else g @ folded(left, ctx.half)
                 if ctx.needs_input_grad[0]:
@@ -506,7 +507,7 @@ class _Dense(torch.autograd.Function):
             flat, parts = x.reshape(-1, x.shape[-1]).to(dtype), D.parts(dtype, p)
             strips = D.strips(parts, x.shape[-1])
             beside = W is not None and not holds_changes(W)
-            y = F.linear(flat, W, bias) if beside else begun(flat, bias, strips[-1][1])
+            y = F.linear(flat, cast(Tensor, W), bias) if beside else begun(flat, bias, strips[-1][1])
             for i, j in strips:
                 rows = D.rows(i, j, *parts).to(dtype)
                 if W is not None and not beside:
