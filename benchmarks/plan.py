@@ -57,6 +57,7 @@ CASES = [
     Case("builtin", "PEFT LoRA", dtype="bfloat16", quantize="nf4"),
     *(Case("builtin", m) for m in ("lamda", "dota", "pissa", "bat", "bat_col")),
     Case("builtin", "bone", batch=1, length=512),
+    Case("builtin", "pissa", batch=8),  # so many tokens that W + B A is made
     Case("larger", "full", checkpointing=True),
     Case("larger", "bone", dtype="bfloat16", quantize="nf4", checkpointing=True),
     Case("larger", "PEFT LoRA", dtype="bfloat16"),
