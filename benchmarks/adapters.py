@@ -24,9 +24,10 @@ import torch
 from common import machine, report
 from peft import LoraConfig, MissConfig, PeftModel, get_peft_model
 
-from inlay import InlayConfig
+from inlay.host.config import InlayConfig
 from inlay.methods import METHODS
-from inlay.workbench import builtin, models
+from inlay.models import builtin
+from inlay.models.loading import load_base
 
 warnings.simplefilter("ignore")
 
@@ -82,7 +83,7 @@ def main() -> None:
     options.add_argument("--repeats", type=int, default=5)
     options.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     asked = options.parse_args()
-    base, _ = models.load_base("builtin", torch.float32)
+    base, _ = load_base("builtin", torch.float32)
     folder, ids = builtin.model_dir(), torch.arange(100, 130)[None]
     found: dict[str, list[dict[str, float]]] = {name: [] for name in candidates()}
     for _ in range(asked.repeats):

@@ -24,8 +24,8 @@ from common import machine
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from inlay import InlayConfig
-from inlay.host.calibrate import bare, gather
+from inlay.host.calibrate import gather_statistics, without_adapters
+from inlay.host.config import InlayConfig
 
 CASES = {"all gradients": {}, "eva": {"r": 8}, "lora_ga": {"r": 8}, "lq_lora": {"r": 8}, "smt": {"r": 64}}
 
@@ -54,8 +54,8 @@ def one(case: str, width: int, layers: int) -> tuple[int, int, int, int]:
         model = get_peft_model(model, InlayConfig(method=case, args=CASES[case], target_modules="all-linear"))
         methods = {f"{n}.base_layer": m.cuts["default"].method for n, m in model.named_modules() if hasattr(m, "cuts")}
         before = fresh_peak()
-        with bare([m for m in model.modules() if hasattr(m, "cuts")]):
-            found = gather(model, methods, [batch, batch])
+        with without_adapters([m for m in model.modules() if hasattr(m, "cuts")]):
+            found = gather_statistics(model, methods, [batch, batch])
         kept = sum({id(t): t.nbytes for stats in found.stats.values() for t in stats.values()}.values())
     return peak() - before, kept, max(W.nbytes for W in weights), sum(W.nbytes for W in weights)
 

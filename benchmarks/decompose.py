@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from inlay.linalg import svd
+from inlay.numerics.linalg import svd
 
 RANK, GAP = 32, 0.8
 Orthogonal = tuple[Tensor, Tensor]

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inlay.methods import DoTA
+from inlay.methods.dota import DoTA
 
 
 class Base:

@@ -22,8 +22,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import inlay
-from inlay import InlayConfig
-from inlay.workbench import builtin, models
+from inlay.host.config import InlayConfig
+from inlay.messages import quiet
+from inlay.models import builtin
 
 CASES = (
     ("pissa", {"r": 16}, 1),
@@ -80,7 +81,7 @@ def errors(out: Path) -> list[str]:
 
 def memory(blocks: int) -> str:
     """What folding a large model holds, in words."""
-    tokenizer = builtin.load_tokenizer()
+    tokenizer = builtin.load_builtin_tokenizer()
     config = LlamaConfig(
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=blocks, num_attention_heads=32,
         vocab_size=len(tokenizer), dtype=torch.bfloat16,
@@ -113,7 +114,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
-    models.quiet()
+    quiet()
     rows, used = errors(options.out), memory(options.blocks)
     machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}"
     lines = [

@@ -30,7 +30,7 @@ from common import DEVICE, machine, peak, spread, table, wait, write_csv
 from peft import LoraConfig, MissConfig, get_peft_model
 from torch import Tensor, nn
 
-from inlay import InlayConfig
+from inlay.host.config import InlayConfig
 
 warnings.simplefilter("ignore")
 SHAPES, CENTRE = ("576x1536", "2048x2048", "4096x4096", "4096x11008"), "4096x4096"

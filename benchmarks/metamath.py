@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from inlay import InlayConfig
+from inlay.host.config import InlayConfig
 
 RUN = """import inlay, runpy, sys
 sys.argv = sys.argv[1:]

@@ -27,10 +27,13 @@ from peft import LoraConfig
 from transformers import LlamaConfig, TrainerCallback
 from trl import SFTTrainer
 
-from inlay import InlayConfig
-from inlay.workbench import builtin, models, packing, train
-from inlay.workbench.plan import Run
-from inlay.workbench.recipe import Recipe
+from inlay.host.config import InlayConfig
+from inlay.models import builtin
+from inlay.models.loading import DTYPES, load_model
+from inlay.models.quantized import quantization_config
+from inlay.planning.planner import PlannedRun
+from inlay.recipe.recipe import Recipe
+from inlay.training.arguments import training_arguments
 
 LARGER = LlamaConfig(
     hidden_size=1536, intermediate_size=4096, num_hidden_layers=8, num_attention_heads=12, num_key_value_heads=4,
@@ -77,8 +80,8 @@ def config(case: Case) -> Any:
 def predicted(case: Case, folder: str) -> float:
     """Bytes at the peak."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = models.DTYPES[case.dtype]
-    run = Run(folder, config(case), dtype, case.quantize, bool(case.checkpointing), device)
+    dtype = DTYPES[case.dtype]
+    run = PlannedRun(folder, config(case), dtype, case.quantize, bool(case.checkpointing), device)
     return run.step(case.batch, case.length).peak
 
 
@@ -114,18 +117,18 @@ class Watch(TrainerCallback):
 
 def alive(model: Any, optimizer: Any) -> int:
     """Bytes between two steps: the model, what its quantised weights have beside them, the moments."""
-    from inlay.workbench.simulate import held
+    from inlay.planning.step_simulator import held_bytes
 
     moments = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*held(model), *moments]}
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*held_bytes(model), *moments]}
     return sum(storages.values())
 
 
 def measure(case: Case, folder: str) -> dict[str, int]:
     """Bytes: the peak of the second step, and how much the process grew."""
-    before, dtype = resident("VmRSS"), models.DTYPES[case.dtype]
-    quantization = None if case.quantize == "none" else packing.settings(case.quantize, dtype)
-    base = models.load_model(folder, dtype, quantization=quantization)
+    before, dtype = resident("VmRSS"), DTYPES[case.dtype]
+    quantization = None if case.quantize == "none" else quantization_config(case.quantize, dtype)
+    base = load_model(folder, dtype, quantization=quantization)
     # No two of a length, so that each batch is padded.
     rows = [[7] * (case.length - i) for i in range(2 * case.batch)]
     recipe = Recipe(batch_size=case.batch, gradient_checkpointing=bool(case.checkpointing), max_length=case.length)
@@ -133,9 +136,9 @@ def measure(case: Case, folder: str) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as out:
         trainer = SFTTrainer(
             base,
-            args=train.arguments(recipe, Path(out), case.batch, 2, dtype),
+            args=training_arguments(recipe, Path(out), case.batch, 2, dtype),
             train_dataset=Dataset.from_dict({"input_ids": rows}),
-            processing_class=builtin.load_tokenizer(),
+            processing_class=builtin.load_builtin_tokenizer(),
             peft_config=config(case),
             callbacks=[watch],
         )

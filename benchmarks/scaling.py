@@ -36,9 +36,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from inlay import InlayConfig
-from inlay.workbench import memory
-from inlay.workbench.plan import Run
+from inlay.host.config import InlayConfig
+from inlay.models.meta import layers_of
+from inlay.planning.planner import PlannedRun
 
 warnings.simplefilter("ignore")
 SHAPES = {"8B": (4096, 14336, 32, 32), "70B": (8192, 28672, 80, 64), "405B": (16384, 53248, 126, 128)}
@@ -71,14 +71,14 @@ class Parts:
 
     @staticmethod
     def of(model: nn.Module) -> Parts:
-        inside = {id(p) for p in memory.layers_of(model).parameters()}
+        inside = {id(p) for p in layers_of(model).parameters()}
         frozen = [p for p in model.parameters() if not p.requires_grad]
         return Parts(
             sum(p.nbytes for p in frozen if id(p) in inside),
             sum(p.nbytes for p in frozen if id(p) not in inside),
             sum(p.nbytes for p in model.parameters() if p.requires_grad),
             sum(b.nbytes for b in model.buffers()),
-            len(memory.layers_of(model)),
+            len(layers_of(model)),
         )
 
     def towards(self, other: Parts, share: float) -> Parts:
@@ -106,7 +106,7 @@ def planned(shape: tuple[int, int, int, int], name: str, folder: str) -> tuple[P
     Path(folder, "config.json").write_text(
         json.dumps(llama(*shape).to_dict() | {"architectures": ["LlamaForCausalLM"]})
     )
-    run = Run(folder, adapter(name), torch.bfloat16, checkpointing=True)
+    run = PlannedRun(folder, adapter(name), torch.bfloat16, checkpointing=True)
     parts = [Parts.of(model) for model in run.parts]
     step = run.step(1, 4096)
     return parts[0].towards(parts[-1], run.share), step.peak - step.frozen - step.trained - step.optimizer
@@ -151,7 +151,7 @@ def counted(name: str, gpus: int) -> list[list[str]]:
             model = DistributedDataParallel(model)
             model.register_comm_hook(traffic, Traffic.reduce)
         else:
-            for layer in memory.layers_of(model):
+            for layer in layers_of(model):
                 fully_shard(layer)
             fully_shard(model)
         said = parts.ddp(gpus) if kind == "DDP" else parts.fsdp(gpus)

@@ -21,7 +21,7 @@ import torch
 from common import machine, report
 from torch import Tensor
 
-from inlay.host import starts
+from inlay.host.compute_starts import Job, run_jobs
 from inlay.methods import find
 
 SHAPES = {(4096, 4096): 4, (11008, 4096): 2, (4096, 11008): 1}  # of one decoder layer
@@ -38,8 +38,8 @@ def ours(name: str, args: dict, layers: int, weights: list[Tensor]) -> float:
     """Seconds for the whole model. A layer's weights are those of the first one, scaled: other numbers, as hard."""
     method = find(name)(**args)
     began = time.perf_counter()
-    starts.compute(
-        starts.Job(method, tuple(W.shape), lambda W=W, layer=layer: W * (1 + layer / 100), lambda p: None)
+    run_jobs(
+        Job(method, tuple(W.shape), lambda W=W, layer=layer: W * (1 + layer / 100), lambda p: None)
         for layer in range(layers)
         for W in weights
     )

@@ -30,10 +30,10 @@ from peft import LoraConfig, MissConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from inlay import InlayConfig
-from inlay.host import starts
+from inlay.host import compute_starts
+from inlay.host.config import InlayConfig
 from inlay.method import Method, Params
-from inlay.workbench import models
+from inlay.models.loading import load_base
 
 warnings.simplefilter("ignore")
 CASES = ("builtin:256:fp32", "llama:512:fp32", "llama:512:bf16", "llama:512:nf4", "llama:512:bf16:checkpointed")
@@ -69,7 +69,7 @@ def ours(name: str) -> InlayConfig:
 def base(name: str, precision: str, layers: int = 4) -> nn.Module:
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     if name == "builtin":
-        return models.load_base("builtin", dtype)[0]
+        return load_base("builtin", dtype)[0]
     shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}
     config = LlamaConfig(**shape, num_hidden_layers=layers, vocab_size=32_000)
     if name == "llama8b":
@@ -205,7 +205,7 @@ def main() -> None:
     options.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     options.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     asked = options.parse_args()
-    starts.start = drawn
+    compute_starts.start_of = drawn
     rows: list[dict] = []
     text = [
         f"A training step over that of the frozen model (median, quartiles), and its peak memory beyond the weights. "

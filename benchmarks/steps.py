@@ -25,7 +25,9 @@ from peft import get_peft_model
 from saved import saved
 from torch import nn
 
-from inlay import InlayConfig, flat_noise, methods
+from inlay.host.config import InlayConfig
+from inlay.host.flat_lora import flat_noise
+from inlay.methods.lora import LoRA
 
 RUNS: dict[str, dict] = {
     "backward": {},
@@ -50,9 +52,7 @@ def layer(size: int, tokens: int) -> list[str]:
     ):
         net = nn.Sequential(nn.Linear(size, size, bias=False))
         net[0].load_state_dict(base.state_dict())
-        models[name] = get_peft_model(
-            net, InlayConfig(method=methods.LoRA(r=32), target_modules=["0"], saver=saver)
-        ).train()
+        models[name] = get_peft_model(net, InlayConfig(method=LoRA(r=32), target_modules=["0"], saver=saver)).train()
         flat_noise(models[name], 1.0, sigma)
     seconds: dict[str, list[float]] = {name: [] for name in (*models, "rows")}
     for _ in range(4):
@@ -87,13 +87,15 @@ def one(more: dict, folder: Path) -> str:
     """A run of three steps: CPU seconds per step, and the peak of the process."""
     from rich.console import Console
 
-    from inlay.workbench import models, train
-    from inlay.workbench.recipe import Recipe
-    from inlay.workbench.watch import peak_memory
+    from inlay.messages import quiet
+    from inlay.recipe.recipe import Recipe
+    from inlay.training.progress import peak_memory
+    from inlay.training.train import train
+    from inlay.training.trainer import Trainer
 
-    models.quiet()
+    quiet()
     began: list[float] = []
-    start = train.Trainer.go_on
+    start = Trainer.go_on
 
     def go_on(self, found) -> None:
         began.append(time.process_time())
@@ -101,10 +103,10 @@ def one(more: dict, folder: Path) -> str:
         began.append(time.process_time())
         began.append(peak_memory())
 
-    train.Trainer.go_on = go_on  # type: ignore[method-assign]
+    Trainer.go_on = go_on  # type: ignore[method-assign]
     same = {"method": "lora", "args": {"r": 16}, "steps": 3, "batch_size": 8, "max_length": 128, "eval_size": 1}
     fixed = {"samples": 0, "save_every": 0, "output": str(folder / "run")}
-    train.train(Recipe(**{**same, **fixed, **more}), Console(quiet=True))
+    train(Recipe(**{**same, **fixed, **more}), Console(quiet=True))
     return f"{(began[1] - began[0]) / 3:.1f} | {began[2] / 2**30:.2f}"
 
 

@@ -14,8 +14,8 @@ import torch
 from common import machine, report, spread, wait
 from torch import Tensor
 
-from inlay import kernels, trains
-from inlay.methods import DoTA
+from inlay.methods.dota import DoTA
+from inlay.numerics import tensor_trains, triton_kernels
 
 BURST = 50
 
@@ -40,7 +40,7 @@ def halves(out: int, inp: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Those of DoTA's difference train, bond 16."""
     cores = DoTA(bond=16).start(torch.empty(out, inp, device="meta"))
     train = [torch.randn(core.shape, device="cuda") for core in cores.values()]
-    left, right = trains.halves(trains.difference(train, [0.5 * core for core in train]))
+    left, right = tensor_trains.halves(tensor_trains.difference(train, [0.5 * core for core in train]))
     return left.to(dtype), right.to(dtype)
 
 
@@ -52,8 +52,8 @@ def main() -> None:
     for out, inp in ((4096, 4096), (14336, 4096), (4096, 14336)):
         for dtype in (torch.float32, torch.bfloat16):
             left, right = halves(out, inp, dtype)
-            plain = alone(lambda a=left, b=right, n=out: trains.rows(0, n, a, b))
-            mine = alone(lambda a=left, b=right: kernels.train_rows(a, b))
+            plain = alone(lambda a=left, b=right, n=out: tensor_trains.rows(0, n, a, b))
+            mine = alone(lambda a=left, b=right: triton_kernels.train_rows(a, b))
             rows.append(("rows of a train", f"{out} × {inp}, bond 2 × 16", dtype, plain, mine))
     body = [
         [name, size, str(dtype).removeprefix("torch."), f"{plain:.0f}", f"{mine:.0f}", f"{mine / plain:.2f}"]

@@ -40,21 +40,24 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerState
 
-from inlay import InlayConfig, cache
-from inlay.workbench import (
-    builtin,
-    checkpoints,
-    comparison,
-    data,
-    foreign,
-    gguf_model,
-    models,
-    recipe,
-    trainer,
-)
-from inlay.workbench.merging import New
-from inlay.workbench.watch import Watch
-from inlay.workbench.weights import Weights
+from inlay.conversion.gguf_model import write_model
+from inlay.conversion.merged_weights import New
+from inlay.conversion.peft_folder import read_peft_folder
+from inlay.data.formats import convert_records
+from inlay.data.readers import read_records
+from inlay.data.render import prompt_ids
+from inlay.experiments.compare.spec import load_comparison
+from inlay.files import cache
+from inlay.host.config import InlayConfig
+from inlay.messages import quiet
+from inlay.models import builtin
+from inlay.models.adapters import adapter_folder, load_adapter
+from inlay.models.loading import load_base
+from inlay.models.stored_weights import Weights
+from inlay.recipe.reading import load_recipe
+from inlay.training import checkpoints
+from inlay.training.progress import RunProgress
+from inlay.training.trainer import state_of
 
 SECONDS, MEMORY = 20, 2 << 30
 RAN = f"inlay-payload-ran-{os.getpid()}"
@@ -195,7 +198,7 @@ def targets(scratch: Path) -> dict[str, Target]:
     point = scratch / "run" / "checkpoints"
     point.mkdir(parents=True)
     (scratch / "run" / checkpoints.METRICS).write_text('{"step": 1, "eval_loss": 2.0}\n')
-    with checkpoints.staged(point, 1, False, {"recipe": {}, "identity": {}, "versions": {}}) as part:
+    with checkpoints.staged_checkpoint(point, 1, False, {"recipe": {}, "identity": {}, "versions": {}}) as part:
         checkpoints.path_of(part, 1).mkdir()
         TrainerState(global_step=1).save_to_json(str(checkpoints.path_of(part, 1) / "trainer_state.json"))
     sealed = checkpoints.digests(checkpoints.path_of(point, 1))
@@ -210,14 +213,14 @@ def targets(scratch: Path) -> dict[str, Target]:
     vocabulary = {"model": {"vocab": {chr(97 + i): i for i in range(26)}, "merges": []}, "added_tokens": []}
     (scratch / "tokenizer.json").write_text(json.dumps(vocabulary))
     tensors = [New("", name, p.detach(), 0) for name, p in base.named_parameters()]
-    gguf_model.write_model(scratch / "m.gguf", base.config, scratch, "gpt-2", tensors)
+    write_model(scratch / "m.gguf", base.config, scratch, "gpt-2", tensors)
     quiet = Console(file=(scratch / "said").open("w"))
 
     def records(path: Path) -> object:
-        return data.examples(data.read(str(next(path.iterdir()))))
+        return convert_records(read_records(str(next(path.iterdir()))))
 
     def adapter(path: Path) -> object:
-        found = models.load_adapter(tiny(), models.adapter_folder(str(path)))
+        found = load_adapter(tiny(), adapter_folder(str(path)))
         assert torch.equal(found(input_ids=IDS).logits, known), "it was read as something else"
         return found
 
@@ -239,11 +242,11 @@ def targets(scratch: Path) -> dict[str, Target]:
                 about["seal"] = checkpoints.seal.of_values({k: v for k, v in about.items() if k != "seal"})
                 manifest.write_text(json.dumps(about))
         found = checkpoints.newest(path, quiet)
-        return found and (trainer.state_of(found), Watch(path, quiet).restore(found.path))
+        return found and (state_of(found), RunProgress(path, quiet).restore(found.path))
 
     def model(path: Path) -> object:
-        found, words = models.load_base(str(path), torch.float32)
-        return found, data.prompt_ids([{"role": "user", "content": "a b"}], words)
+        found, words = load_base(str(path), torch.float32)
+        return found, prompt_ids([{"role": "user", "content": "a b"}], words)
 
     def cached(path: Path) -> object:
         os.environ["INLAY_CACHE"] = str(path)
@@ -252,8 +255,8 @@ def targets(scratch: Path) -> dict[str, Target]:
         return found
 
     return {
-        "recipe": Target(lambda p: recipe.load(str(p / "r.yaml"), {}), {"r.yaml": RECIPE}),
-        "comparison": Target(lambda p: comparison.load(str(p / "c.yaml")), {"c.yaml": example.read_bytes()}),
+        "recipe": Target(lambda p: load_recipe(str(p / "r.yaml"), {}), {"r.yaml": RECIPE}),
+        "comparison": Target(lambda p: load_comparison(str(p / "c.yaml")), {"c.yaml": example.read_bytes()}),
         **{
             f"data {name}": Target(records, {f"d.{name}": content})
             for name, content in {
@@ -266,7 +269,7 @@ def targets(scratch: Path) -> dict[str, Target]:
         "resealed": Target(resealed, contents(point)),
         "model": Target(model, contents(scratch / "model")),
         "adapter": Target(adapter, contents(scratch / "adapter")),
-        "adapter of PEFT": Target(lambda p: foreign.read(p), contents(scratch / "lora")),
+        "adapter of PEFT": Target(lambda p: read_peft_folder(p), contents(scratch / "lora")),
         "weights": Target(stored, contents(scratch / "base")),
         "gguf": Target(lambda p: builtin.load_gguf(p / "m.gguf"), {"m.gguf": (scratch / "m.gguf").read_bytes()}),
         "cache": Target(cached, {"starts/one.safetensors": (scratch / "one.safetensors").read_bytes()}),
@@ -331,7 +334,7 @@ def main() -> None:
     options.add_argument("--only", default="", help="readers with this in their name")
     asked = options.parse_args()
     warnings.simplefilter("ignore")
-    models.quiet()
+    quiet()
 
     def late(*_: Any) -> None:
         raise TimeoutError(f"longer than {SECONDS} s")

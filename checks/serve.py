@@ -19,7 +19,8 @@ import torch
 from peft import get_peft_model
 
 import inlay
-from inlay.workbench import builtin, models
+from inlay.messages import quiet
+from inlay.models import builtin
 
 SERVER = Path(__file__).parent / "server.py"
 PROMPT = "name[Blue Spice], eatType[pub], food[Italian], priceRange[20-25], area[riverside]"
@@ -34,7 +35,7 @@ CLOSE, TOKENS = 0.02, 24  # of the adapter's effect on the logits; of greedy tex
 def adapted(method: str, folder: Path, moved: float = 0.03) -> torch.nn.Module:
     """An adapter whose updates have the share `moved` of each weight's norm, saved."""
     config = inlay.InlayConfig(method=method, args=METHODS[method], target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(builtin.load_model(), config).eval()
+    model = get_peft_model(builtin.load_builtin_model(), config).eval()
     torch.manual_seed(0)
     layers = [m for m in model.modules() if hasattr(m, "cuts")]
     with torch.no_grad():
@@ -63,11 +64,11 @@ def greedy(model: torch.nn.Module, ids: list[int]) -> list[int]:
 
 def main(python: str) -> int:
     """Make the files, let the server answer, compare."""
-    models.quiet()
-    ids = builtin.load_tokenizer().encode(PROMPT)
+    quiet()
+    ids = builtin.load_builtin_tokenizer().encode(PROMPT)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:
-        folder, plain = Path(temporary), builtin.load_model().eval()
+        folder, plain = Path(temporary), builtin.load_builtin_model().eval()
         start, text = logits(plain, ids), greedy(plain, ids)
         adapted("bone", folder / "zero", moved=0.0)
         inlay.merge(folder / "zero", folder / "base", to="gguf", probe=False)

@@ -23,14 +23,16 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from inlay.workbench import builtin, checkpoints, models
+from inlay.models import builtin
+from inlay.models.adapters import load_adapter
+from inlay.training import checkpoints
 
 METHODS = {"lamda": {"r": 8}, "dota": {"bond": 4}, "bone": {"r": 8}}
 
 
 def tiny(folder: Path) -> str:
     """A random two-layer Llama with the built-in tokenizer."""
-    tokenizer = builtin.load_tokenizer()
+    tokenizer = builtin.load_builtin_tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -65,7 +67,7 @@ def drift(model: str, checkpoint: Path) -> tuple[float, float]:
     ids = torch.arange(64)[None] * 7 + 5
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     plain = base(input_ids=ids).logits
-    adapted = models.load_adapter(base, checkpoint).eval()
+    adapted = load_adapter(base, checkpoint).eval()
     there = adapted(input_ids=ids).logits
     merged = adapted.merge_and_unload()(input_ids=ids).logits
     return (merged - there).abs().max().item(), (there - plain).abs().max().item()
@@ -82,7 +84,7 @@ def soak(method: str, steps: int, folder: Path, model: str, data: Path) -> list[
     seen = np.array([row for row in rows if steps / 4 <= row[0] < steps])  # after the last one the report is drawn
     slope = np.polyfit(seen[:, 0], seen[:, 1], 1)[0] * 1000
     files = np.median(seen[-len(seen) // 4 :, 2]) - np.median(seen[: len(seen) // 4 + 1, 2])  # one is open now and then
-    kept = sorted(checkpoints.steps(run / checkpoints.FOLDER))
+    kept = sorted(checkpoints.checkpoint_steps(run / checkpoints.FOLDER))
     some = [kept[len(kept) * i // 4 - 1] for i in (1, 2, 3, 4)]
     drifts = {step: drift(model, checkpoints.path_of(run / checkpoints.FOLDER, step)) for step in some}
     print(f"{method}: {steps} steps, {len(kept)} checkpoints, {len(seen)} samples from step {int(seen[0, 0])} on")

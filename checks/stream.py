@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from inlay.workbench import stream
+from inlay.data.streaming import first_examples, streamed_examples
 
 
 def write(path: Path, size: int) -> int:
@@ -39,8 +39,8 @@ def main() -> None:
     it = psutil.Process()
     with tempfile.TemporaryDirectory() as folder:
         count = write(Path(folder) / "data.jsonl", options.megabytes * 2**20)
-        examples = stream.examples(folder, None, None)
-        stream.head(examples, 1000)
+        examples = streamed_examples(folder, None, None)
+        first_examples(examples, 1000)
         before, most, seen = it.memory_info().rss, 0, 0
         for _ in examples:
             seen += 1

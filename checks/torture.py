@@ -29,8 +29,8 @@ import datasets  # noqa: F401 (imported here, they need not be in each process)
 import transformers
 import trl  # noqa: F401
 
-from inlay import cli
-from inlay.workbench import builtin, packing, train  # noqa: F401
+from inlay.cli import main as inlay_main
+from inlay.models import builtin
 
 RECIPES = {
     "lamda": "--method lamda --r 4 --eta 0.6 --dropout 0.1 --accumulation 2 --batch-size 2 --weight-decay 0.1",
@@ -78,7 +78,7 @@ def in_process(work, log: Path, after: float | None = None) -> bool:
 
 def tiny(folder: Path) -> None:
     """A random two-layer Llama with the built-in tokenizer."""
-    tokenizer = builtin.load_tokenizer()
+    tokenizer = builtin.load_builtin_tokenizer()
     transformers.set_seed(0)
     config = transformers.LlamaConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -113,7 +113,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def interrupted(words: list[str], out: Path, log: Path, draw: random.Random, expected: dict, seconds: float) -> int:
     """Start a job until it ends, killing it at random; how often it was killed. Exits where anything is half there."""
     kills = 0
-    while in_process(lambda: cli.main(words), log, draw.uniform(0, seconds) if kills < 3 else None):
+    while in_process(lambda: inlay_main(words), log, draw.uniform(0, seconds) if kills < 3 else None):
         kills += 1
         if out.exists() and files(out) != expected:
             sys.exit(f"{' '.join(words)}: half of it is there after a kill")
@@ -171,9 +171,9 @@ def main() -> None:
                 if recipe not in references:
                     if not places["adapter"].exists():
                         made = ["train", *split(common), "--steps", "1", "--output", str(places["adapter"])]
-                        in_process(lambda made=made: cli.main(made), log)
+                        in_process(lambda made=made: inlay_main(made), log)
                     began = time.monotonic()
-                    in_process(lambda words=words: cli.main(words), log)
+                    in_process(lambda words=words: inlay_main(words), log)
                     references[recipe] = files(places["out"]), time.monotonic() - began
                     shutil.rmtree(places["out"])
                 here = interrupted(words, places["out"], log, draw, *references[recipe])
@@ -184,7 +184,7 @@ def main() -> None:
             flags = split(f"{common} {RECIPES[recipe]} {asked.more}")
             if recipe not in references:
                 began = time.monotonic()
-                in_process(lambda flags=flags: cli.main(["train", *flags]), log)
+                in_process(lambda flags=flags: inlay_main(["train", *flags]), log)
                 references[recipe] = outcome(run), time.monotonic() - began
                 shutil.rmtree(run)
             expected, seconds = references[recipe]
@@ -192,7 +192,7 @@ def main() -> None:
             while running:
                 after = draw.uniform(0, seconds) if kills.total() < asked.kills else None
                 go_on = ["--resume", str(run)] if (run / "recipe.yaml").exists() else flags
-                running = in_process(lambda go_on=go_on: cli.main(["train", *go_on]), log, after)
+                running = in_process(lambda go_on=go_on: inlay_main(["train", *go_on]), log, after)
                 if running:
                     kills[moment(run, asked.steps)] += 1
                     here += 1

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from inlay import InlayConfig, methods
+from inlay import methods
+from inlay.host.config import InlayConfig
 
 NAMES = [method.name for method in methods.METHODS]
 

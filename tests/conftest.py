@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from inlay.workbench import builtin
+from inlay.models import builtin
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # workers share the cores
 if device := os.environ.get(
@@ -111,16 +111,16 @@ def gpt2(gpt2_original):
 @pytest.fixture(scope="session")
 def real_model():
     """The model that comes with the library, fp32. Shared by all tests: copy it before changing anything."""
-    from inlay.workbench.builtin import load_model
+    from inlay.models.builtin import load_builtin_model
 
-    return load_model(dtype=torch.float32).eval()
+    return load_builtin_model(dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="session")
 def real_tokenizer():
-    from inlay.workbench.builtin import load_tokenizer
+    from inlay.models.builtin import load_builtin_tokenizer
 
-    return load_tokenizer()
+    return load_builtin_tokenizer()
 
 
 @pytest.fixture(scope="session")
@@ -138,7 +138,7 @@ def data_dir() -> Path:
 def small_tokenizer(tmp_path_factory):
     """The built-in tokenizer with the first 1,024 of its words: the head of a model is then no larger than its body."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    builtin.load_tokenizer().save_pretrained(folder)
+    builtin.load_builtin_tokenizer().save_pretrained(folder)
     file = folder / "tokenizer.json"
     about = json.loads(file.read_text())
     vocab = about["model"]["vocab"] = {word: i for word, i in about["model"]["vocab"].items() if i < 1024}

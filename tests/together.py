@@ -1,4 +1,4 @@
-"""What each process of tests/test_distributed.py does: the runs that a JSON file lists, one after the other."""
+"""What each process of tests/training/test_distributed.py does: the runs that a JSON file lists, one by one."""
 
 import gc
 import json
@@ -11,10 +11,12 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from rich.console import Console
 
-from inlay.host import processes, starts
-from inlay.workbench import models, train
-from inlay.workbench.recipe import Recipe
-from inlay.workbench.watch import Watch
+from inlay.host import distributed
+from inlay.host.compute_starts import start_of
+from inlay.messages import quiet
+from inlay.recipe.recipe import Recipe
+from inlay.training.progress import RunProgress
+from inlay.training.train import train, unfinished
 
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
@@ -25,8 +27,8 @@ CONFIG = str(Path(sys.argv[1]).with_name("zero3"))
 ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": CONFIG}
 ENGINES = {"ddp": {}, "fsdp2": FSDP2, "zero3": ZERO3}
 os.environ["DS_ACCELERATOR"] = "cpu"
-rank, computed, compute = int(os.environ["RANK"]), [], starts.start
-models.quiet()
+rank, computed, compute = int(os.environ["RANK"]), [], start_of
+quiet()
 
 
 def counted(method, W, stats=None):
@@ -41,7 +43,7 @@ def at_step(step: int | None, what) -> None:
         if state.global_step == step:
             what(model)
 
-    Watch.on_step_begin = once
+    RunProgress.on_step_begin = once
 
 
 def spoil(model) -> None:
@@ -53,7 +55,7 @@ def spoil(model) -> None:
     next(m for n, m in model.named_modules() if n.endswith("layers.1.mlp.down_proj")).register_forward_hook(hook)
 
 
-starts.start = counted
+start_of = counted
 PartialState(cpu=True)  # one group for all runs: torch's store remembers the addresses of the first
 for number, run in enumerate(json.loads(Path(sys.argv[1]).read_text())):
     computed.clear()
@@ -70,13 +72,13 @@ for number, run in enumerate(json.loads(Path(sys.argv[1]).read_text())):
     said = "done"
     AcceleratorState._reset_state()
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
-    processes.allow_sharding(PartialState())
+    distributed.allow_sharding(PartialState())
     recipe = Recipe(**run["recipe"])
     if resume := run.get("resume", False):
-        recipe = train.unfinished(Path(str(recipe.output)), {"accumulation": recipe.accumulation})
+        recipe = unfinished(Path(str(recipe.output)), {"accumulation": recipe.accumulation})
     try:  # what fails, fails in both, and both go on with the next run
-        train.train(recipe, Console(quiet=True), resume=resume)
-    except (ValueError, KeyboardInterrupt, processes.Elsewhere) as error:
+        train(recipe, Console(quiet=True), resume=resume)
+    except (ValueError, KeyboardInterrupt, distributed.Elsewhere) as error:
         said = f"{type(error).__name__}: {error}"
     about = {"said": said, "starts": len(computed)}
     Path(sys.argv[1]).with_name(f"{number}-{rank}.json").write_text(json.dumps(about))

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inlay import ops
+from inlay.numerics import ops
 
 Params = dict[str, Tensor]  # θ of one weight, keyed by the symbol the paper uses
 Drop = ops.Dropout  # of this step
@@ -181,7 +181,7 @@ class Method(ABC):
         """
         if self.reads_weight and base.weight.requires_grad:  # a trained change lies under this one, in ΔW as well
             return base(x) + F.linear(drop(x), (self.s * self.offset(p, p0, base.weight)).to(x.dtype))
-        linear = None if drop.p else ops.plain(base, x)
+        linear = None if drop.p else ops.plain_linear(base, x)
         change = ops.dense(drop(x), linear, self.rows(p, p0, base), *p.values())
         return base(x) + change if linear is None else change
 
@@ -263,7 +263,7 @@ class LowRank(Method):
             return ops.scaled(self.s, B), A
 
         found, values = self.written(p, None if p0 is None else like(p0, p)) or (build, tuple(p.values()))
-        linear = ops.plain(base, x)
+        linear = ops.plain_linear(base, x)
         change = ops.low_rank(x, linear, found, "A" not in self.frozen, drop, *values)
         return base(x) + change if linear is None else change
 

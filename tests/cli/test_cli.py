@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from helpers import fails
 from peft import AutoPeftModelForCausalLM, PeftModel
 from rich.console import Console
 from transformers import AutoModelForCausalLM
@@ -15,9 +16,13 @@ from transformers import AutoModelForCausalLM
 import inlay
 from inlay.cli import main
 from inlay.methods import METHODS
-from inlay.workbench import memory, models, recipe, train
-from inlay.workbench.recipe import Recipe
-from inlay.workbench.result import Result
+from inlay.models.adapters import load_adapter
+from inlay.models.meta import count_trainable
+from inlay.recipe.reading import from_flag, load_recipe
+from inlay.recipe.recipe import Recipe
+from inlay.reports.result import Result
+from inlay.training.hub import claim_repository, upload_run
+from inlay.training.train import train
 
 METHOD_NAMES = [method.name for method in METHODS]
 SILENT = Console(quiet=True)
@@ -27,20 +32,7 @@ SILENT = Console(quiet=True)
 def run(tiny, records, tmp_path_factory) -> Result:
     folder = tmp_path_factory.mktemp("runs") / "pissa"
     values = {"steps": 3, "batch_size": 4, "eval_size": 4, "samples": 2, "learning_rate": 1e-2, "dtype": "float32"}
-    return train.train(
-        Recipe(model=tiny, data=records, method="pissa", args={"r": 4}, output=str(folder), **values), SILENT
-    )
-
-
-def fails(capsys, *arguments: str) -> str:
-    """The one line of a user's mistake."""
-    with pytest.raises(SystemExit) as stop:
-        main(list(arguments))
-    err = capsys.readouterr().err
-    assert stop.value.code == 2, err
-    assert err.startswith("inlay: ")
-    assert len(err.strip().splitlines()) == 1
-    return err
+    return train(Recipe(model=tiny, data=records, method="pissa", args={"r": 4}, output=str(folder), **values), SILENT)
 
 
 # -- recipes ----------------------------------------------------------------------------------------------------------
@@ -49,12 +41,12 @@ def fails(capsys, *arguments: str) -> str:
 def test_a_recipe_survives_yaml(tmp_path):
     made = Recipe(method="lora", args={"r": 4, "alpha": 8}, target_modules=["q_proj"], learning_rate=3e-4)
     (tmp_path / "r.yaml").write_text(made.to_yaml())
-    assert recipe.load(str(tmp_path / "r.yaml"), {}) == made
+    assert load_recipe(str(tmp_path / "r.yaml"), {}) == made
 
 
 def test_flags_override_the_file_and_hyperparameters_go_to_args(tmp_path):
     (tmp_path / "r.yaml").write_text("method: milora\nargs: {r: 4, side: middle}\nlearning_rate: 5e-4\nsteps: 7\n")
-    made = recipe.load(str(tmp_path / "r.yaml"), {"r": 8, "steps": 9})
+    made = load_recipe(str(tmp_path / "r.yaml"), {"r": 8, "steps": 9})
     assert made.args == {"r": 8, "side": "middle"}
     assert (made.learning_rate, made.steps) == (5e-4, 9)
 
@@ -95,7 +87,7 @@ def test_a_run_leaves_its_folder(run):
 
 
 def test_the_recipe_in_the_folder_is_resolved_and_runs_again(run):
-    again = recipe.load(str(run.folder / "recipe.yaml"), {})
+    again = load_recipe(str(run.folder / "recipe.yaml"), {})
     assert again.args == {"r": 4}
     assert (again.dtype, again.batch_size, again.eval_size) == ("float32", 4, 4)
 
@@ -118,8 +110,8 @@ def test_samples_card_and_report_show_the_run(run):
 
 
 def test_the_same_recipe_gives_the_same_adapter(run, tmp_path):
-    again = recipe.load(str(run.folder / "recipe.yaml"), {"output": str(tmp_path / "again")})
-    train.train(again, SILENT)
+    again = load_recipe(str(run.folder / "recipe.yaml"), {"output": str(tmp_path / "again")})
+    train(again, SILENT)
     name = Path("adapter") / "adapter_model.safetensors"
     assert (tmp_path / "again" / name).read_bytes() == (run.folder / name).read_bytes()
 
@@ -139,7 +131,7 @@ def test_every_method_trains_from_the_command_line(method, tiny, records, tmp_pa
     main(["train", "--model", tiny, "--data", records, "--method", method, "--output", str(out), *flags])
     assert "held-out loss after" in capsys.readouterr().out
     base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
-    adapted = models.load_adapter(base, out / "adapter")
+    adapted = load_adapter(base, out / "adapter")
     assert adapted.peft_config["default"].args[size] == 4
 
 
@@ -150,7 +142,7 @@ def test_options_of_a_longer_run(tiny, records, tmp_path):
         learning_rate=0.0, epochs=3.0, batch_size=2, accumulation=2, packing=True, max_length=64, eval_every=1,
         early_stopping=1, keep_best=True, gradient_checkpointing=True,
     )  # fmt: skip
-    result = train.train(made, SILENT)
+    result = train(made, SILENT)
     evaluated = [row["step"] for row in result.history if "eval_loss" in row]
     assert max(evaluated) <= 3  # nothing improves at rate 0, so patience 1 ends it
     assert list((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
@@ -158,7 +150,7 @@ def test_options_of_a_longer_run(tiny, records, tmp_path):
 
 def test_batch_size_auto_finds_one(tiny, records, tmp_path):
     made = Recipe(model=tiny, data=records, output=str(tmp_path / "r"), batch_size="auto", eval_size=4, samples=0)
-    resolved = train.train(made, SILENT).recipe
+    resolved = train(made, SILENT).recipe
     assert resolved.batch_size == 2  # memory is ample, so that at least eight steps remain of 20 examples
 
 
@@ -177,7 +169,7 @@ def test_a_held_out_answer_has_to_be_left(tiny, tmp_path):
     made = Recipe(model=tiny, data=str(tmp_path / "train.json"), eval_data=str(tmp_path / "held.json"), steps=1,
                   max_length=64, output=str(tmp_path / "r"))  # fmt: skip
     with pytest.raises(ValueError, match="no held-out example keeps an answer within max_length=64; raise it"):
-        train.train(made, SILENT)
+        train(made, SILENT)
     assert not (tmp_path / "r").exists()
 
 
@@ -268,7 +260,7 @@ def test_out_of_memory_gives_advice(monkeypatch, capsys):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("inlay.workbench.train.train", full)
+    monkeypatch.setattr("inlay.training.train.train", full)
     assert "--gradient-checkpointing" in fails(capsys, "train")
 
 
@@ -283,7 +275,7 @@ def test_ctrl_c_exits_130(monkeypatch):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("inlay.workbench.train.train", stop)
+    monkeypatch.setattr("inlay.training.train.train", stop)
     with pytest.raises(SystemExit) as end:
         main(["train"])
     assert end.value.code == 130
@@ -300,7 +292,7 @@ def test_methods_counts_for_a_model(tiny, capsys):
     config = inlay.InlayConfig(method="bone", args={"r": 4}, target_modules="all-linear")
     from peft import get_peft_model
 
-    assert f"{memory.trainable(get_peft_model(base, config)):,}" in said
+    assert f"{count_trainable(get_peft_model(base, config)):,}" in said
 
 
 def test_generate_answers_with_base_and_adapter(run, tiny, capsys):
@@ -349,14 +341,14 @@ def test_merge_leaves_nothing_when_the_adapter_is_broken(run, tmp_path, capsys):
 def test_overwriting_replaces_a_run_and_a_failure_brings_it_back(tiny, records, tmp_path, monkeypatch):
     made = Recipe(model=tiny, data=records, output=str(tmp_path / "r"), steps=1, eval_size=4, samples=0, overwrite=True,
                   save_every=0)  # fmt: skip
-    train.train(made, SILENT)
+    train(made, SILENT)
     (tmp_path / "r" / "note").write_text("first")
-    monkeypatch.setattr("inlay.workbench.train.write", lambda *_: 1 / 0)
+    monkeypatch.setattr("inlay.training.run_files.write_run", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        train.train(made, SILENT)
+        train(made, SILENT)
     assert (tmp_path / "r" / "note").read_text() == "first"
     monkeypatch.undo()
-    train.train(made, SILENT)
+    train(made, SILENT)
     assert not (tmp_path / "r" / "note").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["r"]
 
@@ -389,27 +381,25 @@ def test_a_recipe_beside_its_data_is_not_a_run(tiny, records, tmp_path, capsys):
     ],
 )
 def test_flags_read_text_as_their_field_would(name, text, value):
-    assert getattr(recipe.load(None, {name: recipe.from_flag(name, text)}), name) == value
+    assert getattr(load_recipe(None, {name: from_flag(name, text)}), name) == value
 
 
 def test_layer_numbers_are_numbers():
-    flags = {
-        name: recipe.from_flag(name, text) for name, text in (("layers_to_transform", "0,1"), ("target_modules", "q"))
-    }
-    assert recipe.load(None, flags).config().layers_to_transform == [0, 1]
+    flags = {name: from_flag(name, text) for name, text in (("layers_to_transform", "0,1"), ("target_modules", "q"))}
+    assert load_recipe(None, flags).config().layers_to_transform == [0, 1]
 
 
 def test_a_share_of_held_out_data_is_a_share(tiny, records, tmp_path):
     made = Recipe(model=tiny, data=records, eval_data=records, eval_size=0.25, output=str(tmp_path / "r"), steps=1)
-    assert train.train(made, SILENT).recipe.eval_size == 6
+    assert train(made, SILENT).recipe.eval_size == 6
 
 
 def test_upload_uses_the_hub_client(run, monkeypatch):
     calls = []
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, repo, **kw: calls.append(repo))
     monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda self, **kw: calls.append(kw["folder_path"]))
-    train.claim("me/adapter")
-    train.upload(run.folder / "adapter", "me/adapter")
+    claim_repository("me/adapter")
+    upload_run(run.folder / "adapter", "me/adapter")
     assert calls == ["me/adapter", str(run.folder / "adapter")]
 
 

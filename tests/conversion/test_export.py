@@ -14,8 +14,8 @@ from sizes import SIZES
 from transformers import AutoModelForCausalLM
 
 import inlay
-from inlay import InlayConfig
 from inlay.cli import main
+from inlay.host.config import InlayConfig
 from inlay.host.layer import InlayLinear
 from inlay.method import LowRank
 from inlay.methods import METHODS, find
@@ -124,7 +124,7 @@ torch.save(model(torch.arange(24)[None]).logits, {str(tmp_path / "logits")!r})""
 
 @pytest.mark.parametrize("method", ["pissa", "bone"])
 def test_the_real_model_exports_within_1e_4(method, real_model, tmp_path):
-    from inlay.workbench import builtin
+    from inlay.models import builtin
 
     folder = str(builtin.model_dir())
     model = adapter(folder, tmp_path / "a", method, scale=0.002, args={"r": 16})

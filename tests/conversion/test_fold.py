@@ -17,12 +17,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 import inlay
-from inlay import InlayConfig, Schedule
 from inlay.cli import main
+from inlay.conversion.fold_quantizer import FoldPlan, cut_residual
+from inlay.host.config import InlayConfig
 from inlay.host.layer import InlayLinear
+from inlay.host.schedule import Schedule
 from inlay.methods import METHODS, find
-from inlay.workbench import models, packing
-from inlay.workbench.plan import Run
+from inlay.models.adapters import load_adapted
+from inlay.models.loading import load_base
+from inlay.models.quantized import quantization_config
+from inlay.planning.planner import PlannedRun
 
 bnb = pytest.importorskip("bitsandbytes")
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit  # noqa: E402
@@ -62,7 +66,7 @@ def folds(plain, tmp_path_factory):
     """Folds of every method, each made once."""
     made = {}
 
-    def get(method: str) -> inlay.folding.Folded:
+    def get(method: str) -> inlay.conversion.fold.Folded:
         if method not in made:
             made[method] = inlay.fold(plain, tmp_path_factory.mktemp("fold") / method, config(method))
         return made[method]
@@ -155,7 +159,7 @@ print(model(torch.arange(4)[None]).logits.isfinite().all().item())"""
 def test_what_is_not_targeted_is_quantised_as_it_is(plain, tmp_path):
     made = inlay.fold(plain, tmp_path / "f", InlayConfig(method="pissa", args={"r": 8}, target_modules=["q_proj"]))
     assert [e.module for e in made.errors] == [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
-    usual = AutoModelForCausalLM.from_pretrained(plain, quantization_config=packing.settings("nf4"))
+    usual = AutoModelForCausalLM.from_pretrained(plain, quantization_config=quantization_config("nf4"))
     ours, theirs = base(made.base).state_dict(), usual.state_dict()
     assert set(ours) == set(theirs)
     assert all(torch.equal(ours[k], theirs[k]) for k in ours if "weight" in k and "proj.weight" in k and "q_" not in k)
@@ -209,8 +213,8 @@ def test_a_folded_adapter_fits_no_other_base(folds, plain):
     made = folds("pissa")
     others = {
         "first": base(plain),
-        "plain nf4": AutoModelForCausalLM.from_pretrained(plain, quantization_config=packing.settings("nf4")),
-        "int8": AutoModelForCausalLM.from_pretrained(plain, quantization_config=packing.settings("int8")),
+        "plain nf4": AutoModelForCausalLM.from_pretrained(plain, quantization_config=quantization_config("nf4")),
+        "int8": AutoModelForCausalLM.from_pretrained(plain, quantization_config=quantization_config("int8")),
         "dota's": base(folds("dota").base),
     }
     for name, other in others.items():
@@ -238,7 +242,9 @@ def test_an_offset_adapter_fits_any_quantisation_of_its_base(plain, tmp_path):
     model = get_peft_model(base(plain), config("pissa"))
     model.save_pretrained(str(tmp_path))
     for kind in ("nf4", "int8"):
-        packed = AutoModelForCausalLM.from_pretrained(plain, quantization_config=packing.settings(kind, torch.float32))
+        packed = AutoModelForCausalLM.from_pretrained(
+            plain, quantization_config=quantization_config(kind, torch.float32)
+        )
         before = packed(IDS).logits
         assert torch.equal(PeftModel.from_pretrained(packed, str(tmp_path))(IDS).logits, before)
 
@@ -298,7 +304,7 @@ def test_mistakes_are_named_and_leave_nothing(plain, folds, tmp_path, capsys):
 
 
 def test_a_quantised_model_is_not_folded(plain, tmp_path, small_tokenizer):
-    packed = AutoModelForCausalLM.from_pretrained(plain, quantization_config=packing.settings("nf4"))
+    packed = AutoModelForCausalLM.from_pretrained(plain, quantization_config=quantization_config("nf4"))
     packed.save_pretrained(tmp_path / "packed")
     small_tokenizer.save_pretrained(tmp_path / "packed")
     with pytest.raises(ValueError, match="is quantised already"):
@@ -338,7 +344,7 @@ def test_a_recipe_on_a_quantised_base(quantize, method, plain, tmp_path, capsys)
     main(["merge", str(moved), str(tmp_path / "merged"), "--dtype", "float32"])
     merged = base(tmp_path / "merged")
     assert getattr(merged.config, "quantization_config", None) is None
-    adapted, _ = models.load_adapted(moved / "adapter", dtype=torch.float32)
+    adapted, _ = load_adapted(moved / "adapter", dtype=torch.float32)
     for layer in layers(adapted).values():
         assert quantize != "nf4" or layer.base_layer.compute_dtype == torch.float32
     torch.testing.assert_close(merged(IDS).logits, adapted.eval()(IDS).logits, rtol=1e-3, atol=1e-3)
@@ -349,7 +355,7 @@ def test_a_fold_is_trained_again_and_again(folds, tmp_path, capsys):
     made = folds("pissa")
     flags = ["train", "--model", str(made.folder), "--method", "pissa", "--output", str(tmp_path / "run"), *RUN]
     main([*flags, "--r", "8"])
-    adapted, _ = models.load_adapted(tmp_path / "run" / "adapter", dtype=torch.float32)
+    adapted, _ = load_adapted(tmp_path / "run" / "adapter", dtype=torch.float32)
     assert not torch.equal(adapted.eval()(IDS).logits, load(made)(IDS).logits)
     assert adapted.base_model.model.name_or_path == str(made.base.resolve())
     capsys.readouterr()
@@ -372,7 +378,7 @@ def test_trl_leaves_theta_in_fp32_where_schedule_is_given(method, kind, folds, p
     def fresh():
         if kind == "folded":
             return load(folds(method), trainable=True)
-        packed = AutoModelForCausalLM.from_pretrained(plain, quantization_config=packing.settings("nf4"))
+        packed = AutoModelForCausalLM.from_pretrained(plain, quantization_config=quantization_config("nf4"))
         torch.manual_seed(1)
         return get_peft_model(packed, config(method))
 
@@ -395,7 +401,7 @@ def test_trl_leaves_theta_in_fp32_where_schedule_is_given(method, kind, folds, p
 
 
 def test_a_cast_of_changed_numbers_is_widened_not_undone(plain):
-    packed = AutoModelForCausalLM.from_pretrained(plain, quantization_config=packing.settings("nf4"))
+    packed = AutoModelForCausalLM.from_pretrained(plain, quantization_config=quantization_config("nf4"))
     model = get_peft_model(packed, config("pissa"))
     weight = next(p for p in model.parameters() if p.requires_grad)
     weight.data = (weight.data + 1).bfloat16()
@@ -448,7 +454,7 @@ def test_a_head_is_trained_whole_on_a_quantised_base(plain, tmp_path):
 
 
 def test_a_quantised_module_is_not_trained_whole(plain):
-    packed = AutoModelForCausalLM.from_pretrained(plain, quantization_config=packing.settings("nf4"))
+    packed = AutoModelForCausalLM.from_pretrained(plain, quantization_config=quantization_config("nf4"))
     with pytest.raises(ValueError, match="down_proj is quantised and cannot be trained whole"):
         get_peft_model(packed, InlayConfig(target_modules=["q_proj"], modules_to_save=["down_proj"]))
 
@@ -461,14 +467,14 @@ def test_a_merge_reads_layers_without_an_adapter_too(quantize, plain, tmp_path, 
     main(["merge", str(tmp_path / "run"), str(tmp_path / "merged"), "--dtype", "float32"])
     error = float(capsys.readouterr().out.rpartition(" ")[2])
     assert error < 1e-3
-    adapted, _ = models.load_adapted(tmp_path / "run" / "adapter", dtype=torch.float32)
+    adapted, _ = load_adapted(tmp_path / "run" / "adapter", dtype=torch.float32)
     if quantize == "nf4":
         torch.testing.assert_close(base(tmp_path / "merged")(IDS).logits, adapted(IDS).logits, rtol=1e-3, atol=1e-3)
 
 
 def test_a_folded_base_computes_in_the_dtype_asked_for(folds):
     for dtype in (torch.float32, torch.bfloat16):
-        model, _ = models.load_adapted(folds("pissa").adapter, dtype=dtype)
+        model, _ = load_adapted(folds("pissa").adapter, dtype=dtype)
         assert model(IDS).logits.dtype == dtype
         assert {m.compute_dtype for m in model.modules() if hasattr(m, "compute_dtype")} == {dtype}
 
@@ -538,11 +544,11 @@ def test_bat_on_a_quantised_base_is_merged_not_exported(folds, tmp_path):
 def test_counted_weights_are_those_of_the_packed_model(plain):
     for kind in ("nf4", "int8"):
         packed = AutoModelForCausalLM.from_pretrained(
-            plain, dtype=torch.bfloat16, quantization_config=packing.settings(kind)
+            plain, dtype=torch.bfloat16, quantization_config=quantization_config(kind)
         )
         stored = {id(t): t for t in packed.state_dict(keep_vars=True).values() if isinstance(t, torch.Tensor)}
         real = sum(t.numel() * t.element_size() for t in stored.values())
-        counted = Run(plain, config("bone"), quantize=kind).step(1, 8).frozen
+        counted = PlannedRun(plain, config("bone"), quantize=kind).step(1, 8).frozen
         assert abs(counted - real) < 0.02 * real
 
 
@@ -561,8 +567,8 @@ def pack(W: torch.Tensor):
 def test_known_errors_of_a_real_weight(method, args, error, real_model):
     """SmolLM2-135M, gate of layer 15: NF4 .0942, QPiSSA r 16 .0874, QDoTA R 16 .0929, R 64 .0835."""
     W = real_model.model.layers[15].mlp.gate_proj.weight.detach()
-    plan = packing.Plan({"gate": find(method)(**args)}, 1, lambda module: None)
-    packing.cut(plan, "gate", W, pack, transposed=False)
+    plan = FoldPlan({"gate": find(method)(**args)}, 1, lambda module: None)
+    cut_residual(plan, "gate", W, pack, transposed=False)
     (found,) = plan.errors
     assert found.plain == pytest.approx(0.0942, abs=3e-4)
     assert found.folded == pytest.approx(error, abs=3e-4)
@@ -580,8 +586,8 @@ def test_the_real_model_folds(method, tmp_path):
     before, after = (sum(getattr(e, kind) for e in made.errors) / len(made.errors) for kind in ("plain", "folded"))
     assert len(made.errors) == 210
     assert after <= before * (1 if method.method in ("pissa", "dota") else 1.01)
-    adapted, _ = models.load_adapted(made.adapter, dtype=torch.float32)
-    reference, _ = models.load_base("builtin", torch.float32)
+    adapted, _ = load_adapted(made.adapter, dtype=torch.float32)
+    reference, _ = load_base("builtin", torch.float32)
     text = torch.arange(100, 164)[None]
     with torch.no_grad():
         difference = (adapted(text).logits - reference(text).logits).norm() / reference(text).logits.norm()

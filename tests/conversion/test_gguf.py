@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 import inlay
 from inlay.cli import main
-from inlay.workbench import builtin, gguf_model
-from inlay.workbench.merging import load
+from inlay.conversion.gguf_model import pre_tokenizer
+from inlay.conversion.merged_weights import load_merged
+from inlay.models import builtin
 
 SIZE = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -60,7 +61,7 @@ def test_a_merged_model_comes_back_from_its_file(kind, dtype, tmp_path, folder_o
     folder = folder_of(tmp_path / "base", kind)
     model = adapter(folder, tmp_path / "a", "bone")
     made = inlay.merge(tmp_path / "a", tmp_path / "m", to="gguf", dtype=dtype, probe=dtype == "bfloat16")
-    back = load(tmp_path / "m", base(folder).config).eval()
+    back = load_merged(tmp_path / "m", base(folder).config).eval()
     tolerance = 1e-4 if dtype == "float32" else 0.1
     torch.testing.assert_close(back(IDS).logits, model(IDS).logits, rtol=tolerance, atol=tolerance)
     assert (made.logit_error or 0.0) < tolerance
@@ -137,7 +138,7 @@ def test_how_a_tokenizer_splits(made, name, tmp_path):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = made
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    assert gguf_model.pre_tokenizer(tmp_path) == name
+    assert pre_tokenizer(tmp_path) == name
 
 
 def test_what_cannot_be_written_says_what_to_run(tmp_path, gpt2_original, capsys, folder_of, small_tokenizer):

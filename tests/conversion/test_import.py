@@ -251,7 +251,7 @@ def test_a_start_needs_numbers(tiny, tmp_path):
 
 
 def test_the_real_model_with_pissa(real_model, tmp_path):
-    from inlay.workbench import builtin
+    from inlay.models import builtin
 
     folder = str(builtin.model_dir())
     config = LoraConfig(r=16, target_modules=["q_proj", "v_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")

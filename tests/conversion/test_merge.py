@@ -14,9 +14,10 @@ from test_export import IDS, adapter, base, every_method
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import inlay
-from inlay import InlayConfig
 from inlay.cli import main
-from inlay.workbench import models, packing
+from inlay.host.config import InlayConfig
+from inlay.models.adapters import load_adapted
+from inlay.models.quantized import quantization_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning")
 
@@ -128,12 +129,14 @@ def test_a_quantised_checkpoint_merges_to_16_bits(quantize, model, tiny, gpt2_or
         gpt2_original.save_pretrained(tmp_path / "gpt2")
         copy_tokenizer(tmp_path / "gpt2")
         folder = str(tmp_path / "gpt2")
-    packed = AutoModelForCausalLM.from_pretrained(folder, quantization_config=packing.settings(quantize, torch.float32))
+    packed = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=quantization_config(quantize, torch.float32)
+    )
     packed.save_pretrained(tmp_path / "q")
     copy_tokenizer(tmp_path / "q")
     targets = ["q_proj", "down_proj"] if model == "tiny" else ["c_attn"]
     adapter(str(tmp_path / "q"), tmp_path / "a", "pissa", target_modules=targets)
-    adapted = models.load_adapted(tmp_path / "a", dtype=torch.float32)[0].eval()
+    adapted = load_adapted(tmp_path / "a", dtype=torch.float32)[0].eval()
     inlay.merge(tmp_path / "a", tmp_path / "half")
     half = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto")
     assert half.dtype == torch.bfloat16

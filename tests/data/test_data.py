@@ -10,7 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inlay.workbench import builtin, data
+from inlay.data.formats import FORMATS, ROLES, accepted, convert_records
+from inlay.data.readers import read_records
+from inlay.data.render import as_plain_text, audit_examples, render
+from inlay.data.split import split_examples
+from inlay.models import builtin
 
 ASK = {"role": "user", "content": "2 + 2?"}
 SAY = {"role": "assistant", "content": "4"}
@@ -52,45 +56,45 @@ def fault(function, *arguments, **options):
 
 @pytest.mark.parametrize("record", CASES.values(), ids=CASES)
 def test_every_format_becomes_prompt_and_completion(record):
-    assert data.examples([record]) == PAIR
-    assert data.examples(data.examples([record])) == PAIR
+    assert convert_records([record]) == PAIR
+    assert convert_records(convert_records([record])) == PAIR
 
 
 def test_every_format_of_the_table_has_a_case_and_a_name():
-    assert {name.split(",")[0] for name in CASES} | {"text"} == data.FORMATS.keys()
-    assert all(name in data.accepted() for name in data.FORMATS)
-    assert {role for roles in data.FORMATS.values() for role in roles} == set(data.ROLES)
+    assert {name.split(",")[0] for name in CASES} | {"text"} == FORMATS.keys()
+    assert all(name in accepted() for name in FORMATS)
+    assert {role for roles in FORMATS.values() for role in roles} == set(ROLES)
 
 
 def test_text_stays_text():
-    assert data.examples([{"text": "once\nupon"}]) == [{"text": "once\nupon"}]
-    assert "plain text has none" in fault(data.examples, [{"text": "once"}], system="Be brief.")
+    assert convert_records([{"text": "once\nupon"}]) == [{"text": "once\nupon"}]
+    assert "plain text has none" in fault(convert_records, [{"text": "once"}], system="Be brief.")
 
 
 def test_input_follows_the_instruction():
     record = {"instruction": "Add.", "input": "2 and 2", "output": "4"}
-    assert data.examples([record])[0]["prompt"][0]["content"] == "Add.\n\n2 and 2"
+    assert convert_records([record])[0]["prompt"][0]["content"] == "Add.\n\n2 and 2"
 
 
 def test_a_chat_becomes_one_example_per_assistant_turn():
     again, more = {"role": "user", "content": "and 3 + 3?"}, {"role": "assistant", "content": "6"}
-    found = data.examples([{"messages": [RULE, ASK, SAY, again, more, ASK]}], system="not this one")
+    found = convert_records([{"messages": [RULE, ASK, SAY, again, more, ASK]}], system="not this one")
     assert found == [
         {"prompt": [RULE, ASK], "completion": [SAY]},
         {"prompt": [RULE, ASK, SAY, again], "completion": [more]},
     ]
-    assert data.examples(found) == found
+    assert convert_records(found) == found
 
 
 def test_a_system_message_is_put_first():
-    assert data.examples([CASES["E2E"]], system="Be brief.")[0]["prompt"] == [RULE, ASK]
+    assert convert_records([CASES["E2E"]], system="Be brief.")[0]["prompt"] == [RULE, ASK]
 
 
 def test_mapped_columns():
     record = {"question": "2 + 2?", "answer": "4", "label": "four", "hint": "count", "talk": [ASK, SAY]}
 
     def texts(**columns):
-        (one,) = data.examples([record], columns)
+        (one,) = convert_records([record], columns)
         return [message["content"] for message in one["prompt"] + one["completion"]]
 
     assert texts() == ["2 + 2?", "4"]
@@ -99,20 +103,20 @@ def test_mapped_columns():
     assert texts(prompt="question", input="hint", answer="label") == ["2 + 2?\n\ncount", "four"]
     assert texts(input="hint") == ["2 + 2?\n\ncount", "4"]
     assert texts(messages="talk") == ["2 + 2?", "4"]
-    assert data.examples([record], {"text": "hint"}) == [{"text": "count"}]
+    assert convert_records([record], {"text": "hint"}) == [{"text": "count"}]
     instructed = {"instruction": "Add.", "input": "2 and 2", "output": "4"}
-    assert data.examples([instructed], {"prompt": "instruction"})[0]["prompt"][0]["content"] == "Add."
+    assert convert_records([instructed], {"prompt": "instruction"})[0]["prompt"][0]["content"] == "Add."
 
 
 def test_mapping_mistakes():
     record = {"sentence": "fine", "label": "1"}
-    absent = fault(data.examples, [record], {"prompt": "sentense", "answer": "label"})
+    absent = fault(convert_records, [record], {"prompt": "sentense", "answer": "label"})
     assert "prompt is mapped to 'sentense'" in absent
     assert "'sentence', 'label'" in absent
-    assert "role 'reply'" in fault(data.examples, [record], {"reply": "label"})
-    unknown = fault(data.examples, [record])
-    assert all(part in unknown for part in ("'sentence', 'label'", data.accepted(), "map them"))
-    assert "no record format" in fault(data.examples, [record], {"prompt": "sentence"})
+    assert "role 'reply'" in fault(convert_records, [record], {"reply": "label"})
+    unknown = fault(convert_records, [record])
+    assert all(part in unknown for part in ("'sentence', 'label'", accepted(), "map them"))
+    assert "no record format" in fault(convert_records, [record], {"prompt": "sentence"})
 
 
 @pytest.mark.parametrize(
@@ -128,7 +132,7 @@ def test_mapping_mistakes():
     ],
 )
 def test_a_faulty_row_is_named(record, found):
-    assert found in fault(data.examples, [{"prompt": "2 + 2?", "answer": "4"}, record])
+    assert found in fault(convert_records, [{"prompt": "2 + 2?", "answer": "4"}, record])
 
 
 @pytest.mark.parametrize(
@@ -149,13 +153,13 @@ def test_a_faulty_row_is_named(record, found):
     ],
 )
 def test_a_faulty_chat_is_named(turns, found):
-    assert found in fault(data.examples, [{"messages": turns}])
+    assert found in fault(convert_records, [{"messages": turns}])
 
 
 def test_all_faulty_rows_are_counted():
     rows = [{"mr": "a", "ref": ref} for ref in ("b", "", "c", "", "")]
-    assert "row 2: ref is empty; accepted: text (3 rows at fault, next row 4" in fault(data.examples, rows)
-    assert "no records" in fault(data.examples, [])
+    assert "row 2: ref is empty; accepted: text (3 rows at fault, next row 4" in fault(convert_records, rows)
+    assert "no records" in fault(convert_records, [])
 
 
 def test_reading_every_kind_of_file(write, tmp_path):
@@ -163,16 +167,18 @@ def test_reading_every_kind_of_file(write, tmp_path):
     import pyarrow.parquet
 
     rows = [{"mr": 'a, "b"\n', "ref": "ü"}, {"mr": "c", "ref": "d\u2028e"}]
-    assert data.read(write("a.jsonl", "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n")) == rows
-    assert data.read(write("a.json", json.dumps(rows))) == rows
-    assert data.read(write("a.csv", '\ufeffmr,ref\r\n"a, ""b""\n",ü\r\n\r\nc,d\u2028e\r\n')) == rows
+    assert (
+        read_records(write("a.jsonl", "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n")) == rows
+    )
+    assert read_records(write("a.json", json.dumps(rows))) == rows
+    assert read_records(write("a.csv", '\ufeffmr,ref\r\n"a, ""b""\n",ü\r\n\r\nc,d\u2028e\r\n')) == rows
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    assert data.read(str(tmp_path / "a.parquet")) == rows
-    assert data.read(write("a.tsv", 'mr\tref\n"a"\tb\n"c\td\n')) == [
+    assert read_records(str(tmp_path / "a.parquet")) == rows
+    assert read_records(write("a.tsv", 'mr\tref\n"a"\tb\n"c\td\n')) == [
         {"mr": '"a"', "ref": "b"},
         {"mr": '"c', "ref": "d"},
     ]
-    assert data.read(write("a.txt", "\none\ntwo\r\n \r\nthree\n")) == [{"text": "one\ntwo"}, {"text": "three"}]
+    assert read_records(write("a.txt", "\none\ntwo\r\n \r\nthree\n")) == [{"text": "one\ntwo"}, {"text": "three"}]
 
 
 def test_reading_a_folder(write, tmp_path):
@@ -181,11 +187,13 @@ def test_reading_a_folder(write, tmp_path):
     write("test.jsonl", '{"text": "c"}')
     write("README.md", "x")
     folder = str(tmp_path)
-    assert [row["text"] for row in data.read(folder)] == ["c", "a", "b"]
-    assert [row["text"] for row in data.read(folder, "train")] == ["a", "b"]
-    assert "accepted: valid* of .jsonl" in fault(data.read, folder, "valid")
+    assert [row["text"] for row in read_records(folder)] == ["c", "a", "b"]
+    assert [row["text"] for row in read_records(folder, "train")] == ["a", "b"]
+    assert "accepted: valid* of .jsonl" in fault(read_records, folder, "valid")
     (tmp_path / "none").mkdir()
-    assert "none: found ''; accepted: * of .jsonl .json .csv .tsv .parquet .txt" in fault(data.read, folder + "/none")
+    assert "none: found ''; accepted: * of .jsonl .json .csv .tsv .parquet .txt" in fault(
+        read_records, folder + "/none"
+    )
 
 
 FILES = {
@@ -216,7 +224,7 @@ FILES = {
 @pytest.mark.parametrize("name", FILES)
 def test_a_faulty_file_is_named(name, write):
     content, parts = FILES[name]
-    message = fault(data.read, write(name, content))
+    message = fault(read_records, write(name, content))
     assert all(part in message for part in [name, *parts]), message
 
 
@@ -227,13 +235,15 @@ def test_a_missing_file_is_named_and_no_hub_is_asked(write, tmp_path, monkeypatc
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     write("train.jsonl", '{"text": "a"}')
-    assert "trian.jsonl: found no such file (did you mean train.jsonl?)" in fault(data.read, f"{tmp_path}/trian.jsonl")
+    assert "trian.jsonl: found no such file (did you mean train.jsonl?)" in fault(
+        read_records, f"{tmp_path}/trian.jsonl"
+    )
     monkeypatch.chdir(tmp_path)
-    assert "did you mean train.jsonl?" in fault(data.read, "train.json")
+    assert "did you mean train.jsonl?" in fault(read_records, "train.json")
     for name in ("absent", "./absent", "absent/train.jsonl", "/absent/folder/x.csv", "a/b/c", "https://x.org/y"):
-        assert "no such file" in fault(data.read, name)
-    assert "one file, without a split 'train'" in fault(data.read, "train.jsonl", "train")
-    data.read("builtin")
+        assert "no such file" in fault(read_records, name)
+    assert "one file, without a split 'train'" in fault(read_records, "train.jsonl", "train")
+    read_records("builtin")
 
 
 def test_a_hub_data_set(monkeypatch):
@@ -249,26 +259,26 @@ def test_a_hub_data_set(monkeypatch):
         return whole[split] if split else whole
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    assert data.read("owner/name") == [{"text": "train"}]
-    assert data.read("owner/name:main", "test") == [{"text": "test"}]
+    assert read_records("owner/name") == [{"text": "train"}]
+    assert read_records("owner/name:main", "test") == [{"text": "test"}]
     assert asked == [("owner/name", None, None), ("owner/name", "main", "test")]
     del whole["train"]
-    assert "found the splits test, validation" in fault(data.read, "owner/name")
+    assert "found the splits test, validation" in fault(read_records, "owner/name")
     assert "owner/name: no local file, and the hub data set did not load: 'dev'" in fault(
-        data.read, "owner/name", "dev"
+        read_records, "owner/name", "dev"
     )
 
 
 def test_the_shipped_slice():
-    rows = data.read("builtin")
+    rows = read_records("builtin")
     assert rows == list(csv.DictReader(io.StringIO(builtin.data_path().read_text(encoding="utf-8"), newline="")))
     assert len(rows) == 640
-    train, held = data.split(data.examples(rows), 100, None)
+    train, held = split_examples(convert_records(rows), 100, None)
     assert (len(train), len(held)) == (540, 100)
-    assert held == data.examples(rows)[-100:]
+    assert held == convert_records(rows)[-100:]
     assert not {row["mr"] for row in rows[:540]} & {row["mr"] for row in rows[540:]}
     assert len({row["mr"] for row in rows[540:]}) == 100
-    assert len(data.split(data.examples(rows), 400, None)[1]) == 400
+    assert len(split_examples(convert_records(rows), 400, None)[1]) == 400
 
 
 def test_the_shipped_slice_carries_its_licence():
@@ -280,12 +290,12 @@ def test_the_shipped_slice_carries_its_licence():
 
 
 def pairs(questions):
-    return data.examples([{"question": q, "answer": str(i)} for i, q in enumerate(questions)])
+    return convert_records([{"question": q, "answer": str(i)} for i, q in enumerate(questions)])
 
 
 def splits(*arguments):
     try:
-        return data.split(*arguments)
+        return split_examples(*arguments)
     except ValueError:
         return None
 
@@ -299,12 +309,12 @@ def splits(*arguments):
 def test_split_keeps_prompts_apart(questions, size, seed):
     rows = pairs(questions)
     if size >= len(rows) or (len(set(questions)) < len(questions) and not splits(rows, size, seed)):
-        fault(data.split, rows, size, seed)
+        fault(split_examples, rows, size, seed)
         return
-    train, held = data.split(rows, size, seed)
+    train, held = split_examples(rows, size, seed)
     assert sorted(map(json.dumps, train + held)) == sorted(map(json.dumps, rows))
     assert not {str(row["prompt"]) for row in train} & {str(row["prompt"]) for row in held}
-    assert (train, held) == data.split(rows, size, seed)
+    assert (train, held) == split_examples(rows, size, seed)
     assert train
     count = max(1, int(size * len(rows))) if 0 < size < 1 else size
     assert len(held) <= count
@@ -315,20 +325,20 @@ def test_split_keeps_prompts_apart(questions, size, seed):
 def test_split_keeps_a_chat_together_and_takes_plain_examples():
     again = {"role": "user", "content": "and?"}
     chats = [[ASK | {"content": f"{i}?"}, SAY, again, SAY] for i in range(10)]
-    train, held = data.split(data.examples([{"messages": chat} for chat in chats]), 4, 1)
+    train, held = split_examples(convert_records([{"messages": chat} for chat in chats]), 4, 1)
     assert (len(train), len(held)) == (16, 4)
     assert not {row["prompt"][0]["content"] for row in train} & {row["prompt"][0]["content"] for row in held}
-    rows = [data.plain(row) for row in pairs("abcd")]
-    assert len(data.split(rows, 1, 0)[1]) == 1
-    assert len(data.split([{"text": letter} for letter in "abcd"], 0.5, 0)[1]) == 2
+    rows = [as_plain_text(row) for row in pairs("abcd")]
+    assert len(split_examples(rows, 1, 0)[1]) == 1
+    assert len(split_examples([{"text": letter} for letter in "abcd"], 0.5, 0)[1]) == 2
 
 
 def test_split_mistakes():
-    assert "eval_size 4 leaves none of 4 examples" in fault(data.split, pairs("abcd"), 4, 0)
-    assert "eval_size is -1" in fault(data.split, pairs("abcd"), -1, 0)
-    assert "eval_size is 2.5" in fault(data.split, pairs("abcd"), 2.5, 0)
-    assert "1 are distinct" in fault(data.split, pairs("aaaa"), 2, 0)
-    assert "2 of 4 examples cannot be held out" in fault(data.split, pairs("abba"), 2, None)
+    assert "eval_size 4 leaves none of 4 examples" in fault(split_examples, pairs("abcd"), 4, 0)
+    assert "eval_size is -1" in fault(split_examples, pairs("abcd"), -1, 0)
+    assert "eval_size is 2.5" in fault(split_examples, pairs("abcd"), 2.5, 0)
+    assert "1 are distinct" in fault(split_examples, pairs("aaaa"), 2, 0)
+    assert "2 of 4 examples cannot be held out" in fault(split_examples, pairs("abba"), 2, None)
 
 
 cells = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda text: text.strip())
@@ -339,7 +349,7 @@ cells = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lam
 def test_jsonl_comes_back_as_written(rows, tmp_path_factory):
     path = tmp_path_factory.mktemp("jsonl") / "a.jsonl"
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8", newline="")
-    assert data.read(str(path)) == rows
+    assert read_records(str(path)) == rows
 
 
 @pytest.fixture(scope="module")
@@ -381,51 +391,51 @@ SEVERAL = [
 @pytest.mark.parametrize("kind", ["template", "plain", "text"])
 def test_render_shows_the_tokens_that_trl_trains_on(kind, max_length, real_tokenizer, prepared):
     tokenizer = real_tokenizer if kind == "template" else without_template(real_tokenizer)
-    rows = data.examples(SEVERAL if kind != "text" else [{"text": "Once upon a time. " * n} for n in (1, 20)])
-    given = rows if kind == "template" else [data.plain(row) for row in rows]
-    shown = [data.render(row, tokenizer, max_length) for row in rows]
+    rows = convert_records(SEVERAL if kind != "text" else [{"text": "Once upon a time. " * n} for n in (1, 20)])
+    given = rows if kind == "template" else [as_plain_text(row) for row in rows]
+    shown = [render(row, tokenizer, max_length) for row in rows]
     expected = [
         (one.prompt_ids + one.answer_ids, [-100] * len(one.prompt_ids) + one.answer_ids)
         for one in shown
         if one.answer_ids
     ]
     assert prepared(given, tokenizer, max_length) == expected
-    assert shown == [data.render(row, tokenizer, max_length) for row in given]
+    assert shown == [render(row, tokenizer, max_length) for row in given]
 
 
 def test_render_marks_the_answer(real_tokenizer):
-    (row,) = data.examples([CASES["E2E"]], system="Be brief.")
-    one = data.render(row, real_tokenizer, None)
+    (row,) = convert_records([CASES["E2E"]], system="Be brief.")
+    one = render(row, real_tokenizer, None)
     assert one.prompt == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n"
     )
     assert one.answer == "4<|im_end|>\n"
     assert (one.length, one.cut, one.shifted) == (len(one.prompt_ids) + len(one.answer_ids), 0, False)
-    short = data.render(row, real_tokenizer, one.length - 2)
+    short = render(row, real_tokenizer, one.length - 2)
     assert (short.answer, short.cut, short.length) == ("4", 2, one.length)
-    nothing = data.render(row, real_tokenizer, 5)
+    nothing = render(row, real_tokenizer, 5)
     assert (nothing.answer, nothing.cut, len(nothing.prompt_ids)) == ("", 3, 5)
-    plain = data.render(row, without_template(real_tokenizer), None)
+    plain = render(row, without_template(real_tokenizer), None)
     assert plain.prompt == "Be brief.\n\n### Instruction:\n2 + 2?\n\n### Response:\n"
     assert plain.answer == "4<|im_end|>"
 
 
 def test_render_says_when_the_answer_shifts_the_prompt(real_tokenizer):
     row = {"prompt": [ASK], "completion": [{"role": "assistant", "content": "\n\n4"}]}
-    assert data.render(row, real_tokenizer, None).shifted
-    assert not data.render(data.examples([row])[0], real_tokenizer, None).shifted
+    assert render(row, real_tokenizer, None).shifted
+    assert not render(convert_records([row])[0], real_tokenizer, None).shifted
 
 
 def test_render_passes_on_what_a_template_refuses(real_tokenizer):
     strict = without_template(real_tokenizer)
     strict.chat_template = "{{ raise_exception('no system role') }}"
-    assert "no system role" in fault(data.render, PAIR[0], strict, None)
+    assert "no system role" in fault(render, PAIR[0], strict, None)
 
 
 def test_audit_counts(real_tokenizer):
-    rows = data.examples(SEVERAL)
-    shown = [data.render(row, real_tokenizer, 48) for row in rows]
-    found = data.audit(rows, real_tokenizer, 48)
+    rows = convert_records(SEVERAL)
+    shown = [render(row, real_tokenizer, 48) for row in rows]
+    found = audit_examples(rows, real_tokenizer, 48)
     assert found.total == 4
     assert found.masked == sum(not one.answer_ids for one in shown) == 2
     assert found.cut == sum(one.cut > 0 for one in shown) == 3
@@ -433,7 +443,7 @@ def test_audit_counts(real_tokenizer):
     assert found.mean_tokens == sum(one.length for one in shown) / 4
     assert found.answer_tokens == sum(len(one.answer_ids) for one in shown)
     assert found.shifted == 1  # the answer that begins with spaces
-    assert data.audit(rows, real_tokenizer, None).cut == 0
+    assert audit_examples(rows, real_tokenizer, None).cut == 0
 
 
 def test_the_builtin_tokenizer(real_tokenizer):
@@ -448,7 +458,7 @@ def test_the_builtin_model_answers(real_model, real_tokenizer):
     # One pass over the answer: greedy decoding would write it, because each of its tokens is the likeliest next one.
     question = [{"role": "user", "content": "What is the capital of France?"}]
     answer = [{"role": "assistant", "content": "The capital of France is Paris."}]
-    one = data.render({"prompt": question, "completion": answer}, real_tokenizer, None)
+    one = render({"prompt": question, "completion": answer}, real_tokenizer, None)
     with torch.no_grad():
         likeliest = real_model(torch.tensor([one.prompt_ids + one.answer_ids])).logits[0].argmax(-1).tolist()
     assert real_tokenizer.decode(likeliest[len(one.prompt_ids) - 1 : -2]) == "The capital of France is Paris.<|im_end|>"
@@ -505,29 +515,29 @@ REAL = {
 
 @pytest.mark.parametrize("name", REAL)
 def test_real_files(name, data_dir, real_tokenizer):
-    rows = data.examples(data.read(str(data_dir / name)))
+    rows = convert_records(read_records(str(data_dir / name)))
     assert len(rows) == REAL[name]
-    found = data.audit(rows[:50], real_tokenizer, 1024)
+    found = audit_examples(rows[:50], real_tokenizer, 1024)
     assert (found.cut, found.masked, found.shifted) == (0, 0, 0)
-    train, held = data.split(rows, 100, 0)
+    train, held = split_examples(rows, 100, 0)
     assert len(train) + len(held) == len(rows)
 
 
 def test_real_files_that_need_a_word(data_dir):
-    labelled = data.read(str(data_dir / "sst2" / "dev.tsv"))
-    assert "map them" in fault(data.examples, labelled)
-    assert data.examples(labelled, {"prompt": "sentence", "answer": "label"})[0]["completion"][0]["content"] == "1"
-    sums = data.read(str(data_dir / "math" / "math_data.json"))
-    assert "output is empty; accepted: text (3 rows at fault" in fault(data.examples, sums)
-    assert data.examples(sums[:9])[0]["completion"][0]["content"].startswith("A: She played")
-    assert data.examples(sums[:9], {"answer": "answer"})[0]["completion"][0]["content"] == "4.0"
+    labelled = read_records(str(data_dir / "sst2" / "dev.tsv"))
+    assert "map them" in fault(convert_records, labelled)
+    assert convert_records(labelled, {"prompt": "sentence", "answer": "label"})[0]["completion"][0]["content"] == "1"
+    sums = read_records(str(data_dir / "math" / "math_data.json"))
+    assert "output is empty; accepted: text (3 rows at fault" in fault(convert_records, sums)
+    assert convert_records(sums[:9])[0]["completion"][0]["content"].startswith("A: She played")
+    assert convert_records(sums[:9], {"answer": "answer"})[0]["completion"][0]["content"] == "4.0"
 
 
 def test_the_slice_is_cut_as_its_readme_says(data_dir):
     import hashlib
 
     references: dict[str, list[str]] = {}
-    for row in data.read(str(data_dir / "e2e" / "devset.csv")):
+    for row in read_records(str(data_dir / "e2e" / "devset.csv")):
         kept = references.setdefault(row["mr"].strip(), [])
         kept += [row["ref"].strip()] if row["ref"].strip() not in kept else []
     order = sorted(references, key=lambda mr: hashlib.sha256(mr.encode()).hexdigest())
@@ -535,4 +545,4 @@ def test_the_slice_is_cut_as_its_readme_says(data_dir):
     twice = [mr for mr in train if len(references[mr]) > 1][:93]
     once = [mr for mr in train if mr not in twice]
     expected = [(mr, references[mr][1]) for mr in twice] + [(mr, references[mr][0]) for mr in twice + once + held]
-    assert [(row["mr"], row["ref"]) for row in data.read("builtin")] == expected
+    assert [(row["mr"], row["ref"]) for row in read_records("builtin")] == expected

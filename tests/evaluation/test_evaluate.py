@@ -13,9 +13,15 @@ from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM
 
 from inlay.cli import main
-from inlay.workbench import data, evaluate, metric, models, overlap
-from inlay.workbench.evaluate import Question
-from inlay.workbench.generate import answer
+from inlay.data.render import render
+from inlay.evaluation.ask_model import likeliest, token_losses
+from inlay.evaluation.eval_tasks import Question, choice, find_eval_task, last_number, questions_for, strict_number
+from inlay.evaluation.evaluate import evaluate
+from inlay.evaluation.generate import answer
+from inlay.evaluation.metric import less_is_better, load_metric, metric_score, metric_title
+from inlay.evaluation.scores import Score, overlap_scores, resampled_score, score_difference, share_score
+from inlay.evaluation.text_overlap import MEASURES, installed
+from inlay.models.loading import load_base
 
 QUIET = Console(quiet=True)
 
@@ -23,25 +29,25 @@ QUIET = Console(quiet=True)
 @pytest.mark.parametrize(
     ("read", "text", "found"),
     [
-        (evaluate.choice, "the correct answer is answer3", "answer3"),
-        (evaluate.choice, "It is not false but true", "false"),
-        (evaluate.choice, "option2 or option1", "option2"),
-        (evaluate.choice, "I do not know", ""),
-        (evaluate.strict_number, "so 4 + 5 = 9 #### 1,234.50", "1234.5"),
-        (evaluate.strict_number, "so it is 9", ""),
-        (evaluate.strict_number, "#### $-7", "-7"),
-        (evaluate.last_number, "4 and then 1,000 apples.", "1000"),
-        (evaluate.last_number, "she pays $10.50", "10.5"),
-        (evaluate.last_number, "none", ""),
-        (evaluate.last_number, "100", "100"),
-        (evaluate.last_number, "the probability is .5", "0.5"),
-        (evaluate.last_number, "version 1.2.3", "3"),
-        (evaluate.last_number, "he owes -$5", "-5"),
-        (evaluate.last_number, "it takes 10-12 days", "12"),
-        (evaluate.last_number, "down by 7, to -7.", "-7"),
-        (evaluate.strict_number, "#### -$7", "-7"),
-        (evaluate.strict_number, "#### .50", "0.5"),
-        (lambda text: evaluate.choice(text, ("solution1", "solution2")), "It is true that solution2 fits", "solution2"),
+        (choice, "the correct answer is answer3", "answer3"),
+        (choice, "It is not false but true", "false"),
+        (choice, "option2 or option1", "option2"),
+        (choice, "I do not know", ""),
+        (strict_number, "so 4 + 5 = 9 #### 1,234.50", "1234.5"),
+        (strict_number, "so it is 9", ""),
+        (strict_number, "#### $-7", "-7"),
+        (last_number, "4 and then 1,000 apples.", "1000"),
+        (last_number, "she pays $10.50", "10.5"),
+        (last_number, "none", ""),
+        (last_number, "100", "100"),
+        (last_number, "the probability is .5", "0.5"),
+        (last_number, "version 1.2.3", "3"),
+        (last_number, "he owes -$5", "-5"),
+        (last_number, "it takes 10-12 days", "12"),
+        (last_number, "down by 7, to -7.", "-7"),
+        (strict_number, "#### -$7", "-7"),
+        (strict_number, "#### .50", "0.5"),
+        (lambda text: choice(text, ("solution1", "solution2")), "It is true that solution2 fits", "solution2"),
     ],
 )
 def test_reading_answers(read, text, found):
@@ -50,17 +56,17 @@ def test_reading_answers(read, text, found):
 
 def test_the_share_has_wilsons_interval():
     """7 of 10: .397 to .892 (Wilson 1927); nothing right has an interval above 0 as well."""
-    found = evaluate.share("accuracy", [True] * 7 + [False] * 3)
+    found = share_score("accuracy", [True] * 7 + [False] * 3)
     assert (found.value, round(found.low, 3), round(found.high, 3), found.count) == (0.7, 0.397, 0.892, 10)
-    none = evaluate.share("accuracy", [False] * 10)
+    none = share_score("accuracy", [False] * 10)
     assert none.low == pytest.approx(0)
     assert 0.2 < none.high < 0.3
 
 
 def test_a_difference_is_paired():
     def difference(first, second):
-        figures = (evaluate.share("accuracy", own) for own in (first, second))
-        return evaluate.difference(*figures, *([{"accuracy": ok} for ok in own] for own in (first, second)))
+        figures = (share_score("accuracy", own) for own in (first, second))
+        return score_difference(*figures, *([{"accuracy": ok} for ok in own] for own in (first, second)))
 
     one, two = [False] * 50 + [True] * 50, [True] * 100
     assert difference(one, two).endswith("better")
@@ -77,27 +83,27 @@ def test_a_difference_of_what_all_examples_say_together():
     one = torch.randn(40, generator=gen, dtype=torch.float64)
     two = one - 0.1 + 0.01 * torch.randn(40, generator=gen, dtype=torch.float64)
     was, now = (
-        evaluate.resampled("perplexity", 40, lambda places, own=own: math.exp(own[places].mean())) for own in (one, two)
+        resampled_score("perplexity", 40, lambda places, own=own: math.exp(own[places].mean())) for own in (one, two)
     )
-    found = evaluate.difference(was, now, [], [])
+    found = score_difference(was, now, [], [])
     assert found.endswith("better")  # less is
     assert found.startswith(f"{now.value - was.value:+.3f}")
     assert was.low < now.value  # each by itself says nothing
-    assert evaluate.difference(now, was, [], []).endswith("worse")
-    assert evaluate.difference(was, was, [], []).endswith("no difference beyond noise")
-    few = [evaluate.resampled("perplexity", 1, lambda places, own=own: own) for own in (1.0, 2.0)]
-    assert "noise is not known" in evaluate.difference(*few, [], [])
-    assert evaluate.difference(evaluate.Figure("mine", 1.0), evaluate.Figure("mine", 2.0), [], []) == ""
+    assert score_difference(now, was, [], []).endswith("worse")
+    assert score_difference(was, was, [], []).endswith("no difference beyond noise")
+    few = [resampled_score("perplexity", 1, lambda places, own=own: own) for own in (1.0, 2.0)]
+    assert "noise is not known" in score_difference(*few, [], [])
+    assert score_difference(Score("mine", 1.0), Score("mine", 2.0), [], []) == ""
 
 
 def test_losses_in_batches_are_those_one_by_one(tiny):
     """And those written down token by token; a text of several lengths is padded and does not see it."""
-    model, tokenizer = models.load_base(tiny, torch.float32)
+    model, tokenizer = load_base(tiny, torch.float32)
     model.eval()
     pairs = [("", "a short text"), ("What is it? ", "nothing"), ("", "a text that goes on for rather longer than that")]
-    found = evaluate.losses(model, tokenizer, pairs, 3, QUIET)
+    found = token_losses(model, tokenizer, pairs, 3, QUIET)
     for pair, one in zip(pairs, found, strict=True):
-        assert evaluate.losses(model, tokenizer, [pair], 1, QUIET)[0] == pytest.approx(one, rel=1e-5)
+        assert token_losses(model, tokenizer, [pair], 1, QUIET)[0] == pytest.approx(one, rel=1e-5)
     before, own = (tokenizer(text=t, add_special_tokens=False)["input_ids"] for t in pairs[1])
     with torch.no_grad():
         logits = log_softmax(model(torch.tensor([before + own])).logits[0], -1)
@@ -109,7 +115,7 @@ def test_losses_in_batches_are_those_one_by_one(tiny):
 @pytest.mark.parametrize("around", ["{b} $A", "{b} $A {e}", "$A"])
 def test_what_is_asked_begins_with_the_tokens_of_training(around, templated, tiny):
     """With what the tokenizer puts before a text and without its end, which comes after the answer."""
-    model, tokenizer = models.load_base(tiny, torch.float32)
+    model, tokenizer = load_base(tiny, torch.float32)
     first, end = (tokenizer.convert_ids_to_tokens(i) for i in (1, tokenizer.eos_token_id))
     special = [(first, 1), (end, tokenizer.eos_token_id)]
     made = TemplateProcessing(single=around.format(b=first, e=end), special_tokens=special)
@@ -118,11 +124,11 @@ def test_what_is_asked_begins_with_the_tokens_of_training(around, templated, tin
         tokenizer.chat_template = None
     chat, passes = [{"role": "user", "content": "hi"}], []
     example = {"prompt": chat, "completion": [{"role": "assistant", "content": "yo"}]}
-    wanted = data.render(example, tokenizer, None).prompt_ids
+    wanted = render(example, tokenizer, None).prompt_ids
     assert (wanted[0] == 1) == (templated or "{b}" in around)
     hook = model.register_forward_pre_hook(lambda *given: passes.append(given[2]["input_ids"]), with_kwargs=True)
     answer(model, tokenizer, [chat], 1)
-    evaluate.losses(model, tokenizer, [(chat, "yo"), ("", "yo and more")], 1, QUIET)
+    token_losses(model, tokenizer, [(chat, "yo"), ("", "yo and more")], 1, QUIET)
     hook.remove()
     whole = [ids[0].tolist() for ids in passes]
     assert whole[0] == wanted
@@ -130,28 +136,28 @@ def test_what_is_asked_begins_with_the_tokens_of_training(around, templated, tin
 
 
 def test_the_likeliest_option(tiny):
-    model, tokenizer = models.load_base(tiny, torch.float32)
+    model, tokenizer = load_base(tiny, torch.float32)
     model.eval()
     asked = [Question([{"role": "user", "content": f"question {i}"}], ["true"], ("true", "false")) for i in range(3)]
-    said = evaluate.likeliest(model, tokenizer, asked, 4, QUIET)
+    said = likeliest(model, tokenizer, asked, 4, QUIET)
     for question, one in zip(asked, said, strict=True):
         losses = {}
         for option in question.options:
             pair = (question.chat, f"the correct answer is {option}")
-            total, count = evaluate.losses(model, tokenizer, [pair], 1, QUIET)[0]
+            total, count = token_losses(model, tokenizer, [pair], 1, QUIET)[0]
             losses[option] = total / count
         assert one == min(losses, key=losses.get)
     passes = []
     hook = model.register_forward_pre_hook(lambda *given: passes.append(given[2]["input_ids"].shape), with_kwargs=True)
     same = [Question(asked[0].chat, ["answer1"], ("answer1", "answer2", "answer3"))]
-    evaluate.likeliest(model, tokenizer, same, 4, QUIET)
+    likeliest(model, tokenizer, same, 4, QUIET)
     hook.remove()
     assert [shape[0] for shape in passes] == [1]  # they differ in their last token
 
 
 def test_options_are_looked_for_before_anything_is_asked():
     with pytest.raises(ValueError, match="row 1 names no options"):
-        evaluate.ask(evaluate.find("commonsense"), [{"instruction": "Is it?", "answer": "true"}], "likelihood")
+        questions_for(find_eval_task("commonsense"), [{"instruction": "Is it?", "answer": "true"}], "likelihood")
 
 
 def test_overlaps_with_several_references():
@@ -159,9 +165,9 @@ def test_overlaps_with_several_references():
         Question([], ["the cat sat on the mat today", "a cat was on a mat"]),
         Question([], ["hello there my friend"]),
     ]
-    bleu, chrf, *_ = evaluate.overlaps(["the cat sat on the mat today", "hello there my friend"], asked)
+    bleu, chrf, *_ = overlap_scores(["the cat sat on the mat today", "hello there my friend"], asked)
     assert [bleu.value, chrf.value] == pytest.approx([100, 100])
-    assert evaluate.overlaps(["nothing at all like it here", "hello there"], asked)[0].value < 50
+    assert overlap_scores(["nothing at all like it here", "hello there"], asked)[0].value < 50
 
 
 def test_rouge_and_nist_by_hand():
@@ -169,27 +175,27 @@ def test_rouge_and_nist_by_hand():
     the information of its words, log2 of their number where all differ, for no longer n-gram brings any."""
     pytest.importorskip("rouge_score", reason="inlay[eval] is not installed")
     said, wanted = ["the cats sat"], [["the cat ran away", "dogs"]]
-    assert overlap.MEASURES["ROUGE-1"][1](said, wanted)([0]) == pytest.approx(100 * 4 / 7)
-    assert overlap.MEASURES["ROUGE-2"][1](said, wanted)([0]) == pytest.approx(100 * 2 / 5)
-    assert overlap.MEASURES["ROUGE-L"][1](["sat the cat"], wanted)([0]) == pytest.approx(100 * 4 / 7)
+    assert MEASURES["ROUGE-1"][1](said, wanted)([0]) == pytest.approx(100 * 4 / 7)
+    assert MEASURES["ROUGE-2"][1](said, wanted)([0]) == pytest.approx(100 * 2 / 5)
+    assert MEASURES["ROUGE-L"][1](["sat the cat"], wanted)([0]) == pytest.approx(100 * 4 / 7)
     text = ["The cat sat on a mat."]
-    assert overlap.MEASURES["NIST"][1](text, [text])([0]) == pytest.approx(math.log2(7))
-    assert overlap.MEASURES["NIST"][1](["a"], [["a b"]])([0]) == 0
+    assert MEASURES["NIST"][1](text, [text])([0]) == pytest.approx(math.log2(7))
+    assert MEASURES["NIST"][1](["a"], [["a b"]])([0]) == 0
 
 
 def test_what_is_not_installed(monkeypatch):
     """sacrebleu is needed, the others are left out; the harness is named with its extra."""
     for package in ("nltk", "rouge_score"):
         monkeypatch.setitem(sys.modules, package, None)
-    assert list(overlap.installed()) == ["BLEU", "chrF"]
+    assert list(installed()) == ["BLEU", "chrF"]
     with pytest.raises(ValueError, match=r"metric: NIST needs nltk; pip install 'inlay\[eval\]'"):
-        metric.load({"task": "text", "data": "builtin", "limit": 2, "figure": "NIST"})
+        load_metric({"task": "text", "data": "builtin", "limit": 2, "figure": "NIST"})
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     with pytest.raises(ValueError, match=r"needs sacrebleu; pip install 'inlay\[eval\]'"):
-        metric.load({"task": "text", "data": "builtin", "limit": 2, "figure": "BLEU"})
+        load_metric({"task": "text", "data": "builtin", "limit": 2, "figure": "BLEU"})
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ValueError, match=r"pip install 'inlay\[harness\]'"):
-        metric.load({"task": "lm-eval:arc_easy"})
+        load_metric({"task": "lm-eval:arc_easy"})
 
 
 def test_a_metric_of_ones_own_on_the_command_line(tiny, tmp_path, capsys, monkeypatch):
@@ -198,7 +204,7 @@ def test_a_metric_of_ones_own_on_the_command_line(tiny, tmp_path, capsys, monkey
     (tmp_path / "one_for_eval.py").write_text("def size(model, tokenizer):\n    return model.num_parameters()\n")
     main(["eval", tiny, "--metric", "one_for_eval:size"])
     told = json.loads((tmp_path / "eval" / "one_for_eval-size.json").read_text())["figures"]
-    assert told == [{"name": "one_for_eval:size", "value": models.load_base(tiny, torch.float32)[0].num_parameters(),
+    assert told == [{"name": "one_for_eval:size", "value": load_base(tiny, torch.float32)[0].num_parameters(),
                      "low": None, "high": None, "count": None}]  # fmt: skip
     assert "one_for_eval:size: " in capsys.readouterr().out
 
@@ -229,13 +235,13 @@ def test_a_yaml_task_of_the_harness_without_a_network(tiny, tmp_path, monkeypatc
         main(["eval", tiny, "--task", f"lm-eval:{path}", "--dtype", "float32", "--output", "out"])
     assert "inlay_capitals, acc: " in capsys.readouterr().out
     told = json.loads((tmp_path / "out" / "lm-eval-capitals-yaml.json").read_text())["figures"]
-    model, tokenizer = models.load_base(tiny, torch.float32)
+    model, tokenizer = load_base(tiny, torch.float32)
     right = []
     for row in rows:
-        losses = evaluate.losses(model.eval(), tokenizer, [(row["question"], o) for o in (" Paris", " Rome")], 2, QUIET)
+        losses = token_losses(model.eval(), tokenizer, [(row["question"], o) for o in (" Paris", " Rome")], 2, QUIET)
         right.append(losses[row["label"]][0] == min(losses)[0])
     assert told[0]["value"] == sum(right) / 2
-    assert metric.score({"task": "lm-eval:capitals.yaml"}, model, tokenizer) == sum(right) / 2
+    assert metric_score({"task": "lm-eval:capitals.yaml"}, model, tokenizer) == sum(right) / 2
     rows = [json.loads(line) for line in (tmp_path / "out" / "lm-eval-capitals-yaml.jsonl").read_text().splitlines()]
     assert [bool(row["inlay_capitals, acc"]) for row in rows] == right
     capsys.readouterr()  # the harness's progress
@@ -274,16 +280,16 @@ def test_every_task_on_the_command_line(task, tiny, tmp_path, capsys, monkeypatc
 
 
 def test_a_task_as_a_metric_is_its_figure(tiny, tmp_path):
-    model, tokenizer = models.load_base(tiny, torch.float32)
+    model, tokenizer = load_base(tiny, torch.float32)
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, ROWS["gsm8k"] + ROWS["exact"])))
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, ROWS["perplexity"])))
     asked = {"task": "perplexity", "data": str(tmp_path / "p.jsonl"), "limit": 2}
-    found, _ = evaluate.evaluate(model, tokenizer, evaluate.find("perplexity"), ROWS["perplexity"][:2])
-    assert metric.score(asked, model, tokenizer) == found[0].value
-    assert (metric.title(asked), metric.less_is_better(asked)) == ("perplexity", True)
+    found, _ = evaluate(model, tokenizer, find_eval_task("perplexity"), ROWS["perplexity"][:2])
+    assert metric_score(asked, model, tokenizer) == found[0].value
+    assert (metric_title(asked), less_is_better(asked)) == ("perplexity", True)
     asked = {"task": "gsm8k", "data": str(tmp_path / "d.jsonl"), "limit": 3, "figure": "flexible", "tokens": 2}
-    assert (metric.title(asked), metric.less_is_better(asked)) == ("flexible", False)
-    assert 0 <= metric.score(asked, model, tokenizer) <= 1
+    assert (metric_title(asked), less_is_better(asked)) == ("flexible", False)
+    assert 0 <= metric_score(asked, model, tokenizer) <= 1
     for more, why in (
         ({"limit": 4}, "metric: row 4: gsm8k needs"),
         ({"figure": "BLEU"}, "'BLEU' of task gsm8k is not one of strict, flexible"),
@@ -293,9 +299,9 @@ def test_a_task_as_a_metric_is_its_figure(tiny, tmp_path):
         ({"by": "likelihood"}, "for questions with options"),
     ):
         with pytest.raises(ValueError, match=why):
-            metric.load({**asked, **more})
+            load_metric({**asked, **more})
     with pytest.raises(ValueError, match="has no data"):
-        metric.load({"task": "gsm8k"})
+        load_metric({"task": "gsm8k"})
 
 
 def test_an_adapter_its_base_and_both_merged(tiny, records, tmp_path, monkeypatch, capsys):

@@ -24,22 +24,24 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from inlay.cli import main
-from inlay.workbench import (
-    budget,
-    compare,
-    compare_plots,
-    comparison,
-    judge,
-    memory,
-    peft_methods,
-    prepare,
-    runner,
-    standings,
-    train,
-    trial,
-)
-from inlay.workbench.files import locked
-from inlay.workbench.recipe import Recipe
+from inlay.evaluation.paired import paired
+from inlay.experiments import trial
+from inlay.experiments.compare import compare as compare_module
+from inlay.experiments.compare.budget import budget_cost, largest_within, method_size_field, solve_size
+from inlay.experiments.compare.compare import compare, shared_examples, sweep_rates
+from inlay.experiments.compare.halving import pareto, rungs, survivors
+from inlay.experiments.compare.outcome import Outcome, Sweep
+from inlay.experiments.compare.plots import allocated, comparison_figures, memory_stack, ranks_plot, spectra_of
+from inlay.experiments.compare.spec import Entry, load_comparison
+from inlay.experiments.runner import Runner, origin
+from inlay.experiments.trial import LOG, SAMPLES, loss_on, read_trial, run_trial, unrelated
+from inlay.files.atomic import locked
+from inlay.inspection.figures import INK
+from inlay.models.meta import count_parameters, meta_model
+from inlay.recipe.recipe import Recipe
+from inlay.training.examples import load_examples
+from inlay.training.peft_extras import Allocation
+from inlay.training.train import train
 
 SILENT = Console(quiet=True)
 INF = math.inf
@@ -51,7 +53,7 @@ PLOTS = "differences curves parameters memory seconds stack forgetting rates sub
 
 def test_the_interval_is_students():
     """By hand: differences .1, .2, .3 have mean .2 and deviation .1; t at 97.5 % with 2 degrees is 4.302653."""
-    found = judge.paired([1.1, 2.2, 3.3], [1.0, 2.0, 3.0])
+    found = paired([1.1, 2.2, 3.3], [1.0, 2.0, 3.0])
     half = 4.302653 * 0.1 / math.sqrt(3)
     assert (found.mean, found.low, found.high) == pytest.approx((0.2, 0.2 - half, 0.2 + half), abs=1e-6)
     assert found.verdict("lora") == "no difference beyond noise"
@@ -59,18 +61,18 @@ def test_the_interval_is_students():
 
 def test_pairs_take_away_what_seeds_share():
     """Seeds that differ by 1 and a method that is always .1 ± .01 better: unpaired it would drown."""
-    found = judge.paired([0.91, 1.90, 2.89], [1.0, 2.0, 3.0])
+    found = paired([0.91, 1.90, 2.89], [1.0, 2.0, 3.0])
     assert found.high < 0
     assert found.verdict("lora") == "better than lora by 0.100"
-    assert judge.paired([1.0, 2.0, 3.0], [0.91, 1.90, 2.89]).verdict("lora") == "worse than lora by 0.100"
+    assert paired([1.0, 2.0, 3.0], [0.91, 1.90, 2.89]).verdict("lora") == "worse than lora by 0.100"
 
 
 def test_what_cannot_be_compared_is_not():
-    assert judge.paired([1.0], [2.0]).verdict("lora") == judge.paired([1.0] * 3, [1.001] * 3).verdict("lora")
-    assert judge.paired([1.0], [2.0]).verdict("lora").startswith("noise is not known")
-    assert judge.paired([1.0] * 3, [1.0] * 3).verdict("lora") == "no difference beyond noise"
-    assert judge.paired([1.0, INF], [1.0, 1.0]).verdict("lora") == "no comparison: a run failed or diverged"
-    assert math.isnan(judge.paired([1.0, 2.0], []).mean)
+    assert paired([1.0], [2.0]).verdict("lora") == paired([1.0] * 3, [1.001] * 3).verdict("lora")
+    assert paired([1.0], [2.0]).verdict("lora").startswith("noise is not known")
+    assert paired([1.0] * 3, [1.0] * 3).verdict("lora") == "no difference beyond noise"
+    assert paired([1.0, INF], [1.0, 1.0]).verdict("lora") == "no comparison: a run failed or diverged"
+    assert math.isnan(paired([1.0, 2.0], []).mean)
 
 
 @pytest.mark.parametrize(
@@ -84,19 +86,19 @@ def test_what_cannot_be_compared_is_not():
     ],
 )
 def test_rungs_are_prefixes_of_the_steps(rates, steps, factor, expected):
-    assert judge.rungs(rates, steps, factor) == expected
+    assert rungs(rates, steps, factor) == expected
 
 
 def test_survivors_are_the_best_that_did_not_diverge():
     losses = {1e-4: 2.0, 1e-3: 1.5, 1e-2: 1.5, 1e-1: INF}
-    assert judge.survivors(losses, 2) == [1e-3, 1e-2]
-    assert judge.survivors(losses, 9) == [1e-3, 1e-2, 1e-4]
-    assert judge.survivors({1e-1: INF}, 1) == []
+    assert survivors(losses, 2) == [1e-3, 1e-2]
+    assert survivors(losses, 9) == [1e-3, 1e-2, 1e-4]
+    assert survivors({1e-1: INF}, 1) == []
 
 
 def test_the_front_is_what_nothing_beats():
     points = [(1, 3.0), (2, 2.0), (3, 2.0), (4, 1.0), (4, 1.0), (4, 1.5)]
-    assert judge.pareto(points) == [True, True, False, True, True, False]
+    assert pareto(points) == [True, True, False, True, True, False]
 
 
 @pytest.mark.parametrize("limit", [0, 1, 49, 50, 51, 2499, 2500, 9999])
@@ -108,10 +110,10 @@ def test_bisection_finds_what_search_finds(limit):
         return size * size
 
     expected = max((n for n in options if n * n <= limit), default=None)
-    assert budget.largest(options, rising, limit) == expected
+    assert largest_within(options, rising, limit) == expected
     assert len(asked) <= 2 + 6  # both ends, and the logarithm of 50
     falling = max((n for n in options if 2500 / n <= limit), key=lambda n: 2500 / n, default=None)
-    assert budget.largest(options, lambda n: 2500 / n, limit) == falling
+    assert largest_within(options, lambda n: 2500 / n, limit) == falling
 
 
 # -- what is asked ----------------------------------------------------------------------------------------------------
@@ -153,24 +155,24 @@ def test_bisection_finds_what_search_finds(limit):
 def test_bad_comparisons_say_what_is_wrong(tmp_path, text, says):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ValueError, match=re.escape(says)):
-        comparison.load(str(tmp_path / "c.yaml"))
+        load_comparison(str(tmp_path / "c.yaml"))
 
 
 def test_methods_lie_over_the_recipe_and_have_their_own_rates(tmp_path):
     own = {"method": "milora", "name": "middle", "args": {"side": "middle"}, "learning_rates": [3e-3, "1e-3"]}
     asked = {"weight_decay": 0.1, "compare": {"methods": ["lora", own], "learning_rates": [1e-4]}}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(asked))
-    plan = comparison.load(str(tmp_path / "c.yaml"))
+    plan = load_comparison(str(tmp_path / "c.yaml"))
     assert [e.name for e in plan.entries] == ["lora", "middle"]
     assert plan.entries[1].rates == (1e-3, 3e-3)
     assert plan.entries[1].recipe == Recipe(method="milora", args={"side": "middle"}, weight_decay=0.1)
     (tmp_path / "again.yaml").write_text(plan.to_yaml())
-    assert comparison.load(str(tmp_path / "again.yaml")) == plan
+    assert load_comparison(str(tmp_path / "again.yaml")) == plan
 
 
 def test_a_recipe_without_a_block_compares_the_usual_methods(tmp_path):
     (tmp_path / "r.yaml").write_text("steps: 3")
-    names = [e.name for e in comparison.load(str(tmp_path / "r.yaml")).entries]
+    names = [e.name for e in load_comparison(str(tmp_path / "r.yaml")).entries]
     assert names == ["lora", "pissa", "milora", "lamda", "dota", "bone", "bat", "peft:dora"]
 
 
@@ -185,42 +187,42 @@ def test_train_does_not_take_a_comparison(tmp_path, capsys):
 
 
 def entry(tiny, method, **args):
-    return comparison.Entry(method, Recipe(model=tiny, method=method, args=args), (1e-3,))
+    return Entry(method, Recipe(model=tiny, method=method, args=args), (1e-3,))
 
 
 @pytest.mark.parametrize("method", ["lora", "dota", "bat", "peft:dora", "peft:adalora", "peft:randlora"])
 def test_the_solved_size_is_the_largest_within_the_budget(method, tiny):
     """Against a search through all sizes, on the meta device."""
     asked, limit = entry(tiny, method), 12000
-    name = budget.size_field(method)
+    name = method_size_field(method)
     counts = {}
     for size in range(1, 33):
         try:
-            counts[size] = memory.count(tiny, replace(asked.recipe, args={name: size}).adapter())
+            counts[size] = count_parameters(tiny, replace(asked.recipe, args={name: size}).adapter())
         except ValueError:  # Bat's must divide the sides
             continue
     best = max((n for n in counts if counts[n] <= limit), key=lambda n: counts[n])
-    found = budget.solve(asked, budget.cost_of("parameters", None), limit)
+    found = solve_size(asked, budget_cost("parameters", None), limit)
     assert counts[found.recipe.args[name]] == counts[best]
     assert any(count > limit for count in counts.values())
 
 
 def test_sizes_within_a_memory_budget(tiny, records):
     recipe = Recipe(model=tiny, data=records, batch_size=2, dtype="float32")
-    rows = prepare.examples(recipe, trial.models.load_tokenizer(tiny), SILENT)
-    cost = budget.cost_of("memory", rows)
+    rows = load_examples(recipe, trial.models.load_tokenizer(tiny), SILENT)
+    cost = budget_cost("memory", rows)
     four = cost(replace(recipe, method="lora", args={"r": 4}))
-    asked = comparison.Entry("lora", replace(recipe, method="lora"), (1e-3,))
-    assert budget.solve(asked, cost, four).recipe.args == {"r": 4}
+    asked = Entry("lora", replace(recipe, method="lora"), (1e-3,))
+    assert solve_size(asked, cost, four).recipe.args == {"r": 4}
     with pytest.raises(ValueError, match="lora: no r fits the budget"):
-        budget.solve(asked, cost, four / 100)
+        solve_size(asked, cost, four / 100)
     assert cost(replace(recipe, method="full")) > four
 
 
 def test_full_fine_tuning_has_no_size(tiny):
     asked = entry(tiny, "full")
-    assert budget.solve(asked, budget.cost_of("parameters", None), 1) is asked
-    assert memory.count(tiny, None) == sum(p.numel() for p in memory.meta_model(tiny, torch.float32).parameters())
+    assert solve_size(asked, budget_cost("parameters", None), 1) is asked
+    assert count_parameters(tiny, None) == sum(p.numel() for p in meta_model(tiny, torch.float32).parameters())
 
 
 # -- methods that are not ours ----------------------------------------------------------------------------------------
@@ -237,14 +239,14 @@ def short(tiny, records, folder, method, **values) -> Recipe:
     ["dora", *(pytest.param(n, marks=pytest.mark.slow) for n in "rslora olora eva vera randlora miss oft ia3".split())],
 )
 def test_methods_of_peft_train(method, tiny, records, tmp_path):
-    found = train.train(short(tiny, records, tmp_path / "run", f"peft:{method}"), SILENT)
+    found = train(short(tiny, records, tmp_path / "run", f"peft:{method}"), SILENT)
     assert found.after < found.before
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
     assert "import inlay" not in (tmp_path / "run" / "adapter" / "README.md").read_text()
 
 
 def test_full_fine_tuning_leaves_a_model(tiny, records, tmp_path):
-    found = train.train(short(tiny, records, tmp_path / "run", "full", learning_rate=1e-3), SILENT)
+    found = train(short(tiny, records, tmp_path / "run", "full", learning_rate=1e-3), SILENT)
     assert found.parameters == found.base_parameters
     assert found.after < found.before
     before, after = (load_file(Path(f) / "model.safetensors") for f in (tiny, tmp_path / "run" / "model"))
@@ -263,7 +265,7 @@ def test_adaloras_penalty_is_the_one_that_peft_adds_to_a_loss(llama):
 
     expected = [a - b for a, b in zip(gradients(3.0), gradients(0.0), strict=True)]
     model.peft_config["default"].orth_reg_weight = 3.0
-    callback = peft_methods.Allocation()
+    callback = Allocation()
     callback.on_pre_optimizer_step(None, None, None, model=model)
     for p, gradient in zip(parts, expected, strict=True):
         torch.testing.assert_close(p.grad, gradient, atol=1e-5, rtol=1e-3)
@@ -288,7 +290,7 @@ def test_adaloras_penalty_is_the_one_that_peft_adds_to_a_loss(llama):
 )
 def test_what_only_our_methods_have_is_refused(values, says, tiny):
     with pytest.raises(ValueError, match=says):
-        memory.count(tiny, Recipe(model=tiny, **values).adapter())
+        count_parameters(tiny, Recipe(model=tiny, **values).adapter())
 
 
 # -- a comparison -----------------------------------------------------------------------------------------------------
@@ -314,13 +316,13 @@ def at_once():
 
     def wait(self, folder, bar):
         try:
-            trial.run(folder)
+            run_trial(folder)
         except RuntimeError as error:
-            (folder / trial.LOG).write_text(f"RuntimeError: {error}")
+            (folder / LOG).write_text(f"RuntimeError: {error}")
             return 1
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare.Runner, "wait", wait)
+        patch.setattr(Runner, "wait", wait)
         yield patch
 
 
@@ -334,7 +336,7 @@ def asked(tiny, records, tmp_path_factory):
 @pytest.fixture(scope="module")
 def compared(asked, at_once, painted, tmp_path_factory) -> Path:
     with painted():
-        return compare.compare(str(asked), output=str(tmp_path_factory.mktemp("out") / "c"), console=SILENT)
+        return compare(str(asked), output=str(tmp_path_factory.mktemp("out") / "c"), console=SILENT)
 
 
 def results(folder: Path) -> dict[str, dict]:
@@ -346,15 +348,15 @@ def table(folder: Path) -> dict[str, dict[str, str]]:
     return {row["method"]: row for row in rows}
 
 
-def outcome(folder: Path, asked: Path) -> standings.Outcome:
+def outcome(folder: Path, asked: Path) -> Outcome:
     """A comparison from its finished runs, without its sweeps."""
-    plan, found = comparison.load(str(asked)), sorted(results(folder).items())
+    plan, found = load_comparison(str(asked)), sorted(results(folder).items())
     finals = {
         e.name: [r for name, r in found if name.startswith(f"{e.name}/") and name.endswith("final")]
         for e in plan.entries
     }
-    sweeps = {e.name: standings.Sweep(list(e.rates)[:1]) for e in plan.entries}
-    return standings.Outcome(plan, folder, {e.name: 6 for e in plan.entries}, sweeps, finals, {})
+    sweeps = {e.name: Sweep(list(e.rates)[:1]) for e in plan.entries}
+    return Outcome(plan, folder, {e.name: 6 for e in plan.entries}, sweeps, finals, {})
 
 
 def test_every_method_gets_the_rate_that_did_best(compared):
@@ -395,10 +397,10 @@ def test_the_results_are_those_of_the_runs(compared):
 
 
 def test_a_finished_comparison_runs_nothing(compared, asked, at_once, painted, monkeypatch):
-    monkeypatch.setattr(compare.Runner, "wait", lambda *_: pytest.fail("a finished run was repeated"))
+    monkeypatch.setattr(Runner, "wait", lambda *_: pytest.fail("a finished run was repeated"))
     before = (compared / "results.csv").read_bytes()
     with painted():
-        compare.compare(str(asked), output=str(compared), console=SILENT)
+        compare(str(asked), output=str(compared), console=SILENT)
     assert (compared / "results.csv").read_bytes() == before
 
 
@@ -408,9 +410,9 @@ def test_a_stopped_comparison_goes_on_where_it_was(compared, asked, at_once, tmp
     name = next(name for name in results(folder) if name.startswith("lora/") and name.endswith("seed-4-6-of-6-final"))
     lost = results(folder)[name]
     (folder / "runs" / name / "result.json").unlink()
-    begun, real = [], compare.Runner.wait
-    monkeypatch.setattr(compare.Runner, "wait", lambda self, at, bar: (begun.append(at), real(self, at, bar))[1])
-    compare.compare(str(asked), output=str(folder), console=SILENT)
+    begun, real = [], Runner.wait
+    monkeypatch.setattr(Runner, "wait", lambda self, at, bar: (begun.append(at), real(self, at, bar))[1])
+    compare(str(asked), output=str(folder), console=SILENT)
     assert begun == [folder / "runs" / name]
     assert results(folder)[name]["after"] == lost["after"]
 
@@ -422,7 +424,7 @@ def test_final_runs_are_scored_by_a_metric(compared, records, tiny, at_once, tmp
     ask = {**ASKED, "model": tiny, "data": records, "compare": {**block, "metric": judged}, "steps": 2}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(ask))
     out = Console(record=True, width=200, file=io.StringIO())
-    folder = compare.compare(str(tmp_path / "c.yaml"), output=str(tmp_path / "c"), console=out)
+    folder = compare(str(tmp_path / "c.yaml"), output=str(tmp_path / "c"), console=out)
     found = {name: r["metric"] for name, r in results(folder).items()}
     scores = {m: [v for name, v in sorted(found.items()) if name.startswith(m)] for m in ("bone", "lora")}
     for method, row in table(folder).items():
@@ -451,46 +453,46 @@ def test_another_comparison_does_not_go_into_the_folder(compared, asked, at_once
     assert "steps: 6" in (compared / "compare.yaml").read_text()
     (tmp_path / "precious").write_text("x")
     with pytest.raises(ValueError, match="not made by this command"):
-        compare.compare(str(other), output=str(tmp_path), overwrite=True, console=SILENT)
+        compare(str(other), output=str(tmp_path), overwrite=True, console=SILENT)
     assert (tmp_path / "precious").exists()
 
 
 def test_other_data_or_another_model_does_not_go_on(compared, asked, tiny, at_once, tmp_path, monkeypatch):
     """The name is the same, what it stands for is not; a folder of before says nothing of it and goes on."""
-    folder, real = tmp_path / "c", compare.rows_of
+    folder, real = tmp_path / "c", shared_examples
     shutil.copytree(compared, folder)
     once_more = {"path": str(asked), "output": str(folder), "console": SILENT}
     (folder / "origin.json").rename(folder / "kept.json")
-    compare.compare(**once_more)
+    compare(**once_more)
     (folder / "kept.json").rename(folder / "origin.json")
 
     def rows_of(plan, console):
         rows = real(plan, console)
         return replace(rows, train=[{**rows.train[0], "completion": rows.train[1]["completion"]}, *rows.train[1:]])
 
-    monkeypatch.setattr(compare, "rows_of", rows_of)
+    monkeypatch.setattr(compare_module, "shared_examples", rows_of)
     with pytest.raises(ValueError, match="the data changed since"):
-        compare.compare(**once_more)
+        compare(**once_more)
     shutil.copytree(tiny, tmp_path / "m")
-    recipe, rows = Recipe(model=str(tmp_path / "m")), real(comparison.load(str(asked)), SILENT)
-    before = runner.origin(recipe, rows)
-    assert before == runner.origin(replace(recipe, model=tiny), rows)
+    recipe, rows = Recipe(model=str(tmp_path / "m")), real(load_comparison(str(asked)), SILENT)
+    before = origin(recipe, rows)
+    assert before == origin(replace(recipe, model=tiny), rows)
     weights = load_file(tmp_path / "m" / "model.safetensors")
     save_file({name: tensor + 1e-3 for name, tensor in weights.items()}, tmp_path / "m" / "model.safetensors")
-    assert runner.origin(recipe, rows) == {"data": before["data"], "model": runner.origin(recipe, rows)["model"]}
-    assert runner.origin(recipe, rows) != before
+    assert origin(recipe, rows) == {"data": before["data"], "model": origin(recipe, rows)["model"]}
+    assert origin(recipe, rows) != before
 
 
 def test_a_comparison_that_runs_is_left_alone(compared, asked, at_once):
     with locked(compared), pytest.raises(ValueError, match="another process"):
-        compare.compare(str(asked), output=str(compared), console=SILENT)
+        compare(str(asked), output=str(compared), console=SILENT)
 
 
 def test_the_trial_of_another_version_is_none(compared, tmp_path):
     """Which had fields that a recipe has not."""
     folder = next(compared.rglob("trial.json")).parent
     shutil.copytree(folder, tmp_path / "t")
-    made = trial.read(folder)
+    made = read_trial(folder)
     assert made.result(tmp_path / "t")
     told = json.loads(made.to_json())
     (tmp_path / "t" / "trial.json").write_text(json.dumps({**told, "recipe": {**told["recipe"], "older": 1}}))
@@ -498,29 +500,29 @@ def test_the_trial_of_another_version_is_none(compared, tmp_path):
 
 
 def test_a_method_that_fails_is_said_and_the_rest_goes_on(asked, at_once, tmp_path, monkeypatch, capsys):
-    real = trial.run
+    real = run_trial
 
     def run(folder):
         if "bone" in str(folder):
             raise RuntimeError("out of luck")
         real(folder)
 
-    monkeypatch.setattr(trial, "run", run)
+    monkeypatch.setattr(trial, "run_trial", run)
     path = tmp_path / "c.yaml"
     short = {"methods": ["bone", "lora"], "learning_rates": [1e-2], "seeds": [0], "selection": 4}
     path.write_text(yaml.safe_dump({**yaml.safe_load(asked.read_text()), "steps": 1, "compare": short}))
-    folder = compare.compare(str(path), output=str(tmp_path / "out"), console=Console(width=200))
+    folder = compare(str(path), output=str(tmp_path / "out"), console=Console(width=200))
     assert "bone/lr-0.01-seed-0-1-of-1-final failed: RuntimeError: out of luck" in capsys.readouterr().out
     rows = table(folder)
     assert rows["bone"]["verdict"] == "failed"
     assert rows["lora"]["loss"]
-    monkeypatch.setattr(trial, "run", real)
-    compare.compare(str(path), output=str(folder), console=SILENT)
+    monkeypatch.setattr(trial, "run_trial", real)
+    compare(str(path), output=str(folder), console=SILENT)
     assert {row["failed"] for row in table(folder).values()} == {"0"}
 
 
 def test_a_budget_of_time_cuts_the_steps(asked, at_once, tmp_path, monkeypatch):
-    real = trial.run
+    real = run_trial
 
     def run(folder):
         real(folder)
@@ -529,11 +531,11 @@ def test_a_budget_of_time_cuts_the_steps(asked, at_once, tmp_path, monkeypatch):
             json.dumps({**result, "seconds_per_step": 0.5 if "bone" in str(folder) else 9})
         )
 
-    monkeypatch.setattr(trial, "run", run)
+    monkeypatch.setattr(trial, "run_trial", run)
     path = tmp_path / "c.yaml"
     short = {"methods": ["bone", "lora"], "learning_rates": [1e-2], "seeds": [0], "selection": 4, "budget": {"time": 1}}
     path.write_text(yaml.safe_dump({**yaml.safe_load(asked.read_text()), "steps": 3, "compare": short}))
-    folder = compare.compare(str(path), output=str(tmp_path / "out"), console=SILENT)
+    folder = compare(str(path), output=str(tmp_path / "out"), console=SILENT)
     steps = {method: row["steps"] for method, row in table(folder).items()}
     assert steps == {"bone": "2", "lora": "1"}
 
@@ -541,13 +543,13 @@ def test_a_budget_of_time_cuts_the_steps(asked, at_once, tmp_path, monkeypatch):
 def test_forgetting_is_the_loss_over_all_tokens(tiny):
     """Against one text at a time by transformers' own loss, weighted by tokens."""
     model, tokenizer = trial.models.load_base(tiny, torch.float32)
-    texts = trial.unrelated(None)[:3]
+    texts = unrelated(None)[:3]
     own = [tokenizer(text=text, return_tensors="pt")["input_ids"] for text in texts]
     with torch.no_grad():
         means = [model(input_ids=ids, labels=ids).loss.item() for ids in own]
     counts = [ids.shape[1] - 1 for ids in own]
     expected = sum(m * n for m, n in zip(means, counts, strict=True)) / sum(counts)
-    assert trial.loss_on(texts, model, tokenizer, 512) == pytest.approx(expected, rel=1e-5)
+    assert loss_on(texts, model, tokenizer, 512) == pytest.approx(expected, rel=1e-5)
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------
@@ -601,16 +603,16 @@ def test_the_page_has_what_each_method_answers(compared):
     text, found = (compared / "report.html").read_text(), results(compared)
     kept = {name: r["samples"] for name, r in found.items() if "samples" in r}
     assert len(kept) == 3
-    assert {len(rows) for rows in kept.values()} == {trial.SAMPLES}
+    assert {len(rows) for rows in kept.values()} == {SAMPLES}
     for row in (row for rows in kept.values() for row in rows):
         assert all(html.escape(row[name]) in text for name in ("prompt", "reference", "before", "after"))
-    assert text.count("<h3>") == trial.SAMPLES
+    assert text.count("<h3>") == SAMPLES
     assert "samples" not in (compared / "results.json").read_text()
 
 
 def test_what_was_foreseen_of_memory_stands_over_what_was_measured(compared, asked):
     made = outcome(compared, asked)
-    axes = compare_plots.stack(made).axes[0]
+    axes = memory_stack(made).axes[0]
     lengths = [bar.get_width() for bar in axes.patches]
     rows = made.standings()
     assert [label.get_text() for label in axes.get_yticklabels()] == [row.method for row in rows]
@@ -622,7 +624,7 @@ def test_what_was_foreseen_of_memory_stands_over_what_was_measured(compared, ask
 
 def test_spectra_of_the_middle_layer_are_kept(compared, asked):
     made = outcome(compared, asked)
-    found = compare_plots.spectra_of(made)
+    found = spectra_of(made)
     assert set(found) == {"bone", "lora", "full"}
     assert {re.search(r"layers\.(\d)", module)[1] for of in found.values() for module in of} == {"1"}
     assert all(len(of) == 7 for of in found.values())
@@ -634,12 +636,12 @@ def test_spectra_of_the_middle_layer_are_kept(compared, asked):
 
 def test_ranks_are_drawn_where_they_differ(compared, asked):
     made = outcome(compared, asked)
-    assert "ranks" not in dict(compare_plots.figures(made))
+    assert "ranks" not in dict(comparison_figures(made))
     for place, told in enumerate(made.finals["lora"][0]["changes"].values()):
         told["rank"] = 2 + place
     made = replace(made)  # what it read is kept
-    assert list(compare_plots.allocated(made)) == ["lora"]
-    assert compare_plots.ranks(made).axes[0].images[0].get_array().max() == 15
+    assert list(allocated(made)) == ["lora"]
+    assert ranks_plot(made).axes[0].images[0].get_array().max() == 15
 
 
 def test_where_each_method_changed_the_weights_is_kept(compared, tiny):
@@ -654,24 +656,24 @@ def test_where_each_method_changed_the_weights_is_kept(compared, tiny):
 
 def test_ink_is_the_pages(compared):
     """Or nothing could be read in the dark."""
-    assert compare_plots.INK not in (compared / "report.html").read_text()
+    assert INK not in (compared / "report.html").read_text()
     assert "currentColor" in (compared / "report.html").read_text()
 
 
 def test_one_seed_and_no_halving_still_make_a_page(compared, asked):
     """The plots of a comparison that has no sweep and no noise."""
-    plan = comparison.load(str(asked))
+    plan = load_comparison(str(asked))
     result = next(r for r in results(compared).values() if "changes" in r)
-    sweeps = {e.name: standings.Sweep(list(e.rates)[:1]) for e in plan.entries}
+    sweeps = {e.name: Sweep(list(e.rates)[:1]) for e in plan.entries}
     finals = {e.name: [result] if e.name != "full" else [] for e in plan.entries}
-    made = standings.Outcome(plan, compared, {e.name: 6 for e in plan.entries}, sweeps, finals, {})
-    assert [name for name, _ in compare_plots.figures(made)] == [name for name in PLOTS if name != "rates"]
+    made = Outcome(plan, compared, {e.name: 6 for e in plan.entries}, sweeps, finals, {})
+    assert [name for name, _ in comparison_figures(made)] == [name for name in PLOTS if name != "rates"]
     assert made.standings()[-1].method == "full"
 
 
 def test_a_rate_whose_run_failed_and_an_edge_of_the_reference_are_said(compared, asked):
     """The rate that is left may not be the best, nor what the others are compared with."""
-    plan = comparison.load(str(asked))
+    plan = load_comparison(str(asked))
     result = next(r for name, r in results(compared).items() if name.endswith("final"))
     lengths = {e.name: 6 for e in plan.entries}
 
@@ -683,8 +685,8 @@ def test_a_rate_whose_run_failed_and_an_edge_of_the_reference_are_said(compared,
             for t in trials
         ]  # fmt: skip
 
-    sweeps = compare.sweep(SimpleNamespace(run=run), plan, lengths)
-    made = standings.Outcome(plan, compared, lengths, sweeps, {e.name: [result] for e in plan.entries}, {})
+    sweeps = sweep_rates(SimpleNamespace(run=run), plan, lengths)
+    made = Outcome(plan, compared, lengths, sweeps, {e.name: [result] for e in plan.entries}, {})
     found = {row.method: row.verdict for row in made.standings()}
     assert "; failed at rate 0.1" in found["bone"]
     assert "; the rate of lora is the highest tried" in found["bone"]

@@ -14,7 +14,7 @@ import yaml
 
 from inlay.cli import main
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent
 ASKED = {
     "steps": 60, "batch_size": 2, "eval_size": 4, "dtype": "float32", "eval_every": 30,
     "compare": {

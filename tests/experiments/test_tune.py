@@ -15,9 +15,16 @@ import yaml
 from rich.console import Console
 
 from inlay.cli import main
-from inlay.workbench import metric, nomad, recipe, runner, train, trial, tune, tuning
-from inlay.workbench.recipe import Recipe
-from inlay.workbench.tuning import Range
+from inlay.evaluation.metric import load_metric, metric_score
+from inlay.experiments.runner import Processes, Runner
+from inlay.experiments.trial import Trial, read_trial, run_trial
+from inlay.experiments.tune.nomad import box, value_at
+from inlay.experiments.tune.search import tune
+from inlay.experiments.tune.spec import Range, lay_over, load_search, range_of
+from inlay.recipe.reading import load_recipe
+from inlay.recipe.recipe import Recipe
+from inlay.training.progress import read_history
+from inlay.training.train import train
 
 pytest.importorskip("optuna", reason="Optuna is not installed")
 SILENT = Console(quiet=True)
@@ -40,7 +47,7 @@ def quality(told: Recipe) -> float:
 
 def pretend(self, folder: Path, bar) -> int | None:
     """A run that trains nothing: its loss falls to `quality`, unless the search ends it."""
-    asked, rows = trial.read(folder), [{"step": 0, "eval_loss": 9.0}]
+    asked, rows = read_trial(folder), [{"step": 0, "eval_loss": 9.0}]
     for step in range(1, asked.stop + 1):
         if asked.recipe.eval_every and step % asked.recipe.eval_every == 0:
             rows.append({"step": step, "eval_loss": quality(asked.recipe) * (1 + (asked.stop - step) / asked.stop)})
@@ -64,7 +71,7 @@ def made_up(monkeypatch):
         begun.append(folder.name)
         return pretend(self, folder, bar)
 
-    monkeypatch.setattr(runner.Runner, "wait", wait)
+    monkeypatch.setattr(Runner, "wait", wait)
     return begun
 
 
@@ -107,24 +114,24 @@ def table(folder: Path) -> list[dict[str, str]]:
 def test_bad_searches_say_what_is_wrong(tmp_path, text, says):
     (tmp_path / "t.yaml").write_text(text)
     with pytest.raises(ValueError, match=re.escape(says)):
-        tuning.load(str(tmp_path / "t.yaml"))
+        load_search(str(tmp_path / "t.yaml"))
 
 
 def test_ranges_are_read_as_their_fields_are():
-    assert tuning.range_of("learning_rate", {"low": "1e-5", "high": 1, "log": True}) == Range(1e-5, 1.0, True, False)
-    assert tuning.range_of("batch_size", {"low": 2, "high": 8}) == Range(2, 8, False, True)
-    assert tuning.range_of("args.r", {"low": 2, "high": 8, "log": True}) == Range(2, 8, True, True)
-    assert tuning.range_of("args.eta", {"low": 0.5, "high": 1}) == Range(0.5, 1.0)
+    assert range_of("learning_rate", {"low": "1e-5", "high": 1, "log": True}) == Range(1e-5, 1.0, True, False)
+    assert range_of("batch_size", {"low": 2, "high": 8}) == Range(2, 8, False, True)
+    assert range_of("args.r", {"low": 2, "high": 8, "log": True}) == Range(2, 8, True, True)
+    assert range_of("args.eta", {"low": 0.5, "high": 1}) == Range(0.5, 1.0)
     for name in ("args.eta", "trainer.adam_beta2"):  # which are no whole numbers, however their ends are written
-        assert tuning.range_of(name, {"low": 0, "high": 1}) == Range(0.0, 1.0)
-    made = tuning.range_of("target_modules", {"choices": [["q_proj", "v_proj"], "all-linear"]})
+        assert range_of(name, {"low": 0, "high": 1}) == Range(0.0, 1.0)
+    made = range_of("target_modules", {"choices": [["q_proj", "v_proj"], "all-linear"]})
     assert made.labels == {'["q_proj", "v_proj"]': ["q_proj", "v_proj"], "all-linear": "all-linear"}
 
 
 def test_values_lie_over_a_recipe():
     first = Recipe(method="lora", args={"alpha": 8}, patterns={"k_proj": {"r": 2}})
     values = {"learning_rate": 3e-3, "args.r": 4, "patterns.k_proj.r": 3, "trainer.adam_beta2": 0.9}
-    made = tuning.lay(first, values)
+    made = lay_over(first, values)
     assert made == Recipe(
         method="lora", args={"alpha": 8, "r": 4}, patterns={"k_proj": {"r": 3}}, learning_rate=3e-3,
         trainer={"adam_beta2": 0.9},
@@ -164,7 +171,7 @@ def test_what_is_not_installed_is_one_line(missing, verb, extra, tmp_path, tiny,
 )
 def test_a_metric_that_cannot_be_used_is_said_at_once(name, says):
     with pytest.raises(ValueError, match=says):
-        metric.load(name)
+        load_metric(name)
 
 
 def test_a_metric_is_a_finite_number(tmp_path, monkeypatch, llama):
@@ -172,10 +179,10 @@ def test_a_metric_is_a_finite_number(tmp_path, monkeypatch, llama):
     monkeypatch.setattr(sys, "path", list(sys.path))
     code = "def good(model, tokenizer):\n    return int(not model.training)\ndef bad(*_):\n    return float('nan')\n"
     (tmp_path / "mine_for_a_test.py").write_text(code)
-    assert metric.score("mine_for_a_test:good", llama.train(), None) == 1.0
+    assert metric_score("mine_for_a_test:good", llama.train(), None) == 1.0
     assert llama.training
     with pytest.raises(ValueError, match="is nan"):
-        metric.score("mine_for_a_test:bad", llama, None)
+        metric_score("mine_for_a_test:bad", llama, None)
 
 
 # -- the search, on runs that are made up -----------------------------------------------------------------------------
@@ -185,9 +192,9 @@ def test_a_metric_is_a_finite_number(tmp_path, monkeypatch, llama):
 def searched(tiny, records, painted, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("searched")
     with pytest.MonkeyPatch.context() as patch, painted():
-        patch.setattr(runner.Runner, "wait", pretend)
+        patch.setattr(Runner, "wait", pretend)
         path = ask(folder / "t.yaml", tiny, records, trials=24)
-        return tune.tune(path, output=str(folder / "out"), console=SILENT)
+        return tune(path, output=str(folder / "out"), console=SILENT)
 
 
 def test_a_search_finds_what_is_good_and_prunes_what_is_not(searched):
@@ -201,7 +208,7 @@ def test_a_search_finds_what_is_good_and_prunes_what_is_not(searched):
     ended = json.loads((searched / "runs" / pruned[0]["trial"] / "metrics.jsonl").read_text().splitlines()[-1])
     assert ended["step"] < 8
     for row in done:
-        told = trial.read(searched / "runs" / row["trial"]).recipe
+        told = read_trial(searched / "runs" / row["trial"]).recipe
         assert float(row["loss"]) == quality(told)
         assert float(row["learning_rate"]) == told.learning_rate
     assert {p.name for p in (searched / "plots").iterdir()} == {
@@ -217,9 +224,9 @@ def test_the_best_few_are_judged_again_and_the_best_of_them_is_written(searched)
     assert {r["trial"] for r in again} == {r["trial"] for r in done[:2]}
     best = next(r for r in rows if r["best"])
     assert best["trial"] == done[1]["trial"]
-    seeds = {trial.read(searched / "runs" / "again" / r["trial"]).recipe.seed for r in again}
+    seeds = {read_trial(searched / "runs" / "again" / r["trial"]).recipe.seed for r in again}
     assert seeds == {1}
-    made = recipe.load(str(searched / "best.yaml"), {})
+    made = load_recipe(str(searched / "best.yaml"), {})
     assert made.learning_rate == float(best["learning_rate"])
     assert made.args == {"r": int(best["args.r"])}
     assert (made.steps, made.seed, made.eval_every, made.output) == (8, 0, None, None)
@@ -229,7 +236,7 @@ def test_the_best_few_are_judged_again_and_the_best_of_them_is_written(searched)
 def test_a_metric_decides_in_its_direction(direction, tmp_path, tiny, records, made_up):
     again = {"top": 3, "metric": "math:fsum", "direction": direction}
     path = ask(tmp_path / "t.yaml", tiny, records, rescore=again, pruner="none", trials=5)
-    rows = [r for r in table(tune.tune(path, output=str(tmp_path / "out"), console=SILENT)) if r["metric"]]
+    rows = [r for r in table(tune(path, output=str(tmp_path / "out"), console=SILENT)) if r["metric"]]
     assert len(rows) == 3
     scores = [float(r["metric"]) for r in rows]
     best = next(r for r in rows if r["best"])
@@ -240,17 +247,17 @@ def test_a_search_that_is_finished_runs_nothing_and_can_have_more_trials(searche
     folder = tmp_path / "copy"
     shutil.copytree(searched, folder)
     before = table(folder)
-    tune.tune(str(searched.parent / "t.yaml"), output=str(folder), console=SILENT)
+    tune(str(searched.parent / "t.yaml"), output=str(folder), console=SILENT)
     assert made_up == []
     assert table(folder) == before
-    tune.tune(ask(tmp_path / "t.yaml", tiny, records, trials=26), output=str(folder), console=SILENT)
+    tune(ask(tmp_path / "t.yaml", tiny, records, trials=26), output=str(folder), console=SILENT)
     after = table(folder)
     assert len(after) == 26
     assert [r["learning_rate"] for r in after[:24]] == [r["learning_rate"] for r in before]
     assert made_up[:2] == ["trial-024", "trial-025"]
     assert len({r["learning_rate"] for r in after}) == 26  # what was drawn is not drawn again
     with pytest.raises(ValueError, match="holds another search"):
-        tune.tune(ask(tmp_path / "t.yaml", tiny, records, sampler="nomad"), output=str(folder), console=SILENT)
+        tune(ask(tmp_path / "t.yaml", tiny, records, sampler="nomad"), output=str(folder), console=SILENT)
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
@@ -263,14 +270,14 @@ def test_what_a_kill_left_is_tried_again_in_its_own_folder(jobs, tmp_path, tiny,
             raise KeyboardInterrupt
         return pretend(self, folder, bar)
 
-    monkeypatch.setattr(runner.Runner, "wait", wait)
+    monkeypatch.setattr(Runner, "wait", wait)
     path, folder = ask(tmp_path / "t.yaml", tiny, records, pruner="none", trials=5), tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        tune.tune(path, jobs, str(folder), console=SILENT)
-    values = trial.read(folder / "runs" / "trial-002").recipe
+        tune(path, jobs, str(folder), console=SILENT)
+    values = read_trial(folder / "runs" / "trial-002").recipe
     finished = {p: p.stat().st_mtime_ns for p in folder.rglob("result.json")}
-    tune.tune(path, jobs, str(folder), console=SILENT)
-    assert trial.read(folder / "runs" / "trial-002").recipe == values
+    tune(path, jobs, str(folder), console=SILENT)
+    assert read_trial(folder / "runs" / "trial-002").recipe == values
     assert finished == {p: p.stat().st_mtime_ns for p in finished}
     rows = table(folder)
     assert sum(r["state"] == "complete" for r in rows) == 5
@@ -279,10 +286,10 @@ def test_what_a_kill_left_is_tried_again_in_its_own_folder(jobs, tmp_path, tiny,
 
 def test_values_that_were_had_are_not_run_again(tmp_path, tiny, records, made_up):
     path = ask(tmp_path / "t.yaml", tiny, records, {"args.r": {"choices": [2, 4]}}, trials=6, rescore={"top": 0})
-    folder = tune.tune(path, output=str(tmp_path / "out"), console=SILENT)
+    folder = tune(path, output=str(tmp_path / "out"), console=SILENT)
     assert len(made_up) == 2
     assert len(table(folder)) == 6
-    assert recipe.load(str(folder / "best.yaml"), {}).args == {"r": 4}
+    assert load_recipe(str(folder / "best.yaml"), {}).args == {"r": 4}
 
 
 def test_a_search_in_which_nothing_runs_says_so(tmp_path, tiny, records, monkeypatch):
@@ -290,12 +297,12 @@ def test_a_search_in_which_nothing_runs_says_so(tmp_path, tiny, records, monkeyp
         (folder / "log.txt").write_text("RuntimeError: out of luck")
         return 1
 
-    monkeypatch.setattr(runner.Runner, "wait", wait)
+    monkeypatch.setattr(Runner, "wait", wait)
     path = ask(tmp_path / "t.yaml", tiny, records, trials=2)
     with pytest.raises(ValueError, match="no trial ran to its end"):
-        tune.tune(path, output=str(tmp_path / "out"), console=SILENT)
-    monkeypatch.setattr(runner.Runner, "wait", pretend)
-    folder = tune.tune(path, output=str(tmp_path / "out"), console=SILENT)
+        tune(path, output=str(tmp_path / "out"), console=SILENT)
+    monkeypatch.setattr(Runner, "wait", pretend)
+    folder = tune(path, output=str(tmp_path / "out"), console=SILENT)
     assert [r["state"] for r in table(folder)] == ["fail", "fail", "complete", "complete"]
 
 
@@ -303,12 +310,12 @@ def test_a_search_in_which_nothing_runs_says_so(tmp_path, tiny, records, monkeyp
 
 
 def test_nomads_coordinates():
-    assert nomad.box(Range(1e-4, 1e-2, True)) == (math.log(1e-4), math.log(1e-2), "R")
-    assert nomad.value_at(Range(1e-4, 1e-2, True), math.log(1e-3)) == pytest.approx(1e-3)
-    assert nomad.value_at(Range(1e-4, 1e-2, True), math.log(1e-2)) == 1e-2
-    assert (nomad.box(Range(2, 9, whole=True)), nomad.value_at(Range(2, 9, whole=True), 3.0)) == ((2, 9, "I"), 3)
+    assert box(Range(1e-4, 1e-2, True)) == (math.log(1e-4), math.log(1e-2), "R")
+    assert value_at(Range(1e-4, 1e-2, True), math.log(1e-3)) == pytest.approx(1e-3)
+    assert value_at(Range(1e-4, 1e-2, True), math.log(1e-2)) == 1e-2
+    assert (box(Range(2, 9, whole=True)), value_at(Range(2, 9, whole=True), 3.0)) == ((2, 9, "I"), 3)
     choices = Range(choices=("a", ["b"]))
-    assert (nomad.box(choices), nomad.value_at(choices, 1.0)) == ((0, 1, "I"), '["b"]')
+    assert (box(choices), value_at(choices, 1.0)) == ((0, 1, "I"), '["b"]')
 
 
 def test_nomad_searches_and_goes_on_where_it_was(tmp_path, tiny, records, monkeypatch):
@@ -321,20 +328,20 @@ def test_nomad_searches_and_goes_on_where_it_was(tmp_path, tiny, records, monkey
             raise KeyboardInterrupt
         return pretend(self, folder, bar)
 
-    monkeypatch.setattr(runner.Runner, "wait", wait)
+    monkeypatch.setattr(Runner, "wait", wait)
     path = ask(tmp_path / "t.yaml", tiny, records, sampler="nomad", pruner="none", trials=25, rescore={"top": 0})
     with pytest.raises(KeyboardInterrupt):
-        tune.tune(path, output=str(tmp_path / "out"), console=SILENT)
-    folder = tune.tune(path, output=str(tmp_path / "out"), console=SILENT)
+        tune(path, output=str(tmp_path / "out"), console=SILENT)
+    folder = tune(path, output=str(tmp_path / "out"), console=SILENT)
     assert begun.count(begun[6]) == 2  # the one that was stopped
     assert len(begun) == len(set(begun)) + 1
     stop = 0
-    straight = tune.tune(path, output=str(tmp_path / "straight"), console=SILENT)
+    straight = tune(path, output=str(tmp_path / "straight"), console=SILENT)
     losses = [[r["loss"] for r in table(at) if r["state"] == "complete"] for at in (folder, straight)]
     assert losses[0] == losses[1]
     assert min(map(float, losses[0])) < 1.1
     with pytest.raises(ValueError, match="leave out --jobs 2"):
-        tune.tune(path, 2, str(folder), console=SILENT)
+        tune(path, 2, str(folder), console=SILENT)
 
 
 # -- for real ---------------------------------------------------------------------------------------------------------
@@ -342,20 +349,20 @@ def test_nomad_searches_and_goes_on_where_it_was(tmp_path, tiny, records, monkey
 
 def test_a_search_trains_and_its_best_recipe_trains(tmp_path, tiny, records, monkeypatch):
     """Within this process; the loss of a trial is that of the run it describes."""
-    monkeypatch.setattr(runner.Runner, "wait", lambda self, folder, bar: trial.run(folder))
+    monkeypatch.setattr(Runner, "wait", lambda self, folder, bar: run_trial(folder))
     path = tmp_path / "t.yaml"
     ask(path, tiny, records, {"learning_rate": RATE}, trials=2, evaluations=2, rescore={"top": 1})
     path.write_text(path.read_text().replace("steps: 8", "steps: 2"))
-    folder = tune.tune(str(path), output=str(tmp_path / "out"), console=SILENT)
+    folder = tune(str(path), output=str(tmp_path / "out"), console=SILENT)
     rows = table(folder)
     best = next(r for r in rows if r["best"])
     assert float(best["loss"]) == min(float(r["loss"]) for r in rows)
-    rates = [trial.read(folder / "runs" / r["trial"]).recipe.learning_rate for r in rows]
+    rates = [read_trial(folder / "runs" / r["trial"]).recipe.learning_rate for r in rows]
     assert rates == [float(r["learning_rate"]) for r in rows]
     again = json.loads((folder / "runs" / "again" / best["trial"] / "result.json").read_text())
     assert float(best["heldout"]) == again["after"] < again["before"]
-    told = recipe.load(str(folder / "best.yaml"), {"output": str(tmp_path / "run"), "samples": 0, "save_every": 0})
-    found = train.train(told, SILENT)
+    told = load_recipe(str(folder / "best.yaml"), {"output": str(tmp_path / "run"), "samples": 0, "save_every": 0})
+    found = train(told, SILENT)
     assert found.recipe.learning_rate == float(best["learning_rate"])
     assert found.after < found.before
 
@@ -363,15 +370,13 @@ def test_a_search_trains_and_its_best_recipe_trains(tmp_path, tiny, records, mon
 @pytest.mark.slow
 def test_a_hopeless_trial_is_ended_while_it_trains(tmp_path, tiny, records, capsys):
     told = Recipe(model=tiny, data=records, **{**SHORT, "steps": 400}, eval_every=1)
-    asked = trial.Trial("lora", told, 400, False, 4, 0, label="trial-000")
-    with runner.Runner(
-        tmp_path, runner.Processes(1), Console(width=200), lambda folder, rows: len(rows) > 2
-    ) as running:
+    asked = Trial("lora", told, 400, False, 4, 0, label="trial-000")
+    with Runner(tmp_path, Processes(1), Console(width=200), lambda folder, rows: len(rows) > 2) as running:
         assert running.run([asked]) == [None]
     assert running.pruned == {tmp_path / "runs" / "trial-000"}
     assert not running.live
     assert re.search(r"trial-000: pruned at step \d+, loss \d+", capsys.readouterr().out)
-    assert len(runner.history(tmp_path / "runs" / "trial-000" / "metrics.jsonl")) < 400
+    assert len(read_history(tmp_path / "runs" / "trial-000" / "metrics.jsonl")) < 400
 
 
 @pytest.mark.slow
@@ -392,4 +397,4 @@ def test_a_killed_search_goes_on_and_repeats_nothing(tmp_path, tiny, records):
     assert sum(r["state"] in ("complete", "pruned") for r in rows) == 4
     assert any(r["state"] == "fail" for r in rows)
     assert "are finished already" in said
-    assert recipe.load(str(folder / "best.yaml"), {}).method == "lora"
+    assert load_recipe(str(folder / "best.yaml"), {}).method == "lora"

@@ -15,13 +15,21 @@ import torch
 import yaml
 from peft import PeftModel, get_peft_model
 
-from inlay import InlayConfig
 from inlay.cli import main
-from inlay.workbench import builtin, data, files, models, read, recipe
-from inlay.workbench.files import DamagedFileError
+from inlay.data import readers
+from inlay.data.formats import convert_records
+from inlay.data.readers import read_records
+from inlay.files import untrusted
+from inlay.files.untrusted import DamagedFileError, from_yaml
+from inlay.host.config import InlayConfig
+from inlay.messages import loading
+from inlay.models import builtin
+from inlay.models.loading import load_base, load_config, load_model, load_tokenizer, resolve
+from inlay.recipe.reading import load_recipe
+from inlay.recipe.recipe import Recipe
 
 BOMB = "a: &a [1]\n" + "".join(f"{n}: &{n} [{', '.join(['*' + chr(ord(n) - 1)] * 9)}]\n" for n in "bcdefghijkl")
-FUZZ = Path(__file__).parents[1] / "checks" / "fuzz.py"
+FUZZ = Path(__file__).parents[2] / "checks" / "fuzz.py"
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +82,7 @@ def test_a_recipe_that_is_none(text, why, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("r.yaml").write_text(text)
     with pytest.raises(ValueError, match=why) as told:
-        recipe.load("r.yaml", {})
+        load_recipe("r.yaml", {})
     assert len(str(told.value)) < 1000
     assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
 
@@ -105,14 +113,14 @@ def test_flags_that_libraries_would_trip_over_are_refused(arguments, why, capsys
 
 
 def test_values_are_counted_while_they_are_read(monkeypatch):
-    monkeypatch.setattr(files, "SIZE", 100)
+    monkeypatch.setattr(untrusted, "SIZE", 100)
     with pytest.raises(yaml.YAMLError, match=r"holds more than 100 values$"):
-        files.from_yaml(f"[{'1,' * 101}]")
+        from_yaml(f"[{'1,' * 101}]")
 
 
 def test_a_models_own_code_runs_only_if_asked_for():
-    assert recipe.Recipe().trust_remote_code is False
-    root = FUZZ.parents[1]
+    assert Recipe().trust_remote_code is False
+    root = FUZZ.parents[2]
     sources = [*(root / "src").rglob("*.py"), *(root / "recipes").rglob("*.yaml")]
     assert len(sources) > 50
     for path in sources:
@@ -122,7 +130,7 @@ def test_a_models_own_code_runs_only_if_asked_for():
 def test_own_recipes_with_shared_values_are_read(tmp_path):
     """What is written with an anchor, because one list stands in it twice."""
     (tmp_path / "r.yaml").write_text("target_modules: &t [q_proj]\nexclude_modules: *t\n")
-    assert recipe.load(str(tmp_path / "r.yaml"), {}).exclude_modules == ["q_proj"]
+    assert load_recipe(str(tmp_path / "r.yaml"), {}).exclude_modules == ["q_proj"]
 
 
 @pytest.mark.parametrize(
@@ -141,7 +149,7 @@ def test_own_recipes_with_shared_values_are_read(tmp_path):
 def test_data_that_is_none(name, content, tmp_path):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DamagedFileError, match=name) as told:
-        data.read(str(tmp_path / name))
+        read_records(str(tmp_path / name))
     assert len(str(told.value)) < 1000
 
 
@@ -151,29 +159,29 @@ def test_data_that_is_none(name, content, tmp_path):
     pyarrow.array([b"\xff", b"b"], pyarrow.binary()).view(pyarrow.string()), pyarrow.array(["x"] * 101),
 ], ids=["timestamp", "duration", "zone", "not UTF-8", "too many"])  # fmt: skip
 def test_parquet_that_cannot_be_had(column, tmp_path, monkeypatch):
-    monkeypatch.setattr(read, "VALUES", 100)
+    monkeypatch.setattr(readers, "VALUES", 100)
     pyarrow.parquet.write_table(pyarrow.table({"prompt": column}), tmp_path / "d.parquet")
     with pytest.raises(DamagedFileError, match=r"d\.parquet: found"):
-        data.read(str(tmp_path / "d.parquet"))
+        read_records(str(tmp_path / "d.parquet"))
 
 
 def test_data_is_in_files(tmp_path):
     for make in (lambda path: path.symlink_to("/dev/zero"), os.mkfifo):
         make(tmp_path / "d.jsonl")
         with pytest.raises(DamagedFileError, match="found a device, a pipe"):
-            data.read(str(tmp_path))
+            read_records(str(tmp_path))
         (tmp_path / "d.jsonl").unlink()
 
 
 def test_half_a_surrogate_pair_is_no_text():
     with pytest.raises(ValueError, match=r"row 1: answer is 'a\\ud800', with half of a surrogate pair"):
-        data.examples([{"question": "b", "answer": "a\ud800"}])
+        convert_records([{"question": "b", "answer": "a\ud800"}])
 
 
 def test_a_gguf_file_is_no_model_to_train(tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     with pytest.raises(ValueError, match=r"m\.gguf is packed for llama\.cpp; give the folder or hub id"):
-        models.resolve(str(tmp_path / "m.gguf"))
+        resolve(str(tmp_path / "m.gguf"))
 
 
 def test_a_damaged_gguf_file_is_said(tmp_path):
@@ -191,8 +199,8 @@ def test_a_models_own_code_does_not_run(kind, tiny, tmp_path):
     for name, values in (("config.json", {**about, "model_type": kind}), ("tokenizer_config.json", {})):
         (folder / name).write_text(json.dumps({**values, "auto_map": own}))
     (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    for load in (models.load_tokenizer, models.load_config, lambda name: models.load_model(name, torch.float32)):
-        known = kind == "llama" and load is not models.load_tokenizer
+    for load in (load_tokenizer, load_config, lambda name: load_model(name, torch.float32)):
+        known = kind == "llama" and load is not load_tokenizer
         with contextlib.nullcontext() if known else pytest.raises(ValueError, match="cannot be loaded"):
             load(str(folder))
     assert not (tmp_path / "ran").exists()
@@ -242,7 +250,7 @@ def test_a_damaged_model_folder_is_said(name, change, tiny, records, tmp_path, m
 
 def test_out_of_memory_is_no_damaged_file():
     for full in (MemoryError(), torch.OutOfMemoryError("CUDA"), RuntimeError("can't allocate memory")):
-        with pytest.raises(type(full)), models.loading("m"):
+        with pytest.raises(type(full)), loading("m"):
             raise full
 
 
@@ -250,7 +258,7 @@ def test_out_of_memory_is_no_damaged_file():
 def adapter(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapter")
     config = InlayConfig(method="lora", args={"r": 2}, target_modules=["q_proj"])
-    base, _ = models.load_base(tiny, torch.float32)
+    base, _ = load_base(tiny, torch.float32)
     get_peft_model(base, config).save_pretrained(folder)
     return folder
 
@@ -268,4 +276,4 @@ def test_a_damaged_adapter_config_is_said(change, adapter, tiny, tmp_path, monke
         assert "a/adapter_config.json" in refused(capsys, *verb.split(), tiny)
     if isinstance(change, dict) and "peft_type" not in change:  # in Python too, which PEFT leads to our config
         with pytest.raises(ValueError, match=next(iter(change))):
-            PeftModel.from_pretrained(models.load_model(tiny, torch.float32), "a")
+            PeftModel.from_pretrained(load_model(tiny, torch.float32), "a")

@@ -17,7 +17,7 @@ from transformers import (
     ViTConfig,
 )
 
-from inlay import InlayConfig
+from inlay.host.config import InlayConfig
 from inlay.host.layer import InlayLinear
 from inlay.methods import METHODS
 

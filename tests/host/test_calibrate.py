@@ -12,9 +12,11 @@ from peft.utils.incremental_pca import IncrementalPCA
 from torch import nn
 
 import inlay
-from inlay import InlayConfig, methods
-from inlay.host.calibrate import gather
+from inlay.host.calibrate import gather_statistics
+from inlay.host.config import InlayConfig
 from inlay.method import Method
+from inlay.methods.eva import EVA
+from inlay.methods.lora_ga import LoRAGA
 
 QKV = ["q_proj", "k_proj", "v_proj"]
 PATH = "model.layers.1.self_attn.q_proj"
@@ -72,7 +74,7 @@ def test_the_mean_gradient_is_autograds(llama):
     expected = torch.stack(gradients(llama, PATH, data)).mean(0)
     for p in llama.parameters():
         p.requires_grad_(False)
-    found = gather(llama, {PATH: Mean()}, data)
+    found = gather_statistics(llama, {PATH: Mean()}, data)
     assert found.batches == 3
     torch.testing.assert_close(found.stats[PATH]["mean"], expected, rtol=1e-4, atol=1e-7)
     assert all(p.grad is None and not p.requires_grad for p in llama.parameters())
@@ -89,7 +91,7 @@ def test_one_gradient_lives_at_a_time(llama):
             seen.append(weakref.ref(seen_now))
             return {"size": seen_now.abs().mean()}
 
-    found = gather(llama, {name: Watch() for name in names}, batches(2))
+    found = gather_statistics(llama, {name: Watch() for name in names}, batches(2))
     assert len(seen) == 2 * len(names) == 28
     assert all(stats["size"] > 0 for stats in found.stats.values())
 
@@ -97,14 +99,14 @@ def test_one_gradient_lives_at_a_time(llama):
 def test_gpt2_layers_hold_their_weights_transposed(gpt2):
     data, path = batches(1), "transformer.h.0.attn.c_attn"
     expected = gradients(gpt2, path, data)[0].mT
-    found = gather(gpt2, {path: Mean()}, data).stats[path]["mean"]
+    found = gather_statistics(gpt2, {path: Mean()}, data).stats[path]["mean"]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
 
 
 def test_eva_is_the_svd_of_the_centred_inputs_without_padding(llama):
     data = batches()
     X = torch.cat(inputs(llama, PATH, data)).double()
-    found = gather(llama, {PATH: methods.EVA(r=64)}, data).stats[PATH]
+    found = gather_statistics(llama, {PATH: EVA(r=64)}, data).stats[PATH]
     S, Vh = torch.linalg.svd(X - X.mean(0), full_matrices=False)[1:]
     torch.testing.assert_close(found["S"].double()[:32], S[:32], rtol=1e-4, atol=1e-5)
     assert same_space(found["V"][:8], Vh[:8]) > 0.9999
@@ -116,7 +118,7 @@ def test_eva_finds_the_vectors_of_pefts_incremental_svd(llama):
     theirs = IncrementalPCA(n_components=8, copy=True, lowrank=False)
     for x in inputs(llama, PATH, data):
         theirs.partial_fit(x)
-    found = gather(llama, {PATH: methods.EVA(r=8, tau=1.0)}, data).stats[PATH]
+    found = gather_statistics(llama, {PATH: EVA(r=8, tau=1.0)}, data).stats[PATH]
     assert same_space(found["V"], theirs.components_) > 0.99
 
 
@@ -168,7 +170,7 @@ def test_lora_ga_over_batches_is_near_the_svd_of_the_mean(real_model, real_token
     W = real_model.get_submodule(path).weight
     G = torch.stack([torch.autograd.grad(real_model(**batch).loss, W)[0] for batch in data]).mean(0)
     _, S, Vh = torch.linalg.svd(G.double(), full_matrices=False)
-    found = gather(real_model, {path: methods.LoRAGA(r=r)}, data).stats[path]
+    found = gather_statistics(real_model, {path: LoRAGA(r=r)}, data).stats[path]
     kept = (G.double() @ found["V"][:r].double().mT).norm() / S[:r].norm()
     assert kept > 0.999
     assert same_space(found["V"][:r], Vh[:r]) > 0.95

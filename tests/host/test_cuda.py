@@ -7,8 +7,9 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from inlay import InlayConfig, methods
+from inlay.host.config import InlayConfig
 from inlay.methods import METHODS
+from inlay.methods.dota import DoTA
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -102,7 +103,7 @@ def test_the_kernel_changes_nothing(llama, ids, monkeypatch):
         torch.manual_seed(0)
         found.append(
             losses(
-                get_peft_model(copy.deepcopy(llama), InlayConfig(method=methods.DoTA(bond=8), target_modules=LINEARS)),
+                get_peft_model(copy.deepcopy(llama), InlayConfig(method=DoTA(bond=8), target_modules=LINEARS)),
                 ids,
             )
         )

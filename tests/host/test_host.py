@@ -18,9 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from inlay import InlayConfig, methods
+from inlay import methods
+from inlay.host.config import InlayConfig
 from inlay.host.layer import PREFIX, START, InlayLinear
 from inlay.method import Method
+from inlay.methods.lora import LoRA
+from inlay.methods.milora import MiLoRA
 
 NAMES = [m.name for m in methods.METHODS if not m.needs]
 FIRST = ("lora", "pissa", "milora", "lamda", "dota", "bone", "bat", "bat_col")  # on the real model in the fast suite
@@ -112,11 +115,11 @@ def test_get_peft_model_and_from_pretrained(name, llama_original, tmp_path):
 
 def test_the_two_spellings_of_a_config_are_the_same():
     by_name = InlayConfig(method="lora", args={"r": 4, "alpha": 8.0, "dropout": 0.1}, target_modules=["q_proj"])
-    by_instance = InlayConfig(method=methods.LoRA(r=4, alpha=8.0, dropout=0.1), target_modules=["q_proj"])
+    by_instance = InlayConfig(method=LoRA(r=4, alpha=8.0, dropout=0.1), target_modules=["q_proj"])
     assert by_name.to_dict() == by_instance.to_dict()
-    assert by_name.build() == methods.LoRA(r=4, alpha=8.0, dropout=0.1)
+    assert by_name.build() == LoRA(r=4, alpha=8.0, dropout=0.1)
     with pytest.raises(ValueError, match="not in both"):
-        InlayConfig(method=methods.LoRA(r=4), args={"alpha": 2}, target_modules=["q_proj"])
+        InlayConfig(method=LoRA(r=4), args={"alpha": 2}, target_modules=["q_proj"])
     with pytest.raises(ValueError, match="given twice"):
         InlayConfig(method="lora", args={"scale": 2.0}, scale=3.0, target_modules=["q_proj"])
 
@@ -364,10 +367,10 @@ def test_patterns_give_modules_their_own_hyperparameters(llama, tmp_path):
     patterns = {r"layers\.1\.self_attn\.q_proj": {"r": 2}, "q_proj": {"r": 4, "scale": 0.5}, "mlp.*": {"dropout": 0.1}}
     model = get_peft_model(llama, config("lora", LINEARS, patterns=patterns))
     found = {n.split("layers.")[-1]: layer.cuts["default"].method for n, layer in layers_of(model).items()}
-    assert found["0.self_attn.q_proj"] == methods.LoRA(r=4, scale=0.5)
-    assert found["1.self_attn.q_proj"] == methods.LoRA(r=2)
-    assert found["0.self_attn.k_proj"] == methods.LoRA(r=8)
-    assert found["1.mlp.up_proj"] == methods.LoRA(r=8, dropout=0.1)
+    assert found["0.self_attn.q_proj"] == LoRA(r=4, scale=0.5)
+    assert found["1.self_attn.q_proj"] == LoRA(r=2)
+    assert found["0.self_attn.k_proj"] == LoRA(r=8)
+    assert found["1.mlp.up_proj"] == LoRA(r=8, dropout=0.1)
     wander(model)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(base, tmp_path)
@@ -510,7 +513,7 @@ def test_reloading_the_module_changes_nothing():
     code = """
 import importlib, inlay, peft, torch
 member, count = peft.PeftType.INLAY, len(peft.PeftType)
-module = importlib.reload(inlay.host.peft)
+module = importlib.reload(inlay.host.tuner)
 assert peft.PeftType.INLAY is member and len(peft.PeftType) == count
 net = torch.nn.Sequential(torch.nn.Linear(16, 16))
 model = peft.get_peft_model(net, module.InlayConfig(method="bone", args={"r": 8}, target_modules=["0"]))
@@ -523,7 +526,7 @@ print("fine")
 
 def test_a_config_survives_json(tmp_path):
     original = InlayConfig(
-        method=methods.MiLoRA(r=4, side="middle", scale=0.5, dropout=0.1),
+        method=MiLoRA(r=4, side="middle", scale=0.5, dropout=0.1),
         patterns={"k_proj": {"r": 2}},
         target_modules=["q_proj", "k_proj"],
         exclude_modules=["lm_head"],
@@ -539,7 +542,7 @@ def test_a_config_survives_json(tmp_path):
         assert type(loaded) is InlayConfig
         same = {"format_version": None, "inference_mode": None, "peft_version": None, "auto_mapping": None}
         assert {**loaded.to_dict(), **same} == {**original.to_dict(), **same}
-        assert loaded.build("k_proj") == methods.MiLoRA(r=2, side="middle", scale=0.5, dropout=0.1)
+        assert loaded.build("k_proj") == MiLoRA(r=2, side="middle", scale=0.5, dropout=0.1)
 
 
 @every_kind

@@ -13,11 +13,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
-from inlay import InlayConfig, Schedule, methods, step
+from inlay.host.config import InlayConfig
 from inlay.host.layer import PREFIX, InlayLinear
+from inlay.host.schedule import Schedule, step
+from inlay.methods.lamda import LaMDA
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-LAMDA = methods.LaMDA(r=8, stages=4, eta=0.5)
+LAMDA = LaMDA(r=8, stages=4, eta=0.5)
 TOKENS = torch.arange(24).view(2, 12)
 STEPS = 10
 
@@ -58,7 +60,7 @@ def layer(model: nn.Module) -> InlayLinear:
 @pytest.mark.parametrize("eta", [0.3, 1.0])
 def test_the_columns_follow_the_formula(r, stages, eta):
     """k = min(r, floor(r t / eta)), rounded down to a border of the blocks, never falling, complete at eta."""
-    method = methods.LaMDA(r=r, stages=stages, eta=eta)
+    method = LaMDA(r=r, stages=stages, eta=eta)
     p = method.start(torch.empty(128, 96, device="meta"))
     widths = [v.shape[1] for k, v in p.items() if k.startswith("B_")]
     borders = [sum(widths[:i]) for i in range(len(widths) + 1)]
@@ -77,15 +79,15 @@ def test_which_columns_freeze_first():
     W = torch.randn(24, 40)
     U, S, _ = torch.linalg.svd(W)
     for order, names in first.items():
-        method = methods.LaMDA(r=8, stages=4, freeze_order=order)
+        method = LaMDA(r=8, stages=4, freeze_order=order)
         p = method.start(W)
         assert method.schedule(p, 0.3 / 4) == names
         column = p[next(iter(names))][:, 0] if order == "largest" else p[next(iter(names))][:, -1]
         at = (U.T @ column).abs().argmax()
         assert at == (0 if order == "largest" else 7)
         assert S[at] == pytest.approx((S[:8].max() if order == "largest" else S[:8].min()).item())
-    p = methods.LaMDA(r=8, stages=4, init="kaiming").start(W)  # without Σ the order is that of the columns
-    assert methods.LaMDA(r=8, stages=4, init="kaiming", freeze_order="smallest").schedule(p, 0.3 / 4) == {"B_1"}
+    p = LaMDA(r=8, stages=4, init="kaiming").start(W)  # without Σ the order is that of the columns
+    assert LaMDA(r=8, stages=4, init="kaiming", freeze_order="smallest").schedule(p, 0.3 / 4) == {"B_1"}
 
 
 @pytest.mark.parametrize("t", [-0.1, 1.1, float("nan")])
@@ -107,7 +109,7 @@ def test_methods_without_a_schedule_are_left_alone(llama):
 @pytest.mark.parametrize("init", ["svd", "svd_zero", "kaiming"])
 @pytest.mark.parametrize("pieces", [1, 2], ids=["plain", "accumulated"])
 def test_frozen_columns_stay_bit_equal_and_lose_their_state(init, order, pieces, llama):
-    model = adapt(llama, methods.LaMDA(r=8, stages=4, eta=0.5, init=init, freeze_order=order))
+    model = adapt(llama, LaMDA(r=8, stages=4, eta=0.5, init=init, freeze_order=order))
     optimizer, kept, counts = adamw(model), {}, []
     parameters = dict(model.named_parameters())
     start = {k: v.clone() for k, v in blocks(model).items()}

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from inlay import InlayConfig
 from inlay.host import seal
+from inlay.host.config import InlayConfig
 
 IDS = torch.arange(12)[None]
 

@@ -7,8 +7,8 @@ from test_export import ARGS, IDS, adapter, base, dense, product
 from transformers import AutoModelForSeq2SeqLM, T5Config
 
 import inlay
-from inlay import InlayConfig
 from inlay.cli import main
+from inlay.host.config import InlayConfig
 from inlay.methods import METHODS
 
 pytestmark = pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning")

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, T5Config
 
 import inlay
-from inlay import InlayConfig, methods
+from inlay.host.config import InlayConfig
 from inlay.host.layer import InlayLinear
 from inlay.host.place import places
 from inlay.method import Place
+from inlay.methods.lorta import LoRTA
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 FACTORS = {"A", "B", "C_L", "C_M", "C_H"}
@@ -191,7 +192,7 @@ def test_a_state_dict_alone_is_refused(llama):
 
 
 def found(config, **shapes: tuple[int, int]) -> dict[str, Place]:
-    layers = {name: (*shape, methods.LoRTA()) for name, shape in shapes.items()}
+    layers = {name: (*shape, LoRTA()) for name, shape in shapes.items()}
     return {name: place for group in places(layers, config) for name, place in group.items()}
 
 
@@ -213,4 +214,4 @@ def test_places_of_encoder_and_decoder_and_of_layers_that_are_left_out():
 
 def test_a_weight_on_its_own_has_the_place_of_one():
     assert found(None, layer=(24, 40)) == {"layer": Place()}
-    assert methods.LoRTA().place == Place()
+    assert LoRTA().place == Place()

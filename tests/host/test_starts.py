@@ -13,20 +13,24 @@ import torch
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
-from inlay import InlayConfig, cache
-from inlay.host import starts
-from inlay.methods import METHODS, MiLoRA, PiSSA
+from inlay.files import cache
+from inlay.host import compute_starts
+from inlay.host.compute_starts import Job, run_jobs, start_of
+from inlay.host.config import InlayConfig
+from inlay.methods import METHODS
+from inlay.methods.milora import MiLoRA
+from inlay.methods.pissa import PiSSA
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("INLAY_CACHE", str(tmp_path))
-    monkeypatch.setattr(starts, "COSTLY", 0.0)
+    monkeypatch.setattr(compute_starts, "COSTLY", 0.0)
     return tmp_path / "starts"
 
 
 def jobs(method, weights, into):
-    return [starts.Job(method, tuple(W.shape), lambda W=W: W, lambda p: into.append(p)) for W in weights]
+    return [Job(method, tuple(W.shape), lambda W=W: W, lambda p: into.append(p)) for W in weights]
 
 
 def alone(method, W):
@@ -55,7 +59,7 @@ def test_side_by_side_is_one_after_the_other(method, folder, monkeypatch):
     torch.set_num_threads(2)  # so many run at once
     precision = torch.backends.cuda.matmul.fp32_precision
     monkeypatch.setattr(type(method), "start", watched)
-    starts.compute(jobs(method, weights, found))
+    run_jobs(jobs(method, weights, found))
     assert torch.get_num_threads() == 2
     torch.set_num_threads(threads)
     monkeypatch.undo()
@@ -69,7 +73,7 @@ def test_side_by_side_is_one_after_the_other(method, folder, monkeypatch):
 
 
 def test_what_does_not_fit_beside_another_waits(folder, monkeypatch):
-    monkeypatch.setattr(starts.psutil, "virtual_memory", lambda: type("M", (), {"available": 1}))
+    monkeypatch.setattr(compute_starts.psutil, "virtual_memory", lambda: type("M", (), {"available": 1}))
     running, most, real = [], [], PiSSA.start
 
     def watched(self, W, stats=None):
@@ -81,7 +85,7 @@ def test_what_does_not_fit_beside_another_waits(folder, monkeypatch):
 
     monkeypatch.setattr(PiSSA, "start", watched)
     found = []
-    starts.compute(jobs(PiSSA(r=2), [torch.randn(30, 20) for _ in range(4)], found))
+    run_jobs(jobs(PiSSA(r=2), [torch.randn(30, 20) for _ in range(4)], found))
     assert max(most) == 1
     assert len(found) == 4
 
@@ -117,31 +121,31 @@ def test_a_seed_means_the_same_with_any_number_of_threads(llama, folder):
 
 def test_nothing_is_computed_twice(folder, monkeypatch):
     W, method = torch.randn(60, 50), PiSSA(r=3)
-    first = starts.start(method, W)
+    first = start_of(method, W)
     assert len(list(folder.glob("*.safetensors"))) == 1
     monkeypatch.setattr(PiSSA, "start", lambda *a: pytest.fail("computed again"))
-    again = starts.start(method, W.clone())
+    again = start_of(method, W.clone())
     assert list(again) == list(first)
     assert all(torch.equal(again[k], first[k]) for k in first)
     monkeypatch.undo()
     monkeypatch.setenv("INLAY_CACHE", str(folder.parent))
-    monkeypatch.setattr(starts, "COSTLY", 0.0)
+    monkeypatch.setattr(compute_starts, "COSTLY", 0.0)
     for other in (W + 1e-6, W.bfloat16().float()):
-        starts.start(method, other)
-    starts.start(PiSSA(r=4), W)
+        start_of(method, other)
+    start_of(PiSSA(r=4), W)
     assert len(list(folder.glob("*.safetensors"))) == 4
 
 
 def test_what_draws_is_not_kept(folder):
     kind = {m.name: m for m in METHODS}["lora"]
-    assert not torch.equal(*(starts.start(kind(r=2), torch.ones(9, 8))["A"] for _ in range(2)))
+    assert not torch.equal(*(start_of(kind(r=2), torch.ones(9, 8))["A"] for _ in range(2)))
     assert not folder.exists()
 
 
 @pytest.mark.parametrize("damage", ["bit", "cut", "swapped", "empty"])
 def test_a_damaged_entry_is_computed_again(folder, damage):
     W, method = torch.randn(60, 50), PiSSA(r=3)
-    first = starts.start(method, W)
+    first = start_of(method, W)
     (file,) = folder.glob("*.safetensors")
     data = bytearray(file.read_bytes())
     if damage == "bit":
@@ -149,7 +153,7 @@ def test_a_damaged_entry_is_computed_again(folder, damage):
     file.write_bytes({"cut": data[:-9], "empty": b""}.get(damage, data))
     if damage == "swapped":
         save_file({k: v + 1 for k, v in load_file(file).items()}, file)
-    again = starts.start(method, W)
+    again = start_of(method, W)
     assert all(torch.equal(again[k], first[k]) for k in first)
 
 
@@ -163,13 +167,13 @@ def test_a_cache_entry_with_odd_marks_is_none(marks, folder):
 def test_a_cache_that_cannot_be_written_costs_time_only(folder):
     folder.parent.joinpath("starts").write_text("a file where the folder should be")
     with pytest.warns(UserWarning, match="cannot be written"):
-        starts.start(PiSSA(r=3), torch.randn(60, 50))
+        start_of(PiSSA(r=3), torch.randn(60, 50))
 
 
 def test_the_cache_keeps_to_its_size(folder, monkeypatch):
     monkeypatch.setattr(cache, "LIMIT", 20_000)
     for i in range(12):
-        starts.start(PiSSA(r=4), torch.randn(100, 100, generator=torch.Generator().manual_seed(i)))
+        start_of(PiSSA(r=4), torch.randn(100, 100, generator=torch.Generator().manual_seed(i)))
     sizes = [file.stat().st_size for file in folder.glob("*")]
     assert 10_000 < sum(sizes) <= 20_000
 
@@ -199,7 +203,7 @@ def test_what_a_killed_process_left_in_the_cache_goes_in_a_day(folder):
     for name, age in (("old", 2), ("new", 0)):
         (folder / f".{name}.part").touch()
         os.utime(folder / f".{name}.part", (time.time() - age * cache.DAY,) * 2)
-    starts.start(PiSSA(r=3), torch.randn(60, 50))
+    start_of(PiSSA(r=3), torch.randn(60, 50))
     assert [file.name for file in folder.glob(".*")] == [".new.part"]
 
 

@@ -15,15 +15,27 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import inlay
-from inlay import InlayConfig, methods, ops
-from inlay.host.groups import raised
-from inlay.host.queries import spread
+from inlay import methods
+from inlay.host.batched_queries import spread_queries
+from inlay.host.config import InlayConfig
+from inlay.host.lora_plus import raised
 from inlay.method import LowRank
-from inlay.subspace import SubspaceDescent
-from inlay.workbench import optimizers, train
-from inlay.workbench.recipe import Recipe
-from inlay.workbench.watch import Watch
-from inlay.zeroth import ZerothOrder, nearly_square
+from inlay.methods.bat import Bat
+from inlay.methods.bone import Bone
+from inlay.methods.dota import DoTA
+from inlay.methods.lamda import LaMDA
+from inlay.methods.lora import LoRA
+from inlay.methods.lorta import LoRTA
+from inlay.methods.pissa import PiSSA
+from inlay.methods.svfit import SVFit
+from inlay.numerics import ops
+from inlay.numerics.ops import shared
+from inlay.numerics.subspace_descent import SubspaceDescent
+from inlay.numerics.zeroth_order import ZerothOrder, nearly_square
+from inlay.recipe.optimizers import check_shapes, own_optimizer
+from inlay.recipe.recipe import Recipe
+from inlay.training.progress import RunProgress
+from inlay.training.train import train, unfinished
 
 SILENT = Console(quiet=True)
 ROLES = {
@@ -68,7 +80,7 @@ def test_every_trained_symbol_has_the_part_its_equation_gives_it(cls):
 
 
 def test_outer_factors_learn_faster(llama):
-    model = adapt(llama, methods.LoRA(r=4))
+    model = adapt(llama, LoRA(r=4))
     slow, fast = inlay.parameter_groups(model, lr=1e-3, lr_ratio=16)
     assert (slow["lr"], fast["lr"]) == (1e-3, 16e-3)
     names = {p: name for name, p in model.named_parameters()}
@@ -78,7 +90,7 @@ def test_outer_factors_learn_faster(llama):
     torch.optim.AdamW([slow, fast])
 
 
-@pytest.mark.parametrize("method", [methods.Bone(r=4), methods.LaMDA(r=4), methods.DoTA(bond=2)], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", [Bone(r=4), LaMDA(r=4), DoTA(bond=2)], ids=lambda m: m.name)
 @pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning")
 def test_where_there_is_no_pair_a_ratio_is_refused(method, llama):
     with pytest.raises(ValueError, match="trains no such pair"):
@@ -86,7 +98,7 @@ def test_where_there_is_no_pair_a_ratio_is_refused(method, llama):
 
 
 def test_the_trainer_keeps_its_groups_and_splits_their_rates(llama):
-    model = adapt(llama, methods.PiSSA(r=4))
+    model = adapt(llama, PiSSA(r=4))
     trained = [p for p in model.parameters() if p.requires_grad]
     adam = torch.optim.AdamW([{"params": trained[:5], "weight_decay": 0.1}, {"params": trained[5:]}], lr=1e-3)
     adam.param_groups[:] = raised(adam.param_groups, model, 4.0)
@@ -172,7 +184,7 @@ def test_both_sides_drop_the_same_and_a_failure_restores():
 
 
 def test_nothing_is_kept_for_a_backward_pass(llama):
-    model = adapt(llama, methods.PiSSA(r=4)).train()
+    model = adapt(llama, PiSSA(r=4)).train()
     ids, kept = torch.arange(40)[None], []
 
     def loss():
@@ -189,7 +201,7 @@ def test_nothing_is_kept_for_a_backward_pass(llama):
 
 @pytest.mark.parametrize("rank", [None, 2])
 def test_the_loss_falls_without_a_backward_pass(rank, llama):
-    model, ids = adapt(llama, methods.SVFit(r=16)).train(), torch.arange(48).view(2, 24)
+    model, ids = adapt(llama, SVFit(r=16)).train(), torch.arange(48).view(2, 24)
     trained = [p for p in model.parameters() if p.requires_grad]
     sgd, estimator = torch.optim.SGD(trained, lr=1.0), ZerothOrder(queries=4, rank=rank)
     losses = []
@@ -202,7 +214,7 @@ def test_the_loss_falls_without_a_backward_pass(rank, llama):
 
 @pytest.mark.parametrize(
     "method",
-    [methods.PiSSA(r=4), methods.Bat(r=8), methods.LoRTA(r=4), methods.DoTA(bond=2), methods.SVFit(r=4)],
+    [PiSSA(r=4), Bat(r=8), LoRTA(r=4), DoTA(bond=2), SVFit(r=4)],
     ids=lambda m: m.name,
 )
 @pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning")
@@ -217,7 +229,7 @@ def test_queries_in_one_pass_give_what_they_give_one_by_one(method, llama):
     inlay.flat_noise(model, 0.5, sigma=0.1, seed=3)
     own = [p.detach().clone() for p in trained]
     base = model.get_base_model().model.layers[1].mlp.up_proj.base_layer
-    for together in (None, partial(spread, model)):
+    for together in (None, partial(spread_queries, model)):
         calls = []
         hook = base.register_forward_hook(lambda *_, calls=calls: calls.append(0))
         value = ZerothOrder(queries=3, rank=2).estimate(
@@ -236,43 +248,43 @@ def test_queries_in_one_pass_give_what_they_give_one_by_one(method, llama):
 def test_what_one_pass_cannot_do_is_refused(llama_original, gpt2):
     def ask(model):
         trained = [p for p in model.parameters() if p.requires_grad]
-        with spread(model, ZerothOrder(), trained, [p.detach().clone() for p in trained], 0):
+        with spread_queries(model, ZerothOrder(), trained, [p.detach().clone() for p in trained], 0):
             pass
 
     with pytest.raises(ValueError, match="set dropout to 0"):
-        ask(adapt(copy.deepcopy(llama_original), methods.LoRA(r=4, dropout=0.1)))
+        ask(adapt(copy.deepcopy(llama_original), LoRA(r=4, dropout=0.1)))
     with pytest.raises(ValueError, match="set dropout to 0"):
-        ask(adapt(gpt2, methods.LoRA(r=4)))  # whose own is 0.1
+        ask(adapt(gpt2, LoRA(r=4)))  # whose own is 0.1
     with pytest.raises(ValueError, match="also trains something else"):
-        ask(adapt(copy.deepcopy(llama_original), methods.LoRA(r=4), modules_to_save=["lm_head"]))
+        ask(adapt(copy.deepcopy(llama_original), LoRA(r=4), modules_to_save=["lm_head"]))
 
 
 # Optimisers by name
 
 
 def test_muon_and_scion_take_what_they_can(llama):
-    model = adapt(llama, methods.PiSSA(r=4))
+    model = adapt(llama, PiSSA(r=4))
     trained = [p for p in model.parameters() if p.requires_grad]
     for name in ("muon", "scion"):
-        cls, args = optimizers.own(name, 1e-3, {"momentum": 0.5})
+        cls, args = own_optimizer(name, 1e-3, {"momentum": 0.5})
         assert cls([{"params": trained, "weight_decay": 0.0}], **args).param_groups[0]["momentum"] == 0.5
-        optimizers.check_shapes(name, model)
+        check_shapes(name, model)
     assert args["constraint"] is False
     with pytest.raises(ValueError, match="constraint shrinks"):
-        optimizers.own("scion", 1e-3, {"constraint": True})
+        own_optimizer("scion", 1e-3, {"constraint": True})
 
 
 def test_shapes_an_optimizer_would_misread_are_refused(llama, gpt2):
-    blocks, values = adapt(llama, methods.Bat(r=8)), adapt(gpt2, methods.SVFit(r=8))
+    blocks, values = adapt(llama, Bat(r=8)), adapt(gpt2, SVFit(r=8))
     for name, model in (("muon", blocks), ("scion", blocks), ("muon", values)):
         with pytest.raises(ValueError, match=f"{name} is for .*matrices, and .* has shape"):
-            optimizers.check_shapes(name, model)
-    optimizers.check_shapes("scion", values)
+            check_shapes(name, model)
+    check_shapes("scion", values)
 
 
 def test_unconstrained_scion_moves_by_its_rate_and_shrinks_nothing():
     p = nn.Parameter(torch.randn(16, 4))
-    start, (cls, args) = p.detach().clone(), optimizers.own("scion", 0.01, {})
+    start, (cls, args) = p.detach().clone(), own_optimizer("scion", 0.01, {})
     scion = cls([{"params": [p], "weight_decay": 0.0}], **args)
     p.grad = torch.randn(16, 4)
     scion.step()
@@ -377,7 +389,7 @@ def test_what_cannot_be_is_refused(values, says):
 
 def test_a_run_refuses_a_ratio_where_there_is_no_pair(tiny, records, tmp_path):
     with pytest.raises(ValueError, match="trains no such pair"):
-        train.train(made(tiny, records, tmp_path / "run", method="bone", lr_ratio=4), SILENT)
+        train(made(tiny, records, tmp_path / "run", method="bone", lr_ratio=4), SILENT)
     assert not (tmp_path / "run").exists()
 
 
@@ -385,7 +397,7 @@ def test_a_run_refuses_a_ratio_where_there_is_no_pair(tiny, records, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method", [methods.PiSSA(r=4), methods.Bat(r=8), methods.SVFit(r=4)], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", [PiSSA(r=4), Bat(r=8), SVFit(r=4)], ids=lambda m: m.name)
 def test_noise_is_that_of_the_merged_weight_forward_and_backward(method, dtype):
     net = nn.Sequential(nn.Linear(32, 24)).to(dtype)
     model = get_peft_model(net, InlayConfig(method=method, target_modules=["0"])).train()
@@ -399,7 +411,7 @@ def test_noise_is_that_of_the_merged_weight_forward_and_backward(method, dtype):
     merged = layer.base_layer.weight.float() + layer.change("default", layer.base_layer.weight)
     sigma, seed = layer.noise
     torch.testing.assert_close(sigma, 0.1 / math.sqrt(32) * merged.norm(dim=1))
-    E = torch.cat([rows for _, rows in ops.gaussian(sigma.to(dtype), 32, seed)])
+    E = torch.cat([rows for _, rows in ops.gaussian_rows(sigma.to(dtype), 32, seed)])
     y = model(x)
     torch.testing.assert_close(y, plain + x @ E.T)
     (slope,) = torch.autograd.grad(y.float().square().sum() / 2, x, retain_graph=True)
@@ -413,14 +425,14 @@ def test_noise_is_that_of_the_merged_weight_forward_and_backward(method, dtype):
 
 
 def test_noise_has_its_size_and_differs_by_layer_and_step(llama):
-    model = adapt(llama, methods.LoRA(r=4))
+    model = adapt(llama, LoRA(r=4))
     layers = [m for m in model.modules() if hasattr(m, "noise")]
     seeds = set()
     for t in (0.25, 1.0):
         inlay.flat_noise(model, t, sigma=0.05, seed=1)
         seeds |= {layer.noise[1] for layer in layers}
     assert len(seeds) == 2 * len(layers)
-    E = torch.cat([rows for _, rows in ops.gaussian(torch.full((200,), 0.5), 300, 7)])
+    E = torch.cat([rows for _, rows in ops.gaussian_rows(torch.full((200,), 0.5), 300, 7)])
     assert E.std().item() == pytest.approx(0.5, rel=0.02)
     for t, sigma in ((2.0, 0.05), (0.5, -1)):
         with pytest.raises(ValueError, match=r"not the fraction|below 0"):
@@ -429,12 +441,12 @@ def test_noise_has_its_size_and_differs_by_layer_and_step(llama):
 
 def test_strips_of_noise_are_those_of_one_piece(monkeypatch):
     sigma, x = torch.rand(24), torch.randn(3, 5, 40)
-    whole = ops.noise(x, sigma, 5)
-    E = torch.cat([rows for _, rows in ops.gaussian(sigma, 40, 5)])
-    monkeypatch.setattr(ops, "SCRATCH", 320)  # 8 rows
-    assert len(list(ops.gaussian(sigma, 40, 5))) == 3
-    torch.testing.assert_close(torch.cat([rows for _, rows in ops.gaussian(sigma, 40, 5)]), E)
-    torch.testing.assert_close(ops.noise(x, sigma, 5), whole)
+    whole = ops.weight_noise(x, sigma, 5)
+    E = torch.cat([rows for _, rows in ops.gaussian_rows(sigma, 40, 5)])
+    monkeypatch.setattr(shared, "SCRATCH", 320)  # 8 rows
+    assert len(list(ops.gaussian_rows(sigma, 40, 5))) == 3
+    torch.testing.assert_close(torch.cat([rows for _, rows in ops.gaussian_rows(sigma, 40, 5)]), E)
+    torch.testing.assert_close(ops.weight_noise(x, sigma, 5), whole)
 
 
 # Inputs kept in part
@@ -503,7 +515,7 @@ def test_velora_loses_most_of_the_direction_where_parts_have_nothing_in_common()
 @pytest.mark.parametrize(("saver", "share"), [("none", 1.0), ("velora", 0.032), ("wta_crs", 0.31)])
 def test_a_saver_keeps_less(saver, share):
     net = nn.Sequential(nn.Linear(1024, 64))
-    model = get_peft_model(net, InlayConfig(method=methods.LoRA(r=2), target_modules=["0"], saver=saver)).train()
+    model = get_peft_model(net, InlayConfig(method=LoRA(r=2), target_modules=["0"], saver=saver)).train()
     own = {p.data_ptr() for p in model.parameters()}
     kept = {}
     x = torch.randn(500, 1024)
@@ -522,7 +534,7 @@ def trained_after_a_step(model, x):
 
 @pytest.mark.parametrize(
     ("method", "says"),
-    [(methods.Bone(r=4), "keeps no x"), (methods.DoTA(bond=2), "keeps no x"), (methods.LoRA(r=4, dropout=0.1), "to 0")],
+    [(Bone(r=4), "keeps no x"), (DoTA(bond=2), "keeps no x"), (LoRA(r=4, dropout=0.1), "to 0")],
     ids=["bone", "dota", "dropout"],
 )
 def test_a_saver_where_there_is_nothing_to_save_is_refused(method, says, llama):
@@ -564,7 +576,7 @@ def test_a_saver_where_there_is_nothing_to_save_is_refused(method, says, llama):
 )
 def test_a_stopped_run_ends_as_one_left_alone(more, tiny, records, tmp_path, monkeypatch):
     values = {"steps": 4, "batch_size": 1, "eval_size": 1, "save_every": 1, **more}
-    whole = train.train(made(tiny, records, tmp_path / "whole", **values), SILENT)
+    whole = train(made(tiny, records, tmp_path / "whole", **values), SILENT)
     if more.get("step") == "subzero":
         assert whole.history[1]["grad_norm"] > 1.0  # which is not clipped
 
@@ -573,10 +585,10 @@ def test_a_stopped_run_ends_as_one_left_alone(more, tiny, records, tmp_path, mon
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Watch, "on_step_begin", stop, raising=False)
+        patch.setattr(RunProgress, "on_step_begin", stop, raising=False)
         with pytest.raises(KeyboardInterrupt):
-            train.train(made(tiny, records, tmp_path / "cut", **values), SILENT)
-    train.train(train.unfinished(tmp_path / "cut", {}), SILENT, resume=True)
+            train(made(tiny, records, tmp_path / "cut", **values), SILENT)
+    train(unfinished(tmp_path / "cut", {}), SILENT, resume=True)
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 
 
@@ -586,23 +598,23 @@ def test_galore_trains_the_model_itself_and_goes_on(tiny, records, tmp_path, mon
     pytest.importorskip("galore_torch")
     values = {"steps": 3, "batch_size": 1, "eval_size": 1, "save_every": 1, "method": "full"}
     values |= {"optimizer": "galore_adamw", "optimizer_args": {"rank": 4, "update_proj_gap": 2}}
-    whole = train.train(made(tiny, records, tmp_path / "whole", **values), SILENT)
+    whole = train(made(tiny, records, tmp_path / "whole", **values), SILENT)
 
     def stop(self, args, state, control, **kwargs):
         if state.global_step == 2:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Watch, "on_step_begin", stop, raising=False)
+        patch.setattr(RunProgress, "on_step_begin", stop, raising=False)
         with pytest.raises(KeyboardInterrupt):
-            train.train(made(tiny, records, tmp_path / "cut", **values), SILENT)
-    again = train.train(train.unfinished(tmp_path / "cut", {}), SILENT, resume=True)
+            train(made(tiny, records, tmp_path / "cut", **values), SILENT)
+    again = train(unfinished(tmp_path / "cut", {}), SILENT, resume=True)
     assert again.after == whole.after
 
 
 @pytest.mark.parametrize(("saver", "sigma"), [("velora", 0.0), ("wta_crs", 0.0), ("none", 0.1)])
 def test_gradient_checkpointing_changes_nothing(saver, sigma, llama):
-    model = adapt(llama, methods.PiSSA(r=4), saver=saver).train()
+    model = adapt(llama, PiSSA(r=4), saver=saver).train()
     inlay.flat_noise(model, 0.5, sigma)
     found = []
     for checkpointing in (False, True):

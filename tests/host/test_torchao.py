@@ -5,7 +5,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, TorchAoConfig
 
-from inlay import InlayConfig
+from inlay.host.config import InlayConfig
 from inlay.methods import METHODS
 
 quantization = pytest.importorskip("torchao.quantization")

@@ -5,11 +5,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from inlay.cli import main
-from inlay.workbench import joint
+from inlay.inspection.joint_factors import joint_groups
 
 
 def test_the_shares_are_those_of_a_dense_svd(tiny):
-    found = joint.joint(tiny)
+    found = joint_groups(tiny)
     names = [tuple(name.removeprefix("model.layers.") for name in group.modules) for group in found]
     assert names == [
         group

@@ -8,18 +8,27 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from helpers import fails
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
-from test_workbench import fails
 from transformers import AutoModelForCausalLM
 
 import inlay
-from inlay import InlayConfig
 from inlay.cli import main
+from inlay.files import cache
+from inlay.host.config import InlayConfig
+from inlay.inspection import ranks, singular_values
+from inlay.inspection.inspect_model import suggestion
+from inlay.inspection.noise_edge import edge, marchenko_pastur_median, signal
+from inlay.inspection.ranks import Inspection, Weight, inspection, patterns
+from inlay.inspection.singular_values import all_singular_values, kept_spectrum, target_weights, weight_spectra
+from inlay.inspection.spectra_plots import draw_spectra
 from inlay.methods import METHODS
-from inlay.workbench import edge, fingerprint, inspect, memory, plots, ranks, recipe, spectra
-from inlay.workbench.recipe import Recipe
-from inlay.workbench.weights import Weights
+from inlay.models.meta import count_parameters
+from inlay.models.stored_weights import Weights
+from inlay.recipe.reading import load_recipe
+from inlay.recipe.recipe import Recipe
+from inlay.training.allocate_ranks import settle_ranks
 
 ALL = InlayConfig(method="lora", args={"r": 8}, target_modules="all-linear")
 
@@ -34,8 +43,8 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture
 def computed(monkeypatch):
     """The shapes of weights whose singular values are computed from now on."""
-    shapes, real = [], spectra.singular_values
-    monkeypatch.setattr(spectra, "singular_values", lambda W: (shapes.append(tuple(W.shape)), real(W))[1])
+    shapes, real = [], all_singular_values
+    monkeypatch.setattr(singular_values, "all_singular_values", lambda W: (shapes.append(tuple(W.shape)), real(W))[1])
     return shapes
 
 
@@ -63,38 +72,31 @@ def uneven(tiny, tmp_path_factory) -> str:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.float8_e4m3fn])
 def test_a_fingerprint_sees_every_bit_the_dtype_and_the_shape(dtype):
     W = torch.arange(24.0).reshape(4, 6).to(dtype)
-    mark = fingerprint.of_tensor(W)
+    mark = cache.fingerprint(W)
     assert re.fullmatch("[0-9a-f]{64}", mark)
-    assert fingerprint.of_tensor(W.clone()) == mark
-    assert fingerprint.of_tensor(W.reshape(6, 4)) != mark
+    assert cache.fingerprint(W.clone()) == mark
+    assert cache.fingerprint(W.reshape(6, 4)) != mark
     flipped = W.clone()
     flipped.view(torch.uint8).view(-1)[-1] ^= 1
-    assert fingerprint.of_tensor(flipped) != mark
+    assert cache.fingerprint(flipped) != mark
     other = torch.int8 if dtype == torch.uint8 else torch.uint8
     same_bytes = torch.zeros_like(W).view(torch.uint8).view(other)
-    assert fingerprint.of_tensor(torch.zeros_like(W).view(torch.uint8).view(other)) == fingerprint.of_tensor(same_bytes)
-    assert fingerprint.of_tensor(same_bytes) != fingerprint.of_tensor(torch.zeros_like(W))
+    assert cache.fingerprint(torch.zeros_like(W).view(torch.uint8).view(other)) == cache.fingerprint(same_bytes)
+    assert cache.fingerprint(same_bytes) != cache.fingerprint(torch.zeros_like(W))
 
 
 def test_a_fingerprint_is_of_the_content_not_of_where_it_lies(monkeypatch):
     W = torch.randn(40, 30)
-    assert fingerprint.of_tensor(W.T) == fingerprint.of_tensor(W.T.contiguous())
-    assert fingerprint.of_tensor(torch.nn.Parameter(W)) == fingerprint.of_tensor(W)
-    assert fingerprint.of_tensor(torch.randn(80, 60)[::2, ::2].copy_(W)) == fingerprint.of_tensor(W)
-    whole = fingerprint.of_tensor(W)
-    monkeypatch.setattr("inlay.cache.CHUNK", 64)
-    assert fingerprint.of_tensor(W) == whole
-    assert fingerprint.of_tensor(torch.tensor(1.0)) != fingerprint.of_tensor(torch.tensor([1.0]))
-    assert fingerprint.of_tensor(torch.zeros(0)) != fingerprint.of_tensor(torch.zeros(0, 1))
+    assert cache.fingerprint(W.T) == cache.fingerprint(W.T.contiguous())
+    assert cache.fingerprint(torch.nn.Parameter(W)) == cache.fingerprint(W)
+    assert cache.fingerprint(torch.randn(80, 60)[::2, ::2].copy_(W)) == cache.fingerprint(W)
+    whole = cache.fingerprint(W)
+    monkeypatch.setattr("inlay.files.cache.CHUNK", 64)
+    assert cache.fingerprint(W) == whole
+    assert cache.fingerprint(torch.tensor(1.0)) != cache.fingerprint(torch.tensor([1.0]))
+    assert cache.fingerprint(torch.zeros(0)) != cache.fingerprint(torch.zeros(0, 1))
     with pytest.raises(ValueError, match="meta tensor"):
-        fingerprint.of_tensor(torch.empty(2, device="meta"))
-
-
-def test_the_fingerprints_of_a_model(tiny):
-    marks = fingerprint.of_model(tiny)
-    stored = load_file(f"{tiny}/model.safetensors")
-    assert marks == fingerprint.of_tensors(stored.items())
-    assert list(marks) == sorted(stored)
+        cache.fingerprint(torch.empty(2, device="meta"))
 
 
 # -- spectra ----------------------------------------------------------------------------------------------------------
@@ -103,7 +105,7 @@ def test_the_fingerprints_of_a_model(tiny):
 @pytest.mark.parametrize("name", ["self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj", "mlp.up_proj"])
 def test_spectra_of_real_weights_are_those_of_a_float64_svd(name):
     W = Weights("builtin").read(f"model.layers.7.{name}.weight")
-    S, expected = spectra.singular_values(W), torch.linalg.svdvals(W.double())
+    S, expected = all_singular_values(W), torch.linalg.svdvals(W.double())
     assert S.dtype == torch.float32
     torch.testing.assert_close(S.double(), expected, rtol=1e-5, atol=1e-8 * expected[0].item())
     assert (S[1:] <= S[:-1]).all()
@@ -113,66 +115,66 @@ def test_spectra_of_odd_weights():
     U, V = torch.linalg.qr(torch.randn(40, 20))[0], torch.linalg.qr(torch.randn(30, 20))[0]
     S = torch.logspace(0, -6, 20)
     W = U.double() * S.double() @ V.double().T
-    torch.testing.assert_close(spectra.singular_values(W)[:20], S, rtol=1e-3, atol=1e-8)
-    assert spectra.singular_values(W)[20:].max() < 1e-7
-    assert spectra.singular_values(torch.zeros(3, 5)).tolist() == [0, 0, 0]
-    assert spectra.singular_values(torch.full((2, 2), 1e30))[0].item() == pytest.approx(2e30)
-    assert spectra.singular_values(torch.full((2, 2), 1e-30))[0].item() == pytest.approx(2e-30)
+    torch.testing.assert_close(all_singular_values(W)[:20], S, rtol=1e-3, atol=1e-8)
+    assert all_singular_values(W)[20:].max() < 1e-7
+    assert all_singular_values(torch.zeros(3, 5)).tolist() == [0, 0, 0]
+    assert all_singular_values(torch.full((2, 2), 1e30))[0].item() == pytest.approx(2e30)
+    assert all_singular_values(torch.full((2, 2), 1e-30))[0].item() == pytest.approx(2e-30)
     half = torch.randn(8, 8).bfloat16()
-    torch.testing.assert_close(spectra.singular_values(half), torch.linalg.svdvals(half.float()))
+    torch.testing.assert_close(all_singular_values(half), torch.linalg.svdvals(half.float()))
     with pytest.raises(ValueError, match="NaN or Inf"):
-        spectra.singular_values(torch.tensor([[1.0, float("nan")]]))
+        all_singular_values(torch.tensor([[1.0, float("nan")]]))
 
 
 def test_threads_are_given_back():
     before = torch.get_num_threads()
-    spectra.singular_values(torch.randn(4, 4))
+    all_singular_values(torch.randn(4, 4))
     assert torch.get_num_threads() == before
 
 
 def test_the_targets_are_those_that_an_adapter_gets(tiny):
     config = InlayConfig(method="lora", args={"r": 2}, target_modules=["q_proj", "down_proj"], layers_to_transform=[1])
-    shapes = spectra.targets(tiny, config)
+    shapes = target_weights(tiny, config)
     assert shapes == {"model.layers.1.self_attn.q_proj": (64, 64), "model.layers.1.mlp.down_proj": (64, 128)}
-    assert len(spectra.targets(tiny, ALL)) == 14
+    assert len(target_weights(tiny, ALL)) == 14
 
 
 def test_gpt2_stores_its_weights_transposed(gpt2, tmp_path):
     gpt2.save_pretrained(tmp_path / "gpt2")
     config = InlayConfig(method="lora", args={"r": 2}, target_modules=["c_attn"])
-    shapes = spectra.targets(str(tmp_path / "gpt2"), config)
+    shapes = target_weights(str(tmp_path / "gpt2"), config)
     assert set(shapes.values()) == {(192, 64)}
-    found = spectra.spectra(str(tmp_path / "gpt2"), shapes)
+    found = weight_spectra(str(tmp_path / "gpt2"), shapes)
     expected = torch.linalg.svdvals(gpt2.transformer.h[0].attn.c_attn.weight.detach())
     torch.testing.assert_close(found["transformer.h.0.attn.c_attn"], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_second_time_nothing_is_computed(tiny, folder, computed):
-    shapes = spectra.targets(tiny, ALL)
-    first = spectra.spectra(tiny, shapes)
+    shapes = target_weights(tiny, ALL)
+    first = weight_spectra(tiny, shapes)
     assert len(computed) == len(shapes) == len(list(folder.iterdir()))
     assert {path.suffix for path in folder.iterdir()} == {".safetensors"}
     computed.clear()
-    second = spectra.spectra(tiny, shapes)
+    second = weight_spectra(tiny, shapes)
     assert computed == []
     assert all(torch.equal(first[name], second[name]) for name in shapes)
 
 
 def test_models_share_what_they_have_in_common(tiny, folder, computed, tmp_path):
-    shapes = spectra.targets(tiny, ALL)
-    spectra.spectra(tiny, shapes)
+    shapes = target_weights(tiny, ALL)
+    weight_spectra(tiny, shapes)
     computed.clear()
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1
     model.save_pretrained(tmp_path / "other")
-    spectra.spectra(str(tmp_path / "other"), shapes)
+    weight_spectra(str(tmp_path / "other"), shapes)
     assert computed == [(128, 64)]
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "bit", "other", "unmarked"])
 def test_a_damaged_entry_is_made_again(folder, computed, damage):
     W = torch.randn(6, 9)
-    S = spectra.kept(W)
+    S = kept_spectrum(W)
     (path,) = folder.iterdir()
     whole = path.read_bytes()
     if damage == "other":
@@ -183,7 +185,7 @@ def test_a_damaged_entry_is_made_again(folder, computed, damage):
         bit = whole[:-1] + bytes([whole[-1] ^ 1])
         path.write_bytes({"cut": whole[:-8], "empty": b"", "bit": bit}[damage])
     computed.clear()
-    assert torch.equal(spectra.kept(W), S)
+    assert torch.equal(kept_spectrum(W), S)
     assert computed == [(6, 9)]
     assert path.read_bytes() == whole
 
@@ -193,26 +195,26 @@ def test_a_cache_that_cannot_be_written_costs_time_only(tmp_path, monkeypatch):
     monkeypatch.setenv("INLAY_CACHE", str(tmp_path / "file"))
     W = torch.randn(6, 9)
     with pytest.warns(UserWarning, match="cannot be written .*name another folder in INLAY_CACHE"):
-        S = spectra.kept(W)
+        S = kept_spectrum(W)
     torch.testing.assert_close(S, torch.linalg.svdvals(W))
 
 
 def test_a_weight_that_cannot_be_read_is_named(tiny, llama, tmp_path):
-    shapes = spectra.targets(tiny, ALL)
+    shapes = target_weights(tiny, ALL)
     with pytest.raises(ValueError, match=r"stores no tensor lm_head\.weight \(tied to another"):
-        spectra.spectra(tiny, {"lm_head": (10, 64)})
+        weight_spectra(tiny, {"lm_head": (10, 64)})
     name = "model.layers.0.mlp.up_proj"
     with pytest.raises(ValueError, match=rf"{name} is stored as \(128, 64\), not as \(7, 7\)"):
-        spectra.spectra(tiny, {name: (7, 7)})
+        weight_spectra(tiny, {name: (7, 7)})
     llama.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.inf
     llama.save_pretrained(tmp_path / "inf")
     with pytest.raises(ValueError, match=f"the weight of {name} holds NaN or Inf; repair it"):
-        spectra.spectra(str(tmp_path / "inf"), spectra.targets(str(tmp_path / "inf"), ALL))
+        weight_spectra(str(tmp_path / "inf"), target_weights(str(tmp_path / "inf"), ALL))
     tensors = load_file(f"{tiny}/model.safetensors")
     tensors[f"{name}.weight"] = tensors[f"{name}.weight"].to(torch.uint8)
     save_file(tensors, tmp_path / "inf" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=f"{name} is stored quantised"):
-        spectra.spectra(str(tmp_path / "inf"), {name: shapes[name]})
+        weight_spectra(str(tmp_path / "inf"), {name: shapes[name]})
 
 
 # -- the noise edge ---------------------------------------------------------------------------------------------------
@@ -221,7 +223,7 @@ def test_a_weight_that_cannot_be_read_is_named(tiny, llama, tmp_path):
 @pytest.mark.parametrize("beta", [0.05, 0.25, 0.5, 0.75, 1.0])
 def test_the_median_of_noise_is_gavishs_and_donohos(beta):
     """Their table of ω = λ* / √μ by its published fit, good to 0.02; and the median of noise that is drawn."""
-    median = edge.marchenko_pastur_median(beta)
+    median = marchenko_pastur_median(beta)
     best = math.sqrt(2 * (beta + 1) + 8 * beta / (beta + 1 + math.sqrt(beta**2 + 14 * beta + 1)))
     assert best / math.sqrt(median) == pytest.approx(0.56 * beta**3 - 0.95 * beta**2 + 1.82 * beta + 1.43, abs=0.02)
     S = torch.linalg.svdvals(torch.randn(int(400 * beta), 400))
@@ -236,10 +238,10 @@ def test_the_edge_counts_what_was_planted(shape):
     planted = noise + U * torch.linspace(6, 9, 7) @ V.T
     for factor in (1.0, 1e4):
         S = torch.linalg.svdvals(factor * planted)
-        assert edge.edge(S, shape) == pytest.approx(factor * 0.1 * sum(math.sqrt(side) for side in shape), rel=0.03)
-        assert edge.signal(S, shape) == 7
-    assert edge.signal(torch.linalg.svdvals(noise), shape) <= 1
-    assert edge.signal(torch.zeros(200), (200, 600)) == 0
+        assert edge(S, shape) == pytest.approx(factor * 0.1 * sum(math.sqrt(side) for side in shape), rel=0.03)
+        assert signal(S, shape) == 7
+    assert signal(torch.linalg.svdvals(noise), shape) <= 1
+    assert signal(torch.zeros(200), (200, 600)) == 0
 
 
 def test_a_side_is_suggested_by_what_stands_out_of_noise():
@@ -250,8 +252,8 @@ def test_a_side_is_suggested_by_what_stands_out_of_noise():
         for i in range(3):
             U, V = (torch.linalg.qr(torch.randn(80, 40)).Q[:, :planted] for _ in range(2))
             S = torch.linalg.svdvals(torch.randn(80, 80) + 40 * U @ V.T)
-            weights[f"l.{i}.q"] = ranks.Weight((80, 80), S, r, 1, 1)
-        return inspect.suggestion(ranks.Inspection("m", "lora", r, "flat", weights))
+            weights[f"l.{i}.q"] = Weight((80, 80), S, r, 1, 1)
+        return suggestion(Inspection("m", "lora", r, "flat", weights))
 
     few = found(3, 16)
     assert (few.method, few.side, few.r) == ("pissa", "principal", 3)
@@ -267,30 +269,30 @@ def test_a_side_is_suggested_by_what_stands_out_of_noise():
 
 def test_patterns_give_every_module_its_rank_and_no_other():
     wanted = {"a.0.q": 4, "a.1.q": 4, "a.10.q": 8, "b.a.0.q": 2, "q": 16, "a.0.x+y": 6, "a.2.e.3.q": 3, "0": 5, "1": 7}
-    config = InlayConfig(method="lora", args={"r": 1}, patterns=ranks.patterns(wanted), target_modules=["q"])
+    config = InlayConfig(method="lora", args={"r": 1}, patterns=patterns(wanted), target_modules=["q"])
     assert {name: config.build(name).r for name in wanted} == wanted
     assert config.build("c.a.0.q").r == 1
-    assert list(ranks.patterns({"a.0.q": 4, "a.1.q": 4}).items()) == [(r"^a\.(0|1)\.q", {"r": 4})]
+    assert list(patterns({"a.0.q": 4, "a.1.q": 4}).items()) == [(r"^a\.(0|1)\.q", {"r": 4})]
 
 
 @pytest.mark.parametrize("method", [m.name for m in METHODS if m.name not in ("dota", "randlora", "lorta", "smt")])
 @pytest.mark.parametrize("direction", ["flat", "peaked"])
 def test_every_method_with_an_r_stays_within_its_budget(uneven, method, direction):
     config = InlayConfig(method=method, args={"r": 8}, target_modules="all-linear")
-    found = ranks.inspection(uneven, config, direction)
+    found = inspection(uneven, config, direction)
     # Bat's next block size is 16, which two layers cannot pay for; then the ranks are those of the budget.
     assert len(set(found.ranks.values())) > 1 or (method.startswith("bat") and set(found.ranks.values()) == {8})
     for of in found.kinds.values():
         assert sum(w.numbers for w in of.values()) <= sum(w.uniform for w in of.values())
-    config.patterns = ranks.patterns(found.ranks)
-    assert memory.count(uneven, config) == sum(w.numbers for w in found.weights.values())
+    config.patterns = patterns(found.ranks)
+    assert count_parameters(uneven, config) == sum(w.numbers for w in found.weights.values())
 
 
 def test_ranks_are_not_allocated_where_they_save_numbers(uneven):
     """RandLoRA's bases are fewer the wider each is."""
     config = InlayConfig(method="randlora", args={"r": 8}, target_modules="all-linear")
     with pytest.raises(ValueError, match="a smaller r trains more numbers"):
-        ranks.inspection(uneven, config, "flat")
+        inspection(uneven, config, "flat")
 
 
 # -- inspect ----------------------------------------------------------------------------------------------------------
@@ -337,12 +339,12 @@ def test_inspect_a_part_of_a_model(uneven, capsys):
 
 
 def test_pictures_of_a_model_without_layers_and_with_one_value(painted, tmp_path):
-    weight = ranks.Weight((4, 4), torch.zeros(4), 2, 16, 16)
-    found = ranks.Inspection("m", "lora", 2, "flat", {"lm_head": weight})
+    weight = Weight((4, 4), torch.zeros(4), 2, 16, 16)
+    found = Inspection("m", "lora", 2, "flat", {"lm_head": weight})
     experts = {f"l.{i}.experts.{j}.up": weight for i in range(2) for j in range(3)}
     with painted():
-        plots.draw(found, tmp_path / "plots")
-        plots.draw(ranks.Inspection("m", "lora", 2, "flat", {"l.0.q": weight, **experts}), tmp_path / "more")
+        draw_spectra(found, tmp_path / "plots")
+        draw_spectra(Inspection("m", "lora", 2, "flat", {"l.0.q": weight, **experts}), tmp_path / "more")
 
 
 def test_mistakes_in_inspect_are_one_line(uneven, tmp_path, capsys):
@@ -374,8 +376,8 @@ def test_a_recipe_allocates_trains_reloads_and_runs_again(
     assert found.summary() in said.replace("\n", " ")
     model = AutoPeftModelForCausalLM.from_pretrained(str(out / "adapter"))
     assert {cut.module: cut.method.r for m in model.modules() for cut in getattr(m, "cuts", {}).values()} == found.ranks
-    settled = recipe.load(str(out / "recipe.yaml"), {})
-    assert (settled.allocate, settled.patterns) == ("none", ranks.patterns(found.ranks))
+    settled = load_recipe(str(out / "recipe.yaml"), {})
+    assert (settled.allocate, settled.patterns) == ("none", patterns(found.ranks))
     computed.clear()
     main(["train", str(out / "recipe.yaml"), "--output", str(tmp_path / "again")])
     assert computed == []
@@ -405,7 +407,7 @@ def test_mistakes_with_allocate_are_one_line(uneven, records, tmp_path, capsys):
 
 def test_without_allocate_a_recipe_stays_as_it_is(capsys):
     made = Recipe()
-    assert ranks.settle(made, None) is made
+    assert settle_ranks(made, None) is made
 
 
 def test_ranks_are_allocated_before_a_fold(uneven, records, tmp_path, capsys):

@@ -16,9 +16,36 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 import inlay
-from inlay import InlayConfig, linalg, methods, ops
+from inlay import methods
+from inlay.host.config import InlayConfig
 from inlay.host.layer import PREFIX, START, InlayLinear
 from inlay.method import Diagonal, LowRank, Method, Params
+from inlay.methods.bat import Bat
+from inlay.methods.bat_col import BatCol
+from inlay.methods.bone import Bone
+from inlay.methods.deep_lora import DeepLoRA
+from inlay.methods.dota import DoTA
+from inlay.methods.eva import EVA
+from inlay.methods.lamda import LaMDA
+from inlay.methods.loldu import LoLDU
+from inlay.methods.lora import LoRA
+from inlay.methods.lora_ga import LoRAGA
+from inlay.methods.lorta import LoRTA
+from inlay.methods.lq_lora import LQLoRA
+from inlay.methods.milora import MiLoRA
+from inlay.methods.mora import MoRA
+from inlay.methods.mora_rope import MoRARope
+from inlay.methods.olora import OLoRA
+from inlay.methods.peanut import PEANuT
+from inlay.methods.pissa import PiSSA
+from inlay.methods.randlora import RandLoRA
+from inlay.methods.smt import SMT
+from inlay.methods.snell import SNELL
+from inlay.methods.spiel import SpIEL
+from inlay.methods.svfit import SVFit
+from inlay.methods.xgblora import XGBLoRA
+from inlay.numerics import linalg
+from inlay.numerics.ops import shared
 
 
 def low_rank(p: Params, W: Tensor) -> Tensor:
@@ -90,7 +117,7 @@ def mora_rope(p: Params, W: Tensor) -> Tensor:
 def randlora(p: Params, W: Tensor) -> Tensor:
     lam, gamma = p["lambda"], p["gamma"]
     (N, r), kind = lam.shape, (W.dtype, W.device)
-    B, A = linalg.noise(max(W.shape), N * r, 0, *kind), linalg.noise(r, min(W.shape), 1, *kind)
+    B, A = linalg.uniform_noise(max(W.shape), N * r, 0, *kind), linalg.uniform_noise(r, min(W.shape), 1, *kind)
     terms = [B[:, j * r : (j + 1) * r] @ torch.diag(lam[j]) @ A @ torch.diag(gamma[j]) for j in range(N)]
     D = 2 / math.sqrt(N) * sum(terms)
     return D if D.shape == W.shape else D.T
@@ -155,74 +182,74 @@ LAMDA = {"S", "B_1", "B_2", "B_3", "B_4"}
 
 # fmt: off
 CONTRACT = {
-    "lora": Row(methods.LoRA(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank, seeded=True),
-    "pissa": Row(methods.PiSSA(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
-    "milora": Row(methods.MiLoRA(r=8), (40, 24), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
-    "milora middle": Row(methods.MiLoRA(r=8, side="middle"), (24, 24), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
-    "milora random": Row(methods.MiLoRA(r=8, side="random"), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
-    "olora": Row(methods.OLoRA(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
-    "svfit": Row(methods.SVFit(r=8), (40, 24), {"sigma"}, lambda m, n: 8, diagonal),
-    "loldu": Row(methods.LoLDU(r=8), (24, 40), {"z"}, lambda m, n: 8, diagonal),
-    "lamda": Row(methods.LaMDA(r=8, stages=4), (24, 40), LAMDA, lambda m, n: 64 + 8 * m, lamda),
+    "lora": Row(LoRA(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank, seeded=True),
+    "pissa": Row(PiSSA(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
+    "milora": Row(MiLoRA(r=8), (40, 24), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
+    "milora middle": Row(MiLoRA(r=8, side="middle"), (24, 24), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
+    "milora random": Row(MiLoRA(r=8, side="random"), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
+    "olora": Row(OLoRA(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
+    "svfit": Row(SVFit(r=8), (40, 24), {"sigma"}, lambda m, n: 8, diagonal),
+    "loldu": Row(LoLDU(r=8), (24, 40), {"z"}, lambda m, n: 8, diagonal),
+    "lamda": Row(LaMDA(r=8, stages=4), (24, 40), LAMDA, lambda m, n: 64 + 8 * m, lamda),
     "lamda svd_zero": Row(
-        methods.LaMDA(r=8, stages=4, init="svd_zero"), (40, 24), LAMDA, lambda m, n: 64 + 8 * m, lamda
+        LaMDA(r=8, stages=4, init="svd_zero"), (40, 24), LAMDA, lambda m, n: 64 + 8 * m, lamda
     ),
     "lamda kaiming": Row(
-        methods.LaMDA(r=7, stages=4, init="kaiming"), (24, 40), LAMDA, lambda m, n: 49 + 7 * m, lamda, seeded=True
+        LaMDA(r=7, stages=4, init="kaiming"), (24, 40), LAMDA, lambda m, n: 49 + 7 * m, lamda, seeded=True
     ),
-    "bone": Row(methods.Bone(r=8), (24, 40), {"D"}, lambda m, n: 8 * m, bone),
-    "bone short": Row(methods.Bone(r=7), (24, 40), {"D"}, lambda m, n: 7 * m, bone),
-    "bat": Row(methods.Bat(r=8), (24, 40), {"B"}, lambda m, n: 8 * n, bat, lora_exact=False),
-    "bat_col": Row(methods.BatCol(r=8), (24, 40), {"B"}, lambda m, n: 8 * m, bat_col, lora_exact=False),
+    "bone": Row(Bone(r=8), (24, 40), {"D"}, lambda m, n: 8 * m, bone),
+    "bone short": Row(Bone(r=7), (24, 40), {"D"}, lambda m, n: 7 * m, bone),
+    "bat": Row(Bat(r=8), (24, 40), {"B"}, lambda m, n: 8 * n, bat, lora_exact=False),
+    "bat_col": Row(BatCol(r=8), (24, 40), {"B"}, lambda m, n: 8 * m, bat_col, lora_exact=False),
     # 24 = 2 · 4 · 3 and 40 = 2 · 5 · 4; 24 = 4 · 6 and 40 = 5 · 8
     "dota": Row(
-        methods.DoTA(bond=2, cores=3), (24, 40), {"T1", "T2", "T3"},
+        DoTA(bond=2, cores=3), (24, 40), {"T1", "T2", "T3"},
         lambda m, n: 2 * (2 * 2) + 2 * (4 * 5) * 2 + (3 * 4) * 2, mpo, lora_exact=False,
     ),
     "dota random": Row(
-        methods.DoTA(bond=4, cores=2, init="random"), (24, 40), {"T1", "T2"},
+        DoTA(bond=4, cores=2, init="random"), (24, 40), {"T1", "T2"},
         lambda m, n: (4 * 5) * 4 + 4 * (6 * 8), mpo, seeded=True, lora_exact=False,
     ),
     "dota odd": Row(
-        methods.DoTA(bond=3, cores=3, shapes=[[1, 7, 3], [13, 1, 2]]), (21, 26), {"T1", "T2", "T3"},
+        DoTA(bond=3, cores=3, shapes=[[1, 7, 3], [13, 1, 2]]), (21, 26), {"T1", "T2", "T3"},
         lambda m, n: 13 * 3 + 3 * 7 * 3 + 3 * 6, mpo, lora_exact=False,
     ),
     # √((24 + 40) 2) = 11.3 and √((16 + 48) 4) = 16; even: 10, and √((50 + 26) 2) = 12.3
-    "mora": Row(methods.MoRA(r=2), (24, 40), {"M"}, lambda m, n: 11**2, mora, rank=11),
-    "mora even": Row(methods.MoRA(r=4), (16, 48), {"M"}, lambda m, n: 16**2, mora, rank=16),
-    "mora_rope": Row(methods.MoRARope(r=2), (24, 40), {"M"}, lambda m, n: 10**2, mora_rope, lora_exact=False),
-    "mora_rope tiled": Row(methods.MoRARope(r=2), (50, 26), {"M"}, lambda m, n: 12**2, mora_rope, lora_exact=False),
+    "mora": Row(MoRA(r=2), (24, 40), {"M"}, lambda m, n: 11**2, mora, rank=11),
+    "mora even": Row(MoRA(r=4), (16, 48), {"M"}, lambda m, n: 16**2, mora, rank=16),
+    "mora_rope": Row(MoRARope(r=2), (24, 40), {"M"}, lambda m, n: 10**2, mora_rope, lora_exact=False),
+    "mora_rope tiled": Row(MoRARope(r=2), (50, 26), {"M"}, lambda m, n: 12**2, mora_rope, lora_exact=False),
     "randlora": Row(
-        methods.RandLoRA(r=5), (24, 40), {"lambda", "gamma"}, lambda m, n: 5 * (5 + m), randlora, lora_exact=False
+        RandLoRA(r=5), (24, 40), {"lambda", "gamma"}, lambda m, n: 5 * (5 + m), randlora, lora_exact=False
     ),
     "randlora tall": Row(
-        methods.RandLoRA(r=8), (40, 24), {"lambda", "gamma"}, lambda m, n: 3 * (8 + n), randlora, lora_exact=False
+        RandLoRA(r=8), (40, 24), {"lambda", "gamma"}, lambda m, n: 3 * (8 + n), randlora, lora_exact=False
     ),
-    "peanut": Row(methods.PEANuT(r=8), (24, 40), {"A", "B"}, lambda m, n: 16 * m, peanut, seeded=True),
+    "peanut": Row(PEANuT(r=8), (24, 40), {"A", "B"}, lambda m, n: 16 * m, peanut, seeded=True),
     "deep_lora": Row(
-        methods.DeepLoRA(r=8), (24, 40), {"W1", "W2", "W3"}, lambda m, n: 8 * (m + n + 8), deep, seeded=True
+        DeepLoRA(r=8), (24, 40), {"W1", "W2", "W3"}, lambda m, n: 8 * (m + n + 8), deep, seeded=True
     ),
     "snell": Row(
-        methods.SNELL(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), snell, seeded=True, lora_exact=False
+        SNELL(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), snell, seeded=True, lora_exact=False
     ),
     "lorta": Row(
-        methods.LoRTA(r=8), (24, 40), {"A", "B", "C_L", "C_M", "C_H"}, lambda m, n: 8 * (m + n + 3), lorta, seeded=True
+        LoRTA(r=8), (24, 40), {"A", "B", "C_L", "C_M", "C_H"}, lambda m, n: 8 * (m + n + 3), lorta, seeded=True
     ),
     "xgblora": Row(
-        methods.XGBLoRA(r=2, rounds=3), (24, 40), {"A", "B"}, lambda m, n: 2 * (m + n), boosted, seeded=True
+        XGBLoRA(r=2, rounds=3), (24, 40), {"A", "B"}, lambda m, n: 2 * (m + n), boosted, seeded=True
     ),
     "spiel": Row(
-        methods.SpIEL(r=4), (24, 40), {"phi"}, lambda m, n: 4 * (m + n), spiel, seeded=True, lora_exact=False,
+        SpIEL(r=4), (24, 40), {"phi"}, lambda m, n: 4 * (m + n), spiel, seeded=True, lora_exact=False,
         notes=frozenset({"candidates", "g"}),
     ),
     # 24 × 40 in blocks of 8: 15, of which one reads fewer columns than there are, and the default, 8 (24 + 40) / 64
-    "smt": Row(methods.SMT(r=8), (24, 40), {"D"}, lambda m, n: 8 * 64, smt, lora_exact=False),
-    "smt few": Row(methods.SMT(r=8, blocks=4), (24, 40), {"D"}, lambda m, n: 4 * 64, smt, lora_exact=False),
-    "eva": Row(methods.EVA(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
-    "lora_ga": Row(methods.LoRAGA(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
-    "lq_lora": Row(methods.LQLoRA(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
+    "smt": Row(SMT(r=8), (24, 40), {"D"}, lambda m, n: 8 * 64, smt, lora_exact=False),
+    "smt few": Row(SMT(r=8, blocks=4), (24, 40), {"D"}, lambda m, n: 4 * 64, smt, lora_exact=False),
+    "eva": Row(EVA(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
+    "lora_ga": Row(LoRAGA(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
+    "lq_lora": Row(LQLoRA(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
     "lq_lora none": Row(
-        methods.LQLoRA(r=8, weights="none"), (40, 24), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank
+        LQLoRA(r=8, weights="none"), (40, 24), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank
     ),
 }
 # fmt: on
@@ -487,7 +514,7 @@ def test_bat_col_in_many_strips_is_bat_col_in_one(monkeypatch):
     p["B"].requires_grad_()
     results = []
     for scratch in (1 << 20, 8 * row.shape[1] * 2, 1):
-        monkeypatch.setattr(ops, "SCRATCH", scratch)
+        monkeypatch.setattr(shared, "SCRATCH", scratch)
         y = method.apply(p, None, x, Under(W))
         results.append((y, *torch.autograd.grad(y.square().sum(), [x, p["B"]])))
     for other in results[1:]:
@@ -708,9 +735,9 @@ def forbid_decompositions(monkeypatch, cls: type[Method]) -> None:
 
 
 def test_the_guard_against_decompositions_can_fail(llama, monkeypatch):
-    forbid_decompositions(monkeypatch, methods.PiSSA)
+    forbid_decompositions(monkeypatch, PiSSA)
     with pytest.raises(AssertionError, match="decomposed"):
-        adapt(llama, methods.PiSSA(r=8), LINEARS)
+        adapt(llama, PiSSA(r=8), LINEARS)
 
 
 def test_adapters_of_all_methods_share_one_model(llama):
@@ -890,15 +917,15 @@ def test_a_wrong_hyperparameter_is_refused_with_its_value_and_the_choices(name, 
 @pytest.mark.parametrize(
     ("method", "words"),
     [
-        (methods.LoRA(r=25), ["layer", "r=25", "24 × 40", "r <= 24"]),
-        (methods.PiSSA(r=25), ["layer", "r=25", "24 × 40", "r <= 24"]),
-        (methods.MiLoRA(r=25), ["layer", "r=25", "24 × 40", "r <= 24"]),
-        (methods.LaMDA(r=25), ["layer", "r=25", "24 × 40", "r <= 24"]),
-        (methods.Bone(r=41), ["layer", "r=41", "40"]),
-        (methods.Bat(r=5), ["layer", "r=5", "24 × 40", "[1, 2, 4, 8]"]),
-        (methods.BatCol(r=3), ["layer", "r=3", "24 × 40", "[1, 2, 4, 8]"]),
+        (LoRA(r=25), ["layer", "r=25", "24 × 40", "r <= 24"]),
+        (PiSSA(r=25), ["layer", "r=25", "24 × 40", "r <= 24"]),
+        (MiLoRA(r=25), ["layer", "r=25", "24 × 40", "r <= 24"]),
+        (LaMDA(r=25), ["layer", "r=25", "24 × 40", "r <= 24"]),
+        (Bone(r=41), ["layer", "r=41", "40"]),
+        (Bat(r=5), ["layer", "r=5", "24 × 40", "[1, 2, 4, 8]"]),
+        (BatCol(r=3), ["layer", "r=3", "24 × 40", "[1, 2, 4, 8]"]),
         (
-            methods.DoTA(cores=2, shapes=[[4, 6], [5, 9]]),
+            DoTA(cores=2, shapes=[[4, 6], [5, 9]]),
             ["layer", "[5, 9]", "45", "40", "[5, 8]", "{dimension: factors}"],
         ),
     ],
@@ -913,8 +940,8 @@ def test_a_hyperparameter_that_does_not_fit_the_weight_is_refused_by_name(method
 
 
 def test_whole_numbers_are_welcome_where_a_float_is_asked_for():
-    assert methods.LoRA(r=8, alpha=16).s == 2.0
-    assert methods.Bone(scale=2).s == 2.0
+    assert LoRA(r=8, alpha=16).s == 2.0
+    assert Bone(scale=2).s == 2.0
 
 
 def quantised(bits: int, shape: tuple[int, int]) -> nn.Module:
@@ -991,4 +1018,4 @@ def test_an_inference_pass_does_not_change_what_is_read_of_a_quantised_weight(ro
 def test_a_4_bit_weight_that_bitsandbytes_misreads_is_named():
     net = quantised(4, (64, 96))
     with pytest.warns(UserWarning, match="96 is no multiple of its block of 64"):
-        adapt(net, methods.Bone(r=4))
+        adapt(net, Bone(r=4))

@@ -10,10 +10,29 @@ from peft import LoraConfig, MissConfig, PeanutConfig, RandLoraConfig, get_peft_
 from torch import Tensor, nn
 from transformers import DebertaV2Config, DebertaV2Model, LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaModel
 
-from inlay import InlayConfig, linalg, methods, step
+from inlay.host.config import InlayConfig
+from inlay.host.schedule import step
+from inlay.inspection.ranks import inspection
 from inlay.method import Method
-from inlay.ops import Dropout
-from inlay.workbench import ranks
+from inlay.methods.bat import Bat
+from inlay.methods.bat_col import BatCol
+from inlay.methods.bone import Bone
+from inlay.methods.deep_lora import DeepLoRA
+from inlay.methods.dota import DoTA
+from inlay.methods.lamda import LaMDA
+from inlay.methods.loldu import LoLDU
+from inlay.methods.lora import LoRA
+from inlay.methods.milora import MiLoRA
+from inlay.methods.mora import MoRA
+from inlay.methods.mora_rope import MoRARope
+from inlay.methods.olora import OLoRA
+from inlay.methods.peanut import PEANuT
+from inlay.methods.pissa import PiSSA
+from inlay.methods.randlora import RandLoRA
+from inlay.methods.snell import SNELL
+from inlay.methods.svfit import SVFit
+from inlay.numerics import linalg
+from inlay.numerics.ops import Dropout
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -67,7 +86,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize(("out", "inp"), [(24, 40), (40, 24), (24, 44)])
 def test_bone_is_pefts_miss(out, inp):
     D = torch.randn(8, out)
-    mine = one_layer(out, inp, ours(methods.Bone(r=8)))
+    mine = one_layer(out, inp, ours(Bone(r=8)))
     theirs = one_layer(out, inp, MissConfig(r=8, init_weights=True, target_modules=["0"]))
     fill(mine, inlay_D=D)
     fill(theirs, miss_block=D)
@@ -77,7 +96,7 @@ def test_bone_is_pefts_miss(out, inp):
 @pytest.mark.parametrize(("out", "inp"), [(24, 40), (40, 24)])
 def test_bat_col_is_pefts_bat(out, inp):
     B = 0.3 * torch.randn(out // 8, 8, 8)
-    mine = one_layer(out, inp, ours(methods.BatCol(r=8)))
+    mine = one_layer(out, inp, ours(BatCol(r=8)))
     theirs = one_layer(out, inp, MissConfig(r=8, init_weights="bat", target_modules=["0"]))
     fill(mine, inlay_B=B)
     fill(theirs, miss_block=B)
@@ -87,7 +106,7 @@ def test_bat_col_is_pefts_bat(out, inp):
 def test_bat_row_is_not_pefts_bat():
     """The two orientations are different families, even where the shapes agree."""
     B, W = torch.randn(3, 8, 8), torch.randn(24, 24)
-    row, col = (m(r=8).delta({"B": B}, W) for m in (methods.Bat, methods.BatCol))
+    row, col = (m(r=8).delta({"B": B}, W) for m in (Bat, BatCol))
     assert distance(row, col) > 0.1
 
 
@@ -99,7 +118,7 @@ def test_the_free_term_of_bat_col_is_a_bone():
             for p in range(r):
                 D[c, a * r + p] = B[a, p, c]
     W = torch.zeros(24, 40)  # without a weight only the free term is left
-    torch.testing.assert_close(methods.BatCol(r=r).delta({"B": B}, W), methods.Bone(r=r).delta({"D": D}, W))
+    torch.testing.assert_close(BatCol(r=r).delta({"B": B}, W), Bone(r=r).delta({"D": D}, W))
 
 
 def test_the_fast_form_of_bat_never_asks_for_the_weight():
@@ -111,8 +130,8 @@ def test_the_fast_form_of_bat_never_asks_for_the_weight():
 
     W, x = torch.randn(24, 40, dtype=torch.float64), torch.randn(2, 3, 40, dtype=torch.float64, requires_grad=True)
     B = torch.randn(5, 8, 8, dtype=torch.float64, requires_grad=True)
-    fast = methods.Bat(r=8, scale=0.5).apply({"B": B}, None, x, Closed())
-    dense = F.linear(x, W + 0.5 * methods.Bat(r=8).delta({"B": B}, W))
+    fast = Bat(r=8, scale=0.5).apply({"B": B}, None, x, Closed())
+    dense = F.linear(x, W + 0.5 * Bat(r=8).delta({"B": B}, W))
     torch.testing.assert_close(fast, dense, rtol=1e-12, atol=1e-12)
     g = torch.randn_like(fast)
     for a, b in zip(torch.autograd.grad(fast, [x, B], g), torch.autograd.grad(dense, [x, B], g), strict=True):
@@ -122,7 +141,7 @@ def test_the_fast_form_of_bat_never_asks_for_the_weight():
 def test_the_step_of_bone_is_the_root_of_in_over_r():
     """A D of norm 1 is a ΔW of norm √(n/r), and one SGD step goes n/r times as far as through an orthonormal A."""
     r, out, inp = 8, 24, 64
-    bone, D = methods.Bone(r=r), torch.randn(8, 24)
+    bone, D = Bone(r=r), torch.randn(8, 24)
     W, G = torch.randn(out, inp), torch.randn(out, inp)
     assert bone.delta({"D": D}, W).norm() == pytest.approx(math.sqrt(inp / r) * D.norm())
     D = torch.zeros(r, out, requires_grad=True)
@@ -130,7 +149,7 @@ def test_the_step_of_bone_is_the_root_of_in_over_r():
     bone_step = bone.delta({"D": -D.grad}, W)
     A = torch.eye(r).repeat(1, inp // r) / math.sqrt(inp / r)  # the same rows, orthonormal
     B = torch.zeros(out, r, requires_grad=True)
-    (methods.LoRA(r=r).delta({"B": B, "A": A}, W) * G).sum().backward()
+    (LoRA(r=r).delta({"B": B, "A": A}, W) * G).sum().backward()
     torch.testing.assert_close(bone_step, inp / r * (-B.grad @ A))
 
 
@@ -140,7 +159,7 @@ def test_the_step_of_bone_is_the_root_of_in_over_r():
 @pytest.mark.parametrize("alpha", [4, 8, 20.0])
 def test_lora_is_pefts_lora(alpha):
     A, B = torch.randn(8, 40), torch.randn(24, 8)
-    mine = one_layer(24, 40, ours(methods.LoRA(r=8, alpha=alpha)))
+    mine = one_layer(24, 40, ours(LoRA(r=8, alpha=alpha)))
     theirs = one_layer(24, 40, LoraConfig(r=8, lora_alpha=alpha, target_modules=["0"]))
     fill(mine, inlay_A=A, inlay_B=B)
     fill(theirs, lora_A=A, lora_B=B)
@@ -148,7 +167,7 @@ def test_lora_is_pefts_lora(alpha):
 
 
 def test_lora_starts_as_pefts_lora():
-    mine = one_layer(24, 400, ours(methods.LoRA(r=8)))
+    mine = one_layer(24, 400, ours(LoRA(r=8)))
     theirs = one_layer(24, 400, LoraConfig(r=8, target_modules=["0"]))
     for a, b in zip(tensors(mine).values(), tensors(theirs).values(), strict=True):
         assert a.std().item() == pytest.approx(b.std().item(), rel=0.05)
@@ -163,7 +182,7 @@ def test_lora_starts_as_pefts_lora():
 @pytest.mark.parametrize(("out", "inp"), [(48, 80), (80, 48), (64, 64)])
 def test_pissa_starts_from_the_best_approximation(out, inp, scale):
     W = torch.randn(out, inp)
-    method = methods.PiSSA(r=8, scale=scale)
+    method = PiSSA(r=8, scale=scale)
     B, A = low_rank(method, W)
     U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
     assert distance(method.s * B @ A, U[:, :8] * S[:8] @ Vh[:8]) < 1e-5
@@ -175,7 +194,7 @@ def test_pissa_starts_from_the_best_approximation(out, inp, scale):
 @pytest.mark.parametrize(("out", "inp"), [(48, 80), (80, 48), (64, 64)])
 def test_milora_starts_from_the_last_triplets(out, inp, scale):
     W = torch.randn(out, inp)
-    method = methods.MiLoRA(r=8, scale=scale)
+    method = MiLoRA(r=8, scale=scale)
     B, A = low_rank(method, W)
     U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
     assert distance(method.s * B @ A, U[:, -8:] * S[-8:] @ Vh[-8:]) < 1e-3
@@ -187,7 +206,7 @@ def test_milora_starts_from_the_last_triplets(out, inp, scale):
 @pytest.mark.parametrize("side", ["middle", "random"])
 def test_the_ablations_of_milora_take_other_triplets(side):
     W = torch.randn(48, 80)
-    B, A = low_rank(methods.MiLoRA(r=8, side=side), W)
+    B, A = low_rank(MiLoRA(r=8, side=side), W)
     U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
     part = U.T @ B @ A @ Vh.T
     chosen = part.diagonal() > 0.5 * S
@@ -199,7 +218,7 @@ def test_the_ablations_of_milora_take_other_triplets(side):
         assert chosen.nonzero().flatten().tolist() not in ([*range(8)], [*range(20, 28)], [*range(40, 48)])
 
 
-@pytest.mark.parametrize("method", [methods.PiSSA(r=8), methods.MiLoRA(r=8)], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", [PiSSA(r=8), MiLoRA(r=8)], ids=lambda m: m.name)
 def test_the_first_gradient_is_not_zero_on_either_side(method):
     model = one_layer(48, 80, ours(method))
     model(torch.randn(5, 80)).square().sum().backward()
@@ -209,7 +228,7 @@ def test_the_first_gradient_is_not_zero_on_either_side(method):
 def test_milora_moves_less_at_the_start_than_pissa():
     """Its factors carry √σ of the smallest triplets, so the same learning rate does less."""
     norms = []
-    for method in (methods.MiLoRA(r=8), methods.PiSSA(r=8)):
+    for method in (MiLoRA(r=8), PiSSA(r=8)):
         model, x = one_layer(64, 64, ours(method)), torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
         model(x).square().sum().backward()
         norms.append(sum(p.grad.square().sum() for p in tensors(model).values()).sqrt().item())
@@ -221,7 +240,7 @@ def test_milora_of_a_bf16_weight_starts_exactly():
     net = nn.Sequential(nn.Linear(128, 128)).to(torch.bfloat16)
     x = torch.randn(9, 128, dtype=torch.bfloat16)
     before = net(x)
-    assert (get_peft_model(net, ours(methods.MiLoRA(r=16)))(x) - before).abs().max() == 0
+    assert (get_peft_model(net, ours(MiLoRA(r=16)))(x) - before).abs().max() == 0
 
 
 # LaMDA
@@ -231,7 +250,7 @@ def test_milora_of_a_bf16_weight_starts_exactly():
 @pytest.mark.parametrize(("out", "inp"), [(48, 80), (80, 48), (64, 64)])
 def test_lamda_starts_between_the_first_singular_vectors(out, inp, scale):
     W = torch.randn(out, inp)
-    method = methods.LaMDA(r=10, stages=4, scale=scale)
+    method = LaMDA(r=10, stages=4, scale=scale)
     p = {k: v.double() for k, v in method.start(W).items()}
     B, S, A = torch.cat([p[f"B_{i}"] for i in (1, 2, 3, 4)], 1), p["S"], p["A"]
     assert [p[f"B_{i}"].shape[1] for i in (1, 2, 3, 4)] == [3, 3, 2, 2]
@@ -250,7 +269,7 @@ def first_gradients(method: Method) -> dict[str, float]:
 
 
 def test_what_moves_first_in_lamda():
-    svd, zero, kaiming = (first_gradients(methods.LaMDA(r=8, stages=2, init=k)) for k in ("svd", "svd_zero", "kaiming"))
+    svd, zero, kaiming = (first_gradients(LaMDA(r=8, stages=2, init=k)) for k in ("svd", "svd_zero", "kaiming"))
     assert min(svd.values()) > 1e-3
     assert zero["S"] > 1e-3
     assert zero["B_1"] == zero["B_2"] == 0  # B moves only after S has
@@ -259,9 +278,9 @@ def test_what_moves_first_in_lamda():
 
 
 def test_the_published_start_of_lamda():
-    p = methods.LaMDA(r=64, init="kaiming").start(torch.randn(96, 400))
-    assert methods.LaMDA(r=64, init="kaiming").s == 16 / 64
-    assert methods.LaMDA(r=64, init="kaiming", scale=2.0).s == 2.0
+    p = LaMDA(r=64, init="kaiming").start(torch.randn(96, 400))
+    assert LaMDA(r=64, init="kaiming").s == 16 / 64
+    assert LaMDA(r=64, init="kaiming", scale=2.0).s == 2.0
     for k, inp in (("A", 400), ("S", 64)):  # nn.Linear's default: uniform within ±1/√in
         assert p[k].abs().max().item() == pytest.approx(1 / math.sqrt(inp), rel=0.05)
         assert p[k].std().item() == pytest.approx(1 / math.sqrt(3 * inp), rel=0.05)
@@ -270,7 +289,7 @@ def test_the_published_start_of_lamda():
 
 def test_dropout_of_lamda_is_on_the_rank_side():
     """Before the frozen A it would keep a copy of x for the backward pass."""
-    layer = methods.LaMDA(r=8)
+    layer = LaMDA(r=8)
     W = torch.randn(24, 40)
     p = layer.start(W)
 
@@ -293,7 +312,7 @@ def test_the_count_behind_lamdas_17_7():
     """DeBERTa-v3-base, the six linears of twelve layers: LoRA's r = 8 against what LaMDA's r = 32 ends with."""
     targets = ["query_proj", "key_proj", "value_proj", "dense"]
     counts = {}
-    for method in (methods.LoRA(r=8), methods.LaMDA(r=32)):
+    for method in (LoRA(r=8), LaMDA(r=32)):
         with torch.device("meta"):
             net = DebertaV2Model(
                 DebertaV2Config(
@@ -316,7 +335,7 @@ def test_the_count_behind_lamdas_17_7():
 @pytest.mark.parametrize(("out", "inp"), [(24, 40), (40, 24)])
 def test_olora_is_pefts_olora(out, inp):
     """The same factors (PEFT cuts them from the whole QR), and the same layer when they have moved."""
-    mine = one_layer(out, inp, ours(methods.OLoRA(r=8, scale=2.0)))
+    mine = one_layer(out, inp, ours(OLoRA(r=8, scale=2.0)))
     theirs = one_layer(out, inp, LoraConfig(r=8, lora_alpha=16, init_lora_weights="olora", target_modules=["0"]))
     for a, b in zip(tensors(mine).values(), tensors(theirs).values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
@@ -329,7 +348,7 @@ def test_olora_is_pefts_olora(out, inp):
 @pytest.mark.parametrize(("out", "inp"), [(48, 80), (80, 48), (64, 64)])
 def test_olora_starts_from_the_thin_qr(out, inp):
     W = torch.randn(out, inp)
-    B, A = low_rank(methods.OLoRA(r=8), W)
+    B, A = low_rank(OLoRA(r=8), W)
     Q, R = torch.linalg.qr(W.double())
     torch.testing.assert_close(B, Q[:, :8], rtol=0, atol=1e-5)
     torch.testing.assert_close(A, R[:8], rtol=0, atol=1e-4)
@@ -341,7 +360,7 @@ def test_olora_holds_less_of_the_weight_than_pissa():
     U, V = (torch.linalg.qr(torch.randn(96, 96)).Q for _ in range(2))
     W = U / torch.arange(1, 97) @ V
     rest = {}
-    for method in (methods.OLoRA(r=16), methods.PiSSA(r=16)):
+    for method in (OLoRA(r=16), PiSSA(r=16)):
         B, A = low_rank(method, W)
         rest[method.name] = distance(B @ A, W.double())
     assert 1.2 * rest["pissa"] < rest["olora"] < 1
@@ -352,7 +371,7 @@ def test_olora_holds_less_of_the_weight_than_pissa():
 
 def test_svfit_starts_from_the_best_approximation_and_moves_singular_values():
     W = torch.randn(48, 80)
-    method, U, S, Vh = methods.SVFit(r=8), *torch.linalg.svd(W.double(), full_matrices=False)
+    method, U, S, Vh = SVFit(r=8), *torch.linalg.svd(W.double(), full_matrices=False)
     p = {k: v.double() for k, v in method.start(W).items()}
     torch.testing.assert_close(p["sigma"], S[:8], rtol=1e-5, atol=1e-5)
     assert distance(method.delta(p, W), U[:, :8] * S[:8] @ Vh[:8]) < 1e-5
@@ -364,7 +383,7 @@ def test_svfit_starts_from_the_best_approximation_and_moves_singular_values():
 def test_the_count_behind_svfits_sixteen_times():
     """RoBERTa-base, query and value: LoRA's r = 8 against all 768 singular values."""
     counts = {}
-    for method in (methods.LoRA(r=8), methods.SVFit(r=768)):
+    for method in (LoRA(r=8), SVFit(r=768)):
         with torch.device("meta"):
             net = RobertaModel(RobertaConfig())
         counts[method.name] = step(
@@ -382,7 +401,7 @@ def test_loldu_takes_the_first_pivots(out, inp):
     W = torch.randn(out, inp)
     P, L, U = torch.linalg.lu(W.double())
     for r in (5, min(out, inp)):
-        p = {k: v.double() for k, v in methods.LoLDU(r=r).start(W).items()}
+        p = {k: v.double() for k, v in LoLDU(r=r).start(W).items()}
         torch.testing.assert_close(p["B"], (P @ L)[:, :r], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(p["z"], U.diagonal()[:r], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(p["A"], U[:r] / U.diagonal()[:r, None], rtol=1e-3, atol=1e-4)
@@ -392,14 +411,14 @@ def test_loldu_takes_the_first_pivots(out, inp):
 def test_what_loldu_leaves_is_no_residual():
     """The paper speaks of a residual; it is larger than the weight."""
     W = torch.randn(256, 256)
-    p = methods.LoLDU(r=16).start(W)
+    p = LoLDU(r=16).start(W)
     assert (W - p["B"] * p["z"] @ p["A"]).norm() > W.norm()
 
 
 def test_loldu_of_a_weight_whose_first_columns_depend_on_each_other():
     W = torch.randn(24, 40)
     W[:, 2], W[:, 5] = 0, W[:, 1] - W[:, 3]
-    p = methods.LoLDU(r=8).start(W)
+    p = LoLDU(r=8).start(W)
     assert all(v.isfinite().all() and v.abs().max() < 1e3 for v in p.values())
     assert p["z"].abs()[[2, 5]].max() < 1e-5
 
@@ -410,7 +429,7 @@ def test_loldu_of_a_weight_whose_first_columns_depend_on_each_other():
 def test_mora_has_loras_numbers_and_a_higher_rank():
     """4096 × 4096: 256 × 256 for LoRA's r = 8."""
     W = torch.empty(4096, 4096, device="meta")
-    for method in (methods.MoRA(r=8), methods.MoRARope(r=8)):
+    for method in (MoRA(r=8), MoRARope(r=8)):
         M = method.start(W)["M"]
         assert M.shape == (256, 256)
         assert M.numel() == 8 * (4096 + 4096)
@@ -419,13 +438,13 @@ def test_mora_has_loras_numbers_and_a_higher_rank():
 def test_the_rotations_of_mora_tell_equal_blocks_apart():
     """With M = I the output is the input, each block turned: the first by 0, lengths kept, no two alike."""
     block = torch.randn(10, dtype=torch.float64)
-    D = methods.MoRARope(r=2).delta({"M": torch.eye(10, dtype=torch.float64)}, torch.empty(40, 40))
+    D = MoRARope(r=2).delta({"M": torch.eye(10, dtype=torch.float64)}, torch.empty(40, 40))
     y = (D @ block.repeat(4)).view(4, 10)
     torch.testing.assert_close(y[0], block)
     pairs = y.view(4, 2, 5)
     torch.testing.assert_close(pairs.norm(dim=1), pairs[:1].norm(dim=1).expand(4, 5))
     assert torch.pdist(y).min() > 0.1
-    same = methods.MoRA(r=2).delta({"M": torch.eye(10, dtype=torch.float64)}, torch.empty(40, 40)) @ block.repeat(4)
+    same = MoRA(r=2).delta({"M": torch.eye(10, dtype=torch.float64)}, torch.empty(40, 40)) @ block.repeat(4)
     assert torch.pdist(same.view(4, 10)).max() < 1e-12
 
 
@@ -436,11 +455,11 @@ def test_the_rotations_of_mora_tell_equal_blocks_apart():
 def test_randlora_at_pefts_scale_is_pefts_randlora(out, inp):
     """PEFT pairs column i of its flat B with row i of the mixture in the order (rank, basis); and 20 is its scale."""
     r, N, short, long = 5, 5, 24, max(out, inp)
-    mine = one_layer(out, inp, ours(methods.RandLoRA(r=r, scale=10 * math.sqrt(N))))
+    mine = one_layer(out, inp, ours(RandLoRA(r=r, scale=10 * math.sqrt(N))))
     theirs = one_layer(out, inp, RandLoraConfig(r=r, randlora_alpha=20 * r, target_modules=["0"]))
     layer = theirs.base_model.model[0]
-    B = linalg.noise(long, N * r, 0, torch.float32, torch.device("cpu")).view(long, N, r)
-    A = linalg.noise(r, short, 1, torch.float32, torch.device("cpu"))
+    B = linalg.uniform_noise(long, N * r, 0, torch.float32, torch.device("cpu")).view(long, N, r)
+    A = linalg.uniform_noise(r, short, 1, torch.float32, torch.device("cpu"))
     layer.randlora_A["default"] = A[:, None]
     layer.randlora_B["default"] = B.transpose(1, 2).reshape(long, N, r)
     lam, gamma = torch.randn(N, r), torch.randn(N, short)
@@ -458,19 +477,19 @@ def test_randlora_at_pefts_scale_is_pefts_randlora(out, inp):
 
 def test_randlora_starts_as_pefts_and_has_full_rank():
     W = torch.empty(40, 24)
-    p = methods.RandLoRA(r=5).start(W)
+    p = RandLoRA(r=5).start(W)
     assert (p["lambda"] == 0).all()
     assert (p["gamma"] == 1 / 24).all()
     ranks = []
     for k in ("lambda", "gamma"):  # A is one for all j: while the γ_j are alike, so are the rows of the sum
         p[k].normal_()
-        ranks.append(torch.linalg.matrix_rank(methods.RandLoRA(r=5).delta(p, W)).item())
+        ranks.append(torch.linalg.matrix_rank(RandLoRA(r=5).delta(p, W)).item())
     assert ranks == [5, 24]
 
 
 def test_randlora_trains_less_as_its_rank_grows():
     W = torch.empty(4096, 4096, device="meta")
-    counts = [sum(v.numel() for v in methods.RandLoRA(r=r).start(W).values()) for r in (16, 32, 64)]
+    counts = [sum(v.numel() for v in RandLoRA(r=r).start(W).values()) for r in (16, 32, 64)]
     assert counts == [256 * 4112, 128 * 4128, 64 * 4160]
 
 
@@ -483,16 +502,16 @@ def test_the_bases_of_randlora_follow_from_the_seed():
         z = (z ^ z >> 27) * 0x94D049BB133111EB & mask
         words.append((z ^ z >> 31) >> 40)
     wanted = [(2 * w - 0xFFFFFF) / 2**24 * math.sqrt(3) for w in words]
-    assert linalg.noise(2, 3, 3, torch.float64, cpu).flatten().tolist() == pytest.approx(wanted, rel=1e-6)
-    X = linalg.noise(400, 500, 7, torch.float32, cpu)
-    assert X is linalg.noise(400, 500, 7, torch.float32, cpu)
+    assert linalg.uniform_noise(2, 3, 3, torch.float64, cpu).flatten().tolist() == pytest.approx(wanted, rel=1e-6)
+    X = linalg.uniform_noise(400, 500, 7, torch.float32, cpu)
+    assert X is linalg.uniform_noise(400, 500, 7, torch.float32, cpu)
     assert X.mean().abs() < 0.01
     assert X.std().item() == pytest.approx(1, abs=0.01)
     assert X.abs().max().item() == pytest.approx(math.sqrt(3), rel=1e-3)
     assert (X.T @ X / 400 - torch.eye(500)).abs().max() < 0.3  # columns do not know of each other
-    other = linalg.noise(400, 500, 8, torch.float32, cpu)
+    other = linalg.uniform_noise(400, 500, 8, torch.float32, cpu)
     assert (X * other).mean().abs() < 0.01
-    assert torch.equal(linalg.noise(4, 500, 7, torch.bfloat16, cpu), X[:4].bfloat16())
+    assert torch.equal(linalg.uniform_noise(4, 500, 7, torch.bfloat16, cpu), X[:4].bfloat16())
 
 
 # PEANuT
@@ -501,7 +520,7 @@ def test_the_bases_of_randlora_follow_from_the_seed():
 @pytest.mark.parametrize(("out", "inp"), [(24, 40), (40, 24)])
 def test_peanut_is_pefts_peanut(out, inp):
     A, B = torch.randn(out, 8), torch.randn(8, out)
-    mine = one_layer(out, inp, ours(methods.PEANuT(r=8, scale=0.5)))
+    mine = one_layer(out, inp, ours(PEANuT(r=8, scale=0.5)))
     theirs = one_layer(out, inp, PeanutConfig(r=8, depth=0, scaling=0.5, target_modules=["0"]))
     fill(mine, inlay_A=A, inlay_B=B)
     fill(theirs, peanut_A=A.T, peanut_B=B.T)
@@ -536,11 +555,11 @@ def test_half_precision_bases_are_not_kept_in_fp32(name, dropout):
 
 def test_deep_lora_starts_orthogonal_and_small():
     W = torch.empty(24, 40)
-    p = methods.DeepLoRA(r=8).start(W)
+    p = DeepLoRA(r=8).start(W)
     eye = 1e-6 * torch.eye(8)
     for gram in (p["W1"] @ p["W1"].T, p["W2"] @ p["W2"].T, p["W3"].T @ p["W3"]):
         torch.testing.assert_close(gram, eye, rtol=0, atol=1e-11)
-    S = torch.linalg.svdvals(methods.DeepLoRA(r=8).delta(p, W))
+    S = torch.linalg.svdvals(DeepLoRA(r=8).delta(p, W))
     torch.testing.assert_close(S[:8], torch.full((8,), 1e-9), rtol=1e-3, atol=0)
 
 
@@ -548,7 +567,7 @@ def test_deep_lora_finds_a_rank_that_is_below_r():
     """Gradient descent towards a matrix of rank 2, from r = 8: the other six singular values stay where they began."""
     U, V = (torch.linalg.qr(torch.randn(n, 2)).Q for n in (24, 40))
     W, target = torch.empty(24, 40), U * torch.tensor([1.0, 0.5]) @ V.T
-    method = methods.DeepLoRA(r=8, epsilon=0.03)
+    method = DeepLoRA(r=8, epsilon=0.03)
     p = {k: v.requires_grad_() for k, v in method.start(W).items()}
     for _ in range(1000):
         loss = (method.delta(p, W) - target).square().sum()
@@ -562,13 +581,13 @@ def test_deep_lora_finds_a_rank_that_is_below_r():
 
 def test_snell_is_sparse_and_its_kernel_has_full_rank():
     W = torch.empty(48, 80)
-    p = methods.SNELL(r=4).start(W)
+    p = SNELL(r=4).start(W)
     for sparsity in (0.0, 0.5, 0.9, 1.0):
-        D = methods.SNELL(r=4, sparsity=sparsity).delta(p, W)
+        D = SNELL(r=4, sparsity=sparsity).delta(p, W)
         assert (D != 0).sum() == max(1, 48 * 80 - int(sparsity * 48 * 80))
-    K = methods.SNELL(r=4, sparsity=0.0).delta(p, W)
+    K = SNELL(r=4, sparsity=0.0).delta(p, W)
     assert torch.linalg.matrix_rank(K.double()) == 48
-    alive = methods.SNELL(r=4).delta(p, W)
+    alive = SNELL(r=4).delta(p, W)
     assert alive[alive != 0].abs().min() >= K[alive == 0].abs().max()
     assert torch.equal(alive[alive != 0], K[alive != 0])
 
@@ -576,7 +595,7 @@ def test_snell_is_sparse_and_its_kernel_has_full_rank():
 @pytest.mark.slow
 def test_snell_selects_among_more_numbers_than_torch_quantile_takes():
     W = torch.empty(4096, 4097)
-    D = methods.SNELL(r=2).delta(methods.SNELL(r=2).start(W), W)
+    D = SNELL(r=2).delta(SNELL(r=2).start(W), W)
     assert (D != 0).sum() == W.numel() - int(0.9 * W.numel())
 
 
@@ -593,7 +612,7 @@ def spectrum(request, real_model):
 @pytest.mark.parametrize("r", [16, 64])
 def test_pissa_on_a_real_weight(spectrum, r):
     W, U, S, Vh = spectrum
-    B, A = low_rank(methods.PiSSA(r=r), W)
+    B, A = low_rank(PiSSA(r=r), W)
     rest = (W.double() - B @ A).norm()
     assert rest <= S[r:].norm() * (1 + 1e-3)
     assert distance(B @ A, U[:, :r] * S[:r] @ Vh[:r]) < 0.05
@@ -603,7 +622,7 @@ def test_pissa_on_a_real_weight(spectrum, r):
 @pytest.mark.parametrize("r", [16, 64])
 def test_milora_on_a_real_weight(spectrum, r):
     W, U, S, _ = spectrum
-    B, A = low_rank(methods.MiLoRA(r=r), W)
+    B, A = low_rank(MiLoRA(r=r), W)
     assert (B @ A).norm() == pytest.approx(S[-r:].norm().item(), rel=1e-2)
     top = U[:, : max(len(S) // 2, len(S) - 4 * r)]
     assert (top.T @ torch.linalg.qr(B)[0]).abs().max() < 1e-2
@@ -623,28 +642,28 @@ def llama_7b() -> LlamaForCausalLM:
 @pytest.mark.parametrize(
     ("method", "numbers"),
     [
-        (methods.BatCol(r=64), 87_031_808),
-        (methods.Bat(r=64), 72_876_032),
-        (methods.Bone(r=64), 87_031_808),
-        (methods.LoRA(r=64), 159_907_840),
-        (methods.PiSSA(r=128), 319_815_680),
-        (methods.MiLoRA(r=32), 79_953_920),
-        (methods.OLoRA(r=64), 159_907_840),
-        (methods.SVFit(r=1024), 224 * 1024),
-        (methods.LoLDU(r=1024), 224 * 1024),
-        (methods.MoRA(r=8), 32 * (4 * 256**2 + 3 * 348**2)),
-        (methods.RandLoRA(r=32), 224 * 128 * (32 + 4096)),
-        (methods.PEANuT(r=32), 32 * 2 * 32 * (5 * 4096 + 2 * 11008)),
-        (methods.DeepLoRA(r=64), 159_907_840 + 224 * 64 * 64),
-        (methods.LaMDA(r=64), 224 * 64 * 64 + 87_031_808),
-        (methods.DoTA(bond=4), 925_696),
-        (methods.DoTA(bond=8), 3_645_440),
-        (methods.DoTA(bond=16), 14_467_072),
-        (methods.DoTA(bond=32), 49_922_048),
-        (methods.DoTA(cores=3, bond=4), 2_039_808),
-        (methods.DoTA(cores=3, bond=8), 7_241_728),
-        (methods.DoTA(cores=3, bond=16), 27_131_904),
-        (methods.DoTA(cores=3, bond=32), 104_857_600),
+        (BatCol(r=64), 87_031_808),
+        (Bat(r=64), 72_876_032),
+        (Bone(r=64), 87_031_808),
+        (LoRA(r=64), 159_907_840),
+        (PiSSA(r=128), 319_815_680),
+        (MiLoRA(r=32), 79_953_920),
+        (OLoRA(r=64), 159_907_840),
+        (SVFit(r=1024), 224 * 1024),
+        (LoLDU(r=1024), 224 * 1024),
+        (MoRA(r=8), 32 * (4 * 256**2 + 3 * 348**2)),
+        (RandLoRA(r=32), 224 * 128 * (32 + 4096)),
+        (PEANuT(r=32), 32 * 2 * 32 * (5 * 4096 + 2 * 11008)),
+        (DeepLoRA(r=64), 159_907_840 + 224 * 64 * 64),
+        (LaMDA(r=64), 224 * 64 * 64 + 87_031_808),
+        (DoTA(bond=4), 925_696),
+        (DoTA(bond=8), 3_645_440),
+        (DoTA(bond=16), 14_467_072),
+        (DoTA(bond=32), 49_922_048),
+        (DoTA(cores=3, bond=4), 2_039_808),
+        (DoTA(cores=3, bond=8), 7_241_728),
+        (DoTA(cores=3, bond=16), 27_131_904),
+        (DoTA(cores=3, bond=32), 104_857_600),
     ],
     ids=lambda v: v.name if isinstance(v, Method) else "",
 )
@@ -662,6 +681,6 @@ def test_parameters_on_llama_7b(method, numbers):
 def test_types_differ_more_than_layers_in_the_built_in_model():
     """The (lower) medians over all layers of E(32), and why each type of module spends a budget of its own."""
     config = InlayConfig(method="lora", args={"r": 8}, target_modules=["k_proj", "q_proj", "up_proj"])
-    found = ranks.inspection("builtin", config, "flat")
+    found = inspection("builtin", config, "flat")
     medians = {k: statistics.median_low(w.energy(32) for w in of.values()) for k, of in found.kinds.items()}
     assert medians == pytest.approx({"k_proj": 0.495, "q_proj": 0.375, "up_proj": 0.158}, abs=1e-3)

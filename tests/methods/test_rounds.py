@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
-from inlay import InlayConfig, Schedule, methods, step
+from inlay.host.config import InlayConfig
 from inlay.host.layer import PREFIX, InlayLinear
-from inlay.host.schedule import forget
+from inlay.host.schedule import Schedule, forget, step
 from inlay.method import Method, Place
+from inlay.methods.spiel import SpIEL
+from inlay.methods.xgblora import XGBLoRA
 
 TOKENS = torch.arange(24).view(2, 12)
-BOTH = [methods.XGBLoRA(rounds=4), methods.SpIEL(r=2, rounds=2, rate=0.5)]
+BOTH = [XGBLoRA(rounds=4), SpIEL(r=2, rounds=2, rate=0.5)]
 both = pytest.mark.parametrize("method", BOTH, ids=lambda m: m.name)
 
 
@@ -49,7 +51,7 @@ def one_layer(method: Method, out: int = 12, inp: int = 20) -> tuple[PeftModel, 
 
 def test_rounds_are_those_of_a_plain_loop_that_merges():
     """By the paper: a rank-1 LoRA with its own optimiser for κ steps, merged into an fp32 weight, over and over."""
-    model, x, y = one_layer(methods.XGBLoRA(rounds=3))
+    model, x, y = one_layer(XGBLoRA(rounds=3))
     layer = layers(model)["base_model.model.0"]
     W, bias = (t.detach().clone() for t in (layer.base_layer.weight, layer.base_layer.bias))
     optimizer, own = adamw(model, weight_decay=0.1), None
@@ -74,7 +76,7 @@ def test_rounds_are_those_of_a_plain_loop_that_merges():
 
 
 def test_each_round_trains_the_layers_it_drew(llama):
-    model = adapt(llama, methods.XGBLoRA(rounds=4, layers_per_round=1))
+    model = adapt(llama, XGBLoRA(rounds=4, layers_per_round=1))
     optimizer, seen = adamw(model), []
     parameters, before = dict(model.named_parameters()), step(model, 0.0)
     for i in range(8):
@@ -93,12 +95,12 @@ def test_each_round_trains_the_layers_it_drew(llama):
         seen += drawn
     assert seen[0::2] == seen[1::2]  # two steps a round
     assert set(seen) == {"0", "1"}
-    other = [methods.XGBLoRA(rounds=99, round_seed=s).at(Place(layers=50)).schedule({}, 0.5) for s in range(40)]
+    other = [XGBLoRA(rounds=99, round_seed=s).at(Place(layers=50)).schedule({}, 0.5) for s in range(40)]
     assert 5 < sum(bool(frozen) for frozen in other) < 35  # half, by the seed
 
 
 def test_a_round_ends_without_a_change_of_the_model(llama):
-    model = adapt(llama, methods.XGBLoRA(rounds=4))
+    model = adapt(llama, XGBLoRA(rounds=4))
     optimizer = adamw(model)
     step(model, 0.0)
     for i in range(4):
@@ -114,7 +116,7 @@ def test_a_round_ends_without_a_change_of_the_model(llama):
 
 
 def test_switching_adapters_leaves_the_drawn_layers_as_they_are(llama):
-    model = adapt(llama, methods.XGBLoRA(layers_per_round=1))
+    model = adapt(llama, XGBLoRA(layers_per_round=1))
     model.add_adapter("other", InlayConfig(method="bone", target_modules=["q_proj"]))
     count = step(model, 0.0)
     model.set_adapter("other")
@@ -129,7 +131,7 @@ def test_switching_adapters_leaves_the_drawn_layers_as_they_are(llama):
 
 def test_entries_are_dropped_and_grown_by_the_paper():
     """In sets and dictionaries, from dense gradients: 24 steps, three rounds of 8, of which 2 look."""
-    model, x, y = one_layer(methods.SpIEL(r=2, rounds=3, rate=0.5))
+    model, x, y = one_layer(SpIEL(r=2, rounds=3, rate=0.5))
     layer = layers(model)["base_model.model.0"]
     W, bias = layer.base_layer.weight.detach(), layer.base_layer.bias.detach()
     optimizer, k = adamw(model), 64
@@ -180,7 +182,7 @@ def test_entries_are_dropped_and_grown_by_the_paper():
 
 def test_it_finds_the_entries_that_matter():
     """A target that differs from W in 20 entries: of 64 that are trained, evenly drawn at first, all 20 are found."""
-    model, x, _ = one_layer(methods.SpIEL(r=2, rounds=5))
+    model, x, _ = one_layer(SpIEL(r=2, rounds=5))
     layer, x = layers(model)["base_model.model.0"], torch.randn(64, 20)
     where = torch.randperm(240)[:20]
     target = torch.zeros(240).index_fill(0, where, 1.0).view(12, 20)
@@ -196,7 +198,7 @@ def test_it_finds_the_entries_that_matter():
 
 
 def test_no_more_is_kept_than_the_input_and_the_entries():
-    model, x, _ = one_layer(methods.SpIEL(r=2))
+    model, x, _ = one_layer(SpIEL(r=2))
     seen: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
         model(x)
@@ -207,11 +209,11 @@ def test_no_more_is_kept_than_the_input_and_the_entries():
 
 def test_too_many_entries_are_refused():
     with pytest.raises(ValueError, match="r=8 is too large for this weight; choose r <= 7"):
-        one_layer(methods.SpIEL(r=8))
+        one_layer(SpIEL(r=8))
 
 
 def test_positions_survive_a_cast_of_the_model(llama):
-    model = adapt(llama, methods.SpIEL(r=2))
+    model = adapt(llama, SpIEL(r=2))
     before = {k: v for k, v in held(model).items() if "eta" in k}
     model.to(torch.bfloat16)
     assert all(torch.equal(held(model)[k], v) for k, v in before.items())
@@ -222,7 +224,7 @@ def test_a_changed_position_is_seen_when_it_is_loaded(llama_original, tmp_path):
     """Also one whose last bit fp32 has no place for."""
     from safetensors.torch import load_file, save_file
 
-    model = adapt(copy.deepcopy(llama_original), methods.SpIEL(r=2), ["q_proj"])
+    model = adapt(copy.deepcopy(llama_original), SpIEL(r=2), ["q_proj"])
     for layer in layers(model).values():
         layer.theta("default")[1]["candidates"].fill_(1 << 25)
     model.save_pretrained(tmp_path)

@@ -9,9 +9,11 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import inlay
-from inlay import InlayConfig, allocate, methods, ops
-from inlay.host.calibrate import gather
+from inlay.host.calibrate import gather_statistics
+from inlay.host.config import InlayConfig
 from inlay.host.layer import InlayLinear
+from inlay.methods.smt import SMT
+from inlay.numerics import ops, rank_allocation
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOKENS = torch.arange(48).view(4, 12)
@@ -35,9 +37,9 @@ def test_the_blocks_are_the_largest_of_the_whole_model(llama_original, tmp_path)
     scores = {(n, i, j): g[i : i + r, j : j + r].mean().item() for n, g in G.items()
               for i in range(0, g.shape[0], r) for j in range(0, g.shape[1], r)}  # fmt: skip
     wanted = set(sorted(scores, key=lambda key: -scores[key])[:count])
-    method = methods.SMT(r=r)
-    seen = gather(base, dict.fromkeys(G, method), BATCHES)
-    shares = allocate.blocks({name: stats["score"] for name, stats in seen.stats.items()}, count)
+    method = SMT(r=r)
+    seen = gather_statistics(base, dict.fromkeys(G, method), BATCHES)
+    shares = rank_allocation.blocks({name: stats["score"] for name, stats in seen.stats.items()}, count)
     assert sum(shares.values()) == count
     assert 0 in shares.values()
     patterns = {f"^{name}": {"blocks": n} for name, n in shares.items()}
@@ -99,7 +101,7 @@ def test_a_block_trains_as_if_all_of_the_weight_did():
     """With plain gradient descent, the entries of a block move as they would in full fine-tuning; others rest."""
     net, x, y = nn.Sequential(nn.Linear(40, 24)), torch.randn(16, 40), torch.randn(16, 24)
     whole = copy.deepcopy(net)
-    model = get_peft_model(net, InlayConfig(method=methods.SMT(r=8, blocks=3), target_modules=["0"]))
+    model = get_peft_model(net, InlayConfig(method=SMT(r=8, blocks=3), target_modules=["0"]))
     inlay.calibrate(model, [{"input": x}], loss=lambda m, b: F.mse_loss(m(b["input"]), y))
     F.mse_loss(model(x), y).backward()
     F.mse_loss(whole(x), y).backward()
@@ -111,9 +113,9 @@ def test_a_block_trains_as_if_all_of_the_weight_did():
 
 def test_a_budget_that_the_model_has_not_is_refused():
     scores = {"a": torch.ones(2, 2), "b": torch.ones(3)}
-    assert allocate.blocks(scores, 7) == {"a": 4, "b": 3}
+    assert rank_allocation.blocks(scores, 7) == {"a": 4, "b": 3}
     for count in (0, 8):
         with pytest.raises(ValueError, match=f"a budget of {count} blocks is not one of 1 to 7"):
-            allocate.blocks(scores, count)
+            rank_allocation.blocks(scores, count)
     with pytest.raises(ValueError, match="blocks=16 is more than the 15"):
-        methods.SMT(r=8, blocks=16).start(torch.empty(24, 40, device="meta"))
+        SMT(r=8, blocks=16).start(torch.empty(24, 40, device="meta"))

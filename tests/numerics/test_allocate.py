@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inlay.allocate import allocate, by_threshold, by_variance, energy, kind_of, rank_set
+from inlay.numerics.rank_allocation import allocate, by_threshold, by_variance, energy, kind_of, rank_set
 
 DIRECTIONS = ("flat", "peaked")
 

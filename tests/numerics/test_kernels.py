@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from inlay import ops
+from inlay.numerics import ops
 
-BESIDE = Path(__file__).parents[1] / ".triton"  # where `make test` puts it; with torch for a GPU it comes by itself
+BESIDE = Path(__file__).parents[2] / ".triton"  # where `make test` puts it; with torch for a GPU it comes by itself
 
 CHECK = """
 import os
@@ -77,8 +77,8 @@ def test_kernels_are_their_references():
 
 def test_torch_does_it_where_triton_cannot(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # as if it were there
-    monkeypatch.setitem(sys.modules, "inlay.kernels", None)
-    monkeypatch.delattr("inlay.kernels", raising=False)
+    monkeypatch.setitem(sys.modules, "inlay.numerics.triton_kernels", None)
+    monkeypatch.delattr("inlay.numerics.triton_kernels", raising=False)
     ops.kernels_on.cache_clear()
     with pytest.warns(UserWarning, match="Triton cannot be used"):
         assert ops.fused(torch.ones(2)) is None

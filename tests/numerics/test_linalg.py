@@ -1,4 +1,4 @@
-"""`inlay.linalg` against full SVDs in float64, and its promises: repeatable, checked, errors that name the problem."""
+"""`inlay.numerics.linalg` against full SVDs in float64, and its promises: repeatable, checked, clear errors."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from inlay import linalg
-from inlay.linalg import svd, top_svd
+from inlay.numerics import linalg
+from inlay.numerics.linalg import svd, top_svd
 
 R = 16
 SHAPES = [(448, 448), (640, 448), (448, 640)]
@@ -318,7 +318,7 @@ def test_true_triplets_from_the_wrong_place_are_found_out(side):
     """They are orthonormal and invariant; only power iteration off their span shows that better ones exist."""
     A = matrix(448, 448, spectrum(448, 448))
     U, S, Vh = torch.linalg.svd(A)
-    right = linalg.Found(U, S, Vh.mT, lambda X: A.mT @ (A @ X))
+    right = linalg.Route(U, S, Vh.mT, lambda X: A.mT @ (A @ X))
     if side == "minor":
         right = right._replace(step=lambda X: torch.linalg.solve(A, torch.linalg.solve(A.mT, X)))
     place = slice(R) if side == "top" else slice(-R, None)

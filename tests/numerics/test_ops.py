@@ -11,9 +11,11 @@ from peft import get_peft_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from inlay import InlayConfig, linalg, ops
+from inlay.host.config import InlayConfig
 from inlay.method import LowRank
 from inlay.methods import METHODS, find
+from inlay.numerics import linalg, ops
+from inlay.numerics.ops import shared
 
 ARGS = {"dota": {"bond": 4}, "bone": {"r": 5}}
 
@@ -54,7 +56,7 @@ def lin(inp: int, out: int, bias: bool):
 @pytest.mark.parametrize("kind", ["on x", "of twice the rank", "behind a frozen A", "behind a block sum"])
 def test_dropout_from_a_seed(kind, joined, monkeypatch):
     """One mask in both passes, the one its seed gives; the share that is dropped, and the scale of the rest."""
-    monkeypatch.setattr(ops, "SCRATCH", 64)  # several strips
+    monkeypatch.setattr(shared, "SCRATCH", 64)  # several strips
     torch.manual_seed(0)
     n, inp, out, r, p = 40, 12, 10, 4, 0.25
     x = torch.randn(n, inp, dtype=torch.float64, requires_grad=True)
@@ -109,8 +111,8 @@ def test_a_mask_drops_its_share_and_keeps_the_mean(p, seed, width, wide):
 @pytest.mark.parametrize("step", [0, 2])
 def test_dense_is_its_reference(step, linear, monkeypatch):
     """Built whole, and a few rows at a time."""
-    monkeypatch.setattr(ops, "TALL", 4)
-    monkeypatch.setattr(ops, "SCRATCH", 1)
+    monkeypatch.setattr(shared, "TALL", 4)
+    monkeypatch.setattr(shared, "SCRATCH", 1)
     torch.manual_seed(0)
     x = torch.randn(3, 4, 6, dtype=torch.float64, requires_grad=True)
     joined = {"bias": lin(6, 10, True), "no bias": lin(6, 10, False), "beside": None}[linear]
@@ -142,7 +144,7 @@ def test_bat_is_its_reference(n, r, blocks, rows, bias):
     B = torch.randn(blocks, r, r, dtype=torch.float64, requires_grad=True)
     linear = lin(blocks * r, rows * r, bias)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "SCRATCH", 8 * 3 * blocks * r)
+        patch.setattr(shared, "SCRATCH", 8 * 3 * blocks * r)
         y = ops.bat(x, linear, B)
         wanted = ops.bat_reference(x, lambda z: F.linear(z, *linear), B)
         torch.testing.assert_close(y, wanted)
@@ -268,8 +270,8 @@ def test_a_sum_is_multiplied_only_where_it_holds_a_small_change(factor):
 @pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning")
 def test_a_layer_with_a_bias_starts_exactly(method, tokens, monkeypatch):
     """So wide that a product is summed in parts: its bias comes first in nn.Linear, and one rounding differs if not."""
-    monkeypatch.setattr(ops, "SCRATCH", 1504 * 40)  # several strips
-    monkeypatch.setattr(ops, "TALL", 40)
+    monkeypatch.setattr(shared, "SCRATCH", 1504 * 40)  # several strips
+    monkeypatch.setattr(shared, "TALL", 40)
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(1504, 96))
     x = torch.randn(tokens, 1504)

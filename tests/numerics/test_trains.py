@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from inlay import trains
-from inlay.methods import DoTA
+from inlay.methods.dota import DoTA
+from inlay.numerics import tensor_trains
 
 large = pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning")
 
 
 def shapes_of(m: int, n: int, cores: int, bond: int = 10**9) -> list[tuple[int, ...]]:
-    return trains.shapes(trains.factorise(m, cores), trains.factorise(n, cores), bond)
+    return tensor_trains.shapes(tensor_trains.factorise(m, cores), tensor_trains.factorise(n, cores), bond)
 
 
 def interleaved(W: Tensor, shapes: list[tuple[int, ...]]) -> Tensor:
@@ -71,16 +71,16 @@ def decaying(m: int, n: int, rank: int | None = None) -> Tensor:
 )
 def test_factors_of_known_dimensions(dimension, factors):
     """The first six are shapes the authors' group has used."""
-    assert trains.factorise(dimension, len(factors)) == factors
+    assert tensor_trains.factorise(dimension, len(factors)) == factors
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.integers(1, 60_000), st.integers(1, 9))
 def test_factors_multiply_to_the_dimension_and_fall_off_from_the_middle(dimension, cores):
-    factors = trains.factorise(dimension, cores)
+    factors = tensor_trains.factorise(dimension, cores)
     assert len(factors) == cores
     assert math.prod(factors) == dimension
-    assert factors == trains.factorise(dimension, cores)
+    assert factors == tensor_trains.factorise(dimension, cores)
     assert factors[cores // 2] == max(factors)
     assert factors[cores // 2 :] == sorted(factors[cores // 2 :], reverse=True)
     assert factors[: cores // 2] == sorted(factors[: cores // 2])
@@ -102,15 +102,18 @@ SIZES = [(24, 40), (96, 64), (1, 36), (37, 1), (7, 11), (64, 192)]
 @pytest.mark.parametrize("cores", [1, 2, 3, 5, 8])
 def test_full_bonds_reconstruct_any_weight(m, n, cores):
     W = torch.randn(m, n)
-    train = trains.decompose(W, shapes_of(m, n, cores))
+    train = tensor_trains.decompose(W, shapes_of(m, n, cores))
     assert [tuple(core.shape) for core in train] == shapes_of(m, n, cores)
-    assert distance(trains.contract(train), W) < 1e-5
-    assert distance(trains.contract(trains.balance(train)), W) < 1e-5
+    assert distance(tensor_trains.contract(train), W) < 1e-5
+    assert distance(tensor_trains.contract(tensor_trains.balance(train)), W) < 1e-5
 
 
 def test_full_bonds_reconstruct_through_large_unfoldings():
     W = torch.randn(192, 576)
-    assert distance(trains.contract(trains.balance(trains.decompose(W, shapes_of(192, 576, 5)))), W) < 1e-5
+    assert (
+        distance(tensor_trains.contract(tensor_trains.balance(tensor_trains.decompose(W, shapes_of(192, 576, 5)))), W)
+        < 1e-5
+    )
 
 
 @pytest.mark.parametrize(("m", "n"), [(24, 40), (96, 64), (64, 192)])
@@ -119,9 +122,9 @@ def test_full_bonds_reconstruct_through_large_unfoldings():
 @pytest.mark.parametrize("make", [torch.randn, decaying], ids=["flat", "decaying"])
 def test_the_error_is_within_the_bound_of_tt_svd(m, n, cores, bond, make):
     W, shapes = make(m, n), shapes_of(m, n, cores, bond)
-    train = trains.balance(trains.decompose(W, shapes))
+    train = tensor_trains.balance(tensor_trains.decompose(W, shapes))
     lost = tails(W, shapes)
-    error = (trains.contract(train).double() - W.double()).norm().item()
+    error = (tensor_trains.contract(train).double() - W.double()).norm().item()
     assert error <= math.hypot(*lost) * (1 + 1e-5)
     assert error >= max(lost) * (1 - 1e-5)  # no train with these bonds is nearer than its worst unfolding allows
 
@@ -131,8 +134,8 @@ def test_a_large_unfolding_is_cut_as_well_as_its_best_approximation(monkeypatch)
     W, shapes = torch.randn(64, 24) @ torch.randn(24, 96) + 0.01 * torch.randn(64, 96), shapes_of(64, 96, 2, 12)
     errors = []
     for small in (1024, 8):
-        monkeypatch.setattr(trains, "SMALL", small)
-        errors.append(distance(trains.contract(trains.decompose(W, shapes)), W))
+        monkeypatch.setattr(tensor_trains, "SMALL", small)
+        errors.append(distance(tensor_trains.contract(tensor_trains.decompose(W, shapes)), W))
     assert errors[1] == pytest.approx(errors[0], rel=1e-3)
 
 
@@ -140,24 +143,24 @@ def test_a_large_unfolding_is_cut_as_well_as_its_best_approximation(monkeypatch)
 @pytest.mark.parametrize("cores", [1, 2, 3, 5])
 def test_the_gauge_changes_no_product_and_gives_cores_of_one_norm(bond, cores):
     W = decaying(64, 192, 40)
-    train = trains.decompose(W, shapes_of(64, 192, cores, bond))
-    balanced = trains.balance(train)
-    assert distance(trains.contract(balanced), trains.contract(train)) < 1e-5
+    train = tensor_trains.decompose(W, shapes_of(64, 192, cores, bond))
+    balanced = tensor_trains.balance(train)
+    assert distance(tensor_trains.contract(balanced), tensor_trains.contract(train)) < 1e-5
     norms = [core.norm().item() for core in balanced]
     assert max(norms) / min(norms) < 1 + 1e-3
     assert all(core.dtype == torch.float32 for core in balanced)
 
 
 def test_every_core_but_the_last_of_a_decomposition_is_orthonormal():
-    for core in trains.decompose(torch.randn(64, 192), shapes_of(64, 192, 5, 6))[:-1]:
+    for core in tensor_trains.decompose(torch.randn(64, 192), shapes_of(64, 192, 5, 6))[:-1]:
         U = core.flatten(0, 2)
         torch.testing.assert_close(U.mT @ U, torch.eye(U.shape[1], dtype=U.dtype), atol=1e-10, rtol=0)
 
 
 def test_the_two_sides_of_every_bond_carry_the_root_of_its_singular_values():
     W, shapes = torch.randn(24, 40), shapes_of(24, 40, 3, 4)
-    train = [core.double() for core in trains.balance(trains.decompose(W, shapes))]
-    A, rows = interleaved(trains.contract(train), shapes).contiguous(), 1
+    train = [core.double() for core in tensor_trains.balance(tensor_trains.decompose(W, shapes))]
+    A, rows = interleaved(tensor_trains.contract(train), shapes).contiguous(), 1
     for k in range(1, 3):
         rows *= shapes[k - 1][1] * shapes[k - 1][2]
         S = torch.linalg.svdvals(A.reshape(rows, -1))[: shapes[k - 1][3]]
@@ -175,9 +178,9 @@ def test_the_two_sides_of_every_bond_carry_the_root_of_its_singular_values():
 @pytest.mark.parametrize("cores", [1, 2, 3, 5])
 def test_zero_and_rank_deficient_weights_give_no_nan(cores):
     for W in (torch.zeros(24, 40), torch.ones(24, 40), decaying(24, 40, 3), torch.eye(40)[:24]):
-        train = trains.balance(trains.decompose(W, shapes_of(24, 40, cores)))
+        train = tensor_trains.balance(tensor_trains.decompose(W, shapes_of(24, 40, cores)))
         assert all(core.isfinite().all() for core in train)
-        product = trains.contract(train)
+        product = tensor_trains.contract(train)
         assert (product - W).norm() <= 1e-5 * W.norm()
 
 
@@ -186,21 +189,21 @@ def test_a_weight_that_is_not_finite_is_refused(value):
     W = torch.randn(24, 40)
     W[3, 4] = value
     with pytest.raises(ValueError, match=r"24, 40.*NaN or infinite"):
-        trains.decompose(W, shapes_of(24, 40, 3, 2))
+        tensor_trains.decompose(W, shapes_of(24, 40, 3, 2))
 
 
 @pytest.mark.parametrize("factor", [1e-30, 1e30])
 def test_tiny_and_huge_weights(factor):
     W = torch.randn(24, 40)
-    got = trains.contract(trains.balance(trains.decompose(W * factor, shapes_of(24, 40, 3))))
+    got = tensor_trains.contract(tensor_trains.balance(tensor_trains.decompose(W * factor, shapes_of(24, 40, 3))))
     assert distance(got / factor, W) < 1e-5
 
 
 def test_the_decomposition_is_the_same_under_autocast_and_repeatable():
     W = torch.randn(64, 192)
-    plain = trains.balance(trains.decompose(W, shapes_of(64, 192, 3, 6)))
+    plain = tensor_trains.balance(tensor_trains.decompose(W, shapes_of(64, 192, 3, 6)))
     with torch.autocast("cpu", torch.bfloat16):
-        cast = trains.balance(trains.decompose(W, shapes_of(64, 192, 3, 6)))
+        cast = tensor_trains.balance(tensor_trains.decompose(W, shapes_of(64, 192, 3, 6)))
     assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
 
 
@@ -216,8 +219,8 @@ def element(train: list[Tensor], o: list[int], i: list[int]) -> float:
 @pytest.mark.parametrize("shapes", [((2, 3, 2), (3, 1, 4)), ((4, 1), (1, 5)), ((1, 7, 1, 2), (2, 3, 1, 1))])
 def test_contraction_entry_by_entry(shapes):
     rows, columns = (list(s) for s in shapes)
-    train = random_train(trains.shapes(rows, columns, 3))
-    D = trains.contract(train)
+    train = random_train(tensor_trains.shapes(rows, columns, 3))
+    D = tensor_trains.contract(train)
     assert D.shape == (math.prod(rows), math.prod(columns))
     for a, o in enumerate(itertools.product(*map(range, rows))):
         for b, i in enumerate(itertools.product(*map(range, columns))):
@@ -228,18 +231,20 @@ def test_contraction_entry_by_entry(shapes):
 def test_the_difference_of_two_trains(cores):
     shapes = shapes_of(24, 40, cores, 3)
     train, start = random_train(shapes), random_train(shapes)
-    expected = 0.7 * (trains.contract(train) - trains.contract(start))
-    torch.testing.assert_close(trains.contract(trains.difference(train, start, 0.7)), expected, rtol=1e-10, atol=1e-10)
-    assert (trains.contract(trains.difference(train, [c.clone() for c in train])) == 0).all()
+    expected = 0.7 * (tensor_trains.contract(train) - tensor_trains.contract(start))
+    torch.testing.assert_close(
+        tensor_trains.contract(tensor_trains.difference(train, start, 0.7)), expected, rtol=1e-10, atol=1e-10
+    )
+    assert (tensor_trains.contract(tensor_trains.difference(train, [c.clone() for c in train])) == 0).all()
 
 
 def test_the_difference_does_not_cancel():
     """Two bf16 trains a rounding step apart: subtracting their products leaves noise."""
     start = [c.bfloat16() for c in random_train(shapes_of(64, 64, 3, 4))]
     train = [c * (1 + 2**-7) for c in start]
-    exact = trains.contract([c.double() for c in train]) - trains.contract([c.double() for c in start])
-    assert distance(trains.contract(trains.difference(train, start)), exact) < 0.01
-    assert distance(trains.contract(train) - trains.contract(start), exact) > 0.05
+    exact = tensor_trains.contract([c.double() for c in train]) - tensor_trains.contract([c.double() for c in start])
+    assert distance(tensor_trains.contract(tensor_trains.difference(train, start)), exact) < 0.01
+    assert distance(tensor_trains.contract(train) - tensor_trains.contract(start), exact) > 0.05
 
 
 # DoTA

@@ -9,18 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import fails
 from peft import AdaLoraConfig, AutoPeftModelForCausalLM, LilyConfig, LoraConfig, PeftConfig, VeraConfig, get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file
-from test_workbench import fails
 from transformers import AutoModelForCausalLM
 
 import inlay
 from inlay.cli import main
-from inlay.host.peft import adapted
-from inlay.workbench import changes, edge, train
-from inlay.workbench.recipe import Recipe
-from inlay.workbench.weights import Weights
+from inlay.host.layer import adapted
+from inlay.inspection.changes import PART, changes, changes_as_data, chosen_modules, energy_along
+from inlay.inspection.noise_edge import effective_rank, stable_rank
+from inlay.models.stored_weights import Weights
+from inlay.recipe.recipe import Recipe
+from inlay.training.train import train
 
 SILENT = Console(quiet=True)
 
@@ -31,7 +33,7 @@ def folder(tiny, records, painted, tmp_path_factory):
     values = {"steps": 3, "batch_size": 4, "eval_size": 4, "samples": 1, "learning_rate": 1e-2, "dtype": "float32"}
     made = {"method": "milora", "args": {"r": 4}, "patterns": {"k_proj": {"r": 2}}, "max_length": 64}
     with painted():
-        train.train(Recipe(model=tiny, data=records, output=str(out), **made, **values), SILENT)
+        train(Recipe(model=tiny, data=records, output=str(out), **made, **values), SILENT)
     return out
 
 
@@ -45,7 +47,7 @@ def test_what_changed_is_what_the_dense_weights_say(folder):
         assert found["size"] == pytest.approx((D.norm() / W.norm()).item(), rel=1e-4)
         U, _, Vh = torch.linalg.svd(W, full_matrices=False)
         basis, other = (U.T, D) if W.shape[0] <= W.shape[1] else (Vh, D.T)
-        part = len(basis) // changes.PART
+        part = len(basis) // PART
         for name, rows in (("principal", basis[:part]), ("minor", basis[-part:])):
             assert found[name] == pytest.approx(((rows @ other).norm() / D.norm()).item() ** 2, rel=1e-3)
         S = torch.linalg.svdvals(D)
@@ -60,24 +62,24 @@ def test_spectra_before_and_after_are_those_of_the_weights():
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     D = U[:, -r:] @ torch.diag(torch.tensor([3.0, 2.0, 1.0]).double()) @ Vh[-r:]
     for weight, change in ((W, D), (W.T, D.T)):
-        before, shares = changes.along(change.float(), weight.float())
+        before, shares = energy_along(change.float(), weight.float())
         torch.testing.assert_close(before.double(), S, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(shares[-r:], torch.tensor([9.0, 4.0, 1.0]) / 14, atol=1e-4, rtol=0)
-    assert edge.stable_rank(torch.linalg.svdvals(D)) == pytest.approx(14 / 9)
+    assert stable_rank(torch.linalg.svdvals(D)) == pytest.approx(14 / 9)
     p = torch.tensor([3.0, 2.0, 1.0]) / 6
     entropy = -(p * p.log()).sum()
-    assert edge.effective_rank(torch.linalg.svdvals(D)) == pytest.approx(entropy.exp().item(), rel=1e-4)
+    assert effective_rank(torch.linalg.svdvals(D)) == pytest.approx(entropy.exp().item(), rel=1e-4)
 
 
 def test_a_random_change_has_an_eighth_in_either():
     W, D = torch.randn(64, 256), torch.randn(64, 256)
-    shares = changes.along(D, W)[1]
+    shares = energy_along(D, W)[1]
     assert (shares[:8].sum().item(), shares[-8:].sum().item()) == pytest.approx((1 / 8, 1 / 8), abs=0.01)
 
 
 def test_one_weight_of_each_type_in_three_layers_is_shown():
     names = [f"m.{i}.{part}" for i in range(5) for part in ("q", "experts.0.up", "experts.1.up")]
-    assert changes.chosen(names) == {f"m.{i}.{part}" for i in (0, 2, 4) for part in ("q", "experts.0.up")}
+    assert chosen_modules(names) == {f"m.{i}.{part}" for i in (0, 2, 4) for part in ("q", "experts.0.up")}
 
 
 @pytest.mark.parametrize("start", [True, "pissa"])
@@ -88,7 +90,7 @@ def test_what_pefts_methods_changed_is_against_the_checkpoint(tiny, start):
     for name, p in model.named_parameters():
         torch.nn.init.normal_(p, std=0.1) if "lora_B" in name else None
     was = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = changes.changes(model, lambda: Weights(tiny))
+    found = changes(model, lambda: Weights(tiny))
     assert all(torch.equal(tensor, was[name]) for name, tensor in model.state_dict().items())
     assert len(found) == 4
     stored, after = Weights(tiny), model.merge_and_unload()
@@ -105,7 +107,7 @@ def test_what_full_fine_tuning_changed(tiny):
     weight = model.model.layers[1].mlp.down_proj.weight
     with torch.no_grad():
         weight *= 1.01
-    found = changes.changes(model, lambda: Weights(tiny))
+    found = changes(model, lambda: Weights(tiny))
     assert {module for module, change in found.items() if change.size} == {"model.layers.1.mlp.down_proj"}
     assert found["model.layers.1.mlp.down_proj"].size == pytest.approx(0.01, rel=1e-4)
     assert found["model.layers.1.mlp.down_proj"].numbers == weight.numel()
@@ -114,9 +116,9 @@ def test_what_full_fine_tuning_changed(tiny):
 def test_what_cannot_be_compared_has_no_changes(tiny):
     """A base that is not stored as safetensors; an adapter that has no merged form."""
     model = AutoModelForCausalLM.from_pretrained(tiny)
-    assert changes.changes(model, lambda: Weights("/nowhere")) == {}
+    assert changes(model, lambda: Weights("/nowhere")) == {}
     lily = get_peft_model(model, LilyConfig(r=2, stride_A=1, num_B=2, target_modules=["q_proj"]))
-    assert changes.changes(lily, lambda: Weights(tiny)) == {}
+    assert changes(lily, lambda: Weights(tiny)) == {}
 
 
 def test_the_page_in_a_browser(folder, phone):
@@ -180,7 +182,7 @@ def test_inspect_merges_what_has_no_equal_here(config, tiny, tmp_path, capsys):
             if "layers.0" in name and p.requires_grad:
                 p += 0.1
     model.save_pretrained(str(tmp_path / "a"))
-    wanted = changes.changes(model, lambda: Weights(tiny))
+    wanted = changes(model, lambda: Weights(tiny))
     found = inlay.inspect_adapter(tmp_path / "a", model=tiny)
     assert found.keys() == wanted.keys()
     for name, one in found.items():
@@ -202,7 +204,7 @@ def test_inspect_counts_a_fold_from_where_it_began(tiny, records, tmp_path, caps
     assert "nothing was trained" in fails(capsys, "inspect", str(fold))
     main(["train", "--model", str(fold), "--method", "pissa", "--r", "4", *ask, "--output", str(tmp_path / "run")])
     found = inlay.inspect_adapter(tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "changes.json").read_text()) == changes.as_data(found)
+    assert json.loads((tmp_path / "run" / "changes.json").read_text()) == changes_as_data(found)
     start, end = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (fold, tmp_path / "run"))
     name = "model.layers.0.mlp.down_proj"
     key = f"base_model.model.{name}.inlay_%s.weight"
@@ -219,7 +221,7 @@ def test_a_run_that_folds_keeps_what_it_began_with(tiny, records, tmp_path):
     ask = ["--steps", "2", "--samples", "0", "--learning-rate", "1e-2", "--data", records, "--quantize", "nf4"]
     main(["train", "--model", tiny, "--method", "lora", "--r", "4", *ask, "--output", str(tmp_path / "run")])
     told, found = json.loads((tmp_path / "run" / "changes.json").read_text()), inlay.inspect_adapter(tmp_path / "run")
-    assert told == changes.as_data(found)
+    assert told == changes_as_data(found)
     held = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     key = "base_model.model.model.layers.1.self_attn.v_proj.inlay_%s.weight"
     W = AutoModelForCausalLM.from_pretrained(tiny).model.layers[1].self_attn.v_proj.weight
@@ -241,7 +243,7 @@ def test_mistakes_in_inspecting_an_adapter_are_one_line(folder, tiny, tmp_path, 
 def test_their_runner_finds_our_experiment(tmp_path, monkeypatch, capsys):
     """PEFT's own loader reads what benchmarks/metamath.py writes, by the one type."""
     (tmp_path / "method_comparison" / "MetaMathQA").mkdir(parents=True)
-    script = str(Path(__file__).parent.parent / "benchmarks" / "metamath.py")
+    script = str(Path(__file__).parents[2] / "benchmarks" / "metamath.py")
     monkeypatch.setattr(sys, "argv", [script, str(tmp_path), "bone", "--write-only"])
     runpy.run_path(script, run_name="__main__")
     made = capsys.readouterr().out.strip()

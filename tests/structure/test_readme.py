@@ -13,12 +13,17 @@ from peft import get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from inlay import InlayConfig, methods
+from inlay import methods
 from inlay.cli import main
-from inlay.workbench import comparison, recipe, tuning
-from inlay.workbench.recipe import Recipe
+from inlay.cli.recipe_reference import recipe_reference
+from inlay.experiments.compare.spec import load_comparison
+from inlay.experiments.tune.spec import load_search
+from inlay.host.config import InlayConfig
+from inlay.methods.lamda import LaMDA
+from inlay.recipe.reading import load_recipe, read_yaml
+from inlay.recipe.recipe import Recipe
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 SMALL = """
 model: {model}
@@ -60,7 +65,7 @@ def workplace(tmp_path, monkeypatch):
 
 def test_every_command_of_the_readme_runs(workplace, tiny, capsys, monkeypatch):
     watched = []
-    monkeypatch.setattr("inlay.workbench.ui.serve", lambda runs, *_: watched.append(runs))  # it would not end
+    monkeypatch.setattr("inlay.training.live_page.serve", lambda runs, *_: watched.append(runs))  # it would not end
     verbs = []
     for words in commands():
         words = [tiny if word == "builtin" else word for word in words]
@@ -97,7 +102,7 @@ def test_the_python_of_the_readme_and_of_its_page_runs(workplace, tiny):
     merged = scope["merged"](input_ids=torch.arange(8)[None]).logits
     base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16)(input_ids=torch.arange(8)[None]).logits
     assert torch.equal(merged, base)  # nothing was trained in between
-    lamda = InlayConfig(method=methods.LaMDA(r=4), target_modules=["q_proj", "v_proj"])
+    lamda = InlayConfig(method=LaMDA(r=4), target_modules=["q_proj", "v_proj"])
     scope = {"model": get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), lamda)}
     exec(loop, scope)
     assert scope["trained"] == 4 * 16
@@ -125,9 +130,9 @@ def test_make_knows_what_the_readme_says():
     ids=lambda path: path.name,
 )
 def test_every_recipe_is_valid(path):
-    loaders = {"compare": comparison.load, "tune": tuning.load}
-    kind = next((name for name in loaders if name in recipe.read_yaml(str(path))), None)
-    loaders[kind](str(path)) if kind else recipe.load(str(path), {})
+    loaders = {"compare": load_comparison, "tune": load_search}
+    kind = next((name for name in loaders if name in read_yaml(str(path))), None)
+    loaders[kind](str(path)) if kind else load_recipe(str(path), {})
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "papers").glob("*.yaml")), ids=lambda path: path.stem)
@@ -139,7 +144,7 @@ def test_every_recipe_of_a_paper_names_its_twins(path):
 
 
 def test_the_demo_recipe_is_what_inlay_train_does():
-    assert recipe.load(str(ROOT / "recipes" / "e2e.yaml"), {}) == Recipe().resolved()
+    assert load_recipe(str(ROOT / "recipes" / "e2e.yaml"), {}) == Recipe().resolved()
 
 
 def test_the_method_of_contributing_trains_saves_reloads_and_merges(tmp_path, monkeypatch):
@@ -167,7 +172,7 @@ def test_the_method_of_contributing_trains_saves_reloads_and_merges(tmp_path, mo
 
 
 def test_the_recipe_reference_is_the_recipe():
-    assert (ROOT / "docs" / "recipe.md").read_text() == recipe.reference()
+    assert (ROOT / "docs" / "recipe.md").read_text() == recipe_reference()
 
 
 @pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")], ids=lambda path: path.name)

@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 
 from inlay.cli import main
 from inlay.methods import METHODS
-from inlay.workbench import checkpoints, train
-from inlay.workbench.recipe import Recipe
+from inlay.recipe.recipe import Recipe
+from inlay.training import checkpoints
+from inlay.training.train import check_engine, train, unfinished
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent
 LAMDA = {"method": "lamda", "args": {"r": 4, "eta": 0.6}, "weight_decay": 0.1}
 FSDP2 = ["--launch-config", str(HERE.parent / "recipes" / "distributed" / "fsdp2.yaml")]
 
@@ -49,7 +50,7 @@ def together(folder: Path, runs: list[dict], timeout: int = 600) -> list[list[di
 
 def one(recipe: dict, **changed) -> Path:
     """The same run in one process, with the same effective batch."""
-    train.train(Recipe(**{**recipe, "accumulation": 2, **changed}), Console(quiet=True))
+    train(Recipe(**{**recipe, "accumulation": 2, **changed}), Console(quiet=True))
     return Path(changed.get("output", recipe["output"]))
 
 
@@ -114,8 +115,8 @@ def test_a_run_goes_on_in_another_number_of_processes(runs, alone):
     found = checkpoints.newest(folder / "cut" / "checkpoints", Console(quiet=True))
     assert found.step == 3
     assert found.run["identity"]["processes"] == 2
-    recipe = train.unfinished(folder / "cut", {"accumulation": 2})
-    train.train(recipe, Console(quiet=True), resume=True)
+    recipe = unfinished(folder / "cut", {"accumulation": 2})
+    train(recipe, Console(quiet=True), resume=True)
     assert_same(folder / "cut", alone)
 
 
@@ -145,7 +146,7 @@ def test_what_zero3_cannot_follow_is_refused(more, says, tiny, records, tmp_path
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=re.escape(says)):
-        train.check_engine(Recipe(**{**made(tiny, records, tmp_path / "run", method="bone"), **more}))
+        check_engine(Recipe(**{**made(tiny, records, tmp_path / "run", method="bone"), **more}))
 
 
 def zero3(folder: Path) -> Path:

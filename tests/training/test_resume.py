@@ -18,15 +18,19 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from inlay.cli import main
-from inlay.workbench import calibration, checkpoints, files, train
-from inlay.workbench.files import locked, new_folder
-from inlay.workbench.recipe import Recipe
-from inlay.workbench.recipe import load as load_recipe
-from inlay.workbench.trainer import Safe, bad_gradients
-from inlay.workbench.watch import Watch
+from inlay.files import atomic
+from inlay.files.atomic import locked, new_folder, set_aside, write_text
+from inlay.recipe.reading import load_recipe
+from inlay.recipe.recipe import Recipe
+from inlay.reports import result
+from inlay.reports.result import environment
+from inlay.training import base_model, calibration, checkpoints, hub, run_files, run_folder
+from inlay.training.progress import RunProgress
+from inlay.training.train import train, unfinished
+from inlay.training.trainer import Safe, bad_gradients
 
 SILENT = Console(quiet=True)
-TORTURE = Path(__file__).parents[1] / "checks" / "torture.py"
+TORTURE = Path(__file__).parents[2] / "checks" / "torture.py"
 LAMDA = {"method": "lamda", "args": {"r": 4, "eta": 0.6}, "dropout": 0.1, "weight_decay": 0.1, "accumulation": 2}
 
 
@@ -53,7 +57,7 @@ def at_step(monkeypatch, step, what) -> None:
         if state.global_step == step:
             what()
 
-    monkeypatch.setattr(Watch, "on_step_begin", once, raising=False)
+    monkeypatch.setattr(RunProgress, "on_step_begin", once, raising=False)
 
 
 def interrupt(number=signal.SIGINT) -> None:
@@ -61,7 +65,7 @@ def interrupt(number=signal.SIGINT) -> None:
 
 
 def resume(run: Path, console=SILENT, **changed):
-    return train.train(train.unfinished(run, changed), console, resume=True)
+    return train(unfinished(run, changed), console, resume=True)
 
 
 def stopped(recipe: Recipe, monkeypatch, step=3) -> Path:
@@ -69,7 +73,7 @@ def stopped(recipe: Recipe, monkeypatch, step=3) -> Path:
     with monkeypatch.context() as patch:
         at_step(patch, step, interrupt)
         with pytest.raises(KeyboardInterrupt):
-            train.train(recipe, SILENT)
+            train(recipe, SILENT)
     return Path(str(recipe.output))
 
 
@@ -86,7 +90,7 @@ def fails(capsys, *arguments: str) -> str:
 def whole(tiny, records, tmp_path_factory) -> Path:
     """A LaMDA run that nothing disturbed; 6 steps of 2 × 4 in two and a half epochs of 20."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    train.train(made(tiny, records, folder, **LAMDA), SILENT)
+    train(made(tiny, records, folder, **LAMDA), SILENT)
     return folder
 
 
@@ -128,9 +132,9 @@ def test_the_rows_of_steps_are_in_one_file_and_not_in_every_checkpoint(whole):
 def test_a_run_that_looked_at_data_first_goes_on_without(of, tiny, records, tmp_path, monkeypatch):
     """Its ranks, blocks and start are those of the checkpoint."""
     values = {"steps": 4, "save_every": 1, "calibration": 2, **of}
-    train.train(made(tiny, records, tmp_path / "whole", **values), SILENT)
+    train(made(tiny, records, tmp_path / "whole", **values), SILENT)
     cut = stopped(made(tiny, records, tmp_path / "cut", **values), monkeypatch, 2)
-    monkeypatch.setattr(calibration, "batches", lambda *_: [])  # of which nothing could be learned
+    monkeypatch.setattr(calibration, "calibration_batches", lambda *_: [])  # of which nothing could be learned
     resume(cut)
     assert outcome(cut) == outcome(tmp_path / "whole")
     if of["method"] == "smt":
@@ -163,7 +167,7 @@ def test_a_signal_ends_a_step_and_leaves_a_checkpoint(number, tiny, records, who
             main(["train", str(tmp_path / "r.yaml")])
     assert end.value.code == 130
     assert f"inlay train --resume {tmp_path / 'run'}" in " ".join(capsys.readouterr().out.split())
-    assert checkpoints.steps(tmp_path / "run" / "checkpoints") == [3, 2]
+    assert checkpoints.checkpoint_steps(tmp_path / "run" / "checkpoints") == [3, 2]
     main(["train", "--resume", str(tmp_path / "run")])
     assert outcome(tmp_path / "run") == outcome(whole)
     capsys.readouterr()
@@ -186,12 +190,12 @@ def test_a_signal_ends_a_step_and_leaves_a_checkpoint(number, tiny, records, who
 @pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning")
 def test_a_stopped_run_ends_as_one_left_alone(options, tiny, records, tmp_path, monkeypatch):
     """Also where it is moved in between, and stopped when training is over."""
-    train.train(recipe := made(tiny, records, tmp_path / "run", **options), SILENT)
+    train(recipe := made(tiny, records, tmp_path / "run", **options), SILENT)
     expected = outcome(tmp_path / "run")
     shutil.rmtree(tmp_path / "run")
     stopped(recipe, monkeypatch, 4).rename(tmp_path / "moved")
     with monkeypatch.context() as patch:
-        patch.setattr(train, "write", lambda *_: 1 / 0)
+        patch.setattr(run_files, "write_run", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             resume(tmp_path / "moved")
     resume(tmp_path / "moved")
@@ -215,7 +219,7 @@ def test_a_stream_over_shards_is_gone_on_with(packing, tiny, tmp_path, monkeypat
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(part), tmp_path / f"{name}.parquet")
     more = {"streaming": True, "packing": packing, "max_length": 96, "batch_size": 1 if packing else 6, "steps": 8}
     recipe = made(tiny, str(tmp_path / "*.parquet"), tmp_path / "run", **more, method="bone", args={"r": 4})
-    train.train(recipe, SILENT)
+    train(recipe, SILENT)
     expected = outcome(tmp_path / "run")
     shutil.rmtree(tmp_path / "run")
     resume(stopped(recipe, monkeypatch))
@@ -227,7 +231,7 @@ def test_a_stream_over_shards_is_gone_on_with(packing, tiny, tmp_path, monkeypat
 @pytest.mark.slow
 def test_a_fold_is_gone_on_with(tiny, records, tmp_path, monkeypatch):
     pytest.importorskip("bitsandbytes")
-    train.train(recipe := made(tiny, records, tmp_path / "run", method="pissa", quantize="nf4", samples=1), SILENT)
+    train(recipe := made(tiny, records, tmp_path / "run", method="pissa", quantize="nf4", samples=1), SILENT)
     expected, text = outcome(tmp_path / "run"), (tmp_path / "run" / "samples.md").read_text()
     shutil.rmtree(tmp_path / "run")
     resume(stopped(recipe, monkeypatch))
@@ -237,10 +241,10 @@ def test_a_fold_is_gone_on_with(tiny, records, tmp_path, monkeypatch):
 
 def test_before_the_first_checkpoint_it_starts_anew(tiny, records, whole, tmp_path, monkeypatch):
     """A process killed while it loads leaves a folder with a recipe."""
-    monkeypatch.setattr(train, "give_up", lambda *_: False)
-    monkeypatch.setattr(train, "load", lambda *_: 1 / 0)
+    monkeypatch.setattr(run_folder, "give_up", lambda *_: False)
+    monkeypatch.setattr(base_model, "load_training_model", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        train.train(made(tiny, records, tmp_path / "run", **LAMDA), SILENT)
+        train(made(tiny, records, tmp_path / "run", **LAMDA), SILENT)
     monkeypatch.undo()
     resume(tmp_path / "run")
     assert outcome(tmp_path / "run") == outcome(whole)
@@ -250,13 +254,13 @@ def test_before_the_first_checkpoint_it_starts_anew(tiny, records, whole, tmp_pa
 def test_a_second_ctrl_c_does_not_wait(tiny, records, tmp_path, monkeypatch):
     at_step(monkeypatch, 3, lambda: (interrupt(), interrupt()))
     with pytest.raises(KeyboardInterrupt):
-        train.train(made(tiny, records, tmp_path / "run"), SILENT)
-    assert checkpoints.steps(tmp_path / "run" / "checkpoints") == [2]
+        train(made(tiny, records, tmp_path / "run"), SILENT)
+    assert checkpoints.checkpoint_steps(tmp_path / "run" / "checkpoints") == [2]
 
 
 def test_a_run_that_replaces_another_is_gone_on_with(tiny, records, tmp_path, monkeypatch):
     """The old one is kept until the new one is done."""
-    train.train(made(tiny, records, tmp_path / "run", steps=1), SILENT)
+    train(made(tiny, records, tmp_path / "run", steps=1), SILENT)
     stopped(made(tiny, records, tmp_path / "run", overwrite=True), monkeypatch)
     ((old,),) = ([path for path in tmp_path.iterdir() if path.suffix == ".old"],)
     assert (old / "run" / "report.html").exists()
@@ -266,24 +270,24 @@ def test_a_run_that_replaces_another_is_gone_on_with(tiny, records, tmp_path, mo
 
 def test_ctrl_c_after_the_last_step_is_heard(tiny, records, tmp_path, monkeypatch):
     """When nothing is saved any more."""
-    monkeypatch.setattr(Watch, "on_train_end", lambda *_, **__: interrupt())
+    monkeypatch.setattr(RunProgress, "on_train_end", lambda *_, **__: interrupt())
     with pytest.raises(KeyboardInterrupt):
-        train.train(made(tiny, records, tmp_path / "run", steps=1, save_every=0), SILENT)
+        train(made(tiny, records, tmp_path / "run", steps=1, save_every=0), SILENT)
 
 
 @pytest.mark.parametrize("key", ["save_only_model", "ignore_data_skip"])
 def test_what_would_make_a_resumed_run_end_otherwise_is_refused(key, tiny, records, tmp_path):
     with pytest.raises(ValueError, match=f"'{key}' could not be gone on with"):
-        train.train(made(tiny, records, tmp_path / "run", trainer={key: True}), SILENT)
+        train(made(tiny, records, tmp_path / "run", trainer={key: True}), SILENT)
 
 
 def test_adalora_takes_no_checkpoints_and_says_so(tiny, records, tmp_path, monkeypatch):
     """It prunes, and PEFT cannot load what is left into what is whole."""
     recipe = made(tiny, records, tmp_path / "run", method="peft:adalora", steps=3)
     with pytest.raises(ValueError, match="no run of it can be gone on with; leave out save_every"):
-        train.train(recipe, SILENT)
+        train(recipe, SILENT)
     run = stopped(replace(recipe, save_every=None), monkeypatch, 1)
-    assert checkpoints.steps(run / "checkpoints") == [2]  # of Ctrl-C
+    assert checkpoints.checkpoint_steps(run / "checkpoints") == [2]  # of Ctrl-C
     with pytest.raises(ValueError, match="start it anew"):
         resume(run)
 
@@ -323,8 +327,8 @@ def test_a_run_goes_on_from_the_older_checkpoint(cut, whole, monkeypatch):
     monkeypatch.chdir(cut)
     resume(Path())
     assert outcome(cut) == outcome(whole)
-    assert checkpoints.steps(cut / "checkpoints") == [6, 4]  # both whole
-    assert checkpoints.read(cut / "checkpoints" / "checkpoint-6").over
+    assert checkpoints.checkpoint_steps(cut / "checkpoints") == [6, 4]  # both whole
+    assert checkpoints.read_checkpoint(cut / "checkpoints" / "checkpoint-6").over
 
 
 def test_a_checkpoint_that_cannot_be_read_is_passed_over(cut, monkeypatch):
@@ -340,7 +344,7 @@ def test_a_checkpoint_that_cannot_be_read_is_passed_over(cut, monkeypatch):
 
 def test_a_run_that_was_killed_when_all_was_written_is_completed(whole, tmp_path, monkeypatch, capsys):
     uploaded = []
-    monkeypatch.setattr(train, "upload", lambda folder, name: uploaded.append((folder.name, name)))
+    monkeypatch.setattr(hub, "upload_run", lambda folder, name: uploaded.append((folder.name, name)))
     run = Path(shutil.copytree(whole, tmp_path / "run"))
     (tmp_path / ".run.abcdefgh.old").mkdir()
     (run / ".before.json").write_text("[]")
@@ -458,7 +462,7 @@ def test_another_base_under_the_same_name_is_refused(tensor, cut, tiny, capsys):
         assert "base was" in fails(capsys, "train", "--resume", str(cut))
     finally:
         file.write_bytes(data)
-    assert checkpoints.steps(cut / "checkpoints") == [5, 4]
+    assert checkpoints.checkpoint_steps(cut / "checkpoints") == [5, 4]
 
 
 @pytest.mark.parametrize("method", ["peft:lora", "full"])
@@ -484,7 +488,7 @@ def test_what_is_no_run_cannot_be_gone_on_with(tmp_path, capsys):
 
 
 def test_other_versions_are_said(cut, monkeypatch):
-    monkeypatch.setattr(checkpoints, "environment", lambda: {**train.environment(), "torch": "1.0"})
+    monkeypatch.setattr(result, "environment", lambda: {**environment(), "torch": "1.0"})
     found = checkpoints.newest(cut / "checkpoints", SILENT)
     assert checkpoints.versions_changed(found) == [f"torch {torch.__version__.split('+')[0]} (now 1.0)"] or (
         checkpoints.versions_changed(found)[0].startswith("torch ")
@@ -505,7 +509,7 @@ def test_a_full_disk_is_said_and_nothing_lost(tiny, records, whole, tmp_path, mo
     monkeypatch.setattr(checkpoints, "rotate", full)
     try:
         with pytest.raises(ValueError, match=r"checkpoint-4 cannot be written, with .* free on its disk"):
-            train.train(made(tiny, records, tmp_path / "run", **LAMDA), SILENT)
+            train(made(tiny, records, tmp_path / "run", **LAMDA), SILENT)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     monkeypatch.undo()
@@ -523,7 +527,7 @@ def test_a_folder_that_cannot_be_written_is_said(tiny, records, tmp_path, monkey
     else:  # whom no rights stop
         monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(ValueError, match="run cannot be written: Permission denied"):
-        train.train(made(tiny, records, tmp_path / "runs" / "run"), SILENT)
+        train(made(tiny, records, tmp_path / "runs" / "run"), SILENT)
     tmp_path.chmod(0o700)
 
 
@@ -548,7 +552,7 @@ def with_model(monkeypatch, step, what) -> None:
         if state.global_step == step:
             what(model)
 
-    monkeypatch.setattr(Watch, "on_step_begin", once, raising=False)
+    monkeypatch.setattr(RunProgress, "on_step_begin", once, raising=False)
 
 
 def test_a_loss_that_is_nan_ends_the_run_and_names_the_layer(tiny, records, tmp_path, monkeypatch):
@@ -558,14 +562,14 @@ def test_a_loss_that_is_nan_ends_the_run_and_names_the_layer(tiny, records, tmp_
 
     with_model(monkeypatch, 4, spoil)
     with pytest.raises(ValueError, match=r"step 5: the loss is nan, first in .*layers\.1\.mlp\.down_proj"):
-        train.train(made(tiny, records, tmp_path / "run"), SILENT)
+        train(made(tiny, records, tmp_path / "run"), SILENT)
     assert checkpoints.newest(tmp_path / "run" / "checkpoints", SILENT).step == 4
 
 
 def test_a_gradient_that_is_nan_ends_the_run_and_names_the_layer(tiny, records, tmp_path, monkeypatch):
     with_model(monkeypatch, 2, lambda model: poison(model, "layers.0.self_attn.v_proj.inlay_D"))
     with pytest.raises(ValueError, match=r"step 3: the gradient of .*layers\.0\.self_attn\.v_proj\.inlay_D"):
-        train.train(made(tiny, records, tmp_path / "run", accumulation=2), SILENT)
+        train(made(tiny, records, tmp_path / "run", accumulation=2), SILENT)
     assert checkpoints.newest(tmp_path / "run" / "checkpoints", SILENT).step == 2
 
 
@@ -577,9 +581,9 @@ def test_a_step_with_nan_is_passed_over_as_often_as_allowed(tiny, records, tmp_p
         if state.global_step == 2:
             poison(model, "layers.0.self_attn.v_proj.inlay_D", times=1)
 
-    monkeypatch.setattr(Watch, "on_step_end", look, raising=False)
+    monkeypatch.setattr(RunProgress, "on_step_end", look, raising=False)
     recipe = made(tiny, records, tmp_path / "run", skip_nan=1, accumulation=2, weight_decay=0.1)
-    result = train.train(recipe, SILENT)
+    result = train(recipe, SILENT)
     assert all(torch.equal(seen[2][name], seen[3][name]) for name in seen[2])
     assert not any(torch.equal(seen[3][name], seen[4][name]) for name in seen[2])
     assert [row["step"] for row in result.history if "loss" in row] == [1, 2, 4, 5, 6]
@@ -606,10 +610,10 @@ def test_what_holds_inf_after_the_last_step_is_not_kept(every, tiny, records, tm
         if state.global_step == 2:
             next(p for n, p in model.named_parameters() if p.requires_grad).data[0] = torch.inf
 
-    monkeypatch.setattr(Watch, "on_step_end", spoil, raising=False)
+    monkeypatch.setattr(RunProgress, "on_step_end", spoil, raising=False)
     last = "the checkpoint of step 1 is untouched" if every else "there is no checkpoint"
     with pytest.raises(ValueError, match=rf"step 2: .*layers\.0.* holds NaN or Inf; {last}"):
-        train.train(made(tiny, records, tmp_path / "run", steps=2, save_every=every), SILENT)
+        train(made(tiny, records, tmp_path / "run", steps=2, save_every=every), SILENT)
     assert not (tmp_path / "run" / "adapter").exists()
 
 
@@ -625,7 +629,7 @@ def test_a_run_folder_has_one_process(tiny, records, cut, tmp_path, capsys):
 
 
 def test_a_killed_process_holds_nothing(tmp_path):
-    hold = "import sys, time; from pathlib import Path; from inlay.workbench.files import locked\n"
+    hold = "import sys, time; from pathlib import Path; from inlay.files.atomic import locked\n"
     hold += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
     other = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
@@ -673,14 +677,14 @@ def test_what_is_replaced_is_lost_only_when_something_is_in_its_place(killed, tm
     out.mkdir()
     (out / "mark").write_text("old")
     if killed:
-        files.set_aside(out)
+        set_aside(out)
     else:
 
         def fail(*_):
             raise OSError(5, "Input/output error")
 
         with monkeypatch.context() as patch:
-            patch.setattr(files.os, "replace", fail)
+            patch.setattr(atomic.os, "replace", fail)
             with pytest.raises(OSError, match="Input/output"), new_folder(out, overwrite=True, marker="mark"):
                 pass
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -705,7 +709,7 @@ def test_folders_have_the_rights_that_the_user_gives(tmp_path):
 
 def test_a_folder_is_on_the_disk_before_it_is_in_its_place(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(files, "sync", lambda path: seen.append(path.relative_to(tmp_path).parts[1:]))
+    monkeypatch.setattr(atomic, "sync", lambda path: seen.append(path.relative_to(tmp_path).parts[1:]))
     with new_folder(tmp_path / "out") as part:
         (part / "a").mkdir()
         (part / "a" / "b").touch()
@@ -715,7 +719,7 @@ def test_a_folder_is_on_the_disk_before_it_is_in_its_place(tmp_path, monkeypatch
 def test_nothing_is_written_through_a_link(cut, tmp_path, capsys):
     (tmp_path / "precious").write_text("as it was")
     (tmp_path / ".text.part").symlink_to("precious")
-    files.write_text(tmp_path / "text", "new")
+    write_text(tmp_path / "text", "new")
     assert not (tmp_path / "text").is_symlink()
     (cut / "plots").symlink_to(tmp_path)
     assert "plots is a link" in fails(capsys, "train", "--resume", str(cut))

@@ -34,14 +34,23 @@ from transformers import (
 
 import inlay
 from inlay.cli import main
-from inlay.host.calibrate import bare, gather
+from inlay.data.labelled import labelled_examples
+from inlay.evaluation.label_metrics import classified
+from inlay.host.calibrate import gather_statistics, without_adapters
 from inlay.host.layer import InlayLinear
 from inlay.method import Method
 from inlay.methods import METHODS
-from inlay.workbench import checkpoints, kinds, models, prepare, train
-from inlay.workbench.recipe import Recipe
-from inlay.workbench.tasks import TASKS, preference, seq2seq
-from inlay.workbench.tasks import classification as cls
+from inlay.models.adapters import load_adapted
+from inlay.models.model_classes import MODEL_CLASSES
+from inlay.recipe.recipe import Recipe
+from inlay.training import checkpoints
+from inlay.training.base_model import load_training_model
+from inlay.training.fit import build_trainer
+from inlay.training.tasks import TASKS
+from inlay.training.tasks.classification import ordered_labels
+from inlay.training.tasks.preference import preference_examples
+from inlay.training.tasks.seq2seq import seq2seq_examples
+from inlay.training.train import train
 
 SILENT = Console(quiet=True)
 METHOD_NAMES = [method.name for method in METHODS if not method.needs]
@@ -97,9 +106,9 @@ def test_every_method_learns_in_every_task(task, models_of, data_of, tmp_path):
     """By the task's own loss on one batch: the adapter starts where the base is, two steps lower it, W stays."""
     asked = [made(m, values(task, models_of, data_of, steps=2, save_every=0)) for m in METHOD_NAMES]
     tokenizer, rows = examples(asked[0])
-    base = prepare.load(asked[0], torch.float32, tmp_path, SILENT, **TASKS[task].model_settings(rows))
+    base = load_training_model(asked[0], torch.float32, tmp_path, SILENT, **TASKS[task].model_settings(rows))
     before, losses = copy.deepcopy(base.state_dict()), []
-    trainer = train.build(asked[0], base, tokenizer, rows, tmp_path)
+    trainer = build_trainer(asked[0], base, tokenizer, rows, tmp_path)
     batch = next(iter(trainer.get_train_dataloader()))
     for one in asked:
         base = trainer.model.unload()  # with what trl changed of it
@@ -127,8 +136,8 @@ def test_starts_from_data_see_the_gradient_of_the_tasks_own_loss(task, models_of
     """And of the inputs, no padding. By autograd through the trainer's loss of the same examples."""
     asked = made("lora", values(task, models_of, data_of, steps=2, save_every=0))
     tokenizer, rows = examples(asked)
-    base = prepare.load(asked, torch.float32, tmp_path, SILENT, **TASKS[task].model_settings(rows))
-    trainer = train.build(asked, base, tokenizer, rows, tmp_path)
+    base = load_training_model(asked, torch.float32, tmp_path, SILENT, **TASKS[task].model_settings(rows))
+    trainer = build_trainer(asked, base, tokenizer, rows, tmp_path)
     model, size = trainer.model.eval(), 4
     layers = {f"{n}.base_layer": m for n, m in model.named_modules() if isinstance(m, InlayLinear)}
     weights = [layer.base_layer.weight.requires_grad_() for layer in layers.values()]
@@ -137,9 +146,9 @@ def test_starts_from_data_see_the_gradient_of_the_tasks_own_loss(task, models_of
     for W in weights:
         W.requires_grad_(False)
     batch, own = TASKS[task].batch(rows.train[:size], tokenizer, asked), TASKS[task].loss(asked)
-    with bare(layers.values()):
-        found = gather(model, dict.fromkeys(layers, Seen(needs="gradients")), [batch], loss=own).stats
-        inputs = gather(model, dict.fromkeys(layers, Seen(needs="activations")), [batch], loss=own).stats
+    with without_adapters(layers.values()):
+        found = gather_statistics(model, dict.fromkeys(layers, Seen(needs="gradients")), [batch], loss=own).stats
+        inputs = gather_statistics(model, dict.fromkeys(layers, Seen(needs="activations")), [batch], loss=own).stats
     for name, G in zip(layers, wanted, strict=True):
         torch.testing.assert_close(found[name]["mean"], G, rtol=1e-3, atol=1e-6)
     masks = [batch[key] for key in ("attention_mask", "decoder_attention_mask") if key in batch]
@@ -165,7 +174,7 @@ class Seen(Method):
 @pytest.mark.parametrize("task", ["classification", *(pytest.param(t, marks=pytest.mark.slow) for t in list(DATA)[1:])])
 def test_a_run_may_start_from_the_data_of_any_task(task, method, models_of, data_of, tmp_path):
     asked = made(method, values(task, models_of, data_of, steps=1, save_every=0, output=str(tmp_path / "run")))
-    result = train.train(replace(asked, calibration=2), SILENT)
+    result = train(replace(asked, calibration=2), SILENT)
     assert math.isfinite(result.after)
     assert load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
 
@@ -254,7 +263,7 @@ def test_summaries_are_evaluated(models_of, data_of, tmp_path, capsys):
         assert line in said
     rows = [json.loads(line) for line in next(tmp_path.glob("text-*seq2seq.jsonl")).read_text().splitlines()]
     assert [row["wanted"] for row in rows] == [[f"Number {i}."] for i in range(4)]
-    model, tokenizer = models.load_adapted(tmp_path / "run" / "adapter", dtype=torch.float32)
+    model, tokenizer = load_adapted(tmp_path / "run" / "adapter", dtype=torch.float32)
     inputs = tokenizer(DATA["seq2seq"][0]["document"], return_tensors="pt")
     out = model.eval().generate(**inputs, do_sample=False, max_new_tokens=64)[0]
     assert rows[0]["said"] == tokenizer.decode(out, skip_special_tokens=True).strip()
@@ -291,9 +300,9 @@ def test_a_stopped_run_goes_on_to_the_same_end(task, models_of, data_of, tmp_pat
 def convert(task: str, rows: list[dict], **more):
     asked = Recipe(task=task, data="mine.jsonl", **more)
     return {
-        "classification": lambda: cls.convert(rows, asked.columns),
-        "seq2seq": lambda: seq2seq.convert(rows, asked),
-        "preference": lambda: preference.convert(rows, asked),
+        "classification": lambda: labelled_examples(rows, asked.columns),
+        "seq2seq": lambda: seq2seq_examples(rows, asked),
+        "preference": lambda: preference_examples(rows, asked),
     }[task]()
 
 
@@ -313,9 +322,9 @@ def test_records_of_each_task_in_the_forms_of_their_data_sets():
 
 
 def test_labels_are_ordered_by_value_and_fractions_are_scores():
-    assert cls.order({"10", "2", "-1"}) == ["-1", "2", "10"]
-    assert cls.order({"b", "a", "1"}) == ["1", "a", "b"]
-    assert cls.order({"3.8", "5.0"}) is None
+    assert ordered_labels({"10", "2", "-1"}) == ["-1", "2", "10"]
+    assert ordered_labels({"b", "a", "1"}) == ["1", "a", "b"]
+    assert ordered_labels({"3.8", "5.0"}) is None
 
 
 @pytest.mark.parametrize("size", [2, 5])
@@ -324,7 +333,7 @@ def test_metrics_against_their_definitions(size):
     random = np.random.default_rng(0)
     logits, labels = random.normal(size=(200, size)), random.integers(0, size, 200)
     logits[np.arange(200), labels] += 1
-    found, made = logits.argmax(1), cls.classified(logits, labels)
+    found, made = logits.argmax(1), classified(logits, labels)
     assert made["accuracy"] == pytest.approx(np.mean(found == labels))
     each = []
     for k in range(size):
@@ -335,11 +344,11 @@ def test_metrics_against_their_definitions(size):
     X, Y = np.eye(size)[found], np.eye(size)[labels]
     X, Y = X - X.mean(0), Y - Y.mean(0)
     assert made["matthews"] == pytest.approx((X * Y).sum() / np.sqrt((X * X).sum() * (Y * Y).sum()))
-    assert cls.classified(np.eye(2)[[1, 1]], np.array([0, 1]))["matthews"] == 0  # one label is all it says
+    assert classified(np.eye(2)[[1, 1]], np.array([0, 1]))["matthews"] == 0  # one label is all it says
 
 
 def test_every_task_has_a_kind_a_class_and_a_place_in_the_recipe():
-    names = [kind.name for kind in kinds.KINDS]
+    names = [kind.name for kind in MODEL_CLASSES]
     assert names == list(typing.get_args(typing.get_type_hints(Recipe)["task"]))
     assert set(names) == set(TASKS)
 
@@ -428,7 +437,7 @@ def test_a_vision_model_learns_from_images(llava, tmp_path, capsys):
         task="vision", model=llava, data=str(tmp_path / "seen.json"), method="milora", args={"r": 4}, steps=3,
         batch_size=2, eval_size=2, samples=1, dtype="float32", learning_rate=1e-2, output=str(tmp_path / "run"),
     )  # fmt: skip
-    made = train.train(asked, SILENT)
+    made = train(asked, SILENT)
     assert made.after < made.before
     assert made.samples[0]["reference"] == "Red."
     (tmp_path / "d.jsonl").write_text('{"prompt": "a", "completion": "b"}')
@@ -455,7 +464,7 @@ def test_an_encoder_learns_question_types(data_dir, tmp_path, capsys):
         rows = [dict(zip(("label", "text"), line.split(" ", 1), strict=True)) for line in lines]
         (tmp_path / f"{part}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     model = Path(str(spec.origin)).parent / "model"
-    made = train.train(
+    made = train(
         Recipe(
             task="classification", model=str(model), data=str(tmp_path / "train.jsonl"),
             eval_data=str(tmp_path / "test.jsonl"), method="lamda", args={"r": 16}, learning_rate=3e-3, steps=60,

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from inlay.cli import main
-from inlay.workbench import ui
+from inlay.training.live_page import Follower
 
 pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
 
@@ -42,7 +42,7 @@ def test_runs_are_followed_as_they_grow(tmp_path):
     grow(runs / "tune" / "runs" / "trial-000", {"step": 1, "loss": 5.0})
     (runs / "old" / "checkpoints" / "step-1").mkdir(parents=True)
     (runs / "old" / "checkpoints" / "step-1" / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n')
-    follower = ui.Follower(runs, events)
+    follower = Follower(runs, events)
     follower.look()
     assert {p.parent.relative_to(runs).as_posix() for p in follower.known} == {"old", "tune/runs/trial-000"}
     assert written(events, "old") == [(1, 3.0)]
@@ -74,7 +74,7 @@ def test_a_damaged_line_is_said_and_left_out(tmp_path, capsys):
     with (runs / "a" / "metrics.jsonl").open("a") as file:
         file.write('{broken\n[3]\n{"step": 2, "loss": 2.5}\n')
     grow(runs / "b", {"step": 1, "loss": 3.0})
-    follower = ui.Follower(runs, events)
+    follower = Follower(runs, events)
     follower.look()
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 4

@@ -10,14 +10,11 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from inlay.conversion.fold_quantizer import FoldError
 from inlay.host.config import InlayConfig
-
-if TYPE_CHECKING:
-    from inlay.workbench.packing import Error
-
-FOLDED = "folded.json"  # in the folder, and in its base, which is not a model without the adapter
+from inlay.models.folded import FOLDED
 
 
 @dataclass(frozen=True)
@@ -25,7 +22,7 @@ class Folded:
     """What a fold made: a 4-bit base and its adapter, and the error of each weight against plain NF4."""
 
     folder: Path
-    errors: list[Error]
+    errors: list[FoldError]
     unsettled: list[str]  # the modules whose start had not seen enough data
 
     @property
@@ -75,9 +72,11 @@ def fold(
     import torch
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    from inlay.host.calibrate import gather
-    from inlay.workbench import memory, models, packing
-    from inlay.workbench.files import new_folder, write_text
+    from inlay.conversion.fold_quantizer import FoldPlan, finish_fold, folding_config, methods_of, save_adapter
+    from inlay.files.atomic import new_folder, write_text
+    from inlay.host.calibrate import gather_statistics
+    from inlay.models.loading import load_model, load_tokenizer, stored_dtype
+    from inlay.models.meta import meta_model
 
     if quantization != "nf4":
         raise ValueError(f"quantization={quantization!r} is not one of nf4")
@@ -85,11 +84,11 @@ def fold(
         raise ValueError(f"rounds={rounds!r} is not a whole number from 1 up")
     if config.folded:
         raise ValueError("this config is of a folded adapter; fold with a fresh one")
-    tokenizer = models.load_tokenizer(model, revision, trust_remote_code)
-    dtype = models.stored_dtype(model, trust_remote_code)
-    blank = memory.meta_model(model, dtype, trust_remote_code)
+    tokenizer = load_tokenizer(model, revision, trust_remote_code)
+    dtype = stored_dtype(model, trust_remote_code)
+    blank = meta_model(model, dtype, trust_remote_code)
     full = get_keys_to_not_convert(blank)
-    plan = packing.Plan(packing.methods_of(blank, config), rounds, done)
+    plan = FoldPlan(methods_of(blank, config), rounds, done)
     for module in plan.methods:
         if module in full:
             raise ValueError(f"{module} stays in full precision in a 4-bit checkpoint; leave it out of the targets")
@@ -100,21 +99,21 @@ def fold(
                 f"{config.method} starts from {next(iter(needing.values())).needs} of the data: give inlay.fold "
                 "batches, or let inlay train fold (quantize: nf4)"
             )
-        found = gather(models.load_model(model, dtype, revision, trust_remote_code), needing, batches, most=None)
+        found = gather_statistics(load_model(model, dtype, revision, trust_remote_code), needing, batches, most=None)
         plan.stats, unsettled = found.stats, found.unsettled
     with new_folder(Path(out), overwrite, marker=FOLDED) as part:
         try:
-            base = models.load_model(model, dtype, revision, trust_remote_code, packing.folding(plan, torch.bfloat16))
+            base = load_model(model, dtype, revision, trust_remote_code, folding_config(plan, torch.bfloat16))
         finally:
             if plan.failure:
                 raise plan.failure
         for module in plan.methods.keys() - plan.starts.keys():
             raise ValueError(f"the checkpoint of {model!r} stores no weight for {module}; leave it out of the targets")
-        packing.finish(base)
+        finish_fold(base)
         about = {"model": model, "method": repr(config.build()), "rounds": rounds}
         base.save_pretrained(str(part / "base"))
         tokenizer.save_pretrained(str(part / "base"))
-        packing.save_adapter(base, config, plan.starts, part / "adapter", str((Path(out) / "base").resolve()))
+        save_adapter(base, config, plan.starts, part / "adapter", str((Path(out) / "base").resolve()))
         for folder in (part, part / "base"):
             write_text(folder / FOLDED, json.dumps(about, indent=2))
         rows = [f"{e.module},{e.plain:.5f},{e.folded:.5f},{e.round}" for e in plan.errors]

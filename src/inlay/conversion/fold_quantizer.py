@@ -9,29 +9,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import get_peft_model
 from torch import Tensor
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.auto import register_quantizer
-from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
-from transformers.utils import is_bitsandbytes_available
 from transformers.utils.quantization_config import QuantizationMethod
 
-from inlay.host import seal
 from inlay.host.config import FORMAT_VERSION, InlayConfig
-from inlay.host.peft import adapted
+from inlay.host.layer import adapted
 from inlay.method import Method, Params
-from inlay.workbench.weights import Weights
+from inlay.models.quantized import quantization_config, unpack_weight
 
 NAME = "inlay_fold"
 
 
 @dataclass(frozen=True)
-class Error:
+class FoldError:
     """Relative errors of one weight, ‖W' − W‖ / ‖W‖: plain NF4, and the folded base with its piece put back. Both are
     weighted where the method weighs errors."""
 
@@ -42,7 +39,7 @@ class Error:
 
 
 @dataclass
-class Plan:
+class FoldPlan:
     """What to take out of which weight, and what came of it."""
 
     methods: dict[str, Method]
@@ -50,10 +47,10 @@ class Plan:
     done: Callable[[str], object]
     stats: dict[str, Params] = field(default_factory=dict)  # what methods needed to see
     starts: dict[str, Params] = field(default_factory=dict)
-    errors: list[Error] = field(default_factory=list)
+    errors: list[FoldError] = field(default_factory=list)
     failure: Exception | None = None
 
-    def __deepcopy__(self, memo: Any) -> Plan:
+    def __deepcopy__(self, memo: Any) -> FoldPlan:
         """transformers copies the settings it is given; what it finds out must be found here."""
         return self
 
@@ -80,54 +77,14 @@ def save_adapter(base: Any, config: InlayConfig, starts: dict[str, Params], fold
     model.save_pretrained(str(folder), save_embedding_layers=False)  # it would look for a base that is not there yet
 
 
-def settings(kind: str, dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig:
-    """bitsandbytes' settings: "nf4" (blocks of 64, double quantisation; products in `dtype`) or "int8".
-
-    Raises:
-        ValueError: bitsandbytes is not installed.
-    """
-    if not is_bitsandbytes_available():
-        raise ValueError("quantised bases need bitsandbytes; pip install 'bitsandbytes>=0.46'")
-    if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
-
-
-def pack(blank: PreTrainedModel, kind: str, dtype: torch.dtype) -> None:
-    """Pack the linear layers of a model without memory, as a checkpoint quantised by `settings` has them.
-
-    Raises:
-        ValueError: bitsandbytes is not installed.
-    """
-    asked = settings(kind, dtype)
-    from bitsandbytes.functional import create_dynamic_map, int8_vectorwise_quant, name2qmap
-    from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt
-    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-
-    name2qmap.setdefault("dynamic", create_dynamic_map())  # else it keeps the table it makes here, on meta, for good
-    replace_with_bnb_linear(blank, get_keys_to_not_convert(blank), asked)
-    for module in blank.modules():
-        if isinstance(module, (Linear4bit, Linear8bitLt)):
-            for p in module.parameters():
-                p.data = p.data.to(dtype)  # which a weight is then dequantised to
-        if isinstance(module, Linear4bit):
-            module.weight = cast(Any, module.weight)._quantize("meta")
-        elif isinstance(module, Linear8bitLt):
-            values, scales, _ = int8_vectorwise_quant(module.weight.data.half())
-            module.weight = cast(Any, Int8Params)(values, CB=values, SCB=scales, requires_grad=False)
-            module.state.threshold = 0.0  # which inputs are outliers is a matter of values
-
-
-def folding(plan: Plan, dtype: torch.dtype) -> BitsAndBytesConfig:
+def folding_config(plan: FoldPlan, dtype: torch.dtype) -> BitsAndBytesConfig:
     """Settings for `from_pretrained` under which `plan` is carried out."""
-    made = settings("nf4", dtype)
+    made = quantization_config("nf4", dtype)
     made.quant_method, made.plan = NAME, plan  # type: ignore[assignment, attr-defined]
     return made
 
 
-def finish(model: Any) -> None:
+def finish_fold(model: Any) -> None:
     """Leave no trace of the plan: from here on it is a 4-bit model like any other."""
     model.hf_quantizer.quantization_config.quant_method = QuantizationMethod.BITS_AND_BYTES
     del model.hf_quantizer.quantization_config.plan
@@ -142,7 +99,7 @@ class FoldingQuantizer(Bnb4BitHfQuantizer):
         from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 
         quantizer: Any = self
-        plan: Plan = quantizer.quantization_config.plan
+        plan: FoldPlan = quantizer.quantization_config.plan
 
         class Fold(Bnb4bitQuantize):
             def convert(self, input_dict: Any, full_layer_name: Any = None, model: Any = None, **kwargs: Any) -> Any:
@@ -158,7 +115,7 @@ class FoldingQuantizer(Bnb4BitHfQuantizer):
                     return super().convert(input_dict, full_layer_name, model, **kwargs)
                 transposed = model.get_submodule(module).source_cls.__name__ == "Conv1D"
                 try:
-                    return {name: cut(plan, module, stored.T if transposed else stored, pack, transposed)}
+                    return {name: cut_residual(plan, module, stored.T if transposed else stored, pack, transposed)}
                 except Exception as error:  # transformers would bury it in its report
                     plan.failure = error
                     raise
@@ -167,56 +124,31 @@ class FoldingQuantizer(Bnb4BitHfQuantizer):
 
 
 @torch.no_grad()
-def cut(plan: Plan, module: str, W: Tensor, pack: Callable[[Tensor], Any], transposed: bool) -> Any:
+def cut_residual(plan: FoldPlan, module: str, W: Tensor, pack: Callable[[Tensor], Any], transposed: bool) -> Any:
     """The packed residual of W (out × in), the best of the plan's rounds; its θ₀ and errors go into the plan."""
     method, W, best, stats = plan.methods[module], W.float(), None, plan.stats.get(module)
     assert method.zero_init or not method.shared  # whose start is that of its first weight
     if not W.isfinite().all():
         raise ValueError(f"the weight of {module} holds NaN or Inf; repair it or leave that module out")
     whole = method.weigh(W, stats)
-    plain = error_of(method.weigh(unpack(pack(W.T if transposed else W)) - W, stats), whole)
+    plain = relative_error(method.weigh(unpack_weight(pack(W.T if transposed else W)) - W, stats), whole)
     what = W
     for turn in range(1, 2 if method.zero_init else plan.rounds + 1):
         start = method.start(what, stats)
         D = method.s * method.delta(start, W)
         packed = pack((W - D).T if transposed else W - D)
-        rest = W - unpack(packed)
-        error = error_of(method.weigh(D - rest, stats), whole)
+        rest = W - unpack_weight(packed)
+        error = relative_error(method.weigh(D - rest, stats), whole)
         if best is None or error < best[0]:
             best = error, packed, start, turn
         what = rest  # of which the next round takes its piece
     assert best is not None
     error, packed, plan.starts[module], turn = best
-    plan.errors.append(Error(module, plain, error, turn))
+    plan.errors.append(FoldError(module, plain, error, turn))
     plan.done(module)
     return packed
 
 
-def dense(weights: Weights, name: str) -> tuple[Tensor, str | None]:
-    """A weight that bitsandbytes packed, out of a checkpoint: its numbers (out × in) in fp32, and its mark.
-
-    Raises:
-        ValueError: something else packed it.
-    """
-    W, beside = weights.read(name), {end: weights.read(key) for end, key in weights.beside(name).items()}
-    if any(end.startswith("quant_state.") for end in beside):
-        from bitsandbytes.nn import Params4bit
-
-        packed = Params4bit.from_prequantized(W, beside, device="cpu")
-        packed.quant_state.dtype = torch.float32
-        return unpack(packed), seal.of_packed(packed)
-    if W.dtype == torch.int8 and "SCB" in beside:
-        return W.float() * (beside["SCB"].float() / 127)[:, None], None
-    raise ValueError(f"{name} is stored as {W.dtype} which is not read here; name the base in full precision")
-
-
-def unpack(packed: Any) -> Tensor:
-    """The numbers of a packed weight, (out × in), in fp32."""
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(packed.data, packed.quant_state).float()
-
-
-def error_of(difference: Tensor, W: Tensor) -> float:
+def relative_error(difference: Tensor, W: Tensor) -> float:
     """A difference relative to W; 0 for a weight of zeros that came back as it was."""
     return (difference.norm() / W.norm().clamp(min=torch.finfo(W.dtype).tiny)).item()

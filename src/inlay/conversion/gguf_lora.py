@@ -9,7 +9,7 @@ import gguf
 import torch
 from torch import Tensor
 
-from inlay.workbench.lora import Change, widened
+from inlay.conversion.lora_factors import LoraDelta, widened_to_rank
 
 # transformers' model_type -> llama.cpp's architecture, and whether llama.cpp keeps the rows of q and k in its own order
 ARCHITECTURES = {
@@ -32,7 +32,7 @@ def interleaved(B: Tensor, module: str, config: Any) -> Tensor:
     return B.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
-def check(config: Any, folder: str) -> None:
+def check_lora_architecture(config: Any, folder: str) -> None:
     """Raise a ValueError unless this library knows how llama.cpp names and orders a model's weights."""
     if config.model_type not in ARCHITECTURES:
         raise ValueError(
@@ -41,7 +41,7 @@ def check(config: Any, folder: str) -> None:
         )
 
 
-def write(path: Path, config: Any, made: list[Change], r: int, dtype: torch.dtype) -> None:
+def write_lora_gguf(path: Path, config: Any, made: list[LoraDelta], r: int, dtype: torch.dtype) -> None:
     """The GGUF file. Its tensors are fp32 or fp16 (bf16 becomes fp32, which holds it)."""
     arch = ARCHITECTURES[config.model_type][0]
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
@@ -53,14 +53,14 @@ def write(path: Path, config: Any, made: list[Change], r: int, dtype: torch.dtyp
         name = names.get_name(change.module)
         if name is None:
             raise ValueError(f"{change.module} has no name in llama.cpp; leave it out of target_modules, or merge")
-        B, A = widened(change, r)
+        B, A = widened_to_rank(change, r)
         for part, value in (("lora_a", A), ("lora_b", interleaved(B, change.module, config))):
             value = value.to(torch.float16 if dtype == torch.float16 else torch.float32)
             writer.add_tensor(f"{name}.weight.{part}", value.contiguous().numpy())
-    close(writer)
+    close_writer(writer)
 
 
-def close(writer: gguf.GGUFWriter) -> None:
+def close_writer(writer: gguf.GGUFWriter) -> None:
     """Write what was added."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from inlay.workbench import llamacpp, models
-from inlay.workbench.merging import New
+from inlay.conversion.gguf_lora import ARCHITECTURES, close_writer, interleaved
+from inlay.conversion.merged_weights import New
+from inlay.models.loading import load_tokenizer
 
 FILE = "model.gguf"
 MODELS = ("llama", "mistral", "qwen2", "qwen3")
@@ -27,6 +28,8 @@ KINDS = {
     torch.float16: gguf.GGMLQuantizationType.F16,
     torch.bfloat16: gguf.GGMLQuantizationType.BF16,
 }
+
+
 # How a tokenizer splits a text before its merges, and llama.cpp's name for that.
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS = {
@@ -43,7 +46,7 @@ def write_merged(folder: Path, config: Any, source: str, tensors: Iterable[New],
     The tensors pass through a temporary file, in $TMPDIR, of the model's size.
     """
     with tempfile.TemporaryDirectory() as tokenizer:
-        models.load_tokenizer(source).save_pretrained(tokenizer)
+        load_tokenizer(source).save_pretrained(tokenizer)
         config.save_pretrained(tokenizer)
         split = check_model(config, Path(tokenizer), out)
         made = write_model(folder / FILE, config, Path(tokenizer), split, tensors)
@@ -101,7 +104,7 @@ def write_model(path: Path, config: Any, tokenizer: Path, split: str, tensors: I
         split: what `check_model` gave.
         tensors: matrices keep their dtype (fp32, fp16 or bf16), vectors are fp32, as llama.cpp wants them.
     """
-    arch = llamacpp.ARCHITECTURES[config.model_type][0]
+    arch = ARCHITECTURES[config.model_type][0]
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch], use_temp_file=True)
     add_settings(writer, config)
@@ -114,23 +117,23 @@ def write_model(path: Path, config: Any, tokenizer: Path, split: str, tensors: I
         name = names.get_name(module)
         if name is None:
             raise ValueError(f"{new.name} has no name in llama.cpp; merge without --to gguf")
-        value = llamacpp.interleaved(new.value, module, config)
-        add(writer, f"{name}.{end}", value if value.ndim > 1 else value.float())
+        value = interleaved(new.value, module, config)
+        add_tensor(writer, f"{name}.{end}", value if value.ndim > 1 else value.float())
         made.append(New(new.key, new.name, new.value.new_empty(0), new.lost))
-    for name, value in positions(config):
-        add(writer, name, value)
-    llamacpp.close(writer)
+    for name, value in rope_factors(config):
+        add_tensor(writer, name, value)
+    close_writer(writer)
     return made
 
 
-def add(writer: gguf.GGUFWriter, name: str, value: Tensor) -> None:
+def add_tensor(writer: gguf.GGUFWriter, name: str, value: Tensor) -> None:
     """One tensor, in its own dtype."""
     kind = KINDS[value.dtype]
     numbers: Any = gguf.quants.quantize(value.float().contiguous().numpy(), kind)
     writer.add_tensor(name, numbers, raw_dtype=kind)
 
 
-def positions(config: Any) -> Iterator[tuple[str, Tensor]]:
+def rope_factors(config: Any) -> Iterator[tuple[str, Tensor]]:
     """Llama 3's slowed rotations, as factors on the usual ones."""
     if config.rope_parameters["rope_type"] == "llama3":
         usual = config.rope_parameters["rope_theta"] ** -(

@@ -47,15 +47,18 @@ def import_adapter(
     Raises:
         ValueError: no such adapter, a broken one, a kind or variant with no equal here, or a start that is lost.
     """
-    from inlay.workbench import foreign, imported, models
-    from inlay.workbench.files import new_folder
+    from inlay.conversion.peft_folder import read_peft_folder
+    from inlay.conversion.peft_translation import translate, write_translation
+    from inlay.files.atomic import new_folder
+    from inlay.models.adapters import adapter_folder, base_of
+    from inlay.models.loading import resolve
 
-    source = foreign.read(models.adapter_folder(str(adapter)))
-    first = None if initial is None else foreign.read(models.adapter_folder(str(initial)))
-    base = models.resolve(model or models.base_of(source.folder))
+    source = read_peft_folder(adapter_folder(str(adapter)))
+    first = None if initial is None else read_peft_folder(adapter_folder(str(initial)))
+    base = resolve(model or base_of(source.folder))
     with new_folder(Path(out), overwrite, marker=IMPORTED) as part:
-        found = imported.translate(source, base, first)
-        imported.write(part, source, base, found)
+        found = translate(source, base, first)
+        write_translation(part, source, base, found)
         about = {"adapter": str(adapter), "peft_type": source.kind, "notes": found.notes}
         (part / IMPORTED).write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
     return Imported(Path(out), found.method, len(found.settings), tuple(found.notes))

@@ -18,21 +18,23 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from inlay import linalg
 from inlay.host import seal
 from inlay.host.config import InlayConfig
-from inlay.host.layer import PREFIX, START, InlayLinear
-from inlay.host.peft import adapted
+from inlay.host.layer import PREFIX, START, InlayLinear, adapted
 from inlay.method import LowRank
-from inlay.workbench import kinds, memory, models
-from inlay.workbench.weights import Weights
+from inlay.models.adapters import label_settings, load_adapter, read_adapter_config
+from inlay.models.loading import load_config
+from inlay.models.meta import meta_model
+from inlay.models.model_classes import auto_class
+from inlay.models.stored_weights import Weights
+from inlay.numerics import linalg
 
 TINY = torch.finfo(torch.float64).tiny
 SIZES = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the ranks vLLM serves
 
 
 @dataclass(frozen=True)
-class Change:
+class LoraDelta:
     """The change of one weight as B A, B (out × r), A (r × in), its scale included, and ‖B A − s(ΔW − ΔW₀)‖ over the
     norm of what it stands for."""
 
@@ -54,7 +56,7 @@ class Change:
         return (lost / whole.clamp(min=TINY)).sqrt().item()
 
 
-def load(
+def load_blank_adapter(
     folder: Path, base: str, revision: str | None = None, trust_remote_code: bool = False, auto: Any = None
 ) -> PeftModel:
     """An adapter on its base without the base's memory: θ is there, W is not. `auto`: see `auto_of`.
@@ -62,22 +64,22 @@ def load(
     Raises:
         ValueError: it is of a task that is not handled here, or cannot be loaded.
     """
-    auto = auto or auto_of(folder, base, revision, trust_remote_code)
-    settings = models.settings_of(folder)
-    blank = memory.meta_model(base, torch.float32, trust_remote_code, auto=auto, revision=revision, **settings)
-    return models.load_adapter(blank, folder, light=True)
+    auto = auto or adapter_auto_class(folder, base, revision, trust_remote_code)
+    settings = label_settings(folder)
+    blank = meta_model(base, torch.float32, trust_remote_code, auto=auto, revision=revision, **settings)
+    return load_adapter(blank, folder, light=True)
 
 
-def auto_of(folder: Path, base: str, revision: str | None, trust_remote_code: bool) -> Any:
+def adapter_auto_class(folder: Path, base: str, revision: str | None, trust_remote_code: bool) -> Any:
     """The class that loads an adapter's base."""
-    config = models.load_config(base, trust_remote_code, revision)
-    return kinds.auto_for(config, models.read_config(folder).task_type)
+    config = load_config(base, trust_remote_code, revision)
+    return auto_class(config, read_adapter_config(folder).task_type)
 
 
 Weighted = tuple[float, PeftModel]  # a weight, and an adapter on a base without memory
 
 
-def changes(
+def lora_deltas(
     adapters: list[Weighted],
     base: str,
     rank: int | None = None,
@@ -85,7 +87,7 @@ def changes(
     revision: str | None = None,
     trust_remote_code: bool = False,
     auto: Any = AutoModelForCausalLM,
-) -> Iterator[Change]:
+) -> Iterator[LoraDelta]:
     """The change of every adapted weight; of several adapters, their weighted sum.
 
     Raises:
@@ -116,11 +118,11 @@ def changes(
             for _, layer in parts:
                 layer.check_base("default", seal.of_base(W))
             W = W.float()
-        yield change(parts, W, rank, energy)
+        yield lora_delta(parts, W, rank, energy)
 
 
 @torch.no_grad()
-def change(parts: list[tuple[float, InlayLinear]], W: Tensor, rank: int | None, energy: float | None) -> Change:
+def lora_delta(parts: list[tuple[float, InlayLinear]], W: Tensor, rank: int | None, energy: float | None) -> LoraDelta:
     """One weight's change, exact where the methods are low rank and the rank allows it."""
     one, exact = parts[0][1], all(isinstance(layer.theta("default")[0], LowRank) for _, layer in parts)
     if exact:
@@ -147,7 +149,7 @@ def change(parts: list[tuple[float, InlayLinear]], W: Tensor, rank: int | None, 
         lost = (whole - energies[r - 1]).clamp(min=0) if r < len(S) else 0 * whole
     else:
         lost = (D - B @ A).double().square().sum()
-    return Change(one.cuts["default"].module, B, A, (lost / whole.clamp(min=TINY)).sqrt().item())
+    return LoraDelta(one.cuts["default"].module, B, A, (lost / whole.clamp(min=TINY)).sqrt().item())
 
 
 def factors_of(weight: float, layer: InlayLinear, W: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,25 +160,25 @@ def factors_of(weight: float, layer: InlayLinear, W: Tensor) -> tuple[Tensor, Te
     return weight * method.s * B, A
 
 
-def padded(made: list[Change], pad: bool) -> int:
+def padded_to_one_rank(made: list[LoraDelta], pad: bool) -> int:
     """One rank for all: the largest, or the next that vLLM serves."""
     most = max(1, *(c.rank for c in made))
     return next((size for size in SIZES if size >= most), most) if pad else most
 
 
-def widened(c: Change, r: int) -> tuple[Tensor, Tensor]:
+def widened_to_rank(c: LoraDelta, r: int) -> tuple[Tensor, Tensor]:
     """B and A with zeros up to the rank r."""
     B, A = c.B.new_zeros(c.B.shape[0], r), c.A.new_zeros(r, c.A.shape[1])
     B[:, : c.rank], A[: c.rank] = c.B, c.A
     return B, A
 
 
-def others(folder: Path) -> dict[str, Tensor]:
+def saved_beside(folder: Path) -> dict[str, Tensor]:
     """What an adapter holds beside θ and θ₀: modules and biases that were trained whole, rows of embeddings.
 
     Not the embeddings that PEFT saves along, as they are, where a head is adapted.
     """
-    config = cast(InlayConfig, models.read_config(folder))
+    config = cast(InlayConfig, read_adapter_config(folder))
     stored = load_file(folder / "adapter_model.safetensors")
     rest = {k: v for k, v in stored.items() if f".{PREFIX}" not in k and f".{START}" not in k}
 
@@ -188,21 +190,21 @@ def others(folder: Path) -> dict[str, Tensor]:
     return {k: v for k, v in rest.items() if trained(k)}
 
 
-def write(folder: Path, source: Path, model: PeftModel, made: list[Change], r: int, dtype: torch.dtype) -> None:
+def write_lora(folder: Path, source: Path, model: PeftModel, made: list[LoraDelta], r: int, dtype: torch.dtype) -> None:
     """An ordinary PEFT folder: adapter_config.json and adapter_model.safetensors."""
-    tensors = others(source)
+    tensors = saved_beside(source)
     for c in made:
-        B, A = widened(c, r)
+        B, A = widened_to_rank(c, r)
         for kind, value in (("lora_A", A), ("lora_B", B)):
             name, rounded = f"base_model.model.{c.module}.{kind}.weight", value.to(dtype).contiguous()
             if not rounded.isfinite().all():
                 raise ValueError(f"{name} does not fit {dtype}; choose the dtype bfloat16 or float32")
             tensors[name] = rounded
-    asked = cast(InlayConfig, models.read_config(source))
+    asked = cast(InlayConfig, read_adapter_config(source))
     config = LoraConfig(
         r=r,
         lora_alpha=r,
-        target_modules=targets(model, [c.module for c in made]),
+        target_modules=target_names(model, [c.module for c in made]),
         bias="lora_only" if asked.bias == "inlay_only" else asked.bias,  # type: ignore[arg-type]
         modules_to_save=asked.modules_to_save,
         trainable_token_indices=asked.trainable_token_indices,
@@ -215,7 +217,7 @@ def write(folder: Path, source: Path, model: PeftModel, made: list[Change], r: i
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def targets(model: PeftModel, names: list[str]) -> list[str]:
+def target_names(model: PeftModel, names: list[str]) -> list[str]:
     """The last parts of the modules' names, or the whole names where those would match more."""
     kinds = {name.rpartition(".")[2] for name in names}
     every = [n.replace(".base_layer", "") for n, _ in model.get_base_model().named_modules()]

@@ -23,10 +23,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.pytorch_utils import Conv1D
 
 from inlay.host import seal
-from inlay.host.layer import PREFIX
-from inlay.host.peft import adapted
-from inlay.workbench import builtin, models, packing
-from inlay.workbench.weights import MANY, ONE, Weights
+from inlay.host.layer import PREFIX, adapted
+from inlay.models import builtin
+from inlay.models.adapters import label_settings, load_adapter
+from inlay.models.loading import DTYPES, load_config, load_model, load_tokenizer, resolve
+from inlay.models.quantized import dequantized
+from inlay.models.stored_weights import MANY, ONE, Weights
 
 TINY = torch.finfo(torch.float32).tiny
 TEXT = "The Vaults is a pub near the river. It serves Italian food at £20 to £25, has 3 of 5 stars, and opens at 17:30."
@@ -45,7 +47,7 @@ class New:
 
 
 @torch.no_grad()
-def merge(model: PeftModel, folder: Path, weights: Weights, dtype: torch.dtype | None) -> Iterator[New]:
+def merged_tensors(model: PeftModel, folder: Path, weights: Weights, dtype: torch.dtype | None) -> Iterator[New]:
     """Every tensor of the merged model, in the order of the stored names; those that are no longer tied come last.
 
     Args:
@@ -59,16 +61,16 @@ def merge(model: PeftModel, folder: Path, weights: Weights, dtype: torch.dtype |
     """
     base: Any = model.get_base_model()
     layers = {layer.cuts["default"].module: layer for layer in adapted(model, "default").values()}
-    check(base.config)
-    whole, rows = trained(model, folder, weights)
+    check_mergeable(base.config)
+    whole, rows = trained_beside(model, folder, weights)
     waiting = {*whole, *(f"{module}.weight" for module in (*layers, *rows))}
     tied = dict(base.all_tied_weights_keys)
     names = {key: name for name, key in weights.stored.items()}
 
     def new(key: str, name: str, source: str) -> New:
         module = name.removesuffix(".weight")
-        transposed = isinstance(plain(base, module), Conv1D)
-        old, mark = read(weights, source, transposed)
+        transposed = isinstance(module_below(base, module), Conv1D)
+        old, mark = read_weight(weights, source, transposed)
         W, change = old, None
         if module in layers and name != module:
             layers[module].check_base("default", mark)
@@ -107,7 +109,7 @@ def merge(model: PeftModel, folder: Path, weights: Weights, dtype: torch.dtype |
         )
 
 
-def check(config: Any) -> None:
+def check_mergeable(config: Any) -> None:
     """Raise a ValueError for a base whose stored weights only another library can read."""
     packed = getattr(config, "quantization_config", None) or {}
     kind = packed.get("quant_method") if isinstance(packed, dict) else getattr(packed, "quant_method", None)
@@ -119,15 +121,15 @@ def check(config: Any) -> None:
         )
 
 
-def read(weights: Weights, key: str, transposed: bool) -> tuple[Tensor, str | None]:
+def read_weight(weights: Weights, key: str, transposed: bool) -> tuple[Tensor, str | None]:
     """A weight of the base, a linear layer's as (out × in), and its mark; a packed one is in that shape as it is."""
     if weights.beside(key):
-        return packing.dense(weights, key)
+        return dequantized(weights, key)
     W = weights.read(key).T if transposed else weights.read(key)
     return W, seal.of_base(W) if W.ndim == 2 and W.is_floating_point() else None
 
 
-def plain(base: Any, module: str) -> Any:
+def module_below(base: Any, module: str) -> Any:
     """The module of a name, under what an adapter put around it; None where a name is no module's."""
     try:
         found = base.get_submodule(module)
@@ -136,7 +138,7 @@ def plain(base: Any, module: str) -> Any:
     return getattr(found, "base_layer", found)
 
 
-def trained(
+def trained_beside(
     model: PeftModel, folder: Path, weights: Weights
 ) -> tuple[dict[str, Tensor], dict[str, tuple[list[int], Tensor]]]:
     """What an adapter holds beside θ: tensors that were trained whole, and rows of embeddings (indices, values)."""
@@ -148,17 +150,17 @@ def trained(
             module, asked = name.removesuffix(TOKENS), config.trainable_token_indices
             found = asked if isinstance(asked, list) else next(v for k, v in asked.items() if module.endswith(k))
             rows[module] = found, value
-        elif f".{PREFIX}" not in key and ".base_layer." not in name and not same(weights, name, value):
+        elif f".{PREFIX}" not in key and ".base_layer." not in name and not equals_base(weights, name, value):
             whole[name] = value
     return whole, rows
 
 
-def same(weights: Weights, name: str, value: Tensor) -> bool:
+def equals_base(weights: Weights, name: str, value: Tensor) -> bool:
     """Whether the base has a tensor just so: PEFT saves embeddings along, trained or not, where a head is adapted."""
     return weights.key(name) is not None and torch.equal(weights.read(name).to(value.dtype), value)
 
 
-def write(folder: Path, tensors: Iterator[New], limit: int) -> list[New]:
+def write_shards(folder: Path, tensors: Iterator[New], limit: int) -> list[New]:
     """The tensors as safetensors files of at most `limit` bytes (or one tensor), and their index; gives back what they
     were, without their values."""
     made: list[New] = []
@@ -189,18 +191,20 @@ def write(folder: Path, tensors: Iterator[New], limit: int) -> list[New]:
     return made
 
 
-def width(dtype: str, config: Any) -> torch.dtype | None:
+def merge_dtype(dtype: str, config: Any) -> torch.dtype | None:
     """What "auto" means for a base: 16 bits where it is quantised, else None, which is each tensor's own dtype."""
     if dtype != "auto":
-        return models.DTYPES[dtype]
+        return DTYPES[dtype]
     own = config.get_text_config().dtype if getattr(config, "quantization_config", None) else None
     return own if own in (None, torch.float16) else torch.bfloat16
 
 
-def describe(folder: Path, model: PeftModel, adapter: Path, weights: Weights, dtype: torch.dtype | None) -> None:
+def write_description(
+    folder: Path, model: PeftModel, adapter: Path, weights: Weights, dtype: torch.dtype | None
+) -> None:
     """The configuration of the merged model, and the adapter's tokenizer or else the base's, beside its weights."""
-    base, settings = weights.model, models.settings_of(adapter)
-    config = models.load_config(base, weights.trust_remote_code, weights.revision, **settings)
+    base, settings = weights.model, label_settings(adapter)
+    config = load_config(base, weights.trust_remote_code, weights.revision, **settings)
     if settings:
         config.architectures = [type(model.get_base_model()).__name__]
     config.__dict__.pop("quantization_config", None)
@@ -209,12 +213,10 @@ def describe(folder: Path, model: PeftModel, adapter: Path, weights: Weights, dt
         part.dtype = dtype or part.dtype
     config.save_pretrained(folder)
     with contextlib.suppress(OSError):
-        GenerationConfig.from_pretrained(models.resolve(base), revision=weights.revision or "main").save_pretrained(
-            folder
-        )
+        GenerationConfig.from_pretrained(resolve(base), revision=weights.revision or "main").save_pretrained(folder)
     with contextlib.suppress(ValueError):  # a base without a tokenizer gives a model without one
         name = tokenizer_of(adapter, base)
-        made = models.load_tokenizer(name, weights.revision if name == base else None, weights.trust_remote_code)
+        made = load_tokenizer(name, weights.revision if name == base else None, weights.trust_remote_code)
         made.save_pretrained(folder)
 
 
@@ -223,40 +225,40 @@ def tokenizer_of(adapter: Path, base: str) -> str:
     return str(adapter) if (adapter / "tokenizer.json").exists() else base
 
 
-def probe(adapter: Path, weights: Weights, merged: Path) -> float:
+def probe_difference(adapter: Path, weights: Weights, merged: Path) -> float:
     """The largest difference of logits between the adapter on its base and the merged model, both in fp32."""
     how = {"revision": weights.revision, "trust_remote_code": weights.trust_remote_code}
-    settings, base = models.settings_of(adapter), weights.model
-    model: Any = models.load_model(base, torch.float32, folded=True, auto=weights.auto, **how, **settings)
+    settings, base = label_settings(adapter), weights.model
+    model: Any = load_model(base, torch.float32, folded=True, auto=weights.auto, **how, **settings)
     config = copy.deepcopy(model.config)
     try:
-        ids = torch.tensor([models.load_tokenizer(base, **how).encode(TEXT)])
+        ids = torch.tensor([load_tokenizer(base, **how).encode(TEXT)])
     except ValueError:  # it has none
         ids = torch.arange(32)[None] * 101
     ids %= config.get_text_config().vocab_size
-    before = logits(models.load_adapter(model, adapter), ids)
+    before = logits_of(load_adapter(model, adapter), ids)
     del model
-    after = load(merged, config, weights.auto, weights.trust_remote_code)
-    return (logits(after, ids) - before).abs().max().item()
+    after = load_merged(merged, config, weights.auto, weights.trust_remote_code)
+    return (logits_of(after, ids) - before).abs().max().item()
 
 
-def load(merged: Path, config: Any, auto: Any = AutoModelForCausalLM, trust_remote_code: bool = False) -> Any:
+def load_merged(merged: Path, config: Any, auto: Any = AutoModelForCausalLM, trust_remote_code: bool = False) -> Any:
     """A merged model in fp32; out of a GGUF file with the configuration of the base, which says more than the file."""
     for file in merged.glob("*.gguf"):
         config.__dict__.pop("quantization_config", None)
         return builtin.load_gguf(file, None if config.model_type == "mistral" else config)  # in GGUF that is a llama
-    return models.load_model(str(merged), torch.float32, trust_remote_code=trust_remote_code, auto=auto)
+    return load_model(str(merged), torch.float32, trust_remote_code=trust_remote_code, auto=auto)
 
 
 @torch.no_grad()
-def logits(model: Any, ids: Tensor) -> Tensor:
+def logits_of(model: Any, ids: Tensor) -> Tensor:
     """(1, tokens, vocabulary), or (1, labels), on the CPU; a decoder beside an encoder reads the same."""
     ids = ids.to(model.device)
     more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     return model.eval()(input_ids=ids, **more).logits.float().cpu()
 
 
-def size_of(text: str) -> int:
+def parse_size(text: str) -> int:
     """Bytes from 500MB, 4GB or a number.
 
     Raises:

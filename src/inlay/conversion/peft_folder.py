@@ -20,9 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from inlay.workbench import memory, models
-from inlay.workbench.files import DamagedFileError, from_json
-from inlay.workbench.weights import Weights
+from inlay.files.untrusted import DamagedFileError, from_json
+from inlay.messages import first_line
+from inlay.models.meta import meta_model
+from inlay.models.stored_weights import Weights
 
 ROOT = "base_model.model."
 KINDS = ("LORA", "MISS", "BONE")
@@ -47,7 +48,7 @@ WHY = {
 
 
 @dataclass(frozen=True)
-class Source:
+class PeftFolder:
     """A PEFT adapter as it lies in its folder."""
 
     folder: Path
@@ -59,7 +60,7 @@ class Source:
         return str(self.config.get("peft_type"))
 
 
-def read(folder: Path) -> Source:
+def read_peft_folder(folder: Path) -> PeftFolder:
     """An adapter's config and tensors.
 
     Raises:
@@ -81,12 +82,12 @@ def read(folder: Path) -> Source:
             "the adapter with PEFT, save it with safe_serialization=True, and import that"
         )
     try:
-        return Source(folder, config, load_file(path))
+        return PeftFolder(folder, config, load_file(path))
     except (OSError, SafetensorError) as error:
-        raise DamagedFileError(f"{path} cannot be read: {models.first_line(error)}") from None
+        raise DamagedFileError(f"{path} cannot be read: {first_line(error)}") from None
 
 
-def check_config(source: Source) -> None:
+def check_config(source: PeftFolder) -> None:
     """Raise a ValueError for a setting that changes the outputs in a way Inlay does not know."""
     for key, value in source.config.items():
         if value and key not in KEPT[source.kind] and key not in SILENT:
@@ -95,23 +96,23 @@ def check_config(source: Source) -> None:
         raise ValueError(f"task_type={task!r} is not CAUSAL_LM, and only causal language models are loaded here")
 
 
-def build(source: Source, base: str, kind: type, changed: dict[str, Any]) -> PeftModel:
+def build_peft_adapter(source: PeftFolder, base: str, kind: type, changed: dict[str, Any]) -> PeftModel:
     """The adapter on its base as PEFT builds it, without memory.
 
     Raises:
         ValueError: PEFT cannot build it.
     """
-    blank = memory.meta_model(base, torch.float32)
+    blank = meta_model(base, torch.float32)
     kept = {k: v for k, v in source.config.items() if k in KEPT[source.kind]}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of settings that do nothing here, as Conv1D's fan_in_fan_out
             return get_peft_model(blank, kind(**(kept | changed)), low_cpu_mem_usage=True)
     except Exception as error:  # PEFT raises many kinds
-        raise ValueError(f"PEFT cannot build this adapter on {base}: {models.first_line(error)}") from None
+        raise ValueError(f"PEFT cannot build this adapter on {base}: {first_line(error)}") from None
 
 
-def alone(judge: PeftModel, source: Source, base: str, residual: Collection[str] = ()) -> Source:
+def without_base_copies(judge: PeftModel, source: PeftFolder, base: str, residual: Collection[str] = ()) -> PeftFolder:
     """The adapter without copies of the base's weights, which PEFT stores with one on the embeddings or the head.
 
     `residual`: the modules whose copies are W − s B₀ A₀, which is known without them.
@@ -138,7 +139,7 @@ def alone(judge: PeftModel, source: Source, base: str, residual: Collection[str]
     return source
 
 
-def check_tensors(asked: dict[str, Tensor], source: Source) -> None:
+def check_tensors(asked: dict[str, Tensor], source: PeftFolder) -> None:
     """Raise a ValueError unless the file holds the tensors that the config asks for, and no others."""
     faults = [f"{key} is missing" for key in sorted(asked.keys() - source.tensors.keys())]
     faults += [f"{key} belongs to no module it targets" for key in sorted(source.tensors.keys() - asked.keys())]
@@ -152,7 +153,7 @@ def check_tensors(asked: dict[str, Tensor], source: Source) -> None:
         )
 
 
-def layers(judge: PeftModel, kind: type) -> dict[str, Any]:
+def peft_layers(judge: PeftModel, kind: type) -> dict[str, Any]:
     """PEFT's adapted layers by the name of the module.
 
     Raises:

@@ -42,7 +42,7 @@ def moves_base(start: str, given: bool) -> bool:
     raise ValueError(f"init_lora_weights={start!r} is not one of {', '.join((*PLAIN, *COMPUTED, *LOST))}")
 
 
-def check(start: str, layers: dict[str, nn.Module], model: nn.Module) -> None:
+def check_peft_start(start: str, layers: dict[str, nn.Module], model: nn.Module) -> None:
     """Raise a ValueError where PEFT's own model is not W − s B₀ A₀ + s B A on these layers alone."""
     owners: dict[int, int] = {}
     for module in model.modules():
@@ -57,7 +57,7 @@ def check(start: str, layers: dict[str, nn.Module], model: nn.Module) -> None:
             raise ValueError(f"{name} is a Conv1D, whose OLoRA start PEFT subtracts untransposed; it has no equal here")
 
 
-def compute(start: str, W: Tensor, r: int, s: float) -> tuple[Tensor, Tensor, float]:
+def compute_peft_start(start: str, W: Tensor, r: int, s: float) -> tuple[Tensor, Tensor, float]:
     """A₀ and B₀ of a weight (out × in), in fp32, and how far s B₀ A₀ may be from another LAPACK's, over its norm.
 
     Factors differ in signs at most, which the product does not know, unless σ_r = σ_r+1 (PiSSA; Wedin's theorem), or
@@ -74,13 +74,13 @@ def compute(start: str, W: Tensor, r: int, s: float) -> tuple[Tensor, Tensor, fl
     return root[:, None] * Vh[:r], U[:, :r] * root, min(1.0, doubt)
 
 
-def aligned(A0: Tensor, B0: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+def aligned_signs(A0: Tensor, B0: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     """The start with the signs of what was trained from it. The product has none, but B − B₀ rounds better in bf16."""
     sign = torch.where((A * A0).sum(1) < 0, -1.0, 1.0)
     return sign[:, None] * A0, B0 * sign
 
 
-def distance(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor, name: str) -> float:
+def base_distance(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor, name: str) -> float:
     """‖B A − B₀ A₀‖ / ‖B₀ A₀‖.
 
     Raises:
@@ -92,7 +92,7 @@ def distance(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor, name: str) -> float:
     return ((B @ A - start).norm() / start.norm()).item()
 
 
-def notes(start: str, moved: float, base: str | None, doubt: float) -> list[str]:
+def start_notes(start: str, moved: float, base: str | None, doubt: float) -> list[str]:
     """What to know of an adapter that was imported against its start; `base`: from which that was computed."""
     said = []
     if base is not None:

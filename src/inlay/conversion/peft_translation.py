@@ -16,15 +16,30 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from inlay import linalg
+from inlay.conversion.lora_factors import target_names
+from inlay.conversion.peft_folder import (
+    ROOT,
+    PeftFolder,
+    build_peft_adapter,
+    check_config,
+    peft_layers,
+    without_base_copies,
+)
+from inlay.conversion.peft_starts import (
+    aligned_signs,
+    base_distance,
+    check_peft_start,
+    compute_peft_start,
+    moves_base,
+    start_notes,
+)
 from inlay.host import seal
 from inlay.host.config import InlayConfig
-from inlay.host.layer import PREFIX, START
-from inlay.host.peft import adapted
-from inlay.workbench import foreign, memory, models, starts
-from inlay.workbench.foreign import ROOT, Source
-from inlay.workbench.lora import targets
-from inlay.workbench.weights import Weights
+from inlay.host.layer import PREFIX, START, adapted
+from inlay.models.loading import DTYPES
+from inlay.models.meta import meta_model
+from inlay.models.stored_weights import Weights
+from inlay.numerics import linalg
 
 
 @dataclass
@@ -45,13 +60,13 @@ class Translation:
             self.tensors[f"{ROOT}{module}.{path}.weight"] = value.float().contiguous()
 
 
-def translate(source: Source, base: str, first: Source | None) -> Translation:
+def translate(source: PeftFolder, base: str, first: PeftFolder | None) -> Translation:
     """The adapter in Inlay's terms. `first`: the same adapter before training.
 
     Raises:
         ValueError: something in it has no equal here, its files do not fit the base, or its start is lost.
     """
-    foreign.check_config(source)
+    check_config(source)
     if source.kind != "LORA":
         if first is not None:
             raise ValueError(f"a {source.kind} adapter leaves the base as it is; leave out the initial adapter")
@@ -59,19 +74,16 @@ def translate(source: Source, base: str, first: Source | None) -> Translation:
     return from_lora(source, base, first)
 
 
-def other(source: Source, own: tuple[str, ...]) -> dict[str, Tensor]:
+def trained_whole(source: PeftFolder, own: tuple[str, ...]) -> dict[str, Tensor]:
     """What was trained beside the adapter's own tensors."""
     return {k: v for k, v in source.tensors.items() if not any(part in k for part in own)}
 
 
-# -- MiSS and Bone ----------------------------------------------------------------------------------------------------
-
-
-def from_miss(source: Source, base: str) -> Translation:
+def from_miss(source: PeftFolder, base: str) -> Translation:
     """Bone, or Bat in PEFT's orientation. The Bone type that PEFT had up to 0.18 is MiSS under other names."""
     tensors = {k.replace(".bone_block", ".miss_block"): v for k, v in source.tensors.items()}
-    judge = foreign.build(source, base, MissConfig, {})
-    source = foreign.alone(judge, replace(source, tensors=tensors), base)
+    judge = build_peft_adapter(source, base, MissConfig, {})
+    source = without_base_copies(judge, replace(source, tensors=tensors), base)
     init, dropout = source.config.get("init_weights", True), source.config.get("miss_dropout", 0.0)
     bat = init == "bat"
     made = Translation("bat_col" if bat else "bone", 0.0 if bat else dropout)
@@ -79,68 +91,65 @@ def from_miss(source: Source, base: str) -> Translation:
         made.notes.append(f"PEFT ignores miss_dropout={dropout} where init_weights='bat', so it is 0 here")
     if init == "mini":
         made.notes.append("MiSS's mini block is repeated over the outputs: training goes on with all of Bone's numbers")
-    for name, layer in foreign.layers(judge, MissLayer).items():
+    for name, layer in peft_layers(judge, MissLayer).items():
         D = source.tensors[f"{ROOT}{name}.miss_block"]
         if bat:
             made.put(name, {"r": D.shape[1]}, {PREFIX + "B": D})
         else:
             made.put(name, {"r": D.shape[0]}, {PREFIX + "D": D.repeat(1, layer.out_features // D.shape[1])})
-    made.targets, made.rest = targets(judge, list(made.settings)), other(source, (".miss_block",))
+    made.targets, made.rest = target_names(judge, list(made.settings)), trained_whole(source, (".miss_block",))
     return made
 
 
-# -- LoRA -------------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
-def from_lora(source: Source, base: str, first: Source | None) -> Translation:
+def from_lora(source: PeftFolder, base: str, first: PeftFolder | None) -> Translation:
     """LoRA: as it is where the base was left alone, else against its start."""
-    judge = foreign.build(source, base, LoraConfig, {"init_lora_weights": True})
-    found = foreign.layers(judge, LoraLayer)
+    judge = build_peft_adapter(source, base, LoraConfig, {"init_lora_weights": True})
+    found = peft_layers(judge, LoraLayer)
     start = str(source.config.get("init_lora_weights", True)).lower()
-    moved = starts.moves_base(start, first is not None)
+    moved = moves_base(start, first is not None)
     if moved:
-        starts.check(start, {name: layer.get_base_layer() for name, layer in found.items()}, judge)
-    source = foreign.alone(judge, source, base, found if moved else ())
-    first = None if first is None else foreign.alone(judge, first, base, found)
+        check_peft_start(start, {name: layer.get_base_layer() for name, layer in found.items()}, judge)
+    source = without_base_copies(judge, source, base, found if moved else ())
+    first = None if first is None else without_base_copies(judge, first, base, found)
     made = Translation(
         "pissa" if moved and start.startswith("pissa") else "lora", source.config.get("lora_dropout", 0.0)
     )
-    made.targets, made.rest = targets(judge, list(found)), other(source, (".lora_A.", ".lora_B."))
+    made.targets, made.rest = target_names(judge, list(found)), trained_whole(source, (".lora_A.", ".lora_B."))
     if start == "mica":
         made.notes.append("MiCA keeps B as it is in training; here it is trained too")
     weights = Weights(base, source.config.get("revision")) if moved and first is None else None
     furthest = doubt = 0.0
     for name, layer in found.items():
-        (A, B), r, s = pair(source, name), layer.r["default"], layer.scaling["default"]
+        (A, B), r, s = lora_pair(source, name), layer.r["default"], layer.scaling["default"]
         if not moved:
-            made.put(name, *lora(A, B, s))
+            made.put(name, *lora_values(A, B, s))
             continue
         if first is not None:
-            A0, B0 = pair(first, name)
+            A0, B0 = lora_pair(first, name)
         else:
             assert weights is not None
-            A0, B0, unsure = starts.compute(start, matrix(weights, name, layer.get_base_layer()), r, s)
+            A0, B0, unsure = compute_peft_start(start, base_matrix(weights, name, layer.get_base_layer()), r, s)
             doubt = max(doubt, unsure)
-        A0, B0 = starts.aligned(A0, B0, A)
-        furthest = max(furthest, starts.distance(A, B, A0, B0, name))
+        A0, B0 = aligned_signs(A0, B0, A)
+        furthest = max(furthest, base_distance(A, B, A0, B0, name))
         if made.method == "pissa":
             theta = {PREFIX + "A": A, PREFIX + "B": B, START + "A": A0, START + "B": B0}
             made.put(name, {"r": r, "scale": s}, theta)
         else:
-            made.put(name, *lora(torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1), s))
+            made.put(name, *lora_values(torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1), s))
     if moved:
-        made.notes += starts.notes(start, furthest, None if weights is None else base, doubt)
+        made.notes += start_notes(start, furthest, None if weights is None else base, doubt)
     return made
 
 
-def pair(source: Source, name: str) -> tuple[Tensor, Tensor]:
+def lora_pair(source: PeftFolder, name: str) -> tuple[Tensor, Tensor]:
     """A (r × in) and B (out × r) in fp32."""
     A, B = (source.tensors[f"{ROOT}{name}.lora_{k}.weight"].float() for k in "AB")
     return A, B
 
 
-def lora(A: Tensor, B: Tensor, s: float) -> Any:
+def lora_values(A: Tensor, B: Tensor, s: float) -> Any:
     """The hyperparameters and θ of a LoRA s B A, compressed where it has more ranks than the weight allows."""
     if A.shape[0] > (most := min(A.shape[1], B.shape[0])):
         U, S, Vh = linalg.compress(B, A)
@@ -150,22 +159,19 @@ def lora(A: Tensor, B: Tensor, s: float) -> Any:
     return {"r": A.shape[0], "alpha": float(f"{s * A.shape[0]:.12g}")}, {PREFIX + "A": A, PREFIX + "B": B}
 
 
-def matrix(weights: Weights, name: str, layer: nn.Module) -> Tensor:
+def base_matrix(weights: Weights, name: str, layer: nn.Module) -> Tensor:
     """A base weight as (out × in) in the dtype it is stored in."""
     W = weights.read(f"{name}.weight")
-    if W.dtype not in models.DTYPES.values():
+    if W.dtype not in DTYPES.values():
         raise ValueError(
             f"{name} is stored as {W.dtype}, and the start cannot be computed from that; name another base"
         )
     return W.T if isinstance(layer, Conv1D) else W
 
 
-# -- out --------------------------------------------------------------------------------------------------------------
-
-
-def write(folder: Path, source: Source, base: str, made: Translation) -> None:
+def write_translation(folder: Path, source: PeftFolder, base: str, made: Translation) -> None:
     """Save the adapter as PEFT saves it, filled on a base without memory, and seal it."""
-    settings, patterns = common(made.settings)
+    settings, patterns = common_settings(made.settings)
     bias = source.config.get("bias") or "none"
     config = InlayConfig(
         method=made.method,
@@ -180,11 +186,11 @@ def write(folder: Path, source: Source, base: str, made: Translation) -> None:
         auto_mapping=source.config.get("auto_mapping"),
         revision=source.config.get("revision"),
     )
-    model = get_peft_model(memory.meta_model(base, torch.float32), config, low_cpu_mem_usage=True)
+    model = get_peft_model(meta_model(base, torch.float32), config, low_cpu_mem_usage=True)
     set_peft_model_state_dict(model, made.rest | made.tensors, low_cpu_mem_usage=True)
     saved = get_peft_model_state_dict(model, save_embedding_layers=False)  # and, on the way, the config's seals
     assert config.seals is not None
-    for name, mark in marks(model, base, source.config.get("revision")).items():
+    for name, mark in base_marks(model, base, source.config.get("revision")).items():
         config.seals[name]["base"] = mark
     config.inference_mode = True
     config.base_model_name_or_path = base  # which PEFT has just set to what transformers calls it
@@ -192,7 +198,7 @@ def write(folder: Path, source: Source, base: str, made: Translation) -> None:
     save_file(saved | made.rest, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def common(settings: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+def common_settings(settings: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """The hyperparameters most modules have, and `patterns` for the others: whole names, those that agree in one."""
     kinds = {tuple(values.items()): values for values in settings.values()}
     count = Counter(tuple(values.items()) for values in settings.values())
@@ -204,7 +210,7 @@ def common(settings: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], dict[st
     return kinds[most], patterns
 
 
-def marks(model: PeftModel, base: str, revision: str | None) -> dict[str, str]:
+def base_marks(model: PeftModel, base: str, revision: str | None) -> dict[str, str]:
     """The marks of the base's weights, where they lie on this machine."""
     if not Path(base).is_dir():
         return {}
@@ -215,6 +221,6 @@ def marks(model: PeftModel, base: str, revision: str | None) -> dict[str, str]:
     found = {}
     for layer in adapted(model, "default").values():
         name = layer.cuts["default"].module
-        if weights.key(f"{name}.weight") and (W := weights.read(f"{name}.weight")).dtype in models.DTYPES.values():
+        if weights.key(f"{name}.weight") and (W := weights.read(f"{name}.weight")).dtype in DTYPES.values():
             found[name] = seal.of_base(W.T if isinstance(layer.base_layer, Conv1D) else W)
     return found

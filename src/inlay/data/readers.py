@@ -13,14 +13,15 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from inlay.workbench import builtin
-from inlay.workbench.files import DamagedFileError, from_json
+from inlay.files.untrusted import DamagedFileError, from_json
+from inlay.messages import short
+from inlay.models import builtin
 
 Record = dict[str, Any]
 VALUES, BYTES = 20_000_000, 4 << 30  # of a Parquet file, which may be a thousandth of that on the disk
 
 
-def read(source: str, split: str | None = None) -> list[Record]:
+def read_records(source: str, split: str | None = None) -> list[Record]:
     """Records from "builtin", a local file or folder, or a hub data set: "owner/name" or "owner/name:config".
 
     A folder gives all its files of a known kind, with `split` those whose names begin so. A hub is contacted only for
@@ -46,12 +47,6 @@ def read(source: str, split: str | None = None) -> list[Record]:
 
 def _bad(where: Path | str, found: str, wanted: str) -> DamagedFileError:
     return DamagedFileError(f"{where}: found {found}; accepted: {wanted}")
-
-
-def short(value: Any) -> str:
-    """A value for an error message."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _read_hub(source: str, split: str | None) -> list[Record]:

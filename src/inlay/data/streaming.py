@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 from datasets import IterableDataset
 
-from inlay.workbench import data
+from inlay.data.formats import convert_records
 
 BUILDERS = {".jsonl": "json", ".parquet": "parquet"}
 
@@ -31,7 +31,7 @@ def shards(source: str) -> list[Path]:
     return files
 
 
-def examples(source: str, columns: dict[str, str] | None, system: str | None) -> IterableDataset:
+def streamed_examples(source: str, columns: dict[str, str] | None, system: str | None) -> IterableDataset:
     """The records of all shards as `data.examples` makes them, one after the other.
 
     Raises:
@@ -47,12 +47,12 @@ def examples(source: str, columns: dict[str, str] | None, system: str | None) ->
 
     def convert(batch: dict[str, list]) -> dict[str, list]:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        made = data.examples(rows, columns, system)
+        made = convert_records(rows, columns, system)
         return {name: [row[name] for row in made] for name in made[0]}
 
     return records.map(convert, batched=True, batch_size=100, remove_columns=list(first))
 
 
-def head(stream: IterableDataset, count: int) -> list[dict]:
+def first_examples(stream: IterableDataset, count: int) -> list[dict]:
     """The first examples."""
     return list(islice(stream, count))

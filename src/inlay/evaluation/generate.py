@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from inlay.workbench.data import prompt_ids
+from inlay.data.render import prompt_ids
 
 Chat = list[dict[str, str]]
 

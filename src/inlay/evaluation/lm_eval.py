@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from inlay.workbench.models import first_line
+from inlay.messages import first_line
 
 PREFIX = "lm-eval:"
 Results = dict[str, Any]
 
 
-def load(name: str, limit: int | None, size: int) -> Callable[[Any, Any], Results]:
+def load_lm_eval(name: str, limit: int | None, size: int) -> Callable[[Any, Any], Results]:
     """What the harness finds of (model, tokenizer) on a task of its own by name, or on that of a YAML file, or on all
     of a folder of them; the data is loaded at once.
 
@@ -41,7 +41,7 @@ def load(name: str, limit: int | None, size: int) -> Callable[[Any, Any], Result
     try:
         where = (str(path if path.is_dir() else path.parent),) if local else ()
         manager = TaskManager(include_path=list(where), include_defaults=not local)
-        names = named(path, manager.all_tasks) if local else [name]
+        names = task_names(path, manager.all_tasks) if local else [name]
         manager.load(names)
     except Exception as error:  # the harness, datasets and the hub each raise their own kinds
         raise ValueError(f"task {PREFIX}{name} cannot be loaded: {first_line(error)}") from None
@@ -57,7 +57,7 @@ def load(name: str, limit: int | None, size: int) -> Callable[[Any, Any], Result
     return run
 
 
-def named(path: Path, tasks: list[str]) -> list[str]:
+def task_names(path: Path, tasks: list[str]) -> list[str]:
     """The tasks of a folder, or that of a file."""
     if path.is_dir():
         return list(tasks)
@@ -68,7 +68,7 @@ def named(path: Path, tasks: list[str]) -> list[str]:
     raise ValueError("the file has no task: NAME")
 
 
-def values(found: Results) -> Iterator[tuple[str, str, str, float, float | None, int | None]]:
+def lm_eval_values(found: Results) -> Iterator[tuple[str, str, str, float, float | None, int | None]]:
     """Each figure: task or group, metric, filter, value, its standard error if there is one, over how many examples."""
     for task, row in {**found["results"], **found.get("groups", {})}.items():
         for key, value in row.items():
@@ -80,17 +80,17 @@ def values(found: Results) -> Iterator[tuple[str, str, str, float, float | None,
             yield task, metric, kind, float(value), error if isinstance(error, int | float) else None, count
 
 
-def title(task: str, metric: str, kind: str) -> str:
+def lm_eval_title(task: str, metric: str, kind: str) -> str:
     """What a figure is called."""
     return f"{task}, {metric}" + ("" if kind == "none" else f" ({kind})")
 
 
-def examples(found: Results) -> list[dict[str, Any]]:
+def lm_eval_examples(found: Results) -> list[dict[str, Any]]:
     """What was asked and said of each example, and its part in every figure."""
     rows = []
     for task, samples in found.get("samples", {}).items():
         for one in samples:
             kept = {key: one[key] for key in ("doc_id", "doc", "target", "resps", "filtered_resps", "filter")}
-            scores = {title(task, metric, one["filter"]): one[metric] for metric in one["metrics"]}
+            scores = {lm_eval_title(task, metric, one["filter"]): one[metric] for metric in one["metrics"]}
             rows.append({"task": task, **kept, **scores})
     return rows

@@ -13,15 +13,20 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from inlay.workbench import data, evaluate, harness, overlap
-from inlay.workbench.evaluate import Figure
-from inlay.workbench.peft_methods import instead
-from inlay.workbench.recipe import conform_all, entry
+from inlay.data.readers import read_records
+from inlay.evaluation.eval_tasks import find_eval_task, questions_for
+from inlay.evaluation.evaluate import evaluate
+from inlay.evaluation.lm_eval import PREFIX, Results, lm_eval_examples, lm_eval_title, lm_eval_values, load_lm_eval
+from inlay.evaluation.scores import Score
+from inlay.evaluation.text_overlap import MEASURES, installed
+from inlay.messages import did_you_mean
+from inlay.recipe.schema import conform_all, field_of
 
 Asked = str | dict[str, Any]  # as a recipe asks for one
 Rows = list[dict[str, Any]]
-Run = Callable[[Any, Any], tuple[list[Figure], Rows]]  # of (model, tokenizer): figures, and each example's part in them
-HELP = (
+Run = Callable[[Any, Any], tuple[list[Score], Rows]]  # of (model, tokenizer): figures, and each example's part in them
+
+METRIC_HELP = (
     "{task: commonsense, data: test.json, limit: 100, by: likelihood}, a task of inlay eval with its flags (and "
     "figure, of several the one), or module:function, (model, tokenizer) -> a number"
 )
@@ -31,13 +36,13 @@ HELP = (
 class OnTask:
     """A task of `inlay eval`; the fields are the flags there."""
 
-    task: str = entry("", "the task, or lm-eval:NAME")
-    data: str = entry("", "a file or data set, as for train; none for lm-eval:")
-    limit: int | None = entry(None, "the first so many records", min=1)
-    by: Literal["generation", "likelihood"] = entry("generation", "how options are chosen")
-    tokens: int | None = entry(None, "longest answer (default: the task's)", min=1)
-    batch_size: int = entry(8, "questions at a time", min=1)
-    figure: str = entry("", "of a task with several figures, which (default: the first)")
+    task: str = field_of("", "the task, or lm-eval:NAME")
+    data: str = field_of("", "a file or data set, as for train; none for lm-eval:")
+    limit: int | None = field_of(None, "the first so many records", min=1)
+    by: Literal["generation", "likelihood"] = field_of("generation", "how options are chosen")
+    tokens: int | None = field_of(None, "longest answer (default: the task's)", min=1)
+    batch_size: int = field_of(8, "questions at a time", min=1)
+    figure: str = field_of("", "of a task with several figures, which (default: the first)")
 
     def __post_init__(self) -> None:
         conform_all(self)
@@ -45,7 +50,7 @@ class OnTask:
             if self.data:
                 raise ValueError(f"task {self.task} brings its own data; leave out data {self.data}")
             return
-        figures = evaluate.find(self.task).figures
+        figures = find_eval_task(self.task).figures
         if self.figure and self.figure not in figures:
             raise ValueError(f"figure {self.figure!r} of task {self.task} is not one of {', '.join(figures)}")
         if not self.data:
@@ -54,12 +59,12 @@ class OnTask:
     @property
     def foreign(self) -> bool:
         """Whether it is a task of lm-evaluation-harness."""
-        return self.task.startswith(harness.PREFIX)
+        return self.task.startswith(PREFIX)
 
     @property
     def title(self) -> str:
         """What its figure is called in a table."""
-        return self.figure or (self.task if self.foreign else evaluate.find(self.task).figures[0])
+        return self.figure or (self.task if self.foreign else find_eval_task(self.task).figures[0])
 
     def load(self, console: Console | None = None) -> Run:
         """Its data is read, and the form is checked.
@@ -68,24 +73,24 @@ class OnTask:
             ValueError: the data cannot be read, is not of the task's form, or a library is missing.
         """
         if self.foreign:
-            measure = harness.load(self.task.removeprefix(harness.PREFIX), self.limit, self.batch_size)
-            return lambda model, tokenizer: told(measure(model, tokenizer))
-        task, records = evaluate.find(self.task), data.read(self.data)[: self.limit]
-        evaluate.ask(task, records, self.by)
-        if task.name == "text" and self.figure and self.figure not in overlap.installed():
-            raise ValueError(f"{self.figure} needs {overlap.MEASURES[self.figure][0]}; pip install 'inlay[eval]'")
-        return lambda model, tokenizer: evaluate.evaluate(
+            measure = load_lm_eval(self.task.removeprefix(PREFIX), self.limit, self.batch_size)
+            return lambda model, tokenizer: lm_eval_scores(measure(model, tokenizer))
+        task, records = find_eval_task(self.task), read_records(self.data)[: self.limit]
+        questions_for(task, records, self.by)
+        if task.name == "text" and self.figure and self.figure not in installed():
+            raise ValueError(f"{self.figure} needs {MEASURES[self.figure][0]}; pip install 'inlay[eval]'")
+        return lambda model, tokenizer: evaluate(
             model, tokenizer, task, records, self.by, self.batch_size, self.tokens, console
         )
 
 
-def told(found: harness.Results) -> tuple[list[Figure], Rows]:
+def lm_eval_scores(found: Results) -> tuple[list[Score], Rows]:
     """What lm-evaluation-harness found; the interval is 1.96 of its standard errors to either side."""
     figures = []
-    for task, name, kind, value, error, count in harness.values(found):
+    for task, name, kind, value, error, count in lm_eval_values(found):
         low, high = (value - 1.96 * error, value + 1.96 * error) if error else (None, None)
-        figures.append(Figure(harness.title(task, name, kind), value, low, high, count))
-    return figures, harness.examples(found)
+        figures.append(Score(lm_eval_title(task, name, kind), value, low, high, count))
+    return figures, lm_eval_examples(found)
 
 
 def on_task(given: dict[str, Any]) -> OnTask:
@@ -97,14 +102,14 @@ def on_task(given: dict[str, Any]) -> OnTask:
     names = [f.name for f in fields(OnTask)]
     for key in given:
         if key not in names:
-            raise ValueError(f"metric has no {key!r}; {instead(key, names)}")
+            raise ValueError(f"metric has no {key!r}; {did_you_mean(key, names)}")
     try:
         return OnTask(**given)
     except ValueError as error:
         raise ValueError(f"metric: {error}") from None
 
 
-def title(given: Asked) -> str:
+def metric_title(given: Asked) -> str:
     """What it is called in a table."""
     return given if isinstance(given, str) else on_task(given).title
 
@@ -112,10 +117,10 @@ def title(given: Asked) -> str:
 def less_is_better(given: Asked) -> bool:
     """Of a task here; of others it is the user's to say."""
     asked = None if isinstance(given, str) else on_task(given)
-    return asked is not None and not asked.foreign and evaluate.find(asked.task).less
+    return asked is not None and not asked.foreign and find_eval_task(asked.task).less
 
 
-def load(given: Asked) -> Run:
+def load_metric(given: Asked) -> Run:
     """The metric that is asked for. The code of a user's own, in a module of the working folder or an installed one, is
     run: it is the user who names it.
 
@@ -143,16 +148,16 @@ def load(given: Asked) -> Run:
     if not callable(found):
         raise ValueError(f"metric: {given} is no function of (model, tokenizer)")
 
-    def run(model: Any, tokenizer: Any) -> tuple[list[Figure], Rows]:
+    def run(model: Any, tokenizer: Any) -> tuple[list[Score], Rows]:
         value: Any = found(model, tokenizer)
         if not isinstance(value, int | float):
             raise ValueError(f"metric: {given} gave {value!r}, which is no number")
-        return [Figure(given, float(value))], []
+        return [Score(given, float(value))], []
 
     return run
 
 
-def run(asked: Run, model: Any, tokenizer: Any) -> tuple[list[Figure], Rows]:
+def run_metric(asked: Run, model: Any, tokenizer: Any) -> tuple[list[Score], Rows]:
     """What a metric says of a model, which is in evaluation mode meanwhile."""
     was_training = model.training
     model.eval()
@@ -162,15 +167,15 @@ def run(asked: Run, model: Any, tokenizer: Any) -> tuple[list[Figure], Rows]:
         model.train(was_training)
 
 
-def score(given: Asked, model: Any, tokenizer: Any) -> float:
+def metric_score(given: Asked, model: Any, tokenizer: Any) -> float:
     """The one figure of a metric.
 
     Raises:
         ValueError: it cannot be loaded, does not say this figure, or gives no finite number.
     """
-    figures, _ = run(load(given), model, tokenizer)
+    figures, _ = run_metric(load_metric(given), model, tokenizer)
     found = {figure.name: figure.value for figure in figures}
-    name = title(given) if isinstance(given, str) or given.get("figure") else figures[0].name
+    name = metric_title(given) if isinstance(given, str) or given.get("figure") else figures[0].name
     if name not in found:
         raise ValueError(f"metric: the task says {', '.join(found)}, and not {name}")
     if not math.isfinite(found[name]):

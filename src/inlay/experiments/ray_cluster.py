@@ -17,9 +17,8 @@ from typing import Any
 
 from rich.console import Console
 
-from inlay.workbench import trial
-from inlay.workbench.runner import Processes, Workers
-from inlay.workbench.trial import LOG, TRIAL
+from inlay.experiments.runner import Processes, Workers
+from inlay.experiments.trial import LOG, TRIAL, trial_process
 
 RETRIES = 3  # how often a trial is begun again
 
@@ -60,12 +59,12 @@ def workers(jobs: int | None, cluster: Cluster | None, console: Console) -> Iter
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ValueError(f"ray: {cluster.address or 'a local Ray'} cannot be reached: {error}") from None
     try:
-        yield Tasks(ray, jobs, cluster, console)
+        yield RayWorkers(ray, jobs, cluster, console)
     finally:
         ray.shutdown()
 
 
-class Tasks:
+class RayWorkers:
     """Trials as tasks of the Ray that this process is connected to."""
 
     def __init__(self, ray: Any, jobs: int | None, cluster: Cluster, console: Console) -> None:
@@ -86,9 +85,9 @@ class Tasks:
         self.task = ray.remote(num_cpus=cluster.cpus, num_gpus=gpus, max_retries=RETRIES, max_calls=1)(attempt)
         self.ray, self.cpus = ray, cluster.cpus
 
-    def begin(self, folder: Path) -> Task:
+    def begin(self, folder: Path) -> RayTrial:
         """Give Ray the trial of a folder."""
-        return Task(self.ray, self.task.remote(str(folder.absolute()), os.getcwd(), self.cpus), folder)
+        return RayTrial(self.ray, self.task.remote(str(folder.absolute()), os.getcwd(), self.cpus), folder)
 
 
 def attempt(folder: str, here: str, threads: int) -> None:
@@ -99,10 +98,10 @@ def attempt(folder: str, here: str, threads: int) -> None:
             shutil.rmtree(left)
         elif left.name != TRIAL:
             left.unlink()
-    trial.main(Path(folder), threads)
+    trial_process(Path(folder), threads)
 
 
-class Task:
+class RayTrial:
     """A trial that Ray runs, with what `Runner` asks of a process."""
 
     def __init__(self, ray: Any, reference: Any, folder: Path) -> None:

@@ -17,13 +17,15 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from inlay.workbench import models, trial
-from inlay.workbench.checkpoints import METRICS
-from inlay.workbench.files import check_free, from_json, write_text
-from inlay.workbench.prepare import Examples
-from inlay.workbench.recipe import Recipe
-from inlay.workbench.trial import LOG, TRIAL, Trial
-from inlay.workbench.watch import history
+from inlay.experiments import trial
+from inlay.experiments.trial import LOG, TRIAL, Trial, trial_process
+from inlay.files.atomic import check_free, write_text
+from inlay.files.untrusted import from_json
+from inlay.models.loading import resolve
+from inlay.recipe.recipe import Recipe
+from inlay.training.checkpoints import METRICS
+from inlay.training.examples import Examples
+from inlay.training.progress import read_history
 
 ORIGIN = "origin.json"  # beside what was asked: of which data and model
 SAMPLES = 64  # places of a file of weights that are looked at
@@ -40,7 +42,7 @@ def origin(recipe: Recipe, rows: Examples) -> dict[str, str]:
     """What tells the examples, and the weights of a local model by a sample, from others under the same name."""
     texts = json.dumps([rows.train, rows.heldout], default=lambda value: type(value).__name__)
     data, model = hashlib.sha256(texts.encode()), hashlib.sha256()
-    for path in sorted(Path(models.resolve(recipe.model)).glob("*.safetensors")):
+    for path in sorted(Path(resolve(recipe.model)).glob("*.safetensors")):
         size = path.stat().st_size
         model.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:
@@ -127,7 +129,7 @@ class Processes:
 
     def begin(self, folder: Path) -> Process:
         """Start the process of the trial in a folder."""
-        process = self.context.Process(target=trial.main, args=(folder, max(1, (os.cpu_count() or 1) // self.jobs)))
+        process = self.context.Process(target=trial_process, args=(folder, max(1, (os.cpu_count() or 1) // self.jobs)))
         process.start()
         return process
 
@@ -208,7 +210,7 @@ class Runner:
             after = "diverged" if result["after"] is None else f"{result['after']:.3f}"
             self.console.print(f"{asked.name}: loss {result['before']:.3f} -> {after}, {result['seconds']:.0f} s")
         elif folder in self.pruned:
-            last = [row for row in history(folder / METRICS) if "eval_loss" in row][-1]
+            last = [row for row in read_history(folder / METRICS) if "eval_loss" in row][-1]
             self.console.print(f"{asked.name}: pruned at step {last['step']}, loss {last['eval_loss']:.3f}")
         elif not self.ended:
             self.console.print(f"{asked.name} failed: {last_line(folder / LOG, code)}", style="yellow")
@@ -222,7 +224,7 @@ class Runner:
         while process.is_alive():
             process.join(0.2)
             if metrics.is_file() and size != (size := metrics.stat().st_size):
-                self.show(rows := history(metrics), task)
+                self.show(rows := read_history(metrics), task)
                 if self.hopeless(folder, rows):
                     self.pruned.add(folder)
                     process.kill()

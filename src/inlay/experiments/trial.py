@@ -20,16 +20,25 @@ from rich.console import Console
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
-from inlay.workbench import calibration, data, metric, models, ranks, train
-from inlay.workbench.changes import as_data, changes
-from inlay.workbench.comparison import slug
-from inlay.workbench.files import write_text
-from inlay.workbench.prepare import Examples, examples, load
-from inlay.workbench.recipe import Recipe
-from inlay.workbench.result import Result
+from inlay.data.formats import convert_records
+from inlay.data.readers import read_records
+from inlay.data.split import split_examples
+from inlay.evaluation.metric import Asked, metric_score
+from inlay.files.atomic import write_text
+from inlay.inspection.changes import changes, changes_as_data
+from inlay.messages import quiet, slug
+from inlay.models.loading import dtype_for, load_tokenizer
+from inlay.recipe.recipe import Recipe
+from inlay.reports.result import Result
+from inlay.training.allocate_ranks import settle_ranks
+from inlay.training.base_model import load_training_model
+from inlay.training.calibration import calibration_batches, settle_calibration, start_from_data
+from inlay.training.examples import Examples, load_examples
+from inlay.training.fit import build_trainer, fit, predicted_memory
+from inlay.training.run_files import weights_of
 
 TRIAL, RESULT, LOG = "trial.json", "result.json", "log.txt"
-UNRELATED = Path(__file__).parent.parent / "data" / "unrelated.txt"
+UNRELATED = Path(__file__).parent.parent / "resources" / "unrelated.txt"
 TEXTS = 64  # paragraphs of it that are read, at most
 SAMPLES = 3  # held-out prompts that a method answers, at most
 
@@ -38,7 +47,7 @@ SAMPLES = 3  # held-out prompts that a method answers, at most
 class Trial:
     """The first `stop` steps of a recipe's run, judged by the examples that rates are chosen on or, when it is final,
     by the held-out ones; `split_seed` draws both, for all trials of a comparison alike. `label` is its folder, where
-    rate and seed do not tell it from others; `metric` what it is judged by beside its loss, see `metric.load`."""
+    rate and seed do not tell it from others; `metric` what it is judged by beside its loss, see `load_metric`."""
 
     method: str
     recipe: Recipe
@@ -48,7 +57,7 @@ class Trial:
     split_seed: int
     unrelated: str | None = None
     label: str | None = None
-    metric: metric.Asked | None = None
+    metric: Asked | None = None
 
     @property
     def name(self) -> str:
@@ -71,12 +80,12 @@ class Trial:
         """What it gave, if it is finished: what another trial left in the folder does not count."""
         found = folder / RESULT
         with suppress(TypeError):  # of another version, with other fields
-            if found.is_file() and read(folder) == self:
+            if found.is_file() and read_trial(folder) == self:
                 return json.loads(found.read_text(encoding="utf-8"))
         return None
 
 
-def read(folder: Path) -> Trial:
+def read_trial(folder: Path) -> Trial:
     """The trial that a folder is for."""
     told = json.loads((folder / TRIAL).read_text(encoding="utf-8"))
     return Trial(**{**told, "recipe": Recipe(**told["recipe"])})
@@ -95,12 +104,12 @@ class Prefix(TrainerCallback):
         control.should_training_stop |= state.global_step >= self.stop
 
 
-def rows_of(trial: Trial, tokenizer: PreTrainedTokenizerBase, console: Console) -> Examples:
+def trial_examples(trial: Trial, tokenizer: PreTrainedTokenizerBase, console: Console) -> Examples:
     """Examples to train on and to judge by, the same for every seed."""
-    rows = examples(replace(trial.recipe, seed=trial.split_seed), tokenizer, console)
+    rows = load_examples(replace(trial.recipe, seed=trial.split_seed), tokenizer, console)
     if rows.stream is not None:
         raise ValueError("streaming is for inlay train: a comparison draws its examples from all there are")
-    rest, chosen = data.split(rows.train, trial.selection, trial.split_seed)
+    rest, chosen = split_examples(rows.train, trial.selection, trial.split_seed)
     return Examples(rest, rows.heldout if trial.final else chosen, rows.audit)
 
 
@@ -124,7 +133,7 @@ def unrelated(source: str | None) -> list[str]:
     Raises:
         ValueError: the file cannot be read, or is no plain text.
     """
-    rows = data.examples(data.read(source or str(UNRELATED)))
+    rows = convert_records(read_records(source or str(UNRELATED)))
     if "text" not in rows[0]:
         raise ValueError(f"unrelated: {source} has to be plain text: a .txt file, or records with a text column")
     return [row["text"] for row in rows[:TEXTS]]
@@ -132,43 +141,45 @@ def unrelated(source: str | None) -> list[str]:
 
 def look_into(found: Result, trainer: Any, rows: Examples) -> dict[str, Any]:
     """What is kept of one run of each method: what it changed, foresaw of its memory, and answers."""
-    changed = changes(trainer.model, lambda: train.weights_of(found.recipe))
-    planned = train.foreseen(found.recipe, rows, trainer)
-    return {"changes": as_data(changed, spectra=True), "memory_planned": planned, "samples": found.samples}
+    changed = changes(trainer.model, lambda: weights_of(found.recipe))
+    planned = predicted_memory(found.recipe, rows, trainer)
+    return {"changes": changes_as_data(changed, spectra=True), "memory_planned": planned, "samples": found.samples}
 
 
-def number(value: float) -> float | None:
+def finite_or_none(value: float) -> float | None:
     """A number as JSON has it; none for what diverged."""
     return value if math.isfinite(value) else None
 
 
-def run(folder: Path) -> None:
+def run_trial(folder: Path) -> None:
     """Carry out the trial of a folder."""
-    trial, console = read(folder), Console(width=120)
+    trial, console = read_trial(folder), Console(width=120)
     samples = min(SAMPLES, trial.recipe.samples) if trial.looked_into else 0
     recipe = replace(trial.recipe, output=str(folder), samples=samples, save_every=0)
-    tokenizer = models.load_tokenizer(recipe.model, recipe.revision, recipe.trust_remote_code)
-    rows, texts = rows_of(trial, tokenizer, console), unrelated(trial.unrelated)
+    tokenizer = load_tokenizer(recipe.model, recipe.revision, recipe.trust_remote_code)
+    rows, texts = trial_examples(trial, tokenizer, console), unrelated(trial.unrelated)
     set_seed(recipe.seed)
-    recipe, dtype = ranks.settle(recipe, console), models.dtype_for(recipe.dtype)
-    recipe = calibration.settle(recipe, dtype, folder, tokenizer, rows, console)
-    seen = calibration.batches(recipe, tokenizer, rows)
-    trainer = train.build(recipe, load(recipe, dtype, folder, console, batches=seen), tokenizer, rows, folder)
-    calibration.start(recipe, trainer.model, tokenizer, rows, console)
+    recipe, dtype = settle_ranks(recipe, console), dtype_for(recipe.dtype)
+    recipe = settle_calibration(recipe, dtype, folder, tokenizer, rows, console)
+    seen = calibration_batches(recipe, tokenizer, rows)
+    trainer = build_trainer(
+        recipe, load_training_model(recipe, dtype, folder, console, batches=seen), tokenizer, rows, folder
+    )
+    start_from_data(recipe, trainer.model, tokenizer, rows, console)
     trainer.add_callback(Prefix(trial.stop))
     recipe = recipe.resolved(dtype=str(dtype).removeprefix("torch."))
     write_text(folder / "recipe.yaml", recipe.to_yaml())
     measure = (texts, trainer.model, tokenizer, recipe.max_length)
     knew = loss_on(*measure) if trial.final else 0.0
-    found = train.fit(recipe, trainer, tokenizer, rows, console)
+    found = fit(recipe, trainer, tokenizer, rows, console)
     steps = [row for row in found.history if "loss" in row]
     judged = trial.metric if math.isfinite(found.after) else None
-    scored = {} if judged is None else {"metric": metric.score(judged, trainer.model, tokenizer)}
+    scored = {} if judged is None else {"metric": metric_score(judged, trainer.model, tokenizer)}
     result = {
         **scored,
         "before": found.before,
-        "after": number(found.after),
-        "forgetting": number(loss_on(*measure) - knew) if trial.final else None,
+        "after": finite_or_none(found.after),
+        "forgetting": finite_or_none(loss_on(*measure) - knew) if trial.final else None,
         "seconds": found.seconds,
         "seconds_per_step": (steps[-1]["seconds"] - steps[0]["seconds"]) / max(1, len(steps) - 1),
         "steps": trainer.state.global_step,
@@ -178,17 +189,17 @@ def run(folder: Path) -> None:
         "parameters_last": steps[-1]["trained"],
         "base_parameters": found.base_parameters,
         **(look_into(found, trainer, rows) if trial.looked_into else {}),
-        "curve": [(row["step"], number(row["loss"])) for row in steps],
-        "heldout": [(row["step"], number(row["eval_loss"])) for row in found.history if "eval_loss" in row],
+        "curve": [(row["step"], finite_or_none(row["loss"])) for row in steps],
+        "heldout": [(row["step"], finite_or_none(row["eval_loss"])) for row in found.history if "eval_loss" in row],
     }
     write_text(folder / RESULT, json.dumps(result))
 
 
-def main(folder: Path, threads: int) -> None:
+def trial_process(folder: Path, threads: int) -> None:
     """The process of a trial; what it says goes into its log."""
     log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(log, sys.stdout.fileno())
     os.dup2(log, sys.stderr.fileno())
     torch.set_num_threads(threads)
-    models.quiet()
-    run(folder)
+    quiet()
+    run_trial(folder)

@@ -6,7 +6,6 @@ And reading what anybody may have written: JSON and YAML that is nested or grows
 from __future__ import annotations
 
 import glob
-import json
 import os
 import secrets
 import shutil
@@ -14,67 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
-
-import yaml
-
-# Of a YAML file: levels; values, those that an alias repeats counted again; characters.
-DEPTH, SIZE, LENGTH = 50, 100_000, 1_000_000
-
-
-class DamagedFileError(ValueError):
-    """A file is not whole, or not what its name says."""
-
-
-def from_json(text: str) -> Any:
-    """What a JSON text holds.
-
-    Raises:
-        ValueError: it is none, or nested too deeply.
-    """
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise json.JSONDecodeError("nested too deeply", text, 0) from None
-
-
-def from_yaml(text: str) -> Any:
-    """What a YAML text holds: plain values only.
-
-    Raises:
-        yaml.YAMLError: it is none, is nested too deeply, or holds too much once its aliases are written out.
-    """
-    if len(text) > LENGTH:
-        raise yaml.YAMLError(f"it is longer than {LENGTH:,} characters")
-    values = yaml.load(text, Shallow)  # a SafeLoader: it makes plain values and runs nothing
-    waiting, seen = [values], 0
-    while waiting:
-        value, seen = waiting.pop(), seen + 1
-        if seen + len(waiting) > SIZE:
-            raise yaml.YAMLError(f"it holds more than {SIZE:,} values, aliases written out")
-        waiting += [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return values
-
-
-class Shallow(yaml.SafeLoader):
-    """Follows no more than DEPTH levels, reads no more than SIZE values, and merges none into others."""
-
-    level = seen = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        self.level, self.seen = self.level + 1, self.seen + 1
-        if self.level > DEPTH:
-            raise yaml.YAMLError(f"it is nested more than {DEPTH} levels deep")
-        if self.seen > SIZE:  # to read these takes seconds already
-            raise yaml.YAMLError(f"it holds more than {SIZE:,} values")
-        node = super().compose_node(parent, index)
-        self.level -= 1
-        return node
-
-    def flatten_mapping(self, node: Any) -> None:
-        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):  # it multiplies before one could count
-            raise yaml.YAMLError("it has a merge key (<<); write the values out")
-        super().flatten_mapping(node)
+from typing import IO
 
 
 def write_text(path: Path, text: str) -> None:
@@ -121,7 +60,7 @@ def locked(path: Path) -> Iterator[None]:
         except OSError as error:
             raise ValueError(f"{path} cannot be written: {error.strerror}") from None
         with file:
-            take(file, path)
+            take_lock(file, path)
             try:
                 yield
             finally:
@@ -132,7 +71,7 @@ def locked(path: Path) -> Iterator[None]:
                 parent.rmdir()
 
 
-def take(lock: IO[str], path: Path) -> None:
+def take_lock(lock: IO[str], path: Path) -> None:
     """Lock an open file, for the process alone, or raise the ValueError of `locked`."""
     import fcntl  # not everything that writes files needs a system that has it
 
@@ -157,10 +96,10 @@ def new_folder(path: Path, overwrite: bool = False, marker: str = "") -> Iterato
     with locked(path):
         put_back(path)
         check_free(path, overwrite, marker)
-        remove(path, "part")
+        remove_siblings(path, "part")
         with staged(path) as part:
             yield part
-        remove(path, "old")
+        remove_siblings(path, "old")
 
 
 @contextmanager
@@ -190,7 +129,7 @@ def siblings(path: Path, end: str) -> list[Path]:
     return sorted(found, key=lambda sibling: sibling.stat().st_mtime_ns)
 
 
-def remove(path: Path, end: str) -> None:
+def remove_siblings(path: Path, end: str) -> None:
     """Remove them."""
     for sibling in siblings(path, end):
         shutil.rmtree(sibling, ignore_errors=True)

@@ -17,10 +17,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from inlay import ops
 from inlay.host.layer import PREFIX, InlayLinear
 from inlay.method import Base
-from inlay.zeroth import ZerothOrder
+from inlay.numerics import ops
+from inlay.numerics.zeroth_order import ZerothOrder
 
 
 class Known:
@@ -38,7 +38,7 @@ class Known:
 
 
 @contextmanager
-def spread(
+def spread_queries(
     model: nn.Module, estimator: ZerothOrder, parameters: Sequence[Tensor], own: Sequence[Tensor], step: int
 ) -> Iterator[None]:
     """In its block, the k-th forward pass of a causal language model is at the k-th of `estimator.sides`: the first one
@@ -55,7 +55,7 @@ def spread(
     body, sides, found, calls = causal.base_model, estimator.sides, [], iter(range(len(estimator.sides)))
     layers = [module for module in body.modules() if isinstance(module, InlayLinear)]
     place = {p: i for i, p in enumerate(parameters)}
-    check(causal, layers, place)
+    check_batched(causal, layers, place)
     bases, forward = estimator.bases(own, step), body.forward
 
     def side(k: int, p: Tensor) -> None:
@@ -69,7 +69,7 @@ def spread(
             repeat = partial(repeated, size, len(sides))
             with ExitStack() as patches:
                 for layer in layers:
-                    own_forward = partial(at_all_sides, layer, mine(layer, place), side, len(sides))
+                    own_forward = partial(at_all_sides, layer, own_parameters(layer, place), side, len(sides))
                     patches.enter_context(patched(layer, own_forward))
                 made = forward(*map(repeat, args), **{k: repeat(v) for k, v in kwargs.items()})
             found.extend((type(made), made.last_hidden_state.chunk(len(sides))))
@@ -111,10 +111,10 @@ def at_all_sides(
             side(k, p)
         outs.append(layer._under(names, args, kwargs, Known(base, own, partial(part, k)))(own))
     y = torch.cat(outs)
-    return y if layer.noise is None or not layer.training else y + ops.noise(x, *layer.noise)
+    return y if layer.noise is None or not layer.training else y + ops.weight_noise(x, *layer.noise)
 
 
-def mine(layer: InlayLinear, place: dict[Tensor, int]) -> list[Tensor]:
+def own_parameters(layer: InlayLinear, place: dict[Tensor, int]) -> list[Tensor]:
     """The trained parameters that a layer reads, also those that another one holds."""
     held = [layer._holder(k, name)._held(PREFIX + k)[name] for name, cut in layer.cuts.items() for k in cut.symbols]
     return [weight for slot in held if (weight := cast(Tensor, slot.weight)) in place]
@@ -126,9 +126,9 @@ def repeated(size: int, count: int, value: Any) -> Any:
     return value.repeat(count, *[1] * (value.dim() - 1)) if alike else value
 
 
-def check(causal: Any, layers: list[InlayLinear], place: dict[Tensor, int]) -> None:
+def check_batched(causal: Any, layers: list[InlayLinear], place: dict[Tensor, int]) -> None:
     """Raise a ValueError unless all that is trained is in these layers, and two passes of the model are alike."""
-    inside = {p for layer in layers for p in mine(layer, place)}
+    inside = {p for layer in layers for p in own_parameters(layer, place)}
     if len(inside) < len(place):
         raise ValueError(
             "batched: queries in one pass take adapters of Inlay's on the layers of a causal language model, and this "

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from inlay import linalg
-from inlay.host import starts
+from inlay.host.compute_starts import run_jobs
 from inlay.host.layer import InlayLinear
 from inlay.method import Method, Params
+from inlay.numerics import linalg
 
 MOST = 32  # batches
 MASKS = ("attention_mask", "decoder_attention_mask")
@@ -79,14 +79,14 @@ def calibrate(
     if not all(layer.cuts[adapter_name].pending for layer in layers.values()):
         raise ValueError(f"adapter {adapter_name!r} has its start already; calibrate before the first use, and once")
     methods = {f"{name}.base_layer": layer.cuts[adapter_name].method for name, layer in layers.items()}
-    with bare(layers.values()):
-        found = gather(model, methods, batches, most, loss)
+    with without_adapters(layers.values()):
+        found = gather_statistics(model, methods, batches, most, loss)
     stats = {name: found.stats[f"{name}.base_layer"] for name in layers}
-    starts.compute(job for name, layer in layers.items() for job in layer.jobs(adapter_name, stats=stats[name]))
+    run_jobs(job for name, layer in layers.items() for job in layer.jobs(adapter_name, stats=stats[name]))
     return Calibration(found.batches, stats, [name.removesuffix(".base_layer") for name in found.unsettled])
 
 
-def gather(
+def gather_statistics(
     model: nn.Module,
     methods: Mapping[str, Method],
     batches: Iterable[Any],
@@ -217,7 +217,7 @@ def still(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def bare(layers: Iterable[InlayLinear]) -> Iterator[None]:
+def without_adapters(layers: Iterable[InlayLinear]) -> Iterator[None]:
     """Without any adapter."""
     was = [(layer, layer._disable_adapters) for layer in layers]
     try:

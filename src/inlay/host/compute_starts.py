@@ -19,10 +19,11 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from inlay import cache, linalg
 from inlay._version import __version__
-from inlay.host import processes
+from inlay.files import cache
+from inlay.host import distributed
 from inlay.method import Method, Params
+from inlay.numerics import linalg
 
 COSTLY = 0.01  # seconds from which on a start is kept
 COPIES = 8  # fp32 copies of its weight that a decomposition holds, at most
@@ -41,11 +42,11 @@ class Job(NamedTuple):
 
 
 @contextmanager
-def shared() -> Iterator[None]:
+def shared_starts() -> Iterator[None]:
     """In its block, where every process of a run adapts the same model, each computes its share of the starts and
     gives the others what it found. Nothing does so unasked: a process that adapts a model alone would wait for ever."""
     global _sharing
-    before, _sharing = _sharing, processes.count() > 1
+    before, _sharing = _sharing, distributed.process_count() > 1
     try:
         yield
     finally:
@@ -53,13 +54,13 @@ def shared() -> Iterator[None]:
 
 
 @torch.no_grad()
-def compute(jobs: Iterable[Job]) -> None:
+def run_jobs(jobs: Iterable[Job]) -> None:
     """Do the jobs. The caller's thread reads weights and takes results in order, as far ahead as cores and memory go.
 
     A start that draws random numbers waits for its turn, so that a seed means the same everywhere.
     """
     cores = torch.get_num_threads()
-    ranks, rank = (processes.count(), PartialState().process_index) if _sharing else (1, 0)
+    ranks, rank = (distributed.process_count(), PartialState().process_index) if _sharing else (1, 0)
     waiting: deque[tuple[Job, int, Future[Params] | None]] = deque()
 
     def finish(most: int) -> None:
@@ -69,7 +70,7 @@ def compute(jobs: Iterable[Job]) -> None:
 
     def take(job: Job, made: Params | None, owner: int) -> None:
         if ranks > 1:
-            made = processes.share(blank(job) if made is None else made, owner)
+            made = distributed.broadcast_tensors(blank_start(job) if made is None else made, owner)
         assert made is not None
         job.done(made)
 
@@ -80,7 +81,7 @@ def compute(jobs: Iterable[Job]) -> None:
             for number, job in enumerate(jobs):
                 if job.method.draws:  # in every process, so that their generators stay in step
                     finish(0)
-                    take(job, start(job.method, on_device(job.read()), job.stats), 0)
+                    take(job, start_of(job.method, on_device(job.read()), job.stats), 0)
                     continue
                 owner = number % ranks
                 if owner == 0:
@@ -90,11 +91,11 @@ def compute(jobs: Iterable[Job]) -> None:
                 if owner == rank:
                     W = on_device(job.read())
                     if W.device.type == "cpu":
-                        future = pool.submit(start, job.method, W, job.stats)
+                        future = pool.submit(start_of, job.method, W, job.stats)
                     else:
                         finish(0) if ranks == 1 else None
                         future = Future()
-                        future.set_result(start(job.method, W, job.stats))
+                        future.set_result(start_of(job.method, W, job.stats))
                 waiting.append((job, owner, future))
             finish(0)
         finally:
@@ -107,13 +108,13 @@ def on_device(W: Tensor) -> Tensor:
     return W.to(PartialState().device) if _sharing else W
 
 
-def blank(job: Job) -> Params:
+def blank_start(job: Job) -> Params:
     """Room for a start that another process computes."""
     shapes = job.method.start(torch.empty(job.shape, device="meta"))
     return {name: torch.empty_like(shape, device=PartialState().device) for name, shape in shapes.items()}
 
 
-def start(method: Method, W: Tensor, stats: Params | None = None) -> Params:
+def start_of(method: Method, W: Tensor, stats: Params | None = None) -> Params:
     """method.start(W, stats), or what it was when it was last computed of the same weight alone."""
     if method.draws or stats:
         return method.start(W, stats)

@@ -11,7 +11,7 @@ from peft import PeftConfig, PeftType
 from inlay import methods
 from inlay.host import seal
 from inlay.method import Method
-from inlay.ops import SAVERS
+from inlay.numerics.ops import SAVERS
 
 FORMAT_VERSION = 1
 BIAS = ("none", "all", "inlay_only")
@@ -71,7 +71,7 @@ class InlayConfig(PeftConfig):
             as in `LoraConfig`, "all-linear" included.
         bias: "none", "all" or "inlay_only": which biases of the model are trained.
         saver: "none", "velora" or "wta_crs": in training, what is kept of a layer's input for the gradient of an inner
-            factor (A): less than all of it, for an estimate of the gradient (`inlay.ops.SAVERS`).
+            factor (A): less than all of it, for an estimate of the gradient (`inlay.numerics.ops.savers.SAVERS`).
         init_weights: False starts away from the identity, for tests only.
         folded: the base is W − s ΔW(θ₀), quantised, as `inlay.fold` makes it; set in what it writes, never by hand.
 

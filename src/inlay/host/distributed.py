@@ -46,7 +46,7 @@ def sharded() -> bool:
 
 
 @contextmanager
-def joined() -> Iterator[None]:
+def joined_processes() -> Iterator[None]:
     """In its block, the processes of a run know each other.
 
     Raises:
@@ -86,30 +86,31 @@ LOST = (
     "remote process exited",
     "Socket closed",
 )
+
 LOST += ("Connection refused", "Connection was likely closed", "Read timeout", "ncclRemoteError", "Timed out waiting")
 
 
-def count() -> int:
+def process_count() -> int:
     """How many processes the run has."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def first() -> bool:
+def is_first() -> bool:
     """Whether this is the process that writes and speaks."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def same(make: Callable[[], T]) -> T:
+def from_first(make: Callable[[], T]) -> T:
     """What the first process makes, given to all; where it fails, so do they.
 
     Raises:
         Elsewhere: in the other processes, if the first one could not make it.
     """
-    if count() == 1:
+    if process_count() == 1:
         return make()
     told: list[Any] = [False, None]
     try:
-        if first():
+        if is_first():
             told = [True, make()]
     finally:
         dist.broadcast_object_list(told, src=0)
@@ -121,35 +122,35 @@ def same(make: Callable[[], T]) -> T:
 def in_turn(make: Callable[[], T]) -> T:
     """What each process makes for itself, once the first one could."""
     made: list[T] = []
-    same(lambda: made.append(make()))
+    from_first(lambda: made.append(make()))
     return made[0] if made else make()
 
 
-def gather(value: T) -> list[T]:
+def gather_values(value: T) -> list[T]:
     """What each process has, in their order."""
-    if count() == 1:
+    if process_count() == 1:
         return [value]
-    values: list[Any] = [None] * count()
+    values: list[Any] = [None] * process_count()
     dist.all_gather_object(values, value)
     return values
 
 
-def some(flag: bool) -> bool:
+def in_any(flag: bool) -> bool:
     """Whether it is so in any of the processes."""
-    if count() == 1:
+    if process_count() == 1:
         return flag
     told = torch.tensor([flag], dtype=torch.int32, device=PartialState().device)
     dist.all_reduce(told, dist.ReduceOp.MAX)
     return bool(told.item())
 
 
-def wait() -> None:
+def wait_for_all() -> None:
     """Until all are here."""
-    if count() > 1:
+    if process_count() > 1:
         dist.barrier()
 
 
-def share(tensors: dict[str, Tensor], source: int) -> dict[str, Tensor]:
+def broadcast_tensors(tensors: dict[str, Tensor], source: int) -> dict[str, Tensor]:
     """One process's tensors, given to all; the others' say their shapes, dtypes and devices."""
     made = {}
     for name, tensor in tensors.items():
@@ -164,14 +165,14 @@ def is_shard(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor) or hasattr(tensor, "ds_id")
 
 
-def mine(tensor: Tensor) -> Tensor:
+def own_shard(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds."""
     if hasattr(tensor, "ds_id"):
         return cast(Any, tensor).ds_tensor
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def whole_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor, in every process, on the CPU if it was sharded."""
     if hasattr(tensor, "ds_id"):
         with importlib.import_module("deepspeed").zero.GatheredParameters([tensor]):
@@ -193,7 +194,7 @@ def borrowed(tensor: Tensor) -> Tensor:
         return tensor
     made = tensor.full_tensor(grad_placements=[Partial()] * tensor.device_mesh.ndim)
     if made.requires_grad:
-        made.register_hook(lambda slope: slope / count())
+        made.register_hook(lambda slope: slope / process_count())
     return made
 
 
@@ -220,4 +221,4 @@ class Gathered(dict[str, Tensor]):
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
     """A model's state with what is trained gathered whole, for who saves an adapter; the rest is as it lies."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return {name: whole(trained[name]) if name in trained else t for name, t in model.state_dict().items()}
+    return {name: whole_tensor(trained[name]) if name in trained else t for name, t in model.state_dict().items()}

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from inlay.host.layer import InlayLinear
-from inlay.ops import seed_of
+from inlay.numerics.ops import seed_of
 
 
 def flat_noise(model: nn.Module, t: float, sigma: float = 0.05, seed: int = 0) -> None:

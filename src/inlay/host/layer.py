@@ -16,10 +16,18 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
-from inlay import ops
-from inlay.host import processes, seal, starts
+from inlay.host import distributed, seal
+from inlay.host.bitsandbytes_guard import readable
+from inlay.host.compute_starts import Job, run_jobs
 from inlay.host.slot import Slot
 from inlay.method import Base, Drop, LowRank, Method, Params, Place, check_seen, keep, like
+from inlay.numerics import ops
+
+
+def adapted(model: nn.Module, adapter_name: str) -> dict[str, InlayLinear]:
+    """The layers that carry an adapter, by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, InlayLinear) and adapter_name in m.cuts}
+
 
 UNSEALED = (
     "the adapter's tensors are not those it was saved with (a damaged or converted file?); "
@@ -112,30 +120,6 @@ class Adapted:
         return method.apply(p, p0, x, self.base, self.layer.drop(self.name))
 
 
-def readable(base_layer: nn.Module) -> nn.Module:
-    """Guard against two faults of bitsandbytes in 4-bit weights on a CPU: where there is avx512_bf16 it repacks one in
-    place at its first inference, and then it dequantises to other numbers; and it misreads rows that end in a block.
-
-    Raises:
-        ValueError: it has already repacked the weight.
-    """
-    state = getattr(getattr(base_layer, "weight", None), "quant_state", None)
-    if getattr(state, "packing_format_for_cpu", False):
-        raise ValueError(
-            "bitsandbytes repacked this 4-bit weight when the model ran on the CPU, and it can no longer be read; "
-            "load the model anew and adapt it before its first run"
-        )
-    if hasattr(base_layer, "support_avx512bf16_for_cpu"):
-        base_layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-    if state is not None and state.absmax.device.type == "cpu" and state.shape[-1] % state.blocksize:
-        warnings.warn(
-            f"bitsandbytes misreads a 4-bit weight of shape {tuple(state.shape)} on the CPU, with or without adapters: "
-            f"{state.shape[-1]} is no multiple of its block of {state.blocksize}",
-            stacklevel=2,
-        )
-    return base_layer
-
-
 class InlayLinear(nn.Module, BaseTunerLayer):
     """y = W x + Σ s (ΔW(θ) − ΔW(θ₀)) x over the active adapters, each cut from what lies under it."""
 
@@ -208,7 +192,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         value = holder._held(prefix + symbol)[name]()
         if holder is self or (device := self._device()).type == "meta":
             return value
-        return processes.borrowed(value).to(device)
+        return distributed.borrowed(value).to(device)
 
     def _held(self, container: str) -> nn.ModuleDict:
         return cast(nn.ModuleDict, self._modules[container])
@@ -281,9 +265,9 @@ class InlayLinear(nn.Module, BaseTunerLayer):
 
     def decompose(self, name: str, like: str | None = None) -> None:
         """Fill the slots with the method's start, from the base weight in fp32, or with that of the adapter `like`."""
-        starts.compute(self.jobs(name, like))
+        run_jobs(self.jobs(name, like))
 
-    def jobs(self, name: str, like: str | None = None, stats: Params | None = None) -> Iterator[starts.Job]:
+    def jobs(self, name: str, like: str | None = None, stats: Params | None = None) -> Iterator[Job]:
         """What is left to compute, when a copy of the adapter `like` is taken where it serves. Without the `stats` that
         its method needs, an adapter stays pending."""
         cut = self.cuts[name]
@@ -301,7 +285,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
                 "inlay.fold"
             )
         else:
-            yield starts.Job(
+            yield Job(
                 cut.method,
                 (self.out_features, self.in_features),
                 lambda: self.pristine().detach().float(),
@@ -359,7 +343,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         for name in (a for a in self.active_adapters if a in self.cuts):
             cut = self.cuts[name]
             method, p, _ = self.theta(name)
-            begun = method.restart(seen := processes.Gathered(p), t)
+            begun = method.restart(seen := distributed.Gathered(p), t)
             seen.scatter()
             for k, mask in sorted(begun.items()):
                 weight = self._holder(k, name)._held(PREFIX + k)[name]()
@@ -399,10 +383,10 @@ class InlayLinear(nn.Module, BaseTunerLayer):
             weight = self.unmerged[1]["weight"] if self.unmerged else self.base_layer.weight
             return seal.of_packed(cast(Tensor, weight)) if folded else None
         W = self.pristine()
-        whole = W.shape == (self.out_features, self.in_features) and seal.is_plain(W)
+        whole = W.shape == (self.out_features, self.in_features) and seal.is_plain_tensor(W)
         if whole:
             self.marked = seal.of_base(W)
-        return self.marked if whole or processes.is_shard(W) else None
+        return self.marked if whole or distributed.is_shard(W) else None
 
     def make_seal(self, name: str, tensors: dict[str, Tensor]) -> dict[str, str | None]:
         """What `check_seal` will want to find when these tensors are loaded again."""
@@ -426,7 +410,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         active = () if self.disable_adapters else self.active_adapters
         y = self._under([name for name in active if name not in self.merged_adapters], args, kwargs)(x)
         noise = self.noise if self.training and not self.disable_adapters else None
-        return y if noise is None else y + ops.noise(x, *noise)
+        return y if noise is None else y + ops.weight_noise(x, *noise)
 
     def _under(self, names: list[str], args: tuple, kwargs: dict, base: Base | None = None) -> Base:
         """The layer (or `base`, in its place) under these adapters, each cut from what lies below."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
+from inlay.host.module_names import layer_index, name_without_layer
 from inlay.method import Method, Place
 
 WRITERS = ("o_proj", "out_proj", "down_proj", "dense", "dense_4h_to_h", "c_proj", "wo", "o", "fc2")  # to the residual
@@ -18,7 +18,7 @@ def places(layers: Mapping[str, tuple[int, int, Method]], config: Any) -> list[d
         layers: out, in and method of each, by its module's name.
         config: the model's, which says how wide a head is; None where there is none.
     """
-    width, numbers = head_width(config), sorted({index(name) for name in layers})
+    width, numbers = head_width(config), sorted({layer_index(name) for name in layers})
     groups: dict[Any, dict[str, int]] = {}
     for name, (out, inp, method) in layers.items():
         side, other = (inp, out) if writes(name) else (out, inp)
@@ -27,11 +27,12 @@ def places(layers: Mapping[str, tuple[int, int, Method]], config: Any) -> list[d
         groups.setdefault((other, head, attention, repr(method)), {})[name] = side // head
     made = []
     for group in groups.values():
-        kinds = {kind: i for i, kind in enumerate(dict.fromkeys(kind_of(name) for name in group))}
+        kinds = {kind: i for i, kind in enumerate(dict.fromkeys(name_without_layer(name) for name in group))}
         known = {"layers": len(numbers), "modules": len(kinds), "most": max(group.values())}
         made.append({
             name: Place(
-                layer=numbers.index(index(name)), module=kinds[kind_of(name)], heads=heads, writes=writes(name), **known
+                layer=numbers.index(layer_index(name)), module=kinds[name_without_layer(name)], heads=heads,
+                writes=writes(name), **known
             )
             for name, heads in group.items()
         })  # fmt: skip
@@ -48,14 +49,3 @@ def head_width(config: Any) -> int | None:
 def writes(name: str) -> bool:
     """Whether a module writes to the residual stream, so that its inputs are what heads (or neurons) gave."""
     return name.rpartition(".")[2] in WRITERS
-
-
-def index(name: str) -> int:
-    """The number of a module's layer, the first among the components of its name; −1 where there is none."""
-    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
-    return int(found[1]) if found else -1
-
-
-def kind_of(name: str) -> str:
-    """A module's name without its layer's number."""
-    return re.sub(r"(^|\.)\d+(\.|$)", r"\1*\2", name, count=1)

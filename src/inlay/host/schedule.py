@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from inlay.host import processes
+from inlay.host import distributed
 from inlay.host.layer import InlayLinear
-from inlay.host.slot import restore_precision, trained
+from inlay.host.slot import restore_precision, trained_numbers
 
 
 def step(model: nn.Module, t: float, optimizer: torch.optim.Optimizer | None = None) -> int:
@@ -36,7 +36,7 @@ def step(model: nn.Module, t: float, optimizer: torch.optim.Optimizer | None = N
         for weight, mask in module.advance(t) if isinstance(module, InlayLinear) else ():
             if optimizer is not None:
                 forget(optimizer, weight, mask)
-    return trained(model)
+    return trained_numbers(model)
 
 
 def forget(optimizer: torch.optim.Optimizer, weight: nn.Parameter, mask: Tensor | None) -> None:
@@ -50,7 +50,7 @@ def forget(optimizer: torch.optim.Optimizer, weight: nn.Parameter, mask: Tensor 
         optimizer.state.pop(weight, None)
     else:
         for moment in moments:
-            processes.mine(moment)[processes.mine(processes.as_lies(mask, moment))] = 0
+            distributed.own_shard(moment)[distributed.own_shard(distributed.as_lies(mask, moment))] = 0
 
 
 class Schedule(TrainerCallback):

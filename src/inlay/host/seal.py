@@ -68,7 +68,7 @@ def of_values(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def is_plain(tensor: Tensor) -> bool:
+def is_plain_tensor(tensor: Tensor) -> bool:
     """Whether a tensor's own numbers are here: not sharded, wrapped or on the meta device."""
     return type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta
 

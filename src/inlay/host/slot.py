@@ -86,7 +86,7 @@ class Slot(nn.Module):
         return w.is_meta or bool((w.isnan() if w.is_floating_point() else w == torch.iinfo(w.dtype).min).any())
 
 
-def trained(model: nn.Module) -> int:
+def trained_numbers(model: nn.Module) -> int:
     """How many numbers of a model are trained."""
     held = sum(slot.weight.numel() for slot in model.modules() if isinstance(slot, Slot) and slot.held)
     return (

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from inlay.host import seal, starts
+from inlay.host import seal
+from inlay.host.compute_starts import run_jobs
 from inlay.host.config import INLAY, InlayConfig
-from inlay.host.layer import PREFIX, UNSEALED, InlayLinear
+from inlay.host.layer import PREFIX, UNSEALED, InlayLinear, adapted
 from inlay.host.place import places
 
 
@@ -96,16 +97,18 @@ class InlayModel(BaseTuner):
         """Refuse a name or pattern that matched nothing: a typo would otherwise train less than was asked for."""
         names = [name for name, *_ in self._touched]
         everything = [name.replace(".base_layer", "") for name, _ in model.named_modules()]
-        whole = [n for n in everything if any(named(t, [n]) for t in config.modules_to_save or ())]  # not cut as well
+        whole = [
+            n for n in everything if any(is_named(t, [n]) for t in config.modules_to_save or ())
+        ]  # not cut as well
         loaded = left_out(config) if config.format_version is not None else []
         left = [n for n in everything if any(re.fullmatch(f"(.*\\.)?({t})", n) for t in loaded)]
         for target in asked if isinstance(asked, (list, set)) else ():
-            if not named(target, names + whole + left):
+            if not is_named(target, names + whole + left):
                 raise ValueError(f"target_modules: {target!r} matches no module that can be adapted; {self._kinds()}")
         heads = HEADS if config.task_type in TASKS else ()  # PEFT adds all of these, whether a model has them or not
         for what in ("exclude_modules", "modules_to_save"):
             for target in given if isinstance(given := getattr(config, what), (list, set)) else ():
-                if not named(target, everything) and target not in heads:
+                if not is_named(target, everything) and target not in heads:
                     raise ValueError(f"{what}: {target!r} matches no module of this model; {self._kinds()}")
         used = {config.pattern_of(name) for name in names}
         for pattern in config.patterns:
@@ -114,7 +117,7 @@ class InlayModel(BaseTuner):
 
         for target in config.modules_to_save or ():
             for name, module in model.named_modules():
-                if named(target, [name]) and resolve_quantization_backend(module) is not None:
+                if is_named(target, [name]) and resolve_quantization_backend(module) is not None:
                     raise ValueError(f"modules_to_save: {name} is quantised and cannot be trained whole; leave it out")
 
     def _kinds(self) -> str:
@@ -134,7 +137,7 @@ class InlayModel(BaseTuner):
             if twin in layer.cuts and layer.cuts[twin].pending:
                 layer.settle(twin)
         bar = tqdm(layers, desc=f"Cutting {config.method}", unit="layer", disable=None, delay=1)
-        starts.compute(job for layer in bar for job in layer.jobs(adapter_name, like=twin))
+        run_jobs(job for layer in bar for job in layer.jobs(adapter_name, like=twin))
 
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **_) -> None:
         if not isinstance(target, InlayLinear):
@@ -267,13 +270,13 @@ class InlayModel(BaseTuner):
         seals = {}
         for name, layer in layers.items():
             paths = {path: f"{name}.{path}" for path in layer.slots(adapter_name)}
-            if all(key in saved and seal.is_plain(saved[key]) for key in paths.values()):  # not so when sharded
+            if all(key in saved and seal.is_plain_tensor(saved[key]) for key in paths.values()):  # not so when sharded
                 tensors = {path: saved[key] for path, key in paths.items()}
                 seals[layer.cuts[adapter_name].module] = layer.make_seal(adapter_name, tensors)
         config.folded_base = seal.of_values([s["base"] for s in seals.values()]) if config.folded else None
         config.seals = seals if len(seals) == len(layers) else None
-        rest = beside(model, config, adapter_name, state_dict)
-        if seals and rest and all(map(seal.is_plain, rest.values())):
+        rest = saved_with_adapter(model, config, adapter_name, state_dict)
+        if seals and rest and all(map(seal.is_plain_tensor, rest.values())):
             seals[BESIDE] = {"tensors": seal.of_tensors(rest), "base": None}
         return saved
 
@@ -314,7 +317,7 @@ LINEAR = (nn.Linear, Conv1D)
 HEADS, TASKS = ("classifier", "score", "qa_outputs"), (None, "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
-def named(target: str, names: list[str]) -> bool:
+def is_named(target: str, names: list[str]) -> bool:
     """Whether one of the names is `target` or ends in it."""
     return any(name == target or name.endswith(f".{target}") for name in names)
 
@@ -337,15 +340,12 @@ def home_of(model: nn.Module, module: nn.Module) -> torch.device | None:
     return torch.device(next((d for d in devices.values() if d not in ("cpu", "disk")), "cpu"))
 
 
-def adapted(model: nn.Module, adapter_name: str) -> dict[str, InlayLinear]:
-    """The layers that carry an adapter, by name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, InlayLinear) and adapter_name in m.cuts}
-
-
 BESIDE = "*"  # the seal of what an adapter holds beside θ
 
 
-def beside(model: nn.Module, config: InlayConfig, adapter_name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def saved_with_adapter(
+    model: nn.Module, config: InlayConfig, adapter_name: str, state: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """What of a model's state an adapter holds beside θ, as it is saved: biases, modules and tokens trained whole."""
     found = InlayModel._get_learnable_bias_state_dict(model, state, config)
     for name, module in model.named_modules():
@@ -357,7 +357,7 @@ def beside(model: nn.Module, config: InlayConfig, adapter_name: str, state: dict
 
 def check_state(model: nn.Module, config: InlayConfig, adapter_name: str, state: dict[str, Tensor]) -> None:
     """Raise a ValueError unless `state` is exactly this adapter: nothing missing, extra, misshapen or non-finite."""
-    layers, rest = adapted(model, adapter_name), beside(model, config, adapter_name, state)
+    layers, rest = adapted(model, adapter_name), saved_with_adapter(model, config, adapter_name, state)
     expected = {f"{n}.{path}" for n, m in layers.items() for path in m.slots(adapter_name)}
     there, sized = model.state_dict(), {*map(id, rest.values())}  # not embeddings, which may grow
     faults = [f"{key} is missing" for key in sorted(expected - state.keys())]
@@ -385,6 +385,3 @@ def register() -> None:
         register_peft_method(name="inlay", config_cls=InlayConfig, model_cls=InlayModel)
     PEFT_TYPE_TO_CONFIG_MAPPING[INLAY], PEFT_TYPE_TO_TUNER_MAPPING[INLAY] = InlayConfig, InlayModel
     CONFIG_KEYS_TO_CHECK[INLAY] = ["method", "args", "scale", "dropout", "patterns", "folded", "folded_base"]
-
-
-register()

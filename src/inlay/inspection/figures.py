@@ -3,17 +3,40 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from inlay.workbench.ranks import depth, part_of
+from inlay.host.module_names import layer_index, part_of
+
+
+def new_plot(title: str, x: str, y: str) -> tuple[Figure, Axes]:
+    """An empty plot with its axes named."""
+    figure = Figure(figsize=(5, 4.4), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlabel=x, ylabel=y)
+    axes.set_title(title, fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def finish_plot(figure: Figure, axes: Axes, rows: int = 0) -> Figure:
+    """The legend, below, where it covers nothing; room for it, and for `rows` beside the axis."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.set_figheight(max(3.8, 1.4 + 0.24 * rows) + 0.2 * math.ceil(len(labels) / 3))
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    return figure
+
 
 INK = "#262626"
+
+
 # Okabe and Ito's colours, told apart by everyone, without their black; the markers tell the second round.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C6D1F", "#7F7F7F")
 LOOK: Any = {
@@ -27,14 +50,14 @@ LOOK: Any = {
 }
 
 
-def save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     """As PNG and SVG; the same figure gives the same files."""
     with matplotlib.rc_context({"svg.hashsalt": "inlay"}):
         figure.savefig(path, dpi=150)
         figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
 
 
-def inline(name: str, figure: Figure, label: str) -> str:
+def inline_svg(name: str, figure: Figure, label: str) -> str:
     """A figure as an SVG element: text stays text, ink is the page's, ids are its own."""
     file = io.StringIO()
     with matplotlib.rc_context({**LOOK, "svg.fonttype": "none"}):
@@ -46,7 +69,7 @@ def inline(name: str, figure: Figure, label: str) -> str:
     return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
 
-def short(parts: list[str]) -> list[str]:
+def short_labels(parts: list[str]) -> list[str]:
     """The last components of names, or the whole names where those would not tell them apart."""
     ends = [part.rpartition(".")[2] for part in parts]
     return [end if ends.count(end) == 1 else part for part, end in zip(parts, ends, strict=True)]
@@ -55,11 +78,11 @@ def short(parts: list[str]) -> list[str]:
 def heat_map(values: Mapping[str, float], title: str, form: str) -> Figure:
     """Layers down, types of module across; where a layer has several of a type (experts), their mean."""
     parts = list(dict.fromkeys(map(part_of, values)))
-    layers = sorted(set(map(depth, values)))
+    layers = sorted(set(map(layer_index, values)))
     cells: dict[tuple[int, str], list[float]] = {}
     for module, value in values.items():
-        cells.setdefault((depth(module), part_of(module)), []).append(value)
-    rows = [[mean(cells.get((layer, part), [])) for part in parts] for layer in layers]
+        cells.setdefault((layer_index(module), part_of(module)), []).append(value)
+    rows = [[mean_or_nan(cells.get((layer, part), [])) for part in parts] for layer in layers]
     figure = Figure(figsize=(2.5 + 0.85 * len(parts), 1.8 + 0.26 * len(layers)), layout="constrained")
     axes = figure.subplots()
     picture = axes.imshow(rows, aspect="auto", cmap="viridis", interpolation="none")
@@ -69,7 +92,7 @@ def heat_map(values: Mapping[str, float], title: str, form: str) -> Figure:
             if number == number:  # a layer may lack a type
                 ink = "k" if number > low + 0.6 * (high - low) else "w"
                 axes.text(j, i, f"{number:{form}}", ha="center", va="center", fontsize=8.5, color=ink)
-    axes.set_xticks(range(len(parts)), labels=short(parts), rotation=30, ha="right", fontsize=9)
+    axes.set_xticks(range(len(parts)), labels=short_labels(parts), rotation=30, ha="right", fontsize=9)
     axes.set_yticks(range(len(layers)), labels=[str(i) if i >= 0 else "–" for i in layers], fontsize=8.5)
     axes.set(xlabel="module", ylabel="layer")
     axes.set_title(title, fontsize=10)
@@ -78,7 +101,7 @@ def heat_map(values: Mapping[str, float], title: str, form: str) -> Figure:
     return figure
 
 
-def mean(values: list[Any]) -> float:
+def mean_or_nan(values: list[Any]) -> float:
     """The mean; NaN of none."""
     return sum(values) / len(values) if values else float("nan")
 

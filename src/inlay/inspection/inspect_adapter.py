@@ -15,27 +15,39 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from inlay.host.layer import InlayLinear
-from inlay.host.peft import adapted
-from inlay.importing import import_adapter
-from inlay.workbench import kinds, lora, merging, models
-from inlay.workbench.changes import (
+from inlay.conversion.import_adapter import import_adapter
+from inlay.conversion.lora_factors import adapter_auto_class, load_blank_adapter
+from inlay.conversion.merged_weights import read_weight
+from inlay.files.atomic import check_free, new_folder, write_text
+from inlay.files.untrusted import DamagedFileError
+from inlay.host.layer import InlayLinear, adapted
+from inlay.host.module_names import layer_index
+from inlay.inspection.changes import (
     CHANGES,
     FIELDS,
     MOST,
     PART,
-    Change,
-    as_data,
+    WeightChange,
     by_type,
     changes,
-    chosen,
-    measure,
-    median,
+    changes_as_data,
+    chosen_modules,
+    measure_change,
+    median_of,
     of_ours,
-)  # fmt: skip
-from inlay.workbench.files import DamagedFileError, check_free, new_folder, write_text
-from inlay.workbench.ranks import depth
-from inlay.workbench.weights import Weights
+)
+from inlay.models.adapters import (
+    adapter_folder,
+    base_of,
+    label_settings,
+    load_adapter,
+    read_adapter_config,
+    revision_of,
+)
+from inlay.models.folded import START, fold_at
+from inlay.models.loading import load_config, load_model
+from inlay.models.model_classes import auto_class
+from inlay.models.stored_weights import Weights
 
 OURS = "INLAY"
 
@@ -49,7 +61,7 @@ def inspect_adapter(
     overwrite: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
-) -> dict[str, Change]:
+) -> dict[str, WeightChange]:
     """What an adapter changed of its base, by module; the base's weights are read one at a time.
 
     A decomposition per weight: 0.1 s for 576 × 1536 on a core, minutes for 4096 × 11008; `layers` takes a few.
@@ -70,10 +82,10 @@ def inspect_adapter(
     """
     if output is not None:
         check_free(Path(output), overwrite, CHANGES)
-    folder = models.adapter_folder(str(adapter))
-    name = model or models.base_of(folder)
-    revision = revision or (None if model else models.revision_of(folder))
-    if models.read_config(folder).peft_type == OURS:
+    folder = adapter_folder(str(adapter))
+    name = model or base_of(folder)
+    revision = revision or (None if model else revision_of(folder))
+    if read_adapter_config(folder).peft_type == OURS:
         found = changes_of(folder, name, layers, revision, trust_remote_code)
     else:
         with tempfile.TemporaryDirectory() as part:
@@ -86,22 +98,22 @@ def inspect_adapter(
             else:
                 found = changes_of(ours, name, layers, revision, trust_remote_code)
     if output is not None:
-        write(found, Path(output), overwrite)
+        write_changes(found, Path(output), overwrite)
     return found
 
 
 def is_adapter(name: str) -> bool:
     """Whether a name is the folder of an adapter, or of a run that left one."""
     try:
-        return bool(models.adapter_folder(name))
+        return bool(adapter_folder(name))
     except ValueError:
         return False
 
 
-def of_fold(folder: Path) -> dict[str, Change]:
+def changes_of_fold(folder: Path) -> dict[str, WeightChange]:
     """The changes of a fold that was trained; none where what it began with is gone, the subspaces within MOST."""
     with suppress(ValueError):
-        return changes_of(folder, models.base_of(folder), None, None, False, MOST)
+        return changes_of(folder, base_of(folder), None, None, False, MOST)
     return {}
 
 
@@ -112,51 +124,53 @@ def changes_of(
     revision: str | None,
     trust_remote_code: bool,
     most: float = math.inf,
-) -> dict[str, Change]:
+) -> dict[str, WeightChange]:
     """The changes of one of our adapters; with subspaces if these take at most so many multiplications."""
-    auto = lora.auto_of(folder, base, revision, trust_remote_code)
-    light = lora.load(folder, base, revision, trust_remote_code, auto)
+    auto = adapter_auto_class(folder, base, revision, trust_remote_code)
+    light = load_blank_adapter(folder, base, revision, trust_remote_code, auto)
     weights = Weights(base, revision, trust_remote_code, auto)
     every = {layer.cuts["default"].module: layer for layer in adapted(light, "default").values()}
     first: dict[str, InlayLinear] = {}
     if any(layer.cuts["default"].folded for layer in every.values()):
-        start = lora.load(untrained(folder, base), base, revision, trust_remote_code, auto)
+        start = load_blank_adapter(untrained(folder, base), base, revision, trust_remote_code, auto)
         first = {layer.cuts["default"].module: layer for layer in adapted(start, "default").values()}
-    names = among(every, layers, folder)
+    names = modules_in_layers(every, layers, folder)
     shapes = [(every[name].out_features, every[name].in_features) for name in names]
     full = sum(math.prod(shape) * min(shape) for shape in shapes) <= most
-    shown = chosen(names)
-    made: dict[str, Change] = {}
+    shown = chosen_modules(names)
+    made: dict[str, WeightChange] = {}
     for name in tqdm(names, desc="Changes", unit="weight", disable=None, delay=1):
         layer = every[name]
-        made[name] = measure(of_ours(layer, weight(weights, name, layer), first.get(name)), full, name in shown)
+        made[name] = measure_change(
+            of_ours(layer, base_weight(weights, name, layer), first.get(name)), full, name in shown
+        )
     return made
 
 
 def merged_changes(
     folder: Path, base: str, layers: list[int] | None, revision: str | None, trust_remote_code: bool, why: ValueError
-) -> dict[str, Change]:
+) -> dict[str, WeightChange]:
     """The changes of an adapter of PEFT's that has no equal here, by merging each layer; else `why` it has none."""
-    config = models.load_config(base, trust_remote_code, revision)
-    auto = kinds.auto_for(config, models.read_config(folder).task_type)
-    more = {"auto": auto, **models.settings_of(folder)}
-    model = models.load_model(base, torch.float32, revision, trust_remote_code, **more)
-    adapter = models.load_adapter(model, folder, trainable=True)  # that its numbers are told from the base's
+    config = load_config(base, trust_remote_code, revision)
+    auto = auto_class(config, read_adapter_config(folder).task_type)
+    more = {"auto": auto, **label_settings(folder)}
+    model = load_model(base, torch.float32, revision, trust_remote_code, **more)
+    adapter = load_adapter(model, folder, trainable=True)  # that its numbers are told from the base's
     found = changes(adapter, lambda: Weights(base, revision, trust_remote_code, auto))
     if not found:
         raise why
-    return {name: found[name] for name in among(found, layers, folder)}
+    return {name: found[name] for name in modules_in_layers(found, layers, folder)}
 
 
-def among(names: Collection[str], layers: list[int] | None, folder: Path) -> list[str]:
+def modules_in_layers(names: Collection[str], layers: list[int] | None, folder: Path) -> list[str]:
     """The modules that are in some layers.
 
     Raises:
         ValueError: there are none.
     """
-    asked = [name for name in names if layers is None or depth(name) in layers]
+    asked = [name for name in names if layers is None or layer_index(name) in layers]
     if not asked:
-        known = ", ".join(str(i) for i in sorted(set(map(depth, names))) if i >= 0)
+        known = ", ".join(str(i) for i in sorted(set(map(layer_index, names))) if i >= 0)
         raise ValueError(f"layers={layers}: {folder} adapts none of these; it adapts {known or 'no layers'}")
     return asked
 
@@ -167,8 +181,8 @@ def untrained(folder: Path, base: str) -> Path:
     Raises:
         ValueError: it is not there, or nothing was trained.
     """
-    kept = Path(base).parent / models.START
-    start = kept if kept.is_dir() else models.fold_at(str(kept.parent))
+    kept = Path(base).parent / START
+    start = kept if kept.is_dir() else fold_at(str(kept.parent))
     if start is None:
         raise ValueError(
             f"{folder} is folded, and the adapter it began with is not beside {base}: what training changed cannot be "
@@ -179,7 +193,7 @@ def untrained(folder: Path, base: str) -> Path:
     return start
 
 
-def weight(weights: Weights, module: str, layer: InlayLinear) -> torch.Tensor:
+def base_weight(weights: Weights, module: str, layer: InlayLinear) -> torch.Tensor:
     """The base's weight (out × in) under a layer, fp32; a packed one is unpacked.
 
     Raises:
@@ -188,26 +202,26 @@ def weight(weights: Weights, module: str, layer: InlayLinear) -> torch.Tensor:
     key = weights.key(f"{module}.weight")
     if key is None:
         weights.read(f"{module}.weight")  # says what is wrong
-    W, mark = merging.read(weights, str(key), isinstance(layer.base_layer, Conv1D))
+    W, mark = read_weight(weights, str(key), isinstance(layer.base_layer, Conv1D))
     layer.check_base("default", mark)
     return W.float()
 
 
-def write(found: Mapping[str, Change], folder: Path, overwrite: bool = False) -> None:
+def write_changes(found: Mapping[str, WeightChange], folder: Path, overwrite: bool = False) -> None:
     """changes.json and the plots, all or nothing.
 
     Raises:
         ValueError: the folder exists or cannot be written.
     """
-    from inlay.workbench import run_plots  # matplotlib takes a second
+    from inlay.inspection.change_plots import change_figures, draw_change_plots  # matplotlib takes a second
 
     with new_folder(folder, overwrite, CHANGES) as part:
         (part / "plots").mkdir()
-        run_plots.draw(run_plots.of_changes(found), part / "plots")
-        write_text(part / CHANGES, json.dumps(as_data(found), indent=1))
+        draw_change_plots(change_figures(found), part / "plots")
+        write_text(part / CHANGES, json.dumps(changes_as_data(found), indent=1))
 
 
-def show(found: Mapping[str, Change], adapter: str, console: Console) -> None:
+def show_changes(found: Mapping[str, WeightChange], adapter: str, console: Console) -> None:
     """A table with a line per type of module, and a sentence."""
     made = Table(
         title=f"{adapter}: {len(found)} weights",
@@ -222,12 +236,12 @@ def show(found: Mapping[str, Change], adapter: str, console: Console) -> None:
         cells = ["" if v is None else f"{v:{form}}" for v, (_, _, form) in zip(values, FIELDS, strict=True)]
         made.add_row(f"{kind} ({count})", *cells, f"{trained:,}")
     console.print(made)
-    console.print(summary(found))
+    console.print(changes_summary(found))
 
 
-def summary(found: Mapping[str, Change]) -> str:
+def changes_summary(found: Mapping[str, WeightChange]) -> str:
     """Where the change lies, in one sentence."""
-    size, principal, minor = (median(found.values(), field) for field in ("size", "principal", "minor"))
+    size, principal, minor = (median_of(found.values(), field) for field in ("size", "principal", "minor"))
     if not size or principal is None or minor is None:
         return "in the median no weight is changed"
     side, share = max(("principal", principal), ("minor", minor), key=lambda pair: pair[1])

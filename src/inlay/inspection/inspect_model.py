@@ -13,11 +13,11 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from inlay.allocate import DIRECTIONS, Direction, rank_set
+from inlay.files.atomic import check_free, new_folder
 from inlay.host.config import InlayConfig
-from inlay.workbench import edge
-from inlay.workbench.files import check_free, new_folder
-from inlay.workbench.ranks import Inspection, Weight, inspection, patterns
+from inlay.inspection.noise_edge import edge, effective_rank, stable_rank
+from inlay.inspection.ranks import Inspection, Weight, inspection, patterns
+from inlay.numerics.rank_allocation import DIRECTIONS, Direction, rank_set
 
 SPECTRA = "spectra.json"  # also what marks a folder as one that may be overwritten
 
@@ -65,26 +65,26 @@ def inspect(
     )
     found = inspection(model, config, direction, revision, trust_remote_code)
     if output is not None:
-        write(found, Path(output), overwrite)
+        write_inspection(found, Path(output), overwrite)
     return found
 
 
-def write(found: Inspection, folder: Path, overwrite: bool = False) -> None:
+def write_inspection(found: Inspection, folder: Path, overwrite: bool = False) -> None:
     """spectra.json, ranks.yaml and the plots, all or nothing.
 
     Raises:
         ValueError: the folder exists or cannot be written.
     """
-    from inlay.workbench import plots  # matplotlib takes a second
+    from inlay.inspection.spectra_plots import draw_spectra  # matplotlib takes a second
 
     with new_folder(folder, overwrite, SPECTRA) as part:
-        (part / SPECTRA).write_text(json.dumps(as_data(found)) + "\n", encoding="utf-8")
+        (part / SPECTRA).write_text(json.dumps(inspection_as_data(found)) + "\n", encoding="utf-8")
         text = yaml.safe_dump({"patterns": patterns(found.ranks)}, sort_keys=False, width=1000)
         (part / "ranks.yaml").write_text(f"# {found.summary()}\n{text}", encoding="utf-8")
-        plots.draw(found, part / "plots")
+        draw_spectra(found, part / "plots")
 
 
-def as_data(found: Inspection) -> dict[str, Any]:
+def inspection_as_data(found: Inspection) -> dict[str, Any]:
     """Everything that was found, as JSON holds it; singular values with 7 digits, which is all that fp32 has."""
     about = {"model": found.model, "method": found.method, "r": found.r, "direction": found.direction}
     return {
@@ -96,9 +96,9 @@ def as_data(found: Inspection) -> dict[str, Any]:
                 "rank": w.rank,
                 "numbers": w.numbers,
                 "signal": w.signal,
-                "noise_edge": float(f"{edge.edge(w.S, w.shape):.7g}"),
-                "stable_rank": round(edge.stable_rank(w.S), 4),
-                "effective_rank": round(edge.effective_rank(w.S), 4),
+                "noise_edge": float(f"{edge(w.S, w.shape):.7g}"),
+                "stable_rank": round(stable_rank(w.S), 4),
+                "effective_rank": round(effective_rank(w.S), 4),
                 "energies": {str(r): round(w.energy(r), 6) for r in rank_set(found.r) if r <= len(w.S)},
                 "minor_energies": {str(r): float(f"{w.minor(r):.6g}") for r in rank_set(found.r) if r <= len(w.S)},
                 "singular_values": [float(f"{s:.7g}") for s in w.S.tolist()],
@@ -152,9 +152,9 @@ def suggestion(found: Inspection) -> Suggestion:
     return Suggestion("milora", room, "minor", reason)
 
 
-def show(found: Inspection, console: Console) -> None:
+def show_inspection(found: Inspection, console: Console) -> None:
     """A table with a line per type of module, the rank of every layer, and the total."""
-    console.print(table(found))
+    console.print(inspection_table(found))
     console.print("ranks by layer:")
     for kind, weights in found.kinds.items():
         console.print(f"  {kind:<12}{' '.join(f'{w.rank:>3}' for w in weights.values())}", soft_wrap=True)
@@ -162,7 +162,7 @@ def show(found: Inspection, console: Console) -> None:
     console.print(f"{suggestion(found)} (spectra alone; inlay compare tells which trains better)")
 
 
-def table(found: Inspection) -> Table:
+def inspection_table(found: Inspection) -> Table:
     """A line per type of module."""
     r = found.r
     made = Table(
@@ -176,18 +176,18 @@ def table(found: Inspection) -> Table:
     for column in (*heads, f"E({r})", f"last {r}", "ranks"):
         made.add_column(column, no_wrap=True, justify="left" if column == "module" else "right")
     for kind, weights in found.kinds.items():
-        made.add_row(f"{kind} ({len(weights)})", *cells(list(weights.values()), r))
+        made.add_row(f"{kind} ({len(weights)})", *inspection_cells(list(weights.values()), r))
     return made
 
 
-def cells(weights: list[Weight], r: int) -> Iterator[str]:
+def inspection_cells(weights: list[Weight], r: int) -> Iterator[str]:
     """What the table says of one type."""
     shapes, ranks = sorted({w.shape for w in weights}), sorted({w.rank for w in weights})
     signals = sorted(w.signal for w in weights)
     yield "{} × {}".format(*shapes[0]) if len(shapes) == 1 else f"{len(shapes)} shapes"
     yield f"{statistics.median(w.S[0].item() for w in weights):.3g}"
-    yield f"{statistics.median(edge.stable_rank(w.S) for w in weights):.0f}"
-    yield f"{statistics.median(edge.effective_rank(w.S) for w in weights):.0f}"
+    yield f"{statistics.median(stable_rank(w.S) for w in weights):.0f}"
+    yield f"{statistics.median(effective_rank(w.S) for w in weights):.0f}"
     yield f"{signals[0]}..{statistics.median_low(signals)}..{signals[-1]}"
     yield f"{statistics.median(w.energy(r) for w in weights):.2f}"
     yield f"{statistics.median(w.minor(r) for w in weights):.1g}"

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from inlay.allocate import energy, kind_of
 from inlay.host.config import InlayConfig
-from inlay.workbench import memory, spectra
-from inlay.workbench.models import first_line
-from inlay.workbench.weights import Weights
+from inlay.inspection.singular_values import kept_spectrum, target_weights, weight_spectra
+from inlay.messages import first_line
+from inlay.models.meta import meta_model
+from inlay.models.stored_weights import Weights
+from inlay.numerics.rank_allocation import energy, kind_of
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Readers:
         return r * (inp + out) // (len(self.shapes) * inp + out)
 
 
-def joint(
+def joint_groups(
     model: str = "builtin",
     target_modules: list[str] | str = "all-linear",
     layers: list[int] | None = None,
@@ -68,18 +69,20 @@ def joint(
         ValueError: the model or a value cannot be used, or no two of the modules read the same input.
     """
     config = InlayConfig(target_modules=target_modules, layers_to_transform=layers, task_type="CAUSAL_LM")
-    shapes = spectra.targets(model, config, trust_remote_code)
-    blank = memory.meta_model(model, torch.float32, trust_remote_code)
+    shapes = target_weights(model, config, trust_remote_code)
+    blank = meta_model(model, torch.float32, trust_remote_code)
     groups = [names for names in readers(blank, shapes) if len(names) > 1]
     if not groups:
         raise ValueError(f"no two of the modules that target_modules={target_modules!r} names read the same input")
-    own = spectra.spectra(model, {n: shapes[n] for names in groups for n in names}, revision, trust_remote_code)
+    own = weight_spectra(model, {n: shapes[n] for names in groups for n in names}, revision, trust_remote_code)
     weights, found = Weights(model, revision, trust_remote_code), []
     for names in groups:
         stored = [weights.read(f"{n}.weight").float() for n in names]
         turned = [isinstance(blank.get_submodule(n), Conv1D) for n in names]
         stack = torch.cat([W.T if turn else W for W, turn in zip(stored, turned, strict=True)])
-        found.append(Readers(names, tuple(shapes[n] for n in names), spectra.kept(stack), tuple(own[n] for n in names)))
+        found.append(
+            Readers(names, tuple(shapes[n] for n in names), kept_spectrum(stack), tuple(own[n] for n in names))
+        )
     return found
 
 
@@ -110,7 +113,7 @@ def readers(blank: PreTrainedModel, names: Mapping[str, object]) -> list[tuple[s
     return [tuple(found) for _, found in seen.values()]
 
 
-def show(found: list[Readers], r: int, console: Console) -> None:
+def show_joint(found: list[Readers], r: int, console: Console) -> None:
     """A table with a line per kind of group, medians over the layers."""
     made = Table(
         title=f"one right factor of rank {r} for the modules that read one input",

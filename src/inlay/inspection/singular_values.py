@@ -17,28 +17,28 @@ from peft import get_peft_model
 from torch import Tensor
 from tqdm import tqdm
 
-from inlay import cache
+from inlay.files import cache
 from inlay.host.config import InlayConfig
-from inlay.host.peft import adapted
-from inlay.workbench import memory
-from inlay.workbench.weights import Weights
+from inlay.host.layer import adapted
+from inlay.models.meta import meta_model
+from inlay.models.stored_weights import Weights
 
 Shape = tuple[int, int]  # out, in
 
 
-def targets(model: str, config: InlayConfig, trust_remote_code: bool = False) -> dict[str, Shape]:
+def target_weights(model: str, config: InlayConfig, trust_remote_code: bool = False) -> dict[str, Shape]:
     """The modules of a model that a config adapts, in the model's order, with their (out, in); no weights are read.
 
     Raises:
         ValueError: the model or the config cannot be used, or they do not fit each other.
     """
     own = copy.deepcopy(config)  # PEFT writes what it finds into a config
-    empty = get_peft_model(memory.meta_model(model, torch.float32, trust_remote_code), own)
+    empty = get_peft_model(meta_model(model, torch.float32, trust_remote_code), own)
     layers = adapted(empty, "default").values()
     return {layer.cuts["default"].module: (layer.out_features, layer.in_features) for layer in layers}
 
 
-def spectra(
+def weight_spectra(
     model: str, shapes: Mapping[str, Shape], revision: str | None = None, trust_remote_code: bool = False
 ) -> dict[str, Tensor]:
     """The singular values of each named module's weight: fp32 (min(out, in),), descending, on the CPU.
@@ -55,13 +55,13 @@ def spectra(
         if sorted(W.shape) != sorted(shapes[name]):  # a Conv1D stores (in, out), and has the same spectrum
             raise ValueError(f"{name} is stored as {tuple(W.shape)}, not as {shapes[name]}; leave that module out")
         try:
-            found[name] = kept(W)
+            found[name] = kept_spectrum(W)
         except ValueError as error:
             raise ValueError(f"the weight of {name} {error}; repair it or leave that module out") from None
     return found
 
 
-def singular_values(W: Tensor) -> Tensor:
+def all_singular_values(W: Tensor) -> Tensor:
     """All singular values of W (m, n), fp32, descending, on the CPU; a GPU computes them where there is one.
 
     Raises:
@@ -90,12 +90,12 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def kept(W: Tensor) -> Tensor:
+def kept_spectrum(W: Tensor) -> Tensor:
     """`singular_values`, from the cache if this content was seen before, in whatever model."""
     key = cache.fingerprint(W)
     found = cache.load("spectra", key) or {}
     if "S" in found and found["S"].shape == (min(W.shape),):
         return found["S"]
-    S = singular_values(W)
+    S = all_singular_values(W)
     cache.store("spectra", key, {"S": S})
     return S

@@ -32,7 +32,6 @@ METHODS: tuple[type[Method], ...] = (
     MoRA, MoRARope, RandLoRA, PEANuT, DeepLoRA, SNELL, LoRTA, XGBLoRA, SpIEL,
     EVA, LoRAGA, LQLoRA, SMT,
 )
-# fmt: on
 
 __all__ = [
     "EVA",

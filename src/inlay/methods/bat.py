@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from inlay import ops
 from inlay.method import Base, Drop, Method, Params, keep
+from inlay.numerics import ops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Bat(Method):
 
     def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
         B = p["B"] if self.s == 1 else self.s * p["B"]
-        if not drop.p and (linear := ops.plain(base, x)) is not None:
+        if not drop.p and (linear := ops.plain_linear(base, x)) is not None:
             return ops.bat(x, linear, B)
         return ops.bat_reference(x, base, B, drop)
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from inlay import ops
 from inlay.method import Base, Method, Params
 from inlay.methods.bat import check_blocks
+from inlay.numerics import ops
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from inlay import ops
 from inlay.method import LowRank, Params
+from inlay.numerics import ops
 
 
 @dataclass(frozen=True, kw_only=True)

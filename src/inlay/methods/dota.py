@@ -23,8 +23,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from inlay import ops, trains
 from inlay.method import Base, Method, Params, like
+from inlay.numerics import ops, tensor_trains
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,33 +46,33 @@ class DoTA(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "shapes", trains.read_factors(self.name, self.shapes, self.cores))
+        object.__setattr__(self, "shapes", tensor_trains.read_factors(self.name, self.shapes, self.cores))
 
     def start(self, W: Tensor, stats: Params | None = None) -> Params:
-        shapes = trains.shapes(*trains.choose_factors(self.name, self.shapes, self.cores, W), self.bond)
+        shapes = tensor_trains.shapes(*tensor_trains.choose_factors(self.name, self.shapes, self.cores, W), self.bond)
         if W.is_meta:
             return {f"T{k}": W.new_empty(shape, dtype=torch.float32) for k, shape in enumerate(shapes, 1)}
         count = sum(math.prod(shape) for shape in shapes)
         if count > W.numel() / 10:
             text = f"dota: the train of a {W.shape[0]} × {W.shape[1]} weight holds {count} numbers, over a tenth of it"
             warnings.warn(f"{text}; a lower bond or other cores and shapes make it smaller", stacklevel=2)
-        train = trains.decompose(W, shapes)
-        train = trains.balance(train) if self.init == "mpo" else trains.gaussian(train)
+        train = tensor_trains.decompose(W, shapes)
+        train = tensor_trains.balance(train) if self.init == "mpo" else tensor_trains.gaussian(train)
         return {f"T{k}": core for k, core in enumerate(train, 1)}
 
     def delta(self, p: Params, W: Tensor) -> Tensor:
-        return trains.contract(list(p.values()))
+        return tensor_trains.contract(list(p.values()))
 
     def offset(self, p: Params, p0: Params | None, W: Tensor) -> Tensor:
         start = None if p0 is None else list(like(p0, p).values())
-        return trains.contract(trains.difference(list(p.values()), start))
+        return tensor_trains.contract(tensor_trains.difference(list(p.values()), start))
 
     def rows(self, p: Params, p0: Params | None, base: Base) -> ops.Rows:
         start = None if p0 is None else list(like(p0, p).values())
         heights = [core.shape[1] for core in p.values()]
         return ops.Rows(
-            lambda *cores: trains.halves(trains.difference(cores, start, self.s)),
-            trains.rows,
+            lambda *cores: tensor_trains.halves(tensor_trains.difference(cores, start, self.s)),
+            tensor_trains.rows,
             out=math.prod(heights),
-            step=math.prod(heights[trains.middle(list(p.values())) :]),
+            step=math.prod(heights[tensor_trains.middle(list(p.values())) :]),
         )

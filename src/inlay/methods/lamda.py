@@ -19,8 +19,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from inlay import linalg, ops
 from inlay.method import LowRank, Params, check_rank, like
+from inlay.numerics import linalg, ops
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from inlay import linalg
 from inlay.method import Diagonal, Params, check_rank
+from inlay.numerics import linalg
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from inlay import linalg
 from inlay.method import LowRank, Params, check_seen
+from inlay.numerics import linalg
 
 KEPT = 4  # times r
 

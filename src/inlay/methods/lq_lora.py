@@ -17,8 +17,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from inlay import linalg
 from inlay.method import LowRank, Params, check_rank, check_seen
+from inlay.numerics import linalg
 
 
 @dataclass(frozen=True, kw_only=True)

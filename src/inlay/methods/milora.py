@@ -15,8 +15,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from inlay import linalg
 from inlay.method import LowRank, Params, check_rank
+from inlay.numerics import linalg
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inlay import ops
 from inlay.method import Base, Drop, LowRank, Method, Params, keep
+from inlay.numerics import ops
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from inlay import linalg
 from inlay.method import LowRank, Params, check_rank
+from inlay.numerics import linalg
 
 
 @dataclass(frozen=True, kw_only=True)

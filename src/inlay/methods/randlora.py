@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from inlay import linalg, ops
 from inlay.method import Base, Drop, Method, Params, check_rank, keep
+from inlay.numerics import linalg, ops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +48,11 @@ class RandLoRA(Method):
 
     def bases(self, p: Params, long: int, dtype: torch.dtype) -> Tensor:
         """[B_1 ... B_N], (long × N r)."""
-        return linalg.noise(long, p["lambda"].numel(), 2 * self.basis_seed, dtype, p["lambda"].device)
+        return linalg.uniform_noise(long, p["lambda"].numel(), 2 * self.basis_seed, dtype, p["lambda"].device)
 
     def mixture(self, lam: Tensor, gamma: Tensor) -> Tensor:
         """2/√N diag(λ_j) A diag(γ_j) of all j below each other, (N r × short)."""
-        A = linalg.noise(self.r, gamma.shape[1], 2 * self.basis_seed + 1, lam.dtype, lam.device)
+        A = linalg.uniform_noise(self.r, gamma.shape[1], 2 * self.basis_seed + 1, lam.dtype, lam.device)
         return (2 / math.sqrt(len(lam)) * lam[:, :, None] * A * gamma[:, None]).flatten(0, 1)
 
     def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
@@ -67,7 +67,7 @@ class RandLoRA(Method):
 
             return ops.low_rank(x, linear, build, tall, drop, *p.values())
 
-        if (linear := ops.plain(base, x)) is not None:
+        if (linear := ops.plain_linear(base, x)) is not None:
             return product(linear, len(linear[0]))
         y = base(x)
         return y + product(None, y.shape[-1])

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from inlay import ops
 from inlay.method import Base, Drop, Method, Params, check_seen, keep
 from inlay.methods.bat import check_blocks
+from inlay.numerics import ops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class SMT(Method):
         return blocks.unflatten(0, (down, across)).transpose(1, 2).flatten(2).flatten(0, 1)
 
     def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
-        linear = None if drop.p else ops.plain(base, x)
+        linear = None if drop.p else ops.plain_linear(base, x)
         blocks = (self.s * p["D"], p["rows"], p["cols"])
         if linear is not None:
             return ops.blocks(drop(x), linear, *blocks, len(linear[0]))

@@ -17,8 +17,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from inlay import ops
 from inlay.method import Base, Drop, Method, Params, keep
+from inlay.numerics import ops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class SpIEL(Method):
         return p["phi"].new_zeros(W.numel()).index_add(0, p["eta"], p["phi"]).view(W.shape)
 
     def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
-        linear = None if drop.p else ops.plain(base, x)
+        linear = None if drop.p else ops.plain_linear(base, x)
         W = torch.empty(len(p["phi"]) // self.r - x.shape[-1], x.shape[-1], device="meta")
 
         def build(phi: Tensor) -> tuple[Tensor]:

@@ -28,8 +28,14 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from inlay.cache import cache_folder
-from inlay.workbench.files import DamagedFileError
+from inlay.files.cache import cache_folder
+from inlay.files.untrusted import DamagedFileError
+
+
+def model_name(name: str) -> str:
+    """A model in a few words."""
+    return "SmolLM2-135M-Instruct" if name == MODEL else Path(name).name
+
 
 MODEL = "builtin"
 FOLDER = "smollm2-135m-instruct-"
@@ -41,7 +47,7 @@ MISSING = (
 
 def data_path() -> Path:
     """The shipped slice of the E2E data: the first 540 rows to train on, the last 100 held out."""
-    return Path(__file__).parent.parent / "data" / "e2e.csv"
+    return Path(__file__).parent.parent / "resources" / "e2e.csv"
 
 
 def gguf_path() -> Path:
@@ -82,13 +88,13 @@ def model_dir() -> Path:
     return final
 
 
-def load_model(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_builtin_model(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The built-in model. Its name_or_path is the cache folder, so an adapter trained on it names a base that loads."""
     with _quiet():
         return AutoModelForCausalLM.from_pretrained(model_dir(), dtype=dtype)
 
 
-def load_tokenizer() -> PreTrainedTokenizerBase:
+def load_builtin_tokenizer() -> PreTrainedTokenizerBase:
     """The built-in model's tokenizer, with its chat template; <|im_end|> both ends an answer and pads."""
     return AutoTokenizer.from_pretrained(model_dir())
 

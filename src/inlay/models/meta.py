@@ -11,8 +11,9 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from inlay.host import slot
-from inlay.workbench.models import load_config, loading
+from inlay.host.slot import trained_numbers
+from inlay.messages import loading
+from inlay.models.loading import load_config
 
 
 def meta_model(
@@ -49,7 +50,7 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
     return max(lists, key=len, default=nn.ModuleList())
 
 
-def depths(model: PreTrainedModel) -> tuple[int, int] | None:
+def repeated_depths(model: PreTrainedModel) -> tuple[int, int] | None:
     """Two small numbers of layers from which all that is affine in their number follows for the whole model; None where
     its layers are few, or do not repeat."""
     layers = layers_of(model)
@@ -63,7 +64,7 @@ def depths(model: PreTrainedModel) -> tuple[int, int] | None:
     return (few, few + period) if few + period < len(layers) else None
 
 
-def count(
+def count_parameters(
     name: str,
     config: PeftConfig | None,
     trust_remote_code: bool = False,
@@ -76,27 +77,22 @@ def count(
         ValueError: it does not fit the model.
     """
     model = meta_model(name, torch.float32, trust_remote_code, auto=auto, **settings)
-    return trainable(model if config is None else get_peft_model(model, config))
+    return count_trainable(model if config is None else get_peft_model(model, config))
 
 
-def trainable(model: nn.Module) -> int:
+def count_trainable(model: nn.Module) -> int:
     """How many numbers are trained."""
-    return slot.trained(model)
+    return trained_numbers(model)
 
 
-def numbers(model: nn.Module) -> tuple[int, int]:
+def count_trained_and_base(model: nn.Module) -> tuple[int, int]:
     """How many numbers are trained, and how many the base model has."""
     if not isinstance(model, PeftModel):
-        return trainable(model), sum(p.numel() for p in model.parameters())
+        return count_trainable(model), sum(p.numel() for p in model.parameters())
     trained, everything = model.get_nb_trainable_parameters()
     return trained, everything - trained
 
 
-def free() -> int:
+def free_memory() -> int:
     """Free bytes of the GPU or, without one, of the machine, which would kill the process rather than say no."""
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
-
-
-def gib(size: float) -> str:
-    """Bytes for people."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 
 @dataclass(frozen=True)
-class Kind:
+class ModelClass:
     """A task's name, PEFT's name of it, the class that loads its models, the hub's tag, and what its loss is."""
 
     name: str
@@ -34,22 +34,25 @@ class Kind:
 
 
 CAUSAL, SEQUENCE, SEQ2SEQ = "CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM"
-KINDS = (
-    Kind("instruction", CAUSAL, AutoModelForCausalLM, "text-generation"),
-    Kind("language_modelling", CAUSAL, AutoModelForCausalLM, "text-generation", "loss (nats per token)"),
-    Kind("preference", CAUSAL, AutoModelForCausalLM, "text-generation", "DPO's loss (nats per pair)"),
-    Kind("classification", SEQUENCE, AutoModelForSequenceClassification, "text-classification", "loss (per example)"),
-    Kind("seq2seq", SEQ2SEQ, AutoModelForSeq2SeqLM, "summarization"),
-    Kind("vision", CAUSAL, AutoModelForImageTextToText, "image-text-to-text"),
+
+MODEL_CLASSES = (
+    ModelClass("instruction", CAUSAL, AutoModelForCausalLM, "text-generation"),
+    ModelClass("language_modelling", CAUSAL, AutoModelForCausalLM, "text-generation", "loss (nats per token)"),
+    ModelClass("preference", CAUSAL, AutoModelForCausalLM, "text-generation", "DPO's loss (nats per pair)"),
+    ModelClass(
+        "classification", SEQUENCE, AutoModelForSequenceClassification, "text-classification", "loss (per example)"
+    ),
+    ModelClass("seq2seq", SEQ2SEQ, AutoModelForSeq2SeqLM, "summarization"),
+    ModelClass("vision", CAUSAL, AutoModelForImageTextToText, "image-text-to-text"),
 )
 
 
-def find(name: str) -> Kind:
+def find_model_class(name: str) -> ModelClass:
     """The kind of a task in a recipe."""
-    return next(kind for kind in KINDS if kind.name == name)
+    return next(kind for kind in MODEL_CLASSES if kind.name == name)
 
 
-def auto_for(config: Any, task_type: str | None) -> Any:
+def auto_class(config: Any, task_type: str | None) -> Any:
     """The class that loads the base of an adapter, from the base's configuration and the adapter's task type.
 
     Raises:
@@ -59,10 +62,10 @@ def auto_for(config: Any, task_type: str | None) -> Any:
     text, sees = (type(config) in m for m in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING))
     if task == CAUSAL and sees and not text:
         return AutoModelForImageTextToText
-    for kind in KINDS:
+    for kind in MODEL_CLASSES:
         if kind.peft == task:
             return kind.auto
     raise ValueError(
-        f"an adapter for {task} is not handled here ({', '.join({k.peft: 0 for k in KINDS})} are); in Python, "
+        f"an adapter for {task} is not handled here ({', '.join({k.peft: 0 for k in MODEL_CLASSES})} are); in Python, "
         "PeftModel.from_pretrained(...).merge_and_unload() merges any"
     )

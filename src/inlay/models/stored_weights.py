@@ -15,8 +15,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from inlay.workbench import memory, models
-from inlay.workbench.files import DamagedFileError
+from inlay.files.untrusted import DamagedFileError
+from inlay.messages import first_line
+from inlay.models.loading import resolve
+from inlay.models.meta import meta_model
 
 ONE, MANY = "model.safetensors", "model.safetensors.index.json"
 
@@ -36,7 +38,7 @@ class Weights:
         auto: Any = AutoModelForCausalLM,
     ) -> None:
         self.model, self.revision, self.trust_remote_code, self.auto = model, revision, trust_remote_code, auto
-        where = models.resolve(model)
+        where = resolve(model)
         try:
             one = cached_file(where, ONE, revision=revision, _raise_exceptions_for_missing_entries=False)
             index = None if one else cached_file(where, MANY, revision=revision)
@@ -47,9 +49,7 @@ class Weights:
                     self._files |= dict.fromkeys(file.keys(), path)
         except (OSError, SafetensorError, json.JSONDecodeError, TypeError) as error:
             hint = "" if isinstance(error, SafetensorError) else " (safetensors only; save the model again)"
-            raise DamagedFileError(
-                f"the weights of {model!r} cannot be read{hint}: {models.first_line(error)}"
-            ) from None
+            raise DamagedFileError(f"the weights of {model!r} cannot be read{hint}: {first_line(error)}") from None
 
     def names(self) -> list[str]:
         """The stored names of all tensors, sorted."""
@@ -60,7 +60,7 @@ class Weights:
         """The stored name of every tensor that the model holds as it is stored, by the model's own name: checkpoints
         leave out a leading module, or keep the names of an older release."""
         trust = self.trust_remote_code
-        blank = memory.meta_model(self.model, torch.float32, trust, auto=self.auto, revision=self.revision)
+        blank = meta_model(self.model, torch.float32, trust, auto=self.auto, revision=self.revision)
         conversions = get_model_conversion_mapping(blank)
         names = [c for c in conversions if isinstance(c, WeightRenaming)]
         layouts: Any = [c for c in conversions if not isinstance(c, WeightRenaming)]
@@ -90,7 +90,7 @@ class Weights:
             with safe_open(self._files[key], "pt") as file:
                 return file.get_tensor(key)
         except (OSError, SafetensorError) as error:
-            raise DamagedFileError(f"{self._files[key]} cannot be read: {models.first_line(error)}") from None
+            raise DamagedFileError(f"{self._files[key]} cannot be read: {first_line(error)}") from None
 
     def beside(self, name: str) -> dict[str, str]:
         """The stored names of what a quantiser put beside a weight, by their ends; empty where it is stored plainly."""

@@ -37,7 +37,7 @@ TINY = 1e-7  # least pivot of an LU factorisation of a matrix with entries up to
 ROUNDING = 1e-6  # what fp32 products of W do to a unit vector, relative to the Frobenius norm ‖W‖
 
 
-class Found(NamedTuple):
+class Route(NamedTuple):
     """What a route found: k > r triplets of A (m, n), so that the gap at r is known, and a test for better ones."""
 
     U: Tensor  # (m, k)
@@ -82,7 +82,7 @@ def sketched_svd(W: Tensor, r: int, rounds: int = 3) -> Triplets:
     width = min(r + 8, *W.shape)
     with full_precision(W.device):
         A, scale = _scaled(W)
-        Q = noise(A.shape[1], width, 0, A.dtype, A.device)
+        Q = uniform_noise(A.shape[1], width, 0, A.dtype, A.device)
         for _ in range(rounds):
             Q = torch.linalg.qr(A.mT @ torch.linalg.qr(A @ Q).Q).Q
         U, S, Vh = torch.linalg.svd(A @ Q, full_matrices=False)
@@ -138,7 +138,7 @@ def ldu(W: Tensor, r: int) -> Triplets:
         return L[torch.tensor(order).argsort().to(W.device)].float(), d.float(), U.float()
 
 
-def noise(rows: int, columns: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def uniform_noise(rows: int, columns: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Random numbers (rows, columns), uniform with variance 1: for one seed the same on every machine and release.
 
     Kept for all who ask again, so never write to it. They come from splitmix64 (Steele, Lea and Flood 2014), which is
@@ -226,12 +226,12 @@ def _indices(n: int, r: int, side: str) -> Tensor:
     return torch.arange(start, start + r)
 
 
-def _top(A: Tensor, r: int) -> Iterator[Found]:
+def _top(A: Tensor, r: int) -> Iterator[Route]:
     U, S, V = _krylov(lambda X: _times(A, X), lambda Y: _times(A.mT, Y), A, r)
-    yield Found(U, S, V, lambda X: _times(A.mT, _times(A, X)))
+    yield Route(U, S, V, lambda X: _times(A.mT, _times(A, X)))
 
 
-def _minor(A: Tensor, r: int) -> Iterator[Found]:
+def _minor(A: Tensor, r: int) -> Iterator[Route]:
     if A.shape[0] > A.shape[1]:
         yield _minor_of_gram(A, r)
         Q, R = torch.linalg.qr(A)
@@ -241,24 +241,24 @@ def _minor(A: Tensor, r: int) -> Iterator[Found]:
         yield _minor_of_square(A, r)
 
 
-def _minor_of_gram(A: Tensor, r: int) -> Found:
+def _minor_of_gram(A: Tensor, r: int) -> Route:
     """By inverse iteration on AᵀA. Its rounding is harmless while (σ_max / σ_min)² stays far below 1e7."""
     solve, _ = _inverse(_gram(A))
     _, _, V = _krylov(solve, solve, A[: A.shape[1]], r)
     V = torch.linalg.qr(solve(V)).Q  # the basis's errors along the top of the spectrum count σ_max / σ times: damp them
     U, R = torch.linalg.qr(_times(A, V).double())
     u, S, vh = torch.linalg.svd(R)
-    return Found((U @ u).float(), S.float(), V @ vh.mT.float(), solve)
+    return Route((U @ u).float(), S.float(), V @ vh.mT.float(), solve)
 
 
-def _minor_of_square(A: Tensor, r: int) -> Found:
+def _minor_of_square(A: Tensor, r: int) -> Route:
     """By two-sided inverse iteration. U is never taken as A v / σ, which magnifies the rounding of v by σ_max / σ."""
     solve, solve_adjoint = _inverse(A)
     V, _, U = _krylov(solve, solve_adjoint, A, r)
     # The basis has collected the rounding of many solves; after one plain round only that of the last remains.
     U, V = torch.linalg.qr(solve_adjoint(V)).Q, torch.linalg.qr(solve(U)).Q
     u, S, vh = torch.linalg.svd((U.mT @ _times(A, V)).double())
-    return Found(U @ u.float(), S.float(), V @ vh.mT.float(), lambda X: solve(solve_adjoint(X)))
+    return Route(U @ u.float(), S.float(), V @ vh.mT.float(), lambda X: solve(solve_adjoint(X)))
 
 
 def _inverse(A: Tensor) -> tuple[Map, Map]:
@@ -339,7 +339,7 @@ def _next_check(k: int, excess: float, last_k: int, last_excess: float, b: int) 
     return k + min(more, k)
 
 
-def _is_right(A: Tensor, found: Found, wanted: slice) -> bool:
+def _is_right(A: Tensor, found: Route, wanted: slice) -> bool:
     """Whether the wanted triplets of A are orthonormal, satisfy A V = U S and Aᵀ U = V S, and are the extreme ones."""
     U, S, V = found.U[:, wanted], found.S[wanted], found.V[:, wanted]
     top = wanted.start is None

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from inlay import linalg
+from inlay.numerics import linalg
 
 
 class SubspaceDescent(Optimizer):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inlay import linalg, ops
+from inlay.numerics import linalg, ops
 
 Train = list[Tensor]
 Shape = tuple[int, int, int, int]

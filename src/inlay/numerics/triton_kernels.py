@@ -1,7 +1,7 @@
 """The Triton kernel that paid (docs/log.md): the rows of a tensor train, which plain torch makes in several passes.
 
-Imported where CUDA tensors come to it; INLAY_TRITON=0 leaves it to torch. tests/test_kernels.py runs it in Triton's
-interpreter where there is no GPU.
+Imported where CUDA tensors come to it; INLAY_TRITON=0 leaves it to torch. tests/numerics/test_kernels.py runs it in
+Triton's interpreter where there is no GPU.
 """
 
 from __future__ import annotations

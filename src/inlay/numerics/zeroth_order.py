@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inlay.ops import seed_of
+from inlay.numerics.ops import seed_of
 
 Together = Callable[["ZerothOrder", Sequence[Tensor], Sequence[Tensor], int], AbstractContextManager[None]]
 

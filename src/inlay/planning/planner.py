@@ -20,12 +20,13 @@ from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 
 from inlay.host.config import InlayConfig
-from inlay.host.peft import adapted
+from inlay.host.layer import adapted
+from inlay.messages import first_line
 from inlay.method import Base, Drop, Method, Params, keep
 from inlay.methods import find
-from inlay.workbench import memory, packing
-from inlay.workbench.models import first_line
-from inlay.workbench.simulate import Step, simulate
+from inlay.models.meta import count_trainable, layers_of, meta_model, repeated_depths
+from inlay.models.quantized import pack_linears
+from inlay.planning.step_simulator import Step, simulate
 
 UNEVEN = ("patterns", "layers_to_transform", "rank_pattern", "alpha_pattern")  # what makes equal layers differ
 LARGEST = 1024  # rank that is looked for
@@ -33,7 +34,7 @@ MOST = 1 << 20  # sequences in a batch
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limit(Method):
+class FrozenLimit(Method):
     """The frozen limit: one trained number a layer, so that what is left is what every method pays."""
 
     name = "limit"
@@ -54,7 +55,7 @@ class Limit(Method):
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class PlannedRun:
     """What is planned: an adapter's config (None: all of the model is trained) on a model, quantised or not, trained
     as `inlay train` does on a `device`, "cpu" or "cuda".
 
@@ -74,22 +75,22 @@ class Run:
     def parts(self) -> list[nn.Module]:
         """The adapted model at two depths, or whole where it does not follow from shorter ones."""
         uneven = any(getattr(self.config, name, None) for name in UNEVEN)
-        depths = None if uneven else memory.depths(self.blank())
+        depths = None if uneven else repeated_depths(self.blank())
         return [self.build(depth) for depth in depths or (None,)]
 
     @cached_property
     def share(self) -> float:
         """How far from the first to the last of `parts` (and beyond) the whole model lies."""
-        few, more = (len(memory.layers_of(self.parts[i])) for i in (0, -1))
-        return (len(memory.layers_of(self.blank())) - few) / (more - few) if more > few else 0.0
+        few, more = (len(layers_of(self.parts[i])) for i in (0, -1))
+        return (len(layers_of(self.blank())) - few) / (more - few) if more > few else 0.0
 
     def blank(self, layers: int | None = None) -> Any:
-        return memory.meta_model(self.model, self.dtype, self.trust_remote_code, layers)
+        return meta_model(self.model, self.dtype, self.trust_remote_code, layers)
 
     def build(self, layers: int | None) -> nn.Module:
         base = self.blank(layers)
         if self.quantize != "none":
-            packing.pack(base, self.quantize, self.dtype)
+            pack_linears(base, self.quantize, self.dtype)
         model = base if self.config is None else get_peft_model(base, copy.deepcopy(self.config))
         if self.checkpointing:
             base.gradient_checkpointing_enable()
@@ -117,7 +118,7 @@ class Run:
     @cached_property
     def parameters(self) -> int:
         """How many numbers are trained."""
-        first, last = (memory.trainable(self.parts[i]) for i in (0, -1))
+        first, last = (count_trainable(self.parts[i]) for i in (0, -1))
         return round(first + self.share * (last - first))
 
     def largest_batch(self, length: int, budget: float) -> int:
@@ -140,7 +141,7 @@ class Run:
         values = self.config.build() if isinstance(self.config, InlayConfig) else self.config
         return getattr(values, "bond", getattr(values, "r", None))
 
-    def sized(self, size: int) -> Run:
+    def sized(self, size: int) -> PlannedRun:
         """The same with another rank."""
         if not isinstance(self.config, InlayConfig):
             return replace(self, config=replace(self.config, r=size))  # type: ignore[type-var]
@@ -156,7 +157,9 @@ class Run:
         shapes = {(layer.out_features, layer.in_features) for layer in layers}
         return [n for n in everything if all(takes(self.sized(n).config, shape) for shape in shapes)]
 
-    def largest_size(self, need: Callable[[Run], float], budget: float, sizes: list[int] | None = None) -> int | None:
+    def largest_size(
+        self, need: Callable[[PlannedRun], float], budget: float, sizes: list[int] | None = None
+    ) -> int | None:
         """The largest rank with which what a run needs is within the budget; None: none is.
 
         run.largest_size(lambda run: run.parameters, 1e6)

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from inlay.host.slot import Slot
-from inlay.workbench.memory import layers_of, trainable
+from inlay.models.meta import count_trainable, layers_of
 
 ATEN = torch.ops.aten
 FLOPS = {
@@ -38,12 +38,12 @@ FLOPS = {
     ],
 }
 
+
 # Bytes that live only within one of bitsandbytes' operations: a dequantised weight with its scales, sums in 32 bits.
 WITHIN = {
     "bitsandbytes.gemm_4bit.default": lambda made, x, W, shape, *_: math.prod(shape) * (x.element_size() + 4 / 64),
     "bitsandbytes.int8_scaled_mm.default": lambda made, *_: 4 * made.numel(),
 }
-
 
 TILE = (4096, 32768)  # tokens and words
 COPIES = {"cpu": (13, 29), "cuda": (0, 0)}  # bytes beside each number of a tile, forward and backward
@@ -194,7 +194,7 @@ def simulate(model: nn.Module, batch: int, length: int, device: str) -> Step:
     there.
     """
     meter, trained = Meter(), [p for p in model.parameters() if p.requires_grad]
-    for t in held(model):
+    for t in held_bytes(model):
         meter.see(t)
     weights, own = meter.live, sum(p.nbytes for p in trained)
     turns: list[int] = []
@@ -211,7 +211,7 @@ def simulate(model: nn.Module, batch: int, length: int, device: str) -> Step:
         before = meter.live
         ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
         mask = torch.ones(batch, 1, length, length, dtype=torch.bool, device="meta")
-        value = loss(model, ids, mask, device)
+        value = loss_step(model, ids, mask, device)
         kept, forward = meter.live - before, meter.turn()
         value.backward()
         flops = meter.flops
@@ -224,36 +224,36 @@ def simulate(model: nn.Module, batch: int, length: int, device: str) -> Step:
     for hook in first:
         hook.remove()
     return Step(
-        trainable(model), saved(model), weights - own, own, gradients, sum(t.nbytes for t in moments), kept, forward,
-        max(tops, default=bottom), bottom, update, flops,
+        count_trainable(model), saved_bytes(model), weights - own, own, gradients, sum(t.nbytes for t in moments), kept,
+        forward, max(tops, default=bottom), bottom, update, flops,
     )  # fmt: skip
 
 
-def held(model: nn.Module) -> Iterator[Tensor]:
+def held_bytes(model: nn.Module) -> Iterator[Tensor]:
     """All tensors of a model, and what a quantised weight has beside itself."""
     for t in [*model.parameters(), *model.buffers()]:
         yield t
-        yield from beside(t)
+        yield from beside_step(t)
 
 
-def beside(thing: Any) -> Iterator[Tensor]:
+def beside_step(thing: Any) -> Iterator[Tensor]:
     """The scales of a quantised weight, and theirs."""
     for name in ("quant_state", "state2", "SCB", "absmax", "code", "offset"):
         value = vars(thing).get(name)
         if isinstance(value, Tensor):
             yield value
         elif value is not None:
-            yield from beside(value)
+            yield from beside_step(value)
 
 
-def saved(model: nn.Module) -> int:
+def saved_bytes(model: nn.Module) -> int:
     """Bytes of the file with what is trained, and with what belongs to it."""
     slots = [m.weight for m in model.modules() if isinstance(m, Slot)]
     tensors = {id(t): t for t in [*slots, *(p for p in model.parameters() if p.requires_grad)]}
     return sum(t.nbytes for t in tensors.values())
 
 
-def loss(model: nn.Module, ids: Tensor, mask: Tensor, device: str) -> Tensor:
+def loss_step(model: nn.Module, ids: Tensor, mask: Tensor, device: str) -> Tensor:
     """The loss that trl computes; ids (batch × length), mask (batch × 1 × length × length)."""
     causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     hidden = causal.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]

@@ -16,13 +16,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import is_bitsandbytes_available
 
+from inlay.files.atomic import write_text
 from inlay.host.config import InlayConfig
+from inlay.messages import gib
 from inlay.methods import METHODS, find
-from inlay.workbench import recipe
-from inlay.workbench.files import write_text
-from inlay.workbench.memory import gib
-from inlay.workbench.plan import Limit, Run, size_name
-from inlay.workbench.simulate import Step
+from inlay.planning.planner import FrozenLimit, PlannedRun, size_name
+from inlay.planning.step_simulator import Step
+from inlay.recipe.reading import hyperparameters, load_recipe
 
 SHARE = 0.9  # of a GPU's memory that a step may fill; the rest is its driver's, the libraries', and lost between blocks
 SHORTEST = 128  # tokens worth training on
@@ -78,17 +78,17 @@ def candidates(flags: dict[str, Any], sizes: Sequence[int]) -> list[Candidate]:
     for size in sizes:
         for name in [asked] if asked else [m.name for m in METHODS]:
             own = {f.name for f in fields(find(name))}
-            given = {k: v for k, v in flags.items() if asked or k not in recipe.hyperparameters() or k in own}
-            made.append((name, recipe.load(None, {size_name(name): size, **given, "method": name}).config()))
+            given = {k: v for k, v in flags.items() if asked or k not in hyperparameters() or k in own}
+            made.append((name, load_recipe(None, {size_name(name): size, **given, "method": name}).config()))
         where = {k: getattr(made[-1][1], k) for k in WHERE}
         made.append((PEFT, LoraConfig(r=size, task_type="CAUSAL_LM", **where)))
     return [*made, (FULL, None)]
 
 
-def limit(made: Sequence[Candidate]) -> InlayConfig:
+def frozen_limit(made: Sequence[Candidate]) -> InlayConfig:
     """The frozen limit on the same modules."""
     where = {k: getattr(made[0][1], k) for k in WHERE}
-    return InlayConfig(method=Limit(), task_type="CAUSAL_LM", **where)
+    return InlayConfig(method=FrozenLimit(), task_type="CAUSAL_LM", **where)
 
 
 def widths(kinds: Sequence[str], notes: list[str]) -> list[str]:
@@ -99,7 +99,7 @@ def widths(kinds: Sequence[str], notes: list[str]) -> list[str]:
     return ["none"]
 
 
-def runs(of: Run, made: Sequence[Candidate], kinds: Sequence[str]) -> Iterator[tuple[str, Run]]:
+def planned_runs(of: PlannedRun, made: Sequence[Candidate], kinds: Sequence[str]) -> Iterator[tuple[str, PlannedRun]]:
     """Every candidate in every width (all of a model can only be trained where it is not quantised), checkpointed and
     not, beginning with what asks for least patience."""
     for name, config in made:
@@ -108,32 +108,34 @@ def runs(of: Run, made: Sequence[Candidate], kinds: Sequence[str]) -> Iterator[t
                 yield name, replace(of, config=config, quantize=kind, checkpointing=checkpointing)
 
 
-def rows(
-    of: Run, made: Sequence[Candidate], kinds: Sequence[str], batch: int, length: int, notes: list[str]
+def plan_rows(
+    of: PlannedRun, made: Sequence[Candidate], kinds: Sequence[str], batch: int, length: int, notes: list[str]
 ) -> list[Row]:
     """What each candidate needs. One of several that does not fit the model is left out, with a note."""
-    floor = replace(of, config=limit(made)).step(batch, length).flops
+    floor = replace(of, config=frozen_limit(made)).step(batch, length).flops
     found, flops = [], dict[tuple[int, bool], float]()
-    for name, run in runs(of, made, ["none", *(k for k in kinds if k != "none")]):
+    for name, run in planned_runs(of, made, ["none", *(k for k in kinds if k != "none")]):
         try:
             step, key = run.step(batch, length), (id(run.config), run.checkpointing)
         except ValueError as error:
-            note(error, made, notes)
+            note_or_raise(error, made, notes)
             continue
         flops.setdefault(key, step.flops)  # of the base as it is: quantised products are not seen
         if run.quantize in kinds:
-            found.append(Row(name, run.size, base(run), run.checkpointing, batch, length, step, flops[key] / floor))
+            found.append(
+                Row(name, run.size, base_name(run), run.checkpointing, batch, length, step, flops[key] / floor)
+            )
     return found
 
 
 def fits(
-    of: Run, made: Sequence[Candidate], kinds: Sequence[str], budget: float, batch: int | None, length: int,
+    of: PlannedRun, made: Sequence[Candidate], kinds: Sequence[str], budget: float, batch: int | None, length: int,
     notes: list[str],
 ) -> list[Fit]:  # fmt: skip
     """The largest batch of sequences of `length` that fits (of shorter ones, where not one does), or at a given batch
     the largest rank; the most useful first: wide bases before narrow ones, then without checkpointing, then tokens."""
     found = []
-    for name, run in runs(of, made, kinds):
+    for name, run in planned_runs(of, made, kinds):
         try:
             if batch is None:
                 found.append(largest_batch(name, run, budget, length))
@@ -141,10 +143,10 @@ def fits(
                 sizes = [n for n in run.sizes() if n & (n - 1) == 0]
                 size = run.largest_size(lambda r: r.step(batch, length).peak, budget, sizes)
                 peak = None if size is None else round(run.sized(size).step(batch, length).peak)
-                found.append(Fit(name, size, base(run), run.checkpointing, batch, length, peak))
+                found.append(Fit(name, size, base_name(run), run.checkpointing, batch, length, peak))
         except ValueError as error:
-            note(error, made, notes)
-    order = [base(replace(of, quantize=kind)) for kind in kinds]
+            note_or_raise(error, made, notes)
+    order = [base_name(replace(of, quantize=kind)) for kind in kinds]
 
     def use(fit: Fit) -> tuple:
         amount = (fit.size or 0) if batch else (fit.batch_size or 0) * fit.length
@@ -153,17 +155,17 @@ def fits(
     return sorted(found, key=use)
 
 
-def largest_batch(name: str, run: Run, budget: float, length: int) -> Fit:
+def largest_batch(name: str, run: PlannedRun, budget: float, length: int) -> Fit:
     """The largest batch of `length`, or of the half of it, or of that, ..."""
     while True:
         batch = run.largest_batch(length, budget)
         if batch or length // 2 < SHORTEST:
             peak = round(run.step(batch, length).peak) if batch else None
-            return Fit(name, run.size, base(run), run.checkpointing, batch or None, length, peak)
+            return Fit(name, run.size, base_name(run), run.checkpointing, batch or None, length, peak)
         length //= 2
 
 
-def note(error: ValueError, made: Sequence[Candidate], notes: list[str]) -> None:
+def note_or_raise(error: ValueError, made: Sequence[Candidate], notes: list[str]) -> None:
     """Raise what is wrong with the one method asked for; of several, say it."""
     if len({name for name, _ in made} - {PEFT, FULL}) == 1 or "without its weights" in str(error):
         raise error
@@ -172,12 +174,12 @@ def note(error: ValueError, made: Sequence[Candidate], notes: list[str]) -> None
         notes.append(text)
 
 
-def base(run: Run) -> str:
+def base_name(run: PlannedRun) -> str:
     """A base's width in words."""
     return str(run.dtype).removeprefix("torch.") if run.quantize == "none" else run.quantize
 
 
-def show(found: Sequence[Row], console: Console) -> None:
+def show_plan(found: Sequence[Row], console: Console) -> None:
     """A table for each base."""
     for name in dict.fromkeys(row.base for row in found):
         what = f"batch {found[0].batch_size} × {found[0].length} tokens, base in {name}"
@@ -219,18 +221,18 @@ def show_fits(found: Sequence[Fit], gigabytes: float, by_rank: bool, console: Co
     names = dict.fromkeys((fit.method, None if by_rank else fit.size) for fit in found)
     for name, size in names:
         own = [f for f in found if f.method == name and (by_rank or f.size == size)]
-        cells = {(f.base, f.checkpointing): amount(f, by_rank) for f in own}
+        cells = {(f.base, f.checkpointing): fit_text(f, by_rank) for f in own}
         table.add_row(f"{name}, r = {size}" if size else name, *(cells.get(kind, "") for kind in kinds))
     console.print(table)
 
 
-def amount(fit: Fit, by_rank: bool) -> str:
+def fit_text(fit: Fit, by_rank: bool) -> str:
     if fit.peak is None:
         return "-"
     return str(fit.size) if by_rank else f"{fit.batch_size} × {fit.length}"
 
 
-def write(found: Sequence[Any], as_json: str | None, as_csv: str | None) -> None:
+def write_plan(found: Sequence[Any], as_json: str | None, as_csv: str | None) -> None:
     """The rows for machines."""
     records = [row.record() for row in found]
     if as_json:

@@ -3,7 +3,8 @@
 Muon (torch) and Scion (pytorch_optimizer) orthogonalise the update of a matrix. Scion is unconstrained: constrained, it
 shrinks what it trains in every step, and our tensors may hold a pretrained weight. GaLore and Apollo (transformers'
 names, from galore_torch and apollo_torch) project the gradients of whole weights: they are for full fine-tuning. Online
-Subspace Descent (`inlay.subspace`) does so where a matrix is wide enough for its rank, and takes adapters too.
+Subspace Descent (`inlay.numerics.subspace_descent`) does so where a matrix is wide enough for its rank, and takes
+adapters too.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers.training_args import OptimizerNames
 
-from inlay.subspace import SubspaceDescent
-from inlay.workbench.peft_methods import instead
+from inlay.messages import did_you_mean
+from inlay.numerics.subspace_descent import SubspaceDescent
 
 OWN = {"muon": (2,), "scion": (1, 2), "subspace_descent": ()}  # and how many dimensions a parameter may have (any)
 PROJECTING = ("galore", "apollo")
@@ -25,7 +26,7 @@ DEAF = ("adamw_torch", "adamw_torch_fused", "adafactor")  # transformers gives t
 PACKAGES = {"scion": "pytorch_optimizer", "galore": "galore_torch", "apollo": "apollo_torch"}
 
 
-def check(name: str, full: bool, args: dict[str, Any]) -> None:
+def check_optimizer(name: str, full: bool, args: dict[str, Any]) -> None:
     """Refuse an optimiser that is unknown, not installed, or not for this: `full` fine-tuning, or adapters; or `args`
     that it would pass over.
 
@@ -34,7 +35,7 @@ def check(name: str, full: bool, args: dict[str, Any]) -> None:
     """
     known = [*(member.value for member in OptimizerNames), *OWN]
     if name not in known:
-        raise ValueError(f"optimizer: transformers has no {name!r}; {instead(name, known)}")
+        raise ValueError(f"optimizer: transformers has no {name!r}; {did_you_mean(name, known)}")
     if args and name in DEAF:
         raise ValueError(f"optimizer_args: {name} takes none; adam_beta1, adam_beta2 and adam_epsilon go in trainer")
     kind = name.partition("_")[0]
@@ -47,7 +48,7 @@ def check(name: str, full: bool, args: dict[str, Any]) -> None:
         raise ValueError(f"optimizer: {name} needs {PACKAGES[kind]}; pip install {PACKAGES[kind].replace('_', '-')}")
 
 
-def settings(name: str, args: dict[str, Any], targets: Any) -> dict[str, Any]:
+def optimizer_settings(name: str, args: dict[str, Any], targets: Any) -> dict[str, Any]:
     """An optimiser as fields of transformers' TrainingArguments."""
     if name in OWN:
         return {}
@@ -60,7 +61,7 @@ def settings(name: str, args: dict[str, Any], targets: Any) -> dict[str, Any]:
     return {"optim": name, **projecting, **({"optim_args": text} if text else {})}
 
 
-def own(name: str, lr: float, args: dict[str, Any]) -> tuple[type[Optimizer], dict[str, Any]] | None:
+def own_optimizer(name: str, lr: float, args: dict[str, Any]) -> tuple[type[Optimizer], dict[str, Any]] | None:
     """What transformers has no name for, and what it is made with; None for all others."""
     if name == "muon":  # with a step as long as AdamW's, so that AdamW's rates serve
         return torch.optim.Muon, {"lr": lr, "adjust_lr_fn": "match_rms_adamw", **args}

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from inlay.workbench.recipe import Recipe
+from inlay.recipe.recipe import Recipe
 
 
 @dataclass

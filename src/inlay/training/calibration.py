@@ -12,20 +12,24 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from inlay.allocate import blocks, by_variance
-from inlay.host.calibrate import calibrate, gather
+from inlay.host.calibrate import calibrate, gather_statistics
 from inlay.host.layer import InlayLinear
+from inlay.inspection.ranks import allocated_ranks, patterns, rank_cost
+from inlay.inspection.singular_values import target_weights
 from inlay.method import Method
 from inlay.methods.eva import EVA
-from inlay.workbench import ranks, spectra
-from inlay.workbench.prepare import Examples, load
-from inlay.workbench.recipe import Recipe
-from inlay.workbench.tasks import TASKS
+from inlay.numerics.rank_allocation import blocks, by_variance
+from inlay.recipe.recipe import Recipe
+from inlay.training.base_model import load_training_model
+from inlay.training.examples import Examples
+from inlay.training.tasks import TASKS
 
 RHO = 2  # EVA's ρ: no layer gets more than ρ r
 
 
-def batches(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: Examples) -> Iterator[dict[str, torch.Tensor]]:
+def calibration_batches(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: Examples
+) -> Iterator[dict[str, torch.Tensor]]:
     """At most `calibration` batches of training examples, drawn by the seed, as the task's model takes them."""
     generator = torch.Generator().manual_seed(recipe.seed)
     order = torch.randperm(len(rows.train), generator=generator).tolist()
@@ -36,23 +40,25 @@ def batches(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: Examples) 
             yield batch
 
 
-def start(recipe: Recipe, model: Any, tokenizer: PreTrainedTokenizerBase, rows: Examples, console: Console) -> None:
+def start_from_data(
+    recipe: Recipe, model: Any, tokenizer: PreTrainedTokenizerBase, rows: Examples, console: Console
+) -> None:
     """Give an adapter whose method starts from data its start, if it has none yet."""
-    waiting = [m for m in model.modules() if isinstance(m, InlayLinear) and waits(m)]
+    waiting = [m for m in model.modules() if isinstance(m, InlayLinear) and waits_for_data(m)]
     if waiting:
         loss = TASKS[recipe.task].loss(recipe)
-        found = calibrate(model, batches(recipe, tokenizer, rows), most=recipe.calibration, loss=loss)
+        found = calibrate(model, calibration_batches(recipe, tokenizer, rows), most=recipe.calibration, loss=loss)
         console.print(f"{recipe.method} starts from {found.batches} batches of the training data")
-        report(found.unsettled, len(waiting), console)
+        report_unsettled(found.unsettled, len(waiting), console)
 
 
-def waits(layer: InlayLinear) -> bool:
+def waits_for_data(layer: InlayLinear) -> bool:
     """Whether a layer's adapter has yet to see data."""
     cut = layer.cuts.get("default")
     return cut is not None and cut.pending and cut.method.needs is not None
 
 
-def report(unsettled: list[str], total: int, console: Console) -> None:
+def report_unsettled(unsettled: list[str], total: int, console: Console) -> None:
     """Say what had not seen enough."""
     if unsettled:
         console.print(
@@ -62,7 +68,7 @@ def report(unsettled: list[str], total: int, console: Console) -> None:
         )
 
 
-def settle(
+def settle_calibration(
     recipe: Recipe, dtype: torch.dtype, folder: Path, tokenizer: PreTrainedTokenizerBase, rows: Examples,
     console: Console,
 ) -> Recipe:  # fmt: skip
@@ -75,22 +81,22 @@ def settle(
     if recipe.allocate not in ("variance", "blocks"):
         return recipe
     config = recipe.config()
-    shapes, method = spectra.targets(recipe.model, config, recipe.trust_remote_code), config.build()
+    shapes, method = target_weights(recipe.model, config, recipe.trust_remote_code), config.build()
     watched: dict[str, Method] = dict.fromkeys(shapes, method)
     if recipe.allocate == "variance":
-        watched = {name: EVA(r=min(math.ceil(RHO * ranks.rank_of(config)), *shape)) for name, shape in shapes.items()}
+        watched = {name: EVA(r=min(math.ceil(RHO * allocated_ranks(config)), *shape)) for name, shape in shapes.items()}
     whole = "none" if recipe.quantize == "nf4" else recipe.quantize  # it is folded afterwards, with these ranks
-    base = load(replace(recipe, allocate="none", quantize=whole), dtype, folder, console)
-    seen = batches(recipe, tokenizer, rows)
-    found = gather(base, watched, seen, recipe.calibration, TASKS[recipe.task].loss(recipe))
-    report(found.unsettled, len(watched), console)
+    base = load_training_model(replace(recipe, allocate="none", quantize=whole), dtype, folder, console)
+    seen = calibration_batches(recipe, tokenizer, rows)
+    found = gather_statistics(base, watched, seen, recipe.calibration, TASKS[recipe.task].loss(recipe))
+    report_unsettled(found.unsettled, len(watched), console)
     if recipe.allocate == "blocks":
         budget = sum(len(method.start(torch.empty(shape, device="meta"))["D"]) for shape in shapes.values())
         shares = blocks({name: stats["score"] for name, stats in found.stats.items()}, budget)
         console.print(f"blocks by gradient: {min(shares.values())} to {max(shares.values())} a weight, {budget} in all")
-        return replace(recipe, allocate="none", patterns=ranks.patterns(shares, "blocks"))
-    r = ranks.rank_of(config)
+        return replace(recipe, allocate="none", patterns=patterns(shares, "blocks"))
+    r = allocated_ranks(config)
     ratios = {name: stats["S"].square() / stats["total"] for name, stats in found.stats.items()}
-    chosen = by_variance(ratios, r, ranks.cost_of(config, shapes))
+    chosen = by_variance(ratios, r, rank_cost(config, shapes))
     console.print(f"ranks by explained variance: {min(chosen.values())} to {max(chosen.values())}, {r} in the mean")
-    return replace(recipe, allocate="none", patterns=ranks.patterns(chosen))
+    return replace(recipe, allocate="none", patterns=patterns(chosen))

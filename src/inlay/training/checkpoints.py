@@ -23,14 +23,13 @@ from rich.console import Console
 from safetensors import SafetensorError
 from torch import nn
 
-from inlay.host import processes, seal
+from inlay.files.atomic import sync, sync_all
+from inlay.files.untrusted import DamagedFileError
+from inlay.host import distributed, seal
 from inlay.host.layer import PREFIX, InlayLinear
-from inlay.workbench.files import DamagedFileError, sync, sync_all
-from inlay.workbench.memory import gib
-from inlay.workbench.models import first_line
-from inlay.workbench.read import short
-from inlay.workbench.recipe import Recipe
-from inlay.workbench.result import environment
+from inlay.messages import first_line, gib, short
+from inlay.recipe.recipe import Recipe
+from inlay.reports.result import environment
 
 FOLDER, MANIFEST, METRICS, FORMAT = "checkpoints", "manifest.json", "metrics.jsonl", 1
 FREE = {"output", "overwrite", "save_every", "report_to", "push_to_hub"}  # fields that do not change what is learned
@@ -51,14 +50,14 @@ def path_of(folder: Path, step: int) -> Path:
     return folder / f"checkpoint-{step}"
 
 
-def steps(folder: Path) -> list[int]:
+def checkpoint_steps(folder: Path) -> list[int]:
     """The steps of which there are checkpoints, whole or not, the newest first."""
     numbers = (path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*"))
     return sorted((int(number) for number in numbers if number.isdecimal()), reverse=True)
 
 
 @contextmanager
-def staged(folder: Path, step: int, over: bool, run: dict[str, Any]) -> Iterator[Path]:
+def staged_checkpoint(folder: Path, step: int, over: bool, run: dict[str, Any]) -> Iterator[Path]:
     """A staging folder, in which the block leaves a checkpoint; it and the run's metrics are then sealed and moved, by
     the first process, when what the others write there is whole.
 
@@ -67,17 +66,17 @@ def staged(folder: Path, step: int, over: bool, run: dict[str, Any]) -> Iterator
     """
     part, final = folder / ".part", path_of(folder, step)
     made = part / final.name
-    if not processes.first():
-        processes.wait()
+    if not distributed.is_first():
+        distributed.wait_for_all()
         yield part
-        processes.wait()
+        distributed.wait_for_all()
         return
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        processes.wait()
+        distributed.wait_for_all()
         yield part
-        processes.wait()
+        distributed.wait_for_all()
         (made / "training_args.bin").unlink(missing_ok=True)  # a pickle that only code could read
         shutil.copyfile(folder.parent / METRICS, made / METRICS)
         about = {"format": FORMAT, "step": step, "over": over, "run": run, "files": digests(made)}
@@ -87,7 +86,7 @@ def staged(folder: Path, step: int, over: bool, run: dict[str, Any]) -> Iterator
         os.replace(made, final)
         sync(folder)
     except (OSError, RuntimeError, SafetensorError) as error:
-        if processes.lost(error):
+        if distributed.lost(error):
             raise
         free = gib(shutil.disk_usage(folder.parent).free)
         raise ValueError(
@@ -99,7 +98,7 @@ def staged(folder: Path, step: int, over: bool, run: dict[str, Any]) -> Iterator
 
 def rotate(folder: Path, step: int, limit: int | None, best: int | None) -> None:
     """Remove all but the newest `limit` checkpoints up to a step, and the best."""
-    mine = [number for number in steps(folder) if number <= step]
+    mine = [number for number in checkpoint_steps(folder) if number <= step]
     for number in mine[limit or len(mine) :]:
         if number != best:
             shutil.rmtree(path_of(folder, number), ignore_errors=True)
@@ -115,7 +114,7 @@ def digests(folder: Path) -> dict[str, str]:
     return made
 
 
-def read(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path) -> Checkpoint:
     """A checkpoint, every byte of it checked.
 
     Raises:
@@ -144,20 +143,20 @@ def read(path: Path) -> Checkpoint:
 
 def newest(folder: Path, console: Console) -> Checkpoint | None:
     """The newest checkpoint that is whole; of each one passed over it is said why."""
-    for step in steps(folder):
+    for step in checkpoint_steps(folder):
         try:
-            return read(path_of(folder, step))
+            return read_checkpoint(path_of(folder, step))
         except (OSError, ValueError) as error:  # a file of it that cannot be read, too
             console.print(f"{error}; it is passed over", style="yellow", markup=False, highlight=False)
     return None
 
 
-def settings(recipe: Recipe) -> dict[str, Any]:
+def learning_settings(recipe: Recipe) -> dict[str, Any]:
     """What of a recipe changes what is learned, as JSON gives it back."""
     return json.loads(json.dumps({k: v for k, v in asdict(recipe).items() if k not in FREE}))
 
 
-def mark(base: nn.Module) -> str:
+def base_mark(base: nn.Module) -> str:
     """A digest of every weight of a model as it was loaded, but for those of an adapter that a fold has put there."""
     own = isinstance(base, PeftModel)
     kept = {n: p.data for n, p in base.named_parameters() if not (own and (p.requires_grad or PREFIX in n))}
@@ -166,7 +165,7 @@ def mark(base: nn.Module) -> str:
     return seal.of_values({n: [*kept[n].shape, digest] for n, digest in sums.items()})
 
 
-def identity(trainer: Any, rows: Any) -> dict[str, Any]:
+def run_identity(trainer: Any, rows: Any) -> dict[str, Any]:
     """What a recipe names but does not hold: the data, the base's weights, the batch over all devices."""
     digest = hashlib.sha256()
     first = next(iter(trainer.train_dataset))  # as tokenised, with the template
@@ -185,18 +184,19 @@ def identity(trainer: Any, rows: Any) -> dict[str, Any]:
 
 def check_same(found: Checkpoint, part: str, now: dict[str, Any]) -> None:
     """Raise a ValueError that names the differences between what a checkpoint was made with and what there is now."""
-    then = {key: value for key, value in found.run[part].items() if key not in divided(found)}
+    then = {key: value for key, value in found.run[part].items() if key not in divided_batch(found)}
     changed = [f"{key} was {then[key]!r} and is {now.get(key)!r}" for key in then if then[key] != now.get(key)]
     if changed:
         way = "start a new run for that"
         if changed[0].startswith("effective batch"):
-            way = f"choose --batch-size and --accumulation so that, times {processes.count()} processes, they give it"
+            count = distributed.process_count()
+            way = f"choose --batch-size and --accumulation so that, times {count} processes, they give it"
         raise ValueError(f"{found.path} is of another run: {'; '.join(changed)}; {way}")
 
 
-def divided(found: Checkpoint) -> set[str]:
+def divided_batch(found: Checkpoint) -> set[str]:
     """What may differ where other than so many processes go on: how they divide the effective batch among them."""
-    same = found.run["identity"].get("processes", 1) == processes.count()
+    same = found.run["identity"].get("processes", 1) == distributed.process_count()
     return set() if same else {"batch_size", "accumulation", "processes"}
 
 

@@ -14,10 +14,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from inlay.host import processes
+from inlay.host import distributed
 from inlay.method import Method
-from inlay.workbench import models, peft_methods
-from inlay.workbench.recipe import Recipe
+from inlay.models.loading import dtype_for
+from inlay.recipe.peft_methods import is_inlay
+from inlay.recipe.recipe import Recipe
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
@@ -44,10 +45,10 @@ def hold(accelerator: Any) -> None:
     wrapper.backward = Held(wrapper.engine).backward
 
 
-def check(recipe: Recipe) -> None:
+def check_zero3(recipe: Recipe) -> None:
     """Refuse what ZeRO-3's flat shards cannot follow, or DeepSpeed does in its own way."""
     use = "use recipes/distributed/fsdp2.yaml, which shards the same tensors"
-    if models.dtype_for(recipe.dtype) != torch.float32:
+    if dtype_for(recipe.dtype) != torch.float32:
         raise ValueError(
             f"dtype: DeepSpeed would round what is trained as it does the base; float32 is exact, or {use}"
         )
@@ -57,7 +58,7 @@ def check(recipe: Recipe) -> None:
         given.append("optimizer")
     if given:
         raise ValueError(f"{given[0]}: not with DeepSpeed; {use}")
-    if peft_methods.is_ours(recipe.method):
+    if is_inlay(recipe.method):
         method = recipe.config().build()
         moves = any(getattr(type(method), name) is not getattr(Method, name) for name in ("schedule", "restart"))
         if moves or method.shared:
@@ -65,14 +66,14 @@ def check(recipe: Recipe) -> None:
             raise ValueError(f"method: {recipe.method} {why}, which DeepSpeed's flat shards do not follow; {use}")
 
 
-def gradients(model: nn.Module) -> list[tuple[str, Tensor]]:
+def gathered_gradients(model: nn.Module) -> list[tuple[str, Tensor]]:
     """The gradients of what is trained, the parts that this process holds."""
     get = tools().safe_get_local_grad
     found = [(name, get(p)) for name, p in model.named_parameters() if p.requires_grad]
     return [(name, grad) for name, grad in found if grad is not None]
 
 
-def state(optimizer: Any, weights: list[nn.Parameter], groups: list[dict[str, Any]]) -> dict[str, Any]:
+def gather_state(optimizer: Any, weights: list[nn.Parameter], groups: list[dict[str, Any]]) -> dict[str, Any]:
     """The state of DeepSpeed's optimiser as `torch.optim.AdamW` would have it; every process has to ask.
 
     Args:
@@ -87,7 +88,7 @@ def state(optimizer: Any, weights: list[nn.Parameter], groups: list[dict[str, An
     return {"state": {i: {"step": step.clone(), **both} for i, both in moments.items()}, "param_groups": now}
 
 
-def load(optimizer: Any, weights: list[nn.Parameter], saved: dict[str, Any]) -> None:
+def load_state(optimizer: Any, weights: list[nn.Parameter], saved: dict[str, Any]) -> None:
     """Put such a state back."""
     get, put = tools().safe_get_local_optimizer_state, tools().safe_set_local_optimizer_state
     for flat in optimizer.fp32_partitioned_groups_flat:  # torch makes them in the first step
@@ -96,7 +97,7 @@ def load(optimizer: Any, weights: list[nn.Parameter], saved: dict[str, Any]) -> 
     for i, own in saved["state"].items():
         for key in MOMENTS:
             size = get(weights[i], key).numel()
-            room = size * processes.count()  # the last process's part may be longer than what is left for it
+            room = size * distributed.process_count()  # the last process's part may be longer than what is left for it
             parts = pad(own[key].flatten(), (0, room - own[key].numel())).split(size)
             put(weights[i], parts[dist.get_rank()], key)
     full = [group for group in saved["param_groups"] if group["params"]]

@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
-from inlay.workbench.checkpoints import METRICS
+from inlay.training.checkpoints import METRICS
 
 HOST = "127.0.0.1"
 NAMES = {
@@ -50,7 +50,7 @@ def board() -> Any:
 
 
 @dataclass
-class Run:
+class WatchedRun:
     """A metrics.jsonl that is followed, and how far it was read."""
 
     metrics: Path
@@ -86,7 +86,7 @@ class Follower(threading.Thread):
     def __init__(self, runs: Path, events: Path, every: float = 2.0) -> None:
         super().__init__(daemon=True)
         self.runs, self.events, self.every = runs, events, every
-        self.known: dict[Path, Run] = {}
+        self.known: dict[Path, WatchedRun] = {}
         self.over = threading.Event()
 
     def look(self) -> None:
@@ -100,7 +100,7 @@ class Follower(threading.Thread):
             if metrics not in self.known:
                 writer = SummaryWriter(str(self.events / metrics.parent.relative_to(self.runs)))
                 writer.add_text("recipe", "```\n" + recipe.read_text(encoding="utf-8") + "```")
-                self.known[metrics] = Run(metrics, writer)
+                self.known[metrics] = WatchedRun(metrics, writer)
             with suppress(FileNotFoundError):  # it is being replaced
                 self.known[metrics].follow()
 

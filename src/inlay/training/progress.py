@@ -15,14 +15,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from inlay.host import processes
-from inlay.workbench.checkpoints import METRICS
-from inlay.workbench.files import DamagedFileError, write_text
-from inlay.workbench.memory import gib, trainable
-from inlay.workbench.models import loading
+from inlay.files.atomic import write_text
+from inlay.files.untrusted import DamagedFileError
+from inlay.host import distributed
+from inlay.messages import duration, gib, loading
+from inlay.models.meta import count_trainable
+from inlay.training.checkpoints import METRICS
 
 
-class Watch(TrainerCallback):
+class RunProgress(TrainerCallback):
     """Follows a run: `metrics.jsonl`, and a bar on a terminal or a line now and then in a log file.
 
     The rows of training steps are in that file alone: a hundred thousand of them would be a hundred MB in memory, and
@@ -57,12 +58,12 @@ class Watch(TrainerCallback):
             last = next((row for row in reversed(rows) if "seconds" in row), {"seconds": 0.0, "tokens": 0})
             self.spent, self.read = float(last["seconds"]), int(last["tokens"])
         self.tokens = self.read
-        write_text(self.file, text) if processes.first() else None
+        write_text(self.file, text) if distributed.is_first() else None
 
     @property
     def history(self) -> list[dict[str, Any]]:
         """All rows so far; in other processes than the one that writes them, those of evaluations."""
-        return history(self.file) if processes.first() else self.evaluated
+        return read_history(self.file) if distributed.is_first() else self.evaluated
 
     @property
     def seconds(self) -> float:
@@ -85,7 +86,7 @@ class Watch(TrainerCallback):
             self.tokens = self.read + int(logs.get("num_tokens", self.tokens - self.read))  # trl counts from zero,
             self.tokens = int(state.num_input_tokens_seen) or self.tokens  # transformers over the whole run
             row |= {"tokens": self.tokens, "seconds": round(self.seconds, 3), "memory": peak_memory()}
-            row |= {"trained": trainable(model)} if model is not None else {}
+            row |= {"trained": count_trainable(model)} if model is not None else {}
             self._show(state, row)
         if "passed_over" in row:
             self.console.print(f"step {state.global_step} is passed over: {row['passed_over']}", style="yellow")
@@ -93,7 +94,7 @@ class Watch(TrainerCallback):
             if not self.evaluated and "eval_loss" in row:
                 self.console.print(f"held-out loss before: {row['eval_loss']:.3f}")
             self.evaluated += [row] if "eval_loss" in row else []
-            if processes.first():
+            if distributed.is_first():
                 with self.file.open("a", encoding="utf-8") as out:
                     out.write(json.dumps(row) + "\n")
         state.log_history[:] = [kept for kept in state.log_history if "loss" not in kept]
@@ -116,7 +117,7 @@ class Watch(TrainerCallback):
         self.bar.stop()
 
 
-def history(metrics: Path) -> list[dict[str, Any]]:
+def read_history(metrics: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl that may be being written."""
     text = metrics.read_text(encoding="utf-8") if metrics.is_file() else ""
     return [json.loads(line) for line in text.split("\n")[:-1]]
@@ -128,8 +129,3 @@ def peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else peak * 1024
-
-
-def duration(seconds: float) -> str:
-    """Seconds as m:ss."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -19,14 +19,15 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from trl import DPOTrainer, SFTTrainer
 
-from inlay.host import processes
-from inlay.host.groups import raised
-from inlay.host.queries import spread
-from inlay.workbench import checkpoints, zero3
-from inlay.workbench.checkpoints import Checkpoint
-from inlay.workbench.files import DamagedFileError
-from inlay.workbench.models import first_line, loading
-from inlay.zeroth import ZerothOrder
+from inlay.files.untrusted import DamagedFileError
+from inlay.host import distributed
+from inlay.host.batched_queries import spread_queries
+from inlay.host.lora_plus import raised
+from inlay.messages import first_line, loading
+from inlay.numerics.zeroth_order import ZerothOrder
+from inlay.training import checkpoints
+from inlay.training.checkpoints import Checkpoint
+from inlay.training.deepspeed_zero3 import for_all, for_own, gather_state, gathered_gradients, hold, load_state
 
 Base = transformers.Trainer if TYPE_CHECKING else object  # the trainers below have it after `Safe`
 LOADERS = """_load_from_checkpoint _load_callback_state _load_optimizer_and_scheduler _load_scaler _load_rng_state
@@ -58,7 +59,7 @@ class Stop(TrainerCallback):
             state.best_model_checkpoint = str(checkpoints.path_of(Path(args.output_dir), state.best_global_step))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.asked = processes.some(self.asked)  # or one would wait for the others in what they do not do
+        self.asked = distributed.in_any(self.asked)  # or one would wait for the others in what they do not do
         control.should_save = control.should_save or self.asked
         control.should_log = control.should_log or control.should_save  # so that no mean over steps is cut in two
 
@@ -106,7 +107,7 @@ class Safe(Base):
         folder, step = Path(str(self.args.output_dir)), self.state.global_step
         self.check_finite()
         over = self.control.should_training_stop or step >= self.state.max_steps
-        with checkpoints.staged(folder, step, over, self.run) as part:
+        with checkpoints.staged_checkpoint(folder, step, over, self.run) as part:
             self.args.output_dir = str(part)
             try:
                 super()._save_checkpoint(model, trial)
@@ -114,15 +115,17 @@ class Safe(Base):
                 self.args.output_dir = str(folder)
         best = self.state.best_global_step
         self.state.best_model_checkpoint = str(checkpoints.path_of(folder, best)) if best else None
-        if processes.first():
+        if distributed.is_first():
             checkpoints.rotate(folder, step, self.args.save_total_limit, best)
 
     def check_finite(self) -> None:
         """Raise a ValueError if what is trained holds NaN or Inf."""
         named = cast(nn.Module, self.model).named_parameters()
-        broken = [name for name, p in named if p.requires_grad and not processes.mine(p).detach().isfinite().all()]
-        if broken := [name for names in processes.gather(broken) for name in names]:
-            kept = checkpoints.steps(Path(str(self.args.output_dir)))
+        broken = [
+            name for name, p in named if p.requires_grad and not distributed.own_shard(p).detach().isfinite().all()
+        ]
+        if broken := [name for names in distributed.gather_values(broken) for name in names]:
+            kept = checkpoints.checkpoint_steps(Path(str(self.args.output_dir)))
             last = f"the checkpoint of step {kept[0]} is untouched" if kept else "there is no checkpoint from before it"
             raise ValueError(
                 f"step {self.state.global_step}: {broken[0]} holds NaN or Inf; {last}; try a lower learning_rate"
@@ -133,7 +136,7 @@ class Safe(Base):
         if not self.sharded:
             super().save_model(output_dir, _internal_call)
             return
-        state = processes.whole_state(cast(nn.Module, self.model))
+        state = distributed.whole_state(cast(nn.Module, self.model))
         if self.args.should_save:
             self._save(output_dir, state_dict=state)
 
@@ -144,12 +147,12 @@ class Safe(Base):
         optimizer = cast(Any, self.optimizer)
         schedule = cast(Any, self.lr_scheduler).state_dict()
         if self.is_deepspeed_enabled:
-            state = zero3.state(optimizer.optimizer, self.given, self.groups)
-            schedule = zero3.for_all(schedule, self.groups)
+            state = gather_state(optimizer.optimizer, self.given, self.groups)
+            schedule = for_all(schedule, self.groups)
         else:
             state = optimizer.state_dict()
             state["state"] = {
-                i: {k: processes.whole(v) if isinstance(v, Tensor) else v for k, v in own.items()}
+                i: {k: distributed.whole_tensor(v) if isinstance(v, Tensor) else v for k, v in own.items()}
                 for i, own in state["state"].items()
             }
         if self.args.should_save:
@@ -167,21 +170,21 @@ class Safe(Base):
         optimizer = cast(Any, self.optimizer)
         state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
         if self.is_deepspeed_enabled:
-            zero3.load(optimizer.optimizer, self.given, state)
+            load_state(optimizer.optimizer, self.given, state)
         else:
             weights = [p for group in optimizer.param_groups for p in group["params"]]
             for i, own in state["state"].items():
-                own.update({k: processes.as_lies(v, weights[i]) for k, v in own.items() if isinstance(v, Tensor)})
+                own.update({k: distributed.as_lies(v, weights[i]) for k, v in own.items() if isinstance(v, Tensor)})
             optimizer.load_state_dict(state)
         schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
-        schedule = zero3.for_own(schedule, self.groups) if self.is_deepspeed_enabled else schedule
+        schedule = for_own(schedule, self.groups) if self.is_deepspeed_enabled else schedule
         cast(Any, self.lr_scheduler).load_state_dict(schedule)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         if not self.is_deepspeed_enabled:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         made = super()._prepare_for_training(max_steps, train_dataloader, None)  # or it asks for DeepSpeed's own
-        zero3.hold(self.accelerator)
+        hold(self.accelerator)
         self._load_optimizer_and_scheduler(resume_from_checkpoint) if resume_from_checkpoint else None
         return made
 
@@ -196,15 +199,17 @@ class Safe(Base):
             state = state_of(found)
             for name in LOADERS:  # what they call is torch's and PEFT's; training itself may fail as it does
                 setattr(self, name, loading(str(found.path), DamagedFileError)(getattr(self, name)))
-        if found is not None and processes.first():  # what was passed over is no checkpoint, of those that are kept
-            for step in (step for step in checkpoints.steps(found.path.parent) if step > found.step):
+        if (
+            found is not None and distributed.is_first()
+        ):  # what was passed over is no checkpoint, of those that are kept
+            for step in (step for step in checkpoints.checkpoint_steps(found.path.parent) if step > found.step):
                 shutil.rmtree(checkpoints.path_of(found.path.parent, step), ignore_errors=True)
         with self.stop:
             if found is not None and self.sharded:
                 cast(PeftModel, self.model).load_adapter(str(found.path), "default", is_trainable=True)
             if found is None or state is None or not found.over or not isinstance(self.model, PeftModel):
                 self.train(resume_from_checkpoint=str(found.path) if found else None)
-                if processes.some(self.stop.asked):  # after the last step, which may write no checkpoint
+                if distributed.in_any(self.stop.asked):  # after the last step, which may write no checkpoint
                     raise KeyboardInterrupt
                 return
         self.state = state
@@ -247,7 +252,7 @@ class Safe(Base):
 
         trained = [p for p in model.parameters() if p.requires_grad]
         zeroth = cast(ZerothOrder, self.zeroth)
-        together = partial(spread, self.accelerator.unwrap_model(model)) if zeroth.batched else None
+        together = partial(spread_queries, self.accelerator.unwrap_model(model)) if zeroth.batched else None
         return zeroth.estimate(loss, trained, self.state.global_step, together)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -272,15 +277,15 @@ class Safe(Base):
         lost, fault = not loss.isfinite(), None
         # fp16's loss scaling tries for infinite gradients, and passes over them itself
         bad = bad_gradients(model) if last and not lost and not self.args.fp16 else []
-        if not processes.some(lost or bool(bad)):
+        if not distributed.in_any(lost or bool(bad)):
             return None
-        if processes.some(lost):  # then all look for where, as a sharded model's forward pass needs all
+        if distributed.in_any(lost):  # then all look for where, as a sharded model's forward pass needs all
             given = {key: value for key, value in inputs.items() if key not in FOR_LOSS}
             place = first_bad_output(model, self._prepare_inputs(given))
             fault = f"the loss is {loss.item()}" + (f", first in the output of {place}" if place else "")
         elif bad:
             fault = f"the gradient of {bad[-1]} is not finite"
-        found = processes.gather((lost, fault))
+        found = distributed.gather_values((lost, fault))
         return next(text for own, text in sorted(found, key=lambda pair: not pair[0]) if text)
 
     def _pass_over(self, model: nn.Module) -> None:
@@ -336,9 +341,11 @@ def bad_gradients(model: nn.Module) -> list[str]:
     """The parameters whose gradient holds NaN or Inf. The last one is nearest to where they come from: they spread
     backwards."""
     parts = (
-        zero3.gradients(model) if processes.deepspeed() else [(name, p.grad) for name, p in model.named_parameters()]
+        gathered_gradients(model)
+        if distributed.deepspeed()
+        else [(name, p.grad) for name, p in model.named_parameters()]
     )
-    own = [(name.removeprefix("module."), processes.mine(grad)) for name, grad in parts if grad is not None]
+    own = [(name.removeprefix("module."), distributed.own_shard(grad)) for name, grad in parts if grad is not None]
     own = [(name, grad) for name, grad in own if grad.numel()]  # a process may hold no part of a small tensor
     if not own:
         return []

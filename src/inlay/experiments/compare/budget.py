@@ -7,34 +7,38 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from inlay.workbench import memory, models, peft_methods, plan, prepare, spectra
-from inlay.workbench.comparison import Entry
-from inlay.workbench.peft_methods import FULL, is_ours, without_start
-from inlay.workbench.prepare import Examples
-from inlay.workbench.recipe import Recipe
+from inlay.experiments.compare.spec import Entry
+from inlay.inspection.singular_values import target_weights
+from inlay.models.loading import dtype_for
+from inlay.models.meta import count_parameters
+from inlay.planning.planner import size_name, takes
+from inlay.recipe.peft_methods import FULL, is_inlay, peft_size_field, without_start
+from inlay.recipe.recipe import Recipe
+from inlay.training.batch_size import planned_step
+from inlay.training.examples import Examples
 
 Cost = Callable[[Recipe], float]
 
 
-def cost_of(kind: str, rows: Examples) -> Cost:
+def budget_cost(kind: str, rows: Examples) -> Cost:
     """What a recipe costs of a budget: its trained numbers, or the GiB at the peak of a step."""
     if kind == "parameters":
-        return lambda recipe: memory.count(recipe.model, without_start(recipe.adapter()))
+        return lambda recipe: count_parameters(recipe.model, without_start(recipe.adapter()))
 
     def peak(recipe: Recipe) -> float:
-        run, length = prepare.planned(recipe, rows, models.dtype_for(recipe.dtype))
+        run, length = planned_step(recipe, rows, dtype_for(recipe.dtype))
         return run.step(int(recipe.batch_size), length).peak / 2**30
 
     return peak
 
 
-def solve(entry: Entry, cost: Cost, limit: float) -> Entry:
+def solve_size(entry: Entry, cost: Cost, limit: float) -> Entry:
     """The entry at its largest size that costs at most `limit`; unchanged where a method has no size.
 
     Raises:
         ValueError: even the smallest costs more.
     """
-    name = size_field(entry.recipe.method)
+    name = method_size_field(entry.recipe.method)
     if name is None:
         return entry
 
@@ -43,33 +47,33 @@ def solve(entry: Entry, cost: Cost, limit: float) -> Entry:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of sizes that are only tried
-        options = sizes(entry.recipe, name)
-        best = largest(options, lambda size: cost(sized(size)), limit)
+        options = possible_sizes(entry.recipe, name)
+        best = largest_within(options, lambda size: cost(sized(size)), limit)
     if best is None:
         least = f"{name}={options[0]} costs {cost(sized(options[0])):g}"
         raise ValueError(f"{entry.name}: no {name} fits the budget of {limit:g}; {least}")
     return replace(entry, recipe=sized(best))
 
 
-def size_field(method: str) -> str | None:
+def method_size_field(method: str) -> str | None:
     """The hyperparameter that sets how much a method trains."""
-    if is_ours(method):
-        return plan.size_name(method)
-    return None if method == FULL else peft_methods.size_field(method)
+    if is_inlay(method):
+        return size_name(method)
+    return None if method == FULL else peft_size_field(method)
 
 
-def sizes(recipe: Recipe, name: str) -> Sequence[int]:
+def possible_sizes(recipe: Recipe, name: str) -> Sequence[int]:
     """The sizes that a method can have on the weights it adapts: for ours, those it takes there."""
     where = replace(recipe, method="lora", args={"r": 1}, patterns={}, allocate="none").config()
-    shapes = set(spectra.targets(recipe.model, where, recipe.trust_remote_code).values())
+    shapes = set(target_weights(recipe.model, where, recipe.trust_remote_code).values())
     options = range(1, min(min(shape) for shape in shapes) + 1)
-    if not is_ours(recipe.method):
+    if not is_inlay(recipe.method):
         return options
     configs = {size: replace(recipe, args={**recipe.args, name: size}).config() for size in options}
-    return [size for size in options if all(plan.takes(configs[size], shape) for shape in shapes)]
+    return [size for size in options if all(takes(configs[size], shape) for shape in shapes)]
 
 
-def largest(options: Sequence[int], cost: Callable[[int], float], limit: float) -> int | None:
+def largest_within(options: Sequence[int], cost: Callable[[int], float], limit: float) -> int | None:
     """Of sizes in order, the one with the largest cost that is not above the limit, by bisection: the cost rises with
     the size, or falls with it (RandLoRA's does); None where all are above."""
     rising = options if cost(options[-1]) >= cost(options[0]) else options[::-1]

@@ -14,14 +14,19 @@ from typing import Any
 
 from rich.console import Console
 
-from inlay.workbench import budget, comparison, judge, metric, models, on_ray, standings
-from inlay.workbench.comparison import BUDGETS, Entry, Plan
-from inlay.workbench.files import locked
-from inlay.workbench.on_ray import Cluster
-from inlay.workbench.prepare import Examples, examples
-from inlay.workbench.runner import Runner, open_folder, origin, steps_of
-from inlay.workbench.standings import Sweep
-from inlay.workbench.trial import Trial, unrelated
+from inlay.evaluation.metric import load_metric
+from inlay.experiments import ray_cluster
+from inlay.experiments.compare.budget import budget_cost, solve_size
+from inlay.experiments.compare.halving import rungs, survivors
+from inlay.experiments.compare.outcome import Outcome, Sweep, with_size
+from inlay.experiments.compare.result_files import write_comparison
+from inlay.experiments.compare.spec import BUDGETS, ComparisonPlan, Entry, load_comparison
+from inlay.experiments.ray_cluster import Cluster
+from inlay.experiments.runner import Runner, open_folder, origin, steps_of
+from inlay.experiments.trial import Trial, unrelated
+from inlay.files.atomic import locked
+from inlay.models.loading import load_tokenizer
+from inlay.training.examples import Examples, load_examples
 
 ASKED = "compare.yaml"  # also what marks a folder as a comparison's
 PROBE = 4  # steps that are run to measure a step's time
@@ -42,53 +47,53 @@ def compare(
             or is in use, Ray is asked for and not there, or every run failed.
     """
     console = console or Console()
-    plan = comparison.load(path, output, overwrite)
+    plan = load_comparison(path, output, overwrite)
     folder = Path(plan.recipe.output or Path("runs") / Path(path).stem).expanduser()
-    with on_ray.workers(jobs, cluster, console) as workers, locked(folder):
-        rows = rows_of(plan, console)
-        plan, shares = settle(plan, rows, console)
+    with ray_cluster.workers(jobs, cluster, console) as workers, locked(folder):
+        rows = shared_examples(plan, console)
+        plan, shares = settle_sizes(plan, rows, console)
         begun = origin(plan.recipe, rows)
         open_folder(folder, folder / ASKED, plan.to_yaml(), begun, overwrite, "comparison")
         steps = steps_of(plan.recipe, len(rows.train) - plan.ask.selection)
         with Runner(folder, workers, console) as runner:
             lengths = timed(runner, plan, steps)
-            sweeps = sweep(runner, plan, lengths)
-            finals = final(runner, plan, lengths, sweeps)
-        standings.write(standings.Outcome(plan, folder, lengths, sweeps, finals, shares), console)
+            sweeps = sweep_rates(runner, plan, lengths)
+            finals = final_runs(runner, plan, lengths, sweeps)
+        write_comparison(Outcome(plan, folder, lengths, sweeps, finals, shares), console)
     return folder
 
 
-def rows_of(plan: Plan, console: Console) -> Examples:
+def shared_examples(plan: ComparisonPlan, console: Console) -> Examples:
     """The examples of all runs, read once before the first.
 
     Raises:
         ValueError: they or what runs are judged by cannot be used, or none are left to train on.
     """
     first = replace(plan.recipe, seed=plan.ask.seeds[0])
-    rows = examples(first, models.load_tokenizer(first.model, first.revision, first.trust_remote_code), console)
+    rows = load_examples(first, load_tokenizer(first.model, first.revision, first.trust_remote_code), console)
     unrelated(plan.ask.unrelated)
     if plan.ask.metric:
-        metric.load(plan.ask.metric)
+        load_metric(plan.ask.metric)
     if plan.ask.selection >= len(rows.train):
         raise ValueError(f"selection: {plan.ask.selection} of {len(rows.train)} examples leave none to train on")
     return rows
 
 
-def settle(plan: Plan, rows: Examples, console: Console) -> tuple[Plan, dict[str, float]]:
+def settle_sizes(plan: ComparisonPlan, rows: Examples, console: Console) -> tuple[ComparisonPlan, dict[str, float]]:
     """The plan with sizes for its budget, and what share of it each method takes (none of one of time, yet)."""
     kind, limit = plan.ask.limit or ("time", 0)
     if kind == "time":
         return plan, {}
-    cost = budget.cost_of(kind, rows)
-    plan = replace(plan, entries=tuple(budget.solve(entry, cost, limit) for entry in plan.entries))
+    cost = budget_cost(kind, rows)
+    plan = replace(plan, entries=tuple(solve_size(entry, cost, limit) for entry in plan.entries))
     shares = {entry.name: cost(entry.recipe) / limit for entry in plan.entries}
     for entry in plan.entries:
-        size = standings.sized(entry) or "has no size to choose"
+        size = with_size(entry) or "has no size to choose"
         console.print(f"{entry.name}: {size}, {shares[entry.name]:.1%} of the budget of {limit:g} {BUDGETS[kind]}")
     return plan, shares
 
 
-def timed(runner: Runner, plan: Plan, steps: int) -> dict[str, int]:
+def timed(runner: Runner, plan: ComparisonPlan, steps: int) -> dict[str, int]:
     """The steps of each method: the recipe's, and with a budget of time at most as many as a few that are run say."""
     kind, seconds = plan.ask.limit or ("", 0)
     if kind != "time":
@@ -101,7 +106,7 @@ def timed(runner: Runner, plan: Plan, steps: int) -> dict[str, int]:
     }
 
 
-def sweep(runner: Runner, plan: Plan, lengths: dict[str, int]) -> dict[str, Sweep]:
+def sweep_rates(runner: Runner, plan: ComparisonPlan, lengths: dict[str, int]) -> dict[str, Sweep]:
     """Successive halving over each method's rates."""
     made = {e.name: Sweep(list(e.rates)) for e in plan.entries}
     for rung in range(max(len(rungs_of(plan, e, lengths)) for e in plan.entries) - 1):
@@ -112,19 +117,19 @@ def sweep(runner: Runner, plan: Plan, lengths: dict[str, int]) -> dict[str, Swee
         results = runner.run(trials)
         for e in going:
             given = {rate: r for (own, rate), r in zip(asked, results, strict=True) if own is e}
-            losses = {rate: loss(r) for rate, r in given.items()}
+            losses = {rate: loss_of(r) for rate, r in given.items()}
             made[e.name].failed += [rate for rate, r in given.items() if r is None]
-            made[e.name].add(stops[e.name], losses, judge.survivors(losses, rungs_of(plan, e, lengths)[rung + 1][0]))
+            made[e.name].add(stops[e.name], losses, survivors(losses, rungs_of(plan, e, lengths)[rung + 1][0]))
     return made
 
 
-def rungs_of(plan: Plan, entry: Entry, lengths: dict[str, int]) -> list[tuple[int, int]]:
+def rungs_of(plan: ComparisonPlan, entry: Entry, lengths: dict[str, int]) -> list[tuple[int, int]]:
     """The rungs of one method."""
-    return judge.rungs(len(entry.rates), lengths[entry.name], plan.ask.halving)
+    return rungs(len(entry.rates), lengths[entry.name], plan.ask.halving)
 
 
-def final(
-    runner: Runner, plan: Plan, lengths: dict[str, int], sweeps: dict[str, Sweep]
+def final_runs(
+    runner: Runner, plan: ComparisonPlan, lengths: dict[str, int], sweeps: dict[str, Sweep]
 ) -> dict[str, list[dict[str, Any] | None]]:
     """The results of each method at its rate, one for each seed; none for a method that no rate is left for."""
     asked = [(e, seed) for e in plan.entries if sweeps[e.name].rates for seed in plan.ask.seeds]
@@ -135,12 +140,14 @@ def final(
     return {e.name: [r for (own, _), r in zip(asked, results, strict=True) if own is e] for e in plan.entries}
 
 
-def loss(result: dict[str, Any] | None) -> float:
+def loss_of(result: dict[str, Any] | None) -> float:
     """A run's loss; infinite where it failed or diverged."""
     return math.inf if result is None or result["after"] is None else result["after"]
 
 
-def trial_of(plan: Plan, entry: Entry, rate: float, seed: int, steps: int, stop: int, final: bool = False) -> Trial:
+def trial_of(
+    plan: ComparisonPlan, entry: Entry, rate: float, seed: int, steps: int, stop: int, final: bool = False
+) -> Trial:
     """A trial of an entry."""
     ask = plan.ask
     recipe = replace(entry.recipe, learning_rate=rate, seed=seed, steps=steps, output=None, overwrite=False)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
 import os
 import platform
@@ -16,16 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from inlay.workbench import budget, changes, judge, metric
-from inlay.workbench.changes import CHANGES, Change
-from inlay.workbench.comparison import Entry, Plan
-from inlay.workbench.files import write_text
-from inlay.workbench.judge import Difference
-from inlay.workbench.memory import gib
-from inlay.workbench.result import environment
+from inlay.evaluation.metric import metric_title
+from inlay.evaluation.paired import CONFIDENCE, Difference, paired
+from inlay.experiments.compare.budget import method_size_field
+from inlay.experiments.compare.spec import ComparisonPlan, Entry
+from inlay.inspection.changes import WeightChange, changes_from_data
+from inlay.reports.result import environment
 
 Results = Mapping[str, list[dict[str, Any] | None]]  # of the last rung: by method, one for each seed
 COLUMNS = """method verdict loss loss_sd difference difference_low difference_high forgetting forgetting_sd
@@ -82,10 +76,14 @@ class Standing:
         """Flat, by `COLUMNS` and `SCORED`."""
         flat = {k: v for k, v in asdict(self).items() if k in COLUMNS}
         low, high = self.difference.low, self.difference.high
-        flat |= {"loss": mean(self.losses), "loss_sd": spread(self.losses), "difference": self.difference.mean}
-        flat |= {"forgetting": mean(self.forgetting), "forgetting_sd": spread(self.forgetting)}
+        flat |= {"loss": mean_of(self.losses), "loss_sd": spread_of(self.losses), "difference": self.difference.mean}
+        flat |= {"forgetting": mean_of(self.forgetting), "forgetting_sd": spread_of(self.forgetting)}
         flat |= {"difference_low": low, "difference_high": high, "seeds": len(self.losses)}
-        flat |= {"metric": mean(self.scores), "metric_sd": spread(self.scores), "metric_difference": self.apart.mean}
+        flat |= {
+            "metric": mean_of(self.scores),
+            "metric_sd": spread_of(self.scores),
+            "metric_difference": self.apart.mean,
+        }
         flat |= {"metric_difference_low": self.apart.low, "metric_difference_high": self.apart.high}
         return {name: flat[name] for name in COLUMNS + SCORED}
 
@@ -94,7 +92,7 @@ class Standing:
 class Outcome:
     """A comparison that was run: its plan, each method's steps, sweep and results."""
 
-    plan: Plan
+    plan: ComparisonPlan
     folder: Path
     steps: dict[str, int]
     sweeps: dict[str, Sweep]
@@ -109,7 +107,7 @@ class Outcome:
     @property
     def metric(self) -> str:
         """What runs are judged by beside the loss; empty where there is nothing."""
-        return metric.title(self.plan.ask.metric) if self.plan.ask.metric else ""
+        return metric_title(self.plan.ask.metric) if self.plan.ask.metric else ""
 
     def kept(self, what: str) -> dict[str, Any]:
         """By method, something of LOOKED that its run with the first seed left; only those that have it."""
@@ -117,9 +115,9 @@ class Outcome:
         return {name: r[what] for name, r in firsts.items() if r.get(what)}
 
     @cached_property
-    def changes(self) -> dict[str, dict[str, Change]]:
+    def changes(self) -> dict[str, dict[str, WeightChange]]:
         """By method and module, where the weights changed in the run with the first seed, where that is known."""
-        return {name: changes.from_data(told) for name, told in self.kept("changes").items()}
+        return {name: changes_from_data(told) for name, told in self.kept("changes").items()}
 
     @property
     def columns(self) -> list[str]:
@@ -140,7 +138,7 @@ class Outcome:
     def standings(self) -> list[Standing]:
         """The rows, the least loss first; what did not finish last."""
         rows = [self.standing(entry) for entry in self.plan.entries]
-        return sorted(rows, key=lambda row: (math.isnan(mean(row.losses)), mean(row.losses)))
+        return sorted(rows, key=lambda row: (math.isnan(mean_of(row.losses)), mean_of(row.losses)))
 
     def standing(self, entry: Entry) -> Standing:
         """One method's row."""
@@ -148,7 +146,7 @@ class Outcome:
         results, sweep = self.finals[name], self.sweeps[name]
         done = [r for r in results if r and r["after"] is not None]
         others = self.finals[reference] if results and name != reference else []
-        difference = judge.paired(losses(results), losses(others))
+        difference = paired(losses_of(results), losses_of(others))
         verdict = "the reference" if name == reference else difference.verdict(reference)
         if not done:
             verdict = "failed" if sweep.rates else "diverged or failed at every rate"
@@ -158,125 +156,77 @@ class Outcome:
             verdict += f"; the rate of {reference} is the {edge} tried"
         if done and sweep.failed:
             verdict += f"; failed at rate {', '.join(f'{rate:g}' for rate in sorted(set(sweep.failed)))}"
-        average = {key: mean([r[key] for r in done]) for key in ("parameters", "parameters_last", "seconds", "memory")}
+        average = {
+            key: mean_of([r[key] for r in done]) for key in ("parameters", "parameters_last", "seconds", "memory")
+        }
         kind, limit = self.plan.ask.limit or ("", math.nan)
         share = average["seconds"] / limit if kind == "time" else self.shares.get(name, math.nan)
         if share > 1 and done and kind != "time":
             verdict += f"; {share:.3g} times the budget"
         return Standing(
-            method=name, losses=losses(done), difference=difference, verdict=verdict,
+            method=name, losses=losses_of(done), difference=difference, verdict=verdict,
             forgetting=[r["forgetting"] for r in done if r["forgetting"] is not None],
-            learning_rate=sweep.rates[0] if sweep.rates else math.nan, size=sized(entry), budget_share=share,
+            learning_rate=sweep.rates[0] if sweep.rates else math.nan, size=with_size(entry), budget_share=share,
             steps=self.steps[name], failed=len(results) - len(done), **average,
-            scores=[score for score in scores(results) if not math.isnan(score)],
-            apart=judge.paired(scores(results), scores(others)),
+            scores=[score for score in scores_of(results) if not math.isnan(score)],
+            apart=paired(scores_of(results), scores_of(others)),
         )  # fmt: skip
 
 
-def losses(results: Sequence[dict[str, Any] | None]) -> list[float]:
+def losses_of(results: Sequence[dict[str, Any] | None]) -> list[float]:
     """The held-out losses after training; infinite for a run that failed or diverged."""
     return [math.inf if r is None or r["after"] is None else r["after"] for r in results]
 
 
-def scores(results: Sequence[dict[str, Any] | None]) -> list[float]:
+def scores_of(results: Sequence[dict[str, Any] | None]) -> list[float]:
     """What the metric says of each run; NaN for one that failed or diverged."""
     return [math.nan if r is None else r.get("metric", math.nan) for r in results]
 
 
-def mean(values: list[float]) -> float:
+def mean_of(values: list[float]) -> float:
     """The mean; NaN of none."""
     return statistics.fmean(values) if values else math.nan
 
 
-def spread(values: list[float]) -> float:
+def spread_of(values: list[float]) -> float:
     """The standard deviation; NaN of fewer than two."""
     return statistics.stdev(values) if len(values) > 1 else math.nan
 
 
-def sized(entry: Entry) -> str:
+def with_size(entry: Entry) -> str:
     """The size of a method, as its hyperparameter."""
-    name = budget.size_field(entry.recipe.method)
+    name = method_size_field(entry.recipe.method)
     if name is None:
         return ""
     settled = entry.recipe.resolved().args if name not in entry.recipe.args else entry.recipe.args
     return f"{name}={settled[name]}" if name in settled else ""
 
 
-def machine() -> dict[str, str]:
+def machine_name() -> dict[str, str]:
     """Versions and hardware, without which seconds mean nothing."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {**environment(), "system": platform.platform(), "cores": str(os.cpu_count()), "gpu": gpu}
 
 
-def plain(value: Any) -> Any:
+def json_value(value: Any) -> Any:
     """As strict JSON has it: no NaN, no infinity."""
     if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {str(k): json_value(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
+        return [json_value(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def as_data(made: Outcome) -> dict[str, Any]:
+def outcome_as_data(made: Outcome) -> dict[str, Any]:
     """Everything that was found, for results.json, but what stands in changes.json and on the page alone."""
     rows = [{**made.picked(row), "losses": row.losses} for row in made.standings()]
     sweeps = {
         name: [{"steps": steps, "losses": {f"{rate:g}": loss for rate, loss in by.items()}} for steps, by in s.rungs]
         for name, s in made.sweeps.items()
     }
-    about = {"reference": made.plan.reference, "confidence": judge.CONFIDENCE, "before": made.before}
+    about = {"reference": made.plan.reference, "confidence": CONFIDENCE, "before": made.before}
     runs = {
         name: [r and {key: value for key, value in r.items() if key not in LOOKED} for r in results]
         for name, results in made.finals.items()
     }
-    return plain({**about, "methods": rows, "sweeps": sweeps, "runs": runs, "environment": machine()})
-
-
-def write(made: Outcome, console: Console) -> None:
-    """results.csv, results.json, the plots and the report; the table is printed.
-
-    Raises:
-        ValueError: not one run has a result.
-    """
-    if not any(losses(done) and min(losses(done)) < math.inf for done in made.finals.values()):
-        raise ValueError(f"no method finished a run; see the log.txt files under {made.folder / 'runs'}")
-    from inlay.workbench import compare_report  # matplotlib takes a second
-
-    text = io.StringIO()
-    sheet = csv.DictWriter(text, made.columns, lineterminator="\n")
-    sheet.writeheader()
-    sheet.writerows([plain(made.picked(row)) for row in made.standings()])
-    write_text(made.folder / "results.csv", text.getvalue())
-    write_text(made.folder / "results.json", json.dumps(as_data(made), indent=1) + "\n")
-    if found := made.changes:
-        write_text(made.folder / CHANGES, json.dumps({name: changes.as_data(of) for name, of in found.items()}) + "\n")
-    compare_report.write(made)
-    console.print(table(made))
-    for row in made.standings():
-        console.print(f"{row.method}: {row.verdict}{made.said(row)}")
-    console.print(f"report: {made.folder / 'report.html'}")
-
-
-def table(made: Outcome) -> Table:
-    """A line per method, for the terminal."""
-    shown = Table(title=f"held-out loss; {made.before:.3f} before training", title_justify="left")
-    found = (made.metric, "± sd") if made.metric else ()
-    heads = ("loss", "± sd", f"− {made.plan.reference}", *found, "rate", "trained", "time", "peak", "forgets")
-    for column in ("method", *heads):
-        shown.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
-    for row in made.standings():
-        shown.add_row(row.method, *cells(row, bool(found)))
-    return shown
-
-
-def cells(row: Standing, scored: bool) -> list[str]:
-    """A row's numbers as text, after its name."""
-    found = row.row()
-    if not row.losses:
-        return [""] * (8 + 2 * scored)
-    parts = [found[name] for name in ("loss", "loss_sd", *(("metric", "metric_sd") if scored else ()))]
-    loss, noise, *more = ["" if math.isnan(part) else f"{part:.3f}" for part in parts]
-    return [
-        loss, noise, row.difference.shown(), *more, f"{row.learning_rate:g}",
-        f"{row.parameters:,.0f}", f"{row.seconds:.0f} s", gib(row.memory), f"{found['forgetting']:+.3f}",
-    ]  # fmt: skip
+    return json_value({**about, "methods": rows, "sweeps": sweeps, "runs": runs, "environment": machine_name()})

@@ -8,16 +8,18 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import matplotlib
-from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, NullFormatter
 
-from inlay.workbench import judge, run_plots
-from inlay.workbench.changes import PART, Change, Spectrum, median
-from inlay.workbench.figures import COLOURS, INK, LOOK, short, smooth
-from inlay.workbench.ranks import depth, part_of
-from inlay.workbench.standings import Outcome, Standing, Sweep, mean, spread
+from inlay.evaluation.paired import CONFIDENCE
+from inlay.experiments.compare.halving import pareto
+from inlay.experiments.compare.outcome import Outcome, Standing, Sweep, mean_of, spread_of
+from inlay.host.module_names import layer_index, part_of
+from inlay.inspection.change_plots import by_part, panels
+from inlay.inspection.changes import PART, Spectrum, WeightChange, median_of
+from inlay.inspection.figures import COLOURS, INK, LOOK, finish_plot, new_plot, short_labels, smooth
+from inlay.reports.run_plots import MEASURED, memory_bars
 
 MARKERS = "osD^vPX<>"
 STYLES = ("-", "--", ":")
@@ -25,7 +27,7 @@ FAINT = 1e-4  # of the largest change: what is smaller has the colour of this on
 Plot = Callable[[Outcome], Figure]
 
 
-def figures(made: Outcome) -> Iterator[tuple[str, Figure]]:
+def comparison_figures(made: Outcome) -> Iterator[tuple[str, Figure]]:
     """Every plot by the name of its file, but those that there is nothing to draw of."""
     there = {
         "stack": bool(made.kept("memory_planned")),
@@ -41,25 +43,7 @@ def figures(made: Outcome) -> Iterator[tuple[str, Figure]]:
                 yield name, plot(made)
 
 
-def start(title: str, x: str, y: str) -> tuple[Figure, Axes]:
-    """An empty plot with its axes named."""
-    figure = Figure(figsize=(5, 4.4), layout="constrained")
-    axes = figure.subplots()
-    axes.set(xlabel=x, ylabel=y)
-    axes.set_title(title, fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def finish(figure: Figure, axes: Axes, rows: int = 0) -> Figure:
-    """The legend, below, where it covers nothing; room for it, and for `rows` beside the axis."""
-    handles, labels = axes.get_legend_handles_labels()
-    figure.set_figheight(max(3.8, 1.4 + 0.24 * rows) + 0.2 * math.ceil(len(labels) / 3))
-    figure.legend(handles, labels, loc="outside lower center", ncols=3)
-    return figure
-
-
-def look(made: Outcome, name: str) -> dict[str, Any]:
+def look_of(made: Outcome, name: str) -> dict[str, Any]:
     """A method's colour, marker and line, the same in every plot."""
     place = [e.name for e in made.plan.entries].index(name)
     return {
@@ -74,31 +58,31 @@ def finished(made: Outcome) -> list[Standing]:
     return [row for row in made.standings() if row.losses]
 
 
-def curves(made: Outcome) -> Figure:
+def curves_plot(made: Outcome) -> Figure:
     """The training loss of each method, a mean over seeds, and the held-out loss it ended with."""
-    figure, axes = start("Loss", "optimiser step", "loss (nats per answer token)")
+    figure, axes = new_plot("Loss", "optimiser step", "loss (nats per answer token)")
     for row in finished(made):
         runs = [dict(r["curve"]) for r in made.finals[row.method] if r and r["after"] is not None]
         steps = [step for step in runs[0] if all(run.get(step) is not None for run in runs)]
         points = smooth([(step, statistics.fmean(run[step] for run in runs)) for step in steps])
-        style = look(made, row.method)
+        style = look_of(made, row.method)
         axes.plot(*zip(*points, strict=True), color=style["color"], linestyle=style["linestyle"], label=row.method)
-        axes.plot([steps[-1]], [mean(row.losses)], style["marker"], color=style["color"], clip_on=False)
+        axes.plot([steps[-1]], [mean_of(row.losses)], style["marker"], color=style["color"], clip_on=False)
     axes.plot([], [], "o", color=INK, label="held out, after")
-    return finish(figure, axes)
+    return finish_plot(figure, axes)
 
 
 def against(made: Outcome, title: str, x: str, value: Callable[[Standing], float], log: bool = False) -> Figure:
     """Quality against what it costs, what nothing beats in both being joined by a line."""
-    figure, axes = start(title, x, "held-out loss (nats per answer token)")
+    figure, axes = new_plot(title, x, "held-out loss (nats per answer token)")
     rows = finished(made)
-    points = [(value(row), mean(row.losses)) for row in rows]
-    front = sorted(point for point, best in zip(points, judge.pareto(points), strict=True) if best)
+    points = [(value(row), mean_of(row.losses)) for row in rows]
+    front = sorted(point for point, best in zip(points, pareto(points), strict=True) if best)
     axes.plot(*zip(*front, strict=True), color=INK, linewidth=1, alpha=0.5, label="Pareto front", zorder=1,
               drawstyle="steps-post")  # fmt: skip
     for row, point in zip(rows, points, strict=True):
-        style: dict[str, Any] = {**look(made, row.method), "linestyle": "none"}
-        error = spread(row.losses)
+        style: dict[str, Any] = {**look_of(made, row.method), "linestyle": "none"}
+        error = spread_of(row.losses)
         axes.errorbar(*point, yerr=None if math.isnan(error) else error, capsize=3, label=row.method, **style)
         if point in front:
             axes.plot(*point, "o", markersize=13, markerfacecolor="none", markeredgecolor=INK, alpha=0.5)
@@ -108,42 +92,42 @@ def against(made: Outcome, title: str, x: str, value: Callable[[Standing], float
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(0.12)
-    return finish(figure, axes)
+    return finish_plot(figure, axes)
 
 
-def memory(made: Outcome) -> Figure:
+def memory_plot(made: Outcome) -> Figure:
     """Quality against the process's peak memory."""
     return against(made, "Quality against memory", "peak memory (GiB)", lambda row: row.memory / 2**30)
 
 
-def seconds(made: Outcome) -> Figure:
+def seconds_plot(made: Outcome) -> Figure:
     """Quality against time."""
     return against(made, "Quality against time", "training time (s)", lambda row: row.seconds)
 
 
-def parameters(made: Outcome) -> Figure:
+def parameters_plot(made: Outcome) -> Figure:
     """Quality against what is trained."""
     return against(made, "Quality against parameters", "trained numbers", lambda row: row.parameters, log=True)
 
 
-def forgetting(made: Outcome) -> Figure:
+def forgetting_plot(made: Outcome) -> Figure:
     """What was lost on unrelated text against what was won on the task."""
     won, lost = (
         "fall of the held-out loss (nats per answer token)",
         "rise of the loss on unrelated text\n(nats per token)",
     )
-    figure, axes = start("Forgetting against learning", won, lost)
+    figure, axes = new_plot("Forgetting against learning", won, lost)
     for row in finished(made):
-        style: dict[str, Any] = {**look(made, row.method), "linestyle": "none"}
+        style: dict[str, Any] = {**look_of(made, row.method), "linestyle": "none"}
         bars: dict[str, Any] = {
-            axis: s for axis, v in (("xerr", row.losses), ("yerr", row.forgetting)) if not math.isnan(s := spread(v))
+            axis: s for axis, v in (("xerr", row.losses), ("yerr", row.forgetting)) if not math.isnan(s := spread_of(v))
         }
         axes.errorbar(
-            made.before - mean(row.losses), mean(row.forgetting), capsize=3, label=row.method, **bars, **style
+            made.before - mean_of(row.losses), mean_of(row.forgetting), capsize=3, label=row.method, **bars, **style
         )
     axes.axhline(0, color=INK, linewidth=0.8, alpha=0.5)
     axes.margins(0.12)
-    return finish(figure, axes)
+    return finish_plot(figure, axes)
 
 
 def swept(made: Outcome) -> dict[str, Sweep]:
@@ -151,15 +135,15 @@ def swept(made: Outcome) -> dict[str, Sweep]:
     return {name: s for name, s in made.sweeps.items() if s.rungs and any(map(math.isfinite, s.rungs[0][1].values()))}
 
 
-def rates(made: Outcome) -> Figure:
+def rates_plot(made: Outcome) -> Figure:
     """The first rung of every method's sweep, its chosen rate ringed."""
     sweeps = swept(made)
     shares = sorted({f"{s.rungs[0][0]} of {made.steps[name]}" for name, s in sweeps.items()})
     judged = f"loss on the examples rates are chosen on\nafter {', '.join(shares)} steps"
-    figure, axes = start("Learning rates", "learning rate", judged)
+    figure, axes = new_plot("Learning rates", "learning rate", judged)
     for name, s in sweeps.items():
         points = sorted((rate, loss) for rate, loss in s.rungs[0][1].items() if math.isfinite(loss))
-        axes.plot(*zip(*points, strict=True), **look(made, name), markersize=5, label=name)
+        axes.plot(*zip(*points, strict=True), **look_of(made, name), markersize=5, label=name)
         for rate, loss in points:
             if s.rates and rate == s.rates[0]:
                 axes.plot(rate, loss, "o", markersize=12, markerfacecolor="none", markeredgecolor=INK)
@@ -168,28 +152,28 @@ def rates(made: Outcome) -> Figure:
     if axes.get_ylim()[1] > 2 * made.before:
         axes.set_ylim(0.95 * lowest, 2 * made.before)  # a rate that blew up would flatten all the others
     axes.set_xscale("log")
-    return finish(figure, axes)
+    return finish_plot(figure, axes)
 
 
-def differences(made: Outcome) -> Figure:
+def differences_plot(made: Outcome) -> Figure:
     """Each method's difference to the reference with its confidence interval."""
     reference = made.plan.reference
     left = f"held-out loss − that of {reference}\n(nats per answer token; left is better)"
-    figure, axes = start(f"Difference to {reference}", left, "")
+    figure, axes = new_plot(f"Difference to {reference}", left, "")
     rows = [row for row in reversed(finished(made)) if not math.isnan(row.difference.mean)]
     for place, row in enumerate(rows):
-        d, style = row.difference, {**look(made, row.method), "linestyle": "none"}
+        d, style = row.difference, {**look_of(made, row.method), "linestyle": "none"}
         bars: dict[str, Any] = {} if math.isnan(d.low) else {"xerr": [[d.mean - d.low], [d.high - d.mean]]}
         axes.errorbar(d.mean, place, capsize=4, **bars, **style)
     axes.errorbar([], [], xerr=[], color=INK, marker="o", capsize=4, linestyle="none",
-                  label=f"mean, {judge.CONFIDENCE:.0%} interval, {len(made.plan.ask.seeds)} seeds")  # fmt: skip
+                  label=f"mean, {CONFIDENCE:.0%} interval, {len(made.plan.ask.seeds)} seeds")  # fmt: skip
     axes.axvline(0, color=INK, linewidth=1, alpha=0.6, label=reference)
     axes.set_yticks(range(len(rows)), labels=[row.method for row in rows])
     axes.set_ylim(-0.6, max(0, len(rows) - 1) + 0.6)
-    return finish(figure, axes, len(rows))
+    return finish_plot(figure, axes, len(rows))
 
 
-def maps(made: Outcome) -> Figure:
+def maps_plot(made: Outcome) -> Figure:
     """‖ΔW‖ / ‖W‖ of every weight."""
     found = {row.method: of for row in finished(made) if (of := made.changes.get(row.method))}
     sizes = [change.size for of in found.values() for change in of.values() if change.size > 0]
@@ -198,23 +182,25 @@ def maps(made: Outcome) -> Figure:
     return mapped(found, "size", colours, "Where the weights changed", "‖ΔW‖ / ‖W‖")
 
 
-def ranks(made: Outcome) -> Figure:
+def ranks_plot(made: Outcome) -> Figure:
     """The ranks of those that have different ones."""
     found = allocated(made)
     values = [change.rank or 0 for of in found.values() for change in of.values()]
     return mapped(found, "rank", Normalize(min(values), max(values)), "Ranks, where they were allocated", "rank")
 
 
-def allocated(made: Outcome) -> dict[str, dict[str, Change]]:
+def allocated(made: Outcome) -> dict[str, dict[str, WeightChange]]:
     """What changed by methods whose ranks differ from weight to weight."""
     found = {row.method: made.changes.get(row.method, {}) for row in finished(made)}
     return {name: of for name, of in found.items() if len({change.rank for change in of.values()}) > 1}
 
 
-def mapped(found: Mapping[str, Mapping[str, Change]], field: str, colours: Normalize, title: str, unit: str) -> Figure:
+def mapped(
+    found: Mapping[str, Mapping[str, WeightChange]], field: str, colours: Normalize, title: str, unit: str
+) -> Figure:
     """A map of layers and modules for each method, all in the same colours."""
     modules = list(dict.fromkeys(module for of in found.values() for module in of))
-    parts, layers = list(dict.fromkeys(map(part_of, modules))), sorted(set(map(depth, modules)))
+    parts, layers = list(dict.fromkeys(map(part_of, modules))), sorted(set(map(layer_index, modules)))
     wide, deep = min(4, len(found)), math.ceil(len(found) / 4)
     figure = Figure(figsize=(1.4 + 2.3 * wide, 0.9 + deep * (1.1 + 0.06 * len(layers))), layout="constrained")
     figure.suptitle(title, fontsize=11)
@@ -226,7 +212,7 @@ def mapped(found: Mapping[str, Mapping[str, Change]], field: str, colours: Norma
         cells = [[typical(of, layer, part, field) for part in parts] for layer in layers]
         picture = axes.imshow(cells, norm=colours, aspect="auto", cmap="viridis", interpolation="none")
         axes.set_title(name, fontsize=10)
-        axes.set_xticks(range(len(parts)), labels=short(parts), rotation=60, ha="right", fontsize=8)
+        axes.set_xticks(range(len(parts)), labels=short_labels(parts), rotation=60, ha="right", fontsize=8)
     shown = range(0, len(layers), max(1, len(layers) // 6))
     grid[0][0].set_yticks(shown, labels=[str(layers[i]) if layers[i] >= 0 else "–" for i in shown], fontsize=8)
     figure.supylabel("layer", fontsize=10)
@@ -235,17 +221,20 @@ def mapped(found: Mapping[str, Mapping[str, Change]], field: str, colours: Norma
     return figure
 
 
-def typical(of: Mapping[str, Change], layer: int, part: str, field: str) -> float:
+def typical(of: Mapping[str, WeightChange], layer: int, part: str, field: str) -> float:
     """The median of a layer's changes of one type of module; NaN, which is not drawn, where nothing changed."""
-    return median([c for name, c in of.items() if (depth(name), part_of(name)) == (layer, part)], field) or math.nan
+    return (
+        median_of([c for name, c in of.items() if (layer_index(name), part_of(name)) == (layer, part)], field)
+        or math.nan
+    )
 
 
-def spectra(made: Outcome) -> Figure:
+def spectra_plot(made: Outcome) -> Figure:
     """Singular values before and after in the middle layer."""
     found = spectra_of(made)
-    columns = run_plots.by_part(module for of in found.values() for module in of)
+    columns = by_part(module for of in found.values() for module in of)
     cells = {(name, columns[part_of(m)]): one for name, of in found.items() for m, one in of.items()}
-    return run_plots.panels(cells, list(found), list(columns.values()))
+    return panels(cells, list(found), list(columns.values()))
 
 
 def spectra_of(made: Outcome) -> dict[str, dict[str, Spectrum]]:
@@ -253,20 +242,20 @@ def spectra_of(made: Outcome) -> dict[str, dict[str, Spectrum]]:
     found = {}
     for row in finished(made):
         kept = {m: c.spectrum for m, c in made.changes.get(row.method, {}).items() if c.spectrum is not None}
-        layers = sorted(set(map(depth, kept)))
-        found[row.method] = {m: one for m, one in kept.items() if depth(m) == layers[len(layers) // 2]}
+        layers = sorted(set(map(layer_index, kept)))
+        found[row.method] = {m: one for m, one in kept.items() if layer_index(m) == layers[len(layers) // 2]}
     return {name: of for name, of in found.items() if of}
 
 
-def stack(made: Outcome) -> Figure:
+def memory_stack(made: Outcome) -> Figure:
     """What was foreseen of each method's memory, in its parts, and under it what was measured."""
     planned = made.kept("memory_planned")
     rows = [row for row in finished(made) if row.method in planned]
-    figure, axes = start("Memory at the peak of a step, predicted and measured", "GiB", "")
+    figure, axes = new_plot("Memory at the peak of a step, predicted and measured", "GiB", "")
     figure.set_size_inches(8, 1.9 + 0.42 * len(rows))
     for place, row in enumerate(rows):
-        run_plots.bars(axes, place - 0.2, planned[row.method], 0.36)
-        axes.barh(place + 0.2, row.memory / 2**30, 0.36, color=COLOURS[7], label=run_plots.MEASURED)
+        memory_bars(axes, place - 0.2, planned[row.method], 0.36)
+        axes.barh(place + 0.2, row.memory / 2**30, 0.36, color=COLOURS[7], label=MEASURED)
     axes.set_yticks(range(len(rows)), labels=[row.method for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
@@ -276,16 +265,16 @@ def stack(made: Outcome) -> Figure:
     return figure
 
 
-def subspaces(made: Outcome) -> Figure:
+def subspaces_plot(made: Outcome) -> Figure:
     """In which part of each weight's own spectrum a method changed it: medians over its weights, and quartiles."""
-    figure, axes = start("In which part of the spectrum", "share of ‖ΔW‖² (a random change: 1/8)", "")
+    figure, axes = new_plot("In which part of the spectrum", "share of ‖ΔW‖² (a random change: 1/8)", "")
     rows = [row.method for row in reversed(finished(made)) if row.method in made.changes]
     for place, name in enumerate(rows):
         for up, field, filled in ((0.14, "principal", True), (-0.14, "minor", False)):
             shares = [v for c in made.changes[name].values() if (v := getattr(c, field)) is not None]
             if len(shares) > 1:
                 low, middle, high = statistics.quantiles(shares, n=4)
-                style: dict[str, Any] = {**look(made, name), "linestyle": "none"}
+                style: dict[str, Any] = {**look_of(made, name), "linestyle": "none"}
                 style |= {} if filled else {"markerfacecolor": "none"}
                 axes.errorbar(middle, place + up, xerr=[[middle - low], [high - middle]], capsize=3, **style)
     for label, fill in (("principal eighth", INK), ("minor eighth", "none")):
@@ -293,20 +282,20 @@ def subspaces(made: Outcome) -> Figure:
     axes.axvline(1 / PART, color=INK, linewidth=1, alpha=0.6, label="random")
     axes.set_yticks(range(len(rows)), labels=rows)
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.6, max(0, len(rows) - 1) + 0.6))
-    return finish(figure, axes, len(rows))
+    return finish_plot(figure, axes, len(rows))
 
 
 PLOTS: dict[str, Plot] = {
-    "differences": differences,
-    "curves": curves,
-    "parameters": parameters,
-    "memory": memory,
-    "seconds": seconds,
-    "stack": stack,
-    "forgetting": forgetting,
-    "rates": rates,
-    "subspaces": subspaces,
-    "maps": maps,
-    "ranks": ranks,
-    "spectra": spectra,
+    "differences": differences_plot,
+    "curves": curves_plot,
+    "parameters": parameters_plot,
+    "memory": memory_plot,
+    "seconds": seconds_plot,
+    "stack": memory_stack,
+    "forgetting": forgetting_plot,
+    "rates": rates_plot,
+    "subspaces": subspaces_plot,
+    "maps": maps_plot,
+    "ranks": ranks_plot,
+    "spectra": spectra_plot,
 }

@@ -5,12 +5,15 @@ from __future__ import annotations
 import html
 import math
 
-from inlay import __version__
-from inlay.workbench import compare_plots, figures, judge
-from inlay.workbench.files import write_text
-from inlay.workbench.memory import gib
-from inlay.workbench.report import SORT, cell, document, model_name, sortable
-from inlay.workbench.standings import Outcome, Standing, machine, mean, spread
+from inlay._version import __version__
+from inlay.evaluation.paired import CONFIDENCE
+from inlay.experiments.compare.outcome import Outcome, Standing, machine_name, mean_of, spread_of
+from inlay.experiments.compare.plots import comparison_figures
+from inlay.files.atomic import write_text
+from inlay.inspection.figures import inline_svg, save_figure
+from inlay.messages import gib
+from inlay.models.builtin import model_name
+from inlay.reports.html import SORT, html_cell, html_document, sortable_table
 
 STYLE = """
 body { max-width: 84rem; } p, pre { max-width: 60rem; } pre { box-sizing: border-box; }
@@ -38,33 +41,33 @@ CAPTIONS = {
 QUESTIONS = "Intervals are over seeds, all asked the same: what another draw of questions would change is not in them."
 
 
-def write(made: Outcome) -> None:
+def write_comparison_page(made: Outcome) -> None:
     """report.html, and every plot as PNG and SVG in plots/."""
     folder = made.folder / "plots"
     folder.mkdir(exist_ok=True)
     pictures = []
-    for name, figure in compare_plots.figures(made):
-        figures.save(figure, folder / f"{name}.png")
+    for name, figure in comparison_figures(made):
+        save_figure(figure, folder / f"{name}.png")
         label = html.escape(figure.get_suptitle() or figure.axes[0].get_title())
-        svg = figures.inline(name, figure, label)
+        svg = inline_svg(name, figure, label)
         inches = figure.get_figwidth()
         wide = f' style="--inches: {inches:g}"' if inches > 6 else ""
         pictures.append(f"<figure{wide}>{svg}<figcaption><small>{CAPTIONS[name]}</small></figcaption></figure>")
-    write_text(made.folder / "report.html", page(made, pictures))
+    write_text(made.folder / "report.html", comparison_page(made, pictures))
 
 
-def page(made: Outcome, pictures: list[str]) -> str:
+def comparison_page(made: Outcome, pictures: list[str]) -> str:
     """`report.html`."""
     recipe = made.plan.recipe
     names = f"{len(made.plan.entries)} methods on {model_name(recipe.model)}"
-    facts = "\n".join(f"{key} {value}" for key, value in {"inlay": __version__, **machine()}.items())
-    return document(
+    facts = "\n".join(f"{key} {value}" for key, value in {"inlay": __version__, **machine_name()}.items())
+    return html_document(
         f"{names}: which one?",
-        f"""<p>{html.escape(answer(made))}</p>
-{table(made)}
+        f"""<p>{html.escape(verdict(made))}</p>
+{standings_table(made)}
 <div class="plots">{"".join(pictures)}</div>
-{answers(made)}
-<h2>How it was done</h2>{"".join(f"<p>{html.escape(line)}</p>" for line in method(made))}
+{answers_table(made)}
+<h2>How it was done</h2>{"".join(f"<p>{html.escape(line)}</p>" for line in reading_guide(made))}
 <h2>Recipe</h2><p>Repeat it with <code>inlay compare recipe.yaml</code>, recipe.yaml being</p>
 <pre>{html.escape(made.plan.to_yaml())}</pre>
 <h2>Environment</h2><pre>{html.escape(facts)}</pre>
@@ -73,7 +76,7 @@ def page(made: Outcome, pictures: list[str]) -> str:
     )
 
 
-def answers(made: Outcome) -> str:
+def answers_table(made: Outcome) -> str:
     """Some held-out prompts, and what each method answered after the run with its first seed."""
     told = made.kept("samples")
     every = next(iter(told.values()), [])
@@ -86,7 +89,7 @@ def answers(made: Outcome) -> str:
     return f"<h2>Held-out prompts, before and after</h2>{''.join(parts)}" if parts else ""
 
 
-def answer(made: Outcome) -> str:
+def verdict(made: Outcome) -> str:
     """The result in a few sentences."""
     reference, rows = made.plan.reference, made.standings()
     others = [row for row in rows if row.method != reference]
@@ -102,11 +105,11 @@ def answer(made: Outcome) -> str:
     best = rows[0]
     return (
         f"Held-out loss {made.before:.3f} before training. The least after it has {best.method}: "
-        f"{mean(best.losses):.3f}. " + (f"{said[0].upper()}{said[1:]}." if said else "")
+        f"{mean_of(best.losses):.3f}. " + (f"{said[0].upper()}{said[1:]}." if said else "")
     )
 
 
-def method(made: Outcome) -> list[str]:
+def reading_guide(made: Outcome) -> list[str]:
     """How to read the numbers."""
     ask, recipe = made.plan.ask, made.plan.recipe
     steps = sorted(set(made.steps.values()))
@@ -124,26 +127,26 @@ def method(made: Outcome) -> list[str]:
         f"judged by {ask.selection} examples that neither train nor count in the end. A verdict says so where the rate "
         "is the lowest or the highest tried: a better one may lie beyond.",
         f"At that rate, seeds {', '.join(map(str, ask.seeds))}. Intervals: Student's t on the differences of runs with "
-        f"the same seed, {judge.CONFIDENCE:.0%}, each by itself: of twenty methods that do not differ, one will seem "
+        f"the same seed, {CONFIDENCE:.0%}, each by itself: of twenty methods that do not differ, one will seem "
         "to. Losses are means over the answer tokens of the held-out examples.",
         "Forgetting: the loss over unrelated text after training minus before.",
     ] + ([f"{made.metric}: {ask.metric}, after training. {QUESTIONS}"] if made.metric else [])
 
 
-def table(made: Outcome) -> str:
+def standings_table(made: Outcome) -> str:
     """A row per method, the least loss first."""
     apart = f"− {made.plan.reference}"
     heads = ("method", "verdict", "held-out loss", apart, *([made.metric, apart] if made.metric else []))
     heads += ("forgetting", "rate", "size", "trained")
     heads += ("of the model", *(["of the budget"] if made.plan.ask.budget else []), "time", "peak memory")
-    return sortable(heads, "".join(f"<tr>{''.join(cells(row, made))}</tr>" for row in made.standings()))
+    return sortable_table(heads, "".join(f"<tr>{''.join(standing_cells(row, made))}</tr>" for row in made.standings()))
 
 
-def cells(row: Standing, made: Outcome) -> list[str]:
+def standing_cells(row: Standing, made: Outcome) -> list[str]:
     """One row; what it is sorted by stands beside what is shown."""
-    loss, forgets, verdict = mean(row.losses), mean(row.forgetting), row.verdict + made.said(row)
+    loss, forgets, verdict = mean_of(row.losses), mean_of(row.forgetting), row.verdict + made.said(row)
     base = next(r["base_parameters"] for results in made.finals.values() for r in results if r)
-    score = mean(row.scores)
+    score = mean_of(row.scores)
     metric: list[tuple[str, str | float]] = [
         (f"{score:.3f}" + plus_minus(row.scores), score),
         (row.apart.shown(), row.apart.mean),
@@ -163,9 +166,9 @@ def cells(row: Standing, made: Outcome) -> list[str]:
         (f"{row.seconds:.0f} s", row.seconds),
         ("" if math.isnan(row.memory) else gib(row.memory), row.memory),
     ]
-    return [cell(text, value) for text, value in shown]
+    return [html_cell(text, value) for text, value in shown]
 
 
 def plus_minus(values: list[float]) -> str:
     """The standard deviation, where there is one."""
-    return "" if math.isnan(spread(values)) else f" ± {spread(values):.3f}"
+    return "" if math.isnan(spread_of(values)) else f" ± {spread_of(values):.3f}"

@@ -2,50 +2,55 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import yaml
 
-from inlay.workbench import metric
-from inlay.workbench.peft_methods import instead
-from inlay.workbench.recipe import Recipe, conform, conform_all, entry, from_values, read_yaml, told
+from inlay.evaluation.metric import METRIC_HELP, on_task
+from inlay.experiments.recipe_block import ELSEWHERE, check_held_whole, positive_numbers, read_block
+from inlay.messages import slug
+from inlay.recipe.reading import from_values, non_defaults
+from inlay.recipe.recipe import Recipe
+from inlay.recipe.schema import conform, conform_all, field_of
 
 BUDGETS = {"parameters": "trained numbers", "memory": "GiB at the peak of a step", "time": "seconds of training"}
+
+
 # Fields of a recipe in which methods may differ; all others are the task, which is one.
 OF_METHOD = """method args scale dropout target_modules exclude_modules layers_to_transform modules_to_save patterns
 allocate bias quantize fold_rounds scheduler warmup weight_decay optimizer optimizer_args lr_ratio step
 step_args flat_noise saver max_grad_norm gradient_checkpointing trainer""".split()
-ELSEWHERE = ("early_stopping", "keep_best", "save_every", "push_to_hub")  # of single runs only
 
 
 @dataclass
 class Comparison:
     """The `compare` block of a recipe."""
 
-    methods: list = entry(
+    methods: list = field_of(
         lambda: ["lora", "pissa", "milora", "lamda", "dota", "bone", "bat", "peft:dora"],
         "names (lora, peft:dora, full), or mappings of recipe fields in which methods may differ, with name and "
         "learning_rates: {method: milora, args: {side: minor}, learning_rates: [1e-3]}",
     )
-    learning_rates: list = entry(lambda: [2e-4, 6e-4, 2e-3], "what each method's own rate is chosen from")
-    seeds: list = entry(lambda: [0, 1, 2], "of the runs at the chosen rate; the rate is chosen with the first")
-    budget: dict = entry(
+    learning_rates: list = field_of(lambda: [2e-4, 6e-4, 2e-3], "what each method's own rate is chosen from")
+    seeds: list = field_of(lambda: [0, 1, 2], "of the runs at the chosen rate; the rate is chosen with the first")
+    budget: dict = field_of(
         dict, "one of {parameters: N}, {memory: GiB}: sizes are solved for it; {time: seconds}: steps are cut to it"
     )
-    halving: int = entry(3, "of the rates, one in so many goes on to a rung with so many times the steps", min=2)
-    reference: str | None = entry(None, "the method the others are compared with (default: lora, or the first)")
-    selection: int = entry(48, "training examples that are held out to choose rates on", min=1)
-    unrelated: str | None = entry(None, "text on which forgetting is measured (default: paragraphs that come with it)")
-    metric: str | dict | None = entry(None, f"of the final runs, beside their loss: {metric.HELP}")
+    halving: int = field_of(3, "of the rates, one in so many goes on to a rung with so many times the steps", min=2)
+    reference: str | None = field_of(None, "the method the others are compared with (default: lora, or the first)")
+    selection: int = field_of(48, "training examples that are held out to choose rates on", min=1)
+    unrelated: str | None = field_of(
+        None, "text on which forgetting is measured (default: paragraphs that come with it)"
+    )
+    metric: str | dict | None = field_of(None, f"of the final runs, beside their loss: {METRIC_HELP}")
 
     def __post_init__(self) -> None:
         conform_all(self)
         for name in ("methods", "learning_rates", "seeds"):
             if not getattr(self, name):
                 raise ValueError(f"compare: {name} is empty")
-        self.learning_rates = positive("learning_rates", self.learning_rates)
+        self.learning_rates = positive_numbers("learning_rates", self.learning_rates)
         self.seeds = [conform("seeds", int, seed) for seed in self.seeds]
         if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(f"seeds: {self.seeds} are not different whole numbers from 0 up; a seed twice is one run")
@@ -54,8 +59,8 @@ class Comparison:
                 f"budget: {self.budget} is not one of {', '.join(f'{{{k}: {v}}}' for k, v in BUDGETS.items())}"
             )
         if isinstance(self.metric, dict):
-            metric.on_task(self.metric)
-        self.budget = {kind: positive("budget", [limit])[0] for kind, limit in self.budget.items()}
+            on_task(self.metric)
+        self.budget = {kind: positive_numbers("budget", [limit])[0] for kind, limit in self.budget.items()}
 
     @property
     def limit(self) -> tuple[str, float] | None:
@@ -73,7 +78,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ComparisonPlan:
     """A comparison whose methods are settled."""
 
     ask: Comparison
@@ -88,60 +93,31 @@ class Plan:
     def to_yaml(self) -> str:
         """The recipe that asks for it; where it is kept and run is no part of it."""
         asked = {key: value for key, value in asdict(self.ask).items() if key != "metric" or value is not None}
-        return yaml.safe_dump({**told(self.recipe), "compare": asked}, sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump({**non_defaults(self.recipe), "compare": asked}, sort_keys=False, allow_unicode=True)
 
 
-def slug(name: str) -> str:
-    """A method's name as a folder's."""
-    return re.sub(r"[^\w-]", "-", name)
-
-
-def positive(name: str, values: list[Any]) -> list[float]:
-    """Numbers above 0."""
-    numbers = [conform(name, float, value) for value in values]
-    if any(number <= 0 for number in numbers):
-        raise ValueError(f"{name}: {min(numbers)} is not above 0")
-    return numbers
-
-
-def load(path: str, output: str | None = None, overwrite: bool = False) -> Plan:
+def load_comparison(path: str, output: str | None = None, overwrite: bool = False) -> ComparisonPlan:
     """A comparison from a YAML file; one without a `compare` block compares the default methods on that task.
 
     Raises:
         ValueError: the file, a key or a value cannot be used.
     """
-    values, given = block(path, "compare", Comparison)
+    values, given = read_block(path, "compare", Comparison)
     more = {"output": output or values.get("output"), "overwrite": overwrite}
-    return plan(from_values({**values, **more}, {}, path), Comparison(**given))
+    return plan_comparison(from_values({**values, **more}, {}, path), Comparison(**given))
 
 
-def block(path: str, name: str, cls: type) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a YAML file says of a recipe, and its block `name`, whose keys are fields of `cls`.
-
-    Raises:
-        ValueError: the file, the block or a key of it cannot be used.
-    """
-    values = read_yaml(path)
-    given, names = values.pop(name, None) or {}, [f.name for f in fields(cls)]
-    if not isinstance(given, dict):
-        raise ValueError(f"{path}: {name} must be a mapping, not {given!r}")
-    for key in given:
-        if key not in names:
-            raise ValueError(f"{path}: {name} has no {key!r}; {instead(key, names)}")
-    return values, given
-
-
-def plan(recipe: Recipe, ask: Comparison) -> Plan:
+def plan_comparison(recipe: Recipe, ask: Comparison) -> ComparisonPlan:
     """A comparison with every method's recipe made and checked."""
     for name in ELSEWHERE:
         if getattr(recipe, name):
             raise ValueError(f"{name} is for single runs: here all methods train as long, and only results are kept")
-    whole(recipe)
+    check_held_whole(recipe)
     if recipe.task != "instruction":
         raise ValueError(f"task: {recipe.task} is for single runs; inlay compare compares on task instruction")
     if recipe.batch_size == "auto":
         raise ValueError("batch_size: auto would give each method another one; give a number")
-    entries = tuple(settle(recipe, ask, item) for item in ask.methods)
+    entries = tuple(entry_of(recipe, ask, item) for item in ask.methods)
     names = [e.name for e in entries]
     folders = list(map(slug, names))
     for name in names:
@@ -151,16 +127,10 @@ def plan(recipe: Recipe, ask: Comparison) -> Plan:
             )
     if ask.reference not in (None, *names):
         raise ValueError(f"reference: {ask.reference!r} is not one of the methods {', '.join(names)}")
-    return Plan(ask, recipe, entries)
+    return ComparisonPlan(ask, recipe, entries)
 
 
-def whole(recipe: Recipe) -> None:
-    """Raise a ValueError for data that is not held whole: trials draw their examples from all there are."""
-    if recipe.streaming:
-        raise ValueError("streaming is for inlay train: trials draw their examples from all there are; leave it out")
-
-
-def settle(recipe: Recipe, ask: Comparison, item: Any) -> Entry:
+def entry_of(recipe: Recipe, ask: Comparison, item: Any) -> Entry:
     """One of `methods`, laid over the recipe that all share."""
     given: Any = {"method": item} if isinstance(item, str) else item
     if not isinstance(given, dict) or "method" not in given:
@@ -168,7 +138,7 @@ def settle(recipe: Recipe, ask: Comparison, item: Any) -> Entry:
     rates, name = given.get("learning_rates", ask.learning_rates), given.get("name", given["method"])
     if not isinstance(rates, list) or not rates:
         raise ValueError(f"methods: learning_rates of {name} must be a list with one or more, not {rates!r}")
-    rates = positive("learning_rates", rates)
+    rates = positive_numbers("learning_rates", rates)
     own = {key: value for key, value in given.items() if key not in ("name", "learning_rates")}
     for key in own:
         if key not in OF_METHOD:

@@ -10,10 +10,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from inlay.workbench.tuning import Plan, Range
+from inlay.experiments.tune.spec import Range, SearchPlan
 
 
-def load() -> Any:
+def import_nomad() -> Any:
     """PyNomad.
 
     Raises:
@@ -43,7 +43,7 @@ def value_at(r: Range, x: float) -> Any:
     return round(value) if r.whole else value
 
 
-def minimise(loss: Callable[[dict[str, Any]], float], plan: Plan) -> None:
+def minimise(loss: Callable[[dict[str, Any]], float], plan: SearchPlan) -> None:
     """Search the space of a plan from its middle, with at most so many values as it has trials.
 
     Args:
@@ -65,7 +65,7 @@ def minimise(loss: Callable[[dict[str, Any]], float], plan: Plan) -> None:
         point.setBBO(f"{found:.17g}".encode())
         return int(math.isfinite(found))
 
-    load().optimize(evaluate, start, list(low), list(high), [
+    import_nomad().optimize(evaluate, start, list(low), list(high), [
         "BB_OUTPUT_TYPE OBJ", f"BB_INPUT_TYPE ( {' '.join(kinds)} )", f"MAX_BB_EVAL {plan.ask.trials}",
         f"SEED {plan.recipe.seed}", "DISPLAY_DEGREE 0", "NB_THREADS_PARALLEL_EVAL 1",
     ])  # fmt: skip

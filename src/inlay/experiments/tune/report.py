@@ -15,17 +15,16 @@ from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 
-from inlay.workbench import metric
-from inlay.workbench.compare_plots import finish, start
-from inlay.workbench.figures import COLOURS, INK, LOOK, save
-from inlay.workbench.files import write_text
-from inlay.workbench.memory import gib
-from inlay.workbench.tune import BEST, Found, complete, label, state
+from inlay.evaluation.metric import metric_title
+from inlay.experiments.tune.study import BEST, TrialResult, completed_trials, search_state, trial_label
+from inlay.files.atomic import write_text
+from inlay.inspection.figures import COLOURS, INK, LOOK, finish_plot, new_plot, save_figure
+from inlay.messages import gib
 
 SHOWN = 10  # trials in the table on the terminal
 
 
-def write(found: Found, console: Console) -> None:
+def write_search(found: TrialResult, console: Console) -> None:
     """results.csv and plots/; the table is printed."""
     names = list(found.plan.ranges)
     text = io.StringIO()
@@ -33,28 +32,28 @@ def write(found: Found, console: Console) -> None:
                "memory", "best"]  # fmt: skip
     sheet = csv.DictWriter(text, columns, lineterminator="\n", restval="")
     sheet.writeheader()
-    sheet.writerows(rows(found))
+    sheet.writerows(trial_rows(found))
     write_text(found.folder / "results.csv", text.getvalue())
     (found.folder / "plots").mkdir(exist_ok=True)
     with matplotlib.rc_context(LOOK):
-        save(history(found), found.folder / "plots" / "history.png")
-        if shares := importances(found):
-            save(importance(shares), found.folder / "plots" / "importance.png")
-    console.print(table(found))
-    console.print(f"best: {label(found.best)}; inlay train {found.folder / BEST}")
+        save_figure(history_plot(found), found.folder / "plots" / "history.png")
+        if shares := importance_plot(found):
+            save_figure(importance(shares), found.folder / "plots" / "importance.png")
+    console.print(trial_table(found))
+    console.print(f"best: {trial_label(found.best)}; inlay train {found.folder / BEST}")
 
 
-def rows(found: Found) -> list[dict[str, Any]]:
+def trial_rows(found: TrialResult) -> list[dict[str, Any]]:
     """A row per trial that ended, in their order."""
     made = []
     for trial in found.study.get_trials(deepcopy=False):
         if not trial.state.is_finished():
             continue
-        name = label(trial)
+        name = trial_label(trial)
         run, again = found.results.get(name, {}), found.again.get(name, {})
         made.append({
             "trial": name, "state": trial.state.name.lower(), **trial.params,
-            "loss": trial.values[0] if trial.state == state("COMPLETE") else "",
+            "loss": trial.values[0] if trial.state == search_state("COMPLETE") else "",
             "heldout": again.get("after", ""), "metric": again.get("metric", ""),
             "forgetting": again.get("forgetting", ""),
             **{key: run.get(key, "") for key in ("steps", "parameters", "seconds", "memory")},
@@ -63,11 +62,11 @@ def rows(found: Found) -> list[dict[str, Any]]:
     return made
 
 
-def table(found: Found) -> Table:
+def trial_table(found: TrialResult) -> Table:
     """The best few, the winner first."""
-    measure = metric.title(found.plan.rescore.metric) if found.plan.rescore.metric else ""
-    judged = sorted((t for t in found.done if label(t) in found.again), key=found.score)
-    rest = [t for t in found.done if label(t) not in found.again]
+    measure = metric_title(found.plan.rescore.metric) if found.plan.rescore.metric else ""
+    judged = sorted((t for t in found.done if trial_label(t) in found.again), key=found.score)
+    rest = [t for t in found.done if trial_label(t) not in found.again]
     counts = Counter(trial.state.name for trial in found.study.get_trials(deepcopy=False))
     words = {"COMPLETE": "to their end", "PRUNED": "pruned", "FAIL": "failed"}
     title = ", ".join(f"{counts[name]} trials {said}" for name, said in words.items() if counts[name])
@@ -76,29 +75,30 @@ def table(found: Found) -> Table:
     for column in ("trial", *heads):
         made.add_column(column, justify="left" if column == "trial" else "right")
     for trial in [*judged, *rest][:SHOWN]:
-        run, again = found.results.get(label(trial), {}), found.again.get(label(trial), {})
+        run, again = found.results.get(trial_label(trial), {}), found.again.get(trial_label(trial), {})
         values = [trial.params[name] for name in found.plan.ranges]
         made.add_row(
-            label(trial), *(f"{v:.3g}" if isinstance(v, float) else str(v) for v in values),
-            f"{trial.values[0]:.3f}", number(again.get("after")), *([number(again.get("metric"))] if measure else []),
-            number(again.get("forgetting"), "+.3f"), number(run.get("seconds"), ".0f") + " s",
+            trial_label(trial), *(f"{v:.3g}" if isinstance(v, float) else str(v) for v in values),
+            f"{trial.values[0]:.3f}", number_text(again.get("after")),
+            *([number_text(again.get("metric"))] if measure else []),
+            number_text(again.get("forgetting"), "+.3f"), number_text(run.get("seconds"), ".0f") + " s",
             gib(run["memory"]) if run else "",
         )  # fmt: skip
     return made
 
 
-def number(value: float | None, form: str = ".3f") -> str:
+def number_text(value: float | None, form: str = ".3f") -> str:
     """A number as text; nothing where there is none."""
     return "" if value is None else f"{value:{form}}"
 
 
-def history(found: Found) -> Figure:
+def history_plot(found: TrialResult) -> Figure:
     """The loss of every trial in their order, the least so far, and how those that were ended early stood."""
-    figure, axes = start("History", "trial", "loss on the examples trials are judged by\n(nats per answer token)")
-    ended = [(t.number, t.values[0]) for t in complete(found.study) if math.isfinite(t.values[0])]
+    figure, axes = new_plot("History", "trial", "loss on the examples trials are judged by\n(nats per answer token)")
+    ended = [(t.number, t.values[0]) for t in completed_trials(found.study) if math.isfinite(t.values[0])]
     pruned = [
         (t.number, t.values[0])
-        for t in found.study.get_trials(deepcopy=False, states=(state("PRUNED"),))
+        for t in found.study.get_trials(deepcopy=False, states=(search_state("PRUNED"),))
         if t.values and math.isfinite(t.values[0])
     ]
     best = [(n, min(loss for m, loss in ended if m <= n)) for n, _ in ended]
@@ -109,10 +109,10 @@ def history(found: Found) -> Figure:
     mark = next(loss for n, loss in ended if n == found.best.number)
     axes.plot(found.best.number, mark, "o", markersize=13, markerfacecolor="none", markeredgecolor=INK, label="best")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return finish(figure, axes)
+    return finish_plot(figure, axes)
 
 
-def importances(found: Found) -> dict[str, float]:
+def importance_plot(found: TrialResult) -> dict[str, float]:
     """How much each field decided which trials are the best tenth (PED-ANOVA: Watanabe et al., arXiv:2304.10255), as
     shares of 1, the most first; none where there is one field alone, or nothing to tell trials by."""
     import optuna
@@ -127,7 +127,7 @@ def importances(found: Found) -> dict[str, float]:
 
 def importance(shares: dict[str, float]) -> Figure:
     """How much each field mattered."""
-    figure, axes = start("What mattered", "importance (PED-ANOVA, shares of 1)", "")
+    figure, axes = new_plot("What mattered", "importance (PED-ANOVA, shares of 1)", "")
     names = list(reversed(shares))
     axes.barh(names, [shares[name] for name in names], color=COLOURS[0])
     axes.set_xlim(0, 1)

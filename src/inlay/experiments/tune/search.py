@@ -11,55 +11,38 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from rich.console import Console
 
-from inlay.workbench import metric, models, nomad, on_ray, tuning
-from inlay.workbench.files import locked, write_text
-from inlay.workbench.on_ray import Cluster
-from inlay.workbench.prepare import examples
-from inlay.workbench.recipe import told
-from inlay.workbench.runner import Runner, Workers, open_folder, origin, steps_of
-from inlay.workbench.trial import Trial
-from inlay.workbench.tuning import Plan, Range, lay
+from inlay.evaluation.metric import load_metric
+from inlay.experiments import ray_cluster
+from inlay.experiments.ray_cluster import Cluster
+from inlay.experiments.runner import Runner, Workers, open_folder, origin, steps_of
+from inlay.experiments.trial import Trial
+from inlay.experiments.tune.nomad import import_nomad, minimise
+from inlay.experiments.tune.spec import Range, SearchPlan, lay_over, load_search, same_values
+from inlay.experiments.tune.study import (
+    ASKED,
+    BEST,
+    STUDY,
+    TrialResult,
+    best_recipe,
+    completed_trials,
+    same_trial,
+    search_state,
+    trial_label,
+    values_of,
+)
+from inlay.files.atomic import locked, write_text
+from inlay.models.loading import load_tokenizer
+from inlay.training.examples import load_examples
 
 if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
-
-ASKED, STUDY, BEST = "tune.yaml", "tune.db", "best.yaml"  # the first also marks a folder as a search's
-
-
-@dataclass
-class Found:
-    """What a search found: its study, the runs' results by their labels, and those of the best few again."""
-
-    plan: Plan
-    folder: Path
-    study: optuna.Study
-    results: dict[str, dict[str, Any]]
-    again: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    @property
-    def done(self) -> list[FrozenTrial]:
-        """The trials that ran to their end and did not diverge, the least loss first; of equal ones, one."""
-        best = sorted(complete(self.study), key=lambda trial: trial.values[0])
-        return [t for i, t in enumerate(best) if math.isfinite(t.values[0]) and twin(best[:i], t) is None]
-
-    def score(self, trial: FrozenTrial) -> float:
-        """What a trial is judged by in the end, less being better."""
-        result, asked = self.again[label(trial)], self.plan.rescore
-        return result["after"] if asked.metric is None else result["metric"] * (-1) ** (asked.direction == "maximize")
-
-    @property
-    def best(self) -> FrozenTrial:
-        """The trial whose values win."""
-        judged = [trial for trial in self.done if label(trial) in self.again]
-        return min(judged, key=self.score) if judged else self.done[0]
 
 
 def tune(
@@ -78,26 +61,26 @@ def tune(
             not there, or every trial failed.
     """
     console = console or Console()
-    plan = tuning.load(path, output, overwrite)
-    check(plan, jobs)
+    plan = load_search(path, output, overwrite)
+    check_trial(plan, jobs)
     folder = Path(plan.recipe.output or Path("runs") / Path(path).stem).expanduser()
     recipe = plan.recipe
-    rows = examples(recipe, models.load_tokenizer(recipe.model, recipe.revision, recipe.trust_remote_code), console)
+    rows = load_examples(recipe, load_tokenizer(recipe.model, recipe.revision, recipe.trust_remote_code), console)
     if plan.ask.selection >= len(rows.train):
         raise ValueError(f"selection: {plan.ask.selection} of {len(rows.train)} examples leave none to train on")
-    with on_ray.workers(jobs, cluster, console) as workers, locked(folder):
-        open_folder(folder, folder / ASKED, plan.to_yaml(), origin(recipe, rows), overwrite, "search", tuning.same)
-        with Search(plan, folder, len(rows.train) - plan.ask.selection, workers, console) as search:
+    with ray_cluster.workers(jobs, cluster, console) as workers, locked(folder):
+        open_folder(folder, folder / ASKED, plan.to_yaml(), origin(recipe, rows), overwrite, "search", same_values)
+        with SearchRun(plan, folder, len(rows.train) - plan.ask.selection, workers, console) as search:
             search.run()
             found = search.judge()
-        from inlay.workbench import tune_report  # matplotlib takes a second
+        from inlay.experiments.tune.report import write_search  # matplotlib takes a second
 
         write_text(folder / BEST, best_recipe(found))
-        tune_report.write(found, console)
+        write_search(found, console)
     return folder
 
 
-def check(plan: Plan, jobs: int | None) -> None:
+def check_trial(plan: SearchPlan, jobs: int | None) -> None:
     """Refuse what would fail only after the trials.
 
     Raises:
@@ -109,51 +92,17 @@ def check(plan: Plan, jobs: int | None) -> None:
         raise ValueError("inlay tune needs Optuna; pip install 'inlay[tune]'") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if plan.ask.sampler == "nomad":
-        nomad.load()
+        import_nomad()
         if jobs is not None and jobs > 1:
             raise ValueError(f"sampler: nomad chooses each trial by the one before; leave out --jobs {jobs}")
     if plan.rescore.metric:
-        metric.load(plan.rescore.metric)
+        load_metric(plan.rescore.metric)
 
 
-def best_recipe(found: Found) -> str:
-    """The recipe of the trial that won, with what the search did not touch; `inlay train` takes it."""
-    made = lay(found.plan.recipe, values_of(found.plan, found.best.params))
-    head = f"# {label(found.best)} of inlay tune\n"
-    return head + yaml.safe_dump(told(made), sort_keys=False, allow_unicode=True)
-
-
-def values_of(plan: Plan, params: dict[str, Any]) -> dict[str, Any]:
-    """A trial's values as a recipe takes them."""
-    return {name: r.labels[params[name]] if r.choices else params[name] for name, r in plan.ranges.items()}
-
-
-def label(trial: Any) -> str:
-    """A trial's folder; one that is tried again after a kill keeps its own."""
-    return trial.user_attrs.get("label", f"trial-{trial.number:03d}")
-
-
-def complete(study: optuna.Study) -> list[FrozenTrial]:
-    """The trials that ran to their end."""
-    return study.get_trials(deepcopy=False, states=(state("COMPLETE"),))
-
-
-def state(name: str) -> Any:
-    """A state of Optuna's trials."""
-    from optuna.trial import TrialState
-
-    return TrialState[name]
-
-
-def twin(trials: list[FrozenTrial], of: Any) -> FrozenTrial | None:
-    """The first of some trials with the same values."""
-    return next((trial for trial in trials if trial.params == of.params), None)
-
-
-class Search:
+class SearchRun:
     """The trials of a search: chosen, run, told to the study."""
 
-    def __init__(self, plan: Plan, folder: Path, rows: int, workers: Workers, console: Console) -> None:
+    def __init__(self, plan: SearchPlan, folder: Path, rows: int, workers: Workers, console: Console) -> None:
         import optuna
 
         self.plan, self.folder, self.rows, self.console = plan, folder, rows, console
@@ -172,12 +121,12 @@ class Search:
         self.study = optuna.create_study(
             storage=self.storage, sampler=sampler, pruner=pruner, study_name="inlay", load_if_exists=True
         )
-        self.found = Found(plan, folder, self.study, {})
+        self.found = TrialResult(plan, folder, self.study, {})
         self.going: dict[Path, tuple[optuna.Trial, int]] = {}
         self.reported: Counter[Path] = Counter()
         self.lock = threading.Lock()  # one trial is chosen at a time
 
-    def __enter__(self) -> Search:
+    def __enter__(self) -> SearchRun:
         self.runner.__enter__()
         return self
 
@@ -189,14 +138,14 @@ class Search:
     def run(self) -> None:
         """As many trials as are asked for, those that finished before included; what a kill or a failure ended is
         tried again first, in its own folder."""
-        finished = self.study.get_trials(states=(state("COMPLETE"), state("PRUNED")))
-        for trial in self.study.get_trials(states=(state("RUNNING"),)):
-            self.study.tell(trial.number, state=state("FAIL"))
-        going = {label(t) for t in (*finished, *self.study.get_trials(states=(state("WAITING"),)))}
-        for trial in self.study.get_trials(states=(state("FAIL"),)):
-            if label(trial) not in going and len(trial.params) == len(self.plan.ranges):
-                self.study.enqueue_trial(trial.params, user_attrs={"label": label(trial)})
-                going.add(label(trial))
+        finished = self.study.get_trials(states=(search_state("COMPLETE"), search_state("PRUNED")))
+        for trial in self.study.get_trials(states=(search_state("RUNNING"),)):
+            self.study.tell(trial.number, state=search_state("FAIL"))
+        going = {trial_label(t) for t in (*finished, *self.study.get_trials(states=(search_state("WAITING"),)))}
+        for trial in self.study.get_trials(states=(search_state("FAIL"),)):
+            if trial_label(trial) not in going and len(trial.params) == len(self.plan.ranges):
+                self.study.enqueue_trial(trial.params, user_attrs={"label": trial_label(trial)})
+                going.add(trial_label(trial))
         for trial in finished:
             self.keep(trial)
         left = self.plan.ask.trials - len(finished)
@@ -210,22 +159,22 @@ class Search:
     def mesh(self, left: int) -> None:
         """The trials that NOMAD chooses, one after the other."""
         self.runner.bars.update(self.runner.all, total=left)
-        nomad.minimise(self.at, self.plan)
+        minimise(self.at, self.plan)
 
     def keep(self, trial: FrozenTrial) -> None:
         """Read the result of a trial that was run before."""
         asked = self.trial_of(trial)
         if result := asked.result(self.folder / "runs" / asked.name):
-            self.found.results[label(trial)] = result
+            self.found.results[trial_label(trial)] = result
 
     def at(self, params: dict[str, Any]) -> float:
         """The loss at some values, for a method that chooses them itself."""
-        finished = self.study.get_trials(deepcopy=False, states=(state("COMPLETE"), state("PRUNED")))
+        finished = self.study.get_trials(deepcopy=False, states=(search_state("COMPLETE"), search_state("PRUNED")))
         known = next((t for t in finished if t.params == params), None)
         if known is None:
             self.study.enqueue_trial(params, skip_if_exists=True)
             known = self.attempt()
-        return known.values[0] if known.state == state("COMPLETE") else math.inf
+        return known.values[0] if known.state == search_state("COMPLETE") else math.inf
 
     def attempt(self) -> FrozenTrial:
         """One trial: its values from the study, its run, its loss to the study."""
@@ -233,11 +182,13 @@ class Search:
             trial = self.study.ask()
             for name, r in self.plan.ranges.items():
                 suggest(trial, name, r)
-            finished = self.study.get_trials(deepcopy=False, states=(state("COMPLETE"), state("PRUNED")))
-        name = label(trial)
-        if known := twin(finished, trial):
-            self.console.print(f"{name}: the values of {label(known)}")
-            return self.study.tell(trial, known.values if known.state == state("COMPLETE") else None, known.state)
+            finished = self.study.get_trials(deepcopy=False, states=(search_state("COMPLETE"), search_state("PRUNED")))
+        name = trial_label(trial)
+        if known := same_trial(finished, trial):
+            self.console.print(f"{name}: the values of {trial_label(known)}")
+            return self.study.tell(
+                trial, known.values if known.state == search_state("COMPLETE") else None, known.state
+            )
         values = (f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial.params.items())
         self.console.print(f"{name}: {', '.join(values)}")
         asked = self.trial_of(trial)
@@ -245,17 +196,17 @@ class Search:
         self.going[folder] = (trial, asked.stop)
         result = self.runner.one(asked)
         if result is None:
-            return self.study.tell(trial, state=state("PRUNED" if folder in self.runner.pruned else "FAIL"))
+            return self.study.tell(trial, state=search_state("PRUNED" if folder in self.runner.pruned else "FAIL"))
         self.found.results[name] = result
         told = self.study.tell(trial, math.inf if result["after"] is None else result["after"])
-        best = min(t.values[0] for t in complete(self.study))
+        best = min(t.values[0] for t in completed_trials(self.study))
         self.runner.bars.update(self.runner.all, now=f"best {best:.3f}")
         return told
 
     def trial_of(self, trial: Any, again: bool = False) -> Trial:
         """The run of a trial's values; `again`: with another seed, judged by what is held out or by the metric."""
-        plan, name = self.plan, label(trial)
-        recipe = lay(plan.recipe, values_of(plan, trial.params))
+        plan, name = self.plan, trial_label(trial)
+        recipe = lay_over(plan.recipe, values_of(plan, trial.params))
         steps = steps_of(recipe, self.rows)
         made = replace(
             recipe, steps=steps, output=None, overwrite=False, seed=recipe.seed + again,
@@ -277,7 +228,7 @@ class Search:
             trial.report(loss, self.reported[folder])
         return bool(new) and trial.should_prune()
 
-    def judge(self) -> Found:
+    def judge(self) -> TrialResult:
         """Train the best few again, and judge them.
 
         Raises:
@@ -288,7 +239,7 @@ class Search:
         top = self.found.done[: self.plan.rescore.top]
         results = self.runner.run([self.trial_of(trial, again=True) for trial in top])
         self.found.again = {
-            label(t): r for t, r in zip(top, results, strict=True) if r is not None and r["after"] is not None
+            trial_label(t): r for t, r in zip(top, results, strict=True) if r is not None and r["after"] is not None
         }
         return self.found
 

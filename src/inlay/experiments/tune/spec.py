@@ -10,11 +10,13 @@ from typing import Any, Literal
 
 import yaml
 
+from inlay.evaluation.metric import METRIC_HELP, less_is_better
+from inlay.experiments.recipe_block import ELSEWHERE, check_held_whole, read_block
+from inlay.messages import did_you_mean
 from inlay.methods import METHODS
-from inlay.workbench import metric
-from inlay.workbench.comparison import ELSEWHERE, block, whole
-from inlay.workbench.peft_methods import instead
-from inlay.workbench.recipe import Recipe, conform, conform_all, entry, from_values, hyperparameters, told
+from inlay.recipe.reading import from_values, hyperparameters, non_defaults
+from inlay.recipe.recipe import Recipe
+from inlay.recipe.schema import conform, conform_all, field_of
 
 # What the task is: at other values a loss is of something else. What is no matter of quality is there too.
 FIXED = """model revision trust_remote_code data split eval_data eval_size columns system max_length seed eval_every
@@ -50,29 +52,31 @@ class Range:
 class Rescore:
     """The `rescore` block: how the best few trials are judged again."""
 
-    top: int = entry(3, "trials that are trained again; 0: the least loss wins", min=0)
-    metric: str | dict | None = entry(None, f"{metric.HELP} (default: the held-out loss)")
-    direction: Literal["maximize", "minimize"] | None = entry(
+    top: int = field_of(3, "trials that are trained again; 0: the least loss wins", min=0)
+    metric: str | dict | None = field_of(None, f"{METRIC_HELP} (default: the held-out loss)")
+    direction: Literal["maximize", "minimize"] | None = field_of(
         None, "what is better in the metric (default: maximize; of perplexity, minimize)"
     )
 
     def __post_init__(self) -> None:
         conform_all(self)
         if self.direction is None:
-            self.direction = "minimize" if self.metric and metric.less_is_better(self.metric) else "maximize"
+            self.direction = "minimize" if self.metric and less_is_better(self.metric) else "maximize"
 
 
 @dataclass
-class Search:
+class SearchSpec:
     """The `tune` block of a recipe."""
 
-    space: dict = entry(dict, f"fields, or args.NAME, trainer.NAME, ...: each {EXAMPLES}")
-    trials: int = entry(30, "runs in all; more of them go on with the same search", min=1)
-    sampler: Literal["tpe", "nomad"] = entry("tpe", "tpe: Optuna's; nomad: mesh adaptive search, one trial at a time")
-    pruner: Literal["median", "hyperband", "none"] = entry("median", "ends trials that fall behind")
-    evaluations: int = entry(5, "of a trial while it trains, evenly spaced: what the pruner sees", min=1)
-    selection: int = entry(48, "training examples that are held out to judge trials by", min=1)
-    rescore: dict = entry(dict, "{top: 3, metric: ..., direction: maximize}: the best few, trained again")
+    space: dict = field_of(dict, f"fields, or args.NAME, trainer.NAME, ...: each {EXAMPLES}")
+    trials: int = field_of(30, "runs in all; more of them go on with the same search", min=1)
+    sampler: Literal["tpe", "nomad"] = field_of(
+        "tpe", "tpe: Optuna's; nomad: mesh adaptive search, one trial at a time"
+    )
+    pruner: Literal["median", "hyperband", "none"] = field_of("median", "ends trials that fall behind")
+    evaluations: int = field_of(5, "of a trial while it trains, evenly spaced: what the pruner sees", min=1)
+    selection: int = field_of(48, "training examples that are held out to judge trials by", min=1)
+    rescore: dict = field_of(dict, "{top: 3, metric: ..., direction: maximize}: the best few, trained again")
 
     def __post_init__(self) -> None:
         conform_all(self)
@@ -82,20 +86,22 @@ class Search:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SearchPlan:
     """A search whose ranges are settled."""
 
-    ask: Search
+    ask: SearchSpec
     recipe: Recipe
     ranges: dict[str, Range]
     rescore: Rescore
 
     def to_yaml(self) -> str:
         """The recipe that asks for it; where it is kept and run is no part of it."""
-        return yaml.safe_dump({**told(self.recipe), "tune": asdict(self.ask)}, sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(
+            {**non_defaults(self.recipe), "tune": asdict(self.ask)}, sort_keys=False, allow_unicode=True
+        )
 
 
-def same(old: str, new: str) -> bool:
+def same_values(old: str, new: str) -> bool:
     """Whether two of `Plan.to_yaml` are one search: it may have more trials, and be judged otherwise in the end."""
     one, other = ({**(found := yaml.safe_load(text)), "tune": {**found["tune"]}} for text in (old, new))
     for key in ("trials", "rescore"):
@@ -104,34 +110,34 @@ def same(old: str, new: str) -> bool:
     return one == other
 
 
-def load(path: str, output: str | None = None, overwrite: bool = False) -> Plan:
+def load_search(path: str, output: str | None = None, overwrite: bool = False) -> SearchPlan:
     """A search from a YAML file.
 
     Raises:
         ValueError: the file, a key or a value cannot be used.
     """
-    values, given = block(path, "tune", Search)
+    values, given = read_block(path, "tune", SearchSpec)
     more = {"output": output or values.get("output"), "overwrite": overwrite}
-    return plan(from_values({**values, **more}, {}, path), Search(**given))
+    return plan_search(from_values({**values, **more}, {}, path), SearchSpec(**given))
 
 
-def plan(recipe: Recipe, ask: Search) -> Plan:
+def plan_search(recipe: Recipe, ask: SearchSpec) -> SearchPlan:
     """A search with every range read, and tried at its ends."""
     for name in ELSEWHERE:
         if getattr(recipe, name):
             raise ValueError(f"{name} is for single runs: here trials leave only results")
-    whole(recipe)
+    check_held_whole(recipe)
     ranges = {name: range_of(name, given) for name, given in ask.space.items()}
     first = {name: r.ends[0] for name, r in ranges.items()}
     for name, r in ranges.items():
         for value in r.ends:
             try:
-                tried = lay(recipe, {**first, name: value})
+                tried = lay_over(recipe, {**first, name: value})
             except ValueError as error:
                 raise ValueError(f"space: {name} cannot be {value!r}: {error}") from None
             if tried.batch_size == "auto":
                 raise ValueError("batch_size: auto would give each trial another one; give a number, or tune it")
-    return Plan(ask, recipe, ranges, rescore(ask.rescore))
+    return SearchPlan(ask, recipe, ranges, rescore(ask.rescore))
 
 
 def rescore(given: dict[str, Any]) -> Rescore:
@@ -139,7 +145,7 @@ def rescore(given: dict[str, Any]) -> Rescore:
     names = [f.name for f in fields(Rescore)]
     for key in given:
         if key not in names:
-            raise ValueError(f"rescore has no {key!r}; {instead(key, names)}")
+            raise ValueError(f"rescore has no {key!r}; {did_you_mean(key, names)}")
     return Rescore(**given)
 
 
@@ -153,7 +159,7 @@ def range_of(name: str, given: Any) -> Range:
     if head not in TUNED:
         if head in FIXED or head in ELSEWHERE:
             raise ValueError(f"space: {head} cannot be tuned: it says what the task is, not how well it is learned")
-        hint = f"write it as args.{head}" if head in hyperparameters() else instead(head, TUNED)
+        hint = f"write it as args.{head}" if head in hyperparameters() else did_you_mean(head, TUNED)
         raise ValueError(f"space: a recipe has no {head!r}; {hint}")
     hint = typing.get_type_hints(Recipe)[head]
     if inner and hint is not dict:
@@ -166,7 +172,7 @@ def range_of(name: str, given: Any) -> Range:
         return Range(choices=tuple(given["choices"]))
     for key in given:
         if key not in ("low", "high", "log"):
-            raise ValueError(f"space: {name} has no {key!r}; {instead(key, ('low', 'high', 'log'))}")
+            raise ValueError(f"space: {name} has no {key!r}; {did_you_mean(key, ('low', 'high', 'log'))}")
     options = typing.get_args(hint) or (hint,)
     if not inner and not {int, float} & set(options):
         raise ValueError(f"space: {name} has no numbers between others; write {{choices: [...]}}")
@@ -190,7 +196,7 @@ def takes_fractions(head: str, key: str) -> bool:
     return bool(types) and all("float" in text for text in types)
 
 
-def lay(recipe: Recipe, values: dict[str, Any]) -> Recipe:
+def lay_over(recipe: Recipe, values: dict[str, Any]) -> Recipe:
     """A recipe with values of the space laid over it; a dotted name is a key within a field.
 
     Raises:

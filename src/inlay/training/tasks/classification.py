@@ -8,24 +8,15 @@ import numpy as np
 import torch
 from datasets import Dataset
 from rich.console import Console
-from scipy import stats
 from transformers import DataCollatorWithPadding, TrainingArguments
 
-from inlay.workbench import data, prepare
-from inlay.workbench.prepare import Examples
-from inlay.workbench.read import Record
-from inlay.workbench.recipe import Recipe
-from inlay.workbench.tasks.task import Row, Task
-from inlay.workbench.trainer import PlainTrainer
-
-FORMATS = {
-    "pair": {
-        "text": ("sentence1", "premise", "question1", "question"),
-        "pair": ("sentence2", "hypothesis", "question2", "sentence"),
-        "label": ("label",),
-    },
-    "sentence": {"text": ("sentence", "text"), "label": ("label",)},
-}
+from inlay.data.formats import Row
+from inlay.data.labelled import labelled_examples
+from inlay.evaluation.label_metrics import classified, correlated
+from inlay.recipe.recipe import Recipe
+from inlay.training.examples import Examples, announce, measured, train_and_heldout
+from inlay.training.tasks.instruction import Task
+from inlay.training.trainer import PlainTrainer
 
 
 class Classification(Task):
@@ -37,15 +28,17 @@ class Classification(Task):
 
     def examples(self, recipe: Recipe, tokenizer: Any, console: Console) -> Examples:
         """As of any task; a label is what stands in its column, and labels are ordered by value."""
-        train, held = prepare.halves(recipe, lambda records: convert(records, recipe.columns), lambda row: row["text"])
+        train, held = train_and_heldout(
+            recipe, lambda records: labelled_examples(records, recipe.columns), lambda row: row["text"]
+        )
         values = {row["label"] for row in (*train, *held)}
-        labels = order(values)
+        labels = ordered_labels(values)
         if len(values) < 2:
             raise ValueError(f"label: every example has {values.pop()!r}; there have to be two labels at least")
         for row in (*train, *held):
             row["labels"] = labels.index(row["label"]) if labels else float(row["label"])
-        made = Examples(train, held, prepare.measured([encoded(row, tokenizer) for row in train], recipe), labels)
-        prepare.announce(made, recipe, console)
+        made = Examples(train, held, measured([encoded_length(row, tokenizer) for row in train], recipe), labels)
+        announce(made, recipe, console)
         return made
 
     def model_settings(self, rows: Examples) -> dict[str, Any]:
@@ -78,7 +71,8 @@ class Classification(Task):
 
     def questions(self, rows: list[Row], count: int) -> list[Row]:
         return [
-            {"input": [r["text"], r["pair"]], "prompt": joined(r), "reference": str(r["label"])} for r in rows[:count]
+            {"input": [r["text"], r["pair"]], "prompt": joined_texts(r), "reference": str(r["label"])}
+            for r in rows[:count]
         ]
 
     @torch.no_grad()
@@ -93,24 +87,10 @@ class Classification(Task):
         return said
 
     def shown(self, row: Row, tokenizer: Any, recipe: Recipe) -> str:
-        return f"{joined(row)} ⟦{row['label']}⟧"
+        return f"{joined_texts(row)} ⟦{row['label']}⟧"
 
 
-def convert(records: list[Record], columns: dict[str, str]) -> list[Row]:
-    """Records as {"text", "pair" (or None), "label"}; a label as the text of it."""
-
-    def row(record: Record, roles: dict[str, str]) -> list[Row]:
-        label = record[roles["label"]]
-        if label is None or not str(label).strip() or isinstance(label, (list, dict)):
-            raise ValueError(f"{roles['label']} is {data.short(label)}; accepted: a label")
-        pair = data.string(record[roles["pair"]], roles["pair"]) if "pair" in roles else None
-        text = data.string(record[roles["text"]], roles["text"])
-        return [{"text": text, "pair": pair, "label": str(label).strip()}]
-
-    return data.convert_all(records, columns, FORMATS, row)
-
-
-def order(values: set[str]) -> list[str] | None:
+def ordered_labels(values: set[str]) -> list[str] | None:
     """Labels by value: as whole numbers where all are, else as text; None where they are numbers with fractions."""
     try:
         numbers = {value: float(value) for value in values}
@@ -119,37 +99,11 @@ def order(values: set[str]) -> list[str] | None:
     return sorted(values, key=lambda v: numbers[v]) if all(n.is_integer() for n in numbers.values()) else None
 
 
-def encoded(row: Row, tokenizer: Any) -> int:
+def encoded_length(row: Row, tokenizer: Any) -> int:
     """An example's length in tokens."""
     return len(tokenizer(row["text"], row["pair"])["input_ids"])
 
 
-def joined(row: Row) -> str:
+def joined_texts(row: Row) -> str:
     """Both texts of a pair."""
     return row["text"] if row["pair"] is None else f"{row['text']} | {row['pair']}"
-
-
-def classified(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Accuracy; F1 of the second of two labels (as GLUE has it), of more the mean over them; Matthews' correlation, of
-    more than two labels Gorodkin's R_k (2004)."""
-    size, found = logits.shape[1], logits.argmax(1)
-    table = np.zeros((size, size))  # true label × predicted label
-    np.add.at(table, (labels, found), 1)
-    right, true, said, total = table.diagonal(), table.sum(1), table.sum(0), len(labels)
-    f1 = 2 * right / np.maximum(true + said, 1)
-    spread = np.sqrt(total**2 - (true @ true)) * np.sqrt(total**2 - (said @ said))
-    matthews = (right.sum() * total - true @ said) / spread if spread else 0.0
-    return {
-        "accuracy": float(right.sum() / total),
-        "f1": float(f1[1] if size == 2 else f1.mean()),
-        "matthews": float(matthews),
-    }
-
-
-def correlated(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Pearson's and Spearman's correlation; 0 where one side does not vary."""
-    scores = scores.reshape(-1)
-    if np.ptp(scores) == 0 or np.ptp(labels) == 0:
-        return {"pearson": 0.0, "spearman": 0.0}
-    made: list[Any] = [stats.pearsonr(scores, labels), stats.spearmanr(scores, labels)]
-    return {"pearson": float(made[0].statistic), "spearman": float(made[1].statistic)}

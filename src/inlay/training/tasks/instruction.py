@@ -11,13 +11,13 @@ from rich.console import Console
 from torch import Tensor
 from trl import SFTConfig
 
-from inlay.workbench import data, models, prepare
-from inlay.workbench.generate import answer
-from inlay.workbench.prepare import Examples
-from inlay.workbench.recipe import Recipe
-from inlay.workbench.trainer import Trainer
-
-Row = dict[str, Any]
+from inlay.data.formats import Row
+from inlay.data.render import render
+from inlay.evaluation.generate import answer
+from inlay.models.loading import load_tokenizer
+from inlay.recipe.recipe import Recipe
+from inlay.training.examples import Examples, as_dataset, load_examples
+from inlay.training.trainer import Trainer
 
 
 class Task:
@@ -29,11 +29,11 @@ class Task:
 
     def processor(self, recipe: Recipe) -> Any:
         """What makes numbers of the data: a tokenizer."""
-        return models.load_tokenizer(recipe.model, recipe.revision, recipe.trust_remote_code)
+        return load_tokenizer(recipe.model, recipe.revision, recipe.trust_remote_code)
 
     def examples(self, recipe: Recipe, tokenizer: Any, console: Console) -> Examples:
         """Read, split and audit a recipe's data."""
-        return prepare.examples(recipe, tokenizer, console)
+        return load_examples(recipe, tokenizer, console)
 
     def model_settings(self, rows: Examples) -> dict[str, Any]:
         """What of the model's configuration depends on the data."""
@@ -45,11 +45,11 @@ class Task:
 
     def dataset(self, rows: list[Row], tokenizer: Any, recipe: Recipe) -> Dataset:
         """Examples as the trainer takes them."""
-        return prepare.as_dataset(rows, tokenizer)
+        return as_dataset(rows, tokenizer)
 
     def batch(self, rows: list[Row], tokenizer: Any, recipe: Recipe) -> dict[str, Tensor] | None:
         """Examples as the model and `loss` take them, for starts from data; None where nothing is learned from them."""
-        shown = [data.render(row, tokenizer, recipe.max_length) for row in rows]
+        shown = [render(row, tokenizer, recipe.max_length) for row in rows]
         return collate([(one.prompt_ids, one.answer_ids) for one in shown if one.answer_ids], tokenizer)
 
     def loss(self, recipe: Recipe) -> Callable[[Any, Any], Tensor] | None:
@@ -82,7 +82,7 @@ class Task:
 
     def shown(self, row: Row, tokenizer: Any, recipe: Recipe) -> str:
         """An example as text, what is learned from in ⟦⟧."""
-        found = data.render(row, tokenizer, recipe.max_length)
+        found = render(row, tokenizer, recipe.max_length)
         return f"{found.prompt}⟦{found.answer.rstrip()}⟧"
 
 

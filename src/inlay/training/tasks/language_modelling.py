@@ -9,10 +9,11 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 
-from inlay.workbench import data, prepare
-from inlay.workbench.prepare import Examples
-from inlay.workbench.recipe import Recipe
-from inlay.workbench.tasks.task import Row, Task
+from inlay.data.formats import Row
+from inlay.data.readers import read_records
+from inlay.recipe.recipe import Recipe
+from inlay.training.examples import Examples, announce, measured
+from inlay.training.tasks.instruction import Task
 
 JOIN = "\n\n"  # between the records: paragraphs of a file, lines of WikiText
 
@@ -22,8 +23,8 @@ class LanguageModelling(Task):
     are the last blocks (`eval_size` of them), or `eval_data`."""
 
     def examples(self, recipe: Recipe, tokenizer: Any, console: Console) -> Examples:
-        train = blocks(recipe, tokenizer, recipe.data, recipe.split)
-        held = blocks(recipe, tokenizer, recipe.eval_data) if recipe.eval_data else []
+        train = text_blocks(recipe, tokenizer, recipe.data, recipe.split)
+        held = text_blocks(recipe, tokenizer, recipe.eval_data) if recipe.eval_data else []
         size = recipe.eval_size or (len(held) or min(100, max(1, len(train) // 10)))
         count = max(1, round(size * len(held or train)) if size < 1 else int(size))
         if held:
@@ -32,8 +33,8 @@ class LanguageModelling(Task):
             raise ValueError(f"eval_size: {size} leaves none of {len(train)} blocks of {recipe.max_length} to train on")
         else:
             train, held = train[:-count], train[-count:]
-        made = Examples(train, held, prepare.measured([recipe.max_length] * len(train), recipe))
-        prepare.announce(made, recipe, console)
+        made = Examples(train, held, measured([recipe.max_length] * len(train), recipe))
+        announce(made, recipe, console)
         return made
 
     def settings(self, recipe: Recipe) -> dict[str, Any]:
@@ -56,13 +57,13 @@ class LanguageModelling(Task):
         return f"⟦{tokenizer.decode(row['ids'])}⟧"
 
 
-def blocks(recipe: Recipe, tokenizer: Any, source: str, split: str | None = None) -> list[Row]:
+def text_blocks(recipe: Recipe, tokenizer: Any, source: str, split: str | None = None) -> list[Row]:
     """A text as blocks of token ids.
 
     Raises:
         ValueError: it has no text column, or not two blocks of text.
     """
-    records = data.read(source, split)
+    records = read_records(source, split)
     column = recipe.columns.get("text", "text")
     if not all(isinstance(record.get(column), str) for record in records):
         raise ValueError(

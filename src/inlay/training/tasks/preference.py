@@ -12,15 +12,16 @@ from torch import Tensor
 from trl import DPOConfig
 from trl.data_utils import extract_prompt
 
-from inlay.workbench import data, prepare
-from inlay.workbench.peft_methods import FULL
-from inlay.workbench.prepare import Examples
-from inlay.workbench.read import Record
-from inlay.workbench.recipe import Recipe
-from inlay.workbench.tasks.task import Row, Task, collate
-from inlay.workbench.trainer import PreferenceTrainer
+from inlay.data.formats import Row, chat_cell, chat_turns, convert_all, text_cell
+from inlay.data.readers import Record
+from inlay.data.render import as_plain_text, render
+from inlay.recipe.peft_methods import FULL
+from inlay.recipe.recipe import Recipe
+from inlay.training.examples import Examples, announce, measured, train_and_heldout
+from inlay.training.tasks.instruction import Task, collate
+from inlay.training.trainer import PreferenceTrainer
 
-FORMATS = {
+PREFERENCE_FORMATS = {
     "preference": {
         "prompt": ("prompt", "question", "instruction"),
         "chosen": ("chosen",),
@@ -38,30 +39,27 @@ class Preference(Task):
     metrics = ("rewards/accuracies", "rewards/margins")
 
     def examples(self, recipe: Recipe, tokenizer: Any, console: Console) -> Examples:
-        train, held = prepare.halves(
-            recipe, lambda records: convert(records, recipe), lambda r: r["prompt"][-1]["content"]
+        train, held = train_and_heldout(
+            recipe, lambda records: preference_examples(records, recipe), lambda r: r["prompt"][-1]["content"]
         )
         lengths = [
-            max(data.render({"prompt": r["prompt"], "completion": r[side]}, tokenizer, None).length for side in SIDES)
+            max(render({"prompt": r["prompt"], "completion": r[side]}, tokenizer, None).length for side in SIDES)
             for r in train
         ]
-        made = Examples(train, held, prepare.measured(lengths, recipe))
-        prepare.announce(made, recipe, console)
+        made = Examples(train, held, measured(lengths, recipe))
+        announce(made, recipe, console)
         return made
 
     def settings(self, recipe: Recipe) -> dict[str, Any]:
         return {"max_length": recipe.max_length, "precompute_ref_log_probs": recipe.method == FULL}
 
     def dataset(self, rows: list[Row], tokenizer: Any, recipe: Recipe) -> Dataset:
-        return Dataset.from_list(rows if tokenizer.chat_template else [plain(row) for row in rows])
+        return Dataset.from_list(rows if tokenizer.chat_template else [preference_as_text(row) for row in rows])
 
     def batch(self, rows: list[Row], tokenizer: Any, recipe: Recipe) -> dict[str, Tensor] | None:
         """The chosen answers, then the rejected ones."""
         shown = [
-            [
-                data.render({"prompt": row["prompt"], "completion": row[side]}, tokenizer, recipe.max_length)
-                for side in SIDES
-            ]
+            [render({"prompt": row["prompt"], "completion": row[side]}, tokenizer, recipe.max_length) for side in SIDES]
             for row in rows
         ]
         whole = [pair for pair in shown if all(one.answer_ids for one in pair)]
@@ -85,7 +83,7 @@ class Preference(Task):
 SIDES = ("chosen", "rejected")
 
 
-def convert(records: list[Record], recipe: Recipe) -> list[Row]:
+def preference_examples(records: list[Record], recipe: Recipe) -> list[Row]:
     """Records as conversations {"prompt", "chosen", "rejected"}; of two chats, the prompt is what they share."""
 
     def row(record: Record, roles: dict[str, str]) -> list[Row]:
@@ -93,25 +91,25 @@ def convert(records: list[Record], recipe: Recipe) -> list[Row]:
         if "prompt" not in cells:
             if not all(isinstance(cells[side], list) for side in SIDES):
                 raise ValueError("chosen and rejected without a prompt; accepted: two chats, or a prompt column")
-            cells = extract_prompt({side: data.messages(cells[side], side) for side in SIDES})
+            cells = extract_prompt({side: chat_cell(cells[side], side) for side in SIDES})
         ask = cells["prompt"]
-        prompt = ask if isinstance(ask, list) else [{"role": "user", "content": data.string(ask, roles["prompt"])}]
+        prompt = ask if isinstance(ask, list) else [{"role": "user", "content": text_cell(ask, roles["prompt"])}]
         made: Row = {}
         for side in SIDES:
             said = cells[side]
-            turns = said if isinstance(said, list) else [{"role": "assistant", "content": data.string(said, side)}]
-            (one,) = data.turns(data.messages(prompt + turns, side), recipe.system)[-1:]
+            turns = said if isinstance(said, list) else [{"role": "assistant", "content": text_cell(said, side)}]
+            (one,) = chat_turns(chat_cell(prompt + turns, side), recipe.system)[-1:]
             made |= {"prompt": one["prompt"], side: one["completion"]}
         if made["chosen"] == made["rejected"]:
             raise ValueError("chosen and rejected are the same answer")
         return [made]
 
-    return data.convert_all(records, recipe.columns, FORMATS, row)
+    return convert_all(records, recipe.columns, PREFERENCE_FORMATS, row)
 
 
-def plain(row: Row) -> Row:
+def preference_as_text(row: Row) -> Row:
     """As strings, for a tokenizer without a chat template."""
-    made = {side: data.plain({"prompt": row["prompt"], "completion": row[side]}) for side in SIDES}
+    made = {side: as_plain_text({"prompt": row["prompt"], "completion": row[side]}) for side in SIDES}
     return {"prompt": made["chosen"]["prompt"], **{side: made[side]["completion"] for side in SIDES}}
 
 

@@ -10,17 +10,17 @@ from datasets import Dataset
 from rich.console import Console
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
-from inlay.workbench import data, prepare
-from inlay.workbench.generate import answer
-from inlay.workbench.prepare import Examples
-from inlay.workbench.read import Record
-from inlay.workbench.recipe import Recipe
-from inlay.workbench.tasks.task import Row, Task
-from inlay.workbench.trainer import PlainTrainer
+from inlay.data.formats import FORMATS, SUMMARIES, Row, convert_all, text_cell
+from inlay.data.readers import Record
+from inlay.evaluation.generate import answer
+from inlay.recipe.recipe import Recipe
+from inlay.training.examples import Examples, announce, measured, train_and_heldout
+from inlay.training.tasks.instruction import Task
+from inlay.training.trainer import PlainTrainer
 
-FORMATS = {
-    **data.SUMMARIES,
-    **{name: data.FORMATS[name] for name in ("instruction", "prompt-completion", "question-answer", "E2E")},
+SEQ2SEQ_FORMATS = {
+    **SUMMARIES,
+    **{name: FORMATS[name] for name in ("instruction", "prompt-completion", "question-answer", "E2E")},
 }
 
 
@@ -31,10 +31,12 @@ class Seq2Seq(Task):
     trainer, arguments = PlainTrainer, TrainingArguments
 
     def examples(self, recipe: Recipe, tokenizer: Any, console: Console) -> Examples:
-        train, held = prepare.halves(recipe, lambda records: convert(records, recipe), lambda row: row["source"])
+        train, held = train_and_heldout(
+            recipe, lambda records: seq2seq_examples(records, recipe), lambda row: row["source"]
+        )
         lengths = [max(len(tokenizer(row[side])["input_ids"]) for side in ("source", "target")) for row in train]
-        made = Examples(train, held, prepare.measured(lengths, recipe))
-        prepare.announce(made, recipe, console)
+        made = Examples(train, held, measured(lengths, recipe))
+        announce(made, recipe, console)
         return made
 
     def settings(self, recipe: Recipe) -> dict[str, Any]:
@@ -70,18 +72,18 @@ class Seq2Seq(Task):
         return f"{row['source']} ⟦{row['target']}⟧"
 
 
-def convert(records: list[Record], recipe: Recipe) -> list[Row]:
+def seq2seq_examples(records: list[Record], recipe: Recipe) -> list[Row]:
     """Records as {"source", "target"}, with the recipe's `system` before the source."""
 
     def row(record: Record, roles: dict[str, str]) -> list[Row]:
-        source = data.string(record[roles["prompt"]], roles["prompt"])
+        source = text_cell(record[roles["prompt"]], roles["prompt"])
         extra = record.get(roles.get("input", ""))
         source = f"{source}\n\n{extra}" if extra else source
         return [
             {
                 "source": (recipe.system or "") + source,
-                "target": data.string(record[roles["answer"]], roles["answer"]),
+                "target": text_cell(record[roles["answer"]], roles["answer"]),
             }
         ]
 
-    return data.convert_all(records, recipe.columns, FORMATS, row)
+    return convert_all(records, recipe.columns, SEQ2SEQ_FORMATS, row)

@@ -11,13 +11,16 @@ from PIL import Image as Picture
 from rich.console import Console
 from transformers import AutoProcessor
 
-from inlay.workbench import data, models, prepare
-from inlay.workbench.prepare import Examples
-from inlay.workbench.read import Record
-from inlay.workbench.recipe import Recipe
-from inlay.workbench.tasks.task import Row, Task
+from inlay.data.formats import Row, chat_cell, chat_turns, convert_all, text_cell
+from inlay.data.readers import Record
+from inlay.data.render import templated
+from inlay.messages import loading, short
+from inlay.models.loading import resolve
+from inlay.recipe.recipe import Recipe
+from inlay.training.examples import Examples, announce, measured, train_and_heldout
+from inlay.training.tasks.instruction import Task
 
-FORMATS = {
+VISION_FORMATS = {
     "LLaVA": {"messages": ("conversations", "messages"), "images": ("image", "images")},
     "question-answer": {
         "prompt": ("prompt", "question", "instruction"),
@@ -25,6 +28,7 @@ FORMATS = {
         "images": ("image", "images"),
     },
 }
+
 MARK = "<image>"  # where LLaVA's texts have the image; trl puts its own before the first question
 
 
@@ -33,8 +37,8 @@ class Vision(Task):
     none, so an example longer than `max_length` fails, saying so."""
 
     def processor(self, recipe: Recipe) -> Any:
-        where, options = models.resolve(recipe.model), {"revision": recipe.revision}
-        with models.loading(f"the processor of {recipe.model!r}"):
+        where, options = resolve(recipe.model), {"revision": recipe.revision}
+        with loading(f"the processor of {recipe.model!r}"):
             made = AutoProcessor.from_pretrained(where, trust_remote_code=recipe.trust_remote_code, **options)
         if not hasattr(made, "image_processor"):
             raise ValueError(f"task vision needs a model that sees; {recipe.model!r} has no image processor")
@@ -42,9 +46,9 @@ class Vision(Task):
 
     def examples(self, recipe: Recipe, tokenizer: Any, console: Console) -> Examples:
         beside = Path(recipe.data).expanduser().parent
-        train, held = prepare.halves(recipe, lambda records: convert(records, recipe, beside), question)
-        made = Examples(train, held, prepare.measured([length(row, tokenizer) for row in train], recipe))
-        prepare.announce(made, recipe, console)
+        train, held = train_and_heldout(recipe, lambda records: vision_examples(records, recipe, beside), question)
+        made = Examples(train, held, measured([length(row, tokenizer) for row in train], recipe))
+        announce(made, recipe, console)
         return made
 
     def settings(self, recipe: Recipe) -> dict[str, Any]:
@@ -61,7 +65,7 @@ class Vision(Task):
         was_training, said = model.training, []
         model.eval()
         for row in inputs:
-            text = data.templated(tokenizer, seen(row), tokenize=False, add_generation_prompt=True)
+            text = templated(tokenizer, seen(row), tokenize=False, add_generation_prompt=True)
             with_images = tokenizer(images=[Picture.open(p) for p in row["images"]], text=[text], return_tensors="pt")
             out = model.generate(**with_images.to(model.device), do_sample=False, max_new_tokens=64)
             said += tokenizer.batch_decode(out[:, with_images["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -72,25 +76,25 @@ class Vision(Task):
         return f"{', '.join(row['images'])} {question(row)} ⟦{row['completion'][-1]['content']}⟧"
 
 
-def convert(records: list[Record], recipe: Recipe, beside: Path) -> list[Row]:
+def vision_examples(records: list[Record], recipe: Recipe, beside: Path) -> list[Row]:
     """Records as {"prompt", "completion", "images"}: one example a turn of the assistant, all with the images."""
 
     def row(record: Record, roles: dict[str, str]) -> list[Row]:
         found = record[roles["images"]]
         paths = [beside / path for path in (found if isinstance(found, list) else [found]) if isinstance(path, str)]
         if not paths or not all(path.is_file() for path in paths):
-            raise ValueError(f"{roles['images']} is {data.short(found)}; accepted: the path of an image file")
+            raise ValueError(f"{roles['images']} is {short(found)}; accepted: the path of an image file")
         if "messages" in roles:
-            turns = data.messages(record[roles["messages"]], roles["messages"])
+            turns = chat_cell(record[roles["messages"]], roles["messages"])
         else:
             turns = [
-                {"role": "user", "content": data.string(record[roles["prompt"]], roles["prompt"])},
-                {"role": "assistant", "content": data.string(record[roles["answer"]], roles["answer"])},
+                {"role": "user", "content": text_cell(record[roles["prompt"]], roles["prompt"])},
+                {"role": "assistant", "content": text_cell(record[roles["answer"]], roles["answer"])},
             ]
         turns = [turn | {"content": turn["content"].replace(MARK, "").strip()} for turn in turns]
-        return [{**made, "images": list(map(str, paths))} for made in data.turns(turns, recipe.system)]
+        return [{**made, "images": list(map(str, paths))} for made in chat_turns(turns, recipe.system)]
 
-    return data.convert_all(records, recipe.columns, FORMATS, row)
+    return convert_all(records, recipe.columns, VISION_FORMATS, row)
 
 
 def question(row: Row) -> str:

@@ -1,0 +1,166 @@
+"""`inlay fold`, `inlay export`, `inlay import` and `inlay merge`."""
+
+from __future__ import annotations
+
+import argparse
+
+from inlay.cli.parser import WHAT_AND_WHERE, add_fields, terminal
+
+
+def fold_command(options: argparse.Namespace) -> None:
+    """Cut a method's piece out of a model, quantise the rest to 4 bits, and write both: out/base and out/adapter.
+
+    example:  inlay fold meta-llama/Llama-3.2-1B folded/ --method dota --bond 32
+    """
+    import statistics
+
+    from rich.table import Table
+    from tqdm import tqdm
+
+    from inlay.conversion.fold import fold
+    from inlay.messages import gib, quiet
+    from inlay.recipe.reading import from_flag, load_recipe
+
+    quiet()
+    rest = ("verb", "run", "model", "out", "overwrite", "rounds")
+    flags = {k: from_flag(k, v) for k, v in vars(options).items() if k not in rest and isinstance(v, str)}
+    flags |= {k: v for k, v in vars(options).items() if k not in rest and isinstance(v, bool)}
+    asked = load_recipe(None, {**flags, "model": options.model})
+    with tqdm(desc="folding", unit="weight", disable=None) as bar:
+        made = fold(
+            asked.model, options.out, asked.config(), rounds=options.rounds, revision=asked.revision,
+            trust_remote_code=asked.trust_remote_code, overwrite=options.overwrite, done=lambda _: bar.update(),
+        )  # fmt: skip
+    table = Table("weights", "plain NF4", "folded", title="mean ‖W' − W‖ / ‖W‖", title_justify="left")
+    groups: dict[str, list] = {}
+    for error in made.errors:
+        groups.setdefault(error.module.rpartition(".")[2], []).append(error)
+    for kind, errors in (*groups.items(), ("all", made.errors)):
+        table.add_row(kind, *(f"{statistics.mean(getattr(e, k) for e in errors):.4f}" for k in ("plain", "folded")))
+    terminal().print(table)
+    size = sum(file.stat().st_size for file in made.base.iterdir())
+    print(f"{made.base} ({gib(size)}), {made.adapter}; each weight's error: {made.folder / 'errors.csv'}")
+
+
+def fold_arguments(verb: argparse.ArgumentParser) -> None:
+    """Add the arguments of `inlay fold`."""
+    verb.add_argument("model", help="hub id, folder or builtin")
+    verb.add_argument("out", help="folder of the new base and adapter")
+    verb.add_argument("--rounds", type=int, default=1, help="quantise, decompose again what that lost, ... (default 1)")
+    verb.add_argument("--overwrite", action="store_true", help="replace an earlier fold")
+    add_fields(verb, WHAT_AND_WHERE)
+
+
+def export_command(options: argparse.Namespace) -> None:
+    """Write an adapter as a plain LoRA: a PEFT folder (vLLM serves it), or GGUF for llama.cpp and Ollama.
+
+    example:  inlay export runs/builtin-bone lora/ --to lora
+    """
+    from inlay.conversion.export_lora import export_lora
+    from inlay.messages import quiet
+
+    quiet()
+    adapters = {options.adapter: options.weight}
+    for path, weight in map(weighted, options.add):
+        adapters[path] = adapters.get(path, 0.0) + weight
+    done = export_lora(
+        adapters, options.out, to=options.to, rank=options.rank, energy=options.energy, model=options.model,
+        dtype=options.dtype, pad=not options.no_pad, overwrite=options.overwrite,
+        revision=options.revision, trust_remote_code=options.trust_remote_code,
+    )  # fmt: skip
+    for module, error in done.errors.items() if any(e > 1e-5 for e in done.errors.values()) else ():
+        print(f"{module}: relative error {error:.2e}")
+    worst = max(done.errors.values())
+    lost = max(done.rounding.values())
+    rounded = f"; rounding to {options.dtype} lost up to {lost:.1e} of a change" if lost else ""
+    exact = "exact" if worst < 1e-5 else f"largest relative error {worst:.2e}"
+    print(f"{done.folder}: rank {done.rank}, {exact}{rounded}")
+
+
+def export_arguments(verb: argparse.ArgumentParser) -> None:
+    """Add the arguments of `inlay export`."""
+    verb.add_argument("adapter", help="run folder or adapter folder")
+    verb.add_argument("out", help="folder of the LoRA")
+    verb.add_argument("--to", default="lora", choices=("lora", "gguf"), help="lora (default): for PEFT and vLLM")
+    verb.add_argument("--rank", type=int, help="at most so many ranks (DoTA, Bat: needed, or --energy)")
+    verb.add_argument("--energy", type=float, help="as many ranks as keep this share of the change, 0 to 1")
+    verb.add_argument("--weight", type=float, default=1.0, help="factor on the change (default 1)")
+    verb.add_argument("--add", action="append", default=[], metavar="ADAPTER=WEIGHT", help="and so much of another one")
+    verb.add_argument("--no-pad", action="store_true", help="do not fill up to a rank that vLLM serves")
+    verb.add_argument("--model", help="base model (default: the one the adapter names)")
+    verb.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    verb.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    verb.add_argument("--revision", help="revision of a hub model (default: the one it was trained on)")
+    verb.add_argument("--trust-remote-code", action="store_true", help="let the model's repository run its own code")
+
+
+def import_command(options: argparse.Namespace) -> None:
+    """Make a LoRA, MiSS or Bone adapter of PEFT an Inlay adapter with the same outputs.
+
+    example:  inlay import lora/ imported/
+    """
+    from inlay.conversion.import_adapter import import_adapter
+    from inlay.messages import quiet
+
+    quiet()
+    given = {k: v for k, v in vars(options).items() if k not in ("verb", "run")}
+    done = import_adapter(**given)
+    for note in done.notes:
+        print(f"note: {note}")
+    print(f"{done.folder}: {done.method} on {done.weights} weights")
+
+
+def import_arguments(verb: argparse.ArgumentParser) -> None:
+    """Add the arguments of `inlay import`."""
+    verb.add_argument("adapter", help="folder of a PEFT adapter")
+    verb.add_argument("out", help="folder of the Inlay adapter")
+    verb.add_argument("--model", help="base model (default: the one the adapter names)")
+    verb.add_argument("--initial", help="the same adapter as saved before training (PiSSA and its relatives)")
+    verb.add_argument("--overwrite", action="store_true", help="replace an earlier import")
+
+
+def weighted(text: str) -> tuple[str, float]:
+    """An adapter and its weight, from ADAPTER=WEIGHT."""
+    path, _, weight = text.rpartition("=")
+    try:
+        return path or text, float(weight)
+    except ValueError:
+        raise ValueError(f"--add {text}: write it as ADAPTER=WEIGHT, as in runs/other=0.5") from None
+
+
+def merge_command(options: argparse.Namespace) -> None:
+    """Write base + adapter as an ordinary checkpoint, which transformers, vLLM or llama.cpp load without Inlay.
+
+    example:  inlay merge runs/builtin-bone merged/
+    """
+    from inlay.conversion.merge import merge
+    from inlay.messages import quiet
+
+    quiet()
+    done = merge(
+        options.adapter, options.out, options.model, options.dtype, options.overwrite,
+        to=options.to, shard=options.shard, probe=not options.no_probe,
+        revision=options.revision, trust_remote_code=options.trust_remote_code,
+    )  # fmt: skip
+    mean, most = sum(done.lost.values()) / max(1, len(done.lost)), max(done.lost.values(), default=0.0)
+    print(f"{done.folder}: rounding lost {mean:.1e} of the change of a weight, at most {most:.1e}")
+    if mean > 0.1:
+        print("note: this dtype is too coarse for so small a change; merge with --dtype float32, or serve the adapter")
+    if done.logit_error is not None:
+        print(f"largest logit difference to the adapter on a probe batch {done.logit_error:.2e}")
+
+
+def merge_arguments(verb: argparse.ArgumentParser) -> None:
+    """Add the arguments of `inlay merge`."""
+    verb.add_argument("adapter", help="run folder or adapter folder")
+    verb.add_argument("out", help="folder of the new checkpoint")
+    verb.add_argument("--model", help="base model (default: the one the adapter names)")
+    verb.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    verb.add_argument(
+        "--to", default="safetensors", choices=("safetensors", "gguf"), help="gguf: for llama.cpp, Ollama"
+    )
+    verb.add_argument("--shard", default="4GB", help="at most so large a file, as 500MB (default 4GB)")
+    verb.add_argument("--no-probe", action="store_true", help="do not compare its logits with the adapter's")
+    verb.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
+    verb.add_argument("--revision", help="revision of a hub model (default: the one it was trained on)")
+    verb.add_argument("--trust-remote-code", action="store_true", help="let the model's repository run its own code")

@@ -1,0 +1,92 @@
+"""`inlay compare`, `inlay tune` and `inlay ui`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from inlay.cli.parser import terminal, whole_number
+
+
+def compare_command(options: argparse.Namespace) -> None:
+    """Compare methods on one task under one budget: each at its own learning rate, over seeds, with a verdict.
+
+    The recipe says under `compare:` which methods, rates, seeds and budget. The same command goes on where it was.
+
+    example:  inlay compare recipes/compare_e2e_small.yaml --output runs/compare
+    """
+    from inlay.experiments.compare.compare import compare
+    from inlay.messages import quiet
+
+    quiet()
+    compare(options.recipe, options.jobs, options.output, options.overwrite, terminal(), cluster(options))
+
+
+def compare_arguments(verb: argparse.ArgumentParser) -> None:
+    """Add the arguments of `inlay compare`."""
+    verb.add_argument("recipe", help="YAML file: what all runs share, and under compare what differs")
+    verb.add_argument("--jobs", type=int, help="runs at a time (default 1, seconds then say less; with --ray: all)")
+    add_cluster(verb)
+    verb.add_argument("--output", help="folder (default: the recipe's output, or runs/<name of the recipe>)")
+    verb.add_argument("--overwrite", action="store_true", help="replace another comparison that is there")
+
+
+def tune_command(options: argparse.Namespace) -> None:
+    """Search the fields of a recipe for the least loss, and judge the best few again, by your own metric if you like.
+
+    The recipe says under `tune:` what is searched. The same command goes on where it was; best.yaml is the result.
+
+    example:  inlay tune recipes/tune_e2e_small.yaml --jobs 2 --output runs/tune
+    """
+    from inlay.experiments.tune.search import tune
+    from inlay.messages import quiet
+
+    quiet()
+    tune(options.recipe, options.jobs, options.output, options.overwrite, terminal(), cluster(options))
+
+
+def tune_arguments(verb: argparse.ArgumentParser) -> None:
+    """Add the arguments of `inlay tune`."""
+    verb.add_argument("recipe", help="YAML file: what all trials share, and under tune what is searched")
+    verb.add_argument("--jobs", type=int, help="trials at a time (default 1; with --ray: as many as it has room for)")
+    add_cluster(verb)
+    verb.add_argument("--output", help="folder (default: the recipe's output, or runs/<name of the recipe>)")
+    verb.add_argument("--overwrite", action="store_true", help="replace another search that is there")
+
+
+def cluster(options: argparse.Namespace) -> Any:
+    """The Ray that trials are to run on, if any.
+
+    Raises:
+        ValueError: there is none, and yet it is said what a trial gets of it.
+    """
+    from inlay.experiments.ray_cluster import Cluster
+
+    if options.ray is None:
+        if options.cpus is not None or options.gpus is not None:
+            raise ValueError("--cpus and --gpus say what a trial gets of a Ray cluster; give --ray too")
+        return None
+    return Cluster(options.ray, options.cpus or 1, options.gpus)
+
+
+def ui_command(options: argparse.Namespace) -> None:
+    """Show running and finished runs, over each other, in a page on this machine (TensorBoard, 127.0.0.1).
+
+    example:  inlay ui runs
+    """
+    from inlay.training.live_page import serve
+
+    serve(options.runs, options.port, terminal())
+
+
+def ui_arguments(verb: argparse.ArgumentParser) -> None:
+    """Add the arguments of `inlay ui`."""
+    verb.add_argument("runs", help="folder that runs are in, at any depth")
+    verb.add_argument("--port", type=int, default=6006, help="of the page (default 6006; 0: any that is free)")
+
+
+def add_cluster(verb: argparse.ArgumentParser) -> None:
+    """Where trials run, and with what."""
+    verb.add_argument("--ray", nargs="?", const="", metavar="ADDRESS", help="run them on a Ray cluster (none: here)")
+    verb.add_argument("--cpus", type=whole_number, help="cores of a trial there (default 1)")
+    verb.add_argument("--gpus", type=float, help="GPUs of a trial there, or a part of one (default 1, if it has any)")

@@ -1,0 +1,162 @@
+"""`inlay methods`, `inlay inspect` and `inlay plan`."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from inlay.cli.parser import WHAT_AND_WHERE, add_fields, terminal, whole_number, whole_numbers
+
+
+def methods_command(options: argparse.Namespace) -> None:
+    """List the methods: equation, paper, what trains, and how many numbers that is at --r for a model.
+
+    example:  inlay methods --model meta-llama/Llama-3.2-1B --r 32
+    """
+    from rich.table import Table
+
+    from inlay.messages import quiet
+    from inlay.methods import METHODS
+    from inlay.models.loading import load_config
+
+    quiet()
+    try:
+        load_config(options.model or "builtin")
+        caption = f"parameters: {options.model or 'builtin'}, r = {options.r} where there is one, all linear layers"
+    except ValueError as error:
+        if options.model:
+            raise
+        caption = f"no parameter counts: {error}"
+    table = Table(title=caption, title_justify="left")
+    for column in ("method", "equation", "trains", "parameters", "paper"):
+        table.add_column(column, no_wrap=column in ("method", "parameters"), justify="left")
+    for method in METHODS:
+        numbers = "" if caption.startswith("no ") else count(method, options)
+        table.add_row(method.name, method.equation, method.trains, numbers, method.paper)
+    terminal().print(table)
+
+
+def methods_arguments(verb: argparse.ArgumentParser) -> None:
+    """Add the arguments of `inlay methods`."""
+    verb.add_argument("--model", help="hub id, folder or builtin (default)")
+    verb.add_argument("--r", type=int, default=16, help="rank or block size (default 16)")
+
+
+def count(method: Any, options: argparse.Namespace) -> str:
+    """A method's trainable numbers on a model, or why there is no such number."""
+    from inlay.host.config import InlayConfig
+    from inlay.models.meta import count_parameters
+
+    args = {"r": options.r} if any(f.name == "r" for f in fields(method)) else {}
+    config = InlayConfig(method=method.name, args=args, target_modules="all-linear")
+    try:
+        return f"{count_parameters(options.model or 'builtin', config):,}"
+    except ValueError as error:
+        return str(error).partition(": ")[2] or str(error)
+
+
+def inspect_command(options: argparse.Namespace) -> None:
+    """Show what an adapter changed of its base; or of a model the spectra, what of them is signal, ranks, a method.
+
+    example:  inlay inspect builtin --method pissa --r 16 --output spectra
+              inlay inspect runs/mine --output changes
+    """
+    from inlay.inspection.inspect_adapter import inspect_adapter, is_adapter, show_changes
+    from inlay.inspection.inspect_model import inspect, show_inspection
+    from inlay.inspection.joint_factors import joint_groups, show_joint
+    from inlay.messages import quiet
+    from inlay.recipe.reading import from_flag
+
+    quiet()
+    given = {k: v for k, v in vars(options).items() if k not in ("verb", "run")}
+    if "layers" in given:
+        given["layers"] = from_flag("layers_to_transform", given["layers"])
+    if is_adapter(options.model):
+        if wrong := sorted(given.keys() & {"method", "r", "direction", "target_modules", "joint"}):
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
+            raise ValueError(f"{options.model} is an adapter, and {flags} is asked of a model; leave it out")
+        name, base = given.pop("model"), given.pop("base", None)
+        show_changes(inspect_adapter(name, model=base, **given), name, terminal())
+    elif "base" in given:
+        raise ValueError(f"{options.model} is a model, and --base is of an adapter; leave it out")
+    else:
+        if "target_modules" in given:
+            given["target_modules"] = from_flag("target_modules", given["target_modules"])
+        if given.pop("joint", False):
+            keys = ("model", "target_modules", "layers", "revision", "trust_remote_code")
+            found = joint_groups(**{key: given[key] for key in keys if key in given})
+            show_joint(found, given.get("r", 16), terminal())
+            return
+        show_inspection(inspect(**given), terminal())
+    print(f"written to {options.output}") if "output" in given else None
+
+
+def inspect_arguments(verb: argparse.ArgumentParser) -> None:
+    """Add the arguments of `inlay inspect`."""
+    verb.argument_default = argparse.SUPPRESS  # what is not given is not asked of an adapter
+    verb.add_argument("model", nargs="?", default="builtin", help="model (hub id, folder, builtin) or adapter (or run)")
+    verb.add_argument("--base", help="base model of an adapter (default: the one it names)")
+    verb.add_argument("--method", help="of a model: whose numbers are counted (default lamda)")
+    verb.add_argument("--r", type=int, help="of a model: rank whose numbers are the budget (default 16)")
+    verb.add_argument("--direction", choices=("flat", "peaked"), help="of a model: which spectra get more")
+    verb.add_argument("--target-modules", help="of a model: names, a regex, or all-linear (default)")
+    verb.add_argument("--layers", help="layer indices, as 0,1,2 (of a model with names in --target-modules)")
+    verb.add_argument("--joint", action="store_true", help="what one right factor carries of layers with one input")
+    verb.add_argument("--output", help="folder for JSON, ranks.yaml (of a model) and plots (default: print only)")
+    verb.add_argument("--overwrite", action="store_true", help="replace such a folder")
+    verb.add_argument("--revision", help="revision of a hub model")
+    verb.add_argument("--trust-remote-code", action="store_true", help="let the model's repository run its own code")
+
+
+def plan_command(options: argparse.Namespace) -> None:
+    """Say what every method needs of a model: memory, time, file; or, with --fits, what a GPU has room for.
+
+    From the model's configuration alone. With --fits and --batch-size the largest rank is looked for.
+
+    example:  inlay plan meta-llama/Llama-3.1-8B --length 2048 --fits 24
+    """
+    from inlay.messages import quiet
+    from inlay.models.loading import DTYPES
+    from inlay.planning.planner import PlannedRun
+    from inlay.planning.table import SHARE, candidates, fits, plan_rows, show_fits, show_plan, widths, write_plan
+    from inlay.recipe.reading import from_flag
+
+    quiet()
+    own = ("verb", "run", "model", "batch_size", "length", "fits", "dtype", "device", "r", "json", "csv")
+    flags = {k: from_flag(k, v) if isinstance(v, str) else v for k, v in vars(options).items() if k not in own}
+    for path in filter(None, (options.json, options.csv)):  # before a minute is spent
+        if not Path(path).parent.is_dir():
+            raise ValueError(f"{path} cannot be written: there is no folder {Path(path).parent}")
+    made = candidates(flags, whole_numbers("--r", options.r))
+    trust = bool(flags.get("trust_remote_code"))
+    of = PlannedRun(options.model, None, DTYPES[options.dtype], device=options.device, trust_remote_code=trust)
+    notes: list[str] = []
+    if options.fits is None:
+        found = plan_rows(of, made, widths(("none", "nf4"), notes), options.batch_size or 4, options.length, notes)
+        show_plan(found, terminal())
+    else:
+        budget, kinds = SHARE * options.fits * 2**30, widths(("none", "int8", "nf4"), notes)
+        found = fits(of, made, kinds, budget, options.batch_size, options.length, notes)
+        show_fits(found, options.fits, options.batch_size is not None, terminal())
+    for text in notes:
+        print(f"note: {text}")
+    write_plan(found, options.json, options.csv)
+
+
+def plan_arguments(verb: argparse.ArgumentParser) -> None:
+    """Add the arguments of `inlay plan`."""
+    verb.add_argument(
+        "model", nargs="?", default="builtin", help="hub id, folder with a config.json, or builtin (default)"
+    )
+    add_fields(verb, ["method"])
+    verb.add_argument("--r", default="16", help="rank, block size or bond; several with commas (default 16)")
+    verb.add_argument("--batch-size", type=whole_number, help="sequences (default 4; with --fits: what is looked for)")
+    verb.add_argument("--length", type=whole_number, default=1024, help="tokens of a sequence (default 1024)")
+    verb.add_argument("--fits", type=float, metavar="GB", help="what is the largest that fits in a GPU of so much?")
+    verb.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"), help="of the base")
+    verb.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="what it would run on (default cuda)")
+    verb.add_argument("--json", metavar="FILE", help="write the rows, in bytes")
+    verb.add_argument("--csv", metavar="FILE", help="the same as CSV")
+    add_fields(verb, [name for name in WHAT_AND_WHERE if name not in ("method", "r", "revision")])

@@ -1,0 +1,67 @@
+"""`inlay train`."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+
+from inlay.cli.parser import COMMON, add_fields, terminal, whole_number, wrap
+
+
+def train_command(options: argparse.Namespace) -> None:
+    """Fine-tune a model. Without arguments: SmolLM2-135M-Instruct on a slice of E2E NLG.
+
+    example:  inlay train --data mine.jsonl --method milora --r 32 --learning-rate 3e-4 --output runs/mine
+    """
+    from inlay.host import distributed
+    from inlay.messages import quiet
+    from inlay.recipe.reading import from_flag, load_recipe
+    from inlay.training.dry_run import dry_run
+    from inlay.training.launch import launch
+    from inlay.training.train import train, unfinished
+
+    quiet()
+    own = ("verb", "run", "recipe", "dry_run", "resume", "num_processes", "launch_config", "arguments")
+    given = {k: v for k, v in vars(options).items() if k not in own}
+    flags = {k: from_flag(k, v) if isinstance(v, str) else v for k, v in given.items()}
+    console = terminal()
+    if options.resume:
+        if options.recipe or options.dry_run:
+            raise ValueError("--resume RUN goes on with the recipe in the run folder; leave out RECIPE and --dry-run")
+        resolved = unfinished(Path(options.resume), flags)
+    else:
+        resolved = load_recipe(options.recipe, flags)
+    if resolved is None:
+        print(f"{options.resume} is finished")
+    elif options.dry_run:
+        dry_run(resolved, console)
+    elif options.num_processes > 1:
+        raise SystemExit(launch(options.arguments, options.num_processes, options.launch_config))
+    elif options.launch_config:
+        raise ValueError("--launch-config is for several processes; give --num-processes too")
+    else:
+        with distributed.joined_processes():
+            train(resolved, console, resume=bool(options.resume))
+
+
+def train_arguments(verb: argparse.ArgumentParser) -> None:
+    """Every recipe field and every hyperparameter as a flag; help shows the common ones and names the rest."""
+    from inlay.recipe.reading import hyperparameters
+    from inlay.recipe.recipe import Recipe
+
+    verb.add_argument("recipe", nargs="?", help="YAML file; flags override it")
+    verb.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, from its last checkpoint")
+    verb.add_argument(
+        "--num-processes", type=whole_number, default=1, help="GPUs (or processes of a CPU) to train on together"
+    )
+    verb.add_argument(
+        "--launch-config", metavar="FILE", help="accelerate's, as recipes/distributed/fsdp2.yaml (none: DDP)"
+    )
+    verb.add_argument("--dry-run", action="store_true", help="show recipe, first example, parameters and memory; stop")
+    names = [f.name for f in fields(Recipe)] + list(hyperparameters())
+    rest = [name for name in names if name not in COMMON]
+    add_fields(verb, COMMON)
+    add_fields(verb, rest, hidden=True)
+    flags = " ".join(f"--{name.replace('_', '-')}" for name in rest)
+    verb.epilog = f"also, each as in the recipe:\n{wrap(flags)}\n\n{verb.epilog}"

@@ -1,0 +1,1 @@
+"""Adapters to and from other forms: LoRA, GGUF, merged models, PEFT's adapters, folds."""

@@ -1,0 +1,152 @@
+"""The tasks of `inlay eval`: how records become questions and how answers are read."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from inlay.data.formats import FORMATS, SUMMARIES, convert_records
+from inlay.data.readers import Record
+from inlay.evaluation.generate import Chat
+from inlay.evaluation.text_overlap import MEASURES
+
+NUMBER = r"(?:(?<!\d)-\$?|\$-?)?(?:\d[\d,]*(?:\.\d+)?|(?<!\w)\.\d+)"  # the - of 10-12 is none
+CHOICES = r"true|false|(?:answer|option|ending|solution)[1-9]"
+
+
+@dataclass(frozen=True)
+class Question:
+    """One thing to ask: a conversation, what counts as right, and the options there are, if any."""
+
+    chat: Chat
+    wanted: list[str]
+    options: tuple[str, ...] = ()
+
+
+def choice(text: str, options: Sequence[str] = ()) -> str:
+    """What LLM-Adapters (arXiv 2304.01933) reads: the first of the question's options; where those are not known, the
+    first of true, false, answerN, optionN, endingN, solutionN."""
+    found = re.search("|".join(map(re.escape, options)) or CHOICES, text)
+    return found.group() if found else ""
+
+
+def strict_number(text: str) -> str:
+    """GSM8K's own form: the number after ####."""
+    found = re.search(rf"####\s*({NUMBER})", text)
+    return plain_number(found.group(1)) if found else ""
+
+
+def last_number(text: str) -> str:
+    """The last number there is, whatever stands around it."""
+    found = re.findall(NUMBER, text)
+    return plain_number(found[-1]) if found else ""
+
+
+def plain_number(text: str) -> str:
+    """A number without its dollar, its commas and zeros that say nothing."""
+    text = re.sub(r"^(-?)\.", r"\g<1>0.", re.sub(r"[$,]", "", text))
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def exact(text: str) -> str:
+    """All of it, but for space around it."""
+    return text.strip()
+
+
+@dataclass(frozen=True)
+class EvalTask:
+    """How records become questions, how answers are read, and how long they may be."""
+
+    name: str
+    title: str
+    questions: Callable[[list[Record]], list[Any]]
+    read: dict[str, Callable[..., str]]  # accuracies by their names: of an answer and the options, if there are any
+    tokens: int = 32
+    whole: tuple[str, ...] = ()  # the names of figures of all answers together
+    less: bool = False  # is better
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """The names of its figures."""
+        return (*self.read, *self.whole)
+
+
+def commonsense(records: list[Record]) -> list[Question]:
+    """LLM-Adapters' form: instruction, input, output, and the option that is right under `answer`."""
+    found = []
+    for number, row in enumerate(records, 1):
+        if not {"instruction", "answer"} <= row.keys():
+            raise ValueError(f"row {number}: commonsense needs instruction and answer, not {', '.join(row)}")
+        asked = str(row["instruction"]) + (f"\n\n{row['input']}" if row.get("input") else "")
+        last = asked.rpartition("Answer format:")[2]
+        options = tuple(dict.fromkeys(re.findall(CHOICES, last)))
+        found.append(Question([{"role": "user", "content": asked}], [str(row["answer"])], options))
+    return found
+
+
+def gsm8k(records: list[Record]) -> list[Question]:
+    """GSM8K's form: question, and an answer that ends in #### and a number."""
+    found = []
+    for number, row in enumerate(records, 1):
+        wanted = strict_number(str(row.get("answer", "")))
+        if "question" not in row or not wanted:
+            raise ValueError(f"row {number}: gsm8k needs question, and an answer that ends in #### and a number")
+        found.append(Question([{"role": "user", "content": str(row["question"])}], [wanted]))
+    return found
+
+
+def general(records: list[Record]) -> list[Question]:
+    """Any form that `inlay train` reads, summaries too; rows with the same prompt are references of one question."""
+    found: dict[str, Question] = {}
+    for row in convert_records(records, formats={**SUMMARIES, **FORMATS}):
+        if "prompt" not in row:
+            raise ValueError("the data has no prompts; --task perplexity is for plain text")
+        asked = found.setdefault(json.dumps(row["prompt"]), Question(row["prompt"], []))
+        asked.wanted.append(row["completion"][-1]["content"])
+    return list(found.values())
+
+
+def labelled(records: list[Record]) -> list[dict[str, Any]]:
+    """GLUE's forms: a sentence or a pair, and its label."""
+    from inlay.data.labelled import labelled_examples  # it brings the trainers
+
+    return labelled_examples(records, {})
+
+
+EVAL_TASKS = (
+    EvalTask("commonsense", "accuracy on options, as LLM-Adapters reads them", commonsense, {"accuracy": choice}),
+    EvalTask("gsm8k", "accuracy of the number, strict (####) and flexible (the last)", gsm8k,
+         {"strict": strict_number, "flexible": last_number}, 512),
+    EvalTask("exact", "share of answers that are the reference", general, {"exact match": exact}, 64),
+    EvalTask("text", "BLEU, chrF, NIST and ROUGE of answers to their references (E2E and the like)", general, {}, 64,
+         tuple(MEASURES)),
+    EvalTask("classification", "of a trained classifier: accuracy, F1, Matthews; of scores, correlations", labelled, {},
+         whole=("accuracy", "f1", "matthews", "pearson", "spearman")),
+    EvalTask("perplexity", "of plain text, or of the answers", convert_records, {}, whole=("perplexity",), less=True),
+)  # fmt: skip
+
+
+def find_eval_task(name: str) -> EvalTask:
+    """The task of a name; raises a ValueError that lists them."""
+    for task in EVAL_TASKS:
+        if task.name == name:
+            return task
+    raise ValueError(f"task {name!r} is not one of {', '.join(t.name for t in EVAL_TASKS)}")
+
+
+def questions_for(task: EvalTask, records: list[Record], by: str) -> list[Any]:
+    """What a model is asked, by generation or by likelihood.
+
+    Raises:
+        ValueError: the records are not of the task's form, or have no options to choose from by likelihood.
+    """
+    found = task.questions(records)
+    if by == "likelihood":
+        if task.name != "commonsense":
+            raise ValueError(f"--by likelihood is for questions with options, not for task {task.name}")
+        if bare := [i for i, question in enumerate(found, 1) if len(question.options) < 2]:
+            raise ValueError(f"row {bare[0]} names no options after 'Answer format:'; leave out --by likelihood")
+    return found

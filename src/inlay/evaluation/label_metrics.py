@@ -1,0 +1,34 @@
+"""Metrics of classification and of regression, as GLUE has them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+
+def classified(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Accuracy; F1 of the second of two labels (as GLUE has it), of more the mean over them; Matthews' correlation, of
+    more than two labels Gorodkin's R_k (2004)."""
+    size, found = logits.shape[1], logits.argmax(1)
+    table = np.zeros((size, size))  # true label × predicted label
+    np.add.at(table, (labels, found), 1)
+    right, true, said, total = table.diagonal(), table.sum(1), table.sum(0), len(labels)
+    f1 = 2 * right / np.maximum(true + said, 1)
+    spread = np.sqrt(total**2 - (true @ true)) * np.sqrt(total**2 - (said @ said))
+    matthews = (right.sum() * total - true @ said) / spread if spread else 0.0
+    return {
+        "accuracy": float(right.sum() / total),
+        "f1": float(f1[1] if size == 2 else f1.mean()),
+        "matthews": float(matthews),
+    }
+
+
+def correlated(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Pearson's and Spearman's correlation; 0 where one side does not vary."""
+    scores = scores.reshape(-1)
+    if np.ptp(scores) == 0 or np.ptp(labels) == 0:
+        return {"pearson": 0.0, "spearman": 0.0}
+    made: list[Any] = [stats.pearsonr(scores, labels), stats.spearmanr(scores, labels)]
+    return {"pearson": float(made[0].statistic), "spearman": float(made[1].statistic)}

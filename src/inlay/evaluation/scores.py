@@ -1,0 +1,94 @@
+"""Scores with their confidence intervals, and the files they are written to."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from inlay.evaluation.eval_tasks import EVAL_TASKS, Question
+from inlay.evaluation.paired import Difference, paired
+from inlay.evaluation.text_overlap import installed
+from inlay.files.atomic import write_text
+
+Scores = list[float]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A task's value with its 95 % interval, over so many examples; of what a user measures neither is known."""
+
+    name: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    count: int | None = None
+    draws: tuple[float, ...] = field(default=(), repr=False)  # its bootstrap: the same examples for every model
+
+    def __str__(self) -> str:
+        interval = "" if self.low is None else f"95 % {self.low:.3f} to {self.high:.3f}"
+        told = ", ".join(part for part in (interval, f"{self.count} examples" if self.count else "") if part)
+        return f"{self.name}: {self.value:.3f}" + (f" ({told})" if told else "")
+
+
+def share_score(name: str, right: list[bool]) -> Score:
+    """A share with Wilson's interval."""
+    n, p, z = len(right), sum(right) / len(right), 1.96
+    middle, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return Score(name, p, (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n), n)
+
+
+def resampled_score(name: str, count: int, value: Callable[[list[int]], float], draws: int = 200) -> Score:
+    """A value of a whole corpus, with the interval of its bootstrap."""
+    draw = random.Random(0)
+    again = tuple(value([draw.randrange(count) for _ in range(count)]) for _ in range(draws))
+    return Score(name, value(list(range(count))), *bootstrap_interval(again), count, again)
+
+
+def bootstrap_interval(values: Iterable[float]) -> tuple[float, float]:
+    """Where 95 % of the values of a bootstrap lie."""
+    order = sorted(values)
+    return order[int(0.025 * len(order))], order[int(0.975 * len(order)) - 1]
+
+
+def overlap_scores(said: list[str], questions: list[Question]) -> list[Score]:
+    """Of answers with their references, by every measure that is installed."""
+    wanted = [question.wanted for question in questions]
+    return [resampled_score(name, len(said), measure(said, wanted)) for name, measure in installed().items()]
+
+
+def score_difference(was: Score, now: Score, its: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:
+    """What the second of two models does better on the same examples, with the 95 % interval: of a mean over examples
+    Student's, of a value of all together that of its bootstrap, with the same draws in both. Empty: not known."""
+    first, second = ([row[now.name] for row in own if now.name in row] for own in (its, rows))
+    if first and isinstance(first[0], bool | int | float):
+        gap = paired(list(map(float, second)), list(map(float, first)))
+    elif was.draws and len(was.draws) == len(now.draws) and was.count == now.count:
+        gaps = [b - a for a, b in zip(was.draws, now.draws, strict=True)]
+        alike = math.isclose(min(gaps), max(gaps)) and any(gaps)
+        gap = Difference(now.value - was.value, *((math.nan, math.nan) if alike else bootstrap_interval(gaps)))
+    else:
+        return ""
+    if math.isnan(gap.low):
+        return f"{gap.mean:+.3f}, noise is not known: one example, or all differ by the same"
+    up, down = (
+        ("worse", "better") if any(task.less and now.name in task.whole for task in EVAL_TASKS) else ("better", "worse")
+    )
+    verdict = "no difference beyond noise" if gap.low <= 0 <= gap.high else up if gap.low > 0 else down
+    return f"{gap.mean:+.3f} ({gap.low:+.3f} to {gap.high:+.3f}), {verdict}"
+
+
+def write_scores(
+    folder: Path, name: str, figures: list[Score], rows: list[dict[str, Any]], about: dict[str, Any]
+) -> None:
+    """NAME.json with the figures, and NAME.jsonl with a line for each example."""
+    folder.mkdir(parents=True, exist_ok=True)
+    told = [{key: value for key, value in vars(f).items() if key != "draws"} for f in figures]
+    write_text(
+        folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+    )
+    write_text(folder / f"{name}.json", json.dumps({**about, "figures": told}, indent=1))

@@ -1,0 +1,1 @@
+"""Methods compared on one task under one budget."""

@@ -1,0 +1,32 @@
+"""What a module's dotted name says: its layer, its type, its part."""
+
+from __future__ import annotations
+
+import re
+
+
+def any_of(words: list[str]) -> str:
+    """A regex for one of several words without special characters."""
+    return words[0] if len(words) == 1 else f"({'|'.join(words)})"
+
+
+def split_name(name: str) -> tuple[str, str, str]:
+    """A module's name before, at and after its layer's index, the first number among its components."""
+    found = re.match(r"(|.*?\.)(\d+)(\..*|)$", name)
+    return (found[1], found[2], found[3]) if found else (name, "", "")
+
+
+def part_of(name: str) -> str:
+    """A module's name within its layer, the same for all experts of one kind."""
+    head, _, tail = split_name(name)
+    return re.sub(r"\.\d+(?=\.|$)", "", tail.strip(".") or head.strip("."))
+
+
+def layer_index(name: str) -> int:
+    """The number of a module's layer, the first among the components of its name; −1 where there is none (a head)."""
+    return int(split_name(name)[1] or -1)
+
+
+def name_without_layer(name: str) -> str:
+    """A module's name without its layer's number."""
+    return re.sub(r"(^|\.)\d+(\.|$)", r"\1*\2", name, count=1)

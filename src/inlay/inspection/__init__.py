@@ -1,0 +1,1 @@
+"""What weights look like, and what training changed of them."""

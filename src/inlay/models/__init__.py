@@ -1,0 +1,1 @@
+"""Base models and adapters: how they are found, loaded and read weight by weight."""

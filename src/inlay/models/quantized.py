@@ -1,0 +1,79 @@
+"""Weights that bitsandbytes packed to 4 or 8 bits: how models get them, and how they are read back."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.utils import is_bitsandbytes_available
+
+from inlay.host import seal
+from inlay.models.stored_weights import Weights
+
+
+def quantization_config(kind: str, dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig:
+    """bitsandbytes' settings: "nf4" (blocks of 64, double quantisation; products in `dtype`) or "int8".
+
+    Raises:
+        ValueError: bitsandbytes is not installed.
+    """
+    if not is_bitsandbytes_available():
+        raise ValueError("quantised bases need bitsandbytes; pip install 'bitsandbytes>=0.46'")
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def pack_linears(blank: PreTrainedModel, kind: str, dtype: torch.dtype) -> None:
+    """Pack the linear layers of a model without memory, as a checkpoint quantised by `settings` has them.
+
+    Raises:
+        ValueError: bitsandbytes is not installed.
+    """
+    asked = quantization_config(kind, dtype)
+    from bitsandbytes.functional import create_dynamic_map, int8_vectorwise_quant, name2qmap
+    from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
+    name2qmap.setdefault("dynamic", create_dynamic_map())  # else it keeps the table it makes here, on meta, for good
+    replace_with_bnb_linear(blank, get_keys_to_not_convert(blank), asked)
+    for module in blank.modules():
+        if isinstance(module, (Linear4bit, Linear8bitLt)):
+            for p in module.parameters():
+                p.data = p.data.to(dtype)  # which a weight is then dequantised to
+        if isinstance(module, Linear4bit):
+            module.weight = cast(Any, module.weight)._quantize("meta")
+        elif isinstance(module, Linear8bitLt):
+            values, scales, _ = int8_vectorwise_quant(module.weight.data.half())
+            module.weight = cast(Any, Int8Params)(values, CB=values, SCB=scales, requires_grad=False)
+            module.state.threshold = 0.0  # which inputs are outliers is a matter of values
+
+
+def dequantized(weights: Weights, name: str) -> tuple[Tensor, str | None]:
+    """A weight that bitsandbytes packed, out of a checkpoint: its numbers (out × in) in fp32, and its mark.
+
+    Raises:
+        ValueError: something else packed it.
+    """
+    W, beside = weights.read(name), {end: weights.read(key) for end, key in weights.beside(name).items()}
+    if any(end.startswith("quant_state.") for end in beside):
+        from bitsandbytes.nn import Params4bit
+
+        packed = Params4bit.from_prequantized(W, beside, device="cpu")
+        packed.quant_state.dtype = torch.float32
+        return unpack_weight(packed), seal.of_packed(packed)
+    if W.dtype == torch.int8 and "SCB" in beside:
+        return W.float() * (beside["SCB"].float() / 127)[:, None], None
+    raise ValueError(f"{name} is stored as {W.dtype} which is not read here; name the base in full precision")
+
+
+def unpack_weight(packed: Any) -> Tensor:
+    """The numbers of a packed weight, (out × in), in fp32."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(packed.data, packed.quant_state).float()

@@ -1,0 +1,57 @@
+"""The README.md beside a trained adapter."""
+
+from __future__ import annotations
+
+import os
+
+from inlay.models.model_classes import SEQUENCE, find_model_class
+from inlay.recipe.peft_methods import FULL, is_inlay
+from inlay.reports.result import Result
+from inlay.reports.run_page import page_title, run_facts, versions
+
+MERGING = "\nTo serve it without Inlay, merge it first: `inlay merge path/to/this/folder merged/`.\n"
+
+
+def loader_of(result: Result) -> str:
+    """The class of transformers or PEFT that loads what was trained."""
+    name = find_model_class(result.recipe.task).auto.__name__
+    if result.recipe.method == FULL:
+        return name
+    return name.replace("Auto", "AutoPeft", 1) if "ImageText" not in name else "AutoPeftModel"
+
+
+def model_card(result: Result) -> str:
+    """The README, for the hub, of what was trained."""
+    name, method = result.recipe.model, result.recipe.method
+    base = f"base_model: {name}\n" if not os.path.exists(name) and "/" in name else ""
+    table = "\n".join(f"| {key} | {value} |" for key, value in run_facts(result).items())
+    kind = find_model_class(result.recipe.task)
+    library, loader = "transformers" if method == FULL else "peft", loader_of(result)
+    own = method != FULL and kind.peft == SEQUENCE
+    more = f", num_labels={result.labels}" if own else ""
+    register = "import inlay  # makes PEFT know the adapter type\n" if is_inlay(method) else ""
+    merging = "" if method == FULL else MERGING
+    return f"""---
+{base}library_name: {library}
+pipeline_tag: {kind.tag}
+tags: [inlay, "{method}"]
+---
+# {page_title(result)}
+
+| | |
+|---|---|
+{table}
+
+```python
+{register}from {library} import {loader}
+
+model = {loader}.from_pretrained("path/to/this/folder"{more})
+```
+{merging}
+Recipe:
+
+```yaml
+{result.recipe.differences()}```
+
+Versions: {", ".join(versions().splitlines())}
+"""

@@ -1,0 +1,108 @@
+"""A recipe as the arguments of its task's trainer."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+
+from inlay.host import distributed
+from inlay.messages import first_line
+from inlay.recipe.optimizers import optimizer_settings
+from inlay.recipe.peft_methods import ADALORA, FULL
+from inlay.recipe.recipe import Recipe
+from inlay.training import checkpoints
+from inlay.training.tasks import TASKS
+
+NO_WAY_BACK = "it prunes what a checkpoint would be loaded into, so no run of it can be gone on with"
+
+INEXACT = ("save_only_model", "ignore_data_skip")  # with these a run would not go on to the same end
+
+
+def training_arguments(recipe: Recipe, folder: Path, batch: int, steps: int, dtype: torch.dtype) -> Any:
+    """A recipe as the arguments of its task's trainer: trl's SFTConfig, for instructions.
+
+    Raises:
+        ValueError: a value, or a key of `trainer`, that trl or transformers refuse.
+    """
+    task, evaluating = TASKS[recipe.task], recipe.eval_every
+    saving = math.ceil(steps / 10) if recipe.save_every is None else recipe.save_every
+    if recipe.keep_best or recipe.early_stopping:
+        saving = evaluating
+    if recipe.method == ADALORA:
+        if recipe.save_every or recipe.keep_best or recipe.early_stopping:
+            raise ValueError(f"{recipe.method}: {NO_WAY_BACK}; leave out save_every, keep_best and early_stopping")
+        saving = 0
+    values: dict[str, Any] = {
+        "output_dir": str(folder / checkpoints.FOLDER),
+        "learning_rate": recipe.learning_rate,
+        "num_train_epochs": recipe.epochs,
+        "max_steps": recipe.steps or -1,
+        "per_device_train_batch_size": batch,
+        "per_device_eval_batch_size": batch,
+        "gradient_accumulation_steps": recipe.accumulation,
+        "lr_scheduler_type": recipe.scheduler,
+        "warmup_steps": recipe.warmup if recipe.warmup >= 1 else min(math.ceil(recipe.warmup * steps), steps - 1),
+        "weight_decay": recipe.weight_decay,
+        **optimizer_settings(recipe.optim, recipe.optimizer_args, recipe.target_modules),
+        "max_grad_norm": recipe.max_grad_norm if recipe.step == "backward" else 0.0,
+        "gradient_checkpointing": recipe.gradient_checkpointing,
+        "seed": recipe.seed,
+        # An adapted base is loaded in its compute dtype and θ stays fp32: autocast would only add casts.
+        "bf16": recipe.method == FULL and dtype == torch.bfloat16,
+        # For its loss scaling.
+        "fp16": dtype == torch.float16 and torch.cuda.is_available() and recipe.step == "backward",
+        "eval_strategy": "steps" if evaluating else "no",
+        "eval_steps": evaluating,
+        "save_strategy": "steps" if saving else "no",
+        "save_steps": saving or 500,
+        "save_total_limit": 2,
+        "restore_callback_states_from_checkpoint": True,  # early stopping counts on
+        "load_best_model_at_end": bool(recipe.keep_best or recipe.early_stopping),
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+        "logging_steps": 1,
+        "report_to": recipe.report_to,
+        "disable_tqdm": True,
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "ddp_broadcast_buffers": False,  # θ₀ and frozen factors, equal from the start
+        **task.settings(recipe),
+    }
+    if distributed.process_count() > 1:
+        values["accelerator_config"] = {"use_configured_state": True}  # of `processes.joined`
+    for key in recipe.trainer:
+        check_extra(key, values, task.arguments)
+    try:
+        return task.arguments(**{**values, **recipe.trainer})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the trainer refuses this recipe: {first_line(error)}") from None
+
+
+def check_tracker(names: str) -> None:
+    """Refuse a tracker that transformers does not know or that is not installed."""
+    known = sorted({*INTEGRATION_TO_CALLBACK, "all", "none"})
+    for name in names.split(","):
+        if name not in known:
+            raise ValueError(f"report_to: {name!r} is not one of {', '.join(known)}")
+        if name in INTEGRATION_TO_CALLBACK and name not in get_available_reporting_integrations():
+            raise ValueError(f"report_to: {name} is not installed; pip install {name}")
+
+
+def check_extra(key: str, values: dict[str, Any], arguments: Any) -> None:
+    """Refuse a key of `trainer` that the trainer's arguments do not have, or that the recipe sets itself."""
+    known = [f.name for f in fields(arguments)]
+    if key not in known:
+        close = difflib.get_close_matches(key, known, 1)
+        raise ValueError(
+            f"trainer: {arguments.__name__} has no {key!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+        )
+    if key in INEXACT:
+        raise ValueError(f"trainer: a run with {key!r} could not be gone on with exactly; leave it out")
+    if key in values and key not in ("logging_steps", "save_total_limit", "per_device_eval_batch_size", "eval_packing"):
+        raise ValueError(f"trainer: {key!r} is set by the recipe itself; use its own field")

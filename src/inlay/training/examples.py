@@ -1,0 +1,125 @@
+"""A run's examples: read, split, audited, and announced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from datasets import Dataset, IterableDataset
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from inlay.data import streaming
+from inlay.data.formats import convert_records
+from inlay.data.readers import Record, read_records
+from inlay.data.render import Audit, as_plain_text, audit_examples, render
+from inlay.data.split import split_examples
+from inlay.data.streaming import first_examples, streamed_examples
+from inlay.recipe.recipe import Recipe
+
+LOOKED_AT = 1000  # examples of a stream that are audited
+TOKENS = "\nfirst example, the tokens that are learned from in ⟦⟧:"
+
+
+@dataclass
+class Examples:
+    """Training and held-out examples, and what was found about them. Of a `stream`, `train` is the beginning, and
+    `shards` its files with their sizes."""
+
+    train: list[dict]
+    heldout: list[dict]
+    audit: Audit
+    labels: list[str] | None = None  # of a classification
+    stream: IterableDataset | None = None
+    shards: tuple[tuple[str, int], ...] = ()
+
+
+def load_examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Console) -> Examples:
+    """Read, split and audit a recipe's data; what cannot be learned from is counted and said."""
+    source = None
+    if recipe.streaming:
+        train, held, source = streamed(recipe)
+    else:
+        train, held = train_and_heldout(
+            recipe, lambda records: convert_records(records, recipe.columns or None, recipe.system)
+        )
+    audit = audit_examples(train, tokenizer, recipe.max_length)
+    count = str(len(train)) if source is None else f"a stream, looked at {len(train)}"
+    console.print(f"{count} examples to train on, {len(held)} held out; longest {audit.longest} tokens")
+    if audit.cut or audit.masked:
+        console.print(
+            f"{audit.cut} answers are cut off at max_length={recipe.max_length}, "
+            f"{audit.masked} of them wholly (those are left out); raise --max-length to keep them",
+            style="yellow",
+        )
+    if audit.shifted:
+        console.print(
+            f"in {audit.shifted} examples the prompt's last tokens merge with the answer's first; end prompts "
+            "on a word or a line to have the model answer from what it was trained on",
+            style="yellow",
+        )
+    if audit.masked == audit.total:
+        raise ValueError(f"no example keeps an answer within max_length={recipe.max_length}; raise it")
+    if not any(render(row, tokenizer, recipe.max_length).answer_ids for row in held):
+        raise ValueError(f"no held-out example keeps an answer within max_length={recipe.max_length}; raise it")
+    files = streaming.shards(recipe.data) if recipe.streaming else []
+    shards = tuple((file.name, file.stat().st_size) for file in files)
+    return Examples(train, held, audit, stream=source, shards=shards)
+
+
+def streamed(recipe: Recipe) -> tuple[list[dict], list[dict], IterableDataset]:
+    """The examples of a stream that are looked at, the held-out ones, and the stream to train on."""
+    source = streamed_examples(recipe.data, recipe.columns or None, recipe.system)
+    made = first_examples(source, LOOKED_AT)
+    if recipe.eval_data:
+        held = convert_records(read_records(recipe.eval_data), recipe.columns or None, recipe.system)
+        size = recipe.eval_size or len(held)
+        return made, held[: max(1, round(size * len(held)) if size < 1 else int(size))], source
+    size = int(recipe.eval_size or 100)
+    if not made[size:]:
+        raise ValueError(f"eval_size {size} leaves nothing to train on of {len(made)} examples; give eval_data")
+    return made[size:], made[:size], source.skip(size)
+
+
+def train_and_heldout(
+    recipe: Recipe, convert: Callable[[list[Record]], list[dict]], key: Callable[[dict], str] | None = None
+) -> tuple[list[dict], list[dict]]:
+    """A recipe's training and held-out examples; `key`: see `data.split`."""
+    made = convert(read_records(recipe.data, recipe.split))
+    if recipe.eval_data:
+        held = convert(read_records(recipe.eval_data))
+        size = recipe.eval_size or len(held)
+        return made, held[: max(1, round(size * len(held)) if size < 1 else int(size))]
+    builtin = recipe.data == "builtin"  # its file says which rows are held out: the last 100
+    size = recipe.eval_size or (100 if builtin else min(100, max(1, len(made) // 10)))
+    return split_examples(made, size, None if builtin else recipe.seed, key)
+
+
+def measured(lengths: list[int], recipe: Recipe) -> Audit:
+    """An audit of examples that are cut without losing their answer."""
+    cut = sum(n > recipe.max_length for n in lengths)
+    return Audit(len(lengths), cut, 0, 0, max(lengths), sum(lengths) / len(lengths), 0)
+
+
+def announce(rows: Examples, recipe: Recipe, console: Console) -> None:
+    """Say how many examples there are, and how many are cut."""
+    console.print(
+        f"{len(rows.train)} examples to train on, {len(rows.heldout)} held out; longest {rows.audit.longest} tokens"
+        + (f"; labels: {', '.join(rows.labels[:20])}" if rows.labels else "")
+    )
+    if rows.audit.cut:
+        console.print(f"{rows.audit.cut} examples are cut at max_length={recipe.max_length}", style="yellow")
+
+
+def as_dataset(rows: list[dict], tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Examples as trl takes them: conversations where the tokenizer has a chat template, else plain text."""
+    return Dataset.from_list(rows if tokenizer.chat_template else [as_plain_text(row) for row in rows])
+
+
+def training_set(rows: Examples, tokenizer: PreTrainedTokenizerBase) -> Dataset | IterableDataset:
+    """What a run trains on, as trl takes it."""
+    if rows.stream is None:
+        return as_dataset(rows.train, tokenizer)
+    if tokenizer.chat_template:
+        return rows.stream
+    return rows.stream.map(as_plain_text)

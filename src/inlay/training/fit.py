@@ -1,0 +1,169 @@
+"""Evaluate, train, evaluate: the trainer of a run and its loop."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, cast
+
+from peft import PeftModel
+from rich.console import Console
+from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+
+from inlay.files.atomic import write_text
+from inlay.host import distributed
+from inlay.host.compute_starts import shared_starts
+from inlay.host.flat_lora import Flat
+from inlay.host.lora_plus import raised
+from inlay.host.schedule import Schedule
+from inlay.messages import duration, gib
+from inlay.models import builtin
+from inlay.models.loading import dtype_for
+from inlay.models.meta import count_trained_and_base
+from inlay.recipe.optimizers import check_shapes, own_optimizer
+from inlay.recipe.peft_methods import is_inlay
+from inlay.recipe.recipe import Recipe
+from inlay.reports.result import Result, environment
+from inlay.training import checkpoints
+from inlay.training.arguments import training_arguments
+from inlay.training.batch_size import fitting_batch, largest_useful_batch, planned_step
+from inlay.training.checkpoints import Checkpoint
+from inlay.training.examples import Examples, training_set
+from inlay.training.peft_extras import complete_peft_method
+from inlay.training.progress import RunProgress, peak_memory
+from inlay.training.tasks import TASKS
+from inlay.training.trainer import Trainer
+
+BEFORE = ".before.json"  # the answers before training, until the samples are written
+
+
+def fit(
+    recipe: Recipe, trainer: Trainer, tokenizer: Any, rows: Examples, console: Console, found: Checkpoint | None = None
+) -> Result:
+    """Evaluate, train, evaluate; the metrics go into the run folder as they come."""
+    folder, model = Path(str(recipe.output)), cast(Any, trainer.model)
+    trainer.run = {
+        "recipe": checkpoints.learning_settings(recipe),
+        "identity": checkpoints.run_identity(trainer, rows),
+        "versions": environment(),
+    }
+    task = TASKS[recipe.task]
+    watch = RunProgress(folder, console, task.metrics)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(watch)
+    parameters, base = count_trained_and_base(model)
+    console.print(
+        f"{recipe.method} on {builtin.model_name(recipe.model)} in {recipe.dtype}: {parameters:,} of "
+        f"{base:,} numbers are trained ({parameters / base:.2%})"
+    )
+    if found:
+        checkpoints.check_same(found, "identity", trainer.run["identity"])
+        for change in checkpoints.versions_changed(found):
+            told = f"note: the checkpoint was made with {change[:400]}; bits may differ"
+            console.print(told, style="yellow", markup=False, highlight=False)
+        watch.restore(found.path)
+        trainer.passed = watch.passed
+        console.print(f"held-out loss before: {watch.evaluated[0]['eval_loss']:.3f}")
+    elif (
+        distributed.process_count() > 1
+    ):  # a model evaluated before it is trained would not be wrapped any more, without a word
+        trainer.args.eval_on_start = True
+    else:
+        trainer.evaluate()
+    questions = task.questions(rows.heldout, recipe.samples)
+    asked = [row["input"] for row in questions]
+    if not distributed.from_first((folder / BEFORE).exists):
+        said = task.answers(model, tokenizer, asked) if asked else []
+        write_text(folder / BEFORE, json.dumps(said)) if distributed.is_first() else None
+    try:
+        trainer.go_on(found)
+    except KeyboardInterrupt:
+        console.print(f"stopped at step {trainer.state.global_step}")
+        raise
+    finally:
+        watch.bar.stop()
+    trainer.check_finite()
+    seconds = watch.seconds
+    first, last = watch.evaluated[0], trainer.evaluate()
+    before, after = first["eval_loss"], last["eval_loss"]
+    console.print(f"held-out loss after:  {after:.3f}  ({duration(seconds)}, {gib(peak_memory())} peak)")
+    then, now = task.scores(first), task.scores(last)
+    for name, score in now.items():
+        console.print(f"{name}: {then[name]:.3f} before, {score:.3f} after")
+    answers = [distributed.from_first(lambda: json.loads((folder / BEFORE).read_text(encoding="utf-8")))]
+    answers += [task.answers(model, tokenizer, asked)] if asked else []
+    return Result(
+        recipe, folder, parameters, base, before, after, seconds, watch.tokens, peak_memory(), watch.history,
+        write_samples(questions, answers), {name: (then[name], score) for name, score in now.items()},
+        len(rows.labels or ()) or None,
+    )  # fmt: skip
+
+
+def predicted_memory(recipe: Recipe, rows: Examples, trainer: Any) -> dict[str, float]:
+    """What the planner says of the peak of a step, by part, in bytes; nothing where it cannot follow the model."""
+    if recipe.task not in ("instruction", "language_modelling"):
+        return {}
+    try:
+        run, length = planned_step(recipe, rows, dtype_for(recipe.dtype))
+        need = run.step(trainer.args.per_device_train_batch_size, length)
+    except ValueError:
+        return {}
+    parts = {
+        "weights": need.frozen,
+        "adapter, gradients, optimiser": need.trained + need.gradients + need.optimizer,
+        "activations": need.activations,
+    }
+    return {**parts, "for a moment": max(0.0, need.peak - sum(parts.values()))}
+
+
+def build_trainer(recipe: Recipe, base: Any, tokenizer, rows: Examples, folder: Path) -> Trainer:
+    """The trainer for a recipe and its base, which is adapted here unless it is so already; settles `batch_size`."""
+    batch = recipe.batch_size
+    if batch == "auto":
+        most = largest_useful_batch(rows, distributed.process_count())
+        batch = min(
+            distributed.gather_values(fitting_batch(*planned_step(recipe, rows, base.dtype), most, loaded=True))
+        )
+    of_step = batch * recipe.accumulation * distributed.process_count()
+    steps = recipe.steps or math.ceil(recipe.epochs * len(rows.train) / of_step)
+    stop: list[TrainerCallback] = [EarlyStoppingCallback(recipe.early_stopping)] if recipe.early_stopping else []
+    adapter = None if isinstance(base, PeftModel) else recipe.adapter(steps)
+    if adapter is not None:
+        adapter.revision = recipe.revision  # of the base, for who loads or merges it
+    task = TASKS[recipe.task]
+    own = own_optimizer(recipe.optim, recipe.learning_rate, recipe.optimizer_args)
+    if own is not None and recipe.task == "preference":
+        raise ValueError(f"optimizer: trl's DPO trainer takes transformers' optimisers alone, not {recipe.optim}")
+    with shared_starts():
+        trainer = task.trainer(
+            base,
+            args=training_arguments(recipe, folder, batch, steps, dtype_for(recipe.dtype)),
+            train_dataset=training_set(rows, tokenizer) if rows.stream else task.dataset(rows.train, tokenizer, recipe),
+            eval_dataset=task.dataset(rows.heldout, tokenizer, recipe),
+            processing_class=tokenizer,
+            peft_config=adapter,
+            callbacks=[Schedule(), *([Flat(recipe.flat_noise, recipe.seed)] if recipe.flat_noise else []), *stop],
+            skips=recipe.skip_nan,
+            lr_ratio=recipe.lr_ratio,
+            zeroth=recipe.zeroth(),
+            **({} if own is None else {"optimizer_cls_and_kwargs": own}),
+            **task.parts(tokenizer, rows),
+        )
+    if adapter is not None and not is_inlay(recipe.method):
+        complete_peft_method(trainer)
+    check_shapes(recipe.optim, cast(Any, trainer.model))
+    if recipe.lr_ratio is not None:
+        raised([], cast(Any, trainer.model), recipe.lr_ratio)  # refuses a model without pairs of factors
+    return trainer
+
+
+def write_samples(questions: list[dict], answers: list[list[str]]) -> list[dict[str, str]]:
+    """Prompt, reference, and the answers before and after."""
+    if len(answers) < 2:
+        return []
+    return [
+        {"prompt": row["prompt"], "reference": row["reference"], "before": b, "after": a}
+        for row, b, a in zip(questions, answers[0], answers[1], strict=False)
+    ]

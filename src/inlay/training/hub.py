@@ -1,0 +1,27 @@
+"""The trained adapter on a hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from inlay.messages import first_line
+
+
+def claim_repository(repository: str) -> None:
+    """Create the hub repository, or see that it may be written, before hours are spent."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().create_repo(repository, exist_ok=True)
+    except Exception as error:  # network, rights and names fail in many ways
+        raise ValueError(f"push_to_hub: {repository} cannot be written: {first_line(error)}") from None
+
+
+def upload_run(folder: Path, repository: str) -> None:
+    """Put a folder on the hub."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().upload_folder(repo_id=repository, folder_path=str(folder))
+    except Exception as error:  # network, rights and names fail in many ways, none of them worth losing the run for
+        raise ValueError(f"upload to {repository} failed (the run is in {folder}): {first_line(error)}") from None

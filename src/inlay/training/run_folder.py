@@ -1,0 +1,39 @@
+"""The folder of a run: how it begins, what is kept when it fails, what is removed at the end."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from inlay.files.atomic import put_back, remove_siblings, staged, write_text
+from inlay.recipe.recipe import Recipe
+from inlay.training import checkpoints
+
+MARK = ".inlay-run"  # what makes a folder a run of ours, which --overwrite may replace
+
+
+def start_folder(folder: Path, recipe: Recipe) -> None:
+    """Create the run folder with its recipe, in place of what is set aside."""
+    try:
+        with staged(folder) as part:
+            (part / MARK).touch()
+            write_text(part / "recipe.yaml", recipe.to_yaml())
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written: {error.strerror}") from None
+
+
+def give_up(folder: Path) -> bool:
+    """After a failure: whether the folder is kept, for its checkpoints; else things are as they were before the run."""
+    if checkpoints.checkpoint_steps(folder / checkpoints.FOLDER):
+        return True
+    shutil.rmtree(folder, ignore_errors=True)
+    put_back(folder)
+    return False
+
+
+def tidy(folder: Path) -> None:
+    """Remove the run that this one replaces, and what processes of this one left half-written when they were killed."""
+    remove_siblings(folder, "old")
+    remove_siblings(folder, "part")
+    for path in folder.rglob(".*part"):
+        path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
