@@ -40,7 +40,7 @@ from inlay.host.calibrate import gather_statistics, without_adapters
 from inlay.host.layer import InlayLinear
 from inlay.method import Method
 from inlay.methods import METHODS
-from inlay.models.adapters import load_adapted
+from inlay.models.adapters import Adapter
 from inlay.models.model_classes import MODEL_CLASSES
 from inlay.recipe.recipe import Recipe
 from inlay.training import checkpoints
@@ -263,7 +263,7 @@ def test_summaries_are_evaluated(models_of, data_of, tmp_path, capsys):
         assert line in said
     rows = [json.loads(line) for line in next(tmp_path.glob("text-*seq2seq.jsonl")).read_text().splitlines()]
     assert [row["wanted"] for row in rows] == [[f"Number {i}."] for i in range(4)]
-    model, tokenizer = load_adapted(tmp_path / "run" / "adapter", dtype=torch.float32)
+    model, tokenizer = Adapter.open(tmp_path / "run").load(torch.float32)
     inputs = tokenizer(DATA["seq2seq"][0]["document"], return_tensors="pt")
     out = model.eval().generate(**inputs, do_sample=False, max_new_tokens=64)[0]
     assert rows[0]["said"] == tokenizer.decode(out, skip_special_tokens=True).strip()

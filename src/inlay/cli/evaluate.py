@@ -19,8 +19,9 @@ def eval_command(options: argparse.Namespace) -> None:
     from inlay.evaluation.metric import OnTask, load_metric, run_metric
     from inlay.evaluation.scores import score_difference, write_scores
     from inlay.messages import quiet
-    from inlay.models.adapters import adapter_folder, load_adapted, load_unadapted_base, may_modify_base
-    from inlay.models.loading import dtype_for, evaluated_auto_class, load_base
+    from inlay.models.adapters import Adapter
+    from inlay.models.base import BaseModel
+    from inlay.models.loading import dtype_for
 
     quiet()
     if (options.task is None) == (options.metric is None):
@@ -30,14 +31,17 @@ def eval_command(options: argparse.Namespace) -> None:
     else:
         flags = {key: getattr(options, key) for key in ("task", "limit", "by", "tokens", "batch_size")}
         run = OnTask(**flags, data=options.data or "").load(terminal())
-    dtype, folder = dtype_for(options.dtype), None
-    hub: Any = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    dtype, folder, adapter = dtype_for(options.dtype), None, None
+    hub = (options.revision, options.trust_remote_code)
     if (Path(options.model) / "adapter_config.json").is_file() or (Path(options.model) / "adapter").is_dir():
-        folder = adapter_folder(options.model)
-    if folder:
-        model, tokenizer = load_adapted(folder, None, dtype, **hub)
+        adapter = Adapter.open(options.model, None, *hub)
+        folder = adapter.folder
+    if adapter:
+        model, tokenizer = adapter.load(dtype)
     else:
-        model, tokenizer = load_base(options.model, dtype, **hub, auto=evaluated_auto_class(options.model, **hub))
+        base = BaseModel(options.model, *hub)
+        tokenizer = base.tokenizer()
+        model = base.load(dtype, auto=base.evaluated_auto_class())
     if (options.base or options.merged) and not folder:
         raise ValueError(f"{options.model} is no adapter: --base and --merged are for one")
     if options.base and options.merged:
@@ -56,10 +60,10 @@ def eval_command(options: argparse.Namespace) -> None:
     for figure in figures:
         print(figure)
     if options.base:
-        assert folder is not None
-        if may_modify_base(folder):
+        assert adapter is not None
+        if adapter.may_modify_base:
             del model  # before its base is loaded a second time
-            before, its = run_metric(run, load_unadapted_base(folder, dtype, **hub), tokenizer)
+            before, its = run_metric(run, adapter.load_unadapted_base(dtype), tokenizer)
         else:
             with model.disable_adapter():
                 before, its = run_metric(run, model, tokenizer)
@@ -97,16 +101,18 @@ def generate_command(options: argparse.Namespace) -> None:
     """
     from inlay.evaluation.generate import answer
     from inlay.messages import quiet
-    from inlay.models.adapters import adapter_folder, load_adapted
-    from inlay.models.loading import dtype_for, load_base
+    from inlay.models.adapters import Adapter
+    from inlay.models.base import BaseModel
+    from inlay.models.loading import dtype_for
 
     quiet()
-    folder = adapter_folder(options.adapter) if options.adapter else None
     dtype = dtype_for(options.dtype)
-    if folder:
-        model, tokenizer = load_adapted(folder, options.model, dtype)
+    if options.adapter:
+        model, tokenizer = Adapter.open(options.adapter, options.model).load(dtype)
     else:
-        model, tokenizer = load_base(options.model or "builtin", dtype)
+        base = BaseModel(options.model or "builtin")
+        tokenizer = base.tokenizer()
+        model = base.load(dtype)
     model.eval()
     extra = {"do_sample": True, "temperature": options.temperature} if options.temperature > 0 else {}
     chat = [{"role": "system", "content": options.system}] if options.system else []

@@ -27,7 +27,7 @@ from inlay.evaluation.metric import Asked, metric_score
 from inlay.files.atomic import write_text
 from inlay.inspection.changes import changes, changes_as_data
 from inlay.messages import quiet, slug
-from inlay.models.loading import dtype_for, load_tokenizer
+from inlay.models.loading import dtype_for
 from inlay.recipe.recipe import Recipe
 from inlay.reports.result import Result
 from inlay.training.allocate_ranks import settle_ranks
@@ -156,7 +156,7 @@ def run_trial(folder: Path) -> None:
     trial, console = read_trial(folder), Console(width=120)
     samples = min(SAMPLES, trial.recipe.samples) if trial.looked_into else 0
     recipe = replace(trial.recipe, output=str(folder), samples=samples, save_every=0)
-    tokenizer = load_tokenizer(recipe.model, recipe.revision, recipe.trust_remote_code)
+    tokenizer = recipe.base_model().tokenizer()
     rows, texts = trial_examples(trial, tokenizer, console), unrelated(trial.unrelated)
     set_seed(recipe.seed)
     recipe, dtype = settle_ranks(recipe, console), dtype_for(recipe.dtype)

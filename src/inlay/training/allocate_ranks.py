@@ -15,8 +15,9 @@ from inlay.recipe.recipe import Recipe
 def thresholded(recipe: Recipe, console: Console) -> dict[str, int]:
     """WeLore's ranks of a recipe's modules."""
     config = recipe.config()
-    shapes = target_weights(recipe.model, config, recipe.trust_remote_code)
-    values = weight_spectra(recipe.model, shapes, recipe.revision, recipe.trust_remote_code)
+    base = recipe.base_model()
+    shapes = target_weights(base, config)
+    values = weight_spectra(base, shapes)
     r, cost = allocated_ranks(config), rank_cost(config, shapes)
     found = by_threshold(values, r, cost)
     numbers, uniform = (sum(cost(n, rank) for n, rank in each.items()) for each in (found, dict.fromkeys(found, r)))
@@ -39,6 +40,6 @@ def settle_ranks(recipe: Recipe, console: Console) -> Recipe:
     if recipe.allocate == "welore":
         return replace(recipe, allocate="none", patterns=patterns(thresholded(recipe, console)))
     direction: Direction = "peaked" if recipe.allocate == "energy_peaked" else "flat"
-    found = inspection(recipe.model, recipe.config(), direction, recipe.revision, recipe.trust_remote_code)
+    found = inspection(recipe.base_model(), recipe.config(), direction)
     console.print(found.summary())
     return replace(recipe, allocate="none", patterns=patterns(found.ranks))

@@ -14,9 +14,8 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from inlay.conversion.fold import fold
-from inlay.models.adapters import load_adapted, read_adapter_config
+from inlay.models.adapters import Adapter
 from inlay.models.folded import START, fold_at
-from inlay.models.loading import load_model
 from inlay.models.model_classes import find_model_class
 from inlay.recipe.peft_methods import FULL
 from inlay.recipe.recipe import Recipe
@@ -25,7 +24,7 @@ from inlay.training.checkpoints import Checkpoint
 
 def check_fold(recipe: Recipe, adapter: Path) -> None:
     """Refuse to train a fold as another method than the one it was made with."""
-    asked, made = recipe.config().to_dict(), read_adapter_config(adapter).to_dict()
+    asked, made = recipe.config().to_dict(), Adapter.open(adapter).config.to_dict()
     names = ["method", "args", "scale", "dropout", "patterns"]
     names += ["bias", "modules_to_save", "exclude_modules", "layers_to_transform"]
     names += ["target_modules"] if recipe.target_modules != "all-linear" else []  # all that were folded
@@ -53,25 +52,24 @@ def load_training_model(
     from inlay.models.quantized import quantization_config
 
     if recipe.quantize == "nf4" and found:
-        return load_adapted(found.path, str(folder / "base"), dtype, trainable=True)[0]
+        return Adapter.open(found.path, str(folder / "base")).load(dtype, trainable=True)[0]
     if adapter := fold_at(recipe.model):
         check_fold(recipe, adapter)
-        return load_adapted(adapter, dtype=dtype, trainable=True)[0]
-    options = (recipe.revision, recipe.trust_remote_code)
+        return Adapter.open(adapter).load(dtype, trainable=True)[0]
     dtype = torch.float32 if recipe.method == FULL else dtype  # its updates are too small for 16 bits
     if recipe.quantize != "nf4":
         quantization = None if recipe.quantize == "none" else quantization_config(recipe.quantize, dtype)
         auto = find_model_class(recipe.task).auto
-        return load_model(recipe.model, dtype, *options, quantization, auto=auto, **settings)
+        return recipe.base_model().load(dtype, quantization, auto=auto, **settings)
     made = fold(
         recipe.model, folder / "folded", recipe.config(), rounds=recipe.fold_rounds, batches=batches,
-        revision=options[0], trust_remote_code=options[1],
+        revision=recipe.revision, trust_remote_code=recipe.trust_remote_code,
     )  # fmt: skip
     plain, folded = (statistics.mean(getattr(e, kind) for e in made.errors) for kind in ("plain", "folded"))
     console.print(f"folded: the base starts at a relative error of {folded:.4f} per weight (plain NF4: {plain:.4f})")
     if made.unsettled:
         console.print(f"{len(made.unsettled)} layers' starts had not settled; --calibration gives more batches")
-    model = load_adapted(made.adapter, str(made.base), dtype, trainable=True)[0]
+    model = Adapter.open(made.adapter, str(made.base)).load(dtype, trainable=True)[0]
     for path in (made.base, made.folder / "errors.csv"):
         path.rename(folder / path.name)
     made.adapter.rename(folder / START)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from inlay.models.folded import fold_at
-from inlay.models.meta import free_memory
+from inlay.models.sizes import free_memory
 from inlay.planning.planner import PlannedRun
 from inlay.recipe.peft_methods import FULL, without_start
 from inlay.recipe.recipe import Recipe
@@ -21,9 +21,9 @@ def planned_step(recipe: Recipe, rows: Examples, dtype: torch.dtype) -> tuple[Pl
     """The run as it will train on this machine, for the planner, and its longest sequence."""
     dtype = torch.float32 if recipe.method == FULL else dtype
     run = PlannedRun(
-        recipe.model, without_start(recipe.adapter()), dtype,
+        recipe.base_model(), without_start(recipe.adapter()), dtype,
         "nf4" if fold_at(recipe.model) else recipe.quantize,
-        recipe.gradient_checkpointing, "cuda" if torch.cuda.is_available() else "cpu", recipe.trust_remote_code,
+        recipe.gradient_checkpointing, "cuda" if torch.cuda.is_available() else "cpu",
     )  # fmt: skip
     return run, min(recipe.max_length, rows.audit.longest)
 

@@ -81,7 +81,7 @@ def settle_calibration(
     if recipe.allocate not in ("variance", "blocks"):
         return recipe
     config = recipe.config()
-    shapes, method = target_weights(recipe.model, config, recipe.trust_remote_code), config.build()
+    shapes, method = target_weights(recipe.base_model(), config), config.build()
     watched: dict[str, Method] = dict.fromkeys(shapes, method)
     if recipe.allocate == "variance":
         watched = {name: EVA(r=min(math.ceil(RHO * allocated_ranks(config)), *shape)) for name, shape in shapes.items()}

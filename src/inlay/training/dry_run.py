@@ -8,8 +8,8 @@ from inlay.files.atomic import check_free
 from inlay.messages import gib
 from inlay.models.folded import fold_at
 from inlay.models.loading import dtype_for
-from inlay.models.meta import count_parameters
 from inlay.models.model_classes import find_model_class
+from inlay.models.sizes import count_parameters
 from inlay.recipe.peft_methods import without_start
 from inlay.recipe.recipe import Recipe
 from inlay.training.allocate_ranks import settle_ranks
@@ -39,9 +39,7 @@ def dry_run(recipe: Recipe, console: Console) -> None:
     console.print(task.shown(rows.train[0], tokenizer, recipe), soft_wrap=True)
     if not kind.causal or recipe.task == "preference":
         config = without_start(recipe.adapter())
-        trained = count_parameters(
-            recipe.model, config, recipe.trust_remote_code, kind.auto, **task.model_settings(rows)
-        )
+        trained = count_parameters(recipe.base_model(), config, kind.auto, **task.model_settings(rows))
         console.print(f"\n{trained:,} trainable numbers; memory is planned for tasks instruction, language_modelling")
         return
     run, length = planned_step(recipe, rows, dtype)

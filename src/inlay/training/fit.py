@@ -21,7 +21,7 @@ from inlay.host.schedule import Schedule
 from inlay.messages import duration, gib
 from inlay.models import builtin
 from inlay.models.loading import dtype_for
-from inlay.models.meta import count_trained_and_base
+from inlay.models.sizes import count_trained_and_base
 from inlay.recipe.optimizers import check_shapes, own_optimizer
 from inlay.recipe.peft_methods import is_inlay
 from inlay.recipe.recipe import Recipe

@@ -53,4 +53,4 @@ def write_run(result: Result, model: PeftModel | PreTrainedModel, state: dict[st
 
 def weights_of(recipe: Recipe) -> Weights:
     """What the checkpoint of a recipe's model stores."""
-    return Weights(recipe.model, recipe.revision, recipe.trust_remote_code, find_model_class(recipe.task).auto)
+    return recipe.base_model().weights(find_model_class(recipe.task).auto)

@@ -25,7 +25,6 @@ from inlay.experiments.ray_cluster import Cluster
 from inlay.experiments.runner import Runner, open_folder, origin, steps_of
 from inlay.experiments.trial import Trial, unrelated
 from inlay.files.atomic import locked
-from inlay.models.loading import load_tokenizer
 from inlay.training.examples import Examples, load_examples
 
 ASKED = "compare.yaml"  # also what marks a folder as a comparison's
@@ -70,7 +69,7 @@ def shared_examples(plan: ComparisonPlan, console: Console) -> Examples:
         ValueError: they or what runs are judged by cannot be used, or none are left to train on.
     """
     first = replace(plan.recipe, seed=plan.ask.seeds[0])
-    rows = load_examples(first, load_tokenizer(first.model, first.revision, first.trust_remote_code), console)
+    rows = load_examples(first, first.base_model().tokenizer(), console)
     unrelated(plan.ask.unrelated)
     if plan.ask.metric:
         load_metric(plan.ask.metric)

@@ -14,7 +14,6 @@ from trl import SFTConfig
 from inlay.data.formats import Row
 from inlay.data.render import render
 from inlay.evaluation.generate import answer
-from inlay.models.loading import load_tokenizer
 from inlay.recipe.recipe import Recipe
 from inlay.training.examples import Examples, as_dataset, load_examples
 from inlay.training.trainer import Trainer
@@ -29,7 +28,7 @@ class Task:
 
     def processor(self, recipe: Recipe) -> Any:
         """What makes numbers of the data: a tokenizer."""
-        return load_tokenizer(recipe.model, recipe.revision, recipe.trust_remote_code)
+        return recipe.base_model().tokenizer()
 
     def examples(self, recipe: Recipe, tokenizer: Any, console: Console) -> Examples:
         """Read, split and audit a recipe's data."""
