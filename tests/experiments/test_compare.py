@@ -128,9 +128,9 @@ def test_bisection_finds_what_search_finds(limit):
         ("compare: {methods: [dora]}", "unknown method 'dora'"),
         ("compare: {methods: ['peft:dorra']}", "PEFT has no method 'dorra'; did you mean 'dora'?"),
         ("compare: {methods: [{method: 'peft:lora', args: {use_dorra: true}}]}", "did you mean 'use_dora'?"),
-        ("compare: {methods: [{method: 'peft:lora', args: {init_lora_weights: corda}}]}", "a pass of its own"),
+        ("compare: {methods: [{method: 'peft:lora', args: {init_lora_weights: corda}}]}", "a pass over data"),
         ("compare: {methods: [{method: lora, steps: 3}]}", "'steps' cannot differ between methods"),
-        ("compare: {methods: [{method: full, args: {r: 3}}]}", "it trains all there is"),
+        ("compare: {methods: [{method: full, args: {r: 3}}]}", "it trains the whole model"),
         ("compare: {methods: [lora, lora]}", "two are called 'lora'"),
         ("compare: {methods: ['peft:dora', {method: lora, name: peft-dora}]}", "two are called 'peft:dora'"),
         ("compare: {methods: [3]}", "neither a name nor a mapping"),
@@ -141,9 +141,9 @@ def test_bisection_finds_what_search_finds(limit):
         ("compare: {methods: [{method: lora, learning_rates: 1.0e-3}]}", "must be a list with one or more, not 0.001"),
         ("compare: {methods: [{method: lora, learning_rates: []}]}", "learning_rates of lora must be a list"),
         ("compare: {methods: [{method: lora, name: [a]}]}", "name: ['a'] is not"),
-        ("compare: {methods: [{method: lora, name: '$x$'}]}", "has a $, which plots take for a formula"),
+        ("compare: {methods: [{method: lora, name: '$x$'}]}", "has a $, which plots read as a formula"),
         ("{streaming: true, steps: 3, data: a.jsonl}", "streaming is for inlay train"),
-        ("compare: {budget: {flops: 3}}", "is not one of {parameters: trained numbers}"),
+        ("compare: {budget: {flops: 3}}", "is not one of {parameters: trained parameters}"),
         ("compare: {budget: {parameters: 3, time: 3}}", "is not one of"),
         ("compare: {reference: bone, methods: [lora]}", "reference: 'bone' is not one of the methods lora"),
         ("compare: {halving: 1}", "halving: 1 is below 2"),
@@ -287,7 +287,7 @@ def test_adaloras_penalty_is_the_one_that_peft_adds_to_a_loss(llama):
         ({"method": "peft:lora", "patterns": {"q_proj": {"r": 2}}}, "give the fields of PEFT's config under args"),
         ({"method": "peft:lora", "quantize": "nf4"}, "nf4_offset is"),
         ({"method": "full", "quantize": "int8"}, "none is"),
-        ({"method": "full", "modules_to_save": ["lm_head"]}, "it trains all there is"),
+        ({"method": "full", "modules_to_save": ["lm_head"]}, "it trains the whole model"),
         ({"method": "peft:lora", "args": {"r": -1}}, "positive integer"),
     ],
 )
@@ -319,7 +319,7 @@ def at_once():
 
     def wait(self, folder, bar):
         try:
-            run_trial(folder)
+            trial.run_trial(folder)
         except RuntimeError as error:
             (folder / LOG).write_text(f"RuntimeError: {error}")
             return 1
@@ -594,7 +594,7 @@ def test_the_page_says_what_was_found_and_how_to_repeat_it(compared):
     values = Page(text).values
     assert all(row["method"] in values and repr(row["loss"]) in values for row in rows)
     assert len(values) == 12 * len(rows)
-    for label in ("loss (nats per answer token)", "peak memory (GiB)", "training time (s)", "trained numbers"):
+    for label in ("loss (nats per answer token)", "peak memory (GiB)", "training time (s)", "trained parameters"):
         assert f">{label}</text>" in text
     assert text.count(">Pareto front</text>") == 3
     assert (compared / "compare.yaml").read_text().splitlines()[0] in text
