@@ -98,7 +98,7 @@ class Meter(TorchDispatchMode):
 
     def see(self, t: Tensor) -> None:
         storage = t.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        key, size = id(storage), storage.nbytes()  # torch keeps one object for a storage while that lives
         if key not in self.known:
             self.live += size
             self.peak = max(self.peak, self.live)
@@ -120,8 +120,8 @@ class Meter(TorchDispatchMode):
                 self.see(t)
         if str(func) in WITHIN:
             self.peak = max(self.peak, self.live + round(WITHIN[str(func)](made, *args)))
-        if func._overloadpacket in FLOPS:
-            self.flops += FLOPS[func._overloadpacket](*args, **(kwargs or {}), out_val=made)
+        if func.overloadpacket in FLOPS:
+            self.flops += FLOPS[func.overloadpacket](*args, **(kwargs or {}), out_val=made)
         return made
 
 
