@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from rich.console import Console
 from torch import Tensor
-from trl import DPOConfig
-from trl.data_utils import extract_prompt
+from trl import DPOConfig, extract_prompt
 
 from inlay.data.formats import Row, chat_cell, chat_turns, convert_all, text_cell
 from inlay.data.readers import Record
