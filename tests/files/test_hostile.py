@@ -70,7 +70,7 @@ def test_the_fuzzing_sees_what_goes_wrong(fuzz, tmp_path, monkeypatch):
         ("a: &a [*a]", "100,000 values"),
         ("model: !!python/object/apply:os.system [touch x]", "could not determine a constructor"),
         ("model: 2001-99-99", "month must be"),
-        ("true: 1", "no field's name"),
+        ("true: 1", "not the name of a field"),
         ("args: 5", "args: 5 is not a mapping"),
         ("model: a\0b", "not YAML"),
         ("a: &a {x: 1}\nargs: {<<: [*a, *a]}", "merge key"),
