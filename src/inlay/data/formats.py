@@ -10,24 +10,31 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from inlay.data.chats import Example, chat_cell, conversation, template_arguments, text_cell, tools_cell, with_system
 from inlay.data.readers import Record
 from inlay.messages import short
 
-Example = dict[str, Any]
 Formats = dict[str, dict[str, tuple[str, ...]]]
 
 
 # Format -> role -> the columns that can play it, the preferred one first; of the formats the first that fits is taken.
 # Recognition, error messages and docs all come from this table.
+CHAT: dict[str, tuple[str, ...]] = {  # what a conversation may have beside its messages
+    "system": ("system",),
+    "tools": ("tools", "functions"),
+    "chat_template_kwargs": ("chat_template_kwargs",),
+}
 FORMATS: Formats = {
-    "chat": {"messages": ("messages",)},
-    "ShareGPT": {"messages": ("conversations",)},
+    "chat": {"messages": ("messages",), **CHAT},
+    "ShareGPT": {"messages": ("conversations",), **CHAT},
     "instruction": {
         "prompt": ("instruction",),
         "input": ("input", "context"),
         "answer": ("output", "response", "answer"),
+        "history": ("history",),
+        **CHAT,
     },
-    "prompt-completion": {"prompt": ("prompt",), "answer": ("completion", "response", "answer")},
+    "prompt-completion": {"prompt": ("prompt",), "answer": ("completion", "response", "answer"), **CHAT},
     "question-answer": {"prompt": ("question",), "answer": ("answer",)},
     "E2E": {"prompt": ("mr",), "answer": ("ref",)},
     "text": {"text": ("text",)},
@@ -37,13 +44,13 @@ SUMMARIES: Formats = {
     "CNN/DailyMail": {"prompt": ("article",), "answer": ("highlights",)},
     "summary": {"prompt": ("text", "dialogue"), "answer": ("summary",)},
 }
-ROLES = ("prompt", "input", "answer", "messages", "text")
-SPEAKERS = {"human": "user", "gpt": "assistant"}
+OPTIONAL = ("input", "history", *CHAT)
+ROLES = ("prompt", "input", "answer", "messages", "text", "history", *CHAT)
 
 
 def accepted(formats: Formats = FORMATS) -> str:
     """The record formats in one line, for error messages and docs; brackets hold what is optional."""
-    one = {"input": "[{}]"}
+    one = dict.fromkeys(OPTIONAL, "[{}]")
     parts = {
         n: " + ".join(one.get(role, "{}").format("|".join(c)) for role, c in f.items()) for n, f in formats.items()
     }
@@ -55,20 +62,20 @@ def convert_records(
     columns: dict[str, str] | None = None,
     system: str | None = None,
     formats: Formats = FORMATS,
+    arguments: dict[str, Any] | None = None,
+    last: bool = False,
 ) -> list[Example]:
-    """Records of one format as trl's conversational prompt and completion, or as {"text": ...} for plain text.
+    """Records of one format as conversations (see `chats`), or as {"text": ...} for plain text.
 
     `columns` maps roles (prompt, input, answer, messages, text) to columns, over the recognised ones; a mapped prompt
-    is the whole prompt, unless an input is mapped too. A chat becomes one example per assistant turn: trl takes the
-    loss over a completion with any chat template, but its `assistant_only_loss` needs one with generation markers,
-    which few have. Newlines around an answer are dropped: they would merge with the template's own into tokens that
-    the model never sees when it answers.
+    is the whole prompt, unless an input is mapped too. `arguments` are the chat template's, below a record's own;
+    `last`: of a conversation's answers only the last is learned.
     """
 
     def convert(record: Record, roles: dict[str, str]) -> list[Example]:
         if system is not None and "text" in roles:
             raise ValueError("a system message needs a prompt to stand before; plain text has none")
-        return _convert(record, roles, system)
+        return [_convert(record, roles, system, arguments or {}, last)]
 
     return convert_all(records, columns or {}, formats, convert)
 
@@ -90,7 +97,7 @@ def convert_all(
     found, faults = [], []
     for number, record in enumerate(records, start=1):
         try:
-            missing = [column for role, column in roles.items() if column not in record and role != "input"]
+            missing = [column for role, column in roles.items() if column not in record and role not in OPTIONAL]
             if missing:
                 raise ValueError(f"no column {missing[0]!r} as in row 1, but {short(', '.join(record))}")
             found += convert(record, roles)
@@ -117,7 +124,7 @@ def recognise_format(found: list[str], mapped: dict[str, str], formats: Formats 
             names.pop("input", None)
         chosen = {role: next((c for c in candidates if c in found), None) for role, candidates in names.items()}
         strange = mapped.keys() - format.keys() - ({"input"} if "prompt" in format else set())
-        if not strange and all(column or role == "input" for role, column in chosen.items()):
+        if not strange and all(column or role in OPTIONAL for role, column in chosen.items()):
             return {role: column for role, column in chosen.items() if column}
     raise ValueError(
         f"no record format fits the columns {listed}; accepted: {accepted(formats)}; or map them: "
@@ -125,62 +132,54 @@ def recognise_format(found: list[str], mapped: dict[str, str], formats: Formats 
     )
 
 
-def _convert(record: Record, roles: dict[str, str], system: str | None) -> list[Example]:
+def _convert(
+    record: Record, roles: dict[str, str], system: str | None, arguments: dict[str, Any], last: bool
+) -> Example:
     cells = {role: record.get(column) for role, column in roles.items()}
     if "text" in roles:
-        return [{"text": text_cell(cells["text"], roles["text"])}]
+        return {"text": text_cell(cells["text"], roles["text"])}
     if "messages" in roles:
-        return chat_turns(chat_cell(cells["messages"], roles["messages"]), system)
-    prompt, answer = cells["prompt"], cells["answer"]
-    if isinstance(prompt, list):  # trl's own form: the turns so far, and the next
+        chat = chat_cell(cells["messages"], roles["messages"])
+    elif isinstance(cells["prompt"], list):  # trl's own form: the turns so far, which are context, and the next
+        answer = cells["answer"]
         tail = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
-        return chat_turns(chat_cell(prompt + tail, roles["prompt"]), system)[-1:]
-    question = text_cell(prompt, roles["prompt"])
+        chat = chat_cell([*map(as_context, cells["prompt"]), *tail], roles["prompt"])
+    else:
+        chat = [*history(cells.get("history")), *question_and_answer(cells, roles)]
+    return conversation(
+        with_system(chat, cells.get("system"), "system"),
+        system,
+        tools_cell(cells.get("tools"), roles.get("tools", "tools")),
+        {**arguments, **template_arguments(cells.get("chat_template_kwargs"), "chat_template_kwargs")},
+        last,
+    )
+
+
+def as_context(turn: Any) -> Any:
+    """A message that is not learned, whoever wrote it."""
+    return {**turn, "weight": 0} if isinstance(turn, dict) and turn.get("role") == "assistant" else turn
+
+
+def history(cell: Any) -> list[dict[str, Any]]:
+    """Alpaca's turns before an instruction: pairs of a question and its answer."""
+    if cell is None or cell == "":
+        return []
+    if not isinstance(cell, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in cell):
+        raise ValueError(f"history is {short(cell)}; accepted: a list of pairs, question and answer")
+    return chat_cell(
+        [{"role": role, "content": text} for pair in cell for role, text in zip(("user", "assistant"), pair)],
+        "history",
+    )
+
+
+def question_and_answer(cells: dict[str, Any], roles: dict[str, str]) -> list[dict[str, Any]]:
+    """Two columns, or three, as two messages."""
+    question = text_cell(cells["prompt"], roles["prompt"])
     extra = cells.get("input")
     if extra is not None and str(extra).strip():
         question += "\n\n" + text_cell(extra, roles["input"])
-    answer = text_cell(answer, roles["answer"])
-    return chat_turns([{"role": "user", "content": question}, {"role": "assistant", "content": answer}], system)
-
-
-def text_cell(cell: Any, name: str) -> str:
-    """A cell that has to be text; raises a ValueError that says what it is."""
-    if isinstance(cell, str) and cell.strip():
-        if any("\ud800" <= c <= "\udfff" for c in cell):  # JSON can write it, no tokenizer reads it
-            raise ValueError(f"{name} is {short(cell)}, with half of a surrogate pair; accepted: text")
-        return cell
-    found = "empty" if cell is None or isinstance(cell, str) else f"the {type(cell).__name__} {short(cell)}"
-    raise ValueError(f"{name} is {found}; accepted: text")
-
-
-def chat_cell(cell: Any, name: str) -> list[dict[str, str]]:
-    """A cell that has to be a chat, OpenAI's or ShareGPT's, as {"role", "content"}; else a ValueError."""
-    if not isinstance(cell, list) or not all(isinstance(turn, dict) for turn in cell):
-        raise ValueError(f"{name!r} is {short(cell)}; accepted: a list of messages")
-    made: list[dict[str, str]] = []
-    for place, turn in enumerate(cell, start=1):
-        speaker = turn.get("role", turn.get("from"))
-        role = SPEAKERS.get(str(speaker), speaker)
-        if role not in ("system", "user", "assistant"):
-            raise ValueError(f"message {place} is by {speaker!r}; accepted: system, user, assistant, human, gpt")
-        before = made[-1]["role"] if made else None
-        if (role == "system" and before) or (role == "assistant" and before != "user"):
-            wanted = "system only as the first, assistant after user"
-            raise ValueError(f"message {place} is by {role}, after {before or 'none'}; accepted: {wanted}")
-        content = text_cell(turn.get("content", turn.get("value")), f"message {place}")
-        made.append({"role": role, "content": content})
-    return made
-
-
-def chat_turns(chat: list[dict[str, str]], system: str | None) -> list[Example]:
-    """A chat as one prompt and completion for each of the assistant's turns."""
-    if system is not None and chat and chat[0]["role"] != "system":
-        chat = [{"role": "system", "content": system}, *chat]
-    chat = [m | {"content": m["content"].strip("\r\n")} if m["role"] == "assistant" else m for m in chat]
-    ends = [i for i, message in enumerate(chat) if message["role"] == "assistant"]
-    if not ends:
-        raise ValueError("no assistant message; accepted: at least one to learn from")
-    return [{"prompt": chat[:i], "completion": [chat[i]]} for i in ends]
+    answer = text_cell(cells["answer"], roles["answer"])
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer.strip("\r\n")}]
 
 
 Row = dict[str, Any]

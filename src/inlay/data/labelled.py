@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from inlay.data.formats import Row, convert_all, text_cell
+from inlay.data.chats import text_cell
+from inlay.data.formats import Row, convert_all
 from inlay.data.readers import Record
 from inlay.messages import short
 

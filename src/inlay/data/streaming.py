@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import datasets
 from datasets import IterableDataset
 
-from inlay.data.formats import convert_records
+from inlay.data.chats import Example
+from inlay.data.readers import Record
 
 BUILDERS = {".jsonl": "json", ".parquet": "parquet"}
+STREAMED = ("text", "prompt", "completion", "tools", "chat_template_kwargs")  # what an example may hold
 
 
 def shards(source: str) -> list[Path]:
@@ -31,8 +34,8 @@ def shards(source: str) -> list[Path]:
     return files
 
 
-def streamed_examples(source: str, columns: dict[str, str] | None, system: str | None) -> IterableDataset:
-    """The records of all shards as `data.examples` makes them, one after the other.
+def streamed_examples(source: str, conversations: Callable[[list[Record]], list[Example]]) -> IterableDataset:
+    """The records of all shards as `conversations` makes examples of them, one after the other.
 
     Raises:
         ValueError: there are no shards, or (when it comes to it) a record is not of the first one's format.
@@ -47,12 +50,13 @@ def streamed_examples(source: str, columns: dict[str, str] | None, system: str |
 
     def convert(batch: dict[str, list]) -> dict[str, list]:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        made = convert_records(rows, columns, system)
-        return {name: [row[name] for row in made] for name in made[0]}
+        made = conversations(rows)
+        names = [name for name in STREAMED if any(name in row for row in made)]
+        return {name: [row.get(name) for row in made] for name in names}
 
     return records.map(convert, batched=True, batch_size=100, remove_columns=list(first))
 
 
-def first_examples(stream: IterableDataset, count: int) -> list[dict]:
+def first_examples(stream: IterableDataset, count: int) -> list[Example]:
     """The first examples."""
-    return list(islice(stream, count))
+    return [{key: value for key, value in one.items() if value is not None} for one in islice(stream, count)]

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 from datasets import Dataset, IterableDataset
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from inlay.data import streaming
+from inlay.data.audit import Audit, audit_examples
+from inlay.data.chats import Example
 from inlay.data.formats import convert_records
 from inlay.data.readers import Record, read_records
-from inlay.data.render import Audit, as_plain_text, audit_examples, render
+from inlay.data.render import render, sequences
 from inlay.data.split import split_examples
-from inlay.data.streaming import first_examples, streamed_examples
+from inlay.data.streaming import STREAMED, first_examples, streamed_examples
 from inlay.recipe.recipe import Recipe
+from inlay.training.run_tokenizer import answer_ends, check_limits
 
 LOOKED_AT = 1000  # examples of a stream that are audited
 TOKENS = "\nfirst example, the tokens that are learned from in ⟦⟧:"
@@ -32,6 +37,12 @@ class Examples:
     labels: list[str] | None = None  # of a classification
     stream: IterableDataset | None = None
     shards: tuple[tuple[str, int], ...] = ()
+    conversations: int | None = None  # held out, before those that are learned turn by turn were taken apart
+
+    @property
+    def eval_size(self) -> int:
+        """How many examples were held out: what a recipe says to hold out the same again."""
+        return len(self.heldout) if self.conversations is None else self.conversations
 
 
 def load_examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Console) -> Examples:
@@ -40,10 +51,9 @@ def load_examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: C
     if recipe.streaming:
         train, held, source = streamed(recipe)
     else:
-        train, held = train_and_heldout(
-            recipe, lambda records: convert_records(records, recipe.columns or None, recipe.system)
-        )
-    audit = audit_examples(train, tokenizer, recipe.max_length)
+        train, held = train_and_heldout(recipe, partial(conversations, recipe=recipe))
+    audit = audit_examples(train, tokenizer, recipe.max_length, answer_ends(recipe))
+    held_audit = audit_examples(held, tokenizer, recipe.max_length)
     count = str(len(train)) if source is None else f"a stream, looked at {len(train)}"
     console.print(f"{count} examples to train on, {len(held)} held out; longest {audit.longest} tokens")
     if audit.cut or audit.masked:
@@ -58,21 +68,32 @@ def load_examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: C
             "on a word or a line to have the model answer from what it was trained on",
             style="yellow",
         )
-    if audit.masked == audit.total:
+    for note in audit.notes:
+        console.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    if audit.masked == audit.answers:
         raise ValueError(f"no example keeps an answer within max_length={recipe.max_length}; raise it")
-    if not any(render(row, tokenizer, recipe.max_length).answer_ids for row in held):
+    if held_audit.masked == held_audit.answers:
         raise ValueError(f"no held-out example keeps an answer within max_length={recipe.max_length}; raise it")
+    longest = max(audit.longest, held_audit.longest)
+    length = recipe.max_length if source else min(longest, recipe.max_length)
+    check_limits(recipe, tokenizer, max(audit.largest_token, held_audit.largest_token), length)
     files = streaming.shards(recipe.data) if recipe.streaming else []
     shards = tuple((file.name, file.stat().st_size) for file in files)
-    return Examples(train, held, audit, stream=source, shards=shards)
+    return Examples(audit.sequences, held_audit.sequences, audit, None, source, shards, len(held))
+
+
+def conversations(records: list[Record], recipe: Recipe) -> list[Example]:
+    """Records as the examples that a recipe makes of them."""
+    arguments, last = recipe.chat_template_kwargs, recipe.answers == "last"
+    return convert_records(records, recipe.columns or None, recipe.system, arguments=arguments, last=last)
 
 
 def streamed(recipe: Recipe) -> tuple[list[dict], list[dict], IterableDataset]:
     """The examples of a stream that are looked at, the held-out ones, and the stream to train on."""
-    source = streamed_examples(recipe.data, recipe.columns or None, recipe.system)
+    source = streamed_examples(recipe.data, partial(conversations, recipe=recipe))
     made = first_examples(source, LOOKED_AT)
     if recipe.eval_data:
-        held = convert_records(read_records(recipe.eval_data), recipe.columns or None, recipe.system)
+        held = conversations(read_records(recipe.eval_data), recipe)
         size = recipe.eval_size or len(held)
         return made, held[: max(1, round(size * len(held)) if size < 1 else int(size))], source
     size = int(recipe.eval_size or 100)
@@ -111,15 +132,23 @@ def announce(rows: Examples, recipe: Recipe, console: Console) -> None:
         console.print(f"{rows.audit.cut} examples are cut at max_length={recipe.max_length}", style="yellow")
 
 
-def as_dataset(rows: list[dict], tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Examples as trl takes them: conversations where the tokenizer has a chat template, else plain text."""
-    return Dataset.from_list(rows if tokenizer.chat_template else [as_plain_text(row) for row in rows])
+def token_dataset(rows: list[Example], tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Examples as trl takes them: tokens, and as labels those that are learned. trl cuts or packs them."""
+    shown = (render(row, tokenizer, None) for row in rows)
+    columns = [(np.array(one.ids, np.int32), np.array(one.labels, np.int32)) for one in shown]
+    ids, labels = zip(*columns, strict=True)
+    return Dataset.from_dict({"input_ids": ids, "labels": labels})
 
 
 def training_set(rows: Examples, tokenizer: PreTrainedTokenizerBase) -> Dataset | IterableDataset:
     """What a run trains on, as trl takes it."""
     if rows.stream is None:
-        return as_dataset(rows.train, tokenizer)
-    if tokenizer.chat_template:
-        return rows.stream
-    return rows.stream.map(as_plain_text)
+        return token_dataset(rows.train, tokenizer)
+
+    def tokens(batch: dict[str, list]) -> dict[str, list]:
+        examples = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        whole = [{key: value for key, value in one.items() if value is not None} for one in examples]
+        parts = [render(part, tokenizer, None) for one in whole for part in sequences(one, tokenizer)]
+        return {"input_ids": [part.ids for part in parts], "labels": [part.labels for part in parts]}
+
+    return rows.stream.map(tokens, batched=True, batch_size=100, remove_columns=list(STREAMED))

@@ -10,7 +10,8 @@ from datasets import Dataset
 from rich.console import Console
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
-from inlay.data.formats import FORMATS, SUMMARIES, Row, convert_all, text_cell
+from inlay.data.chats import text_cell
+from inlay.data.formats import FORMATS, SUMMARIES, Row, convert_all
 from inlay.data.readers import Record
 from inlay.evaluation.generate import answer
 from inlay.recipe.recipe import Recipe
@@ -18,9 +19,13 @@ from inlay.training.examples import Examples, announce, measured, train_and_held
 from inlay.training.tasks.instruction import Task
 from inlay.training.trainer import PlainTrainer
 
+FORMATS_OF_PAIRS = ("instruction", "prompt-completion", "question-answer", "E2E")
 SEQ2SEQ_FORMATS = {
     **SUMMARIES,
-    **{name: FORMATS[name] for name in ("instruction", "prompt-completion", "question-answer", "E2E")},
+    **{
+        name: {role: FORMATS[name][role] for role in ("prompt", "input", "answer") if role in FORMATS[name]}
+        for name in FORMATS_OF_PAIRS
+    },
 }
 
 

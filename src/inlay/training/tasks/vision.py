@@ -11,9 +11,10 @@ from PIL import Image as Picture
 from rich.console import Console
 from transformers import AutoProcessor
 
-from inlay.data.formats import Row, chat_cell, chat_turns, convert_all, text_cell
+from inlay.data.chat_templates import templated
+from inlay.data.chats import chat_cell, conversation, text_cell, turn_by_turn
+from inlay.data.formats import Row, convert_all
 from inlay.data.readers import Record
-from inlay.data.render import templated
 from inlay.messages import loading, short
 from inlay.models.loading import resolve
 from inlay.recipe.recipe import Recipe
@@ -91,8 +92,11 @@ def vision_examples(records: list[Record], recipe: Recipe, beside: Path) -> list
                 {"role": "user", "content": text_cell(record[roles["prompt"]], roles["prompt"])},
                 {"role": "assistant", "content": text_cell(record[roles["answer"]], roles["answer"])},
             ]
+        if any(turn["role"] == "tool" or "tool_calls" in turn for turn in turns):
+            raise ValueError("tools are not for task vision; leave out their calls and answers")
         turns = [turn | {"content": turn["content"].replace(MARK, "").strip()} for turn in turns]
-        return [{**made, "images": list(map(str, paths))} for made in chat_turns(turns, recipe.system)]
+        parts = turn_by_turn(conversation(turns, recipe.system))
+        return [{**part, "images": list(map(str, paths))} for part in parts]
 
     return convert_all(records, recipe.columns, VISION_FORMATS, row)
 
