@@ -8,6 +8,7 @@ import pytest
 
 from inlay.data.audit import audit_examples
 from inlay.data.chats import chat_cell, conversation
+from inlay.data.render import render
 
 ASK, SAY = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "It is 4."}
 RULE = {"role": "system", "content": "Be brief."}
@@ -170,3 +171,22 @@ def test_answers_are_counted_as_max_length_cuts_them(real_tokenizer):
         assert found.masked <= found.cut
         assert found.cut > 0
     assert audit_examples([example], real_tokenizer, 1).masked == 4
+
+
+def test_what_is_counted(real_tokenizer):
+    """As each sequence is rendered."""
+    rows = [
+        conversation([ASK, SAY, {"role": "user", "content": "why?"}, SAY]),
+        conversation([RULE, ASK, {"role": "assistant", "content": "  four, i.e. 2 + 2 = 4 " * 4}]),
+        conversation([{"role": "user", "content": "long " * 40}, SAY]),
+    ]
+    shown = [render(row, real_tokenizer, 48) for row in rows]
+    found = audit_examples(rows, real_tokenizer, 48)
+    assert (found.total, found.answers) == (3, 4)
+    assert found.longest == max(one.length for one in shown) > 48
+    assert found.mean_tokens == pytest.approx(sum(one.length for one in shown) / 3)
+    assert found.answer_tokens == sum(len(one.answer_ids) for one in shown)
+    assert (found.masked, found.cut) == (2, 3)
+    assert found.shifted == 1  # the answer that begins with spaces
+    assert found.largest_token == max(token for row in rows for token in render(row, real_tokenizer, None).ids)
+    assert audit_examples(rows, real_tokenizer, None).cut == 0

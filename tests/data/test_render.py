@@ -5,10 +5,12 @@ import re
 from importlib.resources import files
 
 import pytest
+from datasets import Dataset
 
 from inlay.data.chat_templates import mentions, templated, training_template
-from inlay.data.chats import conversation, turn_by_turn
-from inlay.data.render import IGNORED, decoded, encode_example, render, sequences
+from inlay.data.chats import chat_cell, conversation, turn_by_turn
+from inlay.data.render import IGNORED, as_plain_text, decoded, encode_example, render, sequences
+from inlay.training.examples import token_dataset
 
 SPECIAL = r"<\|[^|'\"{}\s]+\|>|<｜[^｜]+｜>|<(?:start|end)_of_turn>"
 MARKED = (  # it puts a hint before the last user's message, so that no prefix is stable
@@ -175,6 +177,77 @@ def test_a_developer_is_the_system_where_the_template_knows_no_other(real_tokeni
     knows = of_family("gptoss")
     assert mentions(knows.chat_template, "developer")
     assert "Be brief." in templated(knows, turns, tokenize=False)
+
+
+ASK, SAY = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}
+RULE = {"role": "system", "content": "Be brief."}
+SEVERAL = [
+    [ASK, SAY, {"role": "user", "content": "why?"}, {"role": "assistant", "content": "It is so."}],
+    [RULE, ASK, {"role": "assistant", "content": "  four, i.e. 2 + 2 = 4 " * 4}],
+    [{"role": "user", "content": "long " * 40}, SAY],
+]
+
+
+@pytest.fixture(scope="module")
+def prepared(real_tokenizer, tmp_path_factory):
+    """What SFTTrainer makes of a data set with a tokenizer: a list of (input_ids, labels)."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(real_tokenizer), **sizes))
+    folder = str(tmp_path_factory.mktemp("trainer"))
+
+    def prepared(rows, tokenizer, max_length):
+        arguments = SFTConfig(output_dir=folder, max_length=max_length, report_to="none", use_cpu=True, bf16=False)
+        trainer = SFTTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
+        return [(row["input_ids"], row["labels"]) for row in trainer.train_dataset]
+
+    return prepared
+
+
+@pytest.mark.parametrize("max_length", [None, 48])
+@pytest.mark.parametrize("kind", ["template", "plain", "text"])
+def test_a_turn_has_the_tokens_that_trl_makes_of_it(kind, max_length, real_tokenizer, prepared):
+    """And trl leaves the tokens that it is given as they are."""
+    tokenizer = real_tokenizer if kind == "template" else with_template(real_tokenizer, None)
+    rows = [part for one in SEVERAL for part in turn_by_turn(conversation(one))]
+    rows = rows if kind != "text" else [{"text": "Once upon a time. " * n} for n in (1, 20)]
+    given = rows if kind == "template" else [as_plain_text(row) for row in rows]
+    shown = [render(row, tokenizer, max_length) for row in rows]
+    expected = [(one.ids, one.labels) for one in shown if one.answer_ids]
+    assert prepared(Dataset.from_list(given), tokenizer, max_length) == expected
+    assert prepared(token_dataset(rows, tokenizer), tokenizer, max_length) == expected
+    assert shown == [render(row, tokenizer, max_length) for row in given]
+
+
+def test_render_marks_the_answer(real_tokenizer):
+    row = conversation([RULE, ASK, SAY])
+    one = render(row, real_tokenizer, None)
+    assert one.marked(real_tokenizer) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n"
+        "⟦4<|im_end|>⟧"
+    )
+    assert decoded(one.answer_ids, real_tokenizer) == "4<|im_end|>\n"
+    assert (one.length, one.cut, one.shifted) == (len(one.prompt_ids) + len(one.answer_ids), 0, False)
+    short = render(row, real_tokenizer, one.length - 2)
+    assert (decoded(short.answer_ids, real_tokenizer), short.cut, short.length) == ("4", 2, one.length)
+    nothing = render(row, real_tokenizer, 5)
+    assert (nothing.answer_ids, nothing.cut, len(nothing.prompt_ids)) == ([], 3, 5)
+    plain = render(row, with_template(real_tokenizer, None), None)
+    assert plain.marked(real_tokenizer) == "Be brief.\n\n### Instruction:\n2 + 2?\n\n### Response:\n⟦4<|im_end|>⟧"
+
+
+def test_render_says_when_the_answer_shifts_the_prompt(real_tokenizer):
+    row = {"prompt": [ASK], "completion": [{"role": "assistant", "content": "\n\n4"}]}
+    assert render(row, real_tokenizer, None).shifted
+    assert not render(conversation(chat_cell([ASK, row["completion"][0]], "x")), real_tokenizer, None).shifted
+
+
+def test_render_passes_on_what_a_template_refuses(real_tokenizer):
+    strict = with_template(real_tokenizer, "{{ raise_exception('no system role') }}")
+    with pytest.raises(ValueError, match="does not take this example: no system role"):
+        render(conversation([ASK, SAY]), strict, None)
 
 
 def test_text_begins_and_ends_once(real_tokenizer):
