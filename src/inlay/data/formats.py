@@ -44,6 +44,7 @@ SUMMARIES: Formats = {
     "CNN/DailyMail": {"prompt": ("article",), "answer": ("highlights",)},
     "summary": {"prompt": ("text", "dialogue"), "answer": ("summary",)},
 }
+SPEAKERS = ("user", "assistant")  # of a pair in a history
 OPTIONAL = ("input", "history", *CHAT)
 ROLES = ("prompt", "input", "answer", "messages", "text", "history", *CHAT)
 
@@ -167,7 +168,7 @@ def history(cell: Any) -> list[dict[str, Any]]:
     if not isinstance(cell, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in cell):
         raise ValueError(f"history is {short(cell)}; accepted: a list of pairs, question and answer")
     return chat_cell(
-        [{"role": role, "content": text} for pair in cell for role, text in zip(("user", "assistant"), pair)],
+        [{"role": role, "content": text} for pair in cell for role, text in zip(SPEAKERS, pair, strict=True)],
         "history",
     )
 
