@@ -80,11 +80,5 @@ def test_a_dialogue_is_no_other_text():
     assert dialogue("Human: hi\n\nAssistant: yo\n\nHuman: and?\n\nAssistant:") == [
         {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}, {"role": "user", "content": "and?"},
     ]  # fmt: skip
-    for text in (
-        "hi",
-        "A Human: is\n\nAssistant: not",
-        "Human: hi",
-        "\n\nAssistant: yo\n\nHuman: hi",
-        "Human: a Assistant: b",
-    ):
+    for text in ("hi", "A Human: is\n\nAssistant: not", "Human: hi", "\n\nAssistant: yo\n\nHuman: hi"):
         assert dialogue(text) == []

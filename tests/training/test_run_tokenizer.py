@@ -1,5 +1,6 @@
 """The tokenizer of a run: what it lacks, and what the model has no room for, is said before anything is loaded."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -99,7 +100,7 @@ def test_learned_positions_bound_the_length(small_tokenizer, tmp_path, rows, tin
     for name, model in models.items():
         model.save_pretrained(tmp_path / name)
         small_tokenizer.save_pretrained(tmp_path / name)
-        long = rows(*({"prompt": f"question {i} " * 40, "completion": "yes"} for i in range(10)))
+        long = rows(*({"prompt": f"question {i}", "completion": "yes " * 200} for i in range(10)))
         message = fault(load, Recipe(model=str(tmp_path / name), data=long, max_length=128))
         assert "has 64 learned positions, and a row may have 128 tokens; --max-length 64 cuts" in message
         short = rows(*({"prompt": f"question {i}", "completion": "yes"} for i in range(10)))
@@ -161,7 +162,7 @@ def test_answers_end_where_the_model_stops(tiny):
 def test_pairs_without_room_for_an_answer_are_counted(tiny, rows):
     long = [{"prompt": "word " * (60 if i % 2 else 2) + str(i), "chosen": "yes", "rejected": "no"} for i in range(20)]
     recipe = Recipe(model=tiny, data=rows(*long), task="preference", max_length=64, eval_size=6)
-    console = Console(record=True, quiet=False, width=200, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(record=True, width=200, file=io.StringIO())
     made = TASKS["preference"].examples(recipe, run_tokenizer(recipe), console)
     said = console.export_text()
     assert f"{14 - len(made.train)} of 14 pairs are left out: their prompt alone fills max_length=64" in said
