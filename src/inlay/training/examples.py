@@ -2,49 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from datasets import Dataset, IterableDataset
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from inlay.data import streaming
 from inlay.data.formats import convert_records
-from inlay.data.readers import Record, read_records
 from inlay.data.render import Audit, as_plain_text, audit_examples, render
-from inlay.data.split import split_examples
-from inlay.data.streaming import first_examples, streamed_examples
 from inlay.recipe.recipe import Recipe
+from inlay.training.mixture import streamed, train_and_heldout
 
-LOOKED_AT = 1000  # examples of a stream that are audited
 TOKENS = "\nfirst example, the tokens that are learned from in ⟦⟧:"
 
 
 @dataclass
 class Examples:
     """Training and held-out examples, and what was found about them. Of a `stream`, `train` is the beginning, and
-    `shards` its files with their sizes."""
+    `shards` its files with their sizes and digests."""
 
     train: list[dict]
     heldout: list[dict]
     audit: Audit
     labels: list[str] | None = None  # of a classification
     stream: IterableDataset | None = None
-    shards: tuple[tuple[str, int], ...] = ()
+    shards: tuple[tuple[str, int, str], ...] = ()
 
 
 def load_examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Console) -> Examples:
     """Read, split and audit a recipe's data; what cannot be learned from is counted and said."""
     source = None
     if recipe.streaming:
-        train, held, source = streamed(recipe)
+        train, held, source = streamed(recipe, console)
     else:
-        train, held = train_and_heldout(
-            recipe, lambda records: convert_records(records, recipe.columns or None, recipe.system)
-        )
+        train, held = train_and_heldout(recipe, lambda records, rules: convert_records(records, rules=rules), console)
     audit = audit_examples(train, tokenizer, recipe.max_length)
-    count = str(len(train)) if source is None else f"a stream, looked at {len(train)}"
+    count = str(len(train)) if source is None else f"a stream of {source.count}, looked at {len(train)}:"
     console.print(f"{count} examples to train on, {len(held)} held out; longest {audit.longest} tokens")
     if audit.cut or audit.masked:
         console.print(
@@ -62,37 +55,9 @@ def load_examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: C
         raise ValueError(f"no example keeps an answer within max_length={recipe.max_length}; raise it")
     if not any(render(row, tokenizer, recipe.max_length).answer_ids for row in held):
         raise ValueError(f"no held-out example keeps an answer within max_length={recipe.max_length}; raise it")
-    files = streaming.shards(recipe.data) if recipe.streaming else []
-    shards = tuple((file.name, file.stat().st_size) for file in files)
-    return Examples(train, held, audit, stream=source, shards=shards)
-
-
-def streamed(recipe: Recipe) -> tuple[list[dict], list[dict], IterableDataset]:
-    """The examples of a stream that are looked at, the held-out ones, and the stream to train on."""
-    source = streamed_examples(recipe.data, recipe.columns or None, recipe.system)
-    made = first_examples(source, LOOKED_AT)
-    if recipe.eval_data:
-        held = convert_records(read_records(recipe.eval_data), recipe.columns or None, recipe.system)
-        size = recipe.eval_size or len(held)
-        return made, held[: max(1, round(size * len(held)) if size < 1 else int(size))], source
-    size = int(recipe.eval_size or 100)
-    if not made[size:]:
-        raise ValueError(f"eval_size {size} leaves nothing to train on of {len(made)} examples; give eval_data")
-    return made[size:], made[:size], source.skip(size)
-
-
-def train_and_heldout(
-    recipe: Recipe, convert: Callable[[list[Record]], list[dict]], key: Callable[[dict], str] | None = None
-) -> tuple[list[dict], list[dict]]:
-    """A recipe's training and held-out examples; `key`: see `data.split`."""
-    made = convert(read_records(recipe.data, recipe.split))
-    if recipe.eval_data:
-        held = convert(read_records(recipe.eval_data))
-        size = recipe.eval_size or len(held)
-        return made, held[: max(1, round(size * len(held)) if size < 1 else int(size))]
-    builtin = recipe.data == "builtin"  # its file says which rows are held out: the last 100
-    size = recipe.eval_size or (100 if builtin else min(100, max(1, len(made) // 10)))
-    return split_examples(made, size, None if builtin else recipe.seed, key)
+    if source is None:
+        return Examples(train, held, audit)
+    return Examples(train, held, audit, stream=source.examples, shards=source.shards)
 
 
 def measured(lengths: list[int], recipe: Recipe) -> Audit:

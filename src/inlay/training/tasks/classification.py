@@ -11,10 +11,11 @@ from rich.console import Console
 from transformers import DataCollatorWithPadding, TrainingArguments
 
 from inlay.data.formats import Row
-from inlay.data.labelled import labelled_examples
+from inlay.data.labelled import alike, labelled_examples, one_label
 from inlay.evaluation.label_metrics import classified, correlated
 from inlay.recipe.recipe import Recipe
-from inlay.training.examples import Examples, announce, measured, train_and_heldout
+from inlay.training.examples import Examples, announce, measured
+from inlay.training.mixture import say, train_and_heldout
 from inlay.training.tasks.instruction import Task
 from inlay.training.trainer import PlainTrainer
 
@@ -28,11 +29,13 @@ class Classification(Task):
 
     def examples(self, recipe: Recipe, tokenizer: Any, console: Console) -> Examples:
         """As of any task; a label is what stands in its column, and labels are ordered by value."""
-        train, held = train_and_heldout(
-            recipe, lambda records: labelled_examples(records, recipe.columns), lambda row: row["text"]
-        )
+        train, held = train_and_heldout(recipe, labelled_examples, console, lambda row: row["text"])
+        known = {row["label"] for row in (*train, *held)}
+        for row in (*train, *held):
+            row["label"] = one_label(row["label"], known)
         values = {row["label"] for row in (*train, *held)}
         labels = ordered_labels(values)
+        say(label_notes(train, held, labels), console)
         if len(values) < 2:
             raise ValueError(f"label: every example has {values.pop()!r}; there have to be two labels at least")
         for row in (*train, *held):
@@ -88,6 +91,16 @@ class Classification(Task):
 
     def shown(self, row: Row, tokenizer: Any, recipe: Recipe) -> str:
         return f"{joined_texts(row)} ⟦{row['label']}⟧"
+
+
+def label_notes(train: list[Row], held: list[Row], labels: list[str] | None) -> list[str]:
+    """What a person should know of the labels: those that are never learned, and those that may be meant as one."""
+    learned = {row["label"] for row in train}
+    unseen = sorted({row["label"] for row in held} - learned) if labels else []
+    notes = [f"only held-out rows have the label {', '.join(unseen[:10])}: it is not learned"] if unseen else []
+    return notes + [
+        f"the labels {group} differ in capitals alone; they are classes of their own" for group in alike(labels or ())
+    ]
 
 
 def ordered_labels(values: set[str]) -> list[str] | None:

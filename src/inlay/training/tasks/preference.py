@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,12 +13,24 @@ from torch import Tensor
 from trl import DPOConfig
 from trl.data_utils import extract_prompt
 
-from inlay.data.formats import Row, chat_cell, chat_turns, convert_all, text_cell
-from inlay.data.readers import Record
+from inlay.data.formats import (
+    BEFORE,
+    SYSTEM,
+    Row,
+    Rules,
+    chat_cell,
+    chat_turns,
+    convert_all,
+    earlier_turns,
+    system_of,
+    text_cell,
+)
+from inlay.data.records import Record
 from inlay.data.render import as_plain_text, render
 from inlay.recipe.peft_methods import FULL
 from inlay.recipe.recipe import Recipe
-from inlay.training.examples import Examples, announce, measured, train_and_heldout
+from inlay.training.examples import Examples, announce, measured
+from inlay.training.mixture import rules_of, train_and_heldout
 from inlay.training.tasks.instruction import Task, collate
 from inlay.training.trainer import PreferenceTrainer
 
@@ -26,8 +39,9 @@ PREFERENCE_FORMATS = {
         "prompt": ("prompt", "question", "instruction"),
         "chosen": ("chosen",),
         "rejected": ("rejected",),
+        **BEFORE,
     },
-    "chats": {"chosen": ("chosen",), "rejected": ("rejected",)},
+    "chats": {"chosen": ("chosen",), "rejected": ("rejected",), **SYSTEM},
 }
 
 
@@ -40,7 +54,10 @@ class Preference(Task):
 
     def examples(self, recipe: Recipe, tokenizer: Any, console: Console) -> Examples:
         train, held = train_and_heldout(
-            recipe, lambda records: preference_examples(records, recipe), lambda r: r["prompt"][-1]["content"]
+            recipe,
+            lambda records, rules: preference_examples(records, recipe, rules),
+            console,
+            lambda r: r["prompt"][-1]["content"],
         )
         lengths = [
             max(render({"prompt": r["prompt"], "completion": r[side]}, tokenizer, None).length for side in SIDES)
@@ -83,28 +100,64 @@ class Preference(Task):
 SIDES = ("chosen", "rejected")
 
 
-def preference_examples(records: list[Record], recipe: Recipe) -> list[Row]:
+def preference_examples(records: list[Record], recipe: Recipe, rules: Rules | None = None) -> list[Row]:
     """Records as conversations {"prompt", "chosen", "rejected"}; of two chats, the prompt is what they share."""
+    rules = rules or rules_of(recipe)
 
     def row(record: Record, roles: dict[str, str]) -> list[Row]:
-        cells = {role: record[column] for role, column in roles.items()}
-        if "prompt" not in cells:
-            if not all(isinstance(cells[side], list) for side in SIDES):
+        answers = {side: answer_turns(record[roles[side]], roles[side]) for side in SIDES}
+        prompt = prompt_turns(record.get(roles.get("prompt", "")), roles)
+        if not prompt:
+            if not all(len(turns) > 1 for turns in answers.values()):
                 raise ValueError("chosen and rejected without a prompt; accepted: two chats, or a prompt column")
-            cells = extract_prompt({side: chat_cell(cells[side], side) for side in SIDES})
-        ask = cells["prompt"]
-        prompt = ask if isinstance(ask, list) else [{"role": "user", "content": text_cell(ask, roles["prompt"])}]
+            both: dict[str, Any] = extract_prompt(dict(answers))
+            prompt, answers = both["prompt"], {side: both[side] for side in SIDES}
+        prompt = earlier_turns(record, roles) + prompt
+        system = system_of(record, roles, rules.system, prompt)
         made: Row = {}
-        for side in SIDES:
-            said = cells[side]
-            turns = said if isinstance(said, list) else [{"role": "assistant", "content": text_cell(said, side)}]
-            (one,) = chat_turns(chat_cell(prompt + turns, side), recipe.system)[-1:]
+        for side, turns in answers.items():
+            (one,) = chat_turns(chat_cell(prompt + without_prompt(turns, prompt), side), system)[-1:]
             made |= {"prompt": one["prompt"], side: one["completion"]}
         if made["chosen"] == made["rejected"]:
             raise ValueError("chosen and rejected are the same answer")
         return [made]
 
-    return convert_all(records, recipe.columns, PREFERENCE_FORMATS, row)
+    return convert_all(records, rules, PREFERENCE_FORMATS, row)
+
+
+def prompt_turns(cell: Any, roles: dict[str, str]) -> list[Row]:
+    """The turns of a prompt column: its chat, or its text as the user's; none where it is empty."""
+    if cell is None:
+        return []
+    return chat_cell(cell, roles["prompt"]) if isinstance(cell, list) else [user(text_cell(cell, roles["prompt"]))]
+
+
+def user(text: str) -> Row:
+    """A message by the user."""
+    return {"role": "user", "content": text}
+
+
+def answer_turns(cell: Any, name: str) -> list[Row]:
+    """The messages of an answer: a chat's, those in Anthropic's form of dialogues, or its text as the assistant's."""
+    if isinstance(cell, list):
+        return [dict(turn) if isinstance(turn, dict) else turn for turn in cell]
+    text = text_cell(cell, name)
+    parts = re.split(r"\n\n(Human|Assistant): ?", text) if text.startswith("\n\nHuman:") else []
+    if parts and parts[-2] == "Assistant":
+        speakers = {"Human": "user", "Assistant": "assistant"}
+        return [{"role": speakers[who], "content": said} for who, said in zip(parts[1::2], parts[2::2], strict=True)]
+    return [{"role": "assistant", "content": text}]
+
+
+def without_prompt(turns: list[Row], prompt: list[Row]) -> list[Row]:
+    """The turns of an answer without those of the prompt, with which a whole chat begins."""
+    if len(turns) < 2:
+        return turns
+    whole = chat_cell(turns, "messages")
+    for start in range(len(prompt)):  # a system message, or earlier turns, may stand in the prompt alone
+        if whole[: len(prompt) - start] == prompt[start:]:
+            return whole[len(prompt) - start :]
+    return whole
 
 
 def preference_as_text(row: Row) -> Row:
