@@ -82,7 +82,7 @@ def _data_files(folder: Path, kinds: str) -> tuple[list[Path], list[str]]:
         if path.is_dir() and (path.name == "data" or split_of(Path(path.name))):
             inner, more = _data_files(path, kinds)
             files, others = files + inner, others + [f"{path.name}/{name}" for name in more]
-        elif path.is_file() and _kind(path.name) in kinds.split() and (listed is None or path.name in listed):
+        elif not path.is_dir() and _kind(path.name) in kinds.split() and (listed is None or path.name in listed):
             files.append(path)
         else:
             others.append(path.name + ("/" if path.is_dir() else ""))
