@@ -37,6 +37,7 @@ from inlay.experiments.runner import Runner, origin
 from inlay.experiments.trial import LOG, SAMPLES, loss_on, read_trial, run_trial, unrelated
 from inlay.files.atomic import locked
 from inlay.inspection.figures import INK
+from inlay.models.loading import load_base, load_tokenizer
 from inlay.models.meta import count_parameters, meta_model
 from inlay.recipe.recipe import Recipe
 from inlay.training.examples import load_examples
@@ -209,7 +210,7 @@ def test_the_solved_size_is_the_largest_within_the_budget(method, tiny):
 
 def test_sizes_within_a_memory_budget(tiny, records):
     recipe = Recipe(model=tiny, data=records, batch_size=2, dtype="float32")
-    rows = load_examples(recipe, trial.models.load_tokenizer(tiny), SILENT)
+    rows = load_examples(recipe, load_tokenizer(tiny), SILENT)
     cost = budget_cost("memory", rows)
     four = cost(replace(recipe, method="lora", args={"r": 4}))
     asked = Entry("lora", replace(recipe, method="lora"), (1e-3,))
@@ -316,7 +317,7 @@ def at_once():
 
     def wait(self, folder, bar):
         try:
-            run_trial(folder)
+            trial.run_trial(folder)
         except RuntimeError as error:
             (folder / LOG).write_text(f"RuntimeError: {error}")
             return 1
@@ -542,7 +543,7 @@ def test_a_budget_of_time_cuts_the_steps(asked, at_once, tmp_path, monkeypatch):
 
 def test_forgetting_is_the_loss_over_all_tokens(tiny):
     """Against one text at a time by transformers' own loss, weighted by tokens."""
-    model, tokenizer = trial.models.load_base(tiny, torch.float32)
+    model, tokenizer = load_base(tiny, torch.float32)
     texts = unrelated(None)[:3]
     own = [tokenizer(text=text, return_tensors="pt")["input_ids"] for text in texts]
     with torch.no_grad():

@@ -514,6 +514,7 @@ def test_reloading_the_module_changes_nothing():
 import importlib, inlay, peft, torch
 member, count = peft.PeftType.INLAY, len(peft.PeftType)
 module = importlib.reload(inlay.host.tuner)
+importlib.reload(inlay)
 assert peft.PeftType.INLAY is member and len(peft.PeftType) == count
 net = torch.nn.Sequential(torch.nn.Linear(16, 16))
 model = peft.get_peft_model(net, module.InlayConfig(method="bone", args={"r": 8}, target_modules=["0"]))
@@ -1032,10 +1033,10 @@ def test_a_real_model_reloads_bit_equal_in_another_process(real_model, text, tmp
     code = """
 import sys, torch
 from peft import PeftModel
-from inlay.workbench.builtin import load_model
+from inlay.models.builtin import load_builtin_model
 torch.set_num_threads(int(sys.argv[1])); torch.manual_seed(1234)
 folder, names = sys.argv[2], sys.argv[3:]
-model = load_model(dtype=torch.float32).eval()
+model = load_builtin_model(dtype=torch.float32).eval()
 for name in names:
     if name == names[0]:
         model = PeftModel.from_pretrained(model, f"{folder}/{name}", adapter_name=name)
