@@ -22,14 +22,16 @@ from inlay.messages import short
 Formats = dict[str, dict[str, tuple[str, ...]]]
 Roles = dict[str, str]
 
-OPTIONAL = ("input", "system", "history", "tools")  # roles that no row needs; the others every row has to fill
+# Roles that no row needs; the others every row has to fill.
+OPTIONAL = ("input", "system", "history", "tools", "chat_template_kwargs")
 CHATS = ("messages", "chosen", "rejected")  # roles whose cells may be chats, also as JSON in a string
 ANSWERS = ("answer", "chosen", "rejected", "label")  # roles without which nothing is learned of a row
 
 # What changes the meaning of a row. A column or message key of these names, if nothing uses it, is refused: where it
 # says anything; where it is other than 1 or true; where it is 0 or false.
 MEANING = ("tools", "functions", "tool_calls", "function_call", "history", "system", "system_prompt")
-WEIGHTS = ("weight", "weights", "loss", "loss_weight", "train", "trainable", "mask", "masked")
+WEIGHTS = ("weight", "weights", "loss", "loss_weight", "train", "trainable", "mask", "masked",
+           "loss_mask", "train_detail", "training_detail")  # fmt: skip
 VERDICTS = ("label",)
 TRUE, FALSE = ("1", "1.0", "true"), ("0", "0.0", "false")
 
@@ -74,6 +76,10 @@ class Survey:
             self.columns[name].add(cell if chat is None else "")
             for message in chat or ():
                 self._add_message(name, message)
+
+    def without(self, ignore: Iterable[str]) -> Survey:
+        """The same, but for columns that are not to be used."""
+        return Survey({name: None for name in self.names if name not in ignore}, self.columns, self.keys)
 
     def _add_message(self, name: str, message: dict[str, Any]) -> None:
         keys = self.keys.setdefault(name, {})
@@ -215,32 +221,30 @@ def _guess(format: dict[str, tuple[str, ...]], seen: Survey, mapped: Roles) -> t
 
 @dataclass
 class Unused:
-    """Columns and message keys that hold something and play no role, over all sources of a run."""
+    """Columns that hold something and play no role, over all sources of a run."""
 
     columns: dict[str, None] = field(default_factory=dict)
-    keys: dict[str, None] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        parts = [
-            f"{what} {', '.join(names)}" for what, names in (("columns", self.columns), ("keys", self.keys)) if names
-        ]
-        return f"not used: {'; '.join(parts)}" if parts else ""
+        names = [name if name.isprintable() else short(name) for name in self.columns]
+        return f"not used: columns {', '.join(names)}" if names else ""
 
 
 def check_unused(seen: Survey, roles: Roles, used_keys: Iterable[str], ignore: Iterable[str]) -> Unused:
-    """What plays no role.
+    """The columns that play no role.
 
     Raises:
-        ValueError: something does that changes what a row means, and that the user has not told to ignore.
+        ValueError: one does, or a key of the messages, that changes what a row means and that no one said to ignore.
     """
     columns = {name: column for name, column in seen.columns.items() if name not in roles.values()}
-    chats = [roles[role] for role in roles if roles[role] in seen.keys]
-    keys = {k: value for chat in chats for k, value in seen.keys[chat].items() if k not in used_keys}
+    chats = [column for column in roles.values() if column in seen.keys]
+    keys = {key: value for chat in chats for key, value in seen.keys[chat].items() if key not in used_keys}
+    answered = any(role in roles for role in ("answer", "messages"))
     for what, found in (("column", columns), ("message key", keys)):
         for name, one in found.items():
-            if one.matters(name, answered="answer" in roles or "messages" in roles) and name not in ignore:
+            if one.matters(name, answered) and name not in ignore:
                 raise ValueError(f"{_reason(what, name)}; --ignore {shlex.quote(name)} trains as if it were not there")
-    return Unused(dict.fromkeys(columns), dict.fromkeys(keys))
+    return Unused(dict.fromkeys(columns))
 
 
 def _reason(what: str, name: str) -> str:

@@ -7,15 +7,24 @@ ValueError that says where.
 
 from __future__ import annotations
 
-import datetime
-import decimal
 import json
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
+from inlay.data.chats import (
+    ROLES,
+    SWITCHES,
+    Example,
+    Message,
+    chat_cell,
+    conversation,
+    parsed,
+    template_arguments,
+    text_cell,
+    tools_cell,
+    with_system,
+)
 from inlay.data.columns import (
     ANSWERS,
     CHATS,
@@ -30,46 +39,48 @@ from inlay.data.columns import (
     is_empty,
     survey,
 )
-from inlay.data.json_files import load_json
 from inlay.data.records import Record, place_of
 from inlay.messages import short
 
-Example = dict[str, Any]
 Convert = Callable[[Record, Roles], list[Example]]
 
-# What may stand before the turns of a row, beside them: used by every format that has a prompt or messages.
-SYSTEM = {"system": ("system", "system_prompt")}
-BEFORE = {**SYSTEM, "history": ("history",)}
+# What a row may have beside its prompt and answer, or its messages, in every format that has these.
+CHAT: dict[str, tuple[str, ...]] = {
+    "system": ("system", "system_prompt"),
+    "tools": ("tools", "functions"),
+    "chat_template_kwargs": ("chat_template_kwargs",),
+}
+BESIDE = {**CHAT, "history": ("history",)}
+# Of messages; what becomes of the other keys, the audit says.
+USED_KEYS = (*SWITCHES, "tool_calls", "function_call", "tools")
 # Format -> role -> the columns that can play it, the preferred one first; of the formats the first that fits is taken.
 # Recognition, error messages and docs all come from this table.
 FORMATS: Formats = {
-    "chat": {"messages": ("messages",), **SYSTEM},
-    "ShareGPT": {"messages": ("conversations",), **SYSTEM},
+    "chat": {"messages": ("messages",), **CHAT},
+    "ShareGPT": {"messages": ("conversations",), **CHAT},
     "instruction": {
         "prompt": ("instruction",),
         "input": ("input", "context"),
         "answer": ("output", "response", "answer"),
-        **BEFORE,
+        **BESIDE,
     },
     "prompt-completion": {
         "prompt": ("prompt",),
         "input": ("input", "context"),
         "answer": ("completion", "response", "answer"),
-        **BEFORE,
+        **BESIDE,
     },
-    "question-answer": {"prompt": ("question",), "input": ("input", "context"), "answer": ("answer",), **BEFORE},
-    "query-response": {"prompt": ("query",), "answer": ("response",), **BEFORE},
-    "input-output": {"prompt": ("input",), "answer": ("output",), **BEFORE},
-    "E2E": {"prompt": ("mr",), "answer": ("ref",), **SYSTEM},
+    "question-answer": {"prompt": ("question",), "input": ("input", "context"), "answer": ("answer",), **BESIDE},
+    "query-response": {"prompt": ("query",), "answer": ("response",), **BESIDE},
+    "input-output": {"prompt": ("input",), "answer": ("output",), **BESIDE},
+    "E2E": {"prompt": ("mr",), "answer": ("ref",), **CHAT},
     "text": {"text": ("text",)},
 }
 SUMMARIES: Formats = {
-    "XSum": {"prompt": ("document",), "answer": ("summary",), **SYSTEM},
-    "CNN/DailyMail": {"prompt": ("article",), "answer": ("highlights",), **SYSTEM},
-    "summary": {"prompt": ("text", "dialogue"), "answer": ("summary",), **SYSTEM},
+    "XSum": {"prompt": ("document",), "answer": ("summary",), **CHAT},
+    "CNN/DailyMail": {"prompt": ("article",), "answer": ("highlights",), **CHAT},
+    "summary": {"prompt": ("text", "dialogue"), "answer": ("summary",), **CHAT},
 }
-SPEAKERS = {"human": "user", "gpt": "assistant"}
-MESSAGE_KEYS = ("role", "from", "content", "value")  # what of a message is used
 
 
 class EmptyAnswerError(ValueError):
@@ -82,24 +93,17 @@ class Findings:
 
     unused: Unused = field(default_factory=Unused)
     skipped: int = 0  # rows without an answer
-    user_after_user: int = 0  # chats with two messages by the user in a row
-    open_end: int = 0  # chats whose last message is no answer
 
     def add(self, other: Findings) -> None:
         """Count in what was found in another source."""
         self.unused.columns |= other.unused.columns
-        self.unused.keys |= other.unused.keys
         self.skipped += other.skipped
-        self.user_after_user += other.user_after_user
-        self.open_end += other.open_end
 
     def lines(self) -> list[str]:
         """What a person should read before training."""
         said = {
             str(self.unused): True,
             f"{self.skipped} rows without an answer are skipped": self.skipped,
-            f"in {self.user_after_user} rows two messages by the user follow each other": self.user_after_user,
-            f"in {self.open_end} rows the last message is no answer, and is not learned": self.open_end,
         }
         return [line for line, holds in said.items() if line and holds]
 
@@ -112,6 +116,8 @@ class Rules:
     system: str | None = None
     skip_empty: bool = False
     ignore: tuple[str, ...] = ()
+    arguments: dict[str, Any] = field(default_factory=dict)  # of the chat template, below a record's own
+    last: bool = False  # of a conversation's answers only the last is learned
     strict: bool = True  # refuse what would change what a row means and is not used; only evaluation does not ask
     source: str = ""
     found: Findings = field(default_factory=Findings)
@@ -123,17 +129,18 @@ def convert_records(
     system: str | None = None,
     formats: Formats = FORMATS,
     rules: Rules | None = None,
+    arguments: dict[str, Any] | None = None,
+    last: bool = False,
 ) -> list[Example]:
-    """Records of one format as trl's conversational prompt and completion, or as {"text": ...} for plain text.
+    """Records of one format as conversations (see `chats`), or as {"text": ...} for plain text.
 
     `columns` maps roles (prompt, input, answer, messages, text) to columns, over the recognised ones; a mapped prompt
-    is the whole prompt, unless an input is mapped too. `rules` give both, and have what plays no role refused or
-    counted. A chat becomes one example per assistant turn: trl takes the loss over a completion with any chat template,
-    but its `assistant_only_loss` needs one with generation markers, which few have. Newlines around an answer are
-    dropped: they would merge with the template's own into tokens that the model never sees when it answers.
+    is the whole prompt, unless an input is mapped too. `arguments` are the chat template's, below a record's own;
+    `last`: of a conversation's answers only the last is learned. `rules` say all of that for a run, and have what plays
+    no role refused or counted.
     """
-    given = rules or Rules(columns or {}, system, strict=False)
-    return convert_all(records, given, formats, instruction_converter(given.system))
+    given = rules or Rules(columns or {}, system, arguments=arguments or {}, last=last, strict=False)
+    return convert_all(records, given, formats, instruction_converter(given))
 
 
 def example_key(example: Example) -> str:
@@ -141,13 +148,13 @@ def example_key(example: Example) -> str:
     return json.dumps(example, sort_keys=True, default=str)
 
 
-def instruction_converter(system: str | None) -> Convert:
-    """How one record becomes examples of instruction tuning."""
+def instruction_converter(rules: Rules) -> Convert:
+    """How one record becomes a conversation to learn from, or plain text."""
 
     def convert(record: Record, roles: Roles) -> list[Example]:
-        if system is not None and "text" in roles:
+        if rules.system is not None and "text" in roles:
             raise ValueError("a system message needs a prompt to stand before; plain text has none")
-        return _convert(record, roles, system)
+        return [_convert(record, roles, rules)]
 
     return convert
 
@@ -160,10 +167,11 @@ class Conversion:
     """
 
     def __init__(self, seen: Survey, rules: Rules, formats: Formats, convert: Convert) -> None:
-        self.roles = assign_roles(seen, rules.columns, formats)
-        self.convert, self.skip_empty, self.found = convert, rules.skip_empty, Findings()
+        self.roles = assign_roles(seen.without(rules.ignore), rules.columns, formats)
+        self.convert, self.skip_empty, self.ignore = convert, rules.skip_empty, rules.ignore
+        self.found = Findings()
         if rules.strict:
-            self.found.unused = check_unused(seen, self.roles, MESSAGE_KEYS, rules.ignore)
+            self.found.unused = check_unused(seen, self.roles, USED_KEYS, rules.ignore)
 
     def __call__(self, record: Record) -> list[Example]:
         """The examples of one record; of one without an answer, none where such rows are skipped."""
@@ -175,9 +183,6 @@ class Conversion:
                 raise
             self.found.skipped += 1
             return []
-        for role in ("messages", "prompt"):
-            if isinstance(chat := cells.get(self.roles.get(role, "")), list):
-                self._look_at(chat, role)
         return self.convert(cells, self.roles)
 
     def _cells(self, record: Record) -> Record:
@@ -188,18 +193,16 @@ class Conversion:
                 kind = EmptyAnswerError if role in (*ANSWERS, "messages") else ValueError
                 raise kind(f"no column {column!r} as in other rows, but {short(', '.join(record))}")
             cell = record.get(column)
-            cells[column] = None if is_empty(cell) else (as_chat(cell) or cell) if role in CHATS else cell
+            chat = as_chat(cell) if role in CHATS else None
+            if chat is not None:
+                cell = [{key: value for key, value in one.items() if key not in self.ignore} for one in chat]
+            cells[column] = None if is_empty(cell) else cell
         return cells
-
-    def _look_at(self, chat: list[Any], role: str) -> None:
-        speakers = [_speaker(message) for message in chat if isinstance(message, dict)]
-        self.found.user_after_user += ("user", "user") in pairwise(speakers)
-        self.found.open_end += role == "messages" and speakers[-1:] == ["user"]
 
 
 def _speaker(message: dict[str, Any]) -> Any:
     speaker = message.get("role", message.get("from"))
-    return SPEAKERS.get(str(speaker), speaker)
+    return ROLES.get(speaker.lower() if isinstance(speaker, str) else "", speaker)
 
 
 def _check_answered(cells: Record, roles: Roles) -> None:
@@ -274,114 +277,54 @@ def convert_all(records: list[Record], rules: Rules, formats: Formats, convert: 
     return examples
 
 
-def _convert(record: Record, roles: Roles, system: str | None) -> list[Example]:
+def _convert(record: Record, roles: Roles, rules: Rules) -> Example:
     cells = {role: record.get(column) for role, column in roles.items()}
     if "text" in roles:
-        return [{"text": text_cell(cells["text"], roles["text"])}]
+        return {"text": text_cell(cells["text"], roles["text"])}
     if "messages" in roles:
         chat = chat_cell(cells["messages"], roles["messages"])
-        return chat_turns(chat, system_of(record, roles, system, chat))
-    prompt, answer, earlier = cells["prompt"], cells["answer"], earlier_turns(record, roles)
-    system = system_of(record, roles, system)
-    if isinstance(prompt, list):  # trl's own form: the turns so far, and the next
+    elif isinstance(cells["prompt"], list):  # trl's own form: the turns so far, which are context, and the next
+        answer = cells["answer"]
         tail = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
-        return chat_turns(earlier + chat_cell(prompt + tail, roles["prompt"]), system)[-1:]
-    question = question_of(record, roles)
-    answer = text_cell(answer, roles["answer"])
-    return chat_turns(
-        [*earlier, {"role": "user", "content": question}, {"role": "assistant", "content": answer}], system
+        turns = chat_cell([*map(as_context, cells["prompt"]), *tail], roles["prompt"])
+        chat = [*earlier_turns(cells, roles), *turns]
+    else:
+        answer = text_cell(cells["answer"], roles["answer"]).strip("\r\n")
+        messages = [{"role": "user", "content": question_of(cells, roles)}, {"role": "assistant", "content": answer}]
+        chat = [*earlier_turns(cells, roles), *messages]
+    return conversation(
+        with_system(chat, cells.get("system"), roles.get("system", "system")),
+        rules.system,
+        tools_cell(cells.get("tools"), roles.get("tools", "tools")),
+        {**rules.arguments, **template_arguments(cells.get("chat_template_kwargs"), "chat_template_kwargs")},
+        rules.last,
     )
 
 
-def question_of(record: Record, roles: Roles) -> str:
+def as_context(turn: Any) -> Any:
+    """A message that is not learned, whoever wrote it."""
+    return {**turn, "weight": 0} if isinstance(turn, dict) and turn.get("role") == "assistant" else turn
+
+
+def question_of(cells: dict[str, Any], roles: Roles) -> str:
     """The prompt of a record, with its input below where it has one."""
-    question = text_cell(record[roles["prompt"]], roles["prompt"])
-    extra = record.get(roles.get("input", ""))
+    question = text_cell(cells["prompt"], roles["prompt"])
+    extra = cells.get("input")
     return question if extra is None else question + "\n\n" + text_cell(extra, roles["input"])
 
 
-def system_of(record: Record, roles: Roles, system: str | None, chat: list[dict[str, Any]] | None = None) -> str | None:
-    """The system message of a record: that of its own column, else the run's.
-
-    Raises:
-        ValueError: the column says one thing, and the chat's own system message another.
-    """
-    own = record.get(roles.get("system", ""))
-    if own is None:
-        return system
-    own = text_cell(own, roles["system"])
-    if chat and chat[0]["role"] == "system" and chat[0]["content"] != own:
-        raise ValueError(f"{roles['system']} is {short(own)}, but message 1 is another system message; accepted: one")
-    return own
-
-
-def earlier_turns(record: Record, roles: Roles) -> list[dict[str, Any]]:
+def earlier_turns(cells: dict[str, Any], roles: Roles) -> list[Message]:
     """The turns that a record's history holds: pairs of a question and its answer, or messages."""
-    name = roles.get("history", "")
-    history = record.get(name)
-    if isinstance(history, str):
-        with suppress(ValueError):
-            history = load_json(history)
+    history, name = parsed(cells.get("history")), roles.get("history", "history")
     if history is None:
         return []
     if (chat := as_chat(history)) is not None:
         return chat_cell(chat, name)
     if not isinstance(history, list) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in history):
-        raise ValueError(f"{name} is {short(history)}; accepted: a list of [question, answer]")
+        raise ValueError(f"{name} is {short(history)}; accepted: a list of pairs, question and answer")
     speakers = ("user", "assistant")
-    return [
-        {"role": role, "content": text_cell(cell, name)}
-        for pair in history
-        for role, cell in zip(speakers, pair, strict=True)
-    ]
-
-
-def text_cell(cell: Any, name: str) -> str:
-    """A cell that has to be text, or what has only one way to be written as text: a whole number, a date.
-
-    Raises:
-        ValueError: it is neither; the message says what it is.
-    """
-    if isinstance(cell, list) and len(cell) == 1 and isinstance(cell[0], str):
-        cell = cell[0]  # as of data sets that list all answers that count as right
-    if isinstance(cell, (int, decimal.Decimal, datetime.date, datetime.time)) and not isinstance(cell, bool):
-        return str(cell)
-    if isinstance(cell, str) and not is_empty(cell):
-        if any("\ud800" <= c <= "\udfff" for c in cell):  # JSON can write it, no tokenizer reads it
-            raise ValueError(f"{name} is {short(cell)}, with half of a surrogate pair; accepted: text")
-        return cell
-    found = "empty" if is_empty(cell) else f"the {type(cell).__name__} {short(cell)}"
-    raise ValueError(f"{name} is {found}; accepted: text")
-
-
-def chat_cell(cell: Any, name: str) -> list[dict[str, str]]:
-    """A cell that has to be a chat, OpenAI's or ShareGPT's, as {"role", "content"}; else a ValueError."""
-    if not isinstance(cell, list) or not all(isinstance(turn, dict) for turn in cell):
-        raise ValueError(f"{name!r} is {short(cell)}; accepted: a list of messages")
-    made: list[dict[str, str]] = []
-    for place, turn in enumerate(cell, start=1):
-        speaker = turn.get("role", turn.get("from"))
-        role = SPEAKERS.get(str(speaker), speaker)
-        if role not in ("system", "user", "assistant"):
-            raise ValueError(f"message {place} is by {speaker!r}; accepted: system, user, assistant, human, gpt")
-        before = made[-1]["role"] if made else None
-        if (role == "system" and before) or (role == "assistant" and before != "user"):
-            wanted = "system only as the first, assistant after user"
-            raise ValueError(f"message {place} is by {role}, after {before or 'none'}; accepted: {wanted}")
-        content = text_cell(turn.get("content", turn.get("value")), f"message {place}")
-        made.append({"role": role, "content": content})
-    return made
-
-
-def chat_turns(chat: list[dict[str, str]], system: str | None) -> list[Example]:
-    """A chat as one prompt and completion for each of the assistant's turns."""
-    if system is not None and chat and chat[0]["role"] != "system":
-        chat = [{"role": "system", "content": system}, *chat]
-    chat = [m | {"content": m["content"].strip("\r\n")} if m["role"] == "assistant" else m for m in chat]
-    ends = [i for i, message in enumerate(chat) if message["role"] == "assistant"]
-    if not ends:
-        raise ValueError("no assistant message; accepted: at least one to learn from")
-    return [{"prompt": chat[:i], "completion": [chat[i]]} for i in ends]
+    turns = [(role, text_cell(cell, name)) for pair in history for role, cell in zip(speakers, pair, strict=True)]
+    return chat_cell([{"role": role, "content": text} for role, text in turns], name)
 
 
 Row = dict[str, Any]

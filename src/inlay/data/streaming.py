@@ -16,13 +16,15 @@ from pathlib import Path
 
 from datasets import IterableDataset
 
+from inlay.data.chats import Example
 from inlay.data.columns import Survey
 from inlay.data.folders import Parts, folder_parts
-from inlay.data.formats import FORMATS, Conversion, Example, Faults, Rules, example_key, instruction_converter
+from inlay.data.formats import FORMATS, Conversion, Faults, Rules, example_key, instruction_converter
 from inlay.data.readers import KINDS, Reading, file_records, kind_of
 from inlay.data.records import Record
 
-STREAMED = (".jsonl", ".parquet", ".arrow")
+STREAMED_KINDS = (".jsonl", ".parquet", ".arrow")
+EXAMPLE_COLUMNS = ("text", "prompt", "completion", "tools", "chat_template_kwargs")  # what an example may hold
 GUESSED_BY = 1000  # records that the roles are first assigned by
 
 
@@ -53,9 +55,11 @@ def shards(source: str, reading: Reading | None = None) -> list[Path]:
         found = map(Path, glob.glob(str(path), recursive=True))
         files = sorted(file for file in found if file.is_file() and not file.name.startswith("."))
     kinds = {kind_of(file) for file in files}
-    if len(kinds) != 1 or not kinds <= set(STREAMED):
+    if len(kinds) != 1 or not kinds <= set(STREAMED_KINDS):
         there = ", ".join(sorted(kinds)) or "no file"
-        raise ValueError(f"{source}: found {there}; streaming reads {' or '.join(STREAMED)} files, all of one kind")
+        raise ValueError(
+            f"{source}: found {there}; streaming reads {' or '.join(STREAMED_KINDS)} files, all of one kind"
+        )
     return files
 
 
@@ -82,7 +86,7 @@ def open_stream(
                     repeated += example_key(example) in held
         if not seen.names:
             raise ValueError(f"{source}: found no record; accepted: at least one")
-        by_all = Conversion(seen, rules, FORMATS, instruction_converter(rules.system))
+        by_all = Conversion(seen, rules, FORMATS, instruction_converter(rules))
         if conversion is not None and conversion.roles == by_all.roles:
             break
         conversion = by_all
@@ -99,7 +103,7 @@ def _guess(files: list[Path], rules: Rules, reading: Reading) -> Conversion | No
     for _, record in islice(_placed(files, reading), GUESSED_BY):
         seen.add(record)
     try:
-        return Conversion(seen, rules, FORMATS, instruction_converter(rules.system))
+        return Conversion(seen, rules, FORMATS, instruction_converter(rules))
     except ValueError:
         return None
 

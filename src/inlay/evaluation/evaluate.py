@@ -16,6 +16,7 @@ from rich.console import Console
 from transformers import AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
+from inlay.data.chats import answer_text
 from inlay.data.readers import Record
 from inlay.evaluation.ask_model import generated, likeliest, similar_batches, token_losses
 from inlay.evaluation.eval_tasks import EvalTask, questions_for
@@ -69,9 +70,7 @@ def perplexity(
     model: Any, tokenizer: Any, examples: list[Record], size: int, console: Console
 ) -> tuple[list[Score], list[dict[str, Any]]]:
     """exp of the mean loss over all tokens of plain text, or over those of the answers."""
-    pairs = [
-        ("", row["text"]) if "text" in row else (row["prompt"], row["completion"][-1]["content"]) for row in examples
-    ]
+    pairs = [("", row["text"]) if "text" in row else (row, answer_text(row["completion"][-1])) for row in examples]
     found = token_losses(model, tokenizer, pairs, size, console)
     kept = [i for i, (_, count) in enumerate(found) if count]
     if not kept:

@@ -63,6 +63,11 @@ class Recipe:
     tsv_quotes: Literal["auto", "quoted", "plain"] = field_of(
         "auto", "quotation marks in TSV: quoted encloses fields (pandas, spreadsheets), plain is text (GLUE)"
     )
+    chat_template: str | None = field_of(
+        None, "Jinja file in place of the model's chat template; training: the one that trl has for training its family"
+    )
+    chat_template_kwargs: dict = field_of(dict, "what the chat template gets too: {enable_thinking: false}")
+    answers: Literal["all", "last"] = field_of("all", "which answers of a conversation are learned")
     max_length: int = field_of(512, "tokens; longer examples are cut", min=8)
     packing: bool = field_of(False, "pack short examples into full sequences")
 
@@ -281,6 +286,7 @@ def check_task(recipe: Recipe) -> None:
         raise ValueError(f"system: task {recipe.task} has no prompt it could stand before; leave it out")
     if any(one.path == "builtin" for one in given) and recipe.task not in ("instruction", "seq2seq"):
         raise ValueError(f"data: the built-in slice of E2E is not for task {recipe.task}; name a file")
+    check_chat(recipe)
     if recipe.task == "instruction":
         return
     if recipe.streaming:
@@ -294,6 +300,31 @@ def check_task(recipe: Recipe) -> None:
         raise ValueError(f"batch_size: auto is not planned for task {recipe.task}; give a number")
     if recipe.allocate != "none" and not find_model_class(recipe.task).causal:
         raise ValueError(f"allocate: ranks from spectra are for causal language models, not task {recipe.task}")
+
+
+PREPARED = {  # keys of trl's SFTConfig for data that it prepares; here it is given tokens and labels
+    "completion_only_loss": "only answers are learned; task language_modelling learns all of a text",
+    "assistant_only_loss": "only answers are learned",
+    "chat_template_path": "use chat_template",
+    "truncation_mode": "rows are cut at their end; shorten them in the data",
+    "dataset_text_field": "use columns: {text: ...}",
+    "dataset_kwargs": "the data is prepared already",
+}
+
+
+def check_chat(recipe: Recipe) -> None:
+    """Refuse what is said of conversations where there are none, and what trl would do to them."""
+    tasks = {
+        "answers": ("instruction",),
+        "chat_template": ("instruction", "preference"),
+        "chat_template_kwargs": ("instruction", "preference"),
+    }
+    for f in fields(recipe):
+        if recipe.task not in tasks.get(f.name, (recipe.task,)) and getattr(recipe, f.name) != default_of(f):
+            raise ValueError(f"{f.name} is for task {' or '.join(tasks[f.name])}, not {recipe.task}; leave it out")
+    for key, way in PREPARED.items():
+        if key in recipe.trainer and recipe.task in ("instruction", "language_modelling", "preference"):
+            raise ValueError(f"trainer: {key} has no effect; {way}")
 
 
 def check_allocate(recipe: Recipe) -> None:

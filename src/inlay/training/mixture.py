@@ -100,7 +100,14 @@ def rules_of(recipe: Recipe, source: Source | None = None, found: Findings | Non
     source = source or sources(recipe)[0]
     skip = recipe.empty_answers == "skip"
     return Rules(
-        source.columns, source.system, skip, tuple(recipe.ignore), source=source.path, found=found or Findings()
+        source.columns,
+        source.system,
+        skip,
+        tuple(recipe.ignore),
+        recipe.chat_template_kwargs,
+        recipe.answers == "last",
+        source=source.path,
+        found=found or Findings(),
     )
 
 
@@ -117,13 +124,11 @@ def at_most_eval_size(held: list[dict], recipe: Recipe) -> list[dict]:
 
 def check_one_kind(parts: list[list[dict]], given: list[Source]) -> None:
     """Refuse a mixture of plain text and answers, which are learned in different ways."""
-    kinds = [set(part[0]) for part in parts if part]
-    if any(kind != kinds[0] for kind in kinds):
-        names = [source.path for source in given] + ["eval_data"]
-        shown = ", ".join(
-            f"{name} ({' + '.join(sorted(part[0]))})" for name, part in zip(names, parts, strict=True) if part
-        )
-        raise ValueError(f"data: sources of different kinds: {shown}; train on one kind at a time")
+    names = [source.path for source in given] + ["what is held out"]
+    texts = {name: "text" in part[0] for name, part in zip(names, parts, strict=True) if part}
+    if len(set(texts.values())) > 1:
+        shown = ", ".join(f"{name} ({'plain text' if text else 'answers'})" for name, text in texts.items())
+        raise ValueError(f"data: {shown}: plain text and answers are learned in different ways; train on one kind")
 
 
 def cut_heldout(

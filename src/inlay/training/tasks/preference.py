@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,38 +10,19 @@ from datasets import Dataset
 from rich.console import Console
 from torch import Tensor
 from trl import DPOConfig
-from trl.data_utils import extract_prompt
 
-from inlay.data.formats import (
-    BEFORE,
-    SYSTEM,
-    Row,
-    Rules,
-    chat_cell,
-    chat_turns,
-    convert_all,
-    earlier_turns,
-    system_of,
-    text_cell,
-)
-from inlay.data.records import Record
-from inlay.data.render import as_plain_text, render
+from inlay.data.audit import Audit, audit_examples
+from inlay.data.chats import Example, answer_text
+from inlay.data.formats import Row
+from inlay.data.preferences import SIDES, preference_examples
+from inlay.data.render import IGNORED, common, encode_example
 from inlay.recipe.peft_methods import FULL
 from inlay.recipe.recipe import Recipe
-from inlay.training.examples import Examples, announce, measured
-from inlay.training.mixture import rules_of, train_and_heldout
+from inlay.training.examples import Examples
+from inlay.training.mixture import train_and_heldout
+from inlay.training.run_tokenizer import answer_ends, check_limits
 from inlay.training.tasks.instruction import Task, collate
 from inlay.training.trainer import PreferenceTrainer
-
-PREFERENCE_FORMATS = {
-    "preference": {
-        "prompt": ("prompt", "question", "instruction"),
-        "chosen": ("chosen",),
-        "rejected": ("rejected",),
-        **BEFORE,
-    },
-    "chats": {"chosen": ("chosen",), "rejected": ("rejected",), **SYSTEM},
-}
 
 
 class Preference(Task):
@@ -54,33 +34,37 @@ class Preference(Task):
 
     def examples(self, recipe: Recipe, tokenizer: Any, console: Console) -> Examples:
         train, held = train_and_heldout(
-            recipe,
-            lambda records, rules: preference_examples(records, recipe, rules),
-            console,
-            lambda r: r["prompt"][-1]["content"],
+            recipe, lambda records, rules: preference_examples(records, rules=rules), console, first_question
         )
-        lengths = [
-            max(render({"prompt": r["prompt"], "completion": r[side]}, tokenizer, None).length for side in SIDES)
-            for r in train
-        ]
-        made = Examples(train, held, measured(lengths, recipe))
-        announce(made, recipe, console)
-        return made
+        sides = [side_of(row, side) for row in train for side in SIDES]
+        audit = audit_examples(sides, tokenizer, recipe.max_length, answer_ends(recipe))
+        console.print(f"{len(train)} pairs to train on, {len(held)} held out; longest {audit.longest} tokens")
+        for note in audit.notes:
+            console.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        rows, heldout = (with_room(part, tokenizer, recipe, console) for part in (train, held))
+        if audit.cut:
+            console.print(f"{audit.cut} answers are cut at max_length={recipe.max_length}", style="yellow")
+        check_limits(recipe, tokenizer, audit.largest_token, min(audit.longest, recipe.max_length))
+        found = Audit(len(rows), audit.cut, audit.masked, 0, audit.longest, audit.mean_tokens, audit.answer_tokens)
+        return Examples(rows, heldout, found, conversations=len(held))
 
     def settings(self, recipe: Recipe) -> dict[str, Any]:
         return {"max_length": recipe.max_length, "precompute_ref_log_probs": recipe.method == FULL}
 
     def dataset(self, rows: list[Row], tokenizer: Any, recipe: Recipe) -> Dataset:
-        return Dataset.from_list(rows if tokenizer.chat_template else [preference_as_text(row) for row in rows])
+        return Dataset.from_list([encode_pair(row, tokenizer) for row in rows])
 
     def batch(self, rows: list[Row], tokenizer: Any, recipe: Recipe) -> dict[str, Tensor] | None:
         """The chosen answers, then the rejected ones."""
-        shown = [
-            [render({"prompt": row["prompt"], "completion": row[side]}, tokenizer, recipe.max_length) for side in SIDES]
-            for row in rows
-        ]
-        whole = [pair for pair in shown if all(one.answer_ids for one in pair)]
-        return collate([(pair[i].prompt_ids, pair[i].answer_ids) for i in (0, 1) for pair in whole], tokenizer)
+        pairs = [encode_pair(row, tokenizer) for row in rows]
+        pairs = [pair for pair in pairs if len(pair["prompt_ids"]) < recipe.max_length]
+        found = []
+        for side in SIDES:
+            for pair in pairs:
+                prompt, answer = pair["prompt_ids"], pair[f"{side}_ids"]
+                ids, labels = [*prompt, *answer], [*[IGNORED] * len(prompt), *answer]
+                found.append((ids[: recipe.max_length], labels[: recipe.max_length]))
+        return collate(found, tokenizer)
 
     def loss(self, recipe: Recipe) -> Callable[[Any, Any], Tensor]:
         beta = recipe.trainer.get("beta", DPOConfig.beta)
@@ -88,82 +72,52 @@ class Preference(Task):
 
     def questions(self, rows: list[Row], count: int) -> list[Row]:
         return [
-            {"input": r["prompt"], "prompt": r["prompt"][-1]["content"], "reference": r["chosen"][-1]["content"]}
+            {"input": r, "prompt": r["prompt"][-1]["content"], "reference": answer_text(r["chosen"][-1])}
             for r in rows[:count]
         ]
 
     def shown(self, row: Row, tokenizer: Any, recipe: Recipe) -> str:
-        sides = [{"prompt": row["prompt"], "completion": row[side]} for side in SIDES]
-        return "\n".join(Task.shown(self, side, tokenizer, recipe) for side in sides)
+        return "\n".join(Task.shown(self, side_of(row, side), tokenizer, recipe) for side in SIDES)
 
 
-SIDES = ("chosen", "rejected")
+def first_question(row: Row) -> str:
+    """What pairs of one prompt share, so that none is on both sides of a split."""
+    return next(message["content"] for message in row["prompt"] if message["role"] == "user")
 
 
-def preference_examples(records: list[Record], recipe: Recipe, rules: Rules | None = None) -> list[Row]:
-    """Records as conversations {"prompt", "chosen", "rejected"}; of two chats, the prompt is what they share."""
-    rules = rules or rules_of(recipe)
-
-    def row(record: Record, roles: dict[str, str]) -> list[Row]:
-        answers = {side: answer_turns(record[roles[side]], roles[side]) for side in SIDES}
-        prompt = prompt_turns(record.get(roles.get("prompt", "")), roles)
-        if not prompt:
-            if not all(len(turns) > 1 for turns in answers.values()):
-                raise ValueError("chosen and rejected without a prompt; accepted: two chats, or a prompt column")
-            both: dict[str, Any] = extract_prompt(dict(answers))
-            prompt, answers = both["prompt"], {side: both[side] for side in SIDES}
-        prompt = earlier_turns(record, roles) + prompt
-        system = system_of(record, roles, rules.system, prompt)
-        made: Row = {}
-        for side, turns in answers.items():
-            (one,) = chat_turns(chat_cell(prompt + without_prompt(turns, prompt), side), system)[-1:]
-            made |= {"prompt": one["prompt"], side: one["completion"]}
-        if made["chosen"] == made["rejected"]:
-            raise ValueError("chosen and rejected are the same answer")
-        return [made]
-
-    return convert_all(records, rules, PREFERENCE_FORMATS, row)
+def side_of(row: Row, side: str) -> Example:
+    """One side of a pair as an example."""
+    about = {key: value for key, value in row.items() if key not in ("prompt", *SIDES)}
+    return {"prompt": row["prompt"], "completion": row[side], **about}
 
 
-def prompt_turns(cell: Any, roles: dict[str, str]) -> list[Row]:
-    """The turns of a prompt column: its chat, or its text as the user's; none where it is empty."""
-    if cell is None:
-        return []
-    return chat_cell(cell, roles["prompt"]) if isinstance(cell, list) else [user(text_cell(cell, roles["prompt"]))]
+def encode_pair(row: Row, tokenizer: Any) -> dict[str, list[int]]:
+    """A pair as trl's trainer takes it; both answers start where their tokens and those of the prompt alone differ."""
+    chosen, rejected = (encode_example(side_of(row, side), tokenizer) for side in SIDES)
+    start = min(chosen.spans[0][0], rejected.spans[0][0], common(chosen.ids, rejected.ids))
+    return {
+        "prompt_ids": chosen.ids[:start],
+        "chosen_ids": chosen.ids[start:],
+        "rejected_ids": rejected.ids[start:],
+    }
 
 
-def user(text: str) -> Row:
-    """A message by the user."""
-    return {"role": "user", "content": text}
+def with_room(rows: list[Row], tokenizer: Any, recipe: Recipe, console: Console) -> list[Row]:
+    """The pairs whose prompt leaves room for an answer; how many do not is said.
 
-
-def answer_turns(cell: Any, name: str) -> list[Row]:
-    """The messages of an answer: a chat's, those in Anthropic's form of dialogues, or its text as the assistant's."""
-    if isinstance(cell, list):
-        return [dict(turn) if isinstance(turn, dict) else turn for turn in cell]
-    text = text_cell(cell, name)
-    parts = re.split(r"\n\n(Human|Assistant): ?", text) if text.startswith("\n\nHuman:") else []
-    if parts and parts[-2] == "Assistant":
-        speakers = {"Human": "user", "Assistant": "assistant"}
-        return [{"role": speakers[who], "content": said} for who, said in zip(parts[1::2], parts[2::2], strict=True)]
-    return [{"role": "assistant", "content": text}]
-
-
-def without_prompt(turns: list[Row], prompt: list[Row]) -> list[Row]:
-    """The turns of an answer without those of the prompt, with which a whole chat begins."""
-    if len(turns) < 2:
-        return turns
-    whole = chat_cell(turns, "messages")
-    for start in range(len(prompt)):  # a system message, or earlier turns, may stand in the prompt alone
-        if whole[: len(prompt) - start] == prompt[start:]:
-            return whole[len(prompt) - start :]
-    return whole
-
-
-def preference_as_text(row: Row) -> Row:
-    """As strings, for a tokenizer without a chat template."""
-    made = {side: as_plain_text({"prompt": row["prompt"], "completion": row[side]}) for side in SIDES}
-    return {"prompt": made["chosen"]["prompt"], **{side: made[side]["completion"] for side in SIDES}}
+    Raises:
+        ValueError: none does.
+    """
+    kept = [row for row in rows if len(encode_pair(row, tokenizer)["prompt_ids"]) < recipe.max_length]
+    if not kept:
+        raise ValueError(f"no prompt leaves room for an answer within max_length={recipe.max_length}; raise it")
+    if left := len(rows) - len(kept):
+        console.print(
+            f"{left} of {len(rows)} pairs are left out: their prompt alone fills max_length={recipe.max_length}; "
+            "raise --max-length to keep them",
+            style="yellow",
+        )
+    return kept
 
 
 def first_loss(model: Any, batch: dict[str, Tensor], beta: float) -> Tensor:

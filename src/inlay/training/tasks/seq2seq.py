@@ -10,16 +10,8 @@ from datasets import Dataset
 from rich.console import Console
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
-from inlay.data.formats import (
-    FORMATS,
-    SUMMARIES,
-    Row,
-    Rules,
-    convert_all,
-    question_of,
-    system_of,
-    text_cell,
-)
+from inlay.data.chats import text_cell
+from inlay.data.formats import FORMATS, SUMMARIES, Row, Rules, convert_all, question_of
 from inlay.data.records import Record
 from inlay.evaluation.generate import answer
 from inlay.recipe.recipe import Recipe
@@ -28,8 +20,9 @@ from inlay.training.mixture import rules_of, train_and_heldout
 from inlay.training.tasks.instruction import Task
 from inlay.training.trainer import PlainTrainer
 
-SEQ2SEQ_FORMATS = {  # a source is one text: no earlier turns stand before it
-    name: {role: columns for role, columns in roles.items() if role != "history"}
+TAKEN = ("prompt", "input", "answer", "system")  # a source is one text: no earlier turns stand before it
+SEQ2SEQ_FORMATS = {
+    name: {role: columns for role, columns in roles.items() if role in TAKEN}
     for name, roles in {**SUMMARIES, **FORMATS}.items()
     if "prompt" in roles
 }
@@ -88,7 +81,9 @@ def seq2seq_examples(records: list[Record], recipe: Recipe, rules: Rules | None 
     rules = rules or rules_of(recipe)
 
     def row(record: Record, roles: dict[str, str]) -> list[Row]:
-        source = (system_of(record, roles, rules.system) or "") + question_of(record, roles)
+        cells = {role: record[column] for role, column in roles.items()}
+        system = rules.system if cells.get("system") is None else text_cell(cells["system"], roles["system"])
+        source = (system or "") + question_of(cells, roles)
         return [{"source": source, "target": text_cell(record[roles["answer"]], roles["answer"])}]
 
     return convert_all(records, rules, SEQ2SEQ_FORMATS, row)

@@ -11,21 +11,10 @@ from PIL import Image as Picture
 from rich.console import Console
 from transformers import AutoProcessor
 
-from inlay.data.formats import (
-    BEFORE,
-    SYSTEM,
-    Row,
-    Rules,
-    chat_cell,
-    chat_turns,
-    convert_all,
-    earlier_turns,
-    question_of,
-    system_of,
-    text_cell,
-)
+from inlay.data.chat_templates import templated
+from inlay.data.chats import chat_cell, conversation, text_cell, turn_by_turn, with_system
+from inlay.data.formats import Row, Rules, convert_all, earlier_turns, question_of
 from inlay.data.records import Record
-from inlay.data.render import templated
 from inlay.messages import loading, short
 from inlay.models.loading import resolve
 from inlay.recipe.recipe import Recipe
@@ -34,13 +23,14 @@ from inlay.training.mixture import train_and_heldout
 from inlay.training.tasks.instruction import Task
 
 VISION_FORMATS = {
-    "LLaVA": {"messages": ("conversations", "messages"), "images": ("image", "images"), **SYSTEM},
+    "LLaVA": {"messages": ("conversations", "messages"), "images": ("image", "images"), "system": ("system",)},
     "question-answer": {
         "prompt": ("prompt", "question", "instruction"),
         "input": ("input", "context"),
         "answer": ("answer", "completion", "response"),
         "images": ("image", "images"),
-        **BEFORE,
+        "system": ("system",),
+        "history": ("history",),
     },
 }
 
@@ -101,17 +91,18 @@ def vision_examples(records: list[Record], rules: Rules) -> list[Row]:
         beside = next((folder for folder in folders if all((folder / name).is_file() for name in names)), None)
         if not names or beside is None:
             raise ValueError(f"{roles['images']} is {short(found)}; accepted: the path of an image file")
+        cells = {role: record[column] for role, column in roles.items()}
         if "messages" in roles:
-            turns = chat_cell(record[roles["messages"]], roles["messages"])
+            turns = chat_cell(cells["messages"], roles["messages"])
         else:
-            turns = [
-                *earlier_turns(record, roles),
-                {"role": "user", "content": question_of(record, roles)},
-                {"role": "assistant", "content": text_cell(record[roles["answer"]], roles["answer"])},
-            ]
-        system = system_of(record, roles, rules.system, turns)
+            answer = text_cell(cells["answer"], roles["answer"])
+            turns = [{"role": "user", "content": question_of(cells, roles)}, {"role": "assistant", "content": answer}]
+        if any(turn["role"] == "tool" or "tool_calls" in turn for turn in turns):
+            raise ValueError("tools are not for task vision; leave out their calls and answers")
+        turns = with_system([*earlier_turns(cells, roles), *turns], cells.get("system"), roles.get("system", "system"))
         turns = [turn | {"content": turn["content"].replace(MARK, "").strip()} for turn in turns]
-        return [{**made, "images": [str(beside / name) for name in names]} for made in chat_turns(turns, system)]
+        parts = turn_by_turn(conversation(turns, rules.system))
+        return [{**part, "images": [str(beside / name) for name in names]} for part in parts]
 
     return convert_all(records, rules, VISION_FORMATS, row)
 
