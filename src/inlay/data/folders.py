@@ -27,6 +27,12 @@ class Parts:
     folder: Path
     files: dict[str, list[Path]]
     notes: list[str] = field(default_factory=list)
+    left: list[Path] = field(default_factory=list)
+
+    def by_split(self) -> dict[str, list[str]]:
+        """The names of all data files by their split, those for a test first."""
+        parts = {"test": self.left, **dict(reversed(self.files.items()))}
+        return {name: [str(file.relative_to(self.folder)) for file in files] for name, files in parts.items() if files}
 
 
 def folder_parts(folder: Path, split: str | None, kinds: str) -> Parts:
@@ -56,9 +62,10 @@ def folder_parts(folder: Path, split: str | None, kinds: str) -> Parts:
     if held := groups.pop("validation", None):
         parts["validation"] = held
         said += f", held out {short_list(_relative(held, folder))}"
-    if left := [name for group in groups.values() for name in _relative(group, folder)]:
-        said += f", left {short_list(left)}"
-    return Parts(folder, parts, [*notes, f"{said} (--split names another)"])
+    left = [file for group in groups.values() for file in group]
+    if left:
+        said += f", left {short_list(_relative(left, folder))}"
+    return Parts(folder, parts, [*notes, f"{said} (--split names another)"], left)
 
 
 def split_of(path: Path, folder: Path | None = None) -> str | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from inlay.data.columnar import columnar_records
-from inlay.data.folders import Parts, folder_parts
+from inlay.data.folders import Parts, folder_parts, short_list
 from inlay.data.json_files import json_records
 from inlay.data.records import Numbered, Record, Records, refusal
 from inlay.data.tables import table_records
@@ -35,11 +35,20 @@ class Reading:
     notes: list[str] = field(default_factory=list)
 
 
-def read_records(source: str, split: str | None = None, reading: Reading | None = None) -> Records:
+def read_records(
+    source: str, split: str | None = None, reading: Reading | None = None, one_split: bool = False
+) -> Records:
     """Records from "builtin", a local file or folder, or a hub data set: "owner/name" or "owner/name:config".
 
     Of a source with several splits these are the ones to train on, unless `split` names others.
+
+    Raises:
+        ValueError: as `read_splits`; with `one_split`, a folder has several, of which the first may be trained on.
     """
+    path = Path(source).expanduser()
+    if one_split and path.is_dir() and len(files := folder_parts(path, None, KINDS).by_split()) > 1:
+        listed = ", ".join(f"{split} ({short_list(names)})" for split, names in files.items())
+        raise refusal(path, f"the splits {listed}", f"one of their files, as {path / next(iter(files.values()))[0]}")
     return read_splits(source, split, reading)["train"]
 
 

@@ -109,6 +109,9 @@ def evaluate_classifier(
         raise ValueError(
             "--task classification is for models trained with task: classification; this one has no labels"
         )
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # as in training
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
     scores, names = model.config.num_labels == 1, model.config.label2id
     examples = [{**row, "label": one_label(row["label"], names)} for row in examples]
     if not scores and (strange := next((row["label"] for row in examples if row["label"] not in names), None)):

@@ -30,6 +30,7 @@ class Examples:
     heldout: list[dict]
     audit: Audit
     labels: list[str] | None = None  # of a classification
+    padding: int | None = None  # and the token that fills up its texts
     stream: IterableDataset | None = None
     shards: tuple[tuple[str, int, str], ...] = ()
     conversations: int | None = None  # held out, before those that are learned turn by turn were taken apart
@@ -49,8 +50,10 @@ def load_examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: C
         train, held = train_and_heldout(recipe, lambda records, rules: convert_records(records, rules=rules), console)
     audit = audit_examples(train, tokenizer, recipe.max_length, answer_ends(recipe))
     held_audit = audit_examples(held, tokenizer, recipe.max_length)
-    count = str(len(train)) if source is None else f"a stream of {source.count}, looked at {len(train)}:"
-    console.print(f"{count} examples to train on, {len(held)} held out; longest {audit.longest} tokens")
+    count = f"{len(train)} examples to train on"
+    if source is not None:
+        count = f"a stream of {source.count} examples, of which {len(train)} are looked at"
+    console.print(f"{count}, {len(held)} held out; longest {audit.longest} tokens")
     if audit.cut or audit.masked:
         console.print(
             f"{audit.cut} answers are cut off at max_length={recipe.max_length}, "
