@@ -15,8 +15,8 @@ from inlay.data.chats import (
     tools_cell,
     with_system,
 )
-from inlay.data.formats import CHAT, convert_all
-from inlay.data.readers import Record
+from inlay.data.formats import BESIDE, CHAT, Rules, convert_all, earlier_turns, question_of
+from inlay.data.records import Record
 from inlay.messages import short
 
 SIDES = ("chosen", "rejected")
@@ -26,7 +26,7 @@ PREFERENCE_FORMATS = {
         "input": ("input",),
         "chosen": ("chosen",),
         "rejected": ("rejected",),
-        **CHAT,
+        **BESIDE,
     },
     "chats": {"chosen": ("chosen",), "rejected": ("rejected",), **CHAT},
 }
@@ -34,9 +34,10 @@ PREFERENCE_FORMATS = {
 
 def preference_examples(
     records: list[Record],
-    columns: dict[str, str],
+    columns: dict[str, str] | None = None,
     system: str | None = None,
     arguments: dict[str, Any] | None = None,
+    rules: Rules | None = None,
 ) -> list[Example]:
     """Records as {"prompt", "chosen", "rejected"}: the messages that both sides share, and the answer of each.
 
@@ -44,35 +45,38 @@ def preference_examples(
     it is what the chats share. Text may be a dialogue in the form of Anthropic's HH (see `dialogue`).
     """
 
+    given = rules or Rules(columns or {}, system, arguments=arguments or {}, strict=False)
+
     def convert(record: Record, roles: dict[str, str]) -> list[Example]:
         cells = {role: record.get(column) for role, column in roles.items()}
         prompt, sides = prompt_and_sides(cells, roles)
         chats = [with_system(whole_chat(prompt, side, name), cells.get("system"), "system")
                  for side, name in zip(sides, SIDES, strict=True)]  # fmt: skip
-        if system is not None and chats[0][0]["role"] not in ("system", "developer"):
-            chats = [[{"role": "system", "content": system}, *chat] for chat in chats]
+        if given.system is not None and chats[0][0]["role"] not in ("system", "developer"):
+            chats = [[{"role": "system", "content": given.system}, *chat] for chat in chats]
         example = shared_prompt(*chats)
         own = template_arguments(cells.get("chat_template_kwargs"), "chat_template_kwargs")
-        tools, about = tools_cell(cells.get("tools"), "tools"), {**(arguments or {}), **own}
+        tools, about = tools_cell(cells.get("tools"), "tools"), {**given.arguments, **own}
         return [example | ({"tools": tools} if tools else {}) | ({"chat_template_kwargs": about} if about else {})]
 
-    return convert_all(records, columns, PREFERENCE_FORMATS, convert)
+    return convert_all(records, given, PREFERENCE_FORMATS, convert)
 
 
 def prompt_and_sides(cells: dict[str, Any], roles: dict[str, str]) -> tuple[list[Message], list[list[Message]]]:
     """The prompt and both sides of a record as messages; the prompt is empty where it has no column."""
     prompt, column = cells.get("prompt"), roles.get("prompt", "prompt")
     sides = [side_messages(cells[side], side) for side in SIDES]
-    if prompt is None and "prompt" not in roles:
+    if prompt is None and (
+        (not cells.get("history") and all(len(side) > 1 for side in sides)) or "prompt" not in roles
+    ):
         if any(side[0]["role"] == "assistant" for side in sides):
             raise ValueError("chosen and rejected without a prompt; accepted: two chats, or a prompt column")
         return [], sides
+    earlier = earlier_turns(cells, roles)
     if isinstance(prompt, list):
-        return chat_cell(prompt, column), sides
-    text = text_cell(prompt, column)
-    if extra := cells.get("input"):
-        text += "\n\n" + text_cell(extra, roles["input"])
-    return dialogue(text) or [{"role": "user", "content": text}], sides
+        return [*earlier, *chat_cell(prompt, column)], sides
+    text = question_of(cells, roles)
+    return [*earlier, *(dialogue(text) or [{"role": "user", "content": text}])], sides
 
 
 def side_messages(cell: Any, name: str) -> list[Message]:

@@ -128,7 +128,7 @@ def labelled(records: list[Record]) -> list[dict[str, Any]]:
     """GLUE's forms: a sentence or a pair, and its label."""
     from inlay.data.labelled import labelled_examples  # it brings the trainers
 
-    return labelled_examples(records, {})
+    return labelled_examples(records)
 
 
 EVAL_TASKS = (

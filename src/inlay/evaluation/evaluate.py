@@ -102,13 +102,18 @@ def evaluate_classifier(
     Raises:
         ValueError: the model has no head for labels, or was not trained on one that is asked for.
     """
+    from inlay.data.labelled import one_label
     from inlay.evaluation.label_metrics import classified, correlated
 
     if not is_classifier(model):
         raise ValueError(
             "--task classification is for models trained with task: classification; this one has no labels"
         )
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # as in training
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
     scores, names = model.config.num_labels == 1, model.config.label2id
+    examples = [{**row, "label": one_label(row["label"], names)} for row in examples]
     if not scores and (strange := next((row["label"] for row in examples if row["label"] not in names), None)):
         raise ValueError(f"label {strange!r} is not one that the model was trained on: {', '.join(names)}")
     wanted = np.array([float(row["label"]) if scores else names[row["label"]] for row in examples])

@@ -79,7 +79,8 @@ def hyperparameters() -> dict[str, str]:
 
 
 def from_flag(name: str, text: str) -> Any:
-    """A flag's text as its field's type: text stays text, names with commas become a list, the rest is read as YAML.
+    """A flag's text as its field's type: text stays text, names with commas become a list where the field is one before
+    it is text, the rest is read as YAML.
 
     Raises:
         ValueError: it cannot be read.
@@ -89,7 +90,8 @@ def from_flag(name: str, text: str) -> Any:
     if type(None) in options and text in ("null", "none", ""):
         return None
     names = re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*", text)
-    if list in options and names:
+    texts = str in options[: options.index(list)] if list in options else True
+    if names and not texts:
         return [from_yaml(part) for part in text.split(",")]
     if str in options and not (list in options and text.startswith("[") and text.endswith("]")):
         return text

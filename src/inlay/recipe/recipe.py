@@ -19,6 +19,7 @@ from inlay.numerics.zeroth_order import ZerothOrder
 from inlay.recipe.optimizers import check_optimizer
 from inlay.recipe.peft_methods import FULL, is_inlay, peft_config
 from inlay.recipe.schema import conform, conform_all, default_of, field_of
+from inlay.recipe.sources import check_sources, sources
 
 
 @dataclass
@@ -41,15 +42,27 @@ class Recipe:
         "instruction",
         "what is learned: answers; plain text; preferences (DPO); labels; summaries; answers on images",
     )
-    data: str = field_of("builtin", "file, folder or hub data set; builtin: a slice of E2E NLG")
-    split: str | None = field_of(None, "split of a hub data set")
+    data: str | list = field_of(
+        "builtin",
+        "file, folder or hub data set; builtin: a slice of E2E NLG; a mixture: [{path: a.jsonl, weight: 2}, b.jsonl], "
+        "each with columns, system and split of its own if it says so",
+    )
+    split: str | None = field_of(
+        None, "split of a folder or hub data set (default: train, with validation held out if there is one)"
+    )
     streaming: bool = field_of(
         False, "data is JSONL or Parquet (a file, folder or glob) that memory does not hold: needs steps"
     )
     eval_data: str | None = field_of(None, "held-out data (default: cut from data)")
     eval_size: int | float | None = field_of(None, "held-out examples, or their share (default: 100, at most a tenth)")
     columns: dict = field_of(dict, "which column plays which role: {prompt: mr, answer: ref}")
-    system: str | None = field_of(None, "system message put before every example")
+    system: str | None = field_of(None, "system message put before every example that has none of its own")
+    empty_answers: Literal["refuse", "skip"] = field_of("refuse", "rows without an answer or a label: skip counts them")
+    ignore: list = field_of(list, "columns and message keys to leave out that would change what is learned: [weight]")
+    encoding: str = field_of("utf-8", "of text files: cp1252, utf-16, ...")
+    tsv_quotes: Literal["auto", "quoted", "plain"] = field_of(
+        "auto", "quotation marks in TSV: quoted encloses fields (pandas, spreadsheets), plain is text (GLUE)"
+    )
     chat_template: str | None = field_of(
         None, "Jinja file in place of the model's chat template; training: the one that trl has for training its family"
     )
@@ -136,6 +149,7 @@ class Recipe:
             raise ValueError(
                 "streaming needs steps, as nobody knows the data's length, and takes no split; name the files"
             )
+        check_sources(self)
         if self.allocate != "none":
             check_allocate(self)
         check_foreign(self)
@@ -267,9 +281,10 @@ def check_task(recipe: Recipe) -> None:
     """Refuse what a task has no use for, or what is made for causal language models alone."""
     if recipe.packing and recipe.task != "instruction":
         raise ValueError(f"packing is for task instruction, not {recipe.task}; leave it out")
-    if recipe.system is not None and recipe.task in ("classification", "language_modelling"):
+    given = sources(recipe)
+    if any(one.system is not None for one in given) and recipe.task in ("classification", "language_modelling"):
         raise ValueError(f"system: task {recipe.task} has no prompt it could stand before; leave it out")
-    if recipe.data == "builtin" and recipe.task not in ("instruction", "seq2seq"):
+    if any(one.path == "builtin" for one in given) and recipe.task not in ("instruction", "seq2seq"):
         raise ValueError(f"data: the built-in slice of E2E is not for task {recipe.task}; name a file")
     check_chat(recipe)
     if recipe.task == "instruction":

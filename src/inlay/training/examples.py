@@ -2,41 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 
 import numpy as np
 from datasets import Dataset, IterableDataset
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from inlay.data import streaming
 from inlay.data.audit import Audit, audit_examples
 from inlay.data.chats import Example
 from inlay.data.formats import convert_records
-from inlay.data.readers import Record, read_records
 from inlay.data.render import render, sequences
-from inlay.data.split import split_examples
-from inlay.data.streaming import STREAMED, first_examples, streamed_examples
+from inlay.data.streaming import EXAMPLE_COLUMNS
 from inlay.recipe.recipe import Recipe
+from inlay.training.mixture import streamed, train_and_heldout
 from inlay.training.run_tokenizer import answer_ends, check_limits
 
-LOOKED_AT = 1000  # examples of a stream that are audited
 TOKENS = "\nfirst example, the tokens that are learned from in ⟦⟧:"
 
 
 @dataclass
 class Examples:
     """Training and held-out examples, and what was found about them. Of a `stream`, `train` is the beginning, and
-    `shards` its files with their sizes."""
+    `shards` its files with their sizes and digests."""
 
     train: list[dict]
     heldout: list[dict]
     audit: Audit
     labels: list[str] | None = None  # of a classification
+    padding: int | None = None  # and the token that fills up its texts
     stream: IterableDataset | None = None
-    shards: tuple[tuple[str, int], ...] = ()
+    shards: tuple[tuple[str, int, str], ...] = ()
     conversations: int | None = None  # held out, before those that are learned turn by turn were taken apart
 
     @property
@@ -49,13 +45,15 @@ def load_examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: C
     """Read, split and audit a recipe's data; what cannot be learned from is counted and said."""
     source = None
     if recipe.streaming:
-        train, held, source = streamed(recipe)
+        train, held, source = streamed(recipe, console)
     else:
-        train, held = train_and_heldout(recipe, partial(conversations, recipe=recipe))
+        train, held = train_and_heldout(recipe, lambda records, rules: convert_records(records, rules=rules), console)
     audit = audit_examples(train, tokenizer, recipe.max_length, answer_ends(recipe))
     held_audit = audit_examples(held, tokenizer, recipe.max_length)
-    count = str(len(train)) if source is None else f"a stream, looked at {len(train)}"
-    console.print(f"{count} examples to train on, {len(held)} held out; longest {audit.longest} tokens")
+    count = f"{len(train)} examples to train on"
+    if source is not None:
+        count = f"a stream of {source.count} examples, of which {len(train)} are looked at"
+    console.print(f"{count}, {len(held)} held out; longest {audit.longest} tokens")
     if audit.cut or audit.masked:
         console.print(
             f"{audit.cut} answers are cut off at max_length={recipe.max_length}, "
@@ -77,43 +75,8 @@ def load_examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: C
     longest = max(audit.longest, held_audit.longest)
     length = recipe.max_length if source else min(longest, recipe.max_length)
     check_limits(recipe, tokenizer, max(audit.largest_token, held_audit.largest_token), length)
-    files = streaming.shards(recipe.data) if recipe.streaming else []
-    shards = tuple((file.name, file.stat().st_size) for file in files)
-    return Examples(audit.sequences, held_audit.sequences, audit, None, source, shards, len(held))
-
-
-def conversations(records: list[Record], recipe: Recipe) -> list[Example]:
-    """Records as the examples that a recipe makes of them."""
-    arguments, last = recipe.chat_template_kwargs, recipe.answers == "last"
-    return convert_records(records, recipe.columns or None, recipe.system, arguments=arguments, last=last)
-
-
-def streamed(recipe: Recipe) -> tuple[list[dict], list[dict], IterableDataset]:
-    """The examples of a stream that are looked at, the held-out ones, and the stream to train on."""
-    source = streamed_examples(recipe.data, partial(conversations, recipe=recipe))
-    made = first_examples(source, LOOKED_AT)
-    if recipe.eval_data:
-        held = conversations(read_records(recipe.eval_data), recipe)
-        size = recipe.eval_size or len(held)
-        return made, held[: max(1, round(size * len(held)) if size < 1 else int(size))], source
-    size = int(recipe.eval_size or 100)
-    if not made[size:]:
-        raise ValueError(f"eval_size {size} leaves nothing to train on of {len(made)} examples; give eval_data")
-    return made[size:], made[:size], source.skip(size)
-
-
-def train_and_heldout(
-    recipe: Recipe, convert: Callable[[list[Record]], list[dict]], key: Callable[[dict], str] | None = None
-) -> tuple[list[dict], list[dict]]:
-    """A recipe's training and held-out examples; `key`: see `data.split`."""
-    made = convert(read_records(recipe.data, recipe.split))
-    if recipe.eval_data:
-        held = convert(read_records(recipe.eval_data))
-        size = recipe.eval_size or len(held)
-        return made, held[: max(1, round(size * len(held)) if size < 1 else int(size))]
-    builtin = recipe.data == "builtin"  # its file says which rows are held out: the last 100
-    size = recipe.eval_size or (100 if builtin else min(100, max(1, len(made) // 10)))
-    return split_examples(made, size, None if builtin else recipe.seed, key)
+    made = Examples(audit.sequences, held_audit.sequences, audit, conversations=len(held))
+    return made if source is None else replace(made, stream=source.examples, shards=source.shards)
 
 
 def measured(lengths: list[int], recipe: Recipe) -> Audit:
@@ -151,4 +114,4 @@ def training_set(rows: Examples, tokenizer: PreTrainedTokenizerBase) -> Dataset 
         parts = [render(part, tokenizer, None) for one in whole for part in sequences(one, tokenizer)]
         return {"input_ids": [part.ids for part in parts], "labels": [part.labels for part in parts]}
 
-    return rows.stream.map(tokens, batched=True, batch_size=100, remove_columns=list(STREAMED))
+    return rows.stream.map(tokens, batched=True, batch_size=100, remove_columns=list(EXAMPLE_COLUMNS))

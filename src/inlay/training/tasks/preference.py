@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -16,11 +15,11 @@ from inlay.data.audit import Audit, audit_examples
 from inlay.data.chats import Example, answer_text
 from inlay.data.formats import Row
 from inlay.data.preferences import SIDES, preference_examples
-from inlay.data.readers import Record
 from inlay.data.render import IGNORED, common, encode_example
 from inlay.recipe.peft_methods import FULL
 from inlay.recipe.recipe import Recipe
-from inlay.training.examples import Examples, train_and_heldout
+from inlay.training.examples import Examples
+from inlay.training.mixture import train_and_heldout
 from inlay.training.run_tokenizer import answer_ends, check_limits
 from inlay.training.tasks.instruction import Task, collate
 from inlay.training.trainer import PreferenceTrainer
@@ -34,7 +33,9 @@ class Preference(Task):
     metrics = ("rewards/accuracies", "rewards/margins")
 
     def examples(self, recipe: Recipe, tokenizer: Any, console: Console) -> Examples:
-        train, held = train_and_heldout(recipe, partial(recipe_preferences, recipe=recipe), first_question)
+        train, held = train_and_heldout(
+            recipe, lambda records, rules: preference_examples(records, rules=rules), console, first_question
+        )
         sides = [side_of(row, side) for row in train for side in SIDES]
         audit = audit_examples(sides, tokenizer, recipe.max_length, answer_ends(recipe))
         console.print(f"{len(train)} pairs to train on, {len(held)} held out; longest {audit.longest} tokens")
@@ -77,11 +78,6 @@ class Preference(Task):
 
     def shown(self, row: Row, tokenizer: Any, recipe: Recipe) -> str:
         return "\n".join(Task.shown(self, side_of(row, side), tokenizer, recipe) for side in SIDES)
-
-
-def recipe_preferences(records: list[Record], recipe: Recipe) -> list[Example]:
-    """Records as the pairs that a recipe makes of them."""
-    return preference_examples(records, recipe.columns, recipe.system, recipe.chat_template_kwargs)
 
 
 def first_question(row: Row) -> str:
