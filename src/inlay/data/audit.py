@@ -189,7 +189,8 @@ class Findings:
             own += "; chat_template: training is trl's for this model"
         for what, key in (("tools", "tools"), ("calls of tools", "calls"), ("answers of tools", "tool")):
             if n[key]:
-                raise ValueError(f"the chat template does not show the {what} in {n[key]} {all_}; {own}")
+                less = "; --ignore tools trains without them" if key == "tools" else ""
+                raise ValueError(f"the chat template does not show the {what} in {n[key]} {all_}; {own}{less}")
         if bad := [key for key in ("tools",) if self.read.get(key) is False]:
             raise ValueError(f"the chat template does not read the key {bad[0]!r} of messages; {own}")
         unread = sorted(key for key, read in self.read.items() if not read)
