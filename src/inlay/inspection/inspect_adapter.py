@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D
 
 from inlay.conversion.import_adapter import import_opened
 from inlay.conversion.merged_weights import read_weight

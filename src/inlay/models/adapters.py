@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from inlay.files.untrusted import DamagedFileError, from_json
+from inlay.files.untrusted import LENGTH, DamagedFileError, from_json
 from inlay.messages import first_line, loading
 from inlay.models.base import BaseModel, read_tokenizer
 from inlay.models.folded import FOLDED
@@ -164,10 +164,16 @@ class Adapter:
     def load(
         self, dtype: torch.dtype | None = None, trainable: bool = False
     ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-        """Load the adapter on its base, and the base's tokenizer; without a dtype, in the one the base is stored in."""
+        """Load the adapter on its base, and the base's tokenizer with the adapter's chat template, if it has one.
+
+        Without a dtype, the base is loaded in the one it is stored in.
+        """
         auto = self.auto_class
         dtype = dtype or self.base.stored_dtype
         tokenizer = self.base.tokenizer()
+        if (template := self.folder / "chat_template.jinja").is_file():
+            with template.open(encoding="utf-8") as file:
+                tokenizer.chat_template = file.read(LENGTH)
         base = self.base.load(dtype, folded=True, auto=auto, **self.settings)
         model = self.attach(base, trainable)
         model.peft_config["default"].base_model_name_or_path = self.base.resolved

@@ -26,6 +26,7 @@ from inlay.experiments.runner import Runner, open_folder, origin, steps_of
 from inlay.experiments.trial import Trial, unrelated
 from inlay.files.atomic import locked
 from inlay.training.examples import Examples, load_examples
+from inlay.training.run_tokenizer import run_tokenizer
 
 PLAN = "compare.yaml"  # also marks a folder as a comparison's
 PROBE = 4  # steps that are run to time a step
@@ -77,7 +78,7 @@ def shared_examples(plan: ComparisonPlan, console: Console) -> Examples:
         ValueError: the examples or the metric cannot be used, or no examples are left to train on.
     """
     first = replace(plan.recipe, seed=plan.spec.seeds[0])
-    rows = load_examples(first, first.base_model().tokenizer(), console)
+    rows = load_examples(first, run_tokenizer(first), console)
     unrelated(plan.spec.unrelated)
     if plan.spec.metric:
         load_metric(plan.spec.metric)
