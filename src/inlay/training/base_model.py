@@ -10,16 +10,18 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from rich.console import Console
 from transformers import PreTrainedModel
 
 from inlay.conversion.fold import fold
 from inlay.models.adapters import Adapter
 from inlay.models.folded import START, fold_at
 from inlay.models.model_classes import find_model_class
+from inlay.models.quantized import quantization_config
 from inlay.recipe.peft_methods import FULL
 from inlay.recipe.recipe import Recipe
 from inlay.training.checkpoints import Checkpoint
+from inlay.training.prepared import Prepared
+from inlay.training.tasks import TASKS
 
 
 def check_fold(recipe: Recipe, adapter: Path) -> None:
@@ -40,29 +42,18 @@ def check_fold(recipe: Recipe, adapter: Path) -> None:
 
 
 def load_training_model(
-    recipe: Recipe,
-    dtype: torch.dtype,
-    folder: Path,
-    console: Console,
-    checkpoint: Checkpoint | None = None,
-    batches: Iterable[Any] | None = None,
-    **settings: Any,
+    prepared: Prepared, checkpoint: Checkpoint | None = None, batches: Iterable[Any] | None = None
 ) -> PreTrainedModel | PeftModel:
     """Load the model that a recipe trains, quantised if it says so.
 
     A fold is written into `folder`/base and returned adapted; a resumed run takes its base from there.
 
     Args:
-        recipe: of the run.
-        dtype: of the base.
-        folder: of the run.
-        console: for messages.
+        prepared: the run or trial.
         checkpoint: the one that the run resumes from.
         batches: for folds that start from data.
-        settings: of the model's configuration.
     """
-    from inlay.models.quantized import quantization_config
-
+    recipe, dtype, folder, console = prepared.recipe, prepared.dtype, prepared.folder, prepared.console
     if recipe.quantize == "nf4" and checkpoint:
         return Adapter.open(checkpoint.path, str(folder / "base")).load(dtype, trainable=True)[0]
     if adapter := fold_at(recipe.model):
@@ -72,7 +63,8 @@ def load_training_model(
     if recipe.quantize != "nf4":
         quantization = None if recipe.quantize == "none" else quantization_config(recipe.quantize, dtype)
         auto = find_model_class(recipe.task).auto
-        return recipe.base_model().load(dtype, quantization, auto=auto, **settings)
+        settings = TASKS[recipe.task].model_settings(prepared.rows)
+        return prepared.base.load(dtype, quantization, auto=auto, **settings)
     result = fold(
         recipe.model, folder / "folded", recipe.config(), rounds=recipe.fold_rounds, batches=batches,
         revision=recipe.revision, trust_remote_code=recipe.trust_remote_code,

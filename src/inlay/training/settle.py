@@ -17,12 +17,12 @@ from inlay.training.prepared import Prepared
 from inlay.training.trainer import Trainer
 
 
-def settle(prepared: Prepared, found: Checkpoint | None = None) -> tuple[Prepared, Trainer]:
+def settle(prepared: Prepared, checkpoint: Checkpoint | None = None) -> tuple[Prepared, Trainer]:
     """Allocate ranks, load the base and adapt it, for a run and for a trial alike.
 
     Args:
         prepared: the run or trial.
-        found: the checkpoint that a run resumes from.
+        checkpoint: the one that a run resumes from.
 
     Returns:
         The same with its recipe settled, and the trainer, whose adapter has its start.
@@ -34,10 +34,10 @@ def settle(prepared: Prepared, found: Checkpoint | None = None) -> tuple[Prepare
     ranked = replace(prepared, recipe=ranked)
     settled = replace(ranked, recipe=distributed.from_first(lambda: settle_calibration(ranked)))
     set_seed(settled.recipe.seed)
-    base = load_training_model(settled, found, calibration_batches(settled))
+    base = load_training_model(settled, checkpoint, calibration_batches(settled))
     mark = checkpoints.base_mark(base)  # before some of PEFT's starts change the base itself
     trainer = build_trainer(settled, base)
     trainer.base = mark
-    if found is None:
+    if checkpoint is None:
         start_from_data(settled, trainer.model)
     return settled, trainer

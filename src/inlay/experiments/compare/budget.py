@@ -26,7 +26,7 @@ def budget_cost(kind: str, rows: Examples) -> Cost:
         return lambda recipe: count_parameters(recipe.base_model(), without_start(recipe.adapter()))
 
     def peak(recipe: Recipe) -> float:
-        run, length = planned_step(recipe, rows, dtype_for(recipe.dtype))
+        run, length = planned_step(recipe, recipe.base_model(), rows, dtype_for(recipe.dtype))
         return run.step(int(recipe.batch_size), length).peak / 2**30
 
     return peak
