@@ -15,6 +15,7 @@ import torch
 import transformers
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from trl import DPOTrainer, SFTTrainer
@@ -24,10 +25,13 @@ from inlay.host import distributed
 from inlay.host.batched_queries import spread_queries
 from inlay.host.lora_plus import raised
 from inlay.messages import first_line, loading
+from inlay.models.scored_positions import base_model_of
 from inlay.numerics.zeroth_order import ZerothOrder
 from inlay.training import checkpoints
 from inlay.training.checkpoints import Checkpoint
 from inlay.training.deepspeed_zero3 import for_all, for_own, gather_state, gathered_gradients, hold, load_state
+from inlay.training.held_out import HeldOutTokens
+from inlay.training.labelled_head import IGNORED, score_labelled_positions
 
 Base = transformers.Trainer if TYPE_CHECKING else object  # the trainers below have it after `Safe`
 LOADERS = """_load_from_checkpoint _load_callback_state _load_optimizer_and_scheduler _load_scaler _load_rng_state
@@ -304,22 +308,48 @@ class Safe(Base):
         super().log({"passed_over": why} if why else logs, start_time)  # type: ignore[arg-type]
 
 
-class Trainer(Safe, SFTTrainer):
-    """trl's, for instructions, plain text and images."""
+class CausalTrainer(Safe):
+    """A trainer of trl's, whose fused head sees labelled positions alone."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not self.args.torch_compile:  # it would compile anew for every number of labels
+            score_labelled_positions(base_model_of(self.model))
 
 
-class PreferenceTrainer(Safe, DPOTrainer):
-    """trl's, for preferences."""
+class Trainer(HeldOutTokens, CausalTrainer, SFTTrainer):
+    """trl's SFTTrainer, for instructions, plain text and images."""
+
+    token_metrics = ("loss", "mean_token_accuracy", "entropy")
+
+    def token_scores(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
+        """Return which tokens are labelled, and each one's loss, whether it is the likeliest, and the entropy."""
+        found = model(**inputs, use_cache=False, fused_lm_head=True)
+        return found.label_mask, [-found.log_probs, found.is_top1, found.entropy]
+
+
+class PreferenceTrainer(CausalTrainer, DPOTrainer):
+    """trl's DPOTrainer, for preferences."""
 
 
 class PlainTrainer(Safe, transformers.Trainer):
-    """transformers' own, which takes an adapter as trl's do."""
+    """transformers' own trainer, which takes an adapter as trl's do."""
 
     def __init__(self, model: Any, *args: Any, peft_config: PeftConfig | None = None, **kwargs: Any) -> None:
         model = get_peft_model(model, peft_config) if peft_config is not None else model
         if isinstance(model, PeftModel) and kwargs["args"].gradient_checkpointing:
             cast(Any, model).enable_input_require_grads()
         super().__init__(model, *args, **kwargs)
+
+
+class TargetTrainer(HeldOutTokens, PlainTrainer):
+    """transformers' own trainer, for models whose every label is a token of a target text."""
+
+    def token_scores(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
+        """Return which tokens are no padding, and each one's loss."""
+        logits, labels = model(**inputs).logits, inputs["labels"]
+        losses = cross_entropy(logits.transpose(1, 2).float(), labels, reduction="none", ignore_index=IGNORED)
+        return labels != IGNORED, [losses]
 
 
 def state_of(found: Checkpoint) -> TrainerState:

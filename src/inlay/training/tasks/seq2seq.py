@@ -16,7 +16,7 @@ from inlay.evaluation.generate import answer
 from inlay.recipe.recipe import Recipe
 from inlay.training.examples import Examples, announce, measured, train_and_heldout
 from inlay.training.tasks.instruction import Task
-from inlay.training.trainer import PlainTrainer
+from inlay.training.trainer import TargetTrainer
 
 SEQ2SEQ_FORMATS = {
     **SUMMARIES,
@@ -28,7 +28,7 @@ class Seq2Seq(Task):
     """The source goes into the encoder, cut at `max_length`; the loss is over the target. `system` is put before every
     source: T5's "summarize: "."""
 
-    trainer, arguments = PlainTrainer, TrainingArguments
+    trainer, arguments = TargetTrainer, TrainingArguments
 
     def examples(self, recipe: Recipe, tokenizer: Any, console: Console) -> Examples:
         train, held = train_and_heldout(
