@@ -24,7 +24,7 @@ test-all: $(DEV) lint  ## and what takes longer
 	$(PYTEST) -m "slow or not slow"
 
 test-gpu: $(DEV)  ## on a machine with a GPU: what only it can show, and the mathematics with every tensor on it
-	INLAY_TEST_DEVICE=cuda $(PYTEST) --dist load tests/host/test_cuda.py tests/methods/test_methods.py \
+	INLAY_TEST_DEVICE=cuda $(PYTEST) --dist load tests/host/test_cuda.py $(addprefix tests/methods/test_,methods.py in_a_layer.py) \
 		$(addprefix tests/numerics/test_,kernels.py ops.py trains.py) \
 		-k "not (real or autocast or compiled or quantised or inference_pass or 4_bit)"  # these choose their device
 
