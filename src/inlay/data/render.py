@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -251,9 +251,10 @@ def prompt_ids(prompt: str | list[Message] | Example, tokenizer: PreTrainedToken
         prompt = as_plain_text({**about, "prompt": prompt, "completion": [{"role": "assistant", "content": ""}]})[
             "prompt"
         ]
-    ids = encode(prompt, tokenizer)
+    text = cast(str, prompt)
+    ids = encode(text, tokenizer)
     ended = ids and ids[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id
-    return ids[:-1] if ended and not prompt.endswith(str(tokenizer.eos_token)) else ids
+    return ids[:-1] if ended and not text.endswith(str(tokenizer.eos_token)) else ids
 
 
 def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -20,7 +20,6 @@ from rich.console import Console
 from torch.nn.functional import cross_entropy
 from transformers import (
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,

@@ -77,6 +77,7 @@ class Recipe:
     answers: Literal["all", "last"] = field_of("all", "which answers of a conversation are learned")
     max_length: int = field_of(512, "tokens; longer examples are truncated", min=8)
     packing: bool = field_of(False, "pack short examples into full sequences")
+    group_by_length: bool = field_of(False, "batches of examples of similar length, so that little is padding")
 
     method: str = field_of(
         "bone", "one that inlay methods lists, peft:NAME for one of PEFT's (peft:dora), or full: train the whole model"
@@ -298,6 +299,8 @@ def check_step(recipe: Recipe) -> None:
 
 def check_task(recipe: Recipe) -> None:
     """Refuse fields that the task does not use, and those that are for causal language models alone."""
+    if recipe.group_by_length:
+        check_group_by_length(recipe)
     if recipe.packing and recipe.task != "instruction":
         raise ValueError(f"packing is for task instruction, not {recipe.task}; leave it out")
     given = sources(recipe)
@@ -344,6 +347,19 @@ def check_chat(recipe: Recipe) -> None:
     for key, way in PREPARED.items():
         if key in recipe.trainer and recipe.task in ("instruction", "language_modelling", "preference"):
             raise ValueError(f"trainer: {key} has no effect; {way}")
+
+
+def check_group_by_length(recipe: Recipe) -> None:
+    """Refuse batches of similar lengths where lengths are all the same, or not known."""
+    reasons = {
+        "packing fills every sequence": recipe.packing,
+        "a stream is read in its own order": recipe.streaming,
+        "all blocks of task language_modelling are of one length": recipe.task == "language_modelling",
+        "task vision does not know how long an image is": recipe.task == "vision",
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ValueError(f"group_by_length: {reason}; leave it out")
 
 
 def check_allocate(recipe: Recipe) -> None:
