@@ -45,7 +45,8 @@ class Column:
     negative: bool = False  # some are 0 or false
 
     def add(self, cell: Any) -> None:
-        text = str(cell).strip().lower()
+        """Count in one more cell."""
+        text = str(cell).strip().lower() if not isinstance(cell, str) or len(cell) < 10 else ""
         self.neutral = self.neutral and text in TRUE
         self.negative = self.negative or text in FALSE
 
@@ -107,7 +108,7 @@ def _kind(cell: Any, chat: list | None) -> Literal["text", "number", "chat", "ot
 def is_empty(cell: Any) -> bool:
     """Whether a cell says nothing: null, NaN, no text that could be seen, a list or an object of nothing."""
     if isinstance(cell, str):
-        return not any(map(_visible, cell))
+        return not cell[:1].isalnum() and not any(map(_visible, cell))
     return (
         cell is None or (isinstance(cell, float) and math.isnan(cell)) or (isinstance(cell, (list, dict)) and not cell)
     )
