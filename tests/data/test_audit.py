@@ -158,7 +158,7 @@ def test_turn_by_turn_is_said_and_counted(notes, real_tokenizer):
 
 def test_a_prompt_that_ends_otherwise_before_a_learned_answer(notes):
     (line,) = notes(replaced=("assistant\n' }}{% endif", "assistant\n<think>\n' }}{% endif"))
-    assert "in 1 of 1 conversations the prompt alone ends with '<think>\\n', which is not before the answer" in line
+    assert "in 1 of 1 conversations the prompt alone ends with '<think>\\n', which is not before the learned" in line
 
 
 def test_answers_are_counted_as_max_length_cuts_them(real_tokenizer):

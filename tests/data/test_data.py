@@ -98,14 +98,8 @@ def test_a_conversation_has_what_stands_beside_its_messages():
         assert found == {"prompt": [RULE, ASK], "completion": [SAY], **made[0]}
     row = CASES["instruction"] | {"history": [["1 + 1?", "2"], ["1 + 2?", "3"]]}
     (found,) = convert_records([row])
-    assert [m["content"] for m in found["prompt"] + found["completion"]] == [
-        "1 + 1?",
-        "2",
-        "1 + 2?",
-        "3",
-        "2 + 2?",
-        "4",
-    ]
+    texts = [message["content"] for message in found["prompt"] + found["completion"]]
+    assert texts == ["1 + 1?", "2", "1 + 2?", "3", "2 + 2?", "4"]
     assert "history is 'x'; accepted: a list of pairs" in fault(convert_records, [row | {"history": "x"}])
     other = {"messages": [RULE, ASK, SAY], "system": "Be long."}
     assert "system is 'Be long.', and message 1 is another system" in fault(convert_records, [other])

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -156,10 +157,11 @@ class Findings:
         self.read[key] = without != self.text(example, chat)
 
     def text(self, example: Example, chat: list[Message]) -> str | None:
-        """Messages in the template; None where it fails."""
-        about = example.get("chat_template_kwargs") or {}
+        """Messages in the template, and their prompt alone; None where it fails."""
+        about = {"tokenize": False, "tools": example.get("tools"), **(example.get("chat_template_kwargs") or {})}
         try:
-            return str(templated(self.tokenizer, chat, tokenize=False, tools=example.get("tools"), **about))
+            whole = templated(self.tokenizer, chat, **about)
+            return str(whole) + str(templated(self.tokenizer, chat[:-1], add_generation_prompt=True, **about))
         except ValueError:
             return None
 
@@ -187,7 +189,8 @@ class Findings:
             own += "; chat_template: training is trl's for this model"
         for what, key in (("tools", "tools"), ("calls of tools", "calls"), ("answers of tools", "tool")):
             if n[key]:
-                raise ValueError(f"the chat template does not show the {what} in {n[key]} {all_}; {own}")
+                less = "; --ignore tools trains without them" if key == "tools" else ""
+                raise ValueError(f"the chat template does not show the {what} in {n[key]} {all_}; {own}{less}")
         if bad := [key for key in ("tools",) if self.read.get(key) is False]:
             raise ValueError(f"the chat template does not read the key {bad[0]!r} of messages; {own}")
         unread = sorted(key for key, read in self.read.items() if not read)
@@ -199,15 +202,16 @@ class Findings:
             "turn by turn": f"{n['turn by turn']} {all_} are learned turn by turn: {why}",
             "training template": f"{n['training template']} {all_} are rendered in the template that trl has for "
             "training this model, which leaves earlier turns as they were answered",
-            "dropped": f"the chat template drops part of {n['dropped']} {answers} (such as {short(self.dropped)}); {own}",
+            "dropped": f"the chat template drops part of {n['dropped']} {answers} "
+            f"(such as {short(self.dropped)}); {own}",
             "no end": f"no end token follows {n['no end']} {answers}, so that the model does not learn to stop; {own}",
             "two ends": f"{n['two ends']} {answers} end twice; take the end token out of the records",
-            "two starts": f"{n['two starts']} {all_} begin with {self.tokenizer.bos_token} twice; take it out of the records "
-            "or of the chat template",
-            "strange end": f"{n['strange end']} {answers} end with {self.strange_end}, which is not the tokenizer's end "
-            f"token {self.tokenizer.eos_token}: whatever generates has to stop there",
-            "reworded": f"in {n['reworded']} {all_} the prompt alone ends with {short(self.reworded)}, which is not before "
-            "the answer that is learned; chat_template_kwargs may change that, or reasoning_content in the records",
+            "two starts": f"{n['two starts']} {all_} begin with {self.tokenizer.bos_token} twice; take it out of the "
+            "records or of the chat template",
+            "strange end": f"{n['strange end']} {answers} end with {self.strange_end}, which is not the tokenizer's "
+            f"end token {self.tokenizer.eos_token}: whatever generates has to stop there",
+            "reworded": f"in {n['reworded']} {all_} the prompt alone ends with {short(self.reworded)}, which is not "
+            "before the learned answer; chat_template_kwargs or reasoning_content in the records may change that",
             "system": "the chat template " + kept.format("system message", n["system"]),
             "user": "the chat template " + kept.format("user's message", n["user"]),
             "developer": f"the developer's message is the system message in {n['developer']} {all_}: the chat template "
@@ -223,7 +227,7 @@ class Findings:
 def shape(chat: list[Message], last: int) -> list[str]:
     """What is odd in the order of messages, of which the one at `last` is the last that is learned."""
     roles = [message["role"] for message in chat]
-    found = ["users"] if ("user", "user") in zip(roles, roles[1:], strict=False) else []
+    found = ["users"] if ("user", "user") in pairwise(roles) else []
     found += ["first"] if next(role for role in roles if role not in ("system", "developer")) == "assistant" else []
     return found + (["rest"] if last < len(chat) - 1 else [])
 

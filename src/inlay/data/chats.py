@@ -16,7 +16,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from inlay.data.columns import is_empty
-from inlay.files.untrusted import from_json
+from inlay.data.json_files import load_json
 from inlay.messages import short
 
 Message = dict[str, Any]
@@ -34,6 +34,10 @@ UNKNOWN_SWITCHES = ("label", "train_detail", "training_detail", "mask", "loss_ma
 TEXT_PARTS = (None, "text", "input_text", "output_text")
 # What `apply_chat_template` takes itself cannot be handed to the template.
 OWN_ARGUMENTS = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys() - {"documents"}
+
+
+class EmptyAnswerError(ValueError):
+    """A row has nothing to learn from, which a run may say to skip."""
 
 
 def text_cell(cell: Any, name: str) -> str:
@@ -80,7 +84,7 @@ def parsed(cell: Any) -> Any:
     """A list or a mapping that a column of text holds as JSON; any other cell as it is."""
     if isinstance(cell, str) and cell.lstrip()[:1] in ("[", "{"):
         try:
-            return from_json(cell)
+            return load_json(cell)
         except ValueError:
             return cell
     return cell
@@ -93,24 +97,28 @@ def read_message(turn: dict[str, Any], place: int) -> Message:
         ValueError: its speaker is unknown, it is empty, or it holds what is no text and no call.
     """
     said = {key: value for key, value in turn.items() if value is not None}  # a column of all rows is null in some
-    speaker = said.get("role", said.get("from"))
-    caller = speaker.lower() if isinstance(speaker, str) else None
-    role = ROLES.get(caller or "")
+    speaker, role = said.get("role") or said.get("from"), role_of(said)
     if role is None:
         raise ValueError(f"message {place} is by {speaker!r}; accepted: {', '.join(ROLES)}")
     content = said.get("content", said.get("value"))
     more = {key: value for key, value in said.items() if key not in ("role", "from", "content", "value")}
     learned = read_switches(more, place, role)
     message: Message = {"role": role, "content": content_of(content, role, f"message {place}")}
-    if caller in CALLERS:
+    if str(speaker).strip().lower() in CALLERS:
         message |= {"content": "", "tool_calls": read_calls(content, place)}
     elif calls := more.pop("tool_calls", None) or more.pop("function_call", None):
         message["tool_calls"] = read_calls(calls, place)
-    if not message["content"].strip() and role in ("user", "assistant") and "tool_calls" not in message:
+    if is_empty(message["content"]) and role in ("user", "assistant") and "tool_calls" not in message:
         raise ValueError(f"message {place} is empty; accepted: text")
     if role == "assistant":  # newlines around an answer would merge with the template's own
         message["content"] = message["content"].strip("\r\n")
     return message | more | ({} if learned else {"weight": 0})
+
+
+def role_of(turn: dict[str, Any]) -> str | None:
+    """Whose message it is, of the roles that chat templates know; None where it names none of them."""
+    speaker = turn.get("role") or turn.get("from")
+    return ROLES.get(speaker.strip().lower()) if isinstance(speaker, str) else None
 
 
 def read_switches(more: dict[str, Any], place: int, role: str) -> bool:
@@ -239,7 +247,7 @@ def conversation(
     asked = next((i for i, message in enumerate(chat) if message["role"] in ("user", "tool")), len(chat))
     ends = [i for i in range(asked, len(chat)) if is_learned(chat[i])]
     if not ends:
-        raise ValueError("no assistant message; accepted: at least one to learn from, after a user's")
+        raise EmptyAnswerError("no assistant message; accepted: at least one to learn from, after a user's")
     first = ends[-1] if last else ends[0]
     example: Example = {"prompt": chat[:first], "completion": chat[first:]}
     example |= {"tools": tools} if tools else {}

@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from inlay.data.chats import (
-    ROLES,
     SWITCHES,
+    EmptyAnswerError,
     Example,
     Message,
     chat_cell,
     conversation,
     parsed,
+    role_of,
     template_arguments,
     text_cell,
     tools_cell,
@@ -81,10 +82,6 @@ SUMMARIES: Formats = {
     "CNN/DailyMail": {"prompt": ("article",), "answer": ("highlights",), **CHAT},
     "summary": {"prompt": ("text", "dialogue"), "answer": ("summary",), **CHAT},
 }
-
-
-class EmptyAnswerError(ValueError):
-    """A row has nothing to learn from, which a run may say to skip."""
 
 
 @dataclass
@@ -200,11 +197,6 @@ class Conversion:
         return cells
 
 
-def _speaker(message: dict[str, Any]) -> Any:
-    speaker = message.get("role", message.get("from"))
-    return ROLES.get(speaker.lower() if isinstance(speaker, str) else "", speaker)
-
-
 def _check_answered(cells: Record, roles: Roles) -> None:
     """Raise an EmptyAnswerError for a row that has nothing to learn from."""
     for role in ANSWERS:
@@ -215,10 +207,10 @@ def _check_answered(cells: Record, roles: Roles) -> None:
         raise EmptyAnswerError("no assistant message; accepted: at least one to learn from")
     if not isinstance(chat, list) or not all(isinstance(message, dict) for message in chat):
         return
-    said = [place for place, message in enumerate(chat, start=1) if _speaker(message) == "assistant"]
+    said = [place for place, message in enumerate(chat, start=1) if role_of(message) == "assistant"]
     if said and all(_says_nothing(chat[place - 1]) for place in said):
         raise EmptyAnswerError(f"message {said[-1]} is empty; accepted: text")
-    if not said and all(_speaker(message) in ("system", "user") for message in chat):
+    if not said and all(role_of(message) in ("system", "developer", "user") for message in chat):
         raise EmptyAnswerError("no assistant message; accepted: at least one to learn from")
 
 
@@ -303,7 +295,7 @@ def _convert(record: Record, roles: Roles, rules: Rules) -> Example:
 
 def as_context(turn: Any) -> Any:
     """A message that is not learned, whoever wrote it."""
-    return {**turn, "weight": 0} if isinstance(turn, dict) and turn.get("role") == "assistant" else turn
+    return {**turn, "weight": 0} if isinstance(turn, dict) and role_of(turn) == "assistant" else turn
 
 
 def question_of(cells: dict[str, Any], roles: Roles) -> str:

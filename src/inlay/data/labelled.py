@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from inlay.data.chats import text_cell
-from inlay.data.formats import EmptyAnswerError, Row, Rules, convert_all
+from inlay.data.chats import EmptyAnswerError, text_cell
+from inlay.data.formats import Row, Rules, convert_all
 from inlay.data.records import Record
 from inlay.messages import short
 

@@ -42,7 +42,7 @@ def preference_examples(
     """Records as {"prompt", "chosen", "rejected"}: the messages that both sides share, and the answer of each.
 
     A side is text, a message, or a whole chat; a prompt that the chats repeat is there once. Without a prompt column
-    it is what the chats share; text may be a dialogue in the form of Anthropic's HH: "\\n\\nHuman: ...\\n\\nAssistant: ...".
+    it is what the chats share. Text may be a dialogue in the form of Anthropic's HH (see `dialogue`).
     """
 
     given = rules or Rules(columns or {}, system, arguments=arguments or {}, strict=False)
@@ -92,7 +92,8 @@ def side_messages(cell: Any, name: str) -> list[Message]:
 
 
 def dialogue(text: str) -> list[Message]:
-    """The turns of a text in the form of Anthropic's HH; empty where it is none. The last may wait for its answer."""
+    """The turns of a text in the form of Anthropic's HH, where "Human:" and "Assistant:" begin paragraphs; empty where
+    it is none. The last may wait for its answer."""
     parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text.strip())
     if parts[0].strip() or len(parts) < 3 or parts[1] != "Human" or "Assistant" not in parts[1::2]:
         return []

@@ -95,8 +95,8 @@ def encode_example(example: Example, tokenizer: PreTrainedTokenizerBase) -> Sequ
 
 
 def sequences(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """A conversation as it is learned: whole, where all its answers can be learned in one sequence exactly as each alone
-    would be; else turn by turn. Any other example is one sequence."""
+    """A conversation as it is learned: whole, where all its answers can be learned in one sequence exactly as each
+    alone would be; else turn by turn. Any other example is one sequence."""
     if "text" in example or isinstance(example["prompt"], str) or len(learned_turns(example)) == 1:
         return [example]
     whole = tokenizer.chat_template is not None and in_one_sequence(example, tokenizer) is not None
@@ -176,8 +176,8 @@ def stable_spans(turns: list[Turn]) -> list[Span] | None:
 def marked_answers(
     example: Example, tokenizer: PreTrainedTokenizerBase, template: Any, answers: list[list[int]]
 ) -> tuple[list[int], list[Span]] | None:
-    """The tokens of a conversation and the spans of its answers as a template marks them; None unless they are the given
-    answers, but for whitespace before them and for what only the end of a chat has after them."""
+    """The tokens of a conversation and the spans of its answers as a template marks them; None unless they are the
+    given answers, but for whitespace before them and for what only the end of a chat has after them."""
     chat, ends = example["prompt"] + example["completion"], learned_turns(example)
     chat = chat[: ends[-1] + 1]
     try:

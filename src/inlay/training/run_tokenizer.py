@@ -67,8 +67,8 @@ def check_limits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, largest: in
     last = max(largest, pad or 0)
     if rows is not None and last >= rows:
         raise ValueError(
-            f"the tokenizer of {recipe.model} has {len(tokenizer):,} tokens, its embedding {rows:,} rows: there is none "
-            f"for {tokenizer.convert_ids_to_tokens(last)!r}; add them (model.resize_token_embeddings({len(tokenizer)})) "
+            f"the tokenizer of {recipe.model} has {len(tokenizer):,} tokens, its embedding {rows:,} rows and none for "
+            f"{tokenizer.convert_ids_to_tokens(last)!r}; resize it (model.resize_token_embeddings({len(tokenizer)})) "
             "and save the model, or take the added tokens out of the tokenizer"
         )
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
