@@ -1,4 +1,4 @@
-"""Nothing vanishes: columns by all rows, in any order and however they are read; what is not used is said or refused."""
+"""Nothing vanishes: columns by all rows, in any order, however they are read; what is not used is said or refused."""
 
 import json
 import random
@@ -113,7 +113,8 @@ def test_columns_that_play_no_role_are_named_unless_they_hold_nothing():
 MATTERS = {  # what would change what is learned, and what would not
     "weight": ({"weight": 0}, {"weight": 1}), "train": ({"train": False}, {"train": True}),
     "loss": ({"loss": "0.5"}, {"loss": "1.0"}), "label": ({"label": False}, {"label": True}),
-    "label as a number": ({"label": 0}, {"label": 1}), "tool calls": ({"tool_calls": [{"name": "f"}]}, {"tool_calls": []}),
+    "label as a number": ({"label": 0}, {"label": 1}),
+    "tool calls": ({"tool_calls": [{"name": "f"}]}, {"tool_calls": []}),
 }  # fmt: skip
 
 

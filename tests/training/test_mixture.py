@@ -106,7 +106,8 @@ def test_a_mixture_is_read_from_yaml_and_from_a_flag(tmp_path):
     ("data", "said"),
     [
         ([], "data: an empty list"), ([3], "data: 3 is not a path"), ([{"weight": 1}], "path is missing"),
-        ([{"path": "a", "wight": 1}], "no 'wight'; did you mean 'weight'?"), ([{"path": "a", "weight": 0}], "weight: 0"),
+        ([{"path": "a", "wight": 1}], "no 'wight'; did you mean 'weight'?"),
+        ([{"path": "a", "weight": 0}], "weight: 0"),
         ([{"path": "a", "weight": "x"}], "weight: 'x' is not a number"),
         ([{"path": "a", "weight": float("inf")}], "is not a number"),
     ],
