@@ -7,6 +7,7 @@ matter, and reading a file gives the same examples as streaming it.
 from __future__ import annotations
 
 import math
+import re
 import shlex
 import unicodedata
 from collections.abc import Iterable
@@ -101,7 +102,7 @@ def _kind(cell: Any, chat: list | None) -> Literal["text", "number", "chat", "ot
     if chat is not None:
         return "chat"
     if isinstance(cell, str):
-        return "text"
+        return "number" if re.fullmatch(r"\s*-?\d+([.,]\d+)?\s*", cell) else "text"
     return "number" if isinstance(cell, (int, float)) else "other"
 
 
@@ -208,9 +209,9 @@ def _guess(format: dict[str, tuple[str, ...]], seen: Survey, mapped: Roles) -> t
     for role in format:
         if role in roles or role in OPTIONAL:
             continue
-        kinds = ("chat",) if role in ("messages",) else ("text", "number", "chat") if role in ANSWERS else ("text",)
-        free = (name for name, column in seen.columns.items() if name not in roles.values() and column.kind in kinds)
-        column = next(free, None)
+        kinds = ("chat",) if role == "messages" else ("text", "number", "chat") if role in ANSWERS else ("text",)
+        free = {name: column.kind for name, column in seen.columns.items() if name not in roles.values()}
+        column = next((name for kind in kinds for name in free if free[name] == kind), None)
         if column is None:
             return None
         roles[role] = column
