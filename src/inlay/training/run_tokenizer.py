@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -64,8 +64,8 @@ def check_limits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, largest: in
     """
     config = load_config(recipe.model, recipe.trust_remote_code, recipe.revision)
     rows = getattr(config.get_text_config(), "vocab_size", None)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    last = max(largest, cast(int, pad) or 0)
+    pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    last: int = max(largest, pad or 0)
     if rows is not None and last >= rows:
         raise ValueError(
             f"the tokenizer of {recipe.model} has {len(tokenizer):,} tokens, its embedding {rows:,} rows and none for "
