@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, Protocol, Self, cast
 
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from inlay.numerics import ops
 
-Params = dict[str, Tensor]  # θ of one weight, keyed by the symbol the paper uses
+Params = dict[str, Tensor]  # θ of one weight, keyed by the paper's symbols
 Drop = ops.Dropout  # of this step
 keep = ops.keep  # no dropout
 
@@ -108,7 +108,7 @@ class Method(ABC):
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            check_value(self.name, f.name, str(f.type), f.metadata, getattr(self, f.name))
+            check_value(self.name, f.name, str(f.type), f.metadata, vars(self)[f.name])
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"{self.name}: dropout={self.dropout} is not in [0, 1)")
         if self.scale is not None and self.scale <= 0:
@@ -122,7 +122,7 @@ class Method(ABC):
     @property
     def draws(self) -> bool:
         """Whether `start` draws from torch's global generator: for values a field's metadata lists under "draws"."""
-        return any(getattr(self, f.name) in f.metadata.get("draws", ()) for f in fields(self))
+        return any(vars(self)[f.name] in f.metadata.get("draws", ()) for f in fields(self))
 
     def role(self, symbol: str) -> str:
         """The part a symbol of θ plays; a block of one, B_1, plays that of B."""
@@ -130,9 +130,9 @@ class Method(ABC):
 
     def at(self, place: Place) -> Self:
         """The same method for the weight at a place."""
-        made = copy.copy(self)
-        object.__setattr__(made, "place", place)
-        return made
+        placed = copy.copy(self)
+        object.__setattr__(placed, "place", place)
+        return placed
 
     @abstractmethod
     def start(self, W: Tensor, stats: Params | None = None) -> Params:
@@ -179,7 +179,7 @@ class Method(ABC):
 
         Several adapters nest: each one is the `base` of the next.
         """
-        if self.reads_weight and base.weight.requires_grad:  # a trained change lies under this one, in ΔW as well
+        if self.reads_weight and base.weight.requires_grad:  # the base holds a trained change, on which ΔW depends too
             return base(x) + F.linear(drop(x), (self.s * self.offset(p, p0, base.weight)).to(x.dtype))
         linear = None if drop.p else ops.plain_linear(base, x)
         change = ops.dense(drop(x), linear, self.rows(p, p0, base), *p.values())
@@ -253,18 +253,18 @@ class LowRank(Method):
         return ops.Pair(self.s, None if p0 is None else (p0["A"], p0["B"])), (p["A"], p["B"])
 
     def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
-        if self.reads_weight and base.weight.requires_grad:  # a trained change lies under this one, in ΔW as well
+        if self.reads_weight and base.weight.requires_grad:  # the base holds a trained change, on which ΔW depends too
             return super().apply(p, p0, x, base, drop)
-        shape = x.new_empty(0, x.shape[-1])  # what `build` refers to lives until the backward pass: never x
+        shape = x.new_empty(0, x.shape[-1])  # `build` keeps what it refers to until the backward pass: never x
 
         def build(*values: Tensor) -> tuple[Tensor, Tensor | None]:
             W = base.weight if self.reads_weight else shape
             B, A = self.pair(dict(zip(p, values, strict=True)), p0, W)
             return ops.scaled(self.s, B), A
 
-        found, values = self.written(p, None if p0 is None else like(p0, p)) or (build, tuple(p.values()))
+        factors, values = self.written(p, None if p0 is None else like(p0, p)) or (build, tuple(p.values()))
         linear = ops.plain_linear(base, x)
-        change = ops.low_rank(x, linear, found, "A" not in self.frozen, drop, *values)
+        change = ops.low_rank(x, linear, factors, "A" not in self.frozen, drop, *values)
         return base(x) + change if linear is None else change
 
 
@@ -306,7 +306,7 @@ def check_rank(method: Method, r: int, W: Tensor) -> None:
         )
 
 
-def check_value(owner: str, key: str, kind: str, meta: Any, value: Any) -> None:
+def check_value(owner: str, key: str, kind: str, meta: Mapping[str, Any], value: Any) -> None:
     """Raise a ValueError unless `value` has the annotated type `kind` and obeys the field's metadata."""
     if value is None and "None" in kind:
         return

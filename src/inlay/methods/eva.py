@@ -35,7 +35,8 @@ class EVA(LowRank):
         """V (k × in) and S (k,) of all inputs so far, k <= r; their mean (in), scatter `total` and number; `cosine`."""
         n, mean = len(seen), seen.mean(0)
         X = seen - mean
-        total, count, rows = X.square().sum(), torch.tensor(float(n)), X
+        total, count = X.square().sum(), torch.tensor(float(n))
+        rows = X
         if stats:
             count = stats["tokens"] + n
             shift = (stats["mean"] - mean) * (stats["tokens"] * n / count).sqrt().item()

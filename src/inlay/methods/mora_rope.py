@@ -41,7 +41,8 @@ class MoRARope(Method):
         return tile((D[:, :inp] + F.pad(D[:, inp:], (0, inp - short))).T, out).T
 
     def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
-        y, z, k = base(x), drop(x), len(p["M"])
+        y, z = base(x), drop(x)
+        k = len(p["M"])
         blocks, tail = turned(self.s * p["M"], x.shape[-1]).to(x.dtype), x.shape[-1] % k
         whole = z[..., : x.shape[-1] - tail].unflatten(-1, (-1, k))
         t = torch.einsum("...jp,jqp->...jq", whole, blocks[: whole.shape[-2]]).flatten(-2)

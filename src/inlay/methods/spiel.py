@@ -65,15 +65,16 @@ class SpIEL(Method):
             p["g"] += ops.mean_of_all(slope.flatten()[p["candidates"]])
 
     def restart(self, p: Params, t: float) -> dict[str, Tensor | None]:
-        phi, eta, found, done = p["phi"], p["eta"], p["candidates"], int(p["round"])
-        if (now := self.place.t * self.rounds + 1e-6) < done + 0.25 or found[0] < 0:  # before the last pass
+        phi, eta = p["phi"], p["eta"]
+        candidates, done = p["candidates"], int(p["round"])
+        if (now := self.place.t * self.rounds + 1e-6) < done + 0.25 or candidates[0] < 0:  # before the last pass
             return {}
         small, rest = phi.abs().argsort().tensor_split([int((self.rate * (1 - t) if done else 1) * len(phi))])
-        free = ~torch.isin(found, eta[rest])
-        grown = found[free][p["g"][free].abs().argsort(descending=True)[: len(small)]]
+        free = ~torch.isin(candidates, eta[rest])
+        grown = candidates[free][p["g"][free].abs().argsort(descending=True)[: len(small)]]
         enter = grown[~torch.isin(grown, eta[small])]
         new = small[~torch.isin(eta[small], grown)][: len(enter)]
         eta[new], phi[new] = enter, 0.0
-        for note, value in ((found, -1), (p["g"], 0), (p["round"], max(done + 1, int(now)))):
-            note.fill_(value)
+        for state, value in ((candidates, -1), (p["g"], 0), (p["round"], max(done + 1, int(now)))):
+            state.fill_(value)
         return {"phi": torch.zeros_like(phi, dtype=torch.bool).index_fill(0, new, True)}
