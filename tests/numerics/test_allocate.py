@@ -148,7 +148,7 @@ def test_types_do_not_share_a_budget():
 
 
 def test_a_method_that_shrinks_with_its_rank_is_refused():
-    with pytest.raises(ValueError, match="a smaller r trains more numbers here"):
+    with pytest.raises(ValueError, match="a smaller r trains more parameters here"):
         allocate({"a.q": decaying(1), "b.q": decaying(2)}, 4, lambda name, rank: 100 // rank)
 
 

@@ -54,9 +54,7 @@ class DoTA(Method):
             return {f"T{k}": W.new_empty(shape, dtype=torch.float32) for k, shape in enumerate(shapes, 1)}
         count = sum(math.prod(shape) for shape in shapes)
         if count > W.numel() / 10:
-            text = (
-                f"dota: the train of a {W.shape[0]} × {W.shape[1]} weight holds {count} parameters, over a tenth of it"
-            )
+            text = f"dota: the train of a {W.shape[0]} × {W.shape[1]} weight has {count} entries, over a tenth of it"
             warnings.warn(f"{text}; a lower bond or other cores and shapes make it smaller", stacklevel=2)
         train = tensor_trains.decompose(W, shapes)
         train = tensor_trains.balance(train) if self.init == "mpo" else tensor_trains.gaussian(train)

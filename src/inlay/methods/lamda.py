@@ -33,8 +33,7 @@ class LaMDA(LowRank):
     frozen = frozenset({"A"})
 
     init: Literal["svd", "svd_zero", "kaiming"] = field(
-        default="svd",
-        metadata={"help": "start of the factors", "choices": ("svd", "svd_zero", "kaiming"), "draws": ("kaiming",)},
+        default="svd", metadata={"help": "start", "choices": ("svd", "svd_zero", "kaiming"), "draws": ("kaiming",)}
     )
     eta: float = field(default=0.3, metadata={"help": "share of the steps in which B freezes", "above": 0, "max": 1})
     stages: int = field(default=8, metadata={"help": "blocks in which B freezes (at most r)", "min": 1})

@@ -33,9 +33,7 @@ class SMT(Method):
     needs = "gradients"
 
     r: int = field(default=32, metadata={"help": "size of a block; must divide both sides of the weight", "min": 1})
-    blocks: int | None = field(
-        default=None, metadata={"help": "per weight (default: as large as LoRA at r = 8)", "min": 0}
-    )
+    blocks: int | None = field(default=None, metadata={"help": "per weight (default: a LoRA's of rank 8)", "min": 0})
 
     def start(self, W: Tensor, stats: Params | None = None) -> Params:
         check_blocks(self, self.r, W)

@@ -3,10 +3,9 @@
     ΔW = scatter(η, φ),   η (k) different positions, φ (k) = 0,   k = r (out + in) as in a LoRA
 
 Ansell et al. 2024, "Scaling Sparse Fine-Tuning to Large Language Models", arXiv 2401.16405 (SpIEL-AG). The first
-quarter of each of `rounds` rounds (20 steps in the paper) sums g, the gradient of the k entries with the largest one in
-its first pass. Then a share `rate` (1 − t) of η, with the smallest |φ| (of the first, evenly drawn η: all), makes room
-for the largest |g|. [ours]: new entries have no moments. ΔW and its gradient are dense, never kept. Processes share the
-first's candidates and the mean g. Compiled, η stays.
+quarter of each round (20 steps in the paper) sums g, the gradient of the k entries where it is largest at first. Then a
+share `rate` (1 − t) of η, with the smallest |φ| (of the first η, drawn: all), yields to the largest |g|. [ours]: new
+entries have no moments. ΔW and its gradient are dense, never kept. Processes share candidates and g. Compiled, η stays.
 """
 
 from __future__ import annotations

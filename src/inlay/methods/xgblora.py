@@ -35,9 +35,7 @@ class XGBLoRA(LowRank):
 
     r: int = field(default=1, metadata={"help": "rank of each round", "min": 1})
     rounds: int = field(default=16, metadata={"help": "rounds of the training", "min": 2})
-    layers_per_round: int | None = field(
-        default=None, metadata={"help": "L_s, drawn each round (default: half)", "min": 1}
-    )
+    layers_per_round: int | None = field(default=None, metadata={"help": "L_s, drawn again (default: half)", "min": 1})
     round_seed: int = field(default=0, metadata={"help": "seed of the draws of each round", "min": 0})
 
     def start(self, W: Tensor, stats: Params | None = None) -> Params:
