@@ -35,7 +35,7 @@ def dry_run(recipe: Recipe, console: Console) -> None:
     batch = recipe.batch_size
     if batch == "auto":
         batch = fitting_batch(*planned_step(recipe, rows, dtype), largest_useful_batch(rows), loaded=False)
-    recipe = recipe.resolved(dtype=dtype_name(dtype), eval_size=len(rows.heldout), batch_size=batch)
+    recipe = recipe.resolved(dtype=dtype_name(dtype), eval_size=rows.eval_size, batch_size=batch)
     console.print(recipe.to_yaml().rstrip(), soft_wrap=True)
     console.print("\nfirst example, the learned part in ⟦⟧:" if not kind.causal else TOKENS)
     console.print(task.shown(rows.train[0], tokenizer, recipe), soft_wrap=True)

@@ -9,8 +9,7 @@ from typing import Any, cast
 
 from peft import PeftModel
 from rich.console import Console
-from transformers import EarlyStoppingCallback, TrainerCallback
-from transformers.trainer_callback import PrinterCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 
 from inlay.files.atomic import write_text
 from inlay.host import distributed

@@ -35,6 +35,8 @@ def write_run(result: Result, model: PeftModel | PreTrainedModel, state: dict[st
     with new_folder(kept, overwrite=True, marker=marker) as part:
         if isinstance(model, PeftModel):  # DPO may hold another adapter as the reference
             model.save_pretrained(str(part), state_dict=state, selected_adapters=["default"])
+            if result.recipe.chat_template is not None:
+                TASKS[result.recipe.task].processor(result.recipe).save_pretrained(str(part))
         else:
             model.save_pretrained(str(part), state_dict=state)
             TASKS[result.recipe.task].processor(result.recipe).save_pretrained(str(part))

@@ -71,7 +71,7 @@ def train(recipe: Recipe, console: Console | None = None, resume: bool = False) 
                 start_from_data(recipe, trainer.model, tokenizer, rows, console)
             recipe = recipe.resolved(
                 dtype=dtype_name(dtype),
-                eval_size=len(rows.heldout),
+                eval_size=rows.eval_size,
                 batch_size=trainer.args.per_device_train_batch_size,
                 output=str(folder),
             )
