@@ -20,7 +20,6 @@ from rich.console import Console
 from torch.nn.functional import cross_entropy
 from transformers import (
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -45,6 +44,7 @@ from inlay.training.examples import Examples, load_examples
 from inlay.training.fit import build_trainer, fit, predicted_memory
 from inlay.training.run_files import weights_of
 from inlay.training.run_tokenizer import run_tokenizer
+from inlay.training.trainer import Trainer
 
 TRIAL = "trial.json"
 RESULT = "result.json"
