@@ -23,7 +23,7 @@ from inlay.inspection.singular_values import kept_spectrum, target_weights, weig
 from inlay.messages import first_line
 from inlay.models.meta import meta_model
 from inlay.models.stored_weights import Weights
-from inlay.numerics.rank_allocation import energy, kind_of
+from inlay.numerics.rank_allocation import energy, module_type
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Readers:
 
     @property
     def kinds(self) -> str:
-        return ", ".join(kind_of(name) for name in self.modules)
+        return ", ".join(module_type(name) for name in self.modules)
 
     def shared(self, r: int) -> float:
         """Return the share of Σ‖W_i‖² that one right factor of rank r carries."""

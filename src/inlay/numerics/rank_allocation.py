@@ -44,7 +44,7 @@ def energy(S: Tensor, r: int) -> float:
     return min(1.0, (squares[:r].sum() / total).item()) if total > 0 else 1.0
 
 
-def kind_of(name: str) -> str:
+def module_type(name: str) -> str:
     """Return the type of a module: the last component of its name."""
     return name.rpartition(".")[2]
 
@@ -65,7 +65,7 @@ def allocate(
     r: int,
     cost: Cost,
     direction: Direction = "flat",
-    kind: Callable[[str], str] = kind_of,
+    kind: Callable[[str], str] = module_type,
 ) -> dict[str, int]:
     """Return a rank for every module; those of one kind together cost at most what they would with r everywhere.
 
