@@ -81,3 +81,19 @@ def token_losses(
             want = torch.tensor(own[len(own) - count :], dtype=torch.long, device=slope.device)
             found[i] = cross_entropy(slope, want, reduction="sum").item(), count
     return found
+
+
+@torch.no_grad()
+def mean_token_loss(texts: Sequence[str], model: Any, tokenizer: Any, length: int) -> float:
+    """Return the mean loss, in nats per token, over all tokens but the first of each text, truncated to `length`."""
+    was_training = model.training
+    total = 0.0
+    count = 0
+    model.eval()
+    for text in texts:
+        ids = torch.tensor([tokenizer(text=text)["input_ids"][:length]], device=model.device)
+        logits = model(input_ids=ids).logits[0, -ids.shape[1] :]  # without the positions of a learned prompt
+        total += cross_entropy(logits[:-1].float(), ids[0, 1:], reduction="sum").item()
+        count += ids.shape[1] - 1
+    model.train(was_training)
+    return total / max(1, count)
