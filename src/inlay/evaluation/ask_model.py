@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerBase
 
 from inlay.data.chats import Example
 from inlay.data.render import prompt_ids
@@ -84,7 +85,7 @@ def token_losses(
 
 
 @torch.no_grad()
-def mean_token_loss(texts: Sequence[str], model: Any, tokenizer: Any, length: int) -> float:
+def mean_token_loss(texts: Sequence[str], model: Any, tokenizer: PreTrainedTokenizerBase, length: int) -> float:
     """Return the mean loss, in nats per token, over all tokens but the first of each text, truncated to `length`."""
     was_training = model.training
     total = 0.0
