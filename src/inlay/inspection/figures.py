@@ -41,7 +41,7 @@ INK = "#262626"
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, without black; markers tell the second round.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C6D1F", "#7F7F7F")
-LOOK: Any = {  # matplotlib types the keys by name
+LOOK: Any = {  # matplotlib types its keys as literals
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
     "font.size": 10,
     "axes.grid": True,
