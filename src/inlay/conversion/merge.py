@@ -90,7 +90,7 @@ def merge(
         blank = source.load_blank()
         config: Any = blank.get_base_model().config
         width = merge_dtype(dtype, config)
-        tensors = merged_tensors(blank, source, source.base.weights(auto), width)
+        tensors = merged_tensors(blank, source, source.base_weights(), width)
         if to == "gguf":
             written = write_merged(part, config, source.saved_tokenizer(), tensors, str(out))
         else:

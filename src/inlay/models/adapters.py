@@ -20,6 +20,7 @@ from inlay.messages import first_line, loading
 from inlay.models.base import BaseModel, read_tokenizer
 from inlay.models.folded import FOLDED
 from inlay.models.model_classes import SEQUENCE
+from inlay.models.stored_weights import Weights
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 INLAY = "INLAY"  # PEFT's type of Inlay's adapters
@@ -160,6 +161,14 @@ class Adapter:
             return load_file(self.folder / WEIGHTS)
         except (OSError, SafetensorError) as error:
             raise DamagedFileError(f"{self.folder / WEIGHTS} cannot be read: {first_line(error)}") from None
+
+    def base_weights(self) -> Weights:
+        """Open the stored weights of the base.
+
+        Raises:
+            ValueError: the base has no safetensors files, or they cannot be read.
+        """
+        return self.base.weights(self.auto_class, **self.settings)
 
     def load(
         self, dtype: torch.dtype | None = None, trainable: bool = False
