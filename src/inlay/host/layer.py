@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from peft.utils import AuxiliaryTrainingWrapper, quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
@@ -161,6 +161,22 @@ class InlayLinear(nn.Module, BaseTunerLayer):
             return self.matrix()
         return self.unmerged.T if isinstance(self.base_layer, Conv1D) else self.unmerged
 
+    def stored_base(self) -> nn.Module:
+        """Return the module that holds the base weight, without what PEFT puts around one whose tokens are trained."""
+        base = self.base_layer
+        while isinstance(base, AuxiliaryTrainingWrapper):
+            base = cast(nn.Module, base.original_module)
+        return base
+
+    def check_plain_weight(self) -> None:
+        """Raise a ValueError where the base weight is computed from other tensors, so that no merge can replace it."""
+        if self.quantization_backend is None and "weight" not in self.base_layer._parameters:
+            module = next((cut.module for cut in self.cuts.values()), "this layer")
+            raise ValueError(
+                f"{module}: its weight is computed from other tensors (a parametrisation, weight norm, pruning, trained "
+                "tokens of tied embeddings), which a merge cannot replace; remove that first, or use the adapter unmerged"
+            )
+
     def drop(self, name: str) -> Drop:
         """How an adapter reads and keeps x in this step."""
         cut = self.cuts[name]
@@ -245,6 +261,10 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         self._held(container)[name] = slot = Slot(value, trainable)
         if trainable and self.quantization_backend is not None:
             slot.watch()  # trl casts θ to bf16 on quantised bases, by replacing `.data`
+
+    def has_bias(self) -> bool:
+        """Return whether the base layer has a bias."""
+        return self.base_layer._parameters.get("bias") is not None
 
     def _device(self) -> torch.device:
         return self.home or self._get_base_layer_device_and_dtype(self.base_layer)[0] or torch.device("cpu")
@@ -383,6 +403,8 @@ class InlayLinear(nn.Module, BaseTunerLayer):
             weight = self.unmerged[1]["weight"] if self.unmerged else self.base_layer.weight
             return seal.of_packed(cast(Tensor, weight)) if folded else None
         W = self.pristine()
+        if isinstance(self.base_layer, AuxiliaryTrainingWrapper):  # whose tokens are no part of the base
+            W = cast(Tensor, self.stored_base().weight)
         whole = W.shape == (self.out_features, self.in_features) and seal.is_plain_tensor(W)
         if whole:
             self.marked = seal.of_base(W)
@@ -451,6 +473,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.cuts]
         if not names:
             return
+        self.check_plain_weight()
         old = self.matrix()
         W = old.to(torch.promote_types(old.dtype, torch.float32))
         for name in names:
