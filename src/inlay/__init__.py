@@ -15,6 +15,7 @@ from inlay.host.flat_lora import Flat, flat_noise
 from inlay.host.lora_plus import parameter_groups
 from inlay.host.schedule import Schedule, step
 from inlay.host.tuner import register
+from inlay.numerics.ops import second_derivatives
 
 if TYPE_CHECKING:
     from inlay.conversion.export_lora import export_lora
@@ -48,6 +49,7 @@ __all__ = [
     "merge",
     "methods",
     "parameter_groups",
+    "second_derivatives",
     "step",
 ]
 

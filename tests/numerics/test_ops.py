@@ -1,5 +1,6 @@
 """The joined products against plain references: values, gradients (in fp64), what they keep, when they step aside."""
 
+import sys
 import weakref
 
 import pytest
@@ -232,7 +233,8 @@ def test_a_layer_with_a_hook_takes_the_plain_way_to_the_same_numbers(method):
 def test_many_tokens_are_a_few_at_a_time(method, monkeypatch):
     """Where there are so many that W + B A is multiplied: the same values and gradients."""
     made = []
-    monkeypatch.setattr(ops, "sum_pays", lambda *about, pays=ops.sum_pays: made.append(pays(*about)) or made[-1])
+    home = sys.modules["inlay.numerics.ops.low_rank"]  # `ops.low_rank` is the function
+    monkeypatch.setattr(home, "sum_pays", lambda *about, pays=ops.sum_pays: made.append(pays(*about)) or made[-1])
     model, x = layer(method), torch.randn(120, 40)
     together = step(model, x)
     joins = method == "randlora" or (issubclass(find(method), LowRank) and method not in ("bone", "mora"))

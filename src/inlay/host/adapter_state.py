@@ -47,7 +47,7 @@ def slot_keys(layers: dict[str, InlayLinear], adapter_name: str) -> Iterable[str
 
 
 def wrapped_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
-    """Return where `model` keeps what is trained whole, or by its tokens, for `adapter_name`: saved key -> model's key."""
+    """Return the keys, saved key -> `model`'s key, of what `adapter_name` trains whole or by its tokens."""
     keys = {}
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
@@ -101,7 +101,7 @@ def is_of_model(state: dict[str, Tensor], own: dict[str, Tensor]) -> bool:
 def model_keys(model: nn.Module, adapter_name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of a file, `state`, under the keys of `model`, with `adapter_name` in them.
 
-    PEFT saves some tensors twice, where the vocabulary grew: the second copy is left out. Unknown keys stay as they are.
+    PEFT saves some tensors twice, where the vocabulary grew: the second copy is left out. Unknown keys stay.
     """
     there = {plain_key(key): key for key in model.state_dict()}
     root = ROOT if any(key.startswith(ROOT) for key in there) else ""

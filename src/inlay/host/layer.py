@@ -173,8 +173,9 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         if self.quantization_backend is None and "weight" not in self.base_layer._parameters:
             module = next((cut.module for cut in self.cuts.values()), "this layer")
             raise ValueError(
-                f"{module}: its weight is computed from other tensors (a parametrisation, weight norm, pruning, trained "
-                "tokens of tied embeddings), which a merge cannot replace; remove that first, or use the adapter unmerged"
+                f"{module}: its weight is computed from other tensors (a parametrisation, weight norm, pruning, "
+                "trained tokens of tied embeddings), which a merge cannot replace; remove that first, or use the "
+                "adapter unmerged"
             )
 
     def drop(self, name: str) -> Drop:

@@ -323,7 +323,7 @@ class InlayModel(BaseTuner):
 
 
 def weight_places(model: nn.Module) -> Counter[int]:
-    """Count, by the id of each weight of `model`, the places where a module with it stands, one module's own among them.
+    """Count, by the id of each weight of `model`, the places where a module with it stands.
 
     A block that stands in several places holds its layers once: what is adapted in it is adapted in all of them.
     """
