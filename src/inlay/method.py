@@ -82,6 +82,7 @@ class Method(ABC):
         shared: symbols of θ that a group of weights has in common (see `Place`): started and stored once, with its
             first weight. Only their shapes may depend on the place.
         place: where the weight is; of `start` on a meta tensor, which is asked before that is known, a lone weight.
+        strength: what multiplies the change at inference (`at_strength`); 1 in training and of `start`.
         zero_init: ΔW(θ₀) = 0 for every W, so θ₀ need not be stored; a property where it depends on a hyperparameter.
         reads_weight: ΔW depends on W, so that it cannot be told from θ alone.
         roles: the part each trained symbol plays, for steps that treat them apart (LoRA+): it reads the layer's input
@@ -98,6 +99,7 @@ class Method(ABC):
     frozen: ClassVar[frozenset[str]] = frozenset()
     shared: ClassVar[frozenset[str]] = frozenset()
     place: ClassVar[Place] = Place()
+    strength: ClassVar[float] = 1.0
     zero_init: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
     roles: ClassVar[dict[str, str]] = {}
@@ -116,7 +118,12 @@ class Method(ABC):
 
     @property
     def s(self) -> float:
-        """The factor on the change."""
+        """The factor on the change: the method's own, times the strength at which the adapter is used."""
+        return self.factor * self.strength
+
+    @property
+    def factor(self) -> float:
+        """The factor on the change that belongs to the method, with which its start is computed."""
         return self.scale or 1.0
 
     @property
@@ -133,6 +140,14 @@ class Method(ABC):
         made = copy.copy(self)
         object.__setattr__(made, "place", place)
         return made
+
+    def at_strength(self, strength: float) -> Self:
+        """The same method with its change multiplied by `strength`."""
+        if strength == self.strength:
+            return self
+        scaled = copy.copy(self)
+        object.__setattr__(scaled, "strength", strength)
+        return scaled
 
     @abstractmethod
     def start(self, W: Tensor, stats: Params | None = None) -> Params:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
 import torch
@@ -34,6 +35,7 @@ UNSEALED = (
     "set config.seals = None to load them all the same"
 )
 PREFIX = "inlay_"
+SMALL, LARGEST = 1 << 16, 16  # a weight counts as no smaller; so many times its entries θ may hold
 START = "inlay_start_"  # θ₀, stored beside θ so that nothing is ever decomposed again
 
 
@@ -71,6 +73,26 @@ def check_saver(method: Method, trained: tuple[str, ...], saver: str) -> None:
         raise ValueError(f"saver={saver}: {method.name} keeps no x for the gradient of an inner factor; leave it out")
     if method.dropout:
         raise ValueError(f"saver={saver} with dropout={method.dropout}: what is kept is of x itself; set dropout to 0")
+
+
+def bounded_shapes(method: Method, out: int, inp: int) -> Params:
+    """Return θ₀ of an (out × inp) weight on the meta device, after a look at the size that `method` asks for.
+
+    Raises:
+        ValueError: a hyperparameter is out of all proportion to the weight, or θ would be.
+    """
+    entries = max(out * inp, SMALL)
+    for f in fields(method):
+        value = getattr(method, f.name)
+        if type(value) is int and value > entries and not f.name.endswith("seed"):
+            raise ValueError(f"{method.name}: {f.name}={value} is more than the {out} × {inp} weight has entries")
+    shapes = method.start(torch.empty(out, inp, device="meta"))
+    count = sum(shape.numel() for shape in shapes.values())
+    if count > LARGEST * entries:
+        raise ValueError(
+            f"{method.name}: θ would hold {count:,} numbers for a {out} × {inp} weight; choose smaller hyperparameters"
+        )
+    return shapes
 
 
 def strip(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -130,7 +152,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         self.home = home  # where it computes, if its weight is kept elsewhere (on the disk) until then
         self.base_layer = readable(base_layer)
         self.cuts: dict[str, Cut] = {}
-        self.scaling: dict[str, float] = {}  # hot swap compares it; the real factor belongs to the method, as it checks
+        self.scaling: dict[str, float] = {}  # the strength of each adapter, beside the factor of its method
         self.merged_adapters: list[str] = []
         self.unmerged: Any = None  # what the base held before a merge
         self.marked: str | None = None  # the base's mark when it was last whole
@@ -195,9 +217,10 @@ class InlayLinear(nn.Module, BaseTunerLayer):
             if layer is not None and layer.cuts[name].pending:
                 layer.settle(name)
         p = {k: self._value(PREFIX, k, name) for k in cut.symbols}
+        method = cut.method.at_strength(float(self.scaling[name]))
         if not cut.start:
-            return cut.method, p, None
-        return cut.method, p, {k: self._value(START, k, name) if k in cut.start else p[k] for k in cut.symbols}
+            return method, p, None
+        return method, p, {k: self._value(START, k, name) if k in cut.start else p[k] for k in cut.symbols}
 
     def _holder(self, symbol: str, name: str) -> InlayLinear:
         """The layer whose slots hold a symbol."""
@@ -226,7 +249,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         """
         for container in self.adapter_layer_names:
             self._held(container).pop(name) if name in self._held(container) else None
-        shapes = method.start(torch.empty(self.out_features, self.in_features, device="meta"))
+        shapes = bounded_shapes(method, self.out_features, self.in_features)
         trained = tuple(k for k in shapes if k not in method.frozen)
         if about.get("saver", "none") != "none":
             check_saver(method, trained, about["saver"])
@@ -242,7 +265,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         cut = self.cuts[name]
         cut.method, cut.owner = cut.method.at(place), owner
         if cut.method.shared and owner is None:
-            shapes = cut.method.start(torch.empty(self.out_features, self.in_features, device="meta"))
+            shapes = bounded_shapes(cut.method, self.out_features, self.in_features)
             device = torch.device("meta") if light else self._device()
             self._slots(name, {k: shape for k, shape in shapes.items() if k in cut.method.shared}, device)
             self.set_adapter(self.active_adapters, inference_mode=inference_mode)
@@ -374,7 +397,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
                 slot = cast(Slot, self._holder(k, name)._held(PREFIX + k)[name])
                 weight = slot.freeze() if k in frozen else slot.thaw()
                 forget += [] if weight is None else [(weight, None)]
-            cut.method = method.at(replace(method.place, t=t))
+            cut.method = cut.method.at(replace(method.place, t=t))
         return forget
 
     def check_seal(self, name: str, tensors: dict[str, Tensor]) -> None:
@@ -422,6 +445,34 @@ class InlayLinear(nn.Module, BaseTunerLayer):
             if not slot.weight.is_meta and device.type != "meta":  # numbers that move there are lost
                 slot.to(device)
 
+    # -- strength -------------------------------------------------------------------------------------------------
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Use `adapter` at the strength `scale` from now on: y = W x + scale · s (ΔW(θ) − ΔW(θ₀)) x.
+
+        Raises:
+            ValueError: the scale is not a finite number, or the adapter is merged.
+        """
+        if adapter not in self.cuts:
+            return
+        if not math.isfinite(scale):
+            raise ValueError(f"scale={scale} is not a finite number")
+        if adapter in self.merged_adapters:
+            raise ValueError(f"adapter {adapter!r} is merged; unmerge it before its scale is changed")
+        self.scaling[adapter] = float(scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the strength of the active adapters by `scale`, as PEFT's layers do."""
+        for name in self.active_adapters:
+            if name in self.cuts:
+                self.set_scale(name, self.scaling[name] * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the strength of the active adapters by `scale`; without one, set it to 1."""
+        for name in self.active_adapters:
+            if name in self.cuts:
+                self.set_scale(name, 1.0 if scale is None else self.scaling[name] / scale)
+
     # -- forward and merge ----------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
@@ -439,7 +490,8 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         """The layer (or `base`, in its place) under these adapters, each cut from what lies below."""
         layer: Base = base or Frozen(self, args, kwargs)
         for name in names:
-            layer = Adapted(self, name, layer) if name in self.cuts else layer
+            if name in self.cuts and self.scaling[name] != 0:
+                layer = Adapted(self, name, layer)
         return layer
 
     def _per_row(self, x: Tensor, names: list[str], args: tuple, kwargs: dict) -> Tensor:

@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from inlay.host import adapter_state, seal
 from inlay.host.compute_starts import run_jobs
 from inlay.host.config import INLAY, InlayConfig
+from inlay.host.hotswap import replace_peft_hotswap
 from inlay.host.layer import PREFIX, InlayLinear, adapted
 from inlay.host.module_names import without_wrappers
 from inlay.host.place import places
@@ -225,6 +226,18 @@ class InlayModel(BaseTuner):
             for hook in hooks:
                 hook.remove()
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse what PEFT's LoRA has: a sum of adapters of any methods is a LoRA, which `export_lora` makes.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "add_weighted_adapter is PEFT's, for LoRA: activate the adapters together with "
+            "model.base_model.set_adapter([...]) and inlay.set_scale(model, {name: weight}), or write their weighted "
+            "sum as a LoRA with inlay.export_lora({folder: weight}, out)"
+        )
+
     def _check_merge_allowed(self) -> None:
         """Refuse what would go wrong half-way or silently, before any weight changes.
 
@@ -383,4 +396,5 @@ def register() -> None:
     if INLAY not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(name="inlay", config_cls=InlayConfig, model_cls=InlayModel)
     PEFT_TYPE_TO_CONFIG_MAPPING[INLAY], PEFT_TYPE_TO_TUNER_MAPPING[INLAY] = InlayConfig, InlayModel
+    replace_peft_hotswap()
     CONFIG_KEYS_TO_CHECK[INLAY] = ["method", "args", "scale", "dropout", "patterns", "folded", "folded_base"]

@@ -40,7 +40,7 @@ def second_derivatives() -> Iterator[None]:
 
 
 def takes_reference() -> bool:
-    """Return whether torch's own functions compute: in `second_derivatives`, or where a compiler decides what is kept."""
+    """Return whether torch's functions compute: in `second_derivatives`, or where a compiler decides what is kept."""
     return _plain or torch.compiler.is_compiling()
 
 
