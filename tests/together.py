@@ -11,8 +11,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from rich.console import Console
 
-from inlay.host import distributed
-from inlay.host.compute_starts import start_of
+from inlay.host import compute_starts, distributed
 from inlay.messages import quiet
 from inlay.recipe.recipe import Recipe
 from inlay.training.progress import RunProgress
@@ -27,7 +26,7 @@ CONFIG = str(Path(sys.argv[1]).with_name("zero3"))
 ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": CONFIG}
 ENGINES = {"ddp": {}, "fsdp2": FSDP2, "zero3": ZERO3}
 os.environ["DS_ACCELERATOR"] = "cpu"
-rank, computed, compute = int(os.environ["RANK"]), [], start_of
+rank, computed, compute = int(os.environ["RANK"]), [], compute_starts.start_of
 quiet()
 
 
@@ -55,7 +54,7 @@ def spoil(model) -> None:
     next(m for n, m in model.named_modules() if n.endswith("layers.1.mlp.down_proj")).register_forward_hook(hook)
 
 
-start_of = counted
+compute_starts.start_of = counted
 PartialState(cpu=True)  # one group for all runs: torch's store remembers the addresses of the first
 for number, run in enumerate(json.loads(Path(sys.argv[1]).read_text())):
     computed.clear()

@@ -191,7 +191,7 @@ def test_dry_run_shows_and_writes_nothing(tiny, records, tmp_path, capsys):
     config = yaml.safe_load(said[said.index("model:") : said.index("first example")])
     assert config["args"] == {"r": 4, "alpha": None}
     assert "⟦It is" in said
-    assert "trainable numbers" in said
+    assert "trainable parameters" in said
     assert "peak of a step" in said
     assert not out.exists()
 
@@ -343,7 +343,7 @@ def test_overwriting_replaces_a_run_and_a_failure_brings_it_back(tiny, records, 
                   save_every=0)  # fmt: skip
     train(made, SILENT)
     (tmp_path / "r" / "note").write_text("first")
-    monkeypatch.setattr("inlay.training.run_files.write_run", lambda *_: 1 / 0)
+    monkeypatch.setattr("inlay.training.train.write_run", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(made, SILENT)
     assert (tmp_path / "r" / "note").read_text() == "first"

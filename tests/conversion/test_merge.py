@@ -148,8 +148,7 @@ def test_a_quantised_checkpoint_merges_to_16_bits(quantize, model, tiny, gpt2_or
 
 MEASURED = """
 import resource, sys, torch, inlay
-from inlay import export
-from inlay.workbench import lora, merging, weights
+import inlay.conversion.merge
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 inlay.merge(sys.argv[1], sys.argv[2], shard="64MB", probe=False)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)

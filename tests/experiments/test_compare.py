@@ -37,6 +37,7 @@ from inlay.experiments.runner import Runner, origin
 from inlay.experiments.trial import LOG, SAMPLES, loss_on, read_trial, run_trial, unrelated
 from inlay.files.atomic import locked
 from inlay.inspection.figures import INK
+from inlay.models.loading import load_base, load_tokenizer
 from inlay.models.meta import count_parameters, meta_model
 from inlay.recipe.recipe import Recipe
 from inlay.training.examples import load_examples
@@ -127,9 +128,9 @@ def test_bisection_finds_what_search_finds(limit):
         ("compare: {methods: [dora]}", "unknown method 'dora'"),
         ("compare: {methods: ['peft:dorra']}", "PEFT has no method 'dorra'; did you mean 'dora'?"),
         ("compare: {methods: [{method: 'peft:lora', args: {use_dorra: true}}]}", "did you mean 'use_dora'?"),
-        ("compare: {methods: [{method: 'peft:lora', args: {init_lora_weights: corda}}]}", "a pass of its own"),
+        ("compare: {methods: [{method: 'peft:lora', args: {init_lora_weights: corda}}]}", "a pass over data"),
         ("compare: {methods: [{method: lora, steps: 3}]}", "'steps' cannot differ between methods"),
-        ("compare: {methods: [{method: full, args: {r: 3}}]}", "it trains all there is"),
+        ("compare: {methods: [{method: full, args: {r: 3}}]}", "it trains the whole model"),
         ("compare: {methods: [lora, lora]}", "two are called 'lora'"),
         ("compare: {methods: ['peft:dora', {method: lora, name: peft-dora}]}", "two are called 'peft:dora'"),
         ("compare: {methods: [3]}", "neither a name nor a mapping"),
@@ -140,9 +141,9 @@ def test_bisection_finds_what_search_finds(limit):
         ("compare: {methods: [{method: lora, learning_rates: 1.0e-3}]}", "must be a list with one or more, not 0.001"),
         ("compare: {methods: [{method: lora, learning_rates: []}]}", "learning_rates of lora must be a list"),
         ("compare: {methods: [{method: lora, name: [a]}]}", "name: ['a'] is not"),
-        ("compare: {methods: [{method: lora, name: '$x$'}]}", "has a $, which plots take for a formula"),
+        ("compare: {methods: [{method: lora, name: '$x$'}]}", "has a $, which plots read as a formula"),
         ("{streaming: true, steps: 3, data: a.jsonl}", "streaming is for inlay train"),
-        ("compare: {budget: {flops: 3}}", "is not one of {parameters: trained numbers}"),
+        ("compare: {budget: {flops: 3}}", "is not one of {parameters: trained parameters}"),
         ("compare: {budget: {parameters: 3, time: 3}}", "is not one of"),
         ("compare: {reference: bone, methods: [lora]}", "reference: 'bone' is not one of the methods lora"),
         ("compare: {halving: 1}", "halving: 1 is below 2"),
@@ -209,7 +210,7 @@ def test_the_solved_size_is_the_largest_within_the_budget(method, tiny):
 
 def test_sizes_within_a_memory_budget(tiny, records):
     recipe = Recipe(model=tiny, data=records, batch_size=2, dtype="float32")
-    rows = load_examples(recipe, trial.models.load_tokenizer(tiny), SILENT)
+    rows = load_examples(recipe, load_tokenizer(tiny), SILENT)
     cost = budget_cost("memory", rows)
     four = cost(replace(recipe, method="lora", args={"r": 4}))
     asked = Entry("lora", replace(recipe, method="lora"), (1e-3,))
@@ -284,7 +285,7 @@ def test_adaloras_penalty_is_the_one_that_peft_adds_to_a_loss(llama):
         ({"method": "peft:lora", "patterns": {"q_proj": {"r": 2}}}, "give the fields of PEFT's config under args"),
         ({"method": "peft:lora", "quantize": "nf4"}, "nf4_offset is"),
         ({"method": "full", "quantize": "int8"}, "none is"),
-        ({"method": "full", "modules_to_save": ["lm_head"]}, "it trains all there is"),
+        ({"method": "full", "modules_to_save": ["lm_head"]}, "it trains the whole model"),
         ({"method": "peft:lora", "args": {"r": -1}}, "positive integer"),
     ],
 )
@@ -316,7 +317,7 @@ def at_once():
 
     def wait(self, folder, bar):
         try:
-            run_trial(folder)
+            trial.run_trial(folder)
         except RuntimeError as error:
             (folder / LOG).write_text(f"RuntimeError: {error}")
             return 1
@@ -542,7 +543,7 @@ def test_a_budget_of_time_cuts_the_steps(asked, at_once, tmp_path, monkeypatch):
 
 def test_forgetting_is_the_loss_over_all_tokens(tiny):
     """Against one text at a time by transformers' own loss, weighted by tokens."""
-    model, tokenizer = trial.models.load_base(tiny, torch.float32)
+    model, tokenizer = load_base(tiny, torch.float32)
     texts = unrelated(None)[:3]
     own = [tokenizer(text=text, return_tensors="pt")["input_ids"] for text in texts]
     with torch.no_grad():
@@ -591,7 +592,7 @@ def test_the_page_says_what_was_found_and_how_to_repeat_it(compared):
     values = Page(text).values
     assert all(row["method"] in values and repr(row["loss"]) in values for row in rows)
     assert len(values) == 12 * len(rows)
-    for label in ("loss (nats per answer token)", "peak memory (GiB)", "training time (s)", "trained numbers"):
+    for label in ("loss (nats per answer token)", "peak memory (GiB)", "training time (s)", "trained parameters"):
         assert f">{label}</text>" in text
     assert text.count(">Pareto front</text>") == 3
     assert (compared / "compare.yaml").read_text().splitlines()[0] in text

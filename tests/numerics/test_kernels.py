@@ -17,21 +17,22 @@ CHECK = """
 import os
 import torch
 from inlay.methods import DoTA
-from inlay import kernels, ops, trains
+from inlay.numerics import ops, tensor_trains, triton_kernels
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
 for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)):
     for a, i, d, o, i2 in ((2, 3, 5, 4, 7), (3, 20, 33, 2, 70), (1, 1, 1, 1, 1)):
         left, right = (torch.randn(s, dtype=dtype, device=device) for s in ((a, i, d), (d, o, i2)))
-        found, known = kernels.train_rows(left, right), trains.rows(0, a * o, left.double(), right.double())
+        found = triton_kernels.train_rows(left, right)
+        known = tensor_trains.rows(0, a * o, left.double(), right.double())
         assert found.dtype == dtype and found.shape == known.shape
         assert (found.double() - known).norm() <= tolerance * known.norm(), (dtype, a, i, d, o, i2)
 
 # From here on through the methods, which must come to them and to the same numbers.
 called = []
-real = kernels.train_rows
-kernels.train_rows = lambda *a: called.append(a) or real(*a)
+real = triton_kernels.train_rows
+triton_kernels.train_rows = lambda *a: called.append(a) or real(*a)
 
 
 class Base:

@@ -1,6 +1,6 @@
 """The joined products against plain references: values, gradients (in fp64), what they keep, when they step aside."""
 
-import sys
+import importlib
 import weakref
 
 import pytest
@@ -19,6 +19,8 @@ from inlay.numerics import linalg, ops
 from inlay.numerics.ops import shared
 
 ARGS = {"dota": {"bond": 4}, "bone": {"r": 5}}
+
+LOW_RANK = importlib.import_module("inlay.numerics.ops.low_rank")  # the file: `ops.low_rank` is the function
 
 
 def factors(x, out: int, r: int, tiled: bool):
@@ -233,8 +235,7 @@ def test_a_layer_with_a_hook_takes_the_plain_way_to_the_same_numbers(method):
 def test_many_tokens_are_a_few_at_a_time(method, monkeypatch):
     """Where there are so many that W + B A is multiplied: the same values and gradients."""
     made = []
-    home = sys.modules["inlay.numerics.ops.low_rank"]  # `ops.low_rank` is the function
-    monkeypatch.setattr(home, "sum_pays", lambda *about, pays=ops.sum_pays: made.append(pays(*about)) or made[-1])
+    monkeypatch.setattr(LOW_RANK, "sum_pays", lambda *about, pays=ops.sum_pays: made.append(pays(*about)) or made[-1])
     model, x = layer(method), torch.randn(120, 40)
     together = step(model, x)
     joins = method == "randlora" or (issubclass(find(method), LowRank) and method not in ("bone", "mora"))
@@ -287,7 +288,7 @@ def test_a_layer_with_a_bias_starts_exactly(method, tokens, monkeypatch):
 @pytest.mark.parametrize("joined", [True, False])
 def test_what_a_layer_keeps(method, joined, monkeypatch):
     """x by reference where an input-sided factor is trained, and little more; a frozen A or a block sum needs no x."""
-    monkeypatch.setattr(ops, "sum_pays", lambda *_: joined)
+    monkeypatch.setattr(LOW_RANK, "sum_pays", lambda *_: joined)
     model = layer(method)
     x = torch.randn(512, 40, requires_grad=True)
     model(x)  # draws the bases that layers share

@@ -22,9 +22,8 @@ from inlay.files import atomic
 from inlay.files.atomic import locked, new_folder, set_aside, write_text
 from inlay.recipe.reading import load_recipe
 from inlay.recipe.recipe import Recipe
-from inlay.reports import result
 from inlay.reports.result import environment
-from inlay.training import base_model, calibration, checkpoints, hub, run_files, run_folder
+from inlay.training import calibration, checkpoints
 from inlay.training.progress import RunProgress
 from inlay.training.train import train, unfinished
 from inlay.training.trainer import Safe, bad_gradients
@@ -195,7 +194,7 @@ def test_a_stopped_run_ends_as_one_left_alone(options, tiny, records, tmp_path, 
     shutil.rmtree(tmp_path / "run")
     stopped(recipe, monkeypatch, 4).rename(tmp_path / "moved")
     with monkeypatch.context() as patch:
-        patch.setattr(run_files, "write_run", lambda *_: 1 / 0)
+        patch.setattr("inlay.training.train.write_run", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             resume(tmp_path / "moved")
     resume(tmp_path / "moved")
@@ -241,8 +240,8 @@ def test_a_fold_is_gone_on_with(tiny, records, tmp_path, monkeypatch):
 
 def test_before_the_first_checkpoint_it_starts_anew(tiny, records, whole, tmp_path, monkeypatch):
     """A process killed while it loads leaves a folder with a recipe."""
-    monkeypatch.setattr(run_folder, "give_up", lambda *_: False)
-    monkeypatch.setattr(base_model, "load_training_model", lambda *_: 1 / 0)
+    monkeypatch.setattr("inlay.training.train.give_up", lambda *_: False)
+    monkeypatch.setattr("inlay.training.train.load_training_model", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(made(tiny, records, tmp_path / "run", **LAMDA), SILENT)
     monkeypatch.undo()
@@ -277,18 +276,18 @@ def test_ctrl_c_after_the_last_step_is_heard(tiny, records, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("key", ["save_only_model", "ignore_data_skip"])
 def test_what_would_make_a_resumed_run_end_otherwise_is_refused(key, tiny, records, tmp_path):
-    with pytest.raises(ValueError, match=f"'{key}' could not be gone on with"):
+    with pytest.raises(ValueError, match=f"'{key}' could not be resumed exactly"):
         train(made(tiny, records, tmp_path / "run", trainer={key: True}), SILENT)
 
 
 def test_adalora_takes_no_checkpoints_and_says_so(tiny, records, tmp_path, monkeypatch):
     """It prunes, and PEFT cannot load what is left into what is whole."""
     recipe = made(tiny, records, tmp_path / "run", method="peft:adalora", steps=3)
-    with pytest.raises(ValueError, match="no run of it can be gone on with; leave out save_every"):
+    with pytest.raises(ValueError, match="so its runs cannot be resumed; leave out save_every"):
         train(recipe, SILENT)
     run = stopped(replace(recipe, save_every=None), monkeypatch, 1)
     assert checkpoints.checkpoint_steps(run / "checkpoints") == [2]  # of Ctrl-C
-    with pytest.raises(ValueError, match="start it anew"):
+    with pytest.raises(ValueError, match="start again"):
         resume(run)
 
 
@@ -344,7 +343,7 @@ def test_a_checkpoint_that_cannot_be_read_is_passed_over(cut, monkeypatch):
 
 def test_a_run_that_was_killed_when_all_was_written_is_completed(whole, tmp_path, monkeypatch, capsys):
     uploaded = []
-    monkeypatch.setattr(hub, "upload_run", lambda folder, name: uploaded.append((folder.name, name)))
+    monkeypatch.setattr("inlay.training.train.upload_run", lambda folder, name: uploaded.append((folder.name, name)))
     run = Path(shutil.copytree(whole, tmp_path / "run"))
     (tmp_path / ".run.abcdefgh.old").mkdir()
     (run / ".before.json").write_text("[]")
@@ -488,7 +487,7 @@ def test_what_is_no_run_cannot_be_gone_on_with(tmp_path, capsys):
 
 
 def test_other_versions_are_said(cut, monkeypatch):
-    monkeypatch.setattr(result, "environment", lambda: {**environment(), "torch": "1.0"})
+    monkeypatch.setattr(checkpoints, "environment", lambda: {**environment(), "torch": "1.0"})
     found = checkpoints.newest(cut / "checkpoints", SILENT)
     assert checkpoints.versions_changed(found) == [f"torch {torch.__version__.split('+')[0]} (now 1.0)"] or (
         checkpoints.versions_changed(found)[0].startswith("torch ")

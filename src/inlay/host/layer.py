@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from peft.utils import AuxiliaryTrainingWrapper, quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D
 
 from inlay.host import distributed, seal
 from inlay.host.bitsandbytes_guard import readable
@@ -75,6 +75,11 @@ def check_saver(method: Method, trained: tuple[str, ...], saver: str) -> None:
         raise ValueError(f"saver={saver} with dropout={method.dropout}: what is kept is of x itself; set dropout to 0")
 
 
+def own_weight(module: nn.Module) -> nn.Parameter | None:
+    """Return a module's weight where it is a parameter of its own, not computed from others."""
+    return dict(module.named_parameters(recurse=False)).get("weight")
+
+
 def bounded_shapes(method: Method, out: int, inp: int) -> Params:
     """Return θ₀ of an (out × inp) weight on the meta device, after a look at the size that `method` asks for.
 
@@ -115,7 +120,7 @@ class Frozen:
         """Its weight and bias, if calling it means nothing more than these."""
         layer = self.layer.base_layer
         own = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-        hooks = own or _has_any_global_hook() or hasattr(layer, "_hf_hook") or "forward" in vars(layer)
+        hooks = own or _has_any_global_hook() or "forward" in vars(layer)  # where accelerate puts its hooks
         if type(layer) is not nn.Linear or hooks or self.args or self.kwargs or self.layer.quantization_backend:
             return None
         tensors = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
@@ -192,7 +197,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
 
     def check_plain_weight(self) -> None:
         """Raise a ValueError where the base weight is computed from other tensors, so that no merge can replace it."""
-        if self.quantization_backend is None and "weight" not in self.base_layer._parameters:
+        if self.quantization_backend is None and own_weight(self.base_layer) is None:
             module = next((cut.module for cut in self.cuts.values()), "this layer")
             raise ValueError(
                 f"{module}: its weight is computed from other tensors (a parametrisation, weight norm, pruning, "
@@ -288,7 +293,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
 
     def has_bias(self) -> bool:
         """Return whether the base layer has a bias."""
-        return self.base_layer._parameters.get("bias") is not None
+        return "bias" in dict(self.base_layer.named_parameters(recurse=False))
 
     def _device(self) -> torch.device:
         return self.home or self._get_base_layer_device_and_dtype(self.base_layer)[0] or torch.device("cpu")

@@ -29,6 +29,11 @@ def part_of(name: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", "", tail.strip(".") or head.strip("."))
 
 
+def last_part(name: str) -> str:
+    """Return the last component of a module's name, such as "q_proj"."""
+    return name.rpartition(".")[2]
+
+
 def layer_index(name: str) -> int:
     """The number of a module's layer, the first among the components of its name; −1 where there is none (a head)."""
     return int(split_name(name)[1] or -1)

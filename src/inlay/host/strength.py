@@ -48,8 +48,8 @@ def check_scalable(model: nn.Module, name: str, scale: float) -> None:
     for path, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper) and name in module._adapters:
             raise ValueError(
-                f"the adapter {name!r} also trained {path} whole or some of its tokens, which have no strength; leave its "
-                "scale at 1, or switch the adapter off with disable_adapter()"
+                f"the adapter {name!r} also trained {path} whole or some of its tokens, which have no strength; leave "
+                "its scale at 1, or switch the adapter off with disable_adapter()"
             )
     config = getattr(model, "peft_config", {}).get(name)
     if config is not None and getattr(config, "bias", "none") != "none":

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -22,13 +22,13 @@ from peft.utils import (
 from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D
 
 from inlay.host import adapter_state, seal
 from inlay.host.compute_starts import run_jobs
 from inlay.host.config import INLAY, InlayConfig
 from inlay.host.hotswap import replace_peft_hotswap
-from inlay.host.layer import PREFIX, InlayLinear, adapted
+from inlay.host.layer import PREFIX, InlayLinear, adapted, own_weight
 from inlay.host.module_names import without_wrappers
 from inlay.host.place import places
 
@@ -258,7 +258,7 @@ class InlayModel(BaseTuner):
                         f"or Inf in {name}; the base is untouched"
                     )
             layer.check_plain_weight()
-            if places[id(layer.base_layer._parameters.get("weight"))] > 1:
+            if places[id(own_weight(layer.base_layer))] > 1:
                 raise ValueError(
                     f"{name} shares its weight with another module (tied embeddings), which merging would change too; "
                     "load the base with tie_word_embeddings=False, or leave it out of target_modules"
@@ -340,8 +340,9 @@ def weight_places(model: nn.Module) -> Counter[int]:
 
     A block that stands in several places holds its layers once: what is adapted in it is adapted in all of them.
     """
-    children = [child for module in model.modules() for child in module._modules.values() if child is not None]
-    return Counter(id(child._parameters["weight"]) for child in children if "weight" in child._parameters)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    places = {(id(modules[path.rpartition(".")[0]]), path.rpartition(".")[2]): m for path, m in modules.items() if path}
+    return Counter(id(weight) for module in places.values() if (weight := own_weight(module)) is not None)
 
 
 def left_out(config: InlayConfig) -> list[str]:

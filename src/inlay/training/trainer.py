@@ -309,7 +309,10 @@ class Trainer(Safe, SFTTrainer):
 
 
 class PreferenceTrainer(Safe, DPOTrainer):
-    """trl's, for preferences."""
+    """trl's, for preferences that are tokens already."""
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        return dataset
 
 
 class PlainTrainer(Safe, transformers.Trainer):
