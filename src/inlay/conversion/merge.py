@@ -35,6 +35,7 @@ def merge(
     to: str = "safetensors",
     shard: str = "4GB",
     probe: bool = True,
+    scale: float = 1.0,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Merged:
@@ -53,6 +54,7 @@ def merge(
         to: "safetensors", or "gguf": one file with the tokenizer in it, and an Ollama Modelfile.
         shard: how large a file may be, as 500MB or 4GB.
         probe: compare the new model's logits with the adapter's.
+        scale: the strength of the adapter (see `inlay.set_scale`).
         revision: of the base on a hub; None: the one the adapter was trained on.
         trust_remote_code: let the base's repository run its own code.
 
@@ -72,6 +74,7 @@ def merge(
         write_shards,
     )
     from inlay.files.atomic import new_folder
+    from inlay.host.strength import set_scale
     from inlay.models.adapters import adapter_folder, base_of, revision_of
     from inlay.models.loading import DTYPES, resolve
     from inlay.models.model_classes import find_model_class
@@ -93,6 +96,7 @@ def merge(
         if to == "gguf" and auto is not find_model_class("instruction").auto:
             raise ValueError(f"to={to!r} writes causal language models, which {folder} is not an adapter of")
         blank = load_blank_adapter(folder, name, revision, trust_remote_code, auto)
+        set_scale(blank, scale)
         config: Any = blank.get_base_model().config
         weights = Weights(name, revision, trust_remote_code, auto)
         tensors = merged_tensors(blank, folder, weights, width := merge_dtype(dtype, config))
@@ -101,8 +105,14 @@ def merge(
         else:
             made = write_shards(part, tensors, limit)
             write_description(part, blank, folder, weights, width)
-        error = probe_difference(folder, weights, part) if probe else None
+        error = probe_difference(folder, weights, part, scale) if probe else None
         lost = {new.name.removesuffix(".weight"): new.lost for new in made if new.lost is not None}
-        about = {"adapter": str(adapter), "base": name, "largest_logit_difference": error, "lost_in_rounding": lost}
+        about = {
+            "adapter": str(adapter),
+            "base": name,
+            "scale": scale,
+            "largest_logit_difference": error,
+            "lost_in_rounding": lost,
+        }
         (part / MERGED).write_text(json.dumps(about, indent=1), encoding="utf-8")
     return Merged(Path(out), error, lost)

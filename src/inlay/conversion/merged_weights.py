@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from inlay.host import seal
 from inlay.host.layer import PREFIX, adapted
+from inlay.host.strength import set_scale
 from inlay.models import builtin
 from inlay.models.adapters import label_settings, load_adapter
 from inlay.models.loading import DTYPES, load_config, load_model, load_tokenizer, resolve
@@ -224,7 +225,7 @@ def tokenizer_of(adapter: Path, base: str) -> str:
     return str(adapter) if (adapter / "tokenizer.json").exists() else base
 
 
-def probe_difference(adapter: Path, weights: Weights, merged: Path) -> float:
+def probe_difference(adapter: Path, weights: Weights, merged: Path, scale: float = 1.0) -> float:
     """The largest difference of logits between the adapter on its base and the merged model, both in fp32."""
     how = {"revision": weights.revision, "trust_remote_code": weights.trust_remote_code}
     settings, base = label_settings(adapter), weights.model
@@ -235,8 +236,10 @@ def probe_difference(adapter: Path, weights: Weights, merged: Path) -> float:
     except ValueError:  # it has none
         ids = torch.arange(32)[None] * 101
     ids %= config.get_text_config().vocab_size
-    before = logits_of(load_adapter(model, adapter), ids)
-    del model
+    adapted_model = load_adapter(model, adapter)
+    set_scale(adapted_model, scale)
+    before = logits_of(adapted_model, ids)
+    del model, adapted_model
     after = load_merged(merged, config, weights.auto, weights.trust_remote_code)
     return (logits_of(after, ids) - before).abs().max().item()
 

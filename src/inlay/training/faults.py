@@ -13,8 +13,10 @@ from inlay.training.deepspeed_zero3 import gathered_gradients
 
 
 def bad_gradients(model: nn.Module) -> list[str]:
-    """The parameters whose gradient holds NaN or Inf. The last one is nearest to where they come from: they spread
-    backwards."""
+    """Return the parameters whose gradient holds NaN or Inf.
+
+    The last one is nearest to where they come from: they spread backwards.
+    """
     parts = (
         gathered_gradients(model)
         if distributed.deepspeed()
