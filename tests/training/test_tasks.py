@@ -299,11 +299,11 @@ def test_a_stopped_run_goes_on_to_the_same_end(task, models_of, data_of, tmp_pat
 
 
 def convert(task: str, rows: list[dict], **more):
-    asked = Recipe(task=task, data="mine.jsonl", **more)
+    rules = rules_of(Recipe(task=task, data="mine.jsonl", **more))
     return {
-        "classification": lambda: labelled_examples(rows, rules_of(asked)),
-        "seq2seq": lambda: seq2seq_examples(rows, asked),
-        "preference": lambda: preference_examples(rows, rules=rules_of(asked)),
+        "classification": lambda: labelled_examples(rows, rules),
+        "seq2seq": lambda: seq2seq_examples(rows, rules),
+        "preference": lambda: preference_examples(rows, rules=rules),
     }[task]()
 
 
