@@ -12,13 +12,12 @@ from inlay.data.preferences import preference_examples
 
 PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8").split("## Chats")[1]
 BLOCKS = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
+CHATS = [text for text in BLOCKS if "rejected" not in text]
 PAIRS = [text for text in BLOCKS if "rejected" in text]
 LEARNED = [["4, sorry."], ["time", "It is noon."], ["time", "It is noon."], ["42"], ["4"]]
 
 
-@pytest.mark.parametrize(
-    ("text", "answers"), list(zip([text for text in BLOCKS if text not in PAIRS], LEARNED, strict=True))
-)
+@pytest.mark.parametrize(("text", "answers"), list(zip(CHATS, LEARNED, strict=True)))
 def test_an_example_of_the_page_is_learned(text, answers):
     (example,) = convert_records([json.loads(text)], rules=Rules())
     chat = example["prompt"] + example["completion"]
