@@ -34,12 +34,12 @@ from rich.console import Console
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
+from inlay.data.render import IGNORED
 from inlay.messages import gib, quiet
 from inlay.models.loading import load_tokenizer
 from inlay.recipe.recipe import Recipe
 from inlay.training.base_model import load_training_model
 from inlay.training.fit import build_trainer
-from inlay.training.labelled_head import IGNORED
 from inlay.training.tasks import TASKS
 
 SILENT = Console(quiet=True)
@@ -67,8 +67,8 @@ class Clock(TrainerCallback):
 def trainer_of(data: Path, batch: int, way: str, method: str, rounds: int, folder: Path) -> Any:
     """The trainer of a run; with trl's own head, or with ours."""
     recipe = Recipe(
-        data=str(data), eval_data=str(data), method=method, args={"r": 16}, steps=rounds, batch_size=batch, dtype="float32", eval_size=1,
-        save_every=0, learning_rate=1e-4, warmup=0,
+        data=str(data), eval_data=str(data), eval_size=1, method=method, args={"r": 16}, dtype="float32",
+        steps=rounds, batch_size=batch, save_every=0, learning_rate=1e-4, warmup=0,
     )  # fmt: skip
     task, tokenizer = TASKS[recipe.task], load_tokenizer(recipe.model)
     rows = task.examples(recipe, tokenizer, SILENT)

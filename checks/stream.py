@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 
+from inlay.data.formats import convert_records
 from inlay.data.streaming import first_examples, streamed_examples
 
 
@@ -39,7 +40,7 @@ def main() -> None:
     it = psutil.Process()
     with tempfile.TemporaryDirectory() as folder:
         count = write(Path(folder) / "data.jsonl", options.megabytes * 2**20)
-        examples = streamed_examples(folder, None, None)
+        examples = streamed_examples(folder, convert_records)
         first_examples(examples, 1000)
         before, most, seen = it.memory_info().rss, 0, 0
         for _ in examples:

@@ -191,7 +191,7 @@ def test_dry_run_shows_and_writes_nothing(tiny, records, tmp_path, capsys):
     config = yaml.safe_load(said[said.index("model:") : said.index("first example")])
     assert config["args"] == {"r": 4, "alpha": None}
     assert "⟦It is" in said
-    assert "trainable numbers" in said
+    assert "trainable parameters" in said
     assert "peak of a step" in said
     assert not out.exists()
 

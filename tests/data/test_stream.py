@@ -8,12 +8,17 @@ import pytest
 from rich.console import Console
 
 from inlay.data import streaming
-from inlay.data.formats import convert_records
-from inlay.data.streaming import first_examples, streamed_examples
+from inlay.data.formats import Rules, convert_records
+from inlay.data.readers import Reading
+from inlay.data.streaming import first_examples, open_stream
 from inlay.recipe.recipe import Recipe
-from inlay.training.examples import load_examples, training_set
+from inlay.training.examples import load_examples, token_dataset, training_set
 
 ROWS = [{"question": f"What is {i} plus one?", "answer": f"It is {i + 1}."} for i in range(250)]
+
+
+def stream_of(source):
+    return open_stream(source, Rules(), Reading()).examples
 
 
 @pytest.fixture(params=["jsonl", "parquet"])
@@ -30,24 +35,24 @@ def shards(request, tmp_path):
 
 def test_a_stream_is_what_the_files_hold_in_order(shards):
     expected = convert_records(ROWS)
-    assert list(streamed_examples(str(shards), None, None)) == expected
-    assert list(streamed_examples(str(shards.parent), None, None)) == expected
-    assert first_examples(streamed_examples(str(shards), None, None), 3) == expected[:3]
+    assert list(stream_of(str(shards))) == expected
+    assert list(stream_of(str(shards.parent))) == expected
+    assert first_examples(stream_of(str(shards)), 3) == expected[:3]
 
 
 def test_what_is_held_out_of_a_stream_is_not_trained_on(shards, real_tokenizer):
     recipe = Recipe(data=str(shards), streaming=True, steps=1, eval_size=7)
     rows = load_examples(recipe, real_tokenizer, Console(quiet=True))
     assert rows.heldout == convert_records(ROWS[:7])
-    assert list(training_set(rows, real_tokenizer)) == convert_records(ROWS[7:])
-    assert [name for name, _ in rows.shards] == sorted(path.name for path in shards.parent.iterdir())
+    assert list(training_set(rows, real_tokenizer)) == list(token_dataset(convert_records(ROWS[7:]), real_tokenizer))
+    assert [name for name, *_ in rows.shards] == sorted(path.name for path in shards.parent.iterdir())
 
 
 def test_a_record_of_another_format_is_said(tmp_path):
     rows = [*ROWS[:3], {"question": "What is no answer?", "answer": ""}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(ValueError, match="answer is empty"):
-        list(streamed_examples(str(tmp_path / "a.jsonl"), None, None))
+        list(stream_of(str(tmp_path / "a.jsonl")))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import yaml
 from peft import PeftModel, get_peft_model
 
 from inlay.cli import main
-from inlay.data import readers
+from inlay.data import columnar
 from inlay.data.formats import convert_records
 from inlay.data.readers import read_records
 from inlay.files import untrusted
@@ -70,7 +70,7 @@ def test_the_fuzzing_sees_what_goes_wrong(fuzz, tmp_path, monkeypatch):
         ("a: &a [*a]", "100,000 values"),
         ("model: !!python/object/apply:os.system [touch x]", "could not determine a constructor"),
         ("model: 2001-99-99", "month must be"),
-        ("true: 1", "no field's name"),
+        ("true: 1", "not the name of a field"),
         ("args: 5", "args: 5 is not a mapping"),
         ("model: a\0b", "not YAML"),
         ("a: &a {x: 1}\nargs: {<<: [*a, *a]}", "merge key"),
@@ -159,7 +159,7 @@ def test_data_that_is_none(name, content, tmp_path):
     pyarrow.array([b"\xff", b"b"], pyarrow.binary()).view(pyarrow.string()), pyarrow.array(["x"] * 101),
 ], ids=["timestamp", "duration", "zone", "not UTF-8", "too many"])  # fmt: skip
 def test_parquet_that_cannot_be_had(column, tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "VALUES", 100)
+    monkeypatch.setattr(columnar, "VALUES", 100)
     pyarrow.parquet.write_table(pyarrow.table({"prompt": column}), tmp_path / "d.parquet")
     with pytest.raises(DamagedFileError, match=r"d\.parquet: found"):
         read_records(str(tmp_path / "d.parquet"))

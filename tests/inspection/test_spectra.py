@@ -390,7 +390,7 @@ def test_a_dry_run_and_an_automatic_batch_see_the_ranks(uneven, records, tmp_pat
     main([*start, "--allocate", "energy", "--output", str(tmp_path / "r"), "--dry-run"])
     said = capsys.readouterr().out
     found = inlay.inspect(uneven, "lamda", 8)
-    assert f"{sum(w.numbers for w in found.weights.values()):,} trainable numbers" in said
+    assert f"{sum(w.numbers for w in found.weights.values()):,} trainable parameters" in said
     assert "patterns:\n  ^model" in said
     assert not (tmp_path / "r").exists()
 

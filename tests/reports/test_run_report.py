@@ -201,7 +201,7 @@ def test_inspect_counts_a_fold_from_where_it_began(tiny, records, tmp_path, caps
     pytest.importorskip("bitsandbytes")
     fold, ask = tmp_path / "fold", ["--steps", "1", "--samples", "0", "--learning-rate", "1e-3", "--data", records]
     main(["fold", tiny, str(fold), "--method", "pissa", "--r", "4"])
-    assert "nothing was trained" in fails(capsys, "inspect", str(fold))
+    assert "was not trained yet" in fails(capsys, "inspect", str(fold))
     main(["train", "--model", str(fold), "--method", "pissa", "--r", "4", *ask, "--output", str(tmp_path / "run")])
     found = inlay.inspect_adapter(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "changes.json").read_text()) == changes_as_data(found)

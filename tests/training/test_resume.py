@@ -278,18 +278,18 @@ def test_ctrl_c_after_the_last_step_is_heard(tiny, records, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("key", ["save_only_model", "ignore_data_skip"])
 def test_what_would_make_a_resumed_run_end_otherwise_is_refused(key, tiny, records, tmp_path):
-    with pytest.raises(ValueError, match=f"'{key}' could not be gone on with"):
+    with pytest.raises(ValueError, match=f"'{key}' could not be resumed exactly"):
         train(made(tiny, records, tmp_path / "run", trainer={key: True}), SILENT)
 
 
 def test_adalora_takes_no_checkpoints_and_says_so(tiny, records, tmp_path, monkeypatch):
     """It prunes, and PEFT cannot load what is left into what is whole."""
     recipe = made(tiny, records, tmp_path / "run", method="peft:adalora", steps=3)
-    with pytest.raises(ValueError, match="no run of it can be gone on with; leave out save_every"):
+    with pytest.raises(ValueError, match="so its runs cannot be resumed; leave out save_every"):
         train(recipe, SILENT)
     run = stopped(replace(recipe, save_every=None), monkeypatch, 1)
     assert checkpoints.checkpoint_steps(run / "checkpoints") == [2]  # of Ctrl-C
-    with pytest.raises(ValueError, match="start it anew"):
+    with pytest.raises(ValueError, match="start again"):
         resume(run)
 
 

@@ -48,7 +48,7 @@ from inlay.training.base_model import load_training_model
 from inlay.training.fit import build_trainer
 from inlay.training.tasks import TASKS
 from inlay.training.tasks.classification import ordered_labels
-from inlay.training.tasks.preference import preference_examples
+from inlay.training.tasks.preference import recipe_preferences
 from inlay.training.tasks.seq2seq import seq2seq_examples
 from inlay.training.train import train
 
@@ -302,7 +302,7 @@ def convert(task: str, rows: list[dict], **more):
     return {
         "classification": lambda: labelled_examples(rows, asked.columns),
         "seq2seq": lambda: seq2seq_examples(rows, asked),
-        "preference": lambda: preference_examples(rows, asked),
+        "preference": lambda: recipe_preferences(rows, asked),
     }[task]()
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import gguf
 import torch
 from torch import Tensor
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers import ROPE_INIT_FUNCTIONS
 
 from inlay.conversion.gguf_lora import ARCHITECTURES, close_writer, interleaved
 from inlay.conversion.merged_weights import New

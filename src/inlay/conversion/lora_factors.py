@@ -15,8 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
+from transformers import AutoModelForCausalLM, Conv1D
 
 from inlay.host import seal
 from inlay.host.config import InlayConfig

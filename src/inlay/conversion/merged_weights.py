@@ -19,8 +19,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
-from transformers.pytorch_utils import Conv1D
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Conv1D, GenerationConfig
 
 from inlay.host import seal
 from inlay.host.layer import PREFIX, adapted

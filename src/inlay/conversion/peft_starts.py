@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D
+
+from inlay.host.tuner import count_owners
 
 PLAIN = ("true", "false", "gaussian", "eva", "orthogonal", "mica")  # they leave the base's weights as they are
 COMPUTED = ("pissa", "olora")  # functions of W
@@ -44,10 +46,7 @@ def moves_base(start: str, given: bool) -> bool:
 
 def check_peft_start(start: str, layers: dict[str, nn.Module], model: nn.Module) -> None:
     """Raise a ValueError where PEFT's own model is not W − s B₀ A₀ + s B A on these layers alone."""
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        if (weight := module._parameters.get("weight")) is not None:
-            owners[id(weight)] = owners.get(id(weight), 0) + 1
+    owners = count_owners(model)
     for name, layer in layers.items():
         if owners[id(layer.weight)] > 1:
             raise ValueError(

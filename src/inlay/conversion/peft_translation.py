@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, MissConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.miss.layer import MissLayer
+from peft.tuners.lora import LoraLayer
+from peft.tuners.miss import MissLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D
 
 from inlay.conversion.lora_factors import target_names
 from inlay.conversion.peft_folder import (

@@ -1,84 +1,256 @@
-"""Training data: any common record format in, what trl's SFTTrainer takes out, and what it will make of it.
+"""Training data: records of any common format in, what trl's trainers take out.
 
-`read` gets records from a file, a folder, a hub or the built-in slice; `examples` recognises their format and makes
-them trl's; `split` holds some out; `render` and `audit` show the very tokens that will be trained on. Whatever is wrong
-with a user's data is a one-line ValueError that says where.
+A task names its formats and how one record becomes examples. What tasks have in common is here: which column plays
+which role, what an empty cell means, and which row is at fault. Whatever is wrong with a user's data is a one-line
+ValueError that says where.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
-from inlay.data.readers import Record
+from inlay.data.chats import (
+    SWITCHES,
+    EmptyAnswerError,
+    Example,
+    Message,
+    chat_cell,
+    conversation,
+    parsed,
+    role_of,
+    template_arguments,
+    text_cell,
+    tools_cell,
+    with_system,
+)
+from inlay.data.columns import (
+    ANSWERS,
+    CHATS,
+    OPTIONAL,
+    Formats,
+    Roles,
+    Survey,
+    Unused,
+    as_chat,
+    assign_roles,
+    check_unused,
+    is_empty,
+    survey,
+)
+from inlay.data.records import Record, place_of
 from inlay.messages import short
 
-Example = dict[str, Any]
-Formats = dict[str, dict[str, tuple[str, ...]]]
+Convert = Callable[[Record, Roles], list[Example]]
 
-
+# What a row may have beside its prompt and answer, or its messages, in every format that has these.
+CHAT: dict[str, tuple[str, ...]] = {
+    "system": ("system", "system_prompt"),
+    "tools": ("tools", "functions"),
+    "chat_template_kwargs": ("chat_template_kwargs",),
+}
+BESIDE = {**CHAT, "history": ("history",)}
+# Of messages; what becomes of the other keys, the audit says.
+USED_KEYS = (*SWITCHES, "tool_calls", "function_call", "tools")
 # Format -> role -> the columns that can play it, the preferred one first; of the formats the first that fits is taken.
 # Recognition, error messages and docs all come from this table.
 FORMATS: Formats = {
-    "chat": {"messages": ("messages",)},
-    "ShareGPT": {"messages": ("conversations",)},
+    "chat": {"messages": ("messages",), **CHAT},
+    "ShareGPT": {"messages": ("conversations",), **CHAT},
     "instruction": {
         "prompt": ("instruction",),
         "input": ("input", "context"),
         "answer": ("output", "response", "answer"),
+        **BESIDE,
     },
-    "prompt-completion": {"prompt": ("prompt",), "answer": ("completion", "response", "answer")},
-    "question-answer": {"prompt": ("question",), "answer": ("answer",)},
-    "E2E": {"prompt": ("mr",), "answer": ("ref",)},
+    "prompt-completion": {
+        "prompt": ("prompt",),
+        "input": ("input", "context"),
+        "answer": ("completion", "response", "answer"),
+        **BESIDE,
+    },
+    "question-answer": {"prompt": ("question",), "input": ("input", "context"), "answer": ("answer",), **BESIDE},
+    "query-response": {"prompt": ("query",), "answer": ("response",), **BESIDE},
+    "input-output": {"prompt": ("input",), "answer": ("output",), **BESIDE},
+    "E2E": {"prompt": ("mr",), "answer": ("ref",), **CHAT},
     "text": {"text": ("text",)},
 }
 SUMMARIES: Formats = {
-    "XSum": {"prompt": ("document",), "answer": ("summary",)},
-    "CNN/DailyMail": {"prompt": ("article",), "answer": ("highlights",)},
-    "summary": {"prompt": ("text", "dialogue"), "answer": ("summary",)},
+    "XSum": {"prompt": ("document",), "answer": ("summary",), **CHAT},
+    "CNN/DailyMail": {"prompt": ("article",), "answer": ("highlights",), **CHAT},
+    "summary": {"prompt": ("text", "dialogue"), "answer": ("summary",), **CHAT},
 }
-ROLES = ("prompt", "input", "answer", "messages", "text")
-SPEAKERS = {"human": "user", "gpt": "assistant"}
 
 
-def accepted(formats: Formats = FORMATS) -> str:
-    """The record formats in one line, for error messages and docs; brackets hold what is optional."""
-    one = {"input": "[{}]"}
-    parts = {
-        n: " + ".join(one.get(role, "{}").format("|".join(c)) for role, c in f.items()) for n, f in formats.items()
-    }
-    return ", ".join(f"{name} ({part})" for name, part in parts.items())
+@dataclass
+class Findings:
+    """What converting records has brought to light, over all sources of a run."""
+
+    unused: Unused = field(default_factory=Unused)
+    skipped: int = 0  # rows without an answer
+
+    def add(self, other: Findings) -> None:
+        """Count in what was found in another source."""
+        self.unused.columns |= other.unused.columns
+        self.skipped += other.skipped
+
+    def lines(self) -> list[str]:
+        """What a person should read before training."""
+        said = {
+            str(self.unused): True,
+            f"{self.skipped} rows without an answer are skipped": self.skipped,
+        }
+        return [line for line, holds in said.items() if line and holds]
+
+
+@dataclass
+class Rules:
+    """What a run says of its records: roles and their columns, a system message, and what becomes of the rest."""
+
+    columns: Roles = field(default_factory=dict)
+    system: str | None = None
+    skip_empty: bool = False
+    ignore: tuple[str, ...] = ()
+    arguments: dict[str, Any] = field(default_factory=dict)  # of the chat template, below a record's own
+    last: bool = False  # of a conversation's answers only the last is learned
+    strict: bool = True  # refuse what would change what a row means and is not used; only evaluation does not ask
+    source: str = ""
+    found: Findings = field(default_factory=Findings)
 
 
 def convert_records(
     records: list[Record],
-    columns: dict[str, str] | None = None,
+    columns: Roles | None = None,
     system: str | None = None,
     formats: Formats = FORMATS,
+    rules: Rules | None = None,
+    arguments: dict[str, Any] | None = None,
+    last: bool = False,
 ) -> list[Example]:
-    """Records of one format as trl's conversational prompt and completion, or as {"text": ...} for plain text.
+    """Records of one format as conversations (see `chats`), or as {"text": ...} for plain text.
 
     `columns` maps roles (prompt, input, answer, messages, text) to columns, over the recognised ones; a mapped prompt
-    is the whole prompt, unless an input is mapped too. A chat becomes one example per assistant turn: trl takes the
-    loss over a completion with any chat template, but its `assistant_only_loss` needs one with generation markers,
-    which few have. Newlines around an answer are dropped: they would merge with the template's own into tokens that
-    the model never sees when it answers.
+    is the whole prompt, unless an input is mapped too. `arguments` are the chat template's, below a record's own;
+    `last`: of a conversation's answers only the last is learned. `rules` say all of that for a run, and have what plays
+    no role refused or counted.
+    """
+    given = rules or Rules(columns or {}, system, arguments=arguments or {}, last=last, strict=False)
+    return convert_all(records, given, formats, instruction_converter(given))
+
+
+def example_key(example: Example) -> str:
+    """A text that two examples share if they are the same."""
+    return json.dumps(example, sort_keys=True, default=str)
+
+
+def instruction_converter(rules: Rules) -> Convert:
+    """How one record becomes a conversation to learn from, or plain text."""
+
+    def convert(record: Record, roles: Roles) -> list[Example]:
+        if rules.system is not None and "text" in roles:
+            raise ValueError("a system message needs a prompt to stand before; plain text has none")
+        return [_convert(record, roles, rules)]
+
+    return convert
+
+
+class Conversion:
+    """Turns records into examples by roles that hold for all of them, and counts what it comes upon.
+
+    Raises:
+        ValueError: no format fits the records, or something that matters would not be used.
     """
 
-    def convert(record: Record, roles: dict[str, str]) -> list[Example]:
-        if system is not None and "text" in roles:
-            raise ValueError("a system message needs a prompt to stand before; plain text has none")
-        return _convert(record, roles, system)
+    def __init__(self, seen: Survey, rules: Rules, formats: Formats, convert: Convert) -> None:
+        self.roles = assign_roles(seen.without(rules.ignore), rules.columns, formats)
+        self.convert, self.skip_empty, self.ignore = convert, rules.skip_empty, rules.ignore
+        self.found = Findings()
+        if rules.strict:
+            self.found.unused = check_unused(seen, self.roles, USED_KEYS, rules.ignore)
 
-    return convert_all(records, columns or {}, formats, convert)
+    def __call__(self, record: Record) -> list[Example]:
+        """The examples of one record; of one without an answer, none where such rows are skipped."""
+        try:
+            cells = self._cells(record)
+            _check_answered(cells, self.roles)
+        except EmptyAnswerError:
+            if not self.skip_empty:
+                raise
+            self.found.skipped += 1
+            return []
+        return self.convert(cells, self.roles)
+
+    def _cells(self, record: Record) -> Record:
+        """The cells that play a role, by column: None for an empty one, and chats read from JSON."""
+        cells: Record = {}
+        for role, column in self.roles.items():
+            if column not in record and role not in OPTIONAL and not (role == "prompt" and "chosen" in self.roles):
+                kind = EmptyAnswerError if role in (*ANSWERS, "messages") else ValueError
+                raise kind(f"no column {column!r} as in other rows, but {short(', '.join(record))}")
+            cell = record.get(column)
+            chat = as_chat(cell) if role in CHATS else None
+            if chat is not None:
+                cell = [{key: value for key, value in one.items() if key not in self.ignore} for one in chat]
+            cells[column] = None if is_empty(cell) else cell
+        return cells
 
 
-def convert_all(
-    records: list[Record],
-    columns: dict[str, str],
-    formats: Formats,
-    convert: Callable[[Record, dict[str, str]], list[Example]],
-) -> list[Example]:
+def _check_answered(cells: Record, roles: Roles) -> None:
+    """Raise an EmptyAnswerError for a row that has nothing to learn from."""
+    for role in ANSWERS:
+        if role in roles and cells[roles[role]] is None:
+            raise EmptyAnswerError(f"{roles[role]} is empty; accepted: text")
+    chat = cells.get(roles.get("messages", ""), "")
+    if chat is None:
+        raise EmptyAnswerError("no assistant message; accepted: at least one to learn from")
+    if not isinstance(chat, list) or not all(isinstance(message, dict) for message in chat):
+        return
+    said = [place for place, message in enumerate(chat, start=1) if role_of(message) == "assistant"]
+    if said and all(_says_nothing(chat[place - 1]) for place in said):
+        raise EmptyAnswerError(f"message {said[-1]} is empty; accepted: text")
+    if not said and all(role_of(message) in ("system", "developer", "user") for message in chat):
+        raise EmptyAnswerError("no assistant message; accepted: at least one to learn from")
+
+
+def _says_nothing(message: dict[str, Any]) -> bool:
+    return all(is_empty(value) for key, value in message.items() if key not in ("role", "from", "name"))
+
+
+class Faults:
+    """Rows that cannot be converted: the first two, and how many there are."""
+
+    def __init__(self, rules: Rules) -> None:
+        self.said: list[str] = []
+        self.strict = rules.strict
+        self.count = self.empty = 0
+
+    def attempt(self, conversion: Conversion, record: Record, place: Callable[[], str]) -> list[Example]:
+        """The examples of a record; none, and one fault more, where it has one."""
+        try:
+            return conversion(record)
+        except ValueError as error:
+            self.count += 1
+            self.empty += isinstance(error, EmptyAnswerError)
+            if len(self.said) < 2:
+                self.said.append(f"{place()}: {error}")
+            return []
+
+    def check(self) -> None:
+        """Raise a ValueError if there were any; for a run, with how it can pass over some of them."""
+        if not self.count:
+            return
+        more = f" ({self.count} rows at fault, next {self.said[1]})" if self.count > 1 else ""
+        hint = (
+            f"; --empty-answers skip leaves out the {self.empty} without an answer"
+            if self.empty and self.strict
+            else ""
+        )
+        raise ValueError(self.said[0] + more + hint)
+
+
+def convert_all(records: list[Record], rules: Rules, formats: Formats, convert: Convert) -> list[Example]:
     """Records of one of some formats, each by `convert`, which also gets role -> column.
 
     Raises:
@@ -86,101 +258,65 @@ def convert_all(
     """
     if not records:
         raise ValueError("found no records; accepted: at least one")
-    roles = recognise_format(list(records[0]), columns, formats)
-    found, faults = [], []
-    for number, record in enumerate(records, start=1):
-        try:
-            missing = [column for role, column in roles.items() if column not in record and role != "input"]
-            if missing:
-                raise ValueError(f"no column {missing[0]!r} as in row 1, but {short(', '.join(record))}")
-            found += convert(record, roles)
-        except ValueError as error:
-            faults.append(f"row {number}: {error}")
-    if faults:
-        raise ValueError(faults[0] + (f" ({len(faults)} rows at fault, next {faults[1]})" if len(faults) > 1 else ""))
-    return found
+    conversion, faults = Conversion(survey(records), rules, formats, convert), Faults(rules)
+    examples: list[Example] = []
+    for i, record in enumerate(records):
+        examples += faults.attempt(conversion, record, lambda i=i: place_of(records, i))
+    faults.check()
+    if not examples:
+        raise ValueError(f"none of {len(records)} rows has an answer; accepted: at least one")
+    rules.found.add(conversion.found)
+    return examples
 
 
-def recognise_format(found: list[str], mapped: dict[str, str], formats: Formats = FORMATS) -> dict[str, str]:
-    """Role -> column by the first format that fits, the user's mapping laid over it."""
-    listed = ", ".join(map(short, found))
-    known = list(dict.fromkeys(role for format in formats.values() for role in format))
-    known.sort(key=lambda role: ROLES.index(role) if role in ROLES else len(ROLES))
-    for role, column in mapped.items():
-        if role not in known:
-            raise ValueError(f"columns: found the role {role!r}; accepted: {', '.join(known)}")
-        if column not in found:
-            raise ValueError(f"columns: {role} is mapped to {column!r}, which is not among the columns {listed}")
-    for format in formats.values():
-        names = format | {role: (column,) for role, column in mapped.items()}
-        if "prompt" in mapped and "input" not in mapped:
-            names.pop("input", None)
-        chosen = {role: next((c for c in candidates if c in found), None) for role, candidates in names.items()}
-        strange = mapped.keys() - format.keys() - ({"input"} if "prompt" in format else set())
-        if not strange and all(column or role == "input" for role, column in chosen.items()):
-            return {role: column for role, column in chosen.items() if column}
-    raise ValueError(
-        f"no record format fits the columns {listed}; accepted: {accepted(formats)}; or map them: "
-        f"{{{known[0]}: ..., {known[1]}: ...}}"
+def _convert(record: Record, roles: Roles, rules: Rules) -> Example:
+    cells = {role: record.get(column) for role, column in roles.items()}
+    if "text" in roles:
+        return {"text": text_cell(cells["text"], roles["text"])}
+    if "messages" in roles:
+        chat = chat_cell(cells["messages"], roles["messages"])
+    elif isinstance(cells["prompt"], list):  # trl's own form: the turns so far, which are context, and the next
+        answer = cells["answer"]
+        tail = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
+        turns = chat_cell([*map(as_context, cells["prompt"]), *tail], roles["prompt"])
+        chat = [*earlier_turns(cells, roles), *turns]
+    else:
+        answer = text_cell(cells["answer"], roles["answer"]).strip("\r\n")
+        messages = [{"role": "user", "content": question_of(cells, roles)}, {"role": "assistant", "content": answer}]
+        chat = [*earlier_turns(cells, roles), *messages]
+    return conversation(
+        with_system(chat, cells.get("system"), roles.get("system", "system")),
+        rules.system,
+        tools_cell(cells.get("tools"), roles.get("tools", "tools")),
+        {**rules.arguments, **template_arguments(cells.get("chat_template_kwargs"), "chat_template_kwargs")},
+        rules.last,
     )
 
 
-def _convert(record: Record, roles: dict[str, str], system: str | None) -> list[Example]:
-    cells = {role: record.get(column) for role, column in roles.items()}
-    if "text" in roles:
-        return [{"text": text_cell(cells["text"], roles["text"])}]
-    if "messages" in roles:
-        return chat_turns(chat_cell(cells["messages"], roles["messages"]), system)
-    prompt, answer = cells["prompt"], cells["answer"]
-    if isinstance(prompt, list):  # trl's own form: the turns so far, and the next
-        tail = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
-        return chat_turns(chat_cell(prompt + tail, roles["prompt"]), system)[-1:]
-    question = text_cell(prompt, roles["prompt"])
+def as_context(turn: Any) -> Any:
+    """A message that is not learned, whoever wrote it."""
+    return {**turn, "weight": 0} if isinstance(turn, dict) and role_of(turn) == "assistant" else turn
+
+
+def question_of(cells: dict[str, Any], roles: Roles) -> str:
+    """The prompt of a record, with its input below where it has one."""
+    question = text_cell(cells["prompt"], roles["prompt"])
     extra = cells.get("input")
-    if extra is not None and str(extra).strip():
-        question += "\n\n" + text_cell(extra, roles["input"])
-    answer = text_cell(answer, roles["answer"])
-    return chat_turns([{"role": "user", "content": question}, {"role": "assistant", "content": answer}], system)
+    return question if extra is None else question + "\n\n" + text_cell(extra, roles["input"])
 
 
-def text_cell(cell: Any, name: str) -> str:
-    """A cell that has to be text; raises a ValueError that says what it is."""
-    if isinstance(cell, str) and cell.strip():
-        if any("\ud800" <= c <= "\udfff" for c in cell):  # JSON can write it, no tokenizer reads it
-            raise ValueError(f"{name} is {short(cell)}, with half of a surrogate pair; accepted: text")
-        return cell
-    found = "empty" if cell is None or isinstance(cell, str) else f"the {type(cell).__name__} {short(cell)}"
-    raise ValueError(f"{name} is {found}; accepted: text")
-
-
-def chat_cell(cell: Any, name: str) -> list[dict[str, str]]:
-    """A cell that has to be a chat, OpenAI's or ShareGPT's, as {"role", "content"}; else a ValueError."""
-    if not isinstance(cell, list) or not all(isinstance(turn, dict) for turn in cell):
-        raise ValueError(f"{name!r} is {short(cell)}; accepted: a list of messages")
-    made: list[dict[str, str]] = []
-    for place, turn in enumerate(cell, start=1):
-        speaker = turn.get("role", turn.get("from"))
-        role = SPEAKERS.get(str(speaker), speaker)
-        if role not in ("system", "user", "assistant"):
-            raise ValueError(f"message {place} is by {speaker!r}; accepted: system, user, assistant, human, gpt")
-        before = made[-1]["role"] if made else None
-        if (role == "system" and before) or (role == "assistant" and before != "user"):
-            wanted = "system only as the first, assistant after user"
-            raise ValueError(f"message {place} is by {role}, after {before or 'none'}; accepted: {wanted}")
-        content = text_cell(turn.get("content", turn.get("value")), f"message {place}")
-        made.append({"role": role, "content": content})
-    return made
-
-
-def chat_turns(chat: list[dict[str, str]], system: str | None) -> list[Example]:
-    """A chat as one prompt and completion for each of the assistant's turns."""
-    if system is not None and chat and chat[0]["role"] != "system":
-        chat = [{"role": "system", "content": system}, *chat]
-    chat = [m | {"content": m["content"].strip("\r\n")} if m["role"] == "assistant" else m for m in chat]
-    ends = [i for i, message in enumerate(chat) if message["role"] == "assistant"]
-    if not ends:
-        raise ValueError("no assistant message; accepted: at least one to learn from")
-    return [{"prompt": chat[:i], "completion": [chat[i]]} for i in ends]
+def earlier_turns(cells: dict[str, Any], roles: Roles) -> list[Message]:
+    """The turns that a record's history holds: pairs of a question and its answer, or messages."""
+    history, name = parsed(cells.get("history")), roles.get("history", "history")
+    if history is None:
+        return []
+    if (chat := as_chat(history)) is not None:
+        return chat_cell(chat, name)
+    if not isinstance(history, list) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in history):
+        raise ValueError(f"{name} is {short(history)}; accepted: a list of pairs, question and answer")
+    speakers = ("user", "assistant")
+    turns = [(role, text_cell(cell, name)) for pair in history for role, cell in zip(speakers, pair, strict=True)]
+    return chat_cell([{"role": role, "content": text} for role, text in turns], name)
 
 
 Row = dict[str, Any]

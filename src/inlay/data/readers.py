@@ -2,54 +2,128 @@
 
 from __future__ import annotations
 
-import csv
+import codecs
 import difflib
+import gzip
 import io
-import json
 import re
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import pyarrow
-import pyarrow.parquet
-
-from inlay.files.untrusted import DamagedFileError, from_json
-from inlay.messages import short
+from inlay.data.columnar import columnar_records
+from inlay.data.folders import Parts, folder_parts, short_list
+from inlay.data.json_files import json_records
+from inlay.data.records import Numbered, Record, Records, refusal
+from inlay.data.tables import table_records
+from inlay.files.untrusted import DamagedFileError
+from inlay.messages import gib
 from inlay.models import builtin
 
-Record = dict[str, Any]
-VALUES, BYTES = 20_000_000, 4 << 30  # of a Parquet file, which may be a thousandth of that on the disk
+LEAST, FACTOR, LINE = 256 << 20, 100, 1 << 30  # bytes of an unpacked file, times its size packed; of one line
+UNPACK = {".zip": "unzip", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "zstd -d", ".tar": "tar -xf", ".tgz": "tar -xzf"}
 
 
-def read_records(source: str, split: str | None = None) -> list[Record]:
+@dataclass
+class Reading:
+    """How files are read, and what was noticed on the way."""
+
+    encoding: str = "utf-8"
+    tsv_quotes: str = "auto"
+    notes: list[str] = field(default_factory=list)
+
+
+def read_records(
+    source: str, split: str | None = None, reading: Reading | None = None, one_split: bool = False
+) -> Records:
     """Records from "builtin", a local file or folder, or a hub data set: "owner/name" or "owner/name:config".
 
-    A folder gives all its files of a known kind, with `split` those whose names begin so. A hub is contacted only for
-    what cannot be a local path.
+    Of a source with several splits these are the ones to train on, unless `split` names others.
+
+    Raises:
+        ValueError: as `read_splits`; with `one_split`, a folder has several, of which the first may be trained on.
     """
+    path = Path(source).expanduser()
+    if one_split and path.is_dir() and len(files := folder_parts(path, None, KINDS).by_split()) > 1:
+        listed = ", ".join(f"{split} ({short_list(names)})" for split, names in files.items())
+        raise refusal(path, f"the splits {listed}", f"one of their files, as {path / next(iter(files.values()))[0]}")
+    return read_splits(source, split, reading)["train"]
+
+
+def read_splits(source: str, split: str | None = None, reading: Reading | None = None) -> dict[str, Records]:
+    """The records to train on, as "train", and those that the source holds out itself, as "validation".
+
+    `split` names one part of a folder or a hub data set, which is then all that is read. A hub is contacted only for
+    what cannot be a local path.
+
+    Raises:
+        ValueError: there is no such source or split, or a file of it cannot be read.
+    """
+    reading = reading or Reading()
     path = builtin.data_path() if source == builtin.MODEL else Path(source).expanduser()
-    names = sorted(file.name for file in (path if path.is_dir() else path.parent).glob("*"))
+    if path.is_dir():
+        return _read_folder(folder_parts(path, split, KINDS), reading)
     if path.is_file():
         if split is not None:
-            raise _bad(path, f"one file, without a split {split!r}", "a split of a folder or of a hub data set")
-        return _read_file(path)
-    if path.is_dir():
-        chosen = [name for name in names if Path(name).suffix.lower() in READERS and name.startswith(split or "")]
-        if not chosen:
-            raise _bad(path, short(", ".join(names)), f"{split or ''}* of {KINDS}")
-        return [record for name in chosen for record in _read_file(path / name)]
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source) and path.suffix not in READERS and not path.parent.is_dir():
-        return _read_hub(source, split)
+            raise refusal(path, f"one file, without a split {split!r}", "a split of a folder or of a hub data set")
+        return {"train": read_files([path], path.parent, reading)}
+    if (
+        re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source)
+        and kind_of(path) not in READERS
+        and not path.parent.is_dir()
+    ):
+        return _read_hub(source, split, reading)
+    names = sorted(file.name for file in path.parent.glob("*"))
     close = difflib.get_close_matches(path.name, names, cutoff=0.5)
     hint = f" (did you mean {', '.join(close)}?)" if close else ""
-    raise _bad(path, f"no such file{hint}", f"builtin, {KINDS}, a folder of these, or a hub's owner/name")
+    raise refusal(path, f"no such file{hint}", f"builtin, {KINDS}, a folder of these, or a hub's owner/name")
 
 
-def _bad(where: Path | str, found: str, wanted: str) -> DamagedFileError:
-    return DamagedFileError(f"{where}: found {found}; accepted: {wanted}")
+def kind_of(path: Path) -> str:
+    """A file's suffix, without the .gz of one that is packed."""
+    packed = Path(path.name.lower().removesuffix(".gz")).suffix
+    return packed if packed in TEXT else path.suffix.lower()
 
 
-def _read_hub(source: str, split: str | None) -> list[Record]:
+def _read_folder(parts: Parts, reading: Reading) -> dict[str, Records]:
+    reading.notes += parts.notes
+    return {name: read_files(files, parts.folder, reading) for name, files in parts.files.items()}
+
+
+def read_files(files: list[Path], folder: Path, reading: Reading) -> Records:
+    """The records of some files of a folder, one file after the other."""
+    records = Records()
+    for path in files:
+        before = len(records)
+        unit = "row" if kind_of(path) in (".parquet", ".arrow") else "line"
+        records.add_file(str(path.relative_to(folder)), unit, file_records(path, reading))
+        if len(records) == before:
+            raise refusal(path, "no record (empty)", "at least one")
+    return records
+
+
+def file_records(path: Path, reading: Reading, whole: bool = True) -> Iterator[tuple[int, Record]]:
+    """The records of one file with their lines or rows; unless `whole`, without ever holding the file in memory.
+
+    Raises:
+        ValueError: the file cannot be read, or is not what its name says.
+    """
+    reader = READERS.get(kind_of(path))
+    if reader is None:
+        command = UNPACK.get(path.suffix.lower())
+        advice = f" ({command} {path.name} unpacks it)" if command else ""
+        raise refusal(path, f"the suffix {path.suffix!r}", KINDS + advice)
+    if path.exists() and not path.is_file():
+        raise refusal(path, "a device, a pipe or a folder", "a file")
+    try:
+        yield from reader(path, reading, whole)
+    except OSError as error:
+        raise DamagedFileError(f"{path}: cannot be read ({error.strerror or error})".strip()) from error
+
+
+def _read_hub(source: str, split: str | None, reading: Reading) -> dict[str, Records]:
     import datasets
 
     name, _, config = source.partition(":")
@@ -58,110 +132,134 @@ def _read_hub(source: str, split: str | None) -> list[Record]:
     except Exception as error:  # of many kinds, from many libraries; each means that this data set did not come
         cause = " ".join(str(error).split())[:200]
         raise ValueError(f"{source}: no local file, and the hub data set did not load: {cause}") from error
+    parts: dict[str, Any] = {"train": found}
     if isinstance(found, datasets.DatasetDict):
         if len(found) > 1 and "train" not in found:
-            raise _bad(source, f"the splits {', '.join(map(str, found))}", "the name of one of them")
-        found = found["train"] if "train" in found else next(iter(found.values()))
-    return found.to_list()
+            raise refusal(source, f"the splits {', '.join(map(str, found))}", "the name of one of them with --split")
+        parts = {"train": found["train"] if "train" in found else next(iter(found.values()))}
+        if "validation" in found and "train" in found:
+            parts["validation"] = found["validation"]
+            reading.notes.append(f"{source}: train is trained on, validation is held out")
+    read = {name: Records() for name in parts}
+    for part, records in read.items():
+        records.add_file(f"{source}, {part}", "row", enumerate(parts[part].to_list(), start=1))
+    return read
 
 
-def _read_file(path: Path) -> list[Record]:
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        raise _bad(path, f"the suffix {path.suffix!r}", KINDS)
-    if path.exists() and not path.is_file():
-        raise _bad(path, "a device, a pipe or a folder", "a file")
+# -- one file ----------------------------------------------------------------------------------------------------------
+
+
+def open_bytes(path: Path) -> IO[bytes]:
+    """A file's bytes, unpacked where it ends in .gz, up to a bound on what comes out."""
+    if path.suffix.lower() != ".gz":
+        return path.open("rb")
+    return io.BufferedReader(Unpacked(path), 1 << 16)
+
+
+class Unpacked(io.RawIOBase):
+    """A gzip file that is refused where a few bytes unpack without end."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.count = path, 0
+        self.most = max(LEAST, FACTOR * path.stat().st_size)
+        self.source = gzip.open(path, "rb")  # noqa: SIM115 - closed with this object
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            part = self.source.read(len(buffer))
+        except (OSError, EOFError, zlib.error) as error:
+            raise DamagedFileError(f"{self.path}: cannot be unpacked ({error})") from error
+        self.count += len(part)
+        if self.count > self.most:
+            wanted = f"at most {FACTOR} times its {gib(self.path.stat().st_size)}, and {gib(LEAST)} (gunzip it first)"
+            raise refusal(self.path, f"more than {gib(self.most)} once unpacked", wanted)
+        buffer[: len(part)] = part
+        return len(part)
+
+    def close(self) -> None:
+        self.source.close()
+        super().close()
+
+
+def text_lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
+    """The lines of a text file with their numbers, one at a time; a mark of the byte order is left out."""
+    with open_bytes(path) as file:
+        if codecs.lookup(encoding).name != "utf-8":
+            for number, line in enumerate(_decoded(path, file.read(), encoding).split("\n"), start=1):
+                yield number, line
+            return
+        number = 0
+        while raw := file.readline(LINE + 1):
+            number += 1
+            if len(raw) > LINE:
+                raise refusal(f"{path}, line {number}", f"more than {gib(LINE)}", "shorter lines")
+            yield number, _decoded(path, raw.removesuffix(b"\n"), "utf-8-sig" if number == 1 else encoding, number)
+
+
+def read_text(path: Path, encoding: str) -> str:
+    """A text file as a whole."""
+    with open_bytes(path) as file:
+        return _decoded(path, file.read(), "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding)
+
+
+def _decoded(path: Path, raw: bytes, encoding: str, line: int = 1) -> str:
     try:
-        records = reader(path)
-    except OSError as error:
-        raise DamagedFileError(f"{path}: cannot be read ({error.strerror or error})".strip()) from error
-    if not records:
-        raise _bad(path, "no record (empty)", "at least one")
-    return records
+        return raw.decode(encoding).removeprefix("\ufeff")
+    except UnicodeError as error:
+        start = getattr(error, "start", 0)
+        line += raw.count(b"\n", 0, start)
+        named = encoding.removesuffix("-sig").upper()
+        other = next((one for one in _guesses(raw) if one != codecs.lookup(encoding).name), "the name of its encoding")
+        found = f"byte 0x{raw[start]:02x}" if raw else "nothing"
+        raise refusal(f"{path}, line {line}", found, f"text in {named}, or --encoding {other}") from error
 
 
-def _read_text(path: Path) -> str:
-    raw = path.read_bytes()
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise _bad(f"{path}, line {line}", f"byte 0x{raw[error.start]:02x}", "text in UTF-8") from error
+def _guesses(raw: bytes) -> Iterator[str]:
+    """Encodings that a text which is no UTF-8 may well have: Excel's Unicode text, and Windows' western one."""
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        yield "utf-16"
+    for name in ("cp1252", "latin-1"):
+        try:
+            raw.decode(name)
+            yield name
+        except UnicodeDecodeError:
+            pass
 
 
-def _parse(text: str, path: Path, line: int, wanted: str) -> Any:
-    try:
-        return from_json(text)
-    except json.JSONDecodeError as error:
-        culprit = short(text.split("\n")[error.lineno - 1])
-        raise _bad(f"{path}, line {line + error.lineno - 1}", f"{culprit} ({error.msg})", wanted) from error
-    except ValueError as error:  # a number of more digits than are read
-        raise _bad(f"{path}, from line {line} on", f"{short(text)} ({error})", wanted) from error
+def _json(path: Path, reading: Reading, whole: bool) -> Numbered:
+    lines = text_lines(path, reading.encoding)
+    return json_records(path, lines, kind_of(path) == ".jsonl", reading.notes, whole)
 
 
-def _read_json(path: Path) -> list[Record]:
-    wanted, text = "a list of JSON objects (one object a line is .jsonl)", _read_text(path)
-    values = _parse(text, path, 1, wanted) if text.strip() else []
-    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
-        raise _bad(path, short(values), wanted)
-    return values
+def _table(path: Path, reading: Reading, whole: bool) -> Numbered:
+    text = read_text(path, reading.encoding)
+    return table_records(path, text, kind_of(path) == ".tsv", reading.tsv_quotes, reading.notes)
 
 
-def _read_jsonl(path: Path) -> list[Record]:
-    wanted, values = "one JSON object a line", []
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if line.strip():
-            values.append(_parse(line, path, number, wanted))
-            if not isinstance(values[-1], dict):
-                raise _bad(f"{path}, line {number}", short(line), wanted)
-    return values
+def _columnar(path: Path, reading: Reading, whole: bool) -> Numbered:
+    return columnar_records(path, whole)
 
 
-def _read_table(path: Path) -> list[Record]:
-    """CSV or TSV below a header line. In a TSV a quotation mark is a plain character, as in GLUE's files."""
-    text = io.StringIO(_read_text(path), newline="")
-    is_tsv = path.suffix.lower() == ".tsv"
-    reader = csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE) if is_tsv else csv.reader(text, strict=True)
-    try:
-        rows = [(reader.line_num, row) for row in reader if row]
-    except csv.Error as error:
-        raise _bad(f"{path}, line {reader.line_num}", str(error), "fields that are quoted whole or not") from error
-    header = rows[0][1] if rows else []
-    if len(set(header)) < len(header) or any(re.fullmatch(r"[\s\d.-]*|.{65,}", name, re.DOTALL) for name in header):
-        raise _bad(f"{path}, line 1", short(", ".join(header)), "a header of distinct column names")
-    for line, row in rows[1:]:
-        if len(row) != len(header):
-            raise _bad(f"{path}, line {line}", f"{len(row)} fields", f"{len(header)}, as in the header")
-    return [dict(zip(header, row, strict=True)) for _, row in rows[1:]]
+def _paragraphs(path: Path, reading: Reading, whole: bool) -> Numbered:
+    text = read_text(path, reading.encoding).replace("\r\n", "\n")
+    line = 1
+    for part in re.split(r"(\n\s*\n)", text):
+        if part.strip():
+            yield line + (len(part) - len(part.lstrip("\n"))), {"text": part.strip("\n")}
+        line += part.count("\n")
 
 
-def _read_parquet(path: Path) -> list[Record]:
-    try:
-        about = pyarrow.parquet.read_metadata(path)
-        # Not of columns: what pyarrow trips over in their metadata ends the process.
-        values = about.num_rows * about.num_columns
-        size = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
-        if values <= VALUES and size <= BYTES:
-            return pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, ValueError, OverflowError, KeyError, NotImplementedError) as error:
-        if isinstance(error, MemoryError):
-            raise
-        raise _bad(path, short(str(error)), "a Parquet file of plain values") from error
-    most = f"at most {VALUES:,} in {BYTES >> 30} GiB (streaming: true reads more)"
-    raise _bad(path, f"{values:,} values in {size / 2**30:.1f} GiB", most)
-
-
-def _read_paragraphs(path: Path) -> list[Record]:
-    text = _read_text(path).replace("\r\n", "\n")
-    return [{"text": part.strip("\n")} for part in re.split(r"\n\s*\n", text) if part.strip()]
-
-
-READERS = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_table,
-    ".tsv": _read_table,
-    ".parquet": _read_parquet,
-    ".txt": _read_paragraphs,
+READERS: dict[str, Callable[[Path, Reading, bool], Numbered]] = {
+    ".jsonl": _json,
+    ".json": _json,
+    ".csv": _table,
+    ".tsv": _table,
+    ".parquet": _columnar,
+    ".txt": _paragraphs,
+    ".arrow": _columnar,
 }
 KINDS = " ".join(READERS)
+TEXT = (".jsonl", ".json", ".csv", ".tsv", ".txt")  # may be packed, as .jsonl.gz

@@ -1,119 +1,285 @@
-"""Examples as the trainer sees them, token by token, and an audit of all of them."""
+"""Examples as tokens: what a model reads of them, and which of it is learned."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from inlay.data.formats import Example
+from inlay.data.chat_templates import OWN_TEMPLATE, template_text, templated, training_template
+from inlay.data.chats import Example, Message, learned_turns, turn_by_turn
+
+IGNORED = -100  # the label of a token that is not learned
+Encode = Callable[..., list[int]]  # messages, and whether the answer's beginning follows, as tokens
+Span = tuple[int, int]
 
 
-def as_plain_text(example: Example) -> Example:
-    r"""As strings, for a tokenizer without a chat template: "### Instruction:\n{prompt}\n\n### Response:\n", answer."""
-    if "text" in example or isinstance(example["prompt"], str):
-        return example
-    heads = {"system": "{}\n\n", "user": "### Instruction:\n{}\n\n### Response:\n", "assistant": "{}\n\n"}
-    prompt = "".join(heads[m["role"]].format(m["content"]) for m in example["prompt"])
-    return {"prompt": prompt, "completion": example["completion"][0]["content"]}
+@dataclass(frozen=True)
+class Sequence:
+    """An example as tokens, and the spans of them that are learned."""
+
+    ids: list[int]
+    spans: list[Span]
+    shifted: bool = False  # a prompt's last tokens merge with its answer's first: the model answers from another start
+    reworded: str = ""  # what the template puts at a prompt's end and not before the answer that is learned
+    trained: bool = False  # in the template that trl has for training, not in the model's own
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """One example as SFTTrainer trains on it: the ids it keeps, their text, and what `max_length` cuts off."""
+    """One example as the model is trained on it, cut at `max_length`."""
 
-    prompt: str
-    answer: str
-    prompt_ids: list[int]
-    answer_ids: list[int]
+    ids: list[int]
+    labels: list[int]  # the ids that are learned, IGNORED for the rest
+    spans: list[Span]  # of the answers, before the cut
     length: int  # in tokens, before the cut
-    cut: int  # answer tokens lost to it
-    shifted: bool  # the prompt alone has other tokens than before its answer, so the model answers from another start
+    cut: int  # learned tokens lost to it
+    shifted: bool  # as a sequence's
 
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The tokens before the first answer."""
+        return self.ids[: self.spans[0][0]]
 
-@dataclass(frozen=True)
-class Audit:
-    """What a tokenizer and a `max_length` make of a data set; `cut` counts the `masked` ones too, which trl drops."""
+    @property
+    def answer_ids(self) -> list[int]:
+        """The tokens that are learned."""
+        return [token for token in self.labels if token != IGNORED]
 
-    total: int
-    cut: int
-    masked: int
-    shifted: int
-    longest: int
-    mean_tokens: float
-    answer_tokens: int
+    def marked(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """The text, with what is learned in ⟦⟧."""
+        parts, end = [], 0
+        for start, stop in self.spans:
+            parts += [decoded(self.ids[end:start], tokenizer), f"⟦{decoded(self.ids[start:stop], tokenizer).rstrip()}⟧"]
+            end = stop
+        return "".join(parts)
 
 
 def render(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Rendered:
-    """As SFTTrainer._prepare_dataset does it: the answer starts where the prompt's own tokens and the whole's differ.
+    """An example as the model is trained on it; as `encode_example`."""
+    found = encode_example(example, tokenizer)
+    end = len(found.ids) if max_length is None else min(max_length, len(found.ids))
+    labels = [IGNORED] * len(found.ids)
+    for start, stop in found.spans:
+        labels[start:stop] = found.ids[start:stop]
+    cut = sum(max(0, stop - max(start, end)) for start, stop in found.spans)
+    return Rendered(found.ids[:end], labels[:end], found.spans, len(found.ids), cut, found.shifted)
 
-    Where the tokenizer has no chat template, conversations are rendered as `plain` writes them.
+
+def encode_example(example: Example, tokenizer: PreTrainedTokenizerBase) -> Sequence:
+    """An example as tokens. An answer starts where the tokens of its prompt alone and of the whole differ.
+
+    Where the tokenizer has no chat template, conversations are rendered as `as_plain_text` writes them.
+
+    Raises:
+        ValueError: it is a conversation whose answers cannot be learned in one sequence; see `sequences`.
     """
     if tokenizer.chat_template is None:
         example = as_plain_text(example)
     if "text" in example:
-        before, whole = [], _ids(_ended(example["text"], tokenizer), tokenizer)
-    elif isinstance(example["prompt"], str):
-        before = _ids(example["prompt"], tokenizer)
-        whole = _ids(example["prompt"] + _ended(example["completion"], tokenizer), tokenizer)
-    else:
-        before = _ids(example["prompt"], tokenizer, add_generation_prompt=True)
-        whole = _ids(example["prompt"] + example["completion"], tokenizer)
-    start = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, whole, strict=False)))
-    prompt_ids, answer_ids = whole[:max_length][:start], whole[:max_length][start:]
-    return Rendered(
-        prompt=str(tokenizer.decode(prompt_ids, clean_up_tokenization_spaces=False)),
-        answer=str(tokenizer.decode(answer_ids, clean_up_tokenization_spaces=False)),
-        prompt_ids=prompt_ids,
-        answer_ids=answer_ids,
-        length=len(whole),
-        cut=len(whole) - start - len(answer_ids),
-        shifted=start < len(before),
-    )
+        ids = encode_text(example["text"], tokenizer)
+        return Sequence(ids, [(0, len(ids))])
+    if isinstance(example["prompt"], str):
+        before = encode(example["prompt"], tokenizer)
+        ids = encode_text(example["prompt"] + example["completion"], tokenizer)
+        start = common(before, ids)
+        return Sequence(ids, [(start, len(ids))], start < len(before))
+    found = in_one_sequence(example, tokenizer)
+    if found is None:
+        raise ValueError("the chat template rewrites earlier turns, so this conversation is learned turn by turn")
+    return found
 
 
-def _ended(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    end = str(tokenizer.eos_token)
-    return text if text.endswith(end) else text + end
+def sequences(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """A conversation as it is learned: whole, where all its answers can be learned in one sequence exactly as each
+    alone would be; else turn by turn. Any other example is one sequence."""
+    if "text" in example or isinstance(example["prompt"], str) or len(learned_turns(example)) == 1:
+        return [example]
+    whole = tokenizer.chat_template is not None and in_one_sequence(example, tokenizer) is not None
+    return [example] if whole else turn_by_turn(example)
 
 
-def _ids(value: str | list[dict[str, str]], tokenizer: Any, **options: Any) -> list[int]:
-    if isinstance(value, str):
-        return tokenizer(text=value)["input_ids"]
-    return templated(tokenizer, value, tokenize=True, return_dict=True, **options)["input_ids"]
+def in_one_sequence(example: Example, tokenizer: PreTrainedTokenizerBase) -> Sequence | None:
+    """A conversation up to its last answer, with all its answers.
+
+    Each answer is compared with what it is alone, at the end of the turns so far. None where no template gives all of
+    them: neither the tokenizer's own, whose earlier turns stay as they are while the chat goes on, or which marks the
+    answers ({% generation %}), nor the one that trl has for training this family of models.
+    """
+    chat, ends = example["prompt"] + example["completion"], learned_turns(example)
+    alone = [encode_turn(encoder(example, tokenizer), chat, end) for end in ends]
+    about = prompt_ends(alone, tokenizer)
+    if spans := stable_spans(alone):
+        return Sequence(alone[-1].ids, spans, *about)
+    answers = [turn.answer for turn in alone]
+    training = training_template(tokenizer)
+    if training is not None:
+        again = [encode_turn(encoder(example, tokenizer, training), chat, end) for end in ends]
+        spans = stable_spans(again)
+        if spans and [turn.answer for turn in again] == answers:
+            return Sequence(again[-1].ids, spans, *about, trained=True)
+    for template in (tokenizer.chat_template, training):
+        if template is not None and re.search(r"{%-?\s*generation\b", template_text(template)):
+            found = marked_answers(example, tokenizer, template, answers)
+            if found:
+                return Sequence(*found, *about, trained=template is training)
+    return None
 
 
-def templated(tokenizer: Any, chat: list[dict[str, Any]], **options: Any) -> Any:
-    """A conversation in the model's chat template, which is a program and fails as programs do."""
+@dataclass(frozen=True)
+class Turn:
+    """A chat up to one of its answers, as tokens."""
+
+    ids: list[int]
+    start: int  # of the answer
+    lost: list[int]  # tokens of the prompt alone that are not before the answer
+
+    @property
+    def answer(self) -> list[int]:
+        """The tokens of the answer."""
+        return self.ids[self.start :]
+
+
+def encode_turn(encode: Encode, chat: list[Message], end: int) -> Turn:
+    """A chat up to the answer at `end`, which starts where its tokens and those of its prompt alone differ."""
+    before, ids = encode(chat[:end], add_generation_prompt=True), encode(chat[: end + 1])
+    start = common(before, ids)
+    return Turn(ids, start, before[start:])
+
+
+def prompt_ends(turns: list[Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[bool, str]:
+    """Whether a prompt's last tokens merge with its answer's first, and what else a prompt alone ends with."""
+    shifted, reworded = False, ""
+    for turn in turns:
+        if turn.lost:
+            lost = decoded(turn.lost, tokenizer)
+            merges = decoded(turn.answer, tokenizer).startswith(lost)
+            shifted, reworded = shifted or merges, reworded or ("" if merges else lost)
+    return shifted, reworded
+
+
+def stable_spans(turns: list[Turn]) -> list[Span] | None:
+    """The spans of answers in the tokens up to the last one; None unless those of every turn are their beginning."""
+    whole, spans, end = turns[-1].ids, [], 0
+    for turn in turns:
+        if whole[: len(turn.ids)] != turn.ids or turn.start < end:
+            return None
+        end = len(turn.ids)
+        spans.append((turn.start, end))
+    return spans
+
+
+def marked_answers(
+    example: Example, tokenizer: PreTrainedTokenizerBase, template: Any, answers: list[list[int]]
+) -> tuple[list[int], list[Span]] | None:
+    """The tokens of a conversation and the spans of its answers as a template marks them; None unless they are the
+    given answers, but for whitespace before them and for what only the end of a chat has after them."""
+    chat, ends = example["prompt"] + example["completion"], learned_turns(example)
+    chat = chat[: ends[-1] + 1]
     try:
-        return tokenizer.apply_chat_template(chat, **options)
-    except Exception as error:
-        raise ValueError(f"the model's chat template does not take this example: {error}") from error
+        encode = encoder(example, tokenizer, template, return_assistant_tokens_mask=True)
+        found: Any = encode(chat, whole=True)
+    except ValueError:
+        return None
+    ids, runs = list(found["input_ids"]), runs_of(found["assistant_masks"])
+    places = [i for i, message in enumerate(chat) if message["role"] == "assistant"]
+    if len(runs) != len(places):
+        return None
+    spans = [runs[places.index(end)] for end in ends]
+    spans = [(first_word(ids, start, stop, tokenizer), stop) for start, stop in spans]
+    for (start, stop), answer in zip(spans, answers, strict=True):
+        own = answer[first_word(answer, 0, len(answer), tokenizer) :]
+        rest = tokenizer.decode(own[stop - start :], skip_special_tokens=True)
+        if start == stop or own[: stop - start] != ids[start:stop] or str(rest).strip():
+            return None
+    return ids, spans
 
 
-def prompt_ids(prompt: str | list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def runs_of(mask: list[int]) -> list[Span]:
+    """The runs of ones in a mask."""
+    edges = [i for i, (a, b) in enumerate(zip([0, *mask], [*mask, 0], strict=True)) if a != b]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def first_word(ids: list[int], start: int, stop: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The place of the first token that is no whitespace."""
+    return next((i for i in range(start, stop) if decoded(ids[i : i + 1], tokenizer).strip()), stop)
+
+
+def encoder(example: Example, tokenizer: PreTrainedTokenizerBase, template: Any = None, **options: Any) -> Encode:
+    """What puts messages of an example into tokens, with its tools and its arguments of the chat template."""
+    about = {"tools": example.get("tools"), **(example.get("chat_template_kwargs") or {})}
+    if template is not None:
+        about["chat_template"] = template
+
+    def encode(messages: list[Message], whole: bool = False, **more: Any) -> Any:
+        found = templated(tokenizer, messages, tokenize=True, return_dict=True, **about, **options, **more)
+        return found if whole else found["input_ids"]
+
+    return encode
+
+
+def as_plain_text(example: Example) -> Example:
+    r"""As strings, for a tokenizer without a chat template: "### Instruction:\n{prompt}\n\n### Response:\n", answer.
+
+    Raises:
+        ValueError: it has tools or calls, which only a template can show.
+    """
+    if "text" in example or isinstance(example["prompt"], str):
+        return example
+    heads = {"system": "{}\n\n", "user": "### Instruction:\n{}\n\n### Response:\n", "assistant": "{}\n\n"}
+    heads["developer"] = heads["system"]
+    chat = [*example["prompt"], *example["completion"]]
+    if example.get("tools") or any(m["role"] not in heads or "tool_calls" in m for m in chat):
+        raise ValueError(f"tools need a chat template, and this model has none; {OWN_TEMPLATE}")
+    prompt = "".join(heads[m["role"]].format(m["content"]) for m in example["prompt"])
+    return {"prompt": prompt, "completion": example["completion"][0]["content"]}
+
+
+def prompt_ids(prompt: str | list[Message] | Example, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """A prompt as `render` has it before its answer: with what the tokenizer or the chat template puts before it, and
-    without the end that some tokenizers put after every text."""
-    if not isinstance(prompt, str) and tokenizer.chat_template is None:
-        prompt = as_plain_text({"prompt": prompt, "completion": [{"content": ""}]})["prompt"]
-    if not isinstance(prompt, str):
-        return _ids(prompt, tokenizer, add_generation_prompt=True)
-    ids = _ids(prompt, tokenizer)
+    without the end that some tokenizers put after every text. An example is one with its tools and the rest."""
+    about = {} if isinstance(prompt, str | list) else prompt
+    prompt = prompt if isinstance(prompt, str | list) else prompt["prompt"]
+    if isinstance(prompt, list) and tokenizer.chat_template is not None:
+        return encoder(about, tokenizer)(prompt, add_generation_prompt=True)
+    if isinstance(prompt, list):
+        prompt = as_plain_text({**about, "prompt": prompt, "completion": [{"role": "assistant", "content": ""}]})[
+            "prompt"
+        ]
+    ids = encode(prompt, tokenizer)
     ended = ids and ids[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id
     return ids[:-1] if ended and not prompt.endswith(str(tokenizer.eos_token)) else ids
 
 
-def audit_examples(examples: list[Example], tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Audit:
-    """Counts over all examples, to be looked at before the first step."""
-    all_ = [render(example, tokenizer, max_length) for example in examples]
-    return Audit(
-        total=len(all_),
-        cut=sum(one.cut > 0 for one in all_),
-        masked=sum(not one.answer_ids for one in all_),
-        shifted=sum(one.shifted for one in all_),
-        longest=max(one.length for one in all_),
-        mean_tokens=sum(one.length for one in all_) / len(all_),
-        answer_tokens=sum(len(one.answer_ids) for one in all_),
-    )
+def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A text to learn as tokens, with one end, which it may have already."""
+    end, bare = str(tokenizer.eos_token), text.rstrip()
+    ids = encode(text if bare.endswith(end) else text + end, tokenizer)
+    again = bare.endswith(end) and bare != text and ids[-1] == tokenizer.eos_token_id
+    return ids[:-1] if again else ids
+
+
+def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A text as tokens. Where it begins or ends with what the tokenizer puts there, that is there once."""
+    ids = list(tokenizer(text=text)["input_ids"])
+    first, last = tokenizer.bos_token_id, tokenizer.eos_token_id
+    while len(ids) > 1 and ids[0] == ids[1] == first:
+        ids = ids[1:]
+    while len(ids) > 1 and ids[-1] == ids[-2] == last:
+        ids = ids[:-1]
+    return ids
+
+
+def decoded(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Tokens as text, as they are."""
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
+def common(first: list[int], second: list[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))

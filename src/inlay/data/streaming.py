@@ -1,58 +1,139 @@
-"""Data that memory does not hold: shards of JSONL or Parquet, which `datasets` reads in file order as they are used."""
+"""Data that memory does not hold: shards of JSONL, Parquet or Arrow, read in file order as they are used.
+
+Before a stream is handed on, all of it is read through once. So roles are assigned by all records, as they are where
+data is read at once; what is at fault or not used is said before training starts; and a stream that has changed is
+noticed when a run resumes.
+"""
 
 from __future__ import annotations
 
 import glob
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import datasets
 from datasets import IterableDataset
 
-from inlay.data.formats import convert_records
+from inlay.data.chats import Example
+from inlay.data.columns import Survey
+from inlay.data.folders import Parts, folder_parts
+from inlay.data.formats import FORMATS, Conversion, Faults, Rules, example_key, instruction_converter
+from inlay.data.readers import KINDS, Reading, file_records, kind_of
+from inlay.data.records import Record
 
-BUILDERS = {".jsonl": "json", ".parquet": "parquet"}
+STREAMED_KINDS = (".jsonl", ".parquet", ".arrow")
+EXAMPLE_COLUMNS = ("text", "prompt", "completion", "tools", "chat_template_kwargs")  # what an example may hold
+GUESSED_BY = 1000  # records that the roles are first assigned by
 
 
-def shards(source: str) -> list[Path]:
-    """The files that a path, a folder or a glob names, in the order of their names.
+@dataclass
+class Stream:
+    """The examples of all shards, how many there are, how many of them are held out as well, and each shard's name,
+    size and digest."""
+
+    examples: IterableDataset
+    count: int
+    repeated: int
+    shards: tuple[tuple[str, int, str], ...]
+
+
+def shards(source: str, reading: Reading | None = None) -> list[Path]:
+    """The files to train on that a path, a folder or a glob names, in the order of their names.
 
     Raises:
-        ValueError: there are none, or they are not all JSONL or all Parquet.
+        ValueError: there are none, or they are not all JSONL, all Parquet or all Arrow.
     """
     path = Path(source).expanduser()
-    found = path.iterdir() if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
-    files = sorted(file for file in found if file.is_file() and not file.name.startswith("."))
-    kinds = {file.suffix.lower() for file in files}
-    if len(kinds) != 1 or not kinds <= BUILDERS.keys():
+    if path.is_dir():
+        parts = folder_parts(path, None, KINDS) if any(path.iterdir()) else Parts(path, {"train": []})
+        files = parts.files["train"]
+        if reading:
+            reading.notes += parts.notes
+    else:
+        found = map(Path, glob.glob(str(path), recursive=True))
+        files = sorted(file for file in found if file.is_file() and not file.name.startswith("."))
+    kinds = {kind_of(file) for file in files}
+    if len(kinds) != 1 or not kinds <= set(STREAMED_KINDS):
         there = ", ".join(sorted(kinds)) or "no file"
-        raise ValueError(f"{source}: found {there}; streaming reads {' or '.join(BUILDERS)} files, all of one kind")
+        raise ValueError(
+            f"{source}: found {there}; streaming reads {' or '.join(STREAMED_KINDS)} files, all of one kind"
+        )
     return files
 
 
-def streamed_examples(source: str, columns: dict[str, str] | None, system: str | None) -> IterableDataset:
-    """The records of all shards as `data.examples` makes them, one after the other.
+def open_stream(
+    source: str, rules: Rules, reading: Reading, heldout: list[Example] | None = None, first: int = 0
+) -> Stream:
+    """Read all shards through, and make a stream of their examples. Held out are `heldout`, or else the `first` ones.
 
     Raises:
-        ValueError: there are no shards, or (when it comes to it) a record is not of the first one's format.
+        ValueError: there are no shards or no records, no format fits, or rows are at fault.
     """
-    files = shards(source)
-    kind = BUILDERS[files[0].suffix.lower()]
-    records: Any = datasets.load_dataset(kind, data_files=[str(file) for file in files], split="train", streaming=True)
+    files = shards(source, reading)
+    conversion = _guess(files, rules, reading)
+    while True:
+        seen, faults, count, repeated = Survey(), Faults(rules), 0, 0
+        held = set(map(example_key, heldout or ()))
+        for place, record in _placed(files, reading):
+            seen.add(record)
+            for example in faults.attempt(conversion, record, lambda place=place: place) if conversion else ():
+                count += 1
+                if not heldout and count <= first:
+                    held.add(example_key(example))
+                else:
+                    repeated += example_key(example) in held
+        if not seen.names:
+            raise ValueError(f"{source}: found no record; accepted: at least one")
+        by_all = Conversion(seen, rules, FORMATS, instruction_converter(rules))
+        if conversion is not None and conversion.roles == by_all.roles:
+            break
+        conversion = by_all
+    faults.check()
+    conversion.found.unused = by_all.found.unused
+    rules.found.add(conversion.found)
+    about = tuple((file.name, file.stat().st_size, _digest(file)) for file in files)
+    return Stream(_dataset(files, conversion, reading), count, repeated, about)
+
+
+def _guess(files: list[Path], rules: Rules, reading: Reading) -> Conversion | None:
+    """A conversion by the first records, which is that of all records unless others have more columns."""
+    seen = Survey()
+    for _, record in islice(_placed(files, reading), GUESSED_BY):
+        seen.add(record)
     try:
-        first = next(iter(records))
-    except StopIteration:
-        raise ValueError(f"{source}: found no record; accepted: at least one") from None
-
-    def convert(batch: dict[str, list]) -> dict[str, list]:
-        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        made = convert_records(rows, columns, system)
-        return {name: [row[name] for row in made] for name in made[0]}
-
-    return records.map(convert, batched=True, batch_size=100, remove_columns=list(first))
+        return Conversion(seen, rules, FORMATS, instruction_converter(rules))
+    except ValueError:
+        return None
 
 
-def first_examples(stream: IterableDataset, count: int) -> list[dict]:
+def _placed(files: list[Path], reading: Reading) -> Iterator[tuple[str, Record]]:
+    """The records of all files, and where each stands."""
+    for file in files:
+        unit = "line" if kind_of(file) == ".jsonl" else "row"
+        for number, record in file_records(file, reading, whole=False):
+            yield f"{file.name}, {unit} {number}", record
+
+
+def _dataset(files: list[Path], conversion: Conversion, reading: Reading) -> IterableDataset:
+    settings = {"conversion": conversion, "encoding": reading.encoding}  # only the list is divided among processes
+    return IterableDataset.from_generator(_examples, gen_kwargs={"files": [str(file) for file in files], **settings})
+
+
+def _examples(files: list[str], conversion: Conversion, encoding: str) -> Iterator[Example]:
+    for place, record in _placed([Path(file) for file in files], Reading(encoding)):
+        try:
+            yield from conversion(record)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
+
+
+def first_examples(stream: IterableDataset, count: int) -> list[Example]:
     """The first examples."""
     return list(islice(stream, count))

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import track
 from torch.nn.functional import cross_entropy
 
+from inlay.data.chats import Example
 from inlay.data.render import prompt_ids
 from inlay.evaluation.eval_tasks import Question
 from inlay.evaluation.generate import Chat, answer
@@ -28,7 +29,7 @@ def generated(model: Any, tokenizer: Any, asked: list[Question], tokens: int, si
     """Return the model's answer to each question."""
     said = [""] * len(asked)
     for places in similar_batches([len(str(q.chat)) for q in asked], size, "answers", console):
-        answers = answer(model, tokenizer, [asked[i].chat for i in places], tokens)
+        answers = answer(model, tokenizer, [asked[i].asked for i in places], tokens)
         for i, text in zip(places, answers, strict=True):
             said[i] = text
     return said
@@ -36,7 +37,7 @@ def generated(model: Any, tokenizer: Any, asked: list[Question], tokens: int, si
 
 def likeliest(model: Any, tokenizer: Any, asked: list[Question], size: int, console: Console) -> list[str]:
     """Return the option of each question whose words the model finds likeliest, by their mean log-likelihood."""
-    texts = [(i, q.chat, f"the correct answer is {o}") for i, q in enumerate(asked) for o in q.options]
+    texts = [(i, q.asked, f"the correct answer is {o}") for i, q in enumerate(asked) for o in q.options]
     found = token_losses(model, tokenizer, [(chat, said) for _, chat, said in texts], size, console)
     best: dict[int, tuple[float, str]] = {}
     for (i, _, said), (total, count) in zip(texts, found, strict=True):
@@ -46,7 +47,12 @@ def likeliest(model: Any, tokenizer: Any, asked: list[Question], size: int, cons
 
 @torch.no_grad()
 def token_losses(
-    model: Any, tokenizer: Any, pairs: Sequence[tuple[Chat | str, str]], size: int, console: Console, most: int = 1024
+    model: Any,
+    tokenizer: Any,
+    pairs: Sequence[tuple[Chat | Example | str, str]],
+    size: int,
+    console: Console,
+    most: int = 1024,
 ) -> list[tuple[float, int]]:
     """Return the loss (nats) summed over the tokens of each text after its prompt, and the number of these tokens.
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from inlay.data.chats import Example, answer_text, turn_by_turn
 from inlay.data.formats import FORMATS, SUMMARIES, convert_records
 from inlay.data.readers import Record
 from inlay.evaluation.generate import Chat
@@ -24,6 +25,12 @@ class Question:
     chat: Chat
     wanted: list[str]
     options: tuple[str, ...] = ()
+    about: Example = field(default_factory=dict)  # tools and arguments of the chat template
+
+    @property
+    def asked(self) -> Example:
+        """The prompt with all that the chat template gets."""
+        return {"prompt": self.chat, **self.about}
 
 
 def choice(text: str, options: Sequence[str] = ()) -> str:
@@ -101,19 +108,27 @@ def gsm8k(records: list[Record]) -> list[Question]:
 def general(records: list[Record]) -> list[Question]:
     """Any form that `inlay train` reads, summaries too; rows with the same prompt are references of one question."""
     found: dict[str, Question] = {}
-    for row in convert_records(records, formats={**SUMMARIES, **FORMATS}):
-        if "prompt" not in row:
+    for example in convert_records(records, formats={**SUMMARIES, **FORMATS}):
+        if "prompt" not in example:
             raise ValueError("the data has no prompts; --task perplexity is for plain text")
-        asked = found.setdefault(json.dumps(row["prompt"]), Question(row["prompt"], []))
-        asked.wanted.append(row["completion"][-1]["content"])
+        for row in turn_by_turn(example):
+            about = {key: value for key, value in row.items() if key not in ("prompt", "completion")}
+            asked = found.setdefault(json.dumps([row["prompt"], about]), Question(row["prompt"], [], about=about))
+            asked.wanted.append(answer_text(row["completion"][-1]))
     return list(found.values())
+
+
+def texts_or_answers(records: list[Record]) -> list[Example]:
+    """Any form that `inlay train` reads, a chat turn by turn."""
+    found = convert_records(records)
+    return [part for one in found for part in ([one] if "text" in one else turn_by_turn(one))]
 
 
 def labelled(records: list[Record]) -> list[dict[str, Any]]:
     """GLUE's forms: a sentence or a pair, and its label."""
     from inlay.data.labelled import labelled_examples  # it brings the trainers
 
-    return labelled_examples(records, {})
+    return labelled_examples(records)
 
 
 EVAL_TASKS = (
@@ -125,7 +140,7 @@ EVAL_TASKS = (
          tuple(MEASURES)),
     EvalTask("classification", "of a trained classifier: accuracy, F1, Matthews; of scores, correlations", labelled, {},
          whole=("accuracy", "f1", "matthews", "pearson", "spearman")),
-    EvalTask("perplexity", "of plain text, or of the answers", convert_records, {}, whole=("perplexity",), less=True),
+    EvalTask("perplexity", "of plain text, or of the answers", texts_or_answers, {}, whole=("perplexity",), less=True),
 )  # fmt: skip
 
 

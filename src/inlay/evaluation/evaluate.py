@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from peft import PeftModel
 from rich.console import Console
-from transformers import AutoModelForImageTextToText
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForImageTextToText
 
+from inlay.data.chats import answer_text
 from inlay.data.readers import Record
 from inlay.evaluation.ask_model import generated, likeliest, similar_batches, token_losses
 from inlay.evaluation.eval_tasks import EvalTask, questions_for
@@ -69,9 +69,7 @@ def perplexity(
     model: Any, tokenizer: Any, examples: list[Record], size: int, console: Console
 ) -> tuple[list[Score], list[dict[str, Any]]]:
     """exp of the mean loss over all tokens of plain text, or over those of the answers."""
-    pairs = [
-        ("", row["text"]) if "text" in row else (row["prompt"], row["completion"][-1]["content"]) for row in examples
-    ]
+    pairs = [("", row["text"]) if "text" in row else (row, answer_text(row["completion"][-1])) for row in examples]
     found = token_losses(model, tokenizer, pairs, size, console)
     kept = [i for i, (_, count) in enumerate(found) if count]
     if not kept:
@@ -103,13 +101,18 @@ def evaluate_classifier(
     Raises:
         ValueError: the model has no head for labels, or was not trained on one that is asked for.
     """
+    from inlay.data.labelled import one_label
     from inlay.evaluation.label_metrics import classified, correlated
 
     if not is_classifier(model):
         raise ValueError(
             "--task classification is for models trained with task: classification; this one has no labels"
         )
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # as in training
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
     scores, names = model.config.num_labels == 1, model.config.label2id
+    examples = [{**row, "label": one_label(row["label"], names)} for row in examples]
     if not scores and (strange := next((row["label"] for row in examples if row["label"] not in names), None)):
         raise ValueError(f"label {strange!r} is not one that the model was trained on: {', '.join(names)}")
     wanted = np.array([float(row["label"]) if scores else names[row["label"]] for row in examples])

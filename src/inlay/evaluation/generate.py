@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from inlay.data.chats import Example, Message
 from inlay.data.render import prompt_ids
 
-Chat = list[dict[str, str]]
+Chat = list[Message]
 
 
 @torch.no_grad()
 def answer(
-    model: Any, tokenizer: PreTrainedTokenizerBase, chats: list[Chat], tokens: int = 64, **options: Any
+    model: Any, tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat | Example], tokens: int = 64, **options: Any
 ) -> list[str]:
     """The model's answers to several conversations at once, greedy unless `options` of `generate` say otherwise. They
-    begin with the very tokens that training showed it; an encoder reads the text alone, as task seq2seq has it."""
+    begin with the very tokens that training showed it; an encoder reads the text alone, as task seq2seq has it. An
+    example is its prompt, with its tools and the rest."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.is_encoder_decoder:
-        texts = ["".join(turn["content"] for turn in chat) for chat in chats]
+        prompts = [chat if isinstance(chat, list) else chat["prompt"] for chat in chats]
+        texts = ["".join(turn["content"] for turn in prompt) for prompt in prompts]
         inputs, before = tokenizer(texts, return_tensors="pt", padding=True, truncation=True), 0
     else:
         ids = {"input_ids": [prompt_ids(chat, tokenizer) for chat in chats]}

@@ -75,7 +75,7 @@ class OnTask:
         if self.foreign:
             measure = load_lm_eval(self.task.removeprefix(PREFIX), self.limit, self.batch_size)
             return lambda model, tokenizer: lm_eval_scores(measure(model, tokenizer))
-        task, records = find_eval_task(self.task), read_records(self.data)[: self.limit]
+        task, records = find_eval_task(self.task), read_records(self.data, one_split=True)[: self.limit]
         questions_for(task, records, self.by)
         if task.name == "text" and self.figure and self.figure not in installed():
             raise ValueError(f"{self.figure} needs {MEASURES[self.figure][0]}; pip install 'inlay[eval]'")

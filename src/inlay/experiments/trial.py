@@ -35,7 +35,7 @@ from inlay.evaluation.metric import Asked, metric_score
 from inlay.files.atomic import write_text
 from inlay.inspection.changes import changes, changes_as_data
 from inlay.messages import dtype_name, quiet, slug
-from inlay.models.loading import dtype_for, load_tokenizer
+from inlay.models.loading import dtype_for
 from inlay.recipe.recipe import Recipe
 from inlay.reports.result import Result
 from inlay.training.allocate_ranks import settle_ranks
@@ -44,6 +44,7 @@ from inlay.training.calibration import calibration_batches, settle_calibration, 
 from inlay.training.examples import Examples, load_examples
 from inlay.training.fit import build_trainer, fit, predicted_memory
 from inlay.training.run_files import weights_of
+from inlay.training.run_tokenizer import run_tokenizer
 
 TRIAL = "trial.json"
 RESULT = "result.json"
@@ -182,7 +183,7 @@ def run_trial(folder: Path) -> None:
     trial, console = read_trial(folder), Console(width=120)
     samples = min(SAMPLES, trial.recipe.samples) if trial.detailed else 0
     recipe = replace(trial.recipe, output=str(folder), samples=samples, save_every=0)
-    tokenizer = load_tokenizer(recipe.model, recipe.revision, recipe.trust_remote_code)
+    tokenizer = run_tokenizer(recipe)
     rows, texts = trial_examples(trial, tokenizer, console), unrelated(trial.unrelated)
     set_seed(recipe.seed)
     recipe, dtype = settle_ranks(recipe, console), dtype_for(recipe.dtype)

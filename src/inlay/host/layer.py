@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D
 
 from inlay.host import distributed, seal
 from inlay.host.bitsandbytes_guard import readable
@@ -93,7 +93,7 @@ class Frozen:
         """Its weight and bias, if calling it means nothing more than these."""
         layer = self.layer.base_layer
         own = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-        hooks = own or _has_any_global_hook() or hasattr(layer, "_hf_hook") or "forward" in vars(layer)
+        hooks = own or _has_any_global_hook() or "forward" in vars(layer)  # where accelerate puts its hooks
         if type(layer) is not nn.Linear or hooks or self.args or self.kwargs or self.layer.quantization_backend:
             return None
         tensors = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -22,7 +22,7 @@ from peft.utils import (
 from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D
 
 from inlay.host import seal
 from inlay.host.compute_starts import run_jobs
@@ -230,7 +230,7 @@ class InlayModel(BaseTuner):
             ValueError: an adapter holds NaN or Inf, or is on a weight that another module shares or that is on disk.
         """
         layers = {n: m for n, m in self.model.named_modules() if isinstance(m, InlayLinear)}
-        owners = Counter(id(m._parameters.get("weight")) for m in self.model.modules() if "weight" in m._parameters)
+        owners = count_owners(self.model)
         for name, layer in layers.items():
             if layer.home is not None:
                 raise ValueError(f"{name} is kept on the disk; inlay.merge merges from file to file instead")
@@ -338,6 +338,12 @@ def home_of(model: nn.Module, module: nn.Module) -> torch.device | None:
     if "disk" not in devices.values() or not any(p.is_meta for p in module.parameters()):
         return None
     return torch.device(next((d for d in devices.values() if d not in ("cpu", "disk")), "cpu"))
+
+
+def count_owners(model: nn.Module) -> Counter[int]:
+    """Count the modules that hold each `weight`, by its id: tied weights have several."""
+    parameters = ((name, p) for m in model.modules() for name, p in m.named_parameters(recurse=False))
+    return Counter(id(p) for name, p in parameters if name == "weight")
 
 
 BESIDE = "*"  # the seal of what an adapter holds beside θ

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D
 
 from inlay.host.layer import InlayLinear, adapted
 from inlay.host.module_names import layer_index, part_of

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D
 
 from inlay.conversion.import_adapter import import_adapter
 from inlay.conversion.lora_factors import adapter_auto_class, load_blank_adapter

@@ -9,7 +9,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from inlay.files.untrusted import DamagedFileError, from_json
+from inlay.files.untrusted import LENGTH, DamagedFileError, from_json
 from inlay.messages import loading
 from inlay.models.folded import FOLDED
 from inlay.models.loading import load_base, load_config, load_model, resolve, stored_dtype
@@ -117,6 +117,9 @@ def load_adapted(
     )
     dtype = dtype or stored_dtype(name, trust_remote_code)
     base, tokenizer = load_base(name, dtype, *options, folded=True, auto=auto, **settings)
+    if (template := adapter / "chat_template.jinja").is_file():  # that it was trained with, in place of its base's
+        with template.open(encoding="utf-8") as file:
+            tokenizer.chat_template = file.read(LENGTH)
     model = load_adapter(base, adapter, trainable)
     model.peft_config["default"].base_model_name_or_path = resolve(name)
     return model, tokenizer

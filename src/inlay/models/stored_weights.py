@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
-from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+from transformers.utils import cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
 
 from inlay.files.untrusted import DamagedFileError
 from inlay.messages import first_line

@@ -100,7 +100,7 @@ class Meter(TorchDispatchMode):
 
     def see(self, t: Tensor) -> None:
         storage = t.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        key, size = id(storage), storage.nbytes()  # torch keeps one object for a storage while that lives
         if key not in self.storages:
             self.live += size
             self.peak = max(self.peak, self.live)
@@ -122,8 +122,8 @@ class Meter(TorchDispatchMode):
                 self.see(leaf)
         if str(func) in WITHIN:
             self.peak = max(self.peak, self.live + round(WITHIN[str(func)](out, *args)))
-        if func._overloadpacket in FLOPS:
-            self.flops += FLOPS[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        if func.overloadpacket in FLOPS:
+            self.flops += FLOPS[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
         return out
 
 

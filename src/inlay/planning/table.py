@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftConfig
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from transformers.utils import is_bitsandbytes_available
+from transformers import is_bitsandbytes_available
 
 from inlay.files.atomic import write_text
 from inlay.host.config import InlayConfig

@@ -82,7 +82,8 @@ def hyperparameters() -> dict[str, str]:
 def from_flag(name: str, text: str) -> Any:
     """Convert the text of the flag `name` to its field's type.
 
-    Text stays text, names with commas become a list, and the rest is read as YAML.
+    Text stays text, names with commas become a list where the field is one before it is text, and the rest is read as
+    YAML.
 
     Raises:
         ValueError: the text cannot be read as that type.
@@ -92,7 +93,8 @@ def from_flag(name: str, text: str) -> Any:
     if type(None) in options and text in ("null", "none", ""):
         return None
     names = re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*", text)
-    if list in options and names:
+    texts = str in options[: options.index(list)] if list in options else True
+    if names and not texts:
         return [from_yaml(part) for part in text.split(",")]
     if str in options and not (list in options and text.startswith("[") and text.endswith("]")):
         return text

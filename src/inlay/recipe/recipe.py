@@ -19,6 +19,7 @@ from inlay.numerics.zeroth_order import ZerothOrder
 from inlay.recipe.optimizers import check_optimizer
 from inlay.recipe.peft_methods import FULL, is_inlay, peft_config
 from inlay.recipe.schema import conform, conform_all, default_of, field_of
+from inlay.recipe.sources import check_sources, sources
 
 
 @dataclass
@@ -46,8 +47,14 @@ class Recipe:
         "instruction",
         "what the model learns: answers; plain text; preferences (DPO); labels; summaries; answers about images",
     )
-    data: str = field_of("builtin", "file, folder or hub data set; builtin: a slice of E2E NLG")
-    split: str | None = field_of(None, "split of a hub data set")
+    data: str | list = field_of(
+        "builtin",
+        "file, folder or hub data set; builtin: a slice of E2E NLG; a mixture: [{path: a.jsonl, weight: 2}, b.jsonl], "
+        "each with columns, system and split of its own if it says so",
+    )
+    split: str | None = field_of(
+        None, "split of a folder or hub data set (default: train, with validation held out if there is one)"
+    )
     streaming: bool = field_of(
         False, "read data (JSONL or Parquet: a file, folder or glob) that exceeds memory; needs steps"
     )
@@ -56,7 +63,18 @@ class Recipe:
         None, "number or share of held-out examples (default: 100, at most a tenth)"
     )
     columns: dict = field_of(dict, "the column of each role: {prompt: mr, answer: ref}")
-    system: str | None = field_of(None, "system message before every example")
+    system: str | None = field_of(None, "system message before every example that has none of its own")
+    empty_answers: Literal["refuse", "skip"] = field_of("refuse", "rows without an answer or a label: skip counts them")
+    ignore: list = field_of(list, "columns and message keys to leave out that would change what is learned: [weight]")
+    encoding: str = field_of("utf-8", "of text files: cp1252, utf-16, ...")
+    tsv_quotes: Literal["auto", "quoted", "plain"] = field_of(
+        "auto", "quotation marks in TSV: quoted encloses fields (pandas, spreadsheets), plain is text (GLUE)"
+    )
+    chat_template: str | None = field_of(
+        None, "Jinja file in place of the model's chat template; training: the one that trl has for training its family"
+    )
+    chat_template_kwargs: dict = field_of(dict, "what the chat template gets too: {enable_thinking: false}")
+    answers: Literal["all", "last"] = field_of("all", "which answers of a conversation are learned")
     max_length: int = field_of(512, "tokens; longer examples are truncated", min=8)
     packing: bool = field_of(False, "pack short examples into full sequences")
     group_by_length: bool = field_of(False, "batches of examples of similar length, so that little is padding")
@@ -148,6 +166,7 @@ class Recipe:
             raise ValueError(
                 "streaming needs steps, because the data's length is unknown, and takes no split; name the files"
             )
+        check_sources(self)
         if self.allocate != "none":
             check_allocate(self)
         check_inlay_only(self)
@@ -284,10 +303,12 @@ def check_task(recipe: Recipe) -> None:
         check_group_by_length(recipe)
     if recipe.packing and recipe.task != "instruction":
         raise ValueError(f"packing is for task instruction, not {recipe.task}; leave it out")
-    if recipe.system is not None and recipe.task in ("classification", "language_modelling"):
+    given = sources(recipe)
+    if any(one.system is not None for one in given) and recipe.task in ("classification", "language_modelling"):
         raise ValueError(f"system: task {recipe.task} has no prompt for a system message; leave it out")
-    if recipe.data == "builtin" and recipe.task not in ("instruction", "seq2seq"):
+    if any(one.path == "builtin" for one in given) and recipe.task not in ("instruction", "seq2seq"):
         raise ValueError(f"data: the built-in slice of E2E is not for task {recipe.task}; name a file")
+    check_chat(recipe)
     if recipe.task == "instruction":
         return
     if recipe.streaming:
@@ -314,6 +335,31 @@ def check_group_by_length(recipe: Recipe) -> None:
     for reason, holds in reasons.items():
         if holds:
             raise ValueError(f"group_by_length: {reason}; leave it out")
+
+
+PREPARED = {  # keys of trl's SFTConfig for data that it prepares; here it is given tokens and labels
+    "completion_only_loss": "only answers are learned; task language_modelling learns all of a text",
+    "assistant_only_loss": "only answers are learned",
+    "chat_template_path": "use chat_template",
+    "truncation_mode": "rows are cut at their end; shorten them in the data",
+    "dataset_text_field": "use columns: {text: ...}",
+    "dataset_kwargs": "the data is prepared already",
+}
+
+
+def check_chat(recipe: Recipe) -> None:
+    """Refuse what is said of conversations where there are none, and what trl would do to them."""
+    tasks = {
+        "answers": ("instruction",),
+        "chat_template": ("instruction", "preference"),
+        "chat_template_kwargs": ("instruction", "preference"),
+    }
+    for f in fields(recipe):
+        if recipe.task not in tasks.get(f.name, (recipe.task,)) and getattr(recipe, f.name) != default_of(f):
+            raise ValueError(f"{f.name} is for task {' or '.join(tasks[f.name])}, not {recipe.task}; leave it out")
+    for key, way in PREPARED.items():
+        if key in recipe.trainer and recipe.task in ("instruction", "language_modelling", "preference"):
+            raise ValueError(f"trainer: {key} has no effect; {way}")
 
 
 def check_allocate(recipe: Recipe) -> None:

@@ -12,6 +12,7 @@ from inlay.messages import gib
 from inlay.models.builtin import MODEL, model_name
 from inlay.recipe.peft_methods import is_inlay
 from inlay.recipe.recipe import Recipe
+from inlay.recipe.sources import source_names
 from inlay.reports.html import SORT, html_cell, html_document, sortable_table
 from inlay.reports.result import Result, environment
 
@@ -39,7 +40,7 @@ def run_facts(result: Result) -> dict[str, str]:
         "Base model": model_name(recipe.model) + (" (built in)" if recipe.model == MODEL else ""),
         **about_method(recipe),
         "Trained": f"{result.parameters:,} of {result.base_parameters:,} parameters",
-        "Data": "E2E NLG (built in)" if recipe.data == MODEL else recipe.data,
+        "Data": "E2E NLG (built in)" if recipe.data == MODEL else source_names(recipe),
         "Held-out loss": f"{result.before:.3f} before, {result.after:.3f} after",
         **{name: f"{then:.3f} before, {now:.3f} after" for name, (then, now) in result.scores.items()},
         "Training": f"{result.seconds:.0f} s, {result.tokens:,} tokens, {gib(result.memory)} peak memory",

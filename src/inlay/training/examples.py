@@ -2,50 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 from datasets import Dataset, IterableDataset
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from inlay.data import streaming
+from inlay.data.audit import Audit, audit_examples
+from inlay.data.chats import Example
 from inlay.data.formats import convert_records
-from inlay.data.readers import Record, read_records
-from inlay.data.render import Audit, as_plain_text, audit_examples, render
-from inlay.data.split import split_examples
-from inlay.data.streaming import first_examples, streamed_examples
+from inlay.data.render import render, sequences
+from inlay.data.streaming import EXAMPLE_COLUMNS
 from inlay.recipe.recipe import Recipe
+from inlay.training.mixture import streamed, train_and_heldout
+from inlay.training.run_tokenizer import answer_ends, check_limits
 
-LOOKED_AT = 1000  # examples of a stream that are audited
 TOKENS = "\nfirst example, the tokens that are learned from in ⟦⟧:"
 
 
 @dataclass
 class Examples:
     """Training and held-out examples, and what was found about them. Of a `stream`, `train` is the beginning, and
-    `shards` its files with their sizes."""
+    `shards` its files with their sizes and digests."""
 
     train: list[dict]
     heldout: list[dict]
     audit: Audit
     labels: list[str] | None = None  # of a classification
+    padding: int | None = None  # and the token that fills up its texts
     stream: IterableDataset | None = None
-    shards: tuple[tuple[str, int], ...] = ()
+    shards: tuple[tuple[str, int, str], ...] = ()
+    conversations: int | None = None  # held out, before those that are learned turn by turn were taken apart
+
+    @property
+    def eval_size(self) -> int:
+        """How many examples were held out: what a recipe says to hold out the same again."""
+        return len(self.heldout) if self.conversations is None else self.conversations
 
 
 def load_examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Console) -> Examples:
     """Read, split and audit a recipe's data; what cannot be learned from is counted and said."""
     source = None
     if recipe.streaming:
-        train, held, source = streamed(recipe)
+        train, held, source = streamed(recipe, console)
     else:
-        train, held = train_and_heldout(
-            recipe, lambda records: convert_records(records, recipe.columns or None, recipe.system)
-        )
-    audit = audit_examples(train, tokenizer, recipe.max_length)
-    count = str(len(train)) if source is None else f"a stream, looked at {len(train)}"
-    console.print(f"{count} examples to train on, {len(held)} held out; longest {audit.longest} tokens")
+        train, held = train_and_heldout(recipe, lambda records, rules: convert_records(records, rules=rules), console)
+    audit = audit_examples(train, tokenizer, recipe.max_length, answer_ends(recipe))
+    held_audit = audit_examples(held, tokenizer, recipe.max_length)
+    count = f"{len(train)} examples to train on"
+    if source is not None:
+        count = f"a stream of {source.count} examples, of which {len(train)} are looked at"
+    console.print(f"{count}, {len(held)} held out; longest {audit.longest} tokens")
     if audit.cut or audit.masked:
         console.print(
             f"{audit.cut} answers are cut off at max_length={recipe.max_length}, "
@@ -58,41 +66,17 @@ def load_examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: C
             "on a word or a line to have the model answer from what it was trained on",
             style="yellow",
         )
-    if audit.masked == audit.total:
+    for note in audit.notes:
+        console.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    if audit.masked == audit.answers:
         raise ValueError(f"no example keeps an answer within max_length={recipe.max_length}; raise it")
-    if not any(render(row, tokenizer, recipe.max_length).answer_ids for row in held):
+    if held_audit.masked == held_audit.answers:
         raise ValueError(f"no held-out example keeps an answer within max_length={recipe.max_length}; raise it")
-    files = streaming.shards(recipe.data) if recipe.streaming else []
-    shards = tuple((file.name, file.stat().st_size) for file in files)
-    return Examples(train, held, audit, stream=source, shards=shards)
-
-
-def streamed(recipe: Recipe) -> tuple[list[dict], list[dict], IterableDataset]:
-    """The examples of a stream that are looked at, the held-out ones, and the stream to train on."""
-    source = streamed_examples(recipe.data, recipe.columns or None, recipe.system)
-    made = first_examples(source, LOOKED_AT)
-    if recipe.eval_data:
-        held = convert_records(read_records(recipe.eval_data), recipe.columns or None, recipe.system)
-        size = recipe.eval_size or len(held)
-        return made, held[: max(1, round(size * len(held)) if size < 1 else int(size))], source
-    size = int(recipe.eval_size or 100)
-    if not made[size:]:
-        raise ValueError(f"eval_size {size} leaves nothing to train on of {len(made)} examples; give eval_data")
-    return made[size:], made[:size], source.skip(size)
-
-
-def train_and_heldout(
-    recipe: Recipe, convert: Callable[[list[Record]], list[dict]], key: Callable[[dict], str] | None = None
-) -> tuple[list[dict], list[dict]]:
-    """A recipe's training and held-out examples; `key`: see `data.split`."""
-    made = convert(read_records(recipe.data, recipe.split))
-    if recipe.eval_data:
-        held = convert(read_records(recipe.eval_data))
-        size = recipe.eval_size or len(held)
-        return made, held[: max(1, round(size * len(held)) if size < 1 else int(size))]
-    builtin = recipe.data == "builtin"  # its file says which rows are held out: the last 100
-    size = recipe.eval_size or (100 if builtin else min(100, max(1, len(made) // 10)))
-    return split_examples(made, size, None if builtin else recipe.seed, key)
+    longest = max(audit.longest, held_audit.longest)
+    length = recipe.max_length if source else min(longest, recipe.max_length)
+    check_limits(recipe, tokenizer, max(audit.largest_token, held_audit.largest_token), length)
+    made = Examples(audit.sequences, held_audit.sequences, audit, conversations=len(held))
+    return made if source is None else replace(made, stream=source.examples, shards=source.shards)
 
 
 def measured(lengths: list[int], recipe: Recipe) -> Audit:
@@ -111,15 +95,23 @@ def announce(rows: Examples, recipe: Recipe, console: Console) -> None:
         console.print(f"{rows.audit.cut} examples are cut at max_length={recipe.max_length}", style="yellow")
 
 
-def as_dataset(rows: list[dict], tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Examples as trl takes them: conversations where the tokenizer has a chat template, else plain text."""
-    return Dataset.from_list(rows if tokenizer.chat_template else [as_plain_text(row) for row in rows])
+def token_dataset(rows: list[Example], tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Examples as trl takes them: tokens, and as labels those that are learned. trl cuts or packs them."""
+    shown = (render(row, tokenizer, None) for row in rows)
+    columns = [(np.array(one.ids, np.int32), np.array(one.labels, np.int32)) for one in shown]
+    ids, labels = zip(*columns, strict=True)
+    return Dataset.from_dict({"input_ids": ids, "labels": labels})
 
 
 def training_set(rows: Examples, tokenizer: PreTrainedTokenizerBase) -> Dataset | IterableDataset:
     """What a run trains on, as trl takes it."""
     if rows.stream is None:
-        return as_dataset(rows.train, tokenizer)
-    if tokenizer.chat_template:
-        return rows.stream
-    return rows.stream.map(as_plain_text)
+        return token_dataset(rows.train, tokenizer)
+
+    def tokens(batch: dict[str, list]) -> dict[str, list]:
+        examples = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        whole = [{key: value for key, value in one.items() if value is not None} for one in examples]
+        parts = [render(part, tokenizer, None) for one in whole for part in sequences(one, tokenizer)]
+        return {"input_ids": [part.ids for part in parts], "labels": [part.labels for part in parts]}
+
+    return rows.stream.map(tokens, batched=True, batch_size=100, remove_columns=list(EXAMPLE_COLUMNS))

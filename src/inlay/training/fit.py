@@ -1,4 +1,4 @@
-"""Evaluate, train, evaluate: the trainer of a run and its loop."""
+"""Build a run's trainer, and evaluate, train and evaluate with it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any, cast
 
 from peft import PeftModel
 from rich.console import Console
-from transformers import EarlyStoppingCallback, TrainerCallback
-from transformers.trainer_callback import PrinterCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 
 from inlay.files.atomic import write_text
 from inlay.host import distributed
@@ -39,69 +38,84 @@ BEFORE = ".before.json"  # the answers before training, until the samples are wr
 
 
 def fit(
-    recipe: Recipe, trainer: Trainer, tokenizer: Any, rows: Examples, console: Console, found: Checkpoint | None = None
+    recipe: Recipe,
+    trainer: Trainer,
+    tokenizer: Any,
+    rows: Examples,
+    console: Console,
+    checkpoint: Checkpoint | None = None,
 ) -> Result:
-    """Evaluate, train, evaluate; the metrics go into the run folder as they come."""
-    folder, model = Path(str(recipe.output)), cast(Any, trainer.model)
+    """Evaluate, train and evaluate again, writing the metrics into the run folder on the way.
+
+    Args:
+        recipe: of the run, settled.
+        trainer: from `build_trainer`.
+        tokenizer: or processor, of the task.
+        rows: the examples.
+        console: for messages.
+        checkpoint: the one to resume from.
+    """
+    folder = Path(str(recipe.output))
+    model = cast(Any, trainer.model)
     trainer.run = {
         "recipe": checkpoints.learning_settings(recipe),
         "identity": checkpoints.run_identity(trainer, rows),
         "versions": environment(),
     }
     task = TASKS[recipe.task]
-    watch = RunProgress(folder, console, task.metrics)
+    progress = RunProgress(folder, console, task.metrics)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(watch)
+    trainer.add_callback(progress)
     parameters, base = count_trained_and_base(model)
     console.print(
         f"{recipe.method} on {builtin.model_name(recipe.model)} in {recipe.dtype}: {parameters:,} of "
-        f"{base:,} numbers are trained ({parameters / base:.2%})"
+        f"{base:,} parameters are trained ({parameters / base:.2%})"
     )
-    if found:
-        checkpoints.check_same(found, "identity", trainer.run["identity"])
-        for change in checkpoints.versions_changed(found):
-            told = f"note: the checkpoint was made with {change[:400]}; bits may differ"
-            console.print(told, style="yellow", markup=False, highlight=False)
-        watch.restore(found.path)
-        trainer.passed = watch.passed
-        console.print(f"held-out loss before: {watch.evaluated[0]['eval_loss']:.3f}")
-    elif (
-        distributed.process_count() > 1
-    ):  # a model evaluated before it is trained would not be wrapped any more, without a word
-        trainer.args.eval_on_start = True
+    if checkpoint:
+        checkpoints.check_same(checkpoint, "identity", trainer.run["identity"])
+        for change in checkpoints.versions_changed(checkpoint):
+            note = f"note: the checkpoint was written with {change[:400]}; results may differ in the last bits"
+            console.print(note, style="yellow", markup=False, highlight=False)
+        progress.restore(checkpoint.path)
+        trainer.passed = progress.passed
+        console.print(f"held-out loss before: {progress.evaluated[0]['eval_loss']:.3f}")
+    elif distributed.process_count() > 1:
+        trainer.args.eval_on_start = True  # a model that is evaluated before training would silently stay unwrapped
     else:
         trainer.evaluate()
     questions = task.questions(rows.heldout, recipe.samples)
-    asked = [row["input"] for row in questions]
+    prompts = [row["input"] for row in questions]
     if not distributed.from_first((folder / BEFORE).exists):
-        said = task.answers(model, tokenizer, asked) if asked else []
-        write_text(folder / BEFORE, json.dumps(said)) if distributed.is_first() else None
+        texts = task.answers(model, tokenizer, prompts) if prompts else []
+        if distributed.is_first():
+            write_text(folder / BEFORE, json.dumps(texts))
     try:
-        trainer.go_on(found)
+        trainer.go_on(checkpoint)
     except KeyboardInterrupt:
         console.print(f"stopped at step {trainer.state.global_step}")
         raise
     finally:
-        watch.bar.stop()
+        progress.bar.stop()
     trainer.check_finite()
-    seconds = watch.seconds
-    first, last = watch.evaluated[0], trainer.evaluate()
+    seconds = progress.seconds
+    first, last = progress.evaluated[0], trainer.evaluate()
     before, after = first["eval_loss"], last["eval_loss"]
     console.print(f"held-out loss after:  {after:.3f}  ({duration(seconds)}, {gib(peak_memory())} peak)")
     then, now = task.scores(first), task.scores(last)
     for name, score in now.items():
         console.print(f"{name}: {then[name]:.3f} before, {score:.3f} after")
     answers = [distributed.from_first(lambda: json.loads((folder / BEFORE).read_text(encoding="utf-8")))]
-    answers += [task.answers(model, tokenizer, asked)] if asked else []
+    if prompts:
+        answers.append(task.answers(model, tokenizer, prompts))
     return Result(
-        recipe, folder, parameters, base, before, after, seconds, watch.tokens, peak_memory(), watch.history,
+        recipe, folder, parameters, base, before, after, seconds, progress.tokens, peak_memory(), progress.history,
         write_samples(questions, answers), {name: (then[name], score) for name, score in now.items()},
         len(rows.labels or ()) or None,
     )  # fmt: skip
 
 
-def predicted_memory(recipe: Recipe, rows: Examples, trainer: Any) -> dict[str, float]:
-    """What the planner says of the peak of a step, by part, in bytes; nothing where it cannot follow the model."""
+def predicted_memory(recipe: Recipe, rows: Examples, trainer: Trainer) -> dict[str, float]:
+    """Return the predicted bytes at the peak of a step, by part; nothing where the model cannot be simulated."""
     if recipe.task not in ("instruction", "language_modelling"):
         return {}
     try:
@@ -118,7 +132,15 @@ def predicted_memory(recipe: Recipe, rows: Examples, trainer: Any) -> dict[str, 
 
 
 def build_trainer(recipe: Recipe, base: Any, tokenizer, rows: Examples, folder: Path) -> Trainer:
-    """The trainer for a recipe and its base, which is adapted here unless it is so already; settles `batch_size`."""
+    """Return the trainer for a recipe, and adapt its base unless it is adapted already.
+
+    Args:
+        recipe: of the run; `batch_size: auto` is settled here.
+        base: the model.
+        tokenizer: or processor, of the task.
+        rows: the examples.
+        folder: of the run.
+    """
     batch = recipe.batch_size
     if batch == "auto":
         most = largest_useful_batch(rows, distributed.process_count())
@@ -129,11 +151,11 @@ def build_trainer(recipe: Recipe, base: Any, tokenizer, rows: Examples, folder: 
     stop: list[TrainerCallback] = [EarlyStoppingCallback(recipe.early_stopping)] if recipe.early_stopping else []
     adapter = None if isinstance(base, PeftModel) else recipe.adapter(steps)
     if adapter is not None:
-        adapter.revision = recipe.revision  # of the base, for who loads or merges it
+        adapter.revision = recipe.revision  # of the base, for loading and merging
     task = TASKS[recipe.task]
-    own = own_optimizer(recipe.optim, recipe.learning_rate, recipe.optimizer_args)
-    if own is not None and recipe.task == "preference":
-        raise ValueError(f"optimizer: trl's DPO trainer takes transformers' optimisers alone, not {recipe.optim}")
+    optimizer = own_optimizer(recipe.optim, recipe.learning_rate, recipe.optimizer_args)
+    if optimizer is not None and recipe.task == "preference":
+        raise ValueError(f"optimizer: trl's DPO trainer takes only transformers' optimisers, not {recipe.optim}")
     with shared_starts():
         trainer = task.trainer(
             base,
@@ -146,7 +168,7 @@ def build_trainer(recipe: Recipe, base: Any, tokenizer, rows: Examples, folder: 
             skips=recipe.skip_nan,
             lr_ratio=recipe.lr_ratio,
             zeroth=recipe.zeroth(),
-            **({} if own is None else {"optimizer_cls_and_kwargs": own}),
+            **({} if optimizer is None else {"optimizer_cls_and_kwargs": optimizer}),
             **task.parts(tokenizer, rows),
         )
     if recipe.steps is None:
@@ -160,7 +182,7 @@ def build_trainer(recipe: Recipe, base: Any, tokenizer, rows: Examples, folder: 
 
 
 def write_samples(questions: list[dict], answers: list[list[str]]) -> list[dict[str, str]]:
-    """Prompt, reference, and the answers before and after."""
+    """Combine prompts and references with the answers before and after training."""
     if len(answers) < 2:
         return []
     return [

@@ -19,6 +19,7 @@ from transformers import TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from trl import DPOTrainer, SFTTrainer
 
+from inlay.data.render import IGNORED
 from inlay.files.untrusted import DamagedFileError
 from inlay.host import distributed
 from inlay.host.batched_queries import spread_queries
@@ -31,7 +32,7 @@ from inlay.training.checkpoints import Checkpoint
 from inlay.training.deepspeed_zero3 import for_all, for_own, gather_state, hold, load_state
 from inlay.training.faults import bad_gradients, first_bad_output
 from inlay.training.held_out import HeldOutTokens
-from inlay.training.labelled_head import IGNORED, score_labelled_positions
+from inlay.training.labelled_head import score_labelled_positions
 from inlay.training.length_groups import LengthGroups, token_counts
 from inlay.training.stop import Stop
 
@@ -310,7 +311,10 @@ class Trainer(HeldOutTokens, CausalTrainer, SFTTrainer):
 
 
 class PreferenceTrainer(CausalTrainer, DPOTrainer):
-    """trl's DPOTrainer, for preferences."""
+    """trl's DPOTrainer, for preferences that are tokens already."""
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        return dataset
 
 
 class PlainTrainer(Safe, transformers.Trainer):

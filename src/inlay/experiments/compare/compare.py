@@ -25,8 +25,8 @@ from inlay.experiments.ray_cluster import Cluster
 from inlay.experiments.runner import Runner, open_folder, origin, steps_of
 from inlay.experiments.trial import Trial, unrelated
 from inlay.files.atomic import locked
-from inlay.models.loading import load_tokenizer
 from inlay.training.examples import Examples, load_examples
+from inlay.training.run_tokenizer import run_tokenizer
 
 PLAN = "compare.yaml"  # also marks a folder as a comparison's
 PROBE = 4  # steps that are run to time a step
@@ -78,7 +78,7 @@ def shared_examples(plan: ComparisonPlan, console: Console) -> Examples:
         ValueError: the examples or the metric cannot be used, or no examples are left to train on.
     """
     first = replace(plan.recipe, seed=plan.spec.seeds[0])
-    rows = load_examples(first, load_tokenizer(first.model, first.revision, first.trust_remote_code), console)
+    rows = load_examples(first, run_tokenizer(first), console)
     unrelated(plan.spec.unrelated)
     if plan.spec.metric:
         load_metric(plan.spec.metric)

@@ -37,8 +37,8 @@ from inlay.experiments.tune.study import (
     values_of,
 )
 from inlay.files.atomic import locked, write_text
-from inlay.models.loading import load_tokenizer
 from inlay.training.examples import load_examples
+from inlay.training.run_tokenizer import run_tokenizer
 
 if TYPE_CHECKING:
     import optuna
@@ -72,7 +72,7 @@ def tune(
     check_trial(plan, jobs)
     folder = Path(plan.recipe.output or Path("runs") / Path(path).stem).expanduser()
     recipe = plan.recipe
-    rows = load_examples(recipe, load_tokenizer(recipe.model, recipe.revision, recipe.trust_remote_code), console)
+    rows = load_examples(recipe, run_tokenizer(recipe), console)
     if plan.spec.selection >= len(rows.train):
         raise ValueError(f"selection: {plan.spec.selection} of {len(rows.train)} examples leave none to train on")
     with ray_cluster.workers(jobs, cluster, console) as workers, locked(folder):

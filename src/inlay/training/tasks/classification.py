@@ -11,10 +11,11 @@ from rich.console import Console
 from transformers import DataCollatorWithPadding, TrainingArguments
 
 from inlay.data.formats import Row
-from inlay.data.labelled import labelled_examples
+from inlay.data.labelled import alike, labelled_examples, one_label
 from inlay.evaluation.label_metrics import classified, correlated
 from inlay.recipe.recipe import Recipe
-from inlay.training.examples import Examples, announce, measured, train_and_heldout
+from inlay.training.examples import Examples, announce, measured
+from inlay.training.mixture import say, train_and_heldout
 from inlay.training.tasks.instruction import Task
 from inlay.training.trainer import PlainTrainer
 
@@ -26,18 +27,36 @@ class Classification(Task):
     trainer, arguments = PlainTrainer, TrainingArguments
     metrics = ("accuracy", "f1", "matthews", "pearson", "spearman")
 
+    def processor(self, recipe: Recipe) -> Any:
+        """A tokenizer that pads, as decoders' often do not: with the end token, as in instruction tuning.
+
+        Raises:
+            ValueError: it has no end token either.
+        """
+        tokenizer = super().processor(recipe)
+        if tokenizer.pad_token is None and tokenizer.eos_token is None:
+            raise ValueError(
+                f"the tokenizer of {recipe.model} has neither a pad token nor an end token to pad with; give one of "
+                'its tokens as "pad_token" in its tokenizer_config.json'
+            )
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        return tokenizer
+
     def examples(self, recipe: Recipe, tokenizer: Any, console: Console) -> Examples:
         """As of any task; a label is what stands in its column, and labels are ordered by value."""
-        train, held = train_and_heldout(
-            recipe, lambda records: labelled_examples(records, recipe.columns), lambda row: row["text"]
-        )
+        train, held = train_and_heldout(recipe, labelled_examples, console, lambda row: row["text"])
+        known = {row["label"] for row in (*train, *held)}
+        for row in (*train, *held):
+            row["label"] = one_label(row["label"], known)
         values = {row["label"] for row in (*train, *held)}
         labels = ordered_labels(values)
+        say(label_notes(train, held, labels), console)
         if len(values) < 2:
             raise ValueError(f"label: every example has {values.pop()!r}; there have to be two labels at least")
         for row in (*train, *held):
             row["labels"] = labels.index(row["label"]) if labels else float(row["label"])
-        made = Examples(train, held, measured([encoded_length(row, tokenizer) for row in train], recipe), labels)
+        audit = measured([encoded_length(row, tokenizer) for row in train], recipe)
+        made = Examples(train, held, audit, labels, padding=tokenizer.pad_token_id)
         announce(made, recipe, console)
         return made
 
@@ -50,6 +69,7 @@ class Classification(Task):
             "id2label": {i: name for name, i in ids.items()},
             "label2id": ids,
             "problem_type": kind,
+            "pad_token_id": rows.padding,  # by which a decoder finds the last token of each text
         }
 
     def settings(self, recipe: Recipe) -> dict[str, Any]:
@@ -88,6 +108,19 @@ class Classification(Task):
 
     def shown(self, row: Row, tokenizer: Any, recipe: Recipe) -> str:
         return f"{joined_texts(row)} ⟦{row['label']}⟧"
+
+
+def label_notes(train: list[Row], held: list[Row], labels: list[str] | None) -> list[str]:
+    """What a person should know of the labels: those that are never learned, and those that may be meant as one."""
+    learned = {row["label"] for row in train}
+    unseen = sorted({row["label"] for row in held} - learned) if labels else []
+    notes = [f"only held-out rows have the label {', '.join(unseen[:10])}: it is not learned"] if unseen else []
+    if labels is None:
+        scores = [float(label) for label in learned]
+        notes.append(f"labels are scores from {min(scores):g} to {max(scores):g}, as some have fractions: a regression")
+    return notes + [
+        f"the labels {group} differ in capitals alone; they are classes of their own" for group in alike(labels or ())
+    ]
 
 
 def ordered_labels(values: set[str]) -> list[str] | None:

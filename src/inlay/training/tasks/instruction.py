@@ -11,12 +11,13 @@ from rich.console import Console
 from torch import Tensor
 from trl import SFTConfig
 
+from inlay.data.chats import answer_text
 from inlay.data.formats import Row
-from inlay.data.render import render
+from inlay.data.render import IGNORED, render
 from inlay.evaluation.generate import answer
-from inlay.models.loading import load_tokenizer
 from inlay.recipe.recipe import Recipe
-from inlay.training.examples import Examples, as_dataset, load_examples
+from inlay.training.examples import Examples, load_examples, token_dataset
+from inlay.training.run_tokenizer import run_tokenizer
 from inlay.training.trainer import Trainer
 
 
@@ -29,7 +30,7 @@ class Task:
 
     def processor(self, recipe: Recipe) -> Any:
         """What makes numbers of the data: a tokenizer."""
-        return load_tokenizer(recipe.model, recipe.revision, recipe.trust_remote_code)
+        return run_tokenizer(recipe)
 
     def examples(self, recipe: Recipe, tokenizer: Any, console: Console) -> Examples:
         """Read, split and audit a recipe's data."""
@@ -45,12 +46,12 @@ class Task:
 
     def dataset(self, rows: list[Row], tokenizer: Any, recipe: Recipe) -> Dataset:
         """Examples as the trainer takes them."""
-        return as_dataset(rows, tokenizer)
+        return token_dataset(rows, tokenizer)
 
     def batch(self, rows: list[Row], tokenizer: Any, recipe: Recipe) -> dict[str, Tensor] | None:
         """Examples as the model and `loss` take them, for starts from data; None where nothing is learned from them."""
         shown = [render(row, tokenizer, recipe.max_length) for row in rows]
-        return collate([(one.prompt_ids, one.answer_ids) for one in shown if one.answer_ids], tokenizer)
+        return collate([(one.ids, one.labels) for one in shown if one.answer_ids], tokenizer)
 
     def loss(self, recipe: Recipe) -> Callable[[Any, Any], Tensor] | None:
         """What of (model, batch) such starts differentiate; None: the model's own loss."""
@@ -68,11 +69,7 @@ class Task:
         """Held-out examples to answer before and after: "input" for `answers`; "prompt" and "reference" to show."""
         asked = [row for row in rows if "prompt" in row][:count]
         return [
-            {
-                "input": row["prompt"],
-                "prompt": row["prompt"][-1]["content"],
-                "reference": row["completion"][-1]["content"],
-            }
+            {"input": row, "prompt": row["prompt"][-1]["content"], "reference": answer_text(row["completion"][0])}
             for row in asked
         ]
 
@@ -82,19 +79,18 @@ class Task:
 
     def shown(self, row: Row, tokenizer: Any, recipe: Recipe) -> str:
         """An example as text, what is learned from in ⟦⟧."""
-        found = render(row, tokenizer, recipe.max_length)
-        return f"{found.prompt}⟦{found.answer.rstrip()}⟧"
+        return render(row, tokenizer, recipe.max_length).marked(tokenizer)
 
 
-def collate(pairs: list[tuple[list[int], list[int]]], tokenizer: Any) -> dict[str, Tensor] | None:
-    """Prompts and answers as one batch, filled up on the right; the loss is of the answers."""
-    if not pairs:
+def collate(rows: list[tuple[list[int], list[int]]], tokenizer: Any) -> dict[str, Tensor] | None:
+    """Tokens and labels of rows as one batch, filled up on the right."""
+    if not rows:
         return None
-    length, pad = max(len(asked) + len(said) for asked, said in pairs), tokenizer.pad_token_id or 0
+    length, pad = max(len(ids) for ids, _ in rows), tokenizer.pad_token_id or 0
     columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
-    for asked, said in pairs:
-        rest = length - len(asked) - len(said)
-        columns["input_ids"].append([*asked, *said, *[pad] * rest])
-        columns["attention_mask"].append([1] * (length - rest) + [0] * rest)
-        columns["labels"].append([-100] * len(asked) + said + [-100] * rest)
+    for ids, labels in rows:
+        rest = length - len(ids)
+        columns["input_ids"].append([*ids, *[pad] * rest])
+        columns["attention_mask"].append([1] * len(ids) + [0] * rest)
+        columns["labels"].append([*labels, *[IGNORED] * rest])
     return {key: torch.tensor(column) for key, column in columns.items()}

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
 from datasets import Dataset
 from rich.console import Console
 
-from inlay.data.formats import Row
-from inlay.data.readers import read_records
+from inlay.data.formats import Row, Rules, convert_all, text_cell
+from inlay.data.records import Record
 from inlay.recipe.recipe import Recipe
 from inlay.training.examples import Examples, announce, measured
+from inlay.training.mixture import train_and_heldout
 from inlay.training.tasks.instruction import Task
 
 JOIN = "\n\n"  # between the records: paragraphs of a file, lines of WikiText
@@ -23,17 +25,11 @@ class LanguageModelling(Task):
     are the last blocks (`eval_size` of them), or `eval_data`."""
 
     def examples(self, recipe: Recipe, tokenizer: Any, console: Console) -> Examples:
-        train = text_blocks(recipe, tokenizer, recipe.data, recipe.split)
-        held = text_blocks(recipe, tokenizer, recipe.eval_data) if recipe.eval_data else []
-        size = recipe.eval_size or (len(held) or min(100, max(1, len(train) // 10)))
-        count = max(1, round(size * len(held or train)) if size < 1 else int(size))
-        if held:
-            held = held[:count]
-        elif count >= len(train):
-            raise ValueError(f"eval_size: {size} leaves none of {len(train)} blocks of {recipe.max_length} to train on")
-        else:
-            train, held = train[:-count], train[-count:]
-        made = Examples(train, held, measured([recipe.max_length] * len(train), recipe))
+        def convert(records: list[Record], rules: Rules) -> list[Row]:
+            return text_blocks(records, rules, tokenizer, recipe.max_length)
+
+        blocks, held = train_and_heldout(recipe, convert, console, cut=lambda parts: last_blocks(parts, recipe))
+        made = Examples(blocks, held, measured([recipe.max_length] * len(blocks), recipe))
         announce(made, recipe, console)
         return made
 
@@ -57,23 +53,33 @@ class LanguageModelling(Task):
         return f"⟦{tokenizer.decode(row['ids'])}⟧"
 
 
-def text_blocks(recipe: Recipe, tokenizer: Any, source: str, split: str | None = None) -> list[Row]:
-    """A text as blocks of token ids.
+def text_blocks(records: list[Record], rules: Rules, tokenizer: Any, length: int) -> list[Row]:
+    """A text as blocks of `length` token ids.
 
     Raises:
-        ValueError: it has no text column, or not two blocks of text.
+        ValueError: it has no text column, or not a block of text.
     """
-    records = read_records(source, split)
-    column = recipe.columns.get("text", "text")
-    if not all(isinstance(record.get(column), str) for record in records):
-        raise ValueError(
-            f"{source}: task language_modelling needs text in a column {column!r} (columns: "
-            f"{', '.join(records[0])}), a .txt file, or columns: {{text: ...}}"
-        )
-    whole = JOIN.join(text for record in records if (text := record[column].strip("\n")))
-    ids = tokenizer(text=whole, add_special_tokens=False)["input_ids"]
-    n = recipe.max_length
-    made = [{"ids": ids[i : i + n]} for i in range(0, len(ids) - n + 1, n)]
-    if len(made) < (1 if source == recipe.eval_data else 2):
-        raise ValueError(f"{source}: {len(ids)} tokens are too few for blocks of max_length={n}; lower it")
+
+    def row(record: Record, roles: dict[str, str]) -> list[Row]:
+        cell = record[roles["text"]]
+        return [] if cell is None else [{"text": text_cell(cell, roles["text"]).strip("\n")}]
+
+    texts = convert_all(records, rules, {"text": {"text": ("text",)}}, row)
+    ids = tokenizer(text=JOIN.join(one["text"] for one in texts if one["text"]), add_special_tokens=False)["input_ids"]
+    made = [{"ids": ids[i : i + length]} for i in range(0, len(ids) - length + 1, length)]
+    if not made:
+        raise ValueError(f"{rules.source}: {len(ids)} tokens are too few for blocks of max_length={length}; lower it")
     return made
+
+
+def last_blocks(parts: list[list[Row]], recipe: Recipe) -> tuple[list[list[Row]], list[Row]]:
+    """The blocks of all sources without those held out, and these: the last of each, by its share of all."""
+    total = sum(map(len, parts))
+    size = recipe.eval_size or min(100, max(1, total // 10))
+    count = max(1, round(size * total) if size < 1 else int(size))
+    if count >= total:
+        raise ValueError(f"eval_size: {size} leaves none of {total} blocks of {recipe.max_length} to train on")
+    ends = [round(count * sum(map(len, parts[:i])) / total) for i in range(len(parts) + 1)]
+    counts = [end - start for start, end in pairwise(ends)]
+    held = [row for part, own in zip(parts, counts, strict=True) for row in part[len(part) - own :]]
+    return [part[: len(part) - own] for part, own in zip(parts, counts, strict=True)], held

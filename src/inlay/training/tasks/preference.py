@@ -10,25 +10,19 @@ from datasets import Dataset
 from rich.console import Console
 from torch import Tensor
 from trl import DPOConfig
-from trl.data_utils import extract_prompt
 
-from inlay.data.formats import Row, chat_cell, chat_turns, convert_all, text_cell
-from inlay.data.readers import Record
-from inlay.data.render import as_plain_text, render
+from inlay.data.audit import Audit, audit_examples
+from inlay.data.chats import Example, answer_text
+from inlay.data.formats import Row
+from inlay.data.preferences import SIDES, preference_examples
+from inlay.data.render import IGNORED, common, encode_example
 from inlay.recipe.peft_methods import FULL
 from inlay.recipe.recipe import Recipe
-from inlay.training.examples import Examples, announce, measured, train_and_heldout
+from inlay.training.examples import Examples
+from inlay.training.mixture import train_and_heldout
+from inlay.training.run_tokenizer import answer_ends, check_limits
 from inlay.training.tasks.instruction import Task, collate
 from inlay.training.trainer import PreferenceTrainer
-
-PREFERENCE_FORMATS = {
-    "preference": {
-        "prompt": ("prompt", "question", "instruction"),
-        "chosen": ("chosen",),
-        "rejected": ("rejected",),
-    },
-    "chats": {"chosen": ("chosen",), "rejected": ("rejected",)},
-}
 
 
 class Preference(Task):
@@ -40,30 +34,37 @@ class Preference(Task):
 
     def examples(self, recipe: Recipe, tokenizer: Any, console: Console) -> Examples:
         train, held = train_and_heldout(
-            recipe, lambda records: preference_examples(records, recipe), lambda r: r["prompt"][-1]["content"]
+            recipe, lambda records, rules: preference_examples(records, rules=rules), console, first_question
         )
-        lengths = [
-            max(render({"prompt": r["prompt"], "completion": r[side]}, tokenizer, None).length for side in SIDES)
-            for r in train
-        ]
-        made = Examples(train, held, measured(lengths, recipe))
-        announce(made, recipe, console)
-        return made
+        sides = [side_of(row, side) for row in train for side in SIDES]
+        audit = audit_examples(sides, tokenizer, recipe.max_length, answer_ends(recipe))
+        console.print(f"{len(train)} pairs to train on, {len(held)} held out; longest {audit.longest} tokens")
+        for note in audit.notes:
+            console.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        rows, heldout = (with_room(part, tokenizer, recipe, console) for part in (train, held))
+        if audit.cut:
+            console.print(f"{audit.cut} answers are cut at max_length={recipe.max_length}", style="yellow")
+        check_limits(recipe, tokenizer, audit.largest_token, min(audit.longest, recipe.max_length))
+        found = Audit(len(rows), audit.cut, audit.masked, 0, audit.longest, audit.mean_tokens, audit.answer_tokens)
+        return Examples(rows, heldout, found, conversations=len(held))
 
     def settings(self, recipe: Recipe) -> dict[str, Any]:
         return {"max_length": recipe.max_length, "precompute_ref_log_probs": recipe.method == FULL}
 
     def dataset(self, rows: list[Row], tokenizer: Any, recipe: Recipe) -> Dataset:
-        return Dataset.from_list(rows if tokenizer.chat_template else [preference_as_text(row) for row in rows])
+        return Dataset.from_list([encode_pair(row, tokenizer) for row in rows])
 
     def batch(self, rows: list[Row], tokenizer: Any, recipe: Recipe) -> dict[str, Tensor] | None:
         """The chosen answers, then the rejected ones."""
-        shown = [
-            [render({"prompt": row["prompt"], "completion": row[side]}, tokenizer, recipe.max_length) for side in SIDES]
-            for row in rows
-        ]
-        whole = [pair for pair in shown if all(one.answer_ids for one in pair)]
-        return collate([(pair[i].prompt_ids, pair[i].answer_ids) for i in (0, 1) for pair in whole], tokenizer)
+        pairs = [encode_pair(row, tokenizer) for row in rows]
+        pairs = [pair for pair in pairs if len(pair["prompt_ids"]) < recipe.max_length]
+        found = []
+        for side in SIDES:
+            for pair in pairs:
+                prompt, answer = pair["prompt_ids"], pair[f"{side}_ids"]
+                ids, labels = [*prompt, *answer], [*[IGNORED] * len(prompt), *answer]
+                found.append((ids[: recipe.max_length], labels[: recipe.max_length]))
+        return collate(found, tokenizer)
 
     def loss(self, recipe: Recipe) -> Callable[[Any, Any], Tensor]:
         beta = recipe.trainer.get("beta", DPOConfig.beta)
@@ -71,46 +72,52 @@ class Preference(Task):
 
     def questions(self, rows: list[Row], count: int) -> list[Row]:
         return [
-            {"input": r["prompt"], "prompt": r["prompt"][-1]["content"], "reference": r["chosen"][-1]["content"]}
+            {"input": r, "prompt": r["prompt"][-1]["content"], "reference": answer_text(r["chosen"][-1])}
             for r in rows[:count]
         ]
 
     def shown(self, row: Row, tokenizer: Any, recipe: Recipe) -> str:
-        sides = [{"prompt": row["prompt"], "completion": row[side]} for side in SIDES]
-        return "\n".join(Task.shown(self, side, tokenizer, recipe) for side in sides)
+        return "\n".join(Task.shown(self, side_of(row, side), tokenizer, recipe) for side in SIDES)
 
 
-SIDES = ("chosen", "rejected")
+def first_question(row: Row) -> str:
+    """What pairs of one prompt share, so that none is on both sides of a split."""
+    return next(message["content"] for message in row["prompt"] if message["role"] == "user")
 
 
-def preference_examples(records: list[Record], recipe: Recipe) -> list[Row]:
-    """Records as conversations {"prompt", "chosen", "rejected"}; of two chats, the prompt is what they share."""
-
-    def row(record: Record, roles: dict[str, str]) -> list[Row]:
-        cells = {role: record[column] for role, column in roles.items()}
-        if "prompt" not in cells:
-            if not all(isinstance(cells[side], list) for side in SIDES):
-                raise ValueError("chosen and rejected without a prompt; accepted: two chats, or a prompt column")
-            cells = extract_prompt({side: chat_cell(cells[side], side) for side in SIDES})
-        ask = cells["prompt"]
-        prompt = ask if isinstance(ask, list) else [{"role": "user", "content": text_cell(ask, roles["prompt"])}]
-        made: Row = {}
-        for side in SIDES:
-            said = cells[side]
-            turns = said if isinstance(said, list) else [{"role": "assistant", "content": text_cell(said, side)}]
-            (one,) = chat_turns(chat_cell(prompt + turns, side), recipe.system)[-1:]
-            made |= {"prompt": one["prompt"], side: one["completion"]}
-        if made["chosen"] == made["rejected"]:
-            raise ValueError("chosen and rejected are the same answer")
-        return [made]
-
-    return convert_all(records, recipe.columns, PREFERENCE_FORMATS, row)
+def side_of(row: Row, side: str) -> Example:
+    """One side of a pair as an example."""
+    about = {key: value for key, value in row.items() if key not in ("prompt", *SIDES)}
+    return {"prompt": row["prompt"], "completion": row[side], **about}
 
 
-def preference_as_text(row: Row) -> Row:
-    """As strings, for a tokenizer without a chat template."""
-    made = {side: as_plain_text({"prompt": row["prompt"], "completion": row[side]}) for side in SIDES}
-    return {"prompt": made["chosen"]["prompt"], **{side: made[side]["completion"] for side in SIDES}}
+def encode_pair(row: Row, tokenizer: Any) -> dict[str, list[int]]:
+    """A pair as trl's trainer takes it; both answers start where their tokens and those of the prompt alone differ."""
+    chosen, rejected = (encode_example(side_of(row, side), tokenizer) for side in SIDES)
+    start = min(chosen.spans[0][0], rejected.spans[0][0], common(chosen.ids, rejected.ids))
+    return {
+        "prompt_ids": chosen.ids[:start],
+        "chosen_ids": chosen.ids[start:],
+        "rejected_ids": rejected.ids[start:],
+    }
+
+
+def with_room(rows: list[Row], tokenizer: Any, recipe: Recipe, console: Console) -> list[Row]:
+    """The pairs whose prompt leaves room for an answer; how many do not is said.
+
+    Raises:
+        ValueError: none does.
+    """
+    kept = [row for row in rows if len(encode_pair(row, tokenizer)["prompt_ids"]) < recipe.max_length]
+    if not kept:
+        raise ValueError(f"no prompt leaves room for an answer within max_length={recipe.max_length}; raise it")
+    if left := len(rows) - len(kept):
+        console.print(
+            f"{left} of {len(rows)} pairs are left out: their prompt alone fills max_length={recipe.max_length}; "
+            "raise --max-length to keep them",
+            style="yellow",
+        )
+    return kept
 
 
 def first_loss(model: Any, batch: dict[str, Tensor], beta: float) -> Tensor:

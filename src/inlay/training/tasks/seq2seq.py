@@ -10,17 +10,21 @@ from datasets import Dataset
 from rich.console import Console
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
-from inlay.data.formats import FORMATS, SUMMARIES, Row, convert_all, text_cell
-from inlay.data.readers import Record
+from inlay.data.chats import text_cell
+from inlay.data.formats import FORMATS, SUMMARIES, Row, Rules, convert_all, question_of
+from inlay.data.records import Record
 from inlay.evaluation.generate import answer
 from inlay.recipe.recipe import Recipe
-from inlay.training.examples import Examples, announce, measured, train_and_heldout
+from inlay.training.examples import Examples, announce, measured
+from inlay.training.mixture import rules_of, train_and_heldout
 from inlay.training.tasks.instruction import Task
 from inlay.training.trainer import TargetTrainer
 
+TAKEN = ("prompt", "input", "answer", "system")  # a source is one text: no earlier turns stand before it
 SEQ2SEQ_FORMATS = {
-    **SUMMARIES,
-    **{name: FORMATS[name] for name in ("instruction", "prompt-completion", "question-answer", "E2E")},
+    name: {role: columns for role, columns in roles.items() if role in TAKEN}
+    for name, roles in {**SUMMARIES, **FORMATS}.items()
+    if "prompt" in roles
 }
 
 
@@ -32,7 +36,7 @@ class Seq2Seq(Task):
 
     def examples(self, recipe: Recipe, tokenizer: Any, console: Console) -> Examples:
         train, held = train_and_heldout(
-            recipe, lambda records: seq2seq_examples(records, recipe), lambda row: row["source"]
+            recipe, lambda records, rules: seq2seq_examples(records, recipe, rules), console, lambda row: row["source"]
         )
         lengths = [max(len(tokenizer(row[side])["input_ids"]) for side in ("source", "target")) for row in train]
         made = Examples(train, held, measured(lengths, recipe))
@@ -72,18 +76,14 @@ class Seq2Seq(Task):
         return f"{row['source']} ⟦{row['target']}⟧"
 
 
-def seq2seq_examples(records: list[Record], recipe: Recipe) -> list[Row]:
-    """Records as {"source", "target"}, with the recipe's `system` before the source."""
+def seq2seq_examples(records: list[Record], recipe: Recipe, rules: Rules | None = None) -> list[Row]:
+    """Records as {"source", "target"}, with their system message, or the recipe's, before the source."""
+    rules = rules or rules_of(recipe)
 
     def row(record: Record, roles: dict[str, str]) -> list[Row]:
-        source = text_cell(record[roles["prompt"]], roles["prompt"])
-        extra = record.get(roles.get("input", ""))
-        source = f"{source}\n\n{extra}" if extra else source
-        return [
-            {
-                "source": (recipe.system or "") + source,
-                "target": text_cell(record[roles["answer"]], roles["answer"]),
-            }
-        ]
+        cells = {role: record[column] for role, column in roles.items()}
+        system = rules.system if cells.get("system") is None else text_cell(cells["system"], roles["system"])
+        source = (system or "") + question_of(cells, roles)
+        return [{"source": source, "target": text_cell(record[roles["answer"]], roles["answer"])}]
 
-    return convert_all(records, recipe.columns, SEQ2SEQ_FORMATS, row)
+    return convert_all(records, rules, SEQ2SEQ_FORMATS, row)

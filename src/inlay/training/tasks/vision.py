@@ -11,21 +11,26 @@ from PIL import Image as Picture
 from rich.console import Console
 from transformers import AutoProcessor
 
-from inlay.data.formats import Row, chat_cell, chat_turns, convert_all, text_cell
-from inlay.data.readers import Record
-from inlay.data.render import templated
+from inlay.data.chat_templates import templated
+from inlay.data.chats import chat_cell, conversation, text_cell, turn_by_turn, with_system
+from inlay.data.formats import Row, Rules, convert_all, earlier_turns, question_of
+from inlay.data.records import Record
 from inlay.messages import loading, short
 from inlay.models.loading import resolve
 from inlay.recipe.recipe import Recipe
-from inlay.training.examples import Examples, announce, measured, train_and_heldout
+from inlay.training.examples import Examples, announce, measured
+from inlay.training.mixture import train_and_heldout
 from inlay.training.tasks.instruction import Task
 
 VISION_FORMATS = {
-    "LLaVA": {"messages": ("conversations", "messages"), "images": ("image", "images")},
+    "LLaVA": {"messages": ("conversations", "messages"), "images": ("image", "images"), "system": ("system",)},
     "question-answer": {
         "prompt": ("prompt", "question", "instruction"),
+        "input": ("input", "context"),
         "answer": ("answer", "completion", "response"),
         "images": ("image", "images"),
+        "system": ("system",),
+        "history": ("history",),
     },
 }
 
@@ -45,8 +50,7 @@ class Vision(Task):
         return made
 
     def examples(self, recipe: Recipe, tokenizer: Any, console: Console) -> Examples:
-        beside = Path(recipe.data).expanduser().parent
-        train, held = train_and_heldout(recipe, lambda records: vision_examples(records, recipe, beside), question)
+        train, held = train_and_heldout(recipe, vision_examples, console, question)
         made = Examples(train, held, measured([length(row, tokenizer) for row in train], recipe))
         announce(made, recipe, console)
         return made
@@ -76,25 +80,31 @@ class Vision(Task):
         return f"{', '.join(row['images'])} {question(row)} ⟦{row['completion'][-1]['content']}⟧"
 
 
-def vision_examples(records: list[Record], recipe: Recipe, beside: Path) -> list[Row]:
+def vision_examples(records: list[Record], rules: Rules) -> list[Row]:
     """Records as {"prompt", "completion", "images"}: one example a turn of the assistant, all with the images."""
+    source = Path(rules.source).expanduser()
+    folders = (source, source.parent) if source.is_dir() else (source.parent,)
 
     def row(record: Record, roles: dict[str, str]) -> list[Row]:
         found = record[roles["images"]]
-        paths = [beside / path for path in (found if isinstance(found, list) else [found]) if isinstance(path, str)]
-        if not paths or not all(path.is_file() for path in paths):
+        names = [name for name in (found if isinstance(found, list) else [found]) if isinstance(name, str)]
+        beside = next((folder for folder in folders if all((folder / name).is_file() for name in names)), None)
+        if not names or beside is None:
             raise ValueError(f"{roles['images']} is {short(found)}; accepted: the path of an image file")
+        cells = {role: record[column] for role, column in roles.items()}
         if "messages" in roles:
-            turns = chat_cell(record[roles["messages"]], roles["messages"])
+            turns = chat_cell(cells["messages"], roles["messages"])
         else:
-            turns = [
-                {"role": "user", "content": text_cell(record[roles["prompt"]], roles["prompt"])},
-                {"role": "assistant", "content": text_cell(record[roles["answer"]], roles["answer"])},
-            ]
+            answer = text_cell(cells["answer"], roles["answer"])
+            turns = [{"role": "user", "content": question_of(cells, roles)}, {"role": "assistant", "content": answer}]
+        if any(turn["role"] == "tool" or "tool_calls" in turn for turn in turns):
+            raise ValueError("tools are not for task vision; leave out their calls and answers")
+        turns = with_system([*earlier_turns(cells, roles), *turns], cells.get("system"), roles.get("system", "system"))
         turns = [turn | {"content": turn["content"].replace(MARK, "").strip()} for turn in turns]
-        return [{**made, "images": list(map(str, paths))} for made in chat_turns(turns, recipe.system)]
+        parts = turn_by_turn(conversation(turns, rules.system))
+        return [{**part, "images": [str(beside / name) for name in names]} for part in parts]
 
-    return convert_all(records, recipe.columns, VISION_FORMATS, row)
+    return convert_all(records, rules, VISION_FORMATS, row)
 
 
 def question(row: Row) -> str:

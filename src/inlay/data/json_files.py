@@ -1,0 +1,130 @@
+"""JSON as people have it: one object a line, one list of objects, or a list wrapped in an object."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from inlay.data.records import Numbered, Record, refusal
+from inlay.messages import short
+
+LIST, LINE = "a list of JSON objects, or one object a line", "one JSON object a line"
+Lines = Iterator[tuple[int, str]]
+
+
+def json_records(path: Path, lines: Lines, one_a_line: bool, notes: list[str], whole: bool = True) -> Numbered:
+    """The records of a JSON file with the line that each begins at, whichever of the forms it has.
+
+    `one_a_line` says what its name promises, .jsonl. Unless the file may be held in memory (`whole`), a list
+    is refused.
+    """
+    first = next(((number, line) for number, line in lines if line.strip()), None)
+    if first is None:
+        return iter(())
+    is_list = first[1].lstrip().startswith("[")
+    if not whole and (is_list or not one_a_line):
+        command = f"jq -c '.[]' {path.name} > lines.jsonl"
+        raise refusal(path, "one JSON list", f"{LINE} where data is streamed ({command})")
+    if not is_list and (one_a_line or _object_alone(first[1])):
+        second = next(((number, line) for number, line in lines if line.strip()), None)
+        if one_a_line or second is not None:
+            return _by_line(path, chain([first], [second] if second else [], lines))
+    text = "\n" * (first[0] - 1) + "\n".join(line for _, line in chain([first], lines))
+    return enumerate(_listed(_parse(text, path, 1, LIST), path, notes), start=1)
+
+
+def _object_alone(line: str) -> bool:
+    try:
+        return isinstance(load_json(line), dict)
+    except ValueError:
+        return False
+
+
+def _by_line(path: Path, lines: Lines) -> Iterator[tuple[int, Record]]:
+    for number, line in lines:
+        if line.strip():
+            value = _parse(line, path, number, LINE)
+            if not isinstance(value, dict):
+                raise refusal(f"{path}, line {number}", short(line), LINE)
+            yield number, value
+
+
+def _listed(value: Any, path: Path, notes: list[str]) -> list[Record]:
+    """A JSON value as records: the list itself, or the only list of records in an object around it."""
+    if isinstance(value, dict):
+        lists = {key: inner for key, inner in value.items() if _records(inner)}
+        if len(lists) == 1:
+            ((key, records),) = lists.items()
+            others = [other for other in value if other != key]
+            notes.append(
+                f"{path.name}: records are under {key!r}" + (f"; not used: {', '.join(others)}" if others else "")
+            )
+            return records
+        raise refusal(path, short(value), f"{LIST} {_advice(value, list(lists), path)}".rstrip())
+    if not isinstance(value, list) or not all(isinstance(record, dict) for record in value):
+        raise refusal(path, short(value), LIST)
+    return value
+
+
+def _records(value: Any) -> bool:
+    """Whether a value is a list of records; a chat's messages are not."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(one, dict) and not {"role", "from"} & one.keys() for one in value)
+    )
+
+
+def _advice(value: dict[str, Any], lists: list[str], path: Path) -> str:
+    if lists:
+        return f"(several lists: {', '.join(lists)}; jq .{lists[0]} {path.name} > one.json takes one out)"
+    if value and all(isinstance(inner, (dict, list)) for inner in value.values()):
+        return "(of pandas: df.to_json(path, orient='records', lines=True))"
+    return "(one object alone is written in [ ])"
+
+
+def load_json(text: str) -> Any:
+    """What a JSON text holds.
+
+    Raises:
+        ValueError: it is no JSON, is nested too deeply, or an object names a key twice, of which one would be lost.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except RecursionError:
+        raise json.JSONDecodeError("nested too deeply", text, 0) from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} twice in one object")
+    return made
+
+
+def _parse(text: str, path: Path, line: int, wanted: str) -> Any:
+    try:
+        return load_json(text)
+    except json.JSONDecodeError as error:
+        place = f"{path}, line {line + error.lineno - 1}"
+        if text[: error.pos].rstrip().endswith(",") and text[error.pos : error.pos + 1] in ("]", "}", ""):
+            before = line + text[: error.pos].rstrip().count("\n")
+            raise refusal(
+                place, f"a comma with nothing after it (line {before})", f"{wanted}; remove the comma"
+            ) from error
+        raise refusal(place, f"{_around(text, error)} ({error.msg})", wanted) from error
+    except ValueError as error:  # a number of more digits than are read, or a key that stands twice
+        place = f"{path}, line {line}" if "\n" not in text.strip() else f"{path}, from line {line} on"
+        raise refusal(place, f"{short(text.strip())} ({error})", wanted) from error
+
+
+def _around(text: str, error: json.JSONDecodeError) -> str:
+    """The faulty line, or of a long one what stands around the fault."""
+    culprit = text.split("\n")[error.lineno - 1]
+    if len(culprit) > 57 and error.colno > 40:
+        culprit = "..." + culprit[error.colno - 25 : error.colno + 20]
+    return short(culprit)

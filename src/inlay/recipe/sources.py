@@ -1,0 +1,79 @@
+"""Where a run's records come from: one source, or a mixture of several with weights of their own."""
+
+from __future__ import annotations
+
+import codecs
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from inlay.messages import did_you_mean
+from inlay.recipe.schema import conform_all, field_of
+
+MOST = 1000.0  # of a weight
+
+
+@dataclass
+class Source:
+    """One file, folder or hub data set of a mixture. What it does not say itself, the recipe says for it."""
+
+    path: str = field_of("", "file, folder or hub data set")
+    weight: float = field_of(1.0, "how often an epoch has each of its rows: 2 twice, 0.5 half of them, drawn by seed")
+    split: str | None = field_of(None, "split of a folder or hub data set")
+    columns: dict = field_of(dict, "which column plays which role")
+    system: str | None = field_of(None, "system message put before every example")
+
+    def __post_init__(self) -> None:
+        conform_all(self)
+        if not self.path:
+            raise ValueError("path is missing")
+        if not 0 < self.weight <= MOST:
+            raise ValueError(
+                f"weight: {self.weight} is not above 0 and at most {MOST:g}; leave the source out for none"
+            )
+
+
+def sources(recipe: Any) -> list[Source]:
+    """The sources of a recipe, in its order.
+
+    Raises:
+        ValueError: `data` is an empty list, or an entry of it has an unknown key or a value that does not fit.
+    """
+    given = recipe.data if isinstance(recipe.data, list) else [recipe.data]
+    if not given:
+        raise ValueError("data: an empty list; give a file, a folder or a hub data set")
+    return [_source(entry, recipe) for entry in given]
+
+
+def _source(entry: Any, recipe: Any) -> Source:
+    values: Any = {"path": entry} if isinstance(entry, str) else entry
+    known = [f.name for f in fields(Source)]
+    if not isinstance(values, dict):
+        raise ValueError(f"data: {entry!r:.100} is not a path, or a mapping of {', '.join(known)}")
+    for key in values:
+        if key not in known:
+            raise ValueError(f"data: a source has no {key!r}; {did_you_mean(key, known)}")
+    try:
+        made = Source(**values)
+    except ValueError as error:
+        raise ValueError(f"data: {entry!r:.100}: {error}") from None
+    own = {"split": made.split or recipe.split, "columns": made.columns or recipe.columns}
+    return replace(made, **own, system=recipe.system if made.system is None else made.system)
+
+
+def source_names(recipe: Any) -> str:
+    """The sources of a recipe in one line, with their weights where they have any."""
+    names = [one.path + ("" if one.weight == 1 else f" ×{one.weight:g}") for one in sources(recipe)]
+    return ", ".join(names)
+
+
+def check_sources(recipe: Any) -> None:
+    """Refuse what cannot be read so, before anything is read."""
+    found = sources(recipe)
+    if recipe.streaming and (len(found) > 1 or found[0].weight != 1):
+        raise ValueError("streaming takes one source without a weight; put its files into one folder, or name a glob")
+    try:
+        text = codecs.lookup(recipe.encoding)._is_text_encoding
+    except (LookupError, ValueError):
+        text = False
+    if not text:
+        raise ValueError(f"encoding: {recipe.encoding!r} is no text encoding; utf-8, cp1252, utf-16, ... are")
