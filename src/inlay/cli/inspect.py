@@ -107,9 +107,7 @@ def inspect_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--target-modules", help="of a model: names, a regex, or all-linear (default)")
     verb.add_argument("--layers", help="layer indices, as 0,1,2 (of a model with names in --target-modules)")
     verb.add_argument("--joint", action="store_true", help="what one right factor carries of layers with one input")
-    verb.add_argument(
-        "--output", help="folder for JSON, ranks.yaml (of a model) and plots (default: print only)"
-    )
+    verb.add_argument("--output", help="folder for JSON, ranks.yaml (of a model) and plots (default: print only)")
     verb.add_argument("--overwrite", action="store_true", help="replace such a folder")
     verb.add_argument("--revision", help="revision of a hub model")
     verb.add_argument("--trust-remote-code", action="store_true", help="let the model's repository run its own code")

@@ -17,6 +17,7 @@ from inlay.conversion.merged_weights import (
     write_shards,
 )
 from inlay.files.atomic import new_folder
+from inlay.host.strength import set_scale
 from inlay.models.adapters import Adapter
 from inlay.models.loading import DTYPES
 from inlay.models.model_classes import find_model_class
@@ -49,6 +50,7 @@ def merge(
     to: str = "safetensors",
     shard: str = "4GB",
     probe: bool = True,
+    scale: float = 1.0,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Merged:
@@ -67,6 +69,7 @@ def merge(
         to: "safetensors", or "gguf": one file with the tokenizer in it, and an Ollama Modelfile.
         shard: how large a file may be, as 500MB or 4GB.
         probe: compare the new model's logits with the adapter's.
+        scale: the strength of the adapter (see `inlay.set_scale`).
         revision: of the base on a hub; None: the one the adapter was trained on.
         trust_remote_code: let the base's repository run its own code.
 
@@ -88,6 +91,7 @@ def merge(
         if to == "gguf" and auto is not find_model_class("instruction").auto:
             raise ValueError(f"to={to!r} writes causal language models, which {source.folder} is not an adapter of")
         blank = source.load_blank()
+        set_scale(blank, scale)
         config: Any = blank.get_base_model().config
         width = merge_dtype(dtype, config)
         tensors = merged_tensors(blank, source, source.base_weights(), width)
@@ -96,11 +100,12 @@ def merge(
         else:
             written = write_shards(part, tensors, limit)
             write_description(part, blank, source, width)
-        error = probe_difference(source, part) if probe else None
+        error = probe_difference(source, part, scale) if probe else None
         lost = {new.name.removesuffix(".weight"): new.lost for new in written if new.lost is not None}
         about = {
             "adapter": str(adapter),
             "base": source.base.name,
+            "scale": scale,
             "largest_logit_difference": error,
             "lost_in_rounding": lost,
         }

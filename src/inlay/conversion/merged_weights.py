@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, Conv1D, GenerationConfig
 
 from inlay.host import seal
 from inlay.host.layer import PREFIX, adapted
+from inlay.host.strength import set_scale
 from inlay.models import builtin
 from inlay.models.adapters import Adapter
 from inlay.models.base import BaseModel
@@ -225,8 +226,11 @@ def write_description(folder: Path, model: PeftModel, source: Adapter, dtype: to
         source.saved_tokenizer().save_pretrained(folder)
 
 
-def probe_difference(source: Adapter, merged: Path) -> float:
-    """Return the largest difference of logits between the adapter on its base and the merged model, both in fp32."""
+def probe_difference(source: Adapter, merged: Path, scale: float = 1.0) -> float:
+    """Return the largest difference of logits between the adapter on its base and the merged model, both in fp32.
+
+    `scale` is the strength at which the adapter was merged.
+    """
     base, auto = source.base, source.auto_class
     model: Any = base.load(torch.float32, folded=True, auto=auto, **source.settings)
     config = copy.deepcopy(model.config)
@@ -235,8 +239,10 @@ def probe_difference(source: Adapter, merged: Path) -> float:
     except ValueError:  # it has none
         ids = torch.arange(32)[None] * 101
     ids %= config.get_text_config().vocab_size
-    before = logits_of(source.attach(model), ids)
-    del model
+    adapted = source.attach(model)
+    set_scale(adapted, scale)
+    before = logits_of(adapted, ids)
+    del model, adapted
     after = load_merged(merged, config, auto, base.trust_remote_code)
     return (logits_of(after, ids) - before).abs().max().item()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -74,8 +73,6 @@ def check_sources(recipe: Any) -> None:
     if recipe.streaming and (len(every) > 1 or every[0].weight != 1):
         raise ValueError("streaming takes one source without a weight; put its files into one folder, or name a glob")
     try:
-        text = codecs.lookup(recipe.encoding)._is_text_encoding
+        "".encode(recipe.encoding)
     except (LookupError, ValueError):
-        text = False
-    if not text:
-        raise ValueError(f"encoding: {recipe.encoding!r} is not a text encoding; utf-8, cp1252, utf-16, ... are")
+        raise ValueError(f"encoding: {recipe.encoding!r} is no text encoding; utf-8, cp1252, utf-16, ... are") from None
