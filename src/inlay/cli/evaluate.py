@@ -85,12 +85,12 @@ def generate_arguments(verb: argparse.ArgumentParser) -> None:
 
 
 def user(text: str) -> dict[str, str]:
-    """A user's turn."""
+    """Return a user's turn of a conversation."""
     return {"role": "user", "content": text}
 
 
 def read_line() -> str:
-    """A line of the conversation; empty at its end."""
+    """Read a line of the conversation; empty at its end."""
     try:
         return input("> ").strip()
     except EOFError:

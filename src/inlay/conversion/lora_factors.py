@@ -1,7 +1,7 @@
 """An adapter as a plain LoRA, which PEFT, vLLM and llama.cpp read without Inlay.
 
 Where ΔW is low rank, the LoRA is the adapter: [B − B₀, B₀] [A; A − A₀], compressed to its true rank. Elsewhere it is
-the nearest of a rank, and how near is said. The base is not loaded; where a method reads its weight, one at a time.
+the nearest of a rank, and how near is reported. The base is not loaded; where a method reads its weight, one at a time.
 """
 
 from __future__ import annotations
@@ -31,8 +31,14 @@ SIZES = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the ranks vLLM serves
 
 @dataclass(frozen=True)
 class LoraDelta:
-    """The change of one weight as B A, B (out × r), A (r × in), its scale included, and ‖B A − s(ΔW − ΔW₀)‖ over the
-    norm of what it stands for."""
+    """The change of one weight as B A, its scale included, and how far that is from the change itself.
+
+    Attributes:
+        module: the weight's module.
+        B: (out × r).
+        A: (r × in).
+        error: ‖B A − s(ΔW − ΔW₀)‖ over the norm of the change.
+    """
 
     module: str
     B: Tensor
@@ -44,7 +50,7 @@ class LoraDelta:
         return self.A.shape[0]
 
     def rounding(self, dtype: torch.dtype) -> float:
-        """‖B A − B' A'‖ over ‖B A‖, for B' and A' rounded to a dtype; through Gram matrices, never (out × in)."""
+        """Return ‖B A − B' A'‖ over ‖B A‖ for B', A' rounded to a dtype; through Gram matrices, never (out × in)."""
         B, A = self.B.double(), self.A.double()
         left = torch.cat([B, -self.B.to(dtype).double()], 1)
         right = torch.cat([A, self.A.to(dtype).double()])
@@ -61,23 +67,28 @@ def lora_deltas(
     rank: int | None = None,
     energy: float | None = None,
 ) -> Iterator[LoraDelta]:
-    """The change of every adapted weight; of several adapters, their weighted sum. `base_weights` opens the stored
-    weights of the base, where a method reads them.
+    """Yield the change of every adapted weight; of several adapters, their weighted sum.
+
+    Args:
+        adapters: each with its weight, on a base without memory.
+        base_weights: opens the stored weights of the base, where a method reads them.
+        rank: at most so many ranks.
+        energy: as many ranks as keep this share of ‖ΔW‖².
 
     Raises:
         ValueError: a method's change has full rank and neither `rank` nor `energy` is given; or the adapters, or the
             base, were not cut from the same weights.
     """
     weights: Weights | None = None
-    found: dict[str, list[tuple[float, InlayLinear]]] = {}
+    layers: dict[str, list[tuple[float, InlayLinear]]] = {}
     for weight, model in adapters:
         for layer in adapted(model, "default").values():
-            found.setdefault(layer.cuts["default"].module, []).append((weight, layer))
-    for module, parts in found.items():
+            layers.setdefault(layer.cuts["default"].module, []).append((weight, layer))
+    for module, parts in layers.items():
         one = parts[0][1]
-        known = [sealed["base"] for _, layer in parts if (sealed := layer.cuts["default"].seal)]
+        marks = [sealed["base"] for _, layer in parts if (sealed := layer.cuts["default"].seal)]
         for _, layer in parts:
-            for mark in known:
+            for mark in marks:
                 layer.check_base("default", mark)
         W = torch.empty(one.out_features, one.in_features, device="meta")
         if any(layer.cuts["default"].method.reads_weight for _, layer in parts):
@@ -97,7 +108,7 @@ def lora_deltas(
 
 @torch.no_grad()
 def lora_delta(parts: list[tuple[float, InlayLinear]], W: Tensor, rank: int | None, energy: float | None) -> LoraDelta:
-    """One weight's change, exact where the methods are low rank and the rank allows it."""
+    """Return one weight's change, exact where the methods are low rank and the rank allows it."""
     one, exact = parts[0][1], all(isinstance(layer.theta("default")[0], LowRank) for _, layer in parts)
     if exact:
         factors = [factors_of(weight, layer, W) for weight, layer in parts]
@@ -127,30 +138,30 @@ def lora_delta(parts: list[tuple[float, InlayLinear]], W: Tensor, rank: int | No
 
 
 def factors_of(weight: float, layer: InlayLinear, W: Tensor) -> tuple[Tensor, Tensor]:
-    """B (out × r) and A (r × in) in fp64, whose product is the weighted change of a low-rank method."""
+    """Return B (out × r) and A (r × in) in fp64, whose product is the weighted change of a low-rank method."""
     method, p, p0 = layer.theta("default")
     wide, wide0 = ({k: v.double() for k, v in (q or {}).items()} for q in (p, p0))
     B, A = cast(LowRank, method).pair(wide, None if p0 is None else wide0, W)
     return weight * method.s * B, A
 
 
-def padded_to_one_rank(made: list[LoraDelta], pad: bool) -> int:
-    """One rank for all: the largest, or the next that vLLM serves."""
-    most = max(1, *(c.rank for c in made))
+def padded_to_one_rank(deltas: list[LoraDelta], pad: bool) -> int:
+    """Return one rank for all: the largest, or the next that vLLM serves."""
+    most = max(1, *(delta.rank for delta in deltas))
     return next((size for size in SIZES if size >= most), most) if pad else most
 
 
-def widened_to_rank(c: LoraDelta, r: int) -> tuple[Tensor, Tensor]:
-    """B and A with zeros up to the rank r."""
-    B, A = c.B.new_zeros(c.B.shape[0], r), c.A.new_zeros(r, c.A.shape[1])
-    B[:, : c.rank], A[: c.rank] = c.B, c.A
+def widened_to_rank(delta: LoraDelta, r: int) -> tuple[Tensor, Tensor]:
+    """Return B and A with zeros up to the rank r."""
+    B, A = delta.B.new_zeros(delta.B.shape[0], r), delta.A.new_zeros(r, delta.A.shape[1])
+    B[:, : delta.rank], A[: delta.rank] = delta.B, delta.A
     return B, A
 
 
 def saved_beside(adapter: Adapter) -> dict[str, Tensor]:
-    """What an adapter holds beside θ and θ₀: modules and biases that were trained whole, rows of embeddings.
+    """Return what an adapter holds beside θ and θ₀: modules and biases that were trained whole, rows of embeddings.
 
-    Not the embeddings that PEFT saves along, as they are, where a head is adapted.
+    The embeddings that PEFT saves unchanged where a head is adapted are left out.
     """
     config = cast(InlayConfig, adapter.config)
     rest = {k: v for k, v in adapter.tensors.items() if f".{PREFIX}" not in k and f".{START}" not in k}
@@ -205,7 +216,7 @@ def write_lora(
 
 
 def target_names(model: PeftModel, names: list[str]) -> list[str]:
-    """The last parts of the modules' names, or the whole names where those would match more."""
+    """Return the last parts of the modules' names, or the whole names where those would match more."""
     kinds = {name.rpartition(".")[2] for name in names}
     every = [n.replace(".base_layer", "") for n, _ in model.get_base_model().named_modules()]
     same = [n for n in every if n.rpartition(".")[2] in kinds]

@@ -39,8 +39,15 @@ TOKENS = ".token_adapter.trainable_tokens_delta"
 
 @dataclass(frozen=True)
 class New:
-    """A tensor of the merged model: its stored name, the model's name of it, and, where an adapter changed it, the
-    share of that change which the one rounding lost, ‖rounded − exact‖ / ‖change‖."""
+    """A tensor of the merged model.
+
+    Attributes:
+        key: its stored name.
+        name: the model's name for it.
+        value: the tensor.
+        lost: the share of an adapter's change that the one rounding lost, ‖rounded − exact‖ / ‖change‖; None where
+            there is no change.
+    """
 
     key: str
     name: str
@@ -125,7 +132,7 @@ def check_mergeable(config: Any) -> None:
 
 
 def read_weight(weights: Weights, key: str, transposed: bool) -> tuple[Tensor, str | None]:
-    """A weight of the base, a linear layer's as (out × in), and its mark; a packed one is in that shape as it is."""
+    """Read a weight of the base, a linear layer's as (out × in), and its mark; a packed one has that shape already."""
     if weights.beside(key):
         return dequantized(weights, key)
     W = weights.read(key).T if transposed else weights.read(key)
@@ -133,40 +140,44 @@ def read_weight(weights: Weights, key: str, transposed: bool) -> tuple[Tensor, s
 
 
 def module_below(base: Any, module: str) -> Any:
-    """The module of a name, under what an adapter put around it; None where a name is no module's."""
+    """Return the module of a name, without an adapter's layer around it; None where there is no such module."""
     try:
-        found = base.get_submodule(module)
+        layer = base.get_submodule(module)
     except AttributeError:
         return None
-    return getattr(found, "base_layer", found)
+    return getattr(layer, "base_layer", layer)
 
 
 def trained_beside(
     model: PeftModel, source: Adapter, weights: Weights
 ) -> tuple[dict[str, Tensor], dict[str, tuple[list[int], Tensor]]]:
-    """What an adapter holds beside θ: tensors that were trained whole, and rows of embeddings (indices, values)."""
+    """Return what an adapter holds beside θ: tensors trained whole, and rows of embeddings (indices, values)."""
     config: Any = model.peft_config["default"]
     whole, rows = {}, {}
     for key, value in source.tensors.items():
         name = key.removeprefix("base_model.model.").replace(".base_layer.bias", ".bias")
         if name.endswith(TOKENS):
-            module, asked = name.removesuffix(TOKENS), config.trainable_token_indices
-            found = asked if isinstance(asked, list) else next(v for k, v in asked.items() if module.endswith(k))
-            rows[module] = found, value
+            module, indices = name.removesuffix(TOKENS), config.trainable_token_indices
+            if isinstance(indices, dict):
+                indices = next(v for k, v in indices.items() if module.endswith(k))
+            rows[module] = indices, value
         elif f".{PREFIX}" not in key and ".base_layer." not in name and not equals_base(weights, name, value):
             whole[name] = value
     return whole, rows
 
 
 def equals_base(weights: Weights, name: str, value: Tensor) -> bool:
-    """Whether the base has a tensor just so: PEFT saves embeddings along, trained or not, where a head is adapted."""
+    """Return whether the base has this very tensor: PEFT saves embeddings, trained or not, where a head is adapted."""
     return weights.key(name) is not None and torch.equal(weights.read(name).to(value.dtype), value)
 
 
 def write_shards(folder: Path, tensors: Iterator[New], limit: int) -> list[New]:
-    """The tensors as safetensors files of at most `limit` bytes (or one tensor), and their index; gives back what they
-    were, without their values."""
-    made: list[New] = []
+    """Write the tensors as safetensors files of at most `limit` bytes (or one tensor), and their index.
+
+    Returns:
+        The tensors without their values.
+    """
+    written: list[New] = []
     files: list[list[str]] = []
     part: dict[str, Tensor] = {}
     total = 0
@@ -181,7 +192,7 @@ def write_shards(folder: Path, tensors: Iterator[New], limit: int) -> list[New]:
         if part and size + sum(t.nbytes for t in part.values()) > limit:
             flush()
         part[new.key], total = new.value, total + size
-        made.append(New(new.key, new.name, new.value.new_empty(0), new.lost))
+        written.append(New(new.key, new.name, new.value.new_empty(0), new.lost))
     flush()
     where = {}
     for i, keys in enumerate(files):
@@ -191,15 +202,15 @@ def write_shards(folder: Path, tensors: Iterator[New], limit: int) -> list[New]:
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": where}
         (folder / MANY).write_text(json.dumps(index, indent=1), encoding="utf-8")
-    return made
+    return written
 
 
 def merge_dtype(dtype: str, config: Any) -> torch.dtype | None:
-    """What "auto" means for a base: 16 bits where it is quantised, else None, which is each tensor's own dtype."""
+    """Return the dtype to merge in. "auto" is 16 bits for a quantised base, else None: each tensor's own dtype."""
     if dtype != "auto":
         return DTYPES[dtype]
-    own = config.get_text_config().dtype if getattr(config, "quantization_config", None) else None
-    return own if own in (None, torch.float16) else torch.bfloat16
+    stored = config.get_text_config().dtype if getattr(config, "quantization_config", None) else None
+    return stored if stored in (None, torch.float16) else torch.bfloat16
 
 
 def write_description(folder: Path, model: PeftModel, source: Adapter, dtype: torch.dtype | None) -> None:
@@ -257,19 +268,19 @@ def load_merged(merged: Path, config: Any, auto: Any = AutoModelForCausalLM, tru
 
 @torch.no_grad()
 def logits_of(model: Any, ids: Tensor) -> Tensor:
-    """(1, tokens, vocabulary), or (1, labels), on the CPU; a decoder beside an encoder reads the same."""
+    """Return the logits, (1, tokens, vocabulary) or (1, labels), on the CPU; encoder and decoder read the same."""
     ids = ids.to(model.device)
     more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     return model.eval()(input_ids=ids, **more).logits.float().cpu()
 
 
 def parse_size(text: str) -> int:
-    """Bytes from 500MB, 4GB or a number.
+    """Return the bytes of a size as 500MB, 4GB or a number.
 
     Raises:
         ValueError: it is none of these.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(|k|m|g|t)i?b?", str(text).strip().lower())
-    if not found or not float(found[1]):
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(|k|m|g|t)i?b?", str(text).strip().lower())
+    if not match or not float(match[1]):
         raise ValueError(f"{text!r} is no size; write it as 500MB or 4GB")
-    return int(float(found[1]) * 1000 ** " kmgt".index(found[2] or " "))
+    return int(float(match[1]) * 1000 ** " kmgt".index(match[2] or " "))

@@ -43,7 +43,8 @@ def fit(prepared: Prepared, trainer: Trainer, checkpoint: Checkpoint | None = No
         trainer: from `settle`.
         checkpoint: the one to resume from.
     """
-    recipe, rows, console = prepared.recipe, prepared.rows, prepared.console
+    recipe, rows = prepared.recipe, prepared.rows
+    console = prepared.console
     folder, tokenizer = prepared.folder, prepared.tokenizer
     model = cast(Any, trainer.model)
     trainer.run = {
@@ -128,7 +129,8 @@ def build_trainer(prepared: Prepared, base: Any) -> Trainer:
         prepared: the run or trial; `batch_size: auto` is settled here.
         base: the model.
     """
-    recipe, rows, tokenizer = prepared.recipe, prepared.rows, prepared.tokenizer
+    recipe, rows = prepared.recipe, prepared.rows
+    tokenizer = prepared.tokenizer
     batch = recipe.batch_size
     if batch == "auto":
         most = largest_useful_batch(rows, distributed.process_count())
