@@ -69,6 +69,7 @@ def export_lora(
     from inlay.files.atomic import new_folder
     from inlay.models.adapters import adapter_folder, base_of, revision_of
     from inlay.models.loading import DTYPES, load_config, resolve
+    from inlay.models.vocabulary import grew
 
     if to not in ("lora", "gguf"):
         raise ValueError(f"to={to!r} is not one of lora, gguf")
@@ -105,13 +106,18 @@ def export_lora(
             (weight, load_blank_adapter(folder, base, revision, trust_remote_code, auto))
             for folder, weight in folders.items()
         ]
+        grown = any(grew(blank, settings) for _, blank in loaded)
+        if grown and (to == "gguf" or list(folders.values()) != [1.0]):
+            raise ValueError(
+                f"{first} was trained on a grown vocabulary, which only one LoRA folder takes along; merge it"
+            )
         made = list(lora_deltas(loaded, base, rank, energy, revision, trust_remote_code, auto))
         size = padded_to_one_rank(made, pad)
         if to == "gguf":
             write_lora_gguf(part / FILE, settings, made, size, DTYPES[dtype])
             (part / "Modelfile").write_text(modelfile(base), encoding="utf-8")
         else:
-            write_lora(part, first, loaded[0][1], made, size, DTYPES[dtype])
+            write_lora(part, first, loaded[0][1], made, size, DTYPES[dtype], grown)
         lost = {c.module: 0.0 if dtype == "float32" else c.rounding(DTYPES[dtype]) for c in made}
         rows = [{"module": c.module, "rank": c.rank, "error": c.error, "rounding": lost[c.module]} for c in made]
         (part / EXPORTED).write_text(json.dumps({"rank": size, "weights": rows}, indent=1), encoding="utf-8")

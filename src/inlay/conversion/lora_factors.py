@@ -172,10 +172,10 @@ def widened_to_rank(c: LoraDelta, r: int) -> tuple[Tensor, Tensor]:
     return B, A
 
 
-def saved_beside(folder: Path) -> dict[str, Tensor]:
+def saved_beside(folder: Path, grown: bool = False) -> dict[str, Tensor]:
     """What an adapter holds beside θ and θ₀: modules and biases that were trained whole, rows of embeddings.
 
-    Not the embeddings that PEFT saves along, as they are, where a head is adapted.
+    Not the embeddings that PEFT saves along, as they are, where a head is adapted; but these too if they have `grown`.
     """
     config = cast(InlayConfig, read_adapter_config(folder))
     stored = load_file(folder / "adapter_model.safetensors")
@@ -184,14 +184,16 @@ def saved_beside(folder: Path) -> dict[str, Tensor]:
     def trained(key: str) -> bool:
         module = key.rpartition(".")[0]
         whole = any(f".{module}.".find(f".{name}.") >= 0 for name in config.modules_to_save or ())
-        return whole or "token_adapter" in key or (config.bias != "none" and key.endswith("bias"))
+        return grown or whole or "token_adapter" in key or (config.bias != "none" and key.endswith("bias"))
 
     return {k: v for k, v in rest.items() if trained(k)}
 
 
-def write_lora(folder: Path, source: Path, model: PeftModel, made: list[LoraDelta], r: int, dtype: torch.dtype) -> None:
+def write_lora(
+    folder: Path, source: Path, model: PeftModel, made: list[LoraDelta], r: int, dtype: torch.dtype, grown: bool = False
+) -> None:
     """An ordinary PEFT folder: adapter_config.json and adapter_model.safetensors."""
-    tensors = saved_beside(source)
+    tensors = saved_beside(source, grown)
     for c in made:
         B, A = widened_to_rank(c, r)
         for kind, value in (("lora_A", A), ("lora_B", B)):

@@ -10,10 +10,12 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from inlay.files.untrusted import LENGTH, DamagedFileError, from_json
+from inlay.host.config import check_imports
 from inlay.messages import loading
 from inlay.models.folded import FOLDED
 from inlay.models.loading import load_base, load_config, load_model, resolve, stored_dtype
 from inlay.models.model_classes import SEQUENCE, auto_class
+from inlay.models.vocabulary import fit_vocabulary
 
 
 def adapter_folder(path: str) -> Path:
@@ -53,7 +55,9 @@ def read_adapter_config(adapter: Path) -> PeftConfig:
         ValueError: it is none.
     """
     with loading(f"{adapter}/adapter_config.json", DamagedFileError):
-        return PeftConfig.from_pretrained(str(adapter))
+        config = PeftConfig.from_pretrained(str(adapter))
+    check_imports(config)
+    return config
 
 
 def label_settings(adapter: Path) -> dict[str, Any]:
@@ -133,5 +137,7 @@ def load_adapter(model: PreTrainedModel, adapter: Path, trainable: bool = False,
     """
     if not (adapter / "adapter_model.safetensors").is_file():
         raise ValueError(f"{adapter} has no adapter_model.safetensors")
+    read_adapter_config(adapter)
+    fit_vocabulary(model, adapter)
     with loading(f"adapter {adapter}", DamagedFileError):
         return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable, low_cpu_mem_usage=light)
