@@ -447,7 +447,7 @@ def test_a_vision_model_learns_from_images(llava, tmp_path, capsys):
     assert "the model sees images" in capsys.readouterr().err
     rows[0]["image"] = "nowhere.png"
     (tmp_path / "seen.json").write_text(json.dumps(rows))
-    with pytest.raises(ValueError, match=r"seen.json, row 1: image is 'nowhere.png'; accepted: the path of an image file"):
+    with pytest.raises(ValueError, match=r"seen.json, row 1: image is 'nowhere.png'; accepted: the path of an image"):
         examples(asked)
 
 
