@@ -12,7 +12,7 @@ TOOLS  := .venv-tools
 # A worker per core, each with one thread: small tensors are slower on two.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test test-all test-gpu lint bench serve-check peft-suite torture soak fuzz wheel sbom audit clean
+.PHONY: demo test test-all test-gpu lint bench serve-check peft-suite torture soak fuzz canary wheel sbom audit clean
 
 demo: $(READY)  ## environment, install, and the main job: SmolLM2-135M learns E2E
 	$(BIN)/inlay train --output runs/demo --overwrite
@@ -24,7 +24,7 @@ test-all: $(DEV) lint  ## and what takes longer
 	$(PYTEST) -m "slow or not slow"
 
 test-gpu: $(DEV)  ## on a machine with a GPU: what only it can show, and the mathematics with every tensor on it
-	INLAY_TEST_DEVICE=cuda $(PYTEST) --dist load tests/host/test_cuda.py tests/methods/test_methods.py \
+	INLAY_TEST_DEVICE=cuda $(PYTEST) --dist load tests/host/test_cuda.py $(addprefix tests/methods/test_,methods.py in_a_layer.py) \
 		$(addprefix tests/numerics/test_,kernels.py ops.py trains.py) \
 		-k "not (real or autocast or compiled or quantised or inference_pass or 4_bit)"  # these choose their device
 
@@ -63,6 +63,9 @@ serve-check: $(READY) $(SERVE)/.installed  ## llama.cpp reads our LoRA and our m
 fuzz: $(READY)  ## 100,000 damaged and hostile files: each is read or refused with one error
 	OMP_NUM_THREADS=1 $(BIN)/python checks/fuzz.py 100000
 
+canary: $(READY)  ## the tests of docs/private_names.md with the newest releases: those our ranges allow, and those beyond
+	$(BIN)/python checks/canary.py $(MODEL)
+
 wheel: $(TOOLS)/.installed  ## the wheel, built twice to see that it comes out the same
 	$(TOOLS)/bin/python checks/wheel.py
 
@@ -98,4 +101,4 @@ $(SERVE)/.installed:
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(SERVE) $(TRITON) $(TOOLS) sbom.json runs build dist src/*.egg-info
+	rm -rf $(VENV) $(SERVE) $(TRITON) $(TOOLS) .venv-canary sbom.json runs build dist src/*.egg-info

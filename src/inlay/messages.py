@@ -1,4 +1,4 @@
-"""What a person reads: errors on one line, sizes and durations, suggestions for names, quiet libraries."""
+"""Format what a person reads: one-line errors, sizes and durations, suggestions for names; silence noisy libraries."""
 
 from __future__ import annotations
 
@@ -9,41 +9,48 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """The end of an error's line: the name that was meant, or all there are."""
+    """Return the end of an error's line: the choice that `name` probably means, or all `choices`."""
     close = difflib.get_close_matches(name, choices := sorted(choices), 1)
     return f"did you mean {close[0]!r}?" if close else f"it has {', '.join(choices)}"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as m:ss."""
+    """Format `seconds` as m:ss."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 def gib(size: float) -> str:
-    """Bytes for people."""
+    """Format a `size` in bytes as GiB or MiB."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype as recipes and files write it, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def slug(name: str) -> str:
-    """A method's name as a folder's."""
+    """Return a method's `name` in a form that can name a folder."""
     return re.sub(r"[^\w-]", "-", name)
 
 
-def short(value: Any) -> str:
-    """A value for an error message."""
+def short(value: object) -> str:
+    """Return the repr of `value`, shortened to 60 characters, for an error message."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 @contextmanager
 def loading(what: str, kind: type[ValueError] = ValueError) -> Iterator[None]:
-    """Around a library that loads a file: of a damaged one, each raises what it trips over."""
+    """Turn any error of a library that loads `what` into a ValueError of type `kind`, on one line.
+
+    Libraries raise all kinds of exceptions on a damaged file. Running out of memory stays what it is.
+    """
     try:
         yield
     except Exception as error:
@@ -53,27 +60,27 @@ def loading(what: str, kind: type[ValueError] = ValueError) -> Iterator[None]:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that a GPU's memory, or the machine's, has ended."""
-    said = str(error) if isinstance(error, RuntimeError) else ""
-    ended = "allocate memory" in said or "not enough memory" in said
-    return ended or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    """Return whether an exception reports that the memory of a GPU or of the machine is exhausted."""
+    message = str(error) if isinstance(error, RuntimeError) else ""
+    exhausted = "allocate memory" in message or "not enough memory" in message
+    return exhausted or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, on one line."""
-    text = repr(error) if isinstance(error, KeyError) else str(error)  # of a key alone nobody would know what it is
+    """Return the message of an exception on one line, shortened to 400 characters."""
+    text = repr(error) if isinstance(error, KeyError) else str(error)  # a bare key would not be recognised as an error
     text = " ".join(text.partition("Exception raised from ")[0].split()) or type(error).__name__
     return text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"
 
 
 def quiet() -> None:
-    """Keep the libraries' own bars and notices out of a command's output."""
+    """Keep the progress bars and notices of the libraries out of a command's output."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import datasets
     import transformers
 
     warnings.simplefilter("ignore", FutureWarning)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks of every product that it rounds
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs every product that it rounds
     warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -24,6 +24,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from inlay.cli import main
+from inlay.evaluation.ask_model import mean_token_loss
 from inlay.evaluation.paired import paired
 from inlay.experiments import trial
 from inlay.experiments.compare import compare as compare_module
@@ -34,11 +35,11 @@ from inlay.experiments.compare.outcome import Outcome, Sweep
 from inlay.experiments.compare.plots import allocated, comparison_figures, memory_stack, ranks_plot, spectra_of
 from inlay.experiments.compare.spec import Entry, load_comparison
 from inlay.experiments.runner import Runner, origin
-from inlay.experiments.trial import LOG, SAMPLES, loss_on, read_trial, run_trial, unrelated
+from inlay.experiments.trial import LOG, SAMPLES, read_trial, run_trial, unrelated
 from inlay.files.atomic import locked
 from inlay.inspection.figures import INK
-from inlay.models.loading import load_base, load_tokenizer
-from inlay.models.meta import count_parameters, meta_model
+from inlay.models.base import BaseModel
+from inlay.models.sizes import count_parameters
 from inlay.recipe.recipe import Recipe
 from inlay.training.examples import load_examples
 from inlay.training.peft_extras import Allocation
@@ -128,9 +129,9 @@ def test_bisection_finds_what_search_finds(limit):
         ("compare: {methods: [dora]}", "unknown method 'dora'"),
         ("compare: {methods: ['peft:dorra']}", "PEFT has no method 'dorra'; did you mean 'dora'?"),
         ("compare: {methods: [{method: 'peft:lora', args: {use_dorra: true}}]}", "did you mean 'use_dora'?"),
-        ("compare: {methods: [{method: 'peft:lora', args: {init_lora_weights: corda}}]}", "a pass of its own"),
+        ("compare: {methods: [{method: 'peft:lora', args: {init_lora_weights: corda}}]}", "a pass over data"),
         ("compare: {methods: [{method: lora, steps: 3}]}", "'steps' cannot differ between methods"),
-        ("compare: {methods: [{method: full, args: {r: 3}}]}", "it trains all there is"),
+        ("compare: {methods: [{method: full, args: {r: 3}}]}", "it trains the whole model"),
         ("compare: {methods: [lora, lora]}", "two are called 'lora'"),
         ("compare: {methods: ['peft:dora', {method: lora, name: peft-dora}]}", "two are called 'peft:dora'"),
         ("compare: {methods: [3]}", "neither a name nor a mapping"),
@@ -141,9 +142,9 @@ def test_bisection_finds_what_search_finds(limit):
         ("compare: {methods: [{method: lora, learning_rates: 1.0e-3}]}", "must be a list with one or more, not 0.001"),
         ("compare: {methods: [{method: lora, learning_rates: []}]}", "learning_rates of lora must be a list"),
         ("compare: {methods: [{method: lora, name: [a]}]}", "name: ['a'] is not"),
-        ("compare: {methods: [{method: lora, name: '$x$'}]}", "has a $, which plots take for a formula"),
+        ("compare: {methods: [{method: lora, name: '$x$'}]}", "has a $, which plots read as a formula"),
         ("{streaming: true, steps: 3, data: a.jsonl}", "streaming is for inlay train"),
-        ("compare: {budget: {flops: 3}}", "is not one of {parameters: trained numbers}"),
+        ("compare: {budget: {flops: 3}}", "is not one of {parameters: trained parameters}"),
         ("compare: {budget: {parameters: 3, time: 3}}", "is not one of"),
         ("compare: {reference: bone, methods: [lora]}", "reference: 'bone' is not one of the methods lora"),
         ("compare: {halving: 1}", "halving: 1 is below 2"),
@@ -199,7 +200,7 @@ def test_the_solved_size_is_the_largest_within_the_budget(method, tiny):
     counts = {}
     for size in range(1, 33):
         try:
-            counts[size] = count_parameters(tiny, replace(asked.recipe, args={name: size}).adapter())
+            counts[size] = count_parameters(BaseModel(tiny), replace(asked.recipe, args={name: size}).adapter())
         except ValueError:  # Bat's must divide the sides
             continue
     best = max((n for n in counts if counts[n] <= limit), key=lambda n: counts[n])
@@ -210,7 +211,7 @@ def test_the_solved_size_is_the_largest_within_the_budget(method, tiny):
 
 def test_sizes_within_a_memory_budget(tiny, records):
     recipe = Recipe(model=tiny, data=records, batch_size=2, dtype="float32")
-    rows = load_examples(recipe, load_tokenizer(tiny), SILENT)
+    rows = load_examples(recipe, BaseModel(tiny).tokenizer(), SILENT)
     cost = budget_cost("memory", rows)
     four = cost(replace(recipe, method="lora", args={"r": 4}))
     asked = Entry("lora", replace(recipe, method="lora"), (1e-3,))
@@ -223,7 +224,9 @@ def test_sizes_within_a_memory_budget(tiny, records):
 def test_full_fine_tuning_has_no_size(tiny):
     asked = entry(tiny, "full")
     assert solve_size(asked, budget_cost("parameters", None), 1) is asked
-    assert count_parameters(tiny, None) == sum(p.numel() for p in meta_model(tiny, torch.float32).parameters())
+    assert count_parameters(BaseModel(tiny), None) == sum(
+        p.numel() for p in BaseModel(tiny).meta(torch.float32).parameters()
+    )
 
 
 # -- methods that are not ours ----------------------------------------------------------------------------------------
@@ -285,13 +288,13 @@ def test_adaloras_penalty_is_the_one_that_peft_adds_to_a_loss(llama):
         ({"method": "peft:lora", "patterns": {"q_proj": {"r": 2}}}, "give the fields of PEFT's config under args"),
         ({"method": "peft:lora", "quantize": "nf4"}, "nf4_offset is"),
         ({"method": "full", "quantize": "int8"}, "none is"),
-        ({"method": "full", "modules_to_save": ["lm_head"]}, "it trains all there is"),
+        ({"method": "full", "modules_to_save": ["lm_head"]}, "it trains the whole model"),
         ({"method": "peft:lora", "args": {"r": -1}}, "positive integer"),
     ],
 )
 def test_what_only_our_methods_have_is_refused(values, says, tiny):
     with pytest.raises(ValueError, match=says):
-        count_parameters(tiny, Recipe(model=tiny, **values).adapter())
+        count_parameters(BaseModel(tiny), Recipe(model=tiny, **values).adapter())
 
 
 # -- a comparison -----------------------------------------------------------------------------------------------------
@@ -543,14 +546,14 @@ def test_a_budget_of_time_cuts_the_steps(asked, at_once, tmp_path, monkeypatch):
 
 def test_forgetting_is_the_loss_over_all_tokens(tiny):
     """Against one text at a time by transformers' own loss, weighted by tokens."""
-    model, tokenizer = load_base(tiny, torch.float32)
+    model, tokenizer = BaseModel(tiny).load(torch.float32), BaseModel(tiny).tokenizer()
     texts = unrelated(None)[:3]
     own = [tokenizer(text=text, return_tensors="pt")["input_ids"] for text in texts]
     with torch.no_grad():
         means = [model(input_ids=ids, labels=ids).loss.item() for ids in own]
     counts = [ids.shape[1] - 1 for ids in own]
     expected = sum(m * n for m, n in zip(means, counts, strict=True)) / sum(counts)
-    assert loss_on(texts, model, tokenizer, 512) == pytest.approx(expected, rel=1e-5)
+    assert mean_token_loss(texts, model, tokenizer, 512) == pytest.approx(expected, rel=1e-5)
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------
@@ -592,7 +595,7 @@ def test_the_page_says_what_was_found_and_how_to_repeat_it(compared):
     values = Page(text).values
     assert all(row["method"] in values and repr(row["loss"]) in values for row in rows)
     assert len(values) == 12 * len(rows)
-    for label in ("loss (nats per answer token)", "peak memory (GiB)", "training time (s)", "trained numbers"):
+    for label in ("loss (nats per answer token)", "peak memory (GiB)", "training time (s)", "trained parameters"):
         assert f">{label}</text>" in text
     assert text.count(">Pareto front</text>") == 3
     assert (compared / "compare.yaml").read_text().splitlines()[0] in text

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 import torch
+from contract import Net, adapt, every_method, every_row, largest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_methods import Net, adapt, every_method, every_row, largest
 from torch.nn.functional import normalize
 
 pytestmark = pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning", "ignore:.*(rank|zero).*:UserWarning")

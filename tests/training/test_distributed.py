@@ -128,15 +128,15 @@ def test_another_effective_batch_is_refused(runs):
 
 def test_what_the_launcher_configures_is_refused_in_a_recipe(runs):
     _, said = runs
-    assert "trainer: fsdp is accelerate's to configure" in said[3][0]["said"]
+    assert "trainer: fsdp is configured through accelerate" in said[3][0]["said"]
 
 
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (LAMDA, "method: lamda changes what is trained on the way"),
-        ({"method": "lorta"}, "method: lorta has tensors that layers share"),
-        ({"dtype": "bfloat16"}, "dtype: DeepSpeed would round what is trained"),
+        (LAMDA, "method: lamda changes which parameters are trained"),
+        ({"method": "lorta"}, "method: lorta shares tensors between layers"),
+        ({"dtype": "bfloat16"}, "dtype: DeepSpeed would round trained parameters"),
         ({"lr_ratio": 16.0}, "lr_ratio: not with DeepSpeed; use recipes/distributed/fsdp2.yaml"),
         ({"optimizer": "adafactor"}, "optimizer: not with DeepSpeed"),
         ({"quantize": "int8"}, "a sharded model takes no method: full, quantize"),

@@ -88,7 +88,7 @@ def test_a_folder_that_is_not_there_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["ui", str(tmp_path / "none")])
     assert stop.value.code == 2
-    assert "is no folder" in capsys.readouterr().err
+    assert "is not a folder" in capsys.readouterr().err
 
 
 def get(url: str):

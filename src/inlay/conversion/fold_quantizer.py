@@ -15,7 +15,7 @@ import torch
 from peft import get_peft_model
 from torch import Tensor
 from transformers import BitsAndBytesConfig, PreTrainedModel
-from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers import register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
@@ -96,7 +96,7 @@ class FoldingQuantizer(Bnb4BitHfQuantizer):
     """bitsandbytes' 4-bit quantiser, on residuals."""
 
     def get_quantize_ops(self) -> Any:
-        from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+        from transformers.integrations import Bnb4bitQuantize
 
         quantizer: Any = self
         plan: FoldPlan = quantizer.quantization_config.plan

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from rich.console import Console
-from transformers import AutoModelForImageTextToText
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForImageTextToText
 
 from inlay.data.chats import answer_text
 from inlay.data.readers import Record

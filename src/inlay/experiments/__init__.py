@@ -1,1 +1,1 @@
-"""Many runs: comparisons and searches."""
+"""Run many trainings: comparisons of methods, and searches for a recipe."""

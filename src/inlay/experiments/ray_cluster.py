@@ -1,7 +1,7 @@
-"""Trials on a Ray cluster: Ray chooses the machine, and begins a trial again whose machine or worker was lost.
+"""Run trials on a Ray cluster: Ray chooses the machine, and restarts a trial whose machine or worker was lost.
 
-Every machine has Inlay installed, and sees the folder that the command is given in, and whatever it names, under the
-same path. A trial is a task of Ray's with a worker of its own; it reads and writes its folder as a process here would.
+Every machine has Inlay installed, and sees the folder in which the command runs, and whatever it names, under the same
+path. A trial is a Ray task with a worker of its own; it reads and writes its folder as a local process would.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from rich.console import Console
 from inlay.experiments.runner import Processes, Workers
 from inlay.experiments.trial import LOG, TRIAL, trial_process
 
-RETRIES = 3  # how often a trial is begun again
+RETRIES = 3  # how often a trial is started again
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where Ray runs and what a trial gets of it.
+    """Describe where Ray runs and what a trial gets of it.
 
     Args:
-        address: as `ray.init` takes it; empty: what RAY_ADDRESS says, or a Ray that is started on this machine.
+        address: as `ray.init` takes it; empty: RAY_ADDRESS, or a Ray that is started on this machine.
         cpus: cores of a trial.
         gpus: GPUs of a trial, or a part of one; None: one, if the cluster has any.
     """
@@ -40,8 +40,12 @@ class Cluster:
 
 @contextmanager
 def workers(jobs: int | None, cluster: Cluster | None, console: Console) -> Iterator[Workers]:
-    """What runs trials: processes of this machine (one at a time, unless `jobs` says more), or a cluster, where
-    without `jobs` there are as many at a time as it has room for.
+    """Yield the workers that run trials: local processes, or tasks on a `cluster`.
+
+    Args:
+        jobs: trials at a time; None: one locally, on a cluster as many as it has room for.
+        cluster: None: this machine.
+        console: for messages.
 
     Raises:
         ValueError: `jobs` is below 1, Ray is not installed, or there is no cluster at the address.
@@ -65,63 +69,65 @@ def workers(jobs: int | None, cluster: Cluster | None, console: Console) -> Iter
 
 
 class RayWorkers:
-    """Trials as tasks of the Ray that this process is connected to."""
+    """Run trials as tasks of the Ray that this process is connected to."""
 
     def __init__(self, ray: Any, jobs: int | None, cluster: Cluster, console: Console) -> None:
-        has = ray.cluster_resources()
-        gpus = float("GPU" in has) if cluster.gpus is None else cluster.gpus
-        asked = {"CPU": cluster.cpus, "GPU": gpus}
+        gpus = float("GPU" in ray.cluster_resources()) if cluster.gpus is None else cluster.gpus
+        needs = {"CPU": cluster.cpus, "GPU": gpus}
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        fits = [min(m.get(k, 0) // n for k, n in asked.items() if n) for m in machines]
-        room = int(sum(fits))
+        slots = [min(m.get(k, 0) // n for k, n in needs.items() if n) for m in machines]
+        room = int(sum(slots))
         self.jobs = max(1, room) if jobs is None else jobs
         if self.jobs < 1:
             raise ValueError(f"jobs: {jobs} is below 1")
         each = f"{cluster.cpus} CPUs and {gpus:g} GPUs for each"
         console.print(f"Ray: {len(machines)} machines, room for {room} trials at a time, {each}")
         if not room:
-            console.print("no machine of the cluster has so much now; trials wait for one", style="yellow")
-        # One call and no more, so that a trial's peak memory is its own.
+            console.print("no machine of the cluster has as much free now; trials wait for one", style="yellow")
+        # One call per worker process, so that the peak memory is that of one trial.
         self.task = ray.remote(num_cpus=cluster.cpus, num_gpus=gpus, max_retries=RETRIES, max_calls=1)(attempt)
-        self.ray, self.cpus = ray, cluster.cpus
+        self.ray = ray
+        self.cpus = cluster.cpus
 
     def begin(self, folder: Path) -> RayTrial:
-        """Give Ray the trial of a folder."""
+        """Submit the trial of a folder to Ray."""
         return RayTrial(self.ray, self.task.remote(str(folder.absolute()), os.getcwd(), self.cpus), folder)
 
 
 def attempt(folder: str, here: str, threads: int) -> None:
-    """What a worker of Ray's does: a trial from its beginning, whatever an earlier attempt left."""
+    """Run a trial in a Ray worker from its beginning, after deleting what an earlier attempt left."""
     os.chdir(here)
-    for left in Path(folder).iterdir():
-        if left.is_dir():
-            shutil.rmtree(left)
-        elif left.name != TRIAL:
-            left.unlink()
+    for path in Path(folder).iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != TRIAL:
+            path.unlink()
     trial_process(Path(folder), threads)
 
 
 class RayTrial:
-    """A trial that Ray runs, with what `Runner` asks of a process."""
+    """Represent a trial that Ray runs, with the interface of a process that `Runner` uses."""
 
     def __init__(self, ray: Any, reference: Any, folder: Path) -> None:
-        self.ray, self.reference, self.folder = ray, reference, folder
+        self.ray = ray
+        self.reference = reference
+        self.folder = folder
 
     def is_alive(self) -> bool:
-        """Whether it waits or runs, at whichever attempt."""
+        """Return whether the trial waits or runs, at any attempt."""
         return not self.ray.wait([self.reference], timeout=0)[0]
 
     def join(self, timeout: float) -> None:
-        """Wait for its end, so many seconds at most."""
+        """Wait at most `timeout` seconds for the end of the trial."""
         self.ray.wait([self.reference], timeout=timeout)
 
     def kill(self) -> None:
-        """End it, and do not begin it again."""
+        """End the trial without restarting it."""
         self.ray.cancel(self.reference, force=True)
 
     @property
     def exitcode(self) -> int:
-        """0, 1 for an error of its own, -9 where its worker was lost; what Ray says of it goes into its log."""
+        """Return 0, 1 for the trial's own error, or -9 where its worker was lost; append Ray's message to the log."""
         try:
             self.ray.get(self.reference)
         except self.ray.exceptions.RayError as error:

@@ -1,4 +1,4 @@
-"""Runs trials, so many at a time: what `inlay compare` and `inlay tune` share."""
+"""Run trials, several at a time, for `inlay compare` and `inlay tune`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from inlay.experiments import trial
+from inlay.experiments import trial as trial_module
 from inlay.experiments.trial import LOG, TRIAL, Trial, trial_process
 from inlay.files.atomic import check_free, write_text
 from inlay.files.untrusted import from_json
@@ -27,21 +27,25 @@ from inlay.training.checkpoints import METRICS
 from inlay.training.examples import Examples
 from inlay.training.progress import read_history
 
-ORIGIN = "origin.json"  # beside what was asked: of which data and model
-SAMPLES = 64  # places of a file of weights that are looked at
-Asked = TypeVar("Asked")
-Given = TypeVar("Given")
+ORIGIN = "origin.json"  # beside the plan: checksums of the data and the model
+SAMPLES = 64  # places of a file of weights that enter its checksum
+Item = TypeVar("Item")
+Outcome = TypeVar("Outcome")
 
 
 def steps_of(recipe: Recipe, examples: int) -> int:
-    """The optimiser steps of a whole run."""
+    """Return the optimiser steps of a whole run on so many `examples`."""
     return recipe.steps or math.ceil(recipe.epochs * examples / (int(recipe.batch_size) * recipe.accumulation))
 
 
 def origin(recipe: Recipe, rows: Examples) -> dict[str, str]:
-    """What tells the examples, and the weights of a local model by a sample, from others under the same name."""
+    """Return checksums of the examples and, by a sample, of a local model's weights.
+
+    They reveal data or a model that changed under the same name.
+    """
     texts = json.dumps([rows.train, rows.heldout], default=lambda value: type(value).__name__)
-    data, model = hashlib.sha256(texts.encode()), hashlib.sha256()
+    data = hashlib.sha256(texts.encode())
+    model = hashlib.sha256()
     for path in sorted(Path(resolve(recipe.model)).glob("*.safetensors")):
         size = path.stat().st_size
         model.update(f"{path.name} {size}".encode())
@@ -54,44 +58,53 @@ def origin(recipe: Recipe, rows: Examples) -> dict[str, str]:
 
 def open_folder(
     folder: Path,
-    asked: Path,
+    plan: Path,
     text: str,
-    begun: dict[str, str],
+    checksums: dict[str, str],
     overwrite: bool,
     what: str,
     same: Callable[[str, str], bool] = str.__eq__,
 ) -> None:
-    """A new folder for what `text` asks, which stands in its file `asked`, or the one that was begun for the `same`
-    with the same `origin`, if it says one.
+    """Create a folder for a plan, or accept one that was started for the same plan and the same `origin`.
+
+    Args:
+        folder: of the experiment.
+        plan: the file in it that holds the plan.
+        text: the plan.
+        checksums: from `origin`.
+        overwrite: replace a folder of another plan.
+        what: "comparison" or "search", for messages.
+        same: compares the old and the new text of a plan.
 
     Raises:
         ValueError: the folder holds something else.
     """
-    kept = folder / ORIGIN
-    if asked.is_file() and same(asked.read_text(encoding="utf-8"), text):
-        known = from_json(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
-        if not (other := [name for name, mark in begun.items() if known.get(name, mark) != mark]):
-            write_text(asked, text)
+    origin_file = folder / ORIGIN
+    if plan.is_file() and same(plan.read_text(encoding="utf-8"), text):
+        before = from_json(origin_file.read_text(encoding="utf-8")) if origin_file.is_file() else {}
+        changed = [name for name, checksum in checksums.items() if before.get(name, checksum) != checksum]
+        if not changed:
+            write_text(plan, text)
             return
         if not overwrite:
             raise ValueError(
-                f"the {' and the '.join(other)} changed since {folder} was begun, and its results would be of both; "
+                f"the {' and the '.join(changed)} changed since {folder} was started, so its results would mix both; "
                 "choose another output, or pass --overwrite"
             )
-    elif asked.is_file() and not overwrite:
-        raise ValueError(f"{folder} holds another {what}, see {asked}; choose another output, or pass --overwrite")
-    check_free(folder, overwrite, asked.name)
+    elif plan.is_file() and not overwrite:
+        raise ValueError(f"{folder} holds another {what}, see {plan}; choose another output, or pass --overwrite")
+    check_free(folder, overwrite, plan.name)
     shutil.rmtree(folder, ignore_errors=True)
     try:
         folder.mkdir(parents=True)
-        write_text(kept, json.dumps(begun))
-        write_text(asked, text)
+        write_text(origin_file, json.dumps(checksums))
+        write_text(plan, text)
     except OSError as error:
         raise ValueError(f"{folder} cannot be written: {error.strerror}") from None
 
 
 class Process(Protocol):
-    """A trial that runs, as multiprocessing's processes are asked of theirs."""
+    """Define the part of multiprocessing's process interface that `Runner` uses."""
 
     @property
     def exitcode(self) -> int | None: ...
@@ -104,7 +117,7 @@ class Process(Protocol):
 
 
 class Workers(Protocol):
-    """What runs trials: so many at a time, each from its folder."""
+    """Define what runs trials: `jobs` at a time, each from its folder."""
 
     jobs: int
 
@@ -112,7 +125,7 @@ class Workers(Protocol):
 
 
 class Processes:
-    """Trials as processes of this machine.
+    """Run trials as processes of this machine.
 
     Raises:
         ValueError: `jobs` is below 1.
@@ -122,9 +135,9 @@ class Processes:
         if jobs < 1:
             raise ValueError(f"jobs: {jobs} is below 1")
         self.jobs = jobs
-        # Each trial is forked from a process that has imported everything and done nothing. CUDA survives no fork.
+        # Each trial is forked from a server that has imported everything and run nothing; CUDA does not survive a fork.
         processes = multiprocessing.get_context("forkserver")
-        processes.set_forkserver_preload([trial.__name__])
+        processes.set_forkserver_preload([trial_module.__name__])
         self.context = multiprocessing.get_context("spawn") if torch.cuda.is_available() else processes
 
     def begin(self, folder: Path) -> Process:
@@ -135,10 +148,13 @@ class Processes:
 
 
 class Runner:
-    """Runs trials and shows how far they are.
+    """Run trials and show their progress.
 
     Args:
-        hopeless: of a running trial's folder and the metrics it has written, whether to end it, as one of `pruned`.
+        folder: of the experiment.
+        workers: run the trials.
+        console: for messages and progress bars.
+        hopeless: decides from a running trial's folder and metrics whether to end it, as one of `pruned`.
     """
 
     def __init__(
@@ -148,7 +164,10 @@ class Runner:
         console: Console,
         hopeless: Callable[[Path, list[dict[str, Any]]], bool] = lambda folder, rows: False,
     ) -> None:
-        self.folder, self.workers, self.console, self.hopeless = folder, workers, console, hopeless
+        self.folder = folder
+        self.workers = workers
+        self.console = console
+        self.hopeless = hopeless
         self.live: set[Process] = set()
         self.pruned: set[Path] = set()
         self.ended = False
@@ -168,14 +187,14 @@ class Runner:
     def __exit__(self, *raised: object) -> None:
         self.bars.stop()
         if isinstance(raised[1], KeyboardInterrupt):
-            self.console.print(f"stopped; the same command goes on where it was, in {self.folder}")
+            self.console.print(f"stopped; the same command resumes in {self.folder}")
 
     def run(self, trials: Iterable[Trial]) -> list[dict[str, Any] | None]:
-        """The results of trials, in their order; None for one that failed."""
+        """Return the results of trials, in order; None for one that failed."""
         return self.map(self.one, trials)
 
-    def map(self, work: Callable[[Asked], Given], items: Iterable[Asked]) -> list[Given]:
-        """`work` on every item, each of which runs one trial; no process of theirs outlives what goes wrong."""
+    def map(self, work: Callable[[Item], Outcome], items: Iterable[Item]) -> list[Outcome]:
+        """Call `work`, which runs one trial, on every item; kill all running trials if anything fails."""
         items = list(items)
         self.bars.update(self.all, total=(self.bars.tasks[0].total or 0) + len(items))
         pool = ThreadPoolExecutor(self.workers.jobs)
@@ -183,44 +202,45 @@ class Runner:
             return list(pool.map(work, items))
         except BaseException:
             self.ended = True
-            for process in list(self.live):  # or their threads would wait for them to end
+            for process in list(self.live):  # else their threads would wait for them
                 process.kill()
             raise
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def one(self, asked: Trial) -> dict[str, Any] | None:
-        """The result of a trial, which is run unless it is there."""
-        folder = self.folder / "runs" / asked.name
-        result = asked.result(folder) or self.carry_out(asked, folder)
+    def one(self, trial: Trial) -> dict[str, Any] | None:
+        """Return the result of a trial, running it unless its result exists."""
+        folder = self.folder / "runs" / trial.name
+        result = trial.result(folder) or self.start(trial, folder)
         self.bars.advance(self.all)
         return result
 
-    def carry_out(self, asked: Trial, folder: Path) -> dict[str, Any] | None:
-        """Run a trial from its beginning, and say what became of it."""
+    def start(self, trial: Trial, folder: Path) -> dict[str, Any] | None:
+        """Run a trial from its beginning, and print its outcome."""
         if self.ended:
-            raise RuntimeError("no trial begins any more")
+            raise RuntimeError("no trial is started any more")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        write_text(folder / TRIAL, asked.to_json())
-        bar = self.bars.add_task(asked.name, total=asked.stop, now="starts")
+        write_text(folder / TRIAL, trial.to_json())
+        bar = self.bars.add_task(trial.name, total=trial.stop, now="starts")
         code = self.wait(folder, bar)
         self.bars.remove_task(bar)
-        if result := asked.result(folder):
+        if result := trial.result(folder):
             after = "diverged" if result["after"] is None else f"{result['after']:.3f}"
-            self.console.print(f"{asked.name}: loss {result['before']:.3f} -> {after}, {result['seconds']:.0f} s")
+            self.console.print(f"{trial.name}: loss {result['before']:.3f} -> {after}, {result['seconds']:.0f} s")
         elif folder in self.pruned:
             last = [row for row in read_history(folder / METRICS) if "eval_loss" in row][-1]
-            self.console.print(f"{asked.name}: pruned at step {last['step']}, loss {last['eval_loss']:.3f}")
+            self.console.print(f"{trial.name}: pruned at step {last['step']}, loss {last['eval_loss']:.3f}")
         elif not self.ended:
-            self.console.print(f"{asked.name} failed: {last_line(folder / LOG, code)}", style="yellow")
+            self.console.print(f"{trial.name} failed: {last_line(folder / LOG, code)}", style="yellow")
         return result
 
     def wait(self, folder: Path, task: TaskID) -> int | None:
-        """Run a trial's process to its end, or until it is hopeless; gives its exit code."""
+        """Run a trial's process to its end, or until it is hopeless; return its exit code."""
         process = self.workers.begin(folder)
         self.live.add(process)
-        metrics, size = folder / METRICS, 0
+        metrics = folder / METRICS
+        size = 0
         while process.is_alive():
             process.join(0.2)
             if metrics.is_file() and size != (size := metrics.stat().st_size):
@@ -232,13 +252,13 @@ class Runner:
         return process.exitcode
 
     def show(self, rows: list[dict[str, Any]], task: TaskID) -> None:
-        """How far a running trial is."""
-        if at := next((row for row in reversed(rows) if "loss" in row), None):
-            self.bars.update(task, completed=at["step"], now=f"loss {at['loss']:.3f}")
+        """Show the progress of a running trial."""
+        if last := next((row for row in reversed(rows) if "loss" in row), None):
+            self.bars.update(task, completed=last["step"], now=f"loss {last['loss']:.3f}")
 
 
 def last_line(log: Path, code: int | None) -> str:
-    """Why a process ended, by the last line it said."""
+    """Explain why a process ended, from the last line of its log and its exit code."""
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    why = "killed, perhaps for want of memory" if code == -9 else (lines or ["it said nothing"])[-1]
+    why = "killed, perhaps out of memory" if code == -9 else (lines or ["it printed nothing"])[-1]
     return f"{why.strip()[:200]} (exit code {code}; see {log})"

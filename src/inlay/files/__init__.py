@@ -1,1 +1,1 @@
-"""Files and folders: written whole or not at all, and read without trust."""
+"""Write files and folders whole or not at all, cache tensors, and read untrusted JSON and YAML."""

@@ -1,4 +1,4 @@
-"""Writing so that nothing is ever half there: to a temporary name, then one rename; and by one process at a time.
+"""Write files and folders whole or not at all: under a temporary name, then one rename, by one process at a time.
 
 And reading what anybody may have written: JSON and YAML that is nested or grows without end is refused, not followed.
 """
@@ -17,17 +17,17 @@ from typing import IO
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file at once, and onto the disk."""
+    """Write `text` to the file `path` in one step, and sync it to the disk."""
     part = path.with_name(f".{path.name}.part")
     part.unlink(missing_ok=True)
-    with part.open("x", encoding="utf-8") as file:  # never through a link that somebody put there
+    with part.open("x", encoding="utf-8") as file:  # fails on an existing link, which could lead elsewhere
         file.write(text)
     sync(part)
     os.replace(part, path)
 
 
 def sync(path: Path) -> None:
-    """Have what was written to a file, or renamed in a folder, outlive a power cut."""
+    """Flush a file's content, or a folder's renames, to the disk, so that they survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -36,21 +36,22 @@ def sync(path: Path) -> None:
 
 
 def sync_all(folder: Path) -> None:
-    """`sync` for a folder and all that is in it."""
+    """Call `sync` on `folder` and on everything in it."""
     for path in (*folder.rglob("*"), folder):
         sync(path)
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold `path` against other processes until the block ends. Of a process that dies, the system lets go itself.
+    """Hold a lock on `path` against other processes until the block ends.
 
-    Of the parents made for it, none stays empty.
+    The system releases the lock of a process that dies. Parent folders created for the lock are removed again if they
+    stay empty.
 
     Raises:
-        ValueError: another process holds it, or its parent cannot be written.
+        ValueError: another process holds the lock, or the parent folder cannot be written.
     """
-    real = path.resolve()  # by whatever name it is called
+    real = path.resolve()  # one lock, whatever path leads there
     missing = [parent for parent in real.parents if not parent.exists()]
     lock = real.with_name(f".{real.name}.lock")
     try:
@@ -72,26 +73,32 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def take_lock(lock: IO[str], path: Path) -> None:
-    """Lock an open file, for the process alone, or raise the ValueError of `locked`."""
-    import fcntl  # not everything that writes files needs a system that has it
+    """Lock an open file for this process alone, or raise the ValueError that `locked` documents."""
+    import fcntl  # Unix only; most users of this module do not lock
 
     with suppress(BlockingIOError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(lock.fileno()).st_nlink:  # else who held it has just removed it
+        if os.fstat(lock.fileno()).st_nlink:  # without a link, its last holder has just removed it
             return
     raise ValueError(f"{path} is in use by another process; wait for it to end, or choose another output")
 
 
 @contextmanager
 def new_folder(path: Path, overwrite: bool = False, marker: str = "") -> Iterator[Path]:
-    """A temporary sibling that becomes `path` when the block ends well, and vanishes when it does not, or, if the
-    process dies, when the next one writes there.
+    """Yield a temporary sibling of `path` that becomes `path` when the block ends without an error.
+
+    The sibling is deleted when the block fails or, if the process dies, when the next process writes there.
+
+    Args:
+        path: the folder to create.
+        overwrite: replace a folder that is already there.
+        marker: a file that such a folder must contain to be replaced.
 
     Raises:
         ValueError: something is at `path` already (see `check_free`), its parent cannot be written, or another process
             writes there.
     """
-    path = path if path.name else path.absolute()  # as "." has none
+    path = path if path.name else path.absolute()  # "." has no name
     check_free(path, overwrite, marker)
     with locked(path):
         put_back(path)
@@ -104,10 +111,10 @@ def new_folder(path: Path, overwrite: bool = False, marker: str = "") -> Iterato
 
 @contextmanager
 def staged(path: Path) -> Iterator[Path]:
-    """`new_folder` for who holds `path` already and sees to what there was."""
+    """Yield a temporary sibling of `path` as `new_folder` does, for a caller that holds the lock already."""
     try:
         part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-        part.mkdir()  # with the rights that the user gives to folders
+        part.mkdir()  # with the user's usual permissions, which mkdtemp would not give
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror}") from None
     try:
@@ -124,25 +131,28 @@ def staged(path: Path) -> Iterator[Path]:
 
 
 def siblings(path: Path, end: str) -> list[Path]:
-    """The hidden siblings of `path` that this process, or one that died, has made; the oldest first."""
-    found = path.parent.glob(f".{glob.escape(path.name)}.????????.{end}")
-    return sorted(found, key=lambda sibling: sibling.stat().st_mtime_ns)
+    """Return the hidden siblings of `path` that this process or a dead one left, the oldest first."""
+    hidden = path.parent.glob(f".{glob.escape(path.name)}.????????.{end}")
+    return sorted(hidden, key=lambda sibling: sibling.stat().st_mtime_ns)
 
 
 def remove_siblings(path: Path, end: str) -> None:
-    """Remove them."""
+    """Delete the hidden siblings of `path` whose names end in `end`."""
     for sibling in siblings(path, end):
         shutil.rmtree(sibling, ignore_errors=True)
 
 
 def set_aside(path: Path) -> None:
-    """Move what is at `path` to a hidden sibling, so that it is lost only once there is something in its place."""
+    """Move what is at `path` to a hidden sibling, so that it is deleted only after its replacement is in place."""
     if path.exists():
         path.rename(Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent)) / path.name)
 
 
 def put_back(path: Path) -> None:
-    """Undo that, where nothing has come to `path`, here or in a process that died."""
+    """Restore the folder that `set_aside` moved away, unless something new is at `path`.
+
+    This also repairs what a process that died left behind.
+    """
     for old in siblings(path, "old")[::-1]:
         if not path.exists() and (old / path.name).exists():
             (old / path.name).rename(path)
@@ -150,7 +160,7 @@ def put_back(path: Path) -> None:
 
 
 def check_free(path: Path, overwrite: bool, marker: str) -> None:
-    """Refuse a path that is in use; even with `overwrite`, one without the `marker` that this command leaves.
+    """Refuse a `path` that is in use; with `overwrite`, only one without the `marker` of this command.
 
     Raises:
         ValueError: the path may not be written.

@@ -1,4 +1,4 @@
-"""Tensors that took long to compute, on disk under what they were computed from; a damaged entry is none."""
+"""Keep tensors that took long to compute on disk, named by what they were computed from; ignore damaged entries."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 DAY = 86_400  # seconds
-LIMIT = 10 << 30  # bytes of a kind; what was not used for longest goes first
-CHUNK = 1 << 26  # bytes hashed at a time: a tensor on a GPU is never copied whole
+LIMIT = 10 << 30  # bytes per kind; the least recently used entries are deleted first
+CHUNK = 1 << 26  # bytes hashed at a time, so that a tensor on a GPU is never copied whole
 
 
 def cache_folder() -> Path:
-    """Where things are kept that can be made again: $INLAY_CACHE, or ~/.cache/inlay."""
+    """Return the folder for data that can be computed again: $INLAY_CACHE, or ~/.cache/inlay."""
     return Path(os.environ.get("INLAY_CACHE") or "~/.cache/inlay").expanduser()
 
 
 def fingerprint(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's dtype, shape and bytes, wherever it lies.
+    """Return the SHA-256 of a tensor's dtype, shape and bytes, on any device.
 
     Raises:
-        ValueError: it is on the meta device and holds nothing.
+        ValueError: the tensor is on the meta device and has no content.
     """
     if tensor.is_meta:
         raise ValueError(
@@ -39,40 +39,42 @@ def fingerprint(tensor: Tensor) -> str:
         )
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
     flat = tensor.detach().reshape(-1)
-    for part in flat.split(CHUNK // flat.element_size()) if len(flat) else ():
-        digest.update(part.cpu().contiguous().view(torch.uint8).numpy().data)
+    if len(flat):
+        for part in flat.split(CHUNK // flat.element_size()):
+            digest.update(part.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def load(kind: str, key: str) -> dict[str, Tensor] | None:
-    """What `store` was given, in its order, on the CPU; None if it is not there, or not whole."""
+    """Return the tensors that `store` kept as `kind` and `key`, in order and on the CPU; None if missing or damaged."""
     path = cache_folder() / kind / f"{key}.safetensors"
     try:
         with safe_open(path, "pt") as file:
-            marks = dict(json.loads((file.metadata() or {})["fingerprints"]))
-            tensors = {name: file.get_tensor(name) for name in marks}
+            fingerprints = dict(json.loads((file.metadata() or {})["fingerprints"]))
+            tensors = {name: file.get_tensor(name) for name in fingerprints}
         os.utime(path)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError):
         return None
-    return tensors if all(fingerprint(t) == marks[name] for name, t in tensors.items()) else None
+    return tensors if all(fingerprint(t) == fingerprints[name] for name, t in tensors.items()) else None
 
 
 def store(kind: str, key: str, tensors: Mapping[str, Tensor]) -> None:
-    """Keep tensors for `load`. A cache that cannot be written costs time, and a warning, only."""
+    """Keep `tensors` for `load` as `kind` and `key`; only warn if the cache cannot be written."""
     folder = cache_folder() / kind
     part = folder / f".{key}.{uuid.uuid4().hex}.part"
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    marks = {name: fingerprint(tensor) for name, tensor in whole.items()}
+    copies = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    fingerprints = {name: fingerprint(tensor) for name, tensor in copies.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(whole, part, {"fingerprints": json.dumps(marks)})
+        save_file(copies, part, {"fingerprints": json.dumps(fingerprints)})
         os.replace(part, folder / f"{key}.safetensors")
         _prune(folder)
     except (OSError, SafetensorError) as error:
-        part.unlink(missing_ok=True) if folder.is_dir() else None
-        reason = getattr(error, "strerror", None) or error
+        if folder.is_dir():
+            part.unlink(missing_ok=True)
+        reason = (isinstance(error, OSError) and error.strerror) or error
         warnings.warn(
-            f"{folder} cannot be written ({reason}), so {kind} are computed anew each time; "
+            f"{folder} cannot be written ({reason}), so {kind} are computed again each time; "
             "name another folder in INLAY_CACHE",
             stacklevel=2,
         )
@@ -83,10 +85,10 @@ def _prune(folder: Path) -> None:
     for file in folder.iterdir():
         with suppress(FileNotFoundError):  # another process prunes too
             entries.append((file.stat(), file))
-    room = LIMIT
+    room = LIMIT  # bytes left
     for stat, file in sorted(entries, key=lambda entry: entry[0].st_mtime, reverse=True):
         if file.suffix == ".safetensors":
             room -= stat.st_size
-        dead = file.suffix == ".part" and stat.st_mtime < now - DAY  # of a process that was killed
+        dead = file.suffix == ".part" and stat.st_mtime < now - DAY  # left by a process that was killed
         if dead or (file.suffix == ".safetensors" and room < 0):
             file.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""JSON and YAML from files that nobody vouches for, with bounds on depth, size and kinds of values."""
+"""Read untrusted JSON and YAML files, with bounds on depth, size and kinds of values."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from typing import Any
 
 import yaml
 
-# Of a YAML file: levels; values, those that an alias repeats counted again; characters.
-DEPTH, SIZE, LENGTH = 50, 100_000, 1_000_000
+# Limits of a YAML file: its levels, its values (those that an alias repeats count again), its characters.
+DEPTH = 50
+SIZE = 100_000
+LENGTH = 1_000_000
 
 
 class DamagedFileError(ValueError):
-    """A file is not whole, or not what its name says."""
+    """Report a file that is incomplete, or not what its name says."""
 
 
 def from_json(text: str) -> Any:
-    """What a JSON text holds.
+    """Parse a JSON text.
 
     Raises:
-        ValueError: it is none, or nested too deeply.
+        ValueError: it is not JSON, or nested too deeply.
     """
     try:
         return json.loads(text)
@@ -28,17 +30,19 @@ def from_json(text: str) -> Any:
 
 
 def from_yaml(text: str) -> Any:
-    """What a YAML text holds: plain values only.
+    """Parse a YAML text that holds plain values only.
 
     Raises:
-        yaml.YAMLError: it is none, is nested too deeply, or holds too much once its aliases are written out.
+        yaml.YAMLError: it is not YAML, is nested too deeply, or holds too much once its aliases are written out.
     """
     if len(text) > LENGTH:
         raise yaml.YAMLError(f"it is longer than {LENGTH:,} characters")
-    values = yaml.load(text, Shallow)  # a SafeLoader: it makes plain values and runs nothing
-    waiting, seen = [values], 0
+    values = yaml.load(text, Shallow)  # a SafeLoader makes plain values and runs nothing
+    waiting = [values]
+    seen = 0
     while waiting:
-        value, seen = waiting.pop(), seen + 1
+        value = waiting.pop()
+        seen += 1
         if seen + len(waiting) > SIZE:
             raise yaml.YAMLError(f"it holds more than {SIZE:,} values, aliases written out")
         waiting += [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
@@ -46,21 +50,25 @@ def from_yaml(text: str) -> Any:
 
 
 class Shallow(yaml.SafeLoader):
-    """Follows no more than DEPTH levels, reads no more than SIZE values, and merges none into others."""
+    """Load YAML of at most DEPTH levels and SIZE values, without merge keys."""
 
-    level = seen = 0
+    level = 0
+    seen = 0
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        self.level, self.seen = self.level + 1, self.seen + 1
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self.level += 1
+        self.seen += 1
         if self.level > DEPTH:
             raise yaml.YAMLError(f"it is nested more than {DEPTH} levels deep")
-        if self.seen > SIZE:  # to read these takes seconds already
+        if self.seen > SIZE:  # reading so many takes seconds already
             raise yaml.YAMLError(f"it holds more than {SIZE:,} values")
         node = super().compose_node(parent, index)
         self.level -= 1
         return node
 
-    def flatten_mapping(self, node: Any) -> None:
-        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):  # it multiplies before one could count
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        if any(
+            key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value
+        ):  # it multiplies values before they can be counted
             raise yaml.YAMLError("it has a merge key (<<); write the values out")
         super().flatten_mapping(node)

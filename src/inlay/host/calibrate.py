@@ -219,7 +219,7 @@ def still(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def without_adapters(layers: Iterable[InlayLinear]) -> Iterator[None]:
     """Without any adapter."""
-    was = [(layer, layer._disable_adapters) for layer in layers]
+    was = [(layer, layer.disable_adapters) for layer in layers]
     try:
         for layer, _ in was:
             layer._disable_adapters = True

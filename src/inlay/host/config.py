@@ -42,7 +42,6 @@ def add_peft_type(name: str) -> PeftType:
     if name not in PeftType.__members__:
         member = str.__new__(PeftType, name)
         member._name_, member._value_ = name, name
-        object.__setattr__(member, "_sort_order_", len(PeftType._member_names_))
         PeftType._member_names_.append(name)
         PeftType._member_map_[name] = member
         PeftType._value2member_map_[name] = member

@@ -13,8 +13,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
-from accelerate.utils import DistributedType
+from accelerate import DistributedType, PartialState
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 
@@ -70,7 +69,7 @@ def joined_processes() -> Iterator[None]:
 def allow_sharding(state: PartialState) -> None:
     """accelerate shards on accelerators only; torch does on any device, so a CPU can run what GPUs would."""
     if state.distributed_type == DistributedType.MULTI_CPU and fsdp():
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        state.distributed_type = DistributedType.MULTI_GPU  # all states of the process share it
 
 
 def lost(error: BaseException) -> bool:

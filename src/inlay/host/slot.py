@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft.utils import ModulesToSaveWrapper
@@ -29,15 +29,20 @@ class Slot(nn.Module):
     def forward(self) -> Tensor:
         return self.weight.detach() if self.held else self.weight
 
+    @property
+    def parameter(self) -> nn.Parameter | None:
+        """The weight, where it is a parameter."""
+        return next(self.parameters(recurse=False), None)
+
     def restore(self) -> None:
         """Give a parameter that was cast to half precision its fp32 numbers back, where nothing else changed them."""
-        weight = self._parameters.get("weight")
+        weight = self.parameter
         if weight is not None and self.exact is not None:
             weight.data = self.exact = uncast(weight.data, self.exact)
 
     def watch(self) -> None:
         """From here on a cast of this parameter is to be undone."""
-        self.exact = self.weight.data if "weight" in self._parameters else None
+        self.exact = None if self.parameter is None else self.parameter.data
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         made = super()._apply(fn, recurse)  # a move, or a cast that is meant
@@ -59,9 +64,9 @@ class Slot(nn.Module):
         parameters without gradients. The optimiser's groups keep the parameter, so its checkpoints still fit. One that
         FSDP2 shards is FSDP2's to gather: it stays a parameter, but no gradient reaches it, on any process.
         """
-        if "weight" not in self._parameters or self.held:
+        weight = self.parameter
+        if weight is None or self.held:
             return None
-        weight = cast(nn.Parameter, self.weight)
         if isinstance(weight, DTensor):
             self.held, weight.grad = True, None
             return weight

@@ -1,1 +1,1 @@
-"""What weights look like, and what training changed of them."""
+"""Show what weights look like, and what training changed in them."""

@@ -1,4 +1,7 @@
-"""What the plots have in common. Ink and background are left to the page, so that they suit light and dark."""
+"""Share the style and the helpers of all plots.
+
+Ink and background are left to the page, so that a plot suits light and dark.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,11 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from inlay.host.module_names import layer_index, part_of
+from inlay.host.module_names import last_part, layer_index, part_of
 
 
 def new_plot(title: str, x: str, y: str) -> tuple[Figure, Axes]:
-    """An empty plot with its axes named."""
+    """Return an empty plot with its axes labelled."""
     figure = Figure(figsize=(5, 4.4), layout="constrained")
     axes = figure.subplots()
     axes.set(xlabel=x, ylabel=y)
@@ -27,7 +30,7 @@ def new_plot(title: str, x: str, y: str) -> tuple[Figure, Axes]:
 
 
 def finish_plot(figure: Figure, axes: Axes, rows: int = 0) -> Figure:
-    """The legend, below, where it covers nothing; room for it, and for `rows` beside the axis."""
+    """Add the legend below the plot, where it covers nothing, with room for it and for `rows` beside the axis."""
     handles, labels = axes.get_legend_handles_labels()
     figure.set_figheight(max(3.8, 1.4 + 0.24 * rows) + 0.2 * math.ceil(len(labels) / 3))
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
@@ -36,31 +39,30 @@ def finish_plot(figure: Figure, axes: Axes, rows: int = 0) -> Figure:
 
 INK = "#262626"
 
-
-# Okabe and Ito's colours, told apart by everyone, without their black; the markers tell the second round.
+# Okabe and Ito's colours, which colour-blind readers can tell apart, without black; markers tell the second round.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C6D1F", "#7F7F7F")
-LOOK: Any = {
+LOOK: Any = {  # matplotlib types its keys as literals
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
     "font.size": 10,
     "axes.grid": True,
     "grid.alpha": 0.25,
     "legend.frameon": False,
     "legend.fontsize": 9,
-    "svg.hashsalt": "inlay",  # the same numbers draw the same files
+    "svg.hashsalt": "inlay",  # the same figure gives the same file
 }
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """As PNG and SVG; the same figure gives the same files."""
+    """Save a figure as PNG and SVG; the same figure gives the same files."""
     with matplotlib.rc_context({"svg.hashsalt": "inlay"}):
         figure.savefig(path, dpi=150)
         figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
 
 
 def inline_svg(name: str, figure: Figure, label: str) -> str:
-    """A figure as an SVG element: text stays text, ink is the page's, ids are its own."""
+    """Return a figure as an SVG element with text as text, the page's ink, and ids prefixed by `name`."""
     file = io.StringIO()
-    with matplotlib.rc_context({**LOOK, "svg.fonttype": "none"}):
+    with matplotlib.rc_context(LOOK | {"svg.fonttype": "none"}):
         about = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=about)
     svg = file.getvalue()
@@ -70,13 +72,13 @@ def inline_svg(name: str, figure: Figure, label: str) -> str:
 
 
 def short_labels(parts: list[str]) -> list[str]:
-    """The last components of names, or the whole names where those would not tell them apart."""
-    ends = [part.rpartition(".")[2] for part in parts]
+    """Return the last components of names, or the whole name where that is ambiguous."""
+    ends = list(map(last_part, parts))
     return [end if ends.count(end) == 1 else part for part, end in zip(parts, ends, strict=True)]
 
 
 def heat_map(values: Mapping[str, float], title: str, form: str) -> Figure:
-    """Layers down, types of module across; where a layer has several of a type (experts), their mean."""
+    """Plot values with layers down and types of module across; equal types in a layer (experts) are averaged."""
     parts = list(dict.fromkeys(map(part_of, values)))
     layers = sorted(set(map(layer_index, values)))
     cells: dict[tuple[int, str], list[float]] = {}
@@ -101,15 +103,18 @@ def heat_map(values: Mapping[str, float], title: str, form: str) -> Figure:
     return figure
 
 
-def mean_or_nan(values: list[Any]) -> float:
-    """The mean; NaN of none."""
+def mean_or_nan(values: list[float]) -> float:
+    """Return the mean of `values`; NaN of none."""
     return sum(values) / len(values) if values else float("nan")
 
 
 def smooth(points: list[tuple[int, float]], weight: float = 0.85) -> list[tuple[int, float]]:
-    """An exponential mean without the pull of its start."""
-    made, mean, mass = [], 0.0, 0.0
+    """Return the exponential moving average of `points`, corrected for its start."""
+    smoothed = []
+    mean = 0.0
+    mass = 0.0
     for step, loss in points:
-        mean, mass = weight * mean + (1 - weight) * loss, weight * mass + 1 - weight
-        made.append((step, mean / mass))
-    return made
+        mean = weight * mean + (1 - weight) * loss
+        mass = weight * mass + 1 - weight
+        smoothed.append((step, mean / mass))
+    return smoothed

@@ -1,4 +1,4 @@
-"""`inlay inspect ADAPTER`: how much an adapter changed of each weight, and in which part of that weight's spectrum."""
+"""Inspect an adapter: how much it changed of each weight, and in which part of that weight's spectrum."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D
 
-from inlay.conversion.import_adapter import import_adapter
-from inlay.conversion.lora_factors import adapter_auto_class, load_blank_adapter
+from inlay.conversion.import_adapter import import_opened
 from inlay.conversion.merged_weights import read_weight
+from inlay.conversion.peft_folder import read_peft_folder
 from inlay.files.atomic import check_free, new_folder, write_text
 from inlay.files.untrusted import DamagedFileError
 from inlay.host.layer import InlayLinear, adapted
@@ -34,22 +34,11 @@ from inlay.inspection.changes import (
     chosen_modules,
     measure_change,
     median_of,
-    of_ours,
+    of_inlay,
 )
-from inlay.models.adapters import (
-    adapter_folder,
-    base_of,
-    label_settings,
-    load_adapter,
-    read_adapter_config,
-    revision_of,
-)
+from inlay.models.adapters import Adapter, adapter_folder
 from inlay.models.folded import START, fold_at
-from inlay.models.loading import load_config, load_model
-from inlay.models.model_classes import auto_class
 from inlay.models.stored_weights import Weights
-
-OURS = "INLAY"
 
 
 def inspect_adapter(
@@ -62,12 +51,12 @@ def inspect_adapter(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, WeightChange]:
-    """What an adapter changed of its base, by module; the base's weights are read one at a time.
+    """Return what an adapter changed of its base, by module; the base's weights are read one at a time.
 
-    A decomposition per weight: 0.1 s for 576 × 1536 on a core, minutes for 4096 × 11008; `layers` takes a few.
+    A decomposition per weight takes 0.1 s for 576 × 1536 on a core, minutes for 4096 × 11008; `layers` selects a few.
 
     Args:
-        adapter: a run folder or an adapter folder, ours or PEFT's: a LoRA, MiSS or Bone (see `import_adapter`), or
+        adapter: a run folder or an adapter folder, Inlay's or PEFT's: a LoRA, MiSS or Bone (see `import_adapter`), or
             another that can be merged, for which the base is loaded.
         model: the base, if not the one the adapter names.
         layers: indices of layers; None: all.
@@ -82,28 +71,27 @@ def inspect_adapter(
     """
     if output is not None:
         check_free(Path(output), overwrite, CHANGES)
-    folder = adapter_folder(str(adapter))
-    name = model or base_of(folder)
-    revision = revision or (None if model else revision_of(folder))
-    if read_adapter_config(folder).peft_type == OURS:
-        found = changes_of(folder, name, layers, revision, trust_remote_code)
+    source = Adapter.open(adapter, model, revision, trust_remote_code)
+    if source.is_inlay:
+        changed = changes_of(source, layers)
     else:
         with tempfile.TemporaryDirectory() as part:
+            out = Path(part) / "imported"
             try:
-                ours = import_adapter(folder, Path(part) / "ours", model=name).folder
+                import_opened(read_peft_folder(source), out, None, False, str(source.folder))
             except DamagedFileError:
                 raise
             except ValueError as error:
-                found = merged_changes(folder, name, layers, revision, trust_remote_code, error)
+                changed = merged_changes(source, layers, error)
             else:
-                found = changes_of(ours, name, layers, revision, trust_remote_code)
+                changed = changes_of(Adapter.open(out, source.base), layers)
     if output is not None:
-        write_changes(found, Path(output), overwrite)
-    return found
+        write_changes(changed, Path(output), overwrite)
+    return changed
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a name is the folder of an adapter, or of a run that left one."""
+    """Return whether `name` is the folder of an adapter, or of a run that left one."""
     try:
         return bool(adapter_folder(name))
     except ValueError:
@@ -111,104 +99,92 @@ def is_adapter(name: str) -> bool:
 
 
 def changes_of_fold(folder: Path) -> dict[str, WeightChange]:
-    """The changes of a fold that was trained; none where what it began with is gone, the subspaces within MOST."""
+    """Return the changes of a trained fold; none where the adapter it began with is gone."""
     with suppress(ValueError):
-        return changes_of(folder, base_of(folder), None, None, False, MOST)
+        return changes_of(Adapter.open(folder), None, MOST)
     return {}
 
 
-def changes_of(
-    folder: Path,
-    base: str,
-    layers: list[int] | None,
-    revision: str | None,
-    trust_remote_code: bool,
-    most: float = math.inf,
-) -> dict[str, WeightChange]:
-    """The changes of one of our adapters; with subspaces if these take at most so many multiplications."""
-    auto = adapter_auto_class(folder, base, revision, trust_remote_code)
-    light = load_blank_adapter(folder, base, revision, trust_remote_code, auto)
-    weights = Weights(base, revision, trust_remote_code, auto)
-    every = {layer.cuts["default"].module: layer for layer in adapted(light, "default").values()}
+def changes_of(adapter: Adapter, layers: list[int] | None, most: float = math.inf) -> dict[str, WeightChange]:
+    """Return the changes of one of Inlay's adapters, with subspaces if these cost at most `most` multiplications."""
+    light = adapter.load_blank()
+    weights = adapter.base.weights(adapter.auto_class)
+    adapters = {layer.cuts["default"].module: layer for layer in adapted(light, "default").values()}
     first: dict[str, InlayLinear] = {}
-    if any(layer.cuts["default"].folded for layer in every.values()):
-        start = load_blank_adapter(untrained(folder, base), base, revision, trust_remote_code, auto)
+    if any(layer.cuts["default"].folded for layer in adapters.values()):
+        start = Adapter.open(untrained(adapter), adapter.base).load_blank()
         first = {layer.cuts["default"].module: layer for layer in adapted(start, "default").values()}
-    names = modules_in_layers(every, layers, folder)
-    shapes = [(every[name].out_features, every[name].in_features) for name in names]
+    names = modules_in_layers(adapters, layers, adapter.folder)
+    shapes = [(adapters[name].out_features, adapters[name].in_features) for name in names]
     full = sum(math.prod(shape) * min(shape) for shape in shapes) <= most
     shown = chosen_modules(names)
-    made: dict[str, WeightChange] = {}
+    changed: dict[str, WeightChange] = {}
     for name in tqdm(names, desc="Changes", unit="weight", disable=None, delay=1):
-        layer = every[name]
-        made[name] = measure_change(
-            of_ours(layer, base_weight(weights, name, layer), first.get(name)), full, name in shown
-        )
-    return made
+        layer = adapters[name]
+        trained = of_inlay(layer, base_weight(weights, name, layer), first.get(name))
+        changed[name] = measure_change(trained, full, name in shown)
+    return changed
 
 
-def merged_changes(
-    folder: Path, base: str, layers: list[int] | None, revision: str | None, trust_remote_code: bool, why: ValueError
-) -> dict[str, WeightChange]:
-    """The changes of an adapter of PEFT's that has no equal here, by merging each layer; else `why` it has none."""
-    config = load_config(base, trust_remote_code, revision)
-    auto = auto_class(config, read_adapter_config(folder).task_type)
-    more = {"auto": auto, **label_settings(folder)}
-    model = load_model(base, torch.float32, revision, trust_remote_code, **more)
-    adapter = load_adapter(model, folder, trainable=True)  # that its numbers are told from the base's
-    found = changes(adapter, lambda: Weights(base, revision, trust_remote_code, auto))
-    if not found:
+def merged_changes(adapter: Adapter, layers: list[int] | None, why: ValueError) -> dict[str, WeightChange]:
+    """Return the changes of a PEFT adapter that cannot be imported, by merging its layers; else raise `why`."""
+    auto = adapter.auto_class
+    base = adapter.base.load(torch.float32, auto=auto, **adapter.settings)
+    model = adapter.attach(base, trainable=True)  # so that its parameters are told from the base's
+    changed = changes(model, lambda: adapter.base.weights(auto))
+    if not changed:
         raise why
-    return {name: found[name] for name in modules_in_layers(found, layers, folder)}
+    return {name: changed[name] for name in modules_in_layers(changed, layers, adapter.folder)}
 
 
 def modules_in_layers(names: Collection[str], layers: list[int] | None, folder: Path) -> list[str]:
-    """The modules that are in some layers.
+    """Return those of the modules `names` that are in `layers`.
 
     Raises:
         ValueError: there are none.
     """
-    asked = [name for name in names if layers is None or layer_index(name) in layers]
-    if not asked:
-        known = ", ".join(str(i) for i in sorted(set(map(layer_index, names))) if i >= 0)
-        raise ValueError(f"layers={layers}: {folder} adapts none of these; it adapts {known or 'no layers'}")
-    return asked
+    selected = [name for name in names if layers is None or layer_index(name) in layers]
+    if not selected:
+        adapted_layers = ", ".join(str(i) for i in sorted(set(map(layer_index, names))) if i >= 0)
+        raise ValueError(f"layers={layers}: {folder} adapts none of these; it adapts {adapted_layers or 'no layers'}")
+    return selected
 
 
-def untrained(folder: Path, base: str) -> Path:
-    """The adapter that a fold began with, which lies beside its base: a run's that folded, or what inlay fold made.
+def untrained(adapter: Adapter) -> Path:
+    """Return the folder of the adapter that a fold began with: beside its base, from a run or from inlay fold.
 
     Raises:
         ValueError: it is not there, or nothing was trained.
     """
+    folder, base = adapter.folder, adapter.base.name
     kept = Path(base).parent / START
     start = kept if kept.is_dir() else fold_at(str(kept.parent))
     if start is None:
         raise ValueError(
             f"{folder} is folded, and the adapter it began with is not beside {base}: what training changed cannot be "
-            "told from what was cut out of the base (train on what inlay fold makes, which keeps it)"
+            "told from what the fold took out of the base (train on the output of inlay fold, which keeps it)"
         )
     if start.resolve() == folder.resolve():
-        raise ValueError(f"{folder} is a fold that nothing was trained of yet, so that no weight is changed")
+        raise ValueError(f"{folder} is a fold that was not trained yet, so no weight is changed")
     return start
 
 
 def base_weight(weights: Weights, module: str, layer: InlayLinear) -> torch.Tensor:
-    """The base's weight (out × in) under a layer, fp32; a packed one is unpacked.
+    """Read the base weight (out × in) under a layer as fp32, unpacked if it is quantised.
 
     Raises:
         ValueError: the checkpoint does not store it, or it is not the one the adapter was cut from.
     """
     key = weights.key(f"{module}.weight")
     if key is None:
-        weights.read(f"{module}.weight")  # says what is wrong
-    W, mark = read_weight(weights, str(key), isinstance(layer.base_layer, Conv1D))
-    layer.check_base("default", mark)
+        weights.read(f"{module}.weight")  # raises, saying what is wrong
+    W, checksum = read_weight(weights, str(key), isinstance(layer.base_layer, Conv1D))
+    layer.check_base("default", checksum)
     return W.float()
 
 
-def write_changes(found: Mapping[str, WeightChange], folder: Path, overwrite: bool = False) -> None:
-    """changes.json and the plots, all or nothing.
+def write_changes(changed: Mapping[str, WeightChange], folder: Path, overwrite: bool = False) -> None:
+    """Write changes.json and the plots, all or nothing.
 
     Raises:
         ValueError: the folder exists or cannot be written.
@@ -217,33 +193,33 @@ def write_changes(found: Mapping[str, WeightChange], folder: Path, overwrite: bo
 
     with new_folder(folder, overwrite, CHANGES) as part:
         (part / "plots").mkdir()
-        draw_change_plots(change_figures(found), part / "plots")
-        write_text(part / CHANGES, json.dumps(changes_as_data(found), indent=1))
+        draw_change_plots(change_figures(changed), part / "plots")
+        write_text(part / CHANGES, json.dumps(changes_as_data(changed), indent=1))
 
 
-def show_changes(found: Mapping[str, WeightChange], adapter: str, console: Console) -> None:
-    """A table with a line per type of module, and a sentence."""
-    made = Table(
-        title=f"{adapter}: {len(found)} weights",
+def show_changes(changed: Mapping[str, WeightChange], adapter: str, console: Console) -> None:
+    """Print a table with a line per type of module, and a sentence."""
+    table = Table(
+        title=f"{adapter}: {len(changed)} weights",
         caption="medians over layers; principal, minor: the share of ‖ΔW‖² in the first and the last eighth of W's "
         f"singular vectors (random: {1 / PART:.3f})",
         title_justify="left",
         caption_justify="left",
     )
     for column in ("module", *(head for _, head, _ in FIELDS), "trained"):
-        made.add_column(column, no_wrap=True, justify="left" if column == "module" else "right")
-    for kind, count, values, trained in by_type(found):
+        table.add_column(column, no_wrap=True, justify="left" if column == "module" else "right")
+    for kind, count, values, trained in by_type(changed):
         cells = ["" if v is None else f"{v:{form}}" for v, (_, _, form) in zip(values, FIELDS, strict=True)]
-        made.add_row(f"{kind} ({count})", *cells, f"{trained:,}")
-    console.print(made)
-    console.print(changes_summary(found))
+        table.add_row(f"{kind} ({count})", *cells, f"{trained:,}")
+    console.print(table)
+    console.print(changes_summary(changed))
 
 
-def changes_summary(found: Mapping[str, WeightChange]) -> str:
-    """Where the change lies, in one sentence."""
-    size, principal, minor = (median_of(found.values(), field) for field in ("size", "principal", "minor"))
+def changes_summary(changed: Mapping[str, WeightChange]) -> str:
+    """Summarise in one sentence where the change lies."""
+    size, principal, minor = (median_of(changed.values(), field) for field in ("size", "principal", "minor"))
     if not size or principal is None or minor is None:
-        return "in the median no weight is changed"
+        return "the median weight is not changed"
     side, share = max(("principal", principal), ("minor", minor), key=lambda pair: pair[1])
     times = f"{share * PART:.1f} times a random one's in the {side} part"
     return (

@@ -1,4 +1,4 @@
-"""`inlay inspect`: the spectra of a model's weights, what share of them r triplets cover, and the ranks that follow."""
+"""Inspect a model: the spectra of its weights, the share of them that r triplets cover, and the ranks that follow."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from inlay.files.atomic import check_free, new_folder
 from inlay.host.config import InlayConfig
 from inlay.inspection.noise_edge import edge, effective_rank, stable_rank
 from inlay.inspection.ranks import Inspection, Weight, inspection, patterns
+from inlay.models.base import BaseModel
 from inlay.numerics.rank_allocation import DIRECTIONS, Direction, rank_set
 
-SPECTRA = "spectra.json"  # also what marks a folder as one that may be overwritten
+SPECTRA = "spectra.json"  # also marks a folder that may be overwritten
 
 
 def inspect(
@@ -35,12 +36,14 @@ def inspect(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Inspection:
-    """The singular values of a model's weights, and the ranks that LaMDA++ gives them; reads the checkpoint only.
+    """Return the singular values of a model's weights, and the ranks that LaMDA++ gives them.
+
+    Only the checkpoint is read.
 
     Args:
         model: hub id, local folder, or builtin.
-        method: whose numbers the budget counts; any with an r.
-        r: the rank whose numbers, the same everywhere, are the budget of each type of module.
+        method: whose parameters the budget counts; any with an r.
+        r: the rank whose parameters, at the same rank everywhere, are the budget of each type of module.
         direction: "flat" gives more to flat spectra, "peaked" to peaked ones.
         target_modules: which modules, as in `InlayConfig`.
         layers: indices of layers (then `target_modules` must be a list of names).
@@ -52,7 +55,7 @@ def inspect(
     Raises:
         ValueError: the model, a value or the output folder cannot be used; nothing is then written.
     """
-    if direction not in DIRECTIONS:  # said before minutes are spent
+    if direction not in DIRECTIONS:  # before minutes are spent
         raise ValueError(f"direction={direction!r} is not one of {', '.join(DIRECTIONS)}")
     if output is not None:
         check_free(Path(output), overwrite, SPECTRA)
@@ -63,14 +66,14 @@ def inspect(
         layers_to_transform=layers,
         task_type="CAUSAL_LM",
     )
-    found = inspection(model, config, direction, revision, trust_remote_code)
+    spectra = inspection(BaseModel(model, revision, trust_remote_code), config, direction)
     if output is not None:
-        write_inspection(found, Path(output), overwrite)
-    return found
+        write_inspection(spectra, Path(output), overwrite)
+    return spectra
 
 
-def write_inspection(found: Inspection, folder: Path, overwrite: bool = False) -> None:
-    """spectra.json, ranks.yaml and the plots, all or nothing.
+def write_inspection(spectra: Inspection, folder: Path, overwrite: bool = False) -> None:
+    """Write spectra.json, ranks.yaml and the plots, all or nothing.
 
     Raises:
         ValueError: the folder exists or cannot be written.
@@ -78,18 +81,18 @@ def write_inspection(found: Inspection, folder: Path, overwrite: bool = False) -
     from inlay.inspection.spectra_plots import draw_spectra  # matplotlib takes a second
 
     with new_folder(folder, overwrite, SPECTRA) as part:
-        (part / SPECTRA).write_text(json.dumps(inspection_as_data(found)) + "\n", encoding="utf-8")
-        text = yaml.safe_dump({"patterns": patterns(found.ranks)}, sort_keys=False, width=1000)
-        (part / "ranks.yaml").write_text(f"# {found.summary()}\n{text}", encoding="utf-8")
-        draw_spectra(found, part / "plots")
+        (part / SPECTRA).write_text(json.dumps(inspection_as_data(spectra)) + "\n", encoding="utf-8")
+        text = yaml.safe_dump({"patterns": patterns(spectra.ranks)}, sort_keys=False, width=1000)
+        (part / "ranks.yaml").write_text(f"# {spectra.summary()}\n{text}", encoding="utf-8")
+        draw_spectra(spectra, part / "plots")
 
 
-def inspection_as_data(found: Inspection) -> dict[str, Any]:
-    """Everything that was found, as JSON holds it; singular values with 7 digits, which is all that fp32 has."""
-    about = {"model": found.model, "method": found.method, "r": found.r, "direction": found.direction}
+def inspection_as_data(spectra: Inspection) -> dict[str, Any]:
+    """Return an inspection as JSON data; singular values have 7 digits, the precision of fp32."""
+    about = {"model": spectra.model, "method": spectra.method, "r": spectra.r, "direction": spectra.direction}
     return {
         **about,
-        "suggestion": asdict(suggestion(found)),
+        "suggestion": asdict(suggestion(spectra)),
         "modules": {
             name: {
                 "shape": list(w.shape),
@@ -99,18 +102,18 @@ def inspection_as_data(found: Inspection) -> dict[str, Any]:
                 "noise_edge": float(f"{edge(w.S, w.shape):.7g}"),
                 "stable_rank": round(stable_rank(w.S), 4),
                 "effective_rank": round(effective_rank(w.S), 4),
-                "energies": {str(r): round(w.energy(r), 6) for r in rank_set(found.r) if r <= len(w.S)},
-                "minor_energies": {str(r): float(f"{w.minor(r):.6g}") for r in rank_set(found.r) if r <= len(w.S)},
+                "energies": {str(r): round(w.energy(r), 6) for r in rank_set(spectra.r) if r <= len(w.S)},
+                "minor_energies": {str(r): float(f"{w.minor(r):.6g}") for r in rank_set(spectra.r) if r <= len(w.S)},
                 "singular_values": [float(f"{s:.7g}") for s in w.S.tolist()],
             }
-            for name, w in found.weights.items()
+            for name, w in spectra.weights.items()
         },
     }
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A method, its rank, the side of the spectrum that it trains (none: either), and why."""
+    """Hold a suggested method, its rank, the side of the spectrum that it trains (or "none"), and the reason."""
 
     method: str
     r: int
@@ -121,19 +124,19 @@ class Suggestion:
         return f"suggested: {self.method} with r = {self.r}: {self.reason}"
 
 
-def suggestion(found: Inspection) -> Suggestion:
-    """Where spectra say that adapters of the rank asked for belong [ours].
+def suggestion(spectra: Inspection) -> Suggestion:
+    """Suggest where in the spectrum adapters of the requested rank belong [ours].
 
     PiSSA trains the principal triplets because they hold what a weight is about, MiLoRA the minor ones because they
-    hold noise, and training there leaves what was learned alone. Either presumes something that can be counted: that r
-    triplets hold the signal, or that the last r lie below the noise edge. Medians over the weights; no evidence that it
-    trains better: `inlay compare` gives that.
+    hold noise, and training there leaves the learned part alone. Either presumes something that can be counted: that r
+    triplets hold the signal, or that the last r lie below the noise edge. Medians over the weights are compared. This
+    is no evidence of better training: `inlay compare` gives that.
     """
-    r, weights = found.r, list(found.weights.values())
+    r, weights = spectra.r, list(spectra.weights.values())
     count = statistics.median_low(w.signal for w in weights)
     if count == 0:
         reason = (
-            "no singular value stands out of noise, so that neither end of the spectrum is more than a random place"
+            "no singular value stands out of noise, so neither end of the spectrum is better than a random subspace"
         )
         return Suggestion("lora", r, "none", reason)
     if count <= r:
@@ -152,21 +155,21 @@ def suggestion(found: Inspection) -> Suggestion:
     return Suggestion("milora", room, "minor", reason)
 
 
-def show_inspection(found: Inspection, console: Console) -> None:
-    """A table with a line per type of module, the rank of every layer, and the total."""
-    console.print(inspection_table(found))
+def show_inspection(spectra: Inspection, console: Console) -> None:
+    """Print a table with a line per type of module, the rank of every layer, and the total."""
+    console.print(inspection_table(spectra))
     console.print("ranks by layer:")
-    for kind, weights in found.kinds.items():
+    for kind, weights in spectra.kinds.items():
         console.print(f"  {kind:<12}{' '.join(f'{w.rank:>3}' for w in weights.values())}", soft_wrap=True)
-    console.print(found.summary())
-    console.print(f"{suggestion(found)} (spectra alone; inlay compare tells which trains better)")
+    console.print(spectra.summary())
+    console.print(f"{suggestion(spectra)} (from spectra alone; inlay compare shows which trains better)")
 
 
-def inspection_table(found: Inspection) -> Table:
-    """A line per type of module."""
-    r = found.r
-    made = Table(
-        title=f"{found.model}: {len(found.weights)} weights",
+def inspection_table(spectra: Inspection) -> Table:
+    """Build the table with a line per type of module."""
+    r = spectra.r
+    table = Table(
+        title=f"{spectra.model}: {len(spectra.weights)} weights",
         caption="medians over layers; signal: singular values above the noise edge (Marchenko-Pastur), least, median, "
         f"most; E({r}), last {r}: shares of Σσ² in the first and the last triplets",
         title_justify="left",
@@ -174,14 +177,14 @@ def inspection_table(found: Inspection) -> Table:
     )
     heads = ("module", "out × in", "σ max", "stable rank", "eff. rank", "signal")
     for column in (*heads, f"E({r})", f"last {r}", "ranks"):
-        made.add_column(column, no_wrap=True, justify="left" if column == "module" else "right")
-    for kind, weights in found.kinds.items():
-        made.add_row(f"{kind} ({len(weights)})", *inspection_cells(list(weights.values()), r))
-    return made
+        table.add_column(column, no_wrap=True, justify="left" if column == "module" else "right")
+    for kind, weights in spectra.kinds.items():
+        table.add_row(f"{kind} ({len(weights)})", *inspection_cells(list(weights.values()), r))
+    return table
 
 
 def inspection_cells(weights: list[Weight], r: int) -> Iterator[str]:
-    """What the table says of one type."""
+    """Yield the cells of one type of module."""
     shapes, ranks = sorted({w.shape for w in weights}), sorted({w.rank for w in weights})
     signals = sorted(w.signal for w in weights)
     yield "{} × {}".format(*shapes[0]) if len(shapes) == 1 else f"{len(shapes)} shapes"

@@ -1,9 +1,9 @@
-"""`inlay inspect --joint`: how much of the layers that read one input a shared right factor of rank r carries.
+"""Measure how much of the layers that read one input a shared right factor of rank r carries.
 
 For weights W_1 .. W_L (out_i × in) of one input, the best W_i ≈ B_i C with one C (r × in) for all has the r largest
 right singular vectors of the stacked weights as C, and leaves Σ_{i>r} σ_i² of the stack (the joint rank-k approximation
-of Peng et al. 2024, arXiv 2402.16319). It is held against factors of their own at the same rank, and against those that
-together have as many numbers. Only one product x Cᵀ is then computed for all.
+of Peng et al. 2024, arXiv 2402.16319). It is compared with separate factors at the same rank, and with separate factors
+that together have as many parameters. A shared factor needs only one product x Cᵀ for all.
 """
 
 from __future__ import annotations
@@ -16,120 +16,119 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D, PreTrainedModel
 
 from inlay.host.config import InlayConfig
 from inlay.inspection.singular_values import kept_spectrum, target_weights, weight_spectra
 from inlay.messages import first_line
-from inlay.models.meta import meta_model
-from inlay.models.stored_weights import Weights
-from inlay.numerics.rank_allocation import energy, kind_of
+from inlay.models.base import BaseModel
+from inlay.numerics.rank_allocation import energy, module_type
 
 
 @dataclass(frozen=True)
 class Readers:
-    """Modules that read the same input, the singular values of their stacked weights, and those of each."""
+    """Hold modules that read the same input, the singular values of their stacked weights, and those of each."""
 
     modules: tuple[str, ...]
     shapes: tuple[tuple[int, int], ...]
     stacked: Tensor
-    own: tuple[Tensor, ...]
+    separately: tuple[Tensor, ...]
 
     @property
     def kinds(self) -> str:
-        return ", ".join(kind_of(name) for name in self.modules)
+        return ", ".join(module_type(name) for name in self.modules)
 
     def shared(self, r: int) -> float:
-        """The share of Σ‖W_i‖² that one right factor of rank r carries."""
+        """Return the share of Σ‖W_i‖² that one right factor of rank r carries."""
         return energy(self.stacked, r)
 
     def separate(self, r: int) -> float:
-        """The share that factors of rank r of their own carry."""
-        total = sum(S.double().square().sum() for S in self.own)
-        kept = sum(S[:r].double().square().sum() for S in self.own)
+        """Return the share of Σ‖W_i‖² that separate factors of rank r carry."""
+        total = sum(S.double().square().sum() for S in self.separately)
+        kept = sum(S[:r].double().square().sum() for S in self.separately)
         return float(kept / total) if total else 1.0
 
     def as_many(self, r: int) -> int:
-        """The rank at which separate factors have at most the numbers of a shared one of rank r."""
+        """Return the rank at which separate factors have at most the parameters of a shared one of rank r."""
         out, inp = sum(shape[0] for shape in self.shapes), self.shapes[0][1]
         return r * (inp + out) // (len(self.shapes) * inp + out)
 
 
 def joint_groups(
-    model: str = "builtin",
-    target_modules: list[str] | str = "all-linear",
-    layers: list[int] | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
+    base: BaseModel, target_modules: list[str] | str = "all-linear", layers: list[int] | None = None
 ) -> list[Readers]:
-    """The groups of modules of a model that read one input together, with their spectra; reads the checkpoint only.
+    """Return the groups of a model's modules that read one input, with their spectra; only the checkpoint is read.
 
     Raises:
         ValueError: the model or a value cannot be used, or no two of the modules read the same input.
     """
     config = InlayConfig(target_modules=target_modules, layers_to_transform=layers, task_type="CAUSAL_LM")
-    shapes = target_weights(model, config, trust_remote_code)
-    blank = meta_model(model, torch.float32, trust_remote_code)
+    shapes = target_weights(base, config)
+    blank = base.meta(torch.float32)
     groups = [names for names in readers(blank, shapes) if len(names) > 1]
     if not groups:
         raise ValueError(f"no two of the modules that target_modules={target_modules!r} names read the same input")
-    own = weight_spectra(model, {n: shapes[n] for names in groups for n in names}, revision, trust_remote_code)
-    weights, found = Weights(model, revision, trust_remote_code), []
+    spectra = weight_spectra(base, {n: shapes[n] for names in groups for n in names})
+    weights = base.weights()
+    groups_read: list[Readers] = []
     for names in groups:
         stored = [weights.read(f"{n}.weight").float() for n in names]
-        turned = [isinstance(blank.get_submodule(n), Conv1D) for n in names]
-        stack = torch.cat([W.T if turn else W for W, turn in zip(stored, turned, strict=True)])
-        found.append(
-            Readers(names, tuple(shapes[n] for n in names), kept_spectrum(stack), tuple(own[n] for n in names))
-        )
-    return found
+        transposed = [isinstance(blank.get_submodule(n), Conv1D) for n in names]
+        stack = torch.cat([W.T if flip else W for W, flip in zip(stored, transposed, strict=True)])
+        sizes = tuple(shapes[n] for n in names)
+        groups_read.append(Readers(names, sizes, kept_spectrum(stack), tuple(spectra[n] for n in names)))
+    return groups_read
 
 
 @torch.no_grad()
 def readers(blank: PreTrainedModel, names: Mapping[str, object]) -> list[tuple[str, ...]]:
-    """The named modules of a model on the meta device by the tensor that they are given in a pass.
+    """Group the named modules of a model on the meta device by the tensor that each reads in a forward pass.
 
     Raises:
         ValueError: no pass can be made without the model's weights.
     """
-    seen: dict[int, tuple[Tensor, list[str]]] = {}
+    groups: dict[int, tuple[Tensor, list[str]]] = {}
 
-    def look(name: str):
+    def record(name: str):
         def hook(module: nn.Module, args: tuple) -> None:
-            seen.setdefault(id(args[0]), (args[0], []))[1].append(name)  # held, or its id would be another's
+            # The tensor is kept, so that its id is not used again.
+            groups.setdefault(id(args[0]), (args[0], []))[1].append(name)
 
         return hook
 
-    hooks = [blank.get_submodule(name).register_forward_pre_hook(look(name)) for name in names]
+    hooks = [blank.get_submodule(name).register_forward_pre_hook(record(name)) for name in names]
     try:
         ids, mask = (torch.ones(shape, dtype=torch.long, device="meta") for shape in ((1, 4), (1, 1, 4, 4)))
         blank.base_model(input_ids=ids, attention_mask=mask.float(), use_cache=False)
     except (RuntimeError, TypeError, NotImplementedError) as error:
-        raise ValueError(f"this model cannot be followed without its weights: {first_line(error)}") from error
+        raise ValueError(f"no pass of this model can be simulated without its weights: {first_line(error)}") from error
     finally:
         for hook in hooks:
             hook.remove()
-    return [tuple(found) for _, found in seen.values()]
+    return [tuple(names) for _, names in groups.values()]
 
 
-def show_joint(found: list[Readers], r: int, console: Console) -> None:
-    """A table with a line per kind of group, medians over the layers."""
-    made = Table(
+def show_joint(groups: list[Readers], r: int, console: Console) -> None:
+    """Print a table with a line per kind of group, medians over the layers."""
+    table = Table(
         title=f"one right factor of rank {r} for the modules that read one input",
-        caption="shares of Σ‖W‖² in the median over layers; as many: separate factors with no more numbers than it has",
+        caption="shares of Σ‖W‖² in the median over layers; as many: separate factors with no more parameters",
         title_justify="left",
         caption_justify="left",
     )
     columns = ("modules", "in", "shared", f"separate, r = {r}", "as many, r =", "separate, as many")
     for column in columns:
-        made.add_column(column, no_wrap=True, justify="left" if column == "modules" else "right")
+        table.add_column(column, no_wrap=True, justify="left" if column == "modules" else "right")
     kinds: dict[tuple[str, tuple], list[Readers]] = {}
-    for group in found:
+    for group in groups:
         kinds.setdefault((group.kinds, group.shapes), []).append(group)
-    for (kind, shapes), groups in kinds.items():
-        few = groups[0].as_many(r)
-        shares = [[g.shared(r) for g in groups], [g.separate(r) for g in groups], [g.separate(few) for g in groups]]
-        one, same, less = (f"{statistics.median(values):.3f}" for values in shares)
-        made.add_row(f"{kind} ({len(groups)})", str(shapes[0][1]), one, same, str(few), less)
-    console.print(made)
+    for (kind, shapes), same_kind in kinds.items():
+        few = same_kind[0].as_many(r)
+        ranks = (
+            [g.shared(r) for g in same_kind],
+            [g.separate(r) for g in same_kind],
+            [g.separate(few) for g in same_kind],
+        )
+        shared, separate, as_many = (f"{statistics.median(values):.3f}" for values in ranks)
+        table.add_row(f"{kind} ({len(same_kind)})", str(shapes[0][1]), shared, separate, str(few), as_many)
+    console.print(table)

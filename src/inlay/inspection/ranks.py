@@ -1,11 +1,11 @@
-"""From a model and a config to a rank per module: spectra, what a rank costs with this method, and the allocator."""
+"""Give each module of a model a rank, from its spectrum, the cost of a rank with the method, and the allocator."""
 
 from __future__ import annotations
 
 import functools
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,14 +15,17 @@ from inlay.host.config import InlayConfig
 from inlay.host.module_names import any_of, split_name
 from inlay.inspection import noise_edge
 from inlay.inspection.singular_values import Shape, target_weights, weight_spectra
+from inlay.models.base import BaseModel
 from inlay.numerics import rank_allocation
-from inlay.numerics.rank_allocation import Direction, allocate, kind_of
+from inlay.numerics.rank_allocation import Direction, allocate, module_type
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One module: its (out, in), singular values and rank, and the numbers it trains at that rank and at the same r
-    everywhere."""
+    """Hold one module's shape (out, in), singular values and rank, and its trained parameters.
+
+    `numbers` counts the parameters at that rank, `uniform` those at the same r everywhere.
+    """
 
     shape: Shape
     S: Tensor
@@ -32,21 +35,21 @@ class Weight:
 
     @property
     def signal(self) -> int:
-        """How many singular values lie above the noise edge (`edge`)."""
+        """Count the singular values above the noise edge (`noise_edge.edge`)."""
         return noise_edge.signal(self.S, self.shape)
 
     def energy(self, r: int) -> float:
-        """The share of Σσ² in the first r triplets."""
+        """Return the share of Σσ² in the first r triplets."""
         return rank_allocation.energy(self.S, r)
 
     def minor(self, r: int) -> float:
-        """The share of Σσ² in the last r triplets; what a σ of 1e-8 of the largest or less has is rounding."""
+        """Return the share of Σσ² in the last r triplets; σ below 1e-8 of the largest is rounding."""
         return 1 - rank_allocation.energy(self.S, len(self.S) - r) if r < len(self.S) else 1.0
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """The spectra of a model's adapted modules and the ranks they lead to."""
+    """Hold the spectra of a model's adapted modules and the ranks that follow from them."""
 
     model: str
     method: str
@@ -56,65 +59,63 @@ class Inspection:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """The rank of each module."""
+        """Return the rank of each module."""
         return {name: weight.rank for name, weight in self.weights.items()}
 
     @property
     def kinds(self) -> dict[str, dict[str, Weight]]:
-        """The modules by type, the last component of their names."""
+        """Return the modules by type, the last component of their names."""
         groups: dict[str, dict[str, Weight]] = {}
         for name, weight in self.weights.items():
-            groups.setdefault(kind_of(name), {})[name] = weight
+            groups.setdefault(module_type(name), {})[name] = weight
         return groups
 
     def summary(self) -> str:
-        """One line: the range of ranks, and the numbers trained against the budget."""
+        """Summarise in one line the range of ranks, and the trained parameters against the budget."""
         ranks, weights = self.ranks.values(), self.weights.values()
         numbers, uniform = sum(w.numbers for w in weights), sum(w.uniform for w in weights)
         return (
             f"ranks by energy ({self.direction}): {min(ranks)} to {max(ranks)}, "
-            f"{numbers:,} numbers; r = {self.r} everywhere: {uniform:,}"
+            f"{numbers:,} parameters; r = {self.r} everywhere: {uniform:,}"
         )
 
 
-def inspection(
-    model: str, config: InlayConfig, direction: Direction, revision: str | None = None, trust_remote_code: bool = False
-) -> Inspection:
-    """Spectra and ranks of the modules that a config adapts.
+def inspection(base: BaseModel, config: InlayConfig, direction: Direction) -> Inspection:
+    """Compute spectra and ranks of the modules that a config adapts.
 
     Raises:
         ValueError: the model or the config cannot be used, or the method has no rank.
     """
     r = allocated_ranks(config)
-    shapes = target_weights(model, config, trust_remote_code)
-    values = weight_spectra(model, shapes, revision, trust_remote_code)
+    shapes = target_weights(base, config)
+    values = weight_spectra(base, shapes)
     cost = rank_cost(config, shapes)
     ranks = allocate(values, r, cost, direction)
     weights = {
         name: Weight(shapes[name], values[name], ranks[name], cost(name, ranks[name]), cost(name, r)) for name in shapes
     }
-    return Inspection(model, str(config.method), r, direction, weights)
+    return Inspection(base.name, str(config.method), r, direction, weights)
 
 
 def allocated_ranks(config: InlayConfig) -> int:
-    """A config's r.
+    """Return a config's rank r, whose parameters are the budget to allocate.
 
     Raises:
-        ValueError: its method has none.
+        ValueError: its method has no rank of its own in each layer.
     """
     method = config.build()
     if method.shared:
         shared = ", ".join(sorted(method.shared))
         raise ValueError(f"{method.name} shares {shared} between layers, so no layer has a rank of its own to allocate")
-    r = {f.name: getattr(method, f.name) for f in fields(method)}.get("r")
+    r = vars(method).get("r")
     if r is None:
         raise ValueError(f"{method.name} has no rank r to allocate; choose a method with one, such as lamda or lora")
     return r
 
 
 def rank_cost(config: InlayConfig, shapes: Mapping[str, Shape]) -> Callable[[str, int], int]:
-    """The numbers that a config's method trains on a module at a rank, asked of the method itself on a meta tensor."""
-    method: Any = config.build()
+    """Return a function that counts the parameters that a config's method trains on a module at a rank."""
+    method: Any = config.build()  # one with the field r
 
     @functools.cache
     def count(shape: Shape, rank: int) -> int:
@@ -125,13 +126,15 @@ def rank_cost(config: InlayConfig, shapes: Mapping[str, Shape]) -> Callable[[str
 
 
 def patterns(ranks: Mapping[str, int], key: str = "r") -> dict[str, dict[str, int]]:
-    """Ranks (or another `key`) as a recipe's `patterns`: regexes for whole names, of which one takes all layers
-    with the same rank."""
+    """Return ranks (or another hyperparameter `key`) as a recipe's `patterns`.
+
+    These are regexes for whole names; one regex covers all layers with the same rank.
+    """
     groups: dict[tuple[str, str, int], list[str]] = {}
     for name, rank in ranks.items():
         head, index, tail = split_name(name)
         groups.setdefault((head, tail, rank), []).append(index)
-    # ^, because a pattern may otherwise match the end of a longer name
+    # ^, because without it a pattern may match the end of a longer name
     return {
         f"^{re.escape(head)}{any_of(indices)}{re.escape(tail)}": {key: rank}
         for (head, tail, rank), indices in groups.items()

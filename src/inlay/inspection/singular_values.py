@@ -1,4 +1,4 @@
-"""The singular values of a model's weights, one weight in memory at a time, and kept on disk by what a weight holds.
+"""Compute the singular values of a model's weights, one weight in memory at a time, and cache them by content.
 
 They come from the eigenvalues of the short side's Gram matrix in fp64: σ is right to about 1e-8 of the largest one,
 where `svdvals` in fp32 has 1e-7 and rounds the small ones away (at a condition number of 6e5 a relative error of 6e-5,
@@ -20,34 +20,31 @@ from tqdm import tqdm
 from inlay.files import cache
 from inlay.host.config import InlayConfig
 from inlay.host.layer import adapted
-from inlay.models.meta import meta_model
-from inlay.models.stored_weights import Weights
+from inlay.models.base import BaseModel
 
 Shape = tuple[int, int]  # out, in
 
 
-def target_weights(model: str, config: InlayConfig, trust_remote_code: bool = False) -> dict[str, Shape]:
-    """The modules of a model that a config adapts, in the model's order, with their (out, in); no weights are read.
+def target_weights(base: BaseModel, config: InlayConfig) -> dict[str, Shape]:
+    """Return the modules of a model that a config adapts, in order, with their (out, in); no weights are read.
 
     Raises:
         ValueError: the model or the config cannot be used, or they do not fit each other.
     """
-    own = copy.deepcopy(config)  # PEFT writes what it finds into a config
-    empty = get_peft_model(meta_model(model, torch.float32, trust_remote_code), own)
+    config = copy.deepcopy(config)  # PEFT writes what it finds into it
+    empty = get_peft_model(base.meta(torch.float32), config)
     layers = adapted(empty, "default").values()
     return {layer.cuts["default"].module: (layer.out_features, layer.in_features) for layer in layers}
 
 
-def weight_spectra(
-    model: str, shapes: Mapping[str, Shape], revision: str | None = None, trust_remote_code: bool = False
-) -> dict[str, Tensor]:
-    """The singular values of each named module's weight: fp32 (min(out, in),), descending, on the CPU.
+def weight_spectra(base: BaseModel, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
+    """Return the singular values of each named module's weight: fp32 (min(out, in),), descending, on the CPU.
 
     Raises:
         ValueError: the checkpoint lacks a weight, stores it quantised or in another shape, or it holds NaN or Inf.
     """
-    weights = Weights(model, revision, trust_remote_code)
-    found = {}
+    weights = base.weights()
+    spectra: dict[str, Tensor] = {}
     for name in tqdm(shapes, desc="Spectra", unit="weight", disable=None, delay=1):
         W = weights.read(f"{name}.weight")
         if not W.is_floating_point() or W.element_size() < 2:
@@ -55,14 +52,14 @@ def weight_spectra(
         if sorted(W.shape) != sorted(shapes[name]):  # a Conv1D stores (in, out), and has the same spectrum
             raise ValueError(f"{name} is stored as {tuple(W.shape)}, not as {shapes[name]}; leave that module out")
         try:
-            found[name] = kept_spectrum(W)
+            spectra[name] = kept_spectrum(W)
         except ValueError as error:
             raise ValueError(f"the weight of {name} {error}; repair it or leave that module out") from None
-    return found
+    return spectra
 
 
 def all_singular_values(W: Tensor) -> Tensor:
-    """All singular values of W (m, n), fp32, descending, on the CPU; a GPU computes them where there is one.
+    """Return all singular values of W (m, n): fp32, descending, on the CPU; computed on a GPU where there is one.
 
     Raises:
         ValueError: W holds NaN or Inf.
@@ -81,7 +78,7 @@ def all_singular_values(W: Tensor) -> Tensor:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """torch on one thread until the block ends."""
+    """Run torch on one thread until the block ends."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -91,11 +88,11 @@ def one_thread() -> Iterator[None]:
 
 
 def kept_spectrum(W: Tensor) -> Tensor:
-    """`singular_values`, from the cache if this content was seen before, in whatever model."""
+    """Return `all_singular_values(W)`, from the cache if a weight with this content was seen before, in any model."""
     key = cache.fingerprint(W)
-    found = cache.load("spectra", key) or {}
-    if "S" in found and found["S"].shape == (min(W.shape),):
-        return found["S"]
+    cached = cache.load("spectra", key) or {}
+    if "S" in cached and cached["S"].shape == (min(W.shape),):
+        return cached["S"]
     S = all_singular_values(W)
     cache.store("spectra", key, {"S": S})
     return S

@@ -25,8 +25,8 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    logging,
 )
-from transformers.utils import logging
 
 from inlay.files.cache import cache_folder
 from inlay.files.untrusted import DamagedFileError

@@ -6,9 +6,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel, is_bitsandbytes_available
 from transformers.quantizers.base import get_keys_to_not_convert
-from transformers.utils import is_bitsandbytes_available
 
 from inlay.host import seal
 from inlay.models.stored_weights import Weights
@@ -38,7 +37,7 @@ def pack_linears(blank: PreTrainedModel, kind: str, dtype: torch.dtype) -> None:
     asked = quantization_config(kind, dtype)
     from bitsandbytes.functional import create_dynamic_map, int8_vectorwise_quant, name2qmap
     from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt
-    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+    from transformers.integrations import replace_with_bnb_linear
 
     name2qmap.setdefault("dynamic", create_dynamic_map())  # else it keeps the table it makes here, on meta, for good
     replace_with_bnb_linear(blank, get_keys_to_not_convert(blank), asked)

@@ -1,1 +1,1 @@
-"""Memory and time of a run, before it starts."""
+"""Predict the memory and time of a run before it starts."""

@@ -1,9 +1,9 @@
-"""One training step, followed without doing it: the real code runs on tensors that have shapes but no memory.
+"""Simulate one training step: the real code runs on tensors that have shapes but no memory.
 
-What `inlay train` does in a step (trl's loss, the backward pass, torch's AdamW) is run on the meta device, and every
-tensor is counted from its birth to its death, so nothing here knows what any method or model keeps. What a kernel
-needs for itself is not seen. Two things would not run there as on a device and have a stand-in: attention, and the
-head with its loss.
+What `inlay train` does in a step (trl's loss, the backward pass, torch's AdamW) runs on the meta device, and every
+tensor is counted from its creation to its deletion, so no code here depends on what a method or model keeps. Workspace
+within a kernel is not seen. Two things would run differently there than on a device and have a stand-in: attention, and
+the head with its loss.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from inlay.host.slot import Slot
-from inlay.models.meta import count_trainable, layers_of
+from inlay.models.sizes import count_trainable, layers_of
 
 ATEN = torch.ops.aten
 FLOPS = {
@@ -39,30 +39,30 @@ FLOPS = {
 }
 
 
-# Bytes that live only within one of bitsandbytes' operations: a dequantised weight with its scales, sums in 32 bits.
+# Bytes that live only within an operation of bitsandbytes: a dequantised weight with its scales, sums in 32 bits.
 WITHIN = {
-    "bitsandbytes.gemm_4bit.default": lambda made, x, W, shape, *_: math.prod(shape) * (x.element_size() + 4 / 64),
-    "bitsandbytes.int8_scaled_mm.default": lambda made, *_: 4 * made.numel(),
+    "bitsandbytes.gemm_4bit.default": lambda out, x, W, shape, *_: math.prod(shape) * (x.element_size() + 4 / 64),
+    "bitsandbytes.int8_scaled_mm.default": lambda out, *_: 4 * out.numel(),
 }
 
-TILE = (4096, 32768)  # tokens and words
-COPIES = {"cpu": (13, 29), "cuda": (0, 0)}  # bytes beside each number of a tile, forward and backward
+TILE = (4096, 32768)  # tokens × vocabulary entries
+COPIES = {"cpu": (13, 29), "cuda": (0, 0)}  # bytes beside each entry of a tile, forward and backward
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a step trains, holds (in bytes) and computes. Every field is affine in the number of equal layers.
+    """Hold what a step trains, keeps (in bytes) and computes; every field is affine in the number of equal layers.
 
     Attributes:
-        parameters: numbers trained.
-        file: the adapter as saved (all of the model where all of it is trained).
+        parameters: how many parameters are trained.
+        file: the adapter as saved (the whole model where all of it is trained).
         frozen: weights and buffers that are not trained, θ₀ among them.
-        trained: what is trained.
-        gradients: of what is trained.
+        trained: the trained parameters.
+        gradients: of the trained parameters.
         optimizer: AdamW's moments.
         activations: kept from the forward pass for the backward pass.
-        forward, top, bottom, update: the most that is live at once in the forward pass and the loss, in the backward
-            pass down to the first layer, in that layer, and while the optimiser steps.
+        forward, top, bottom, update: the peak in the forward pass and the loss, in the backward pass down to the first
+            layer, in that layer, and in the optimiser's step.
         flops: of the forward and the backward pass.
     """
 
@@ -84,63 +84,69 @@ class Step:
         return max(self.forward, self.top, self.bottom, self.update)
 
     def towards(self, other: Step, share: float) -> Step:
-        """The step that lies at `share` of the way to another one (beyond it, from 1 on)."""
+        """Interpolate from this step to `other` at `share` of the way; extrapolate beyond 1."""
         return Step(*(a + share * (b - a) for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 class Meter(TorchDispatchMode):
-    """Counts the bytes of all storages that are born while it is on (or are shown to it) until they die, and FLOPs."""
+    """Count the bytes of all storages from their creation (or first `see`) to their deletion, and FLOPs."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = self.flops = 0
-        self.known: dict[int, weakref.ref] = {}
+        self.live = 0
+        self.peak = 0
+        self.flops = 0
+        self.storages: dict[int, weakref.ref] = {}
 
     def see(self, t: Tensor) -> None:
         storage = t.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.known:
+        key, size = id(storage), storage.nbytes()  # torch keeps one object for a storage while that lives
+        if key not in self.storages:
             self.live += size
             self.peak = max(self.peak, self.live)
-            self.known[key] = weakref.ref(storage, lambda _: self.forget(key, size))
+            self.storages[key] = weakref.ref(storage, lambda _: self.forget(key, size))
 
     def forget(self, key: int, size: int) -> None:
-        del self.known[key]
+        del self.storages[key]
         self.live -= size
 
     def turn(self) -> int:
-        """The peak since the last turn."""
+        """Return the peak since the last call, and start a new one."""
         peak, self.peak = self.peak, self.live
         return peak
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for t in (made,) if isinstance(made, Tensor) else tree_leaves(made):
-            if isinstance(t, Tensor):
-                self.see(t)
+        out = func(*args, **(kwargs or {}))
+        for leaf in [out] if isinstance(out, Tensor) else tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self.see(leaf)
         if str(func) in WITHIN:
-            self.peak = max(self.peak, self.live + round(WITHIN[str(func)](made, *args)))
-        if func._overloadpacket in FLOPS:
-            self.flops += FLOPS[func._overloadpacket](*args, **(kwargs or {}), out_val=made)
-        return made
+            self.peak = max(self.peak, self.live + round(WITHIN[str(func)](out, *args)))
+        if func.overloadpacket in FLOPS:
+            self.flops += FLOPS[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 @contextmanager
 def fused_attention() -> Iterator[None]:
-    """Attention as the fused kernels of CPUs and GPUs hold it; the meta device would write out all scores. (A
-    TorchFunctionMode would be off where checkpointed layers are computed again.)"""
-    own, F.scaled_dot_product_attention = F.scaled_dot_product_attention, attention
+    """Replace torch's attention by one that holds what fused kernels hold, until the block ends.
+
+    The meta device would write out all scores. (A TorchFunctionMode would be off where checkpointed layers are computed
+    again.)
+    """
+    original = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = attention
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = own
+        F.scaled_dot_product_attention = original
 
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    """As torch's: a mask of booleans becomes one of q's dtype, in every layer anew."""
+    """Compute what torch's attention does; a boolean mask becomes one of q's dtype, again in every layer."""
     mask = attn_mask
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.empty_like(mask, dtype=q.dtype)
@@ -149,7 +155,7 @@ def attention(
 
 
 class Head(torch.autograd.Function):
-    """What trl's fused head and loss hold: a tile of the logits, never all of them; gradients are summed in fp32.
+    """Hold what trl's fused head and loss hold: one tile of the logits at a time, and gradients summed in fp32.
 
     On a GPU a kernel folds the tile into the loss. On a CPU torch does, over copies of it in fp32.
     """
@@ -177,7 +183,7 @@ class Head(torch.autograd.Function):
 
     @staticmethod
     def tiles(x: Tensor, W: Tensor, copies: int) -> Iterator[tuple[slice, slice, Tensor]]:
-        """The tiles of x Wᵀ, in one buffer."""
+        """Yield the tiles of x Wᵀ, computed in one buffer, with `copies` bytes beside each entry."""
         tall, wide = TILE
         buffer = x.new_empty(min(len(x), tall), wide)
         for i, j in itertools.product(range(0, len(x), tall), range(0, len(W), wide)):
@@ -189,17 +195,23 @@ class Head(torch.autograd.Function):
 
 
 def simulate(model: nn.Module, batch: int, length: int, device: str) -> Step:
-    """A step of a model on the meta device as it would be on a `device`, "cpu" or "cuda", at `batch` sequences of
-    `length` tokens, of which one at least is padded, so that there is a mask. Not the first step: the moments are
-    there.
+    """Simulate a step of a model on the meta device, after the first one: AdamW's moments exist already.
+
+    Args:
+        model: on the meta device, adapted.
+        batch: sequences, of which at least one is padded, so that there is a mask.
+        length: tokens of each.
+        device: "cpu" or "cuda", on which the step would run.
     """
-    meter, trained = Meter(), [p for p in model.parameters() if p.requires_grad]
+    meter = Meter()
+    trained = [p for p in model.parameters() if p.requires_grad]
     for t in held_bytes(model):
         meter.see(t)
-    weights, own = meter.live, sum(p.nbytes for p in trained)
+    weights = meter.live
+    trained_bytes = sum(p.nbytes for p in trained)
     turns: list[int] = []
 
-    def watch(module: nn.Module, args: Any, output: Any) -> None:
+    def watch(module: nn.Module, args: object, output: object) -> None:
         hidden = tree_leaves(output)[0]
         if hidden.requires_grad:
             hidden.register_hook(lambda _: turns.append(meter.turn()))
@@ -218,26 +230,26 @@ def simulate(model: nn.Module, batch: int, length: int, device: str) -> Step:
         *tops, bottom = *turns, meter.turn()
         del value, ids, mask
     gradients = meter.live - before
-    # The roots of the second moments: of all tensors at once on a GPU, two copies of one after the other on a CPU.
-    update = meter.live + (own if device == "cuda" else 2 * max(p.nbytes for p in trained))
+    # AdamW's roots of second moments: of all tensors at once on a GPU, twice of one tensor at a time on a CPU.
+    update = meter.live + (trained_bytes if device == "cuda" else 2 * max(p.nbytes for p in trained))
     model.zero_grad()
     for hook in first:
         hook.remove()
     return Step(
-        count_trainable(model), saved_bytes(model), weights - own, own, gradients, sum(t.nbytes for t in moments), kept,
-        forward, max(tops, default=bottom), bottom, update, flops,
+        count_trainable(model), saved_bytes(model), weights - trained_bytes, trained_bytes, gradients,
+        sum(t.nbytes for t in moments), kept, forward, max(tops, default=bottom), bottom, update, flops,
     )  # fmt: skip
 
 
 def held_bytes(model: nn.Module) -> Iterator[Tensor]:
-    """All tensors of a model, and what a quantised weight has beside itself."""
+    """Yield all tensors of a model, with those that its quantised weights carry."""
     for t in [*model.parameters(), *model.buffers()]:
         yield t
         yield from beside_step(t)
 
 
-def beside_step(thing: Any) -> Iterator[Tensor]:
-    """The scales of a quantised weight, and theirs."""
+def beside_step(thing: object) -> Iterator[Tensor]:
+    """Yield the scales of a quantised weight, and the scales of these."""
     for name in ("quant_state", "state2", "SCB", "absmax", "code", "offset"):
         value = vars(thing).get(name)
         if isinstance(value, Tensor):
@@ -247,15 +259,15 @@ def beside_step(thing: Any) -> Iterator[Tensor]:
 
 
 def saved_bytes(model: nn.Module) -> int:
-    """Bytes of the file with what is trained, and with what belongs to it."""
+    """Return the bytes of the file that stores the trained parameters, with all that is saved beside them."""
     slots = [m.weight for m in model.modules() if isinstance(m, Slot)]
     tensors = {id(t): t for t in [*slots, *(p for p in model.parameters() if p.requires_grad)]}
     return sum(t.nbytes for t in tensors.values())
 
 
 def loss_step(model: nn.Module, ids: Tensor, mask: Tensor, device: str) -> Tensor:
-    """The loss that trl computes; ids (batch × length), mask (batch × 1 × length × length)."""
-    causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    """Compute the loss as trl does, for `ids` (batch × length) and `mask` (batch × 1 × length × length)."""
+    causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model  # any causal language model
     hidden = causal.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
     x = hidden[:, :-1].reshape(-1, hidden.shape[-1])
     return Head.apply(x, causal.get_output_embeddings().weight, device).sum()

@@ -1,9 +1,10 @@
-"""`inlay plan`: all methods beside PEFT's LoRA and full fine-tuning, what they need or how much of each fits."""
+"""Build the tables of `inlay plan`: what each method, PEFT's LoRA and full fine-tuning need, or how much fits."""
 
 from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -14,17 +15,17 @@ from peft import LoraConfig, PeftConfig
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from transformers.utils import is_bitsandbytes_available
+from transformers import is_bitsandbytes_available
 
 from inlay.files.atomic import write_text
 from inlay.host.config import InlayConfig
-from inlay.messages import gib
+from inlay.messages import dtype_name, gib
 from inlay.methods import METHODS, find
 from inlay.planning.planner import FrozenLimit, PlannedRun, size_name
 from inlay.planning.step_simulator import Step
 from inlay.recipe.reading import hyperparameters, load_recipe
 
-SHARE = 0.9  # of a GPU's memory that a step may fill; the rest is its driver's, the libraries', and lost between blocks
+SHARE = 0.9  # of a GPU's memory that a step may fill; the rest goes to the driver, the libraries and fragmentation
 SHORTEST = 128  # tokens worth training on
 WHERE = ("target_modules", "exclude_modules", "layers_to_transform")
 PEFT, FULL = "PEFT LoRA", "full"
@@ -34,7 +35,7 @@ Candidate = tuple[str, PeftConfig | None]
 
 @dataclass(frozen=True)
 class Row:
-    """What one method needs; `time` is over the frozen limit's."""
+    """Hold what one method needs; `time` is relative to the frozen limit's."""
 
     method: str
     size: int | None
@@ -46,15 +47,15 @@ class Row:
     time: float
 
     def record(self) -> dict[str, Any]:
-        """For machines: bytes, numbers and FLOPs as integers."""
+        """Return the row as flat data; bytes, parameters and FLOPs are integers."""
         step = {k: round(v) for k, v in asdict(self.step).items()}
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "step"}
-        return {**own, **step, "peak": round(self.step.peak)}
+        rest = {name: value for name, value in vars(self).items() if name != "step"}
+        return {**rest, **step, "peak": round(self.step.peak)}
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The largest that fits: a batch of that length, or a rank (a power of two); None: nothing does."""
+    """Hold the largest run that fits: a batch and its length, or a rank (a power of two); None where nothing fits."""
 
     method: str
     size: int | None
@@ -69,94 +70,127 @@ class Fit:
 
 
 def candidates(flags: dict[str, Any], sizes: Sequence[int]) -> list[Candidate]:
-    """What is compared, from recipe fields: the method they name or all, at each size; PEFT's LoRA; everything.
+    """Return the configs to plan, by name, from recipe fields and ranks.
+
+    The recipe fields may name a method, else all are planned; PEFT's LoRA and full fine-tuning are added.
 
     Raises:
         ValueError: an unknown method, or a hyperparameter it does not have.
     """
-    asked, made = flags.get("method"), list[Candidate]()
+    method = flags.get("method")
+    compared: list[Candidate] = []
     for size in sizes:
-        for name in [asked] if asked else [m.name for m in METHODS]:
-            own = {f.name for f in fields(find(name))}
-            given = {k: v for k, v in flags.items() if asked or k not in hyperparameters() or k in own}
-            made.append((name, load_recipe(None, {size_name(name): size, **given, "method": name}).config()))
-        where = {k: getattr(made[-1][1], k) for k in WHERE}
-        made.append((PEFT, LoraConfig(r=size, task_type="CAUSAL_LM", **where)))
-    return [*made, (FULL, None)]
+        config = None
+        for name in [method] if method else [m.name for m in METHODS]:
+            names = {f.name for f in fields(find(name))}
+            settings = {k: v for k, v in flags.items() if method or k not in hyperparameters() or k in names}
+            config = load_recipe(None, {size_name(name): size, **settings, "method": name}).config()
+            compared.append((name, config))
+        compared.append((PEFT, LoraConfig(r=size, task_type="CAUSAL_LM", **where_of(config))))
+    return [*compared, (FULL, None)]
 
 
-def frozen_limit(made: Sequence[Candidate]) -> InlayConfig:
-    """The frozen limit on the same modules."""
-    where = {k: getattr(made[0][1], k) for k in WHERE}
-    return InlayConfig(method=FrozenLimit(), task_type="CAUSAL_LM", **where)
+def where_of(config: PeftConfig | None) -> dict[str, Any]:
+    """Return the fields of a config that say which modules it adapts."""
+    return {name: vars(config)[name] for name in WHERE}
+
+
+def frozen_limit(compared: Sequence[Candidate]) -> InlayConfig:
+    """Return the config of the frozen limit on the modules that the candidates adapt."""
+    return InlayConfig(method=FrozenLimit(), task_type="CAUSAL_LM", **where_of(compared[0][1]))
 
 
 def widths(kinds: Sequence[str], notes: list[str]) -> list[str]:
-    """Those of the bases' widths that can be planned here."""
+    """Return those of `kinds` of quantisation that can be planned here; add a note if some cannot."""
     if is_bitsandbytes_available():
         return list(kinds)
     notes.append("bases of 8 and 4 bits need bitsandbytes: pip install 'bitsandbytes>=0.46'")
     return ["none"]
 
 
-def planned_runs(of: PlannedRun, made: Sequence[Candidate], kinds: Sequence[str]) -> Iterator[tuple[str, PlannedRun]]:
-    """Every candidate in every width (all of a model can only be trained where it is not quantised), checkpointed and
-    not, beginning with what asks for least patience."""
-    for name, config in made:
-        for kind in kinds if config is not None else ("none",):
-            for checkpointing in (False, True):
-                yield name, replace(of, config=config, quantize=kind, checkpointing=checkpointing)
+def planned_runs(
+    of: PlannedRun, compared: Sequence[Candidate], kinds: Sequence[str]
+) -> Iterator[tuple[str, PlannedRun]]:
+    """Yield each candidate's run for each quantisation, without and with checkpointing.
+
+    Full fine-tuning is planned unquantised only.
+    """
+    for name, config in compared:
+        widths_of = kinds if config is not None else ("none",)
+        for kind, checkpointing in itertools.product(widths_of, (False, True)):
+            yield name, replace(of, config=config, quantize=kind, checkpointing=checkpointing)
 
 
 def plan_rows(
-    of: PlannedRun, made: Sequence[Candidate], kinds: Sequence[str], batch: int, length: int, notes: list[str]
+    of: PlannedRun, compared: Sequence[Candidate], kinds: Sequence[str], batch: int, length: int, notes: list[str]
 ) -> list[Row]:
-    """What each candidate needs. One of several that does not fit the model is left out, with a note."""
-    floor = replace(of, config=frozen_limit(made)).step(batch, length).flops
-    found, flops = [], dict[tuple[int, bool], float]()
-    for name, run in planned_runs(of, made, ["none", *(k for k in kinds if k != "none")]):
+    """Return what each candidate needs; leave out, with a note, candidates that do not fit the model.
+
+    Args:
+        of: the run to plan, whose config is replaced.
+        compared: the candidates.
+        kinds: of quantisation.
+        batch: sequences.
+        length: tokens of each.
+        notes: collects what is to be reported.
+    """
+    floor = replace(of, config=frozen_limit(compared)).step(batch, length).flops
+    rows: list[Row] = []
+    flops: dict[tuple[int, bool], float] = {}
+    for name, run in planned_runs(of, compared, ["none", *(k for k in kinds if k != "none")]):
         try:
-            step, key = run.step(batch, length), (id(run.config), run.checkpointing)
+            step = run.step(batch, length)
         except ValueError as error:
-            note_or_raise(error, made, notes)
+            note_or_raise(error, compared, notes)
             continue
-        flops.setdefault(key, step.flops)  # of the base as it is: quantised products are not seen
+        key = (id(run.config), run.checkpointing)
+        flops.setdefault(key, step.flops)  # of the unquantised base: products of quantised weights are not counted
         if run.quantize in kinds:
-            found.append(
-                Row(name, run.size, base_name(run), run.checkpointing, batch, length, step, flops[key] / floor)
-            )
-    return found
+            rows.append(Row(name, run.size, base_name(run), run.checkpointing, batch, length, step, flops[key] / floor))
+    return rows
 
 
 def fits(
-    of: PlannedRun, made: Sequence[Candidate], kinds: Sequence[str], budget: float, batch: int | None, length: int,
+    of: PlannedRun, compared: Sequence[Candidate], kinds: Sequence[str], budget: float, batch: int | None, length: int,
     notes: list[str],
 ) -> list[Fit]:  # fmt: skip
-    """The largest batch of sequences of `length` that fits (of shorter ones, where not one does), or at a given batch
-    the largest rank; the most useful first: wide bases before narrow ones, then without checkpointing, then tokens."""
-    found = []
-    for name, run in planned_runs(of, made, kinds):
+    """Return the largest run of each candidate that fits, the most useful first.
+
+    Unquantised bases come before quantised ones, then runs without checkpointing, then those with most tokens.
+
+    Args:
+        of: the run to plan, whose config is replaced.
+        compared: the candidates.
+        kinds: of quantisation, the widest first.
+        budget: bytes.
+        batch: sequences; None: find the largest batch (with shorter sequences, if not one of `length` fits), else the
+            largest rank.
+        length: tokens of each sequence.
+        notes: collects what is to be reported.
+    """
+    results: list[Fit] = []
+    for name, run in planned_runs(of, compared, kinds):
         try:
             if batch is None:
-                found.append(largest_batch(name, run, budget, length))
+                results.append(largest_batch(name, run, budget, length))
             elif run.config is not None:
                 sizes = [n for n in run.sizes() if n & (n - 1) == 0]
                 size = run.largest_size(lambda r: r.step(batch, length).peak, budget, sizes)
                 peak = None if size is None else round(run.sized(size).step(batch, length).peak)
-                found.append(Fit(name, size, base_name(run), run.checkpointing, batch, length, peak))
+                results.append(Fit(name, size, base_name(run), run.checkpointing, batch, length, peak))
         except ValueError as error:
-            note_or_raise(error, made, notes)
+            note_or_raise(error, compared, notes)
     order = [base_name(replace(of, quantize=kind)) for kind in kinds]
 
     def use(fit: Fit) -> tuple:
         amount = (fit.size or 0) if batch else (fit.batch_size or 0) * fit.length
         return fit.peak is None, order.index(fit.base), fit.checkpointing, -amount
 
-    return sorted(found, key=use)
+    return sorted(results, key=use)
 
 
 def largest_batch(name: str, run: PlannedRun, budget: float, length: int) -> Fit:
-    """The largest batch of `length`, or of the half of it, or of that, ..."""
+    """Return the largest batch of sequences of `length`, halved until one fits."""
     while True:
         batch = run.largest_batch(length, budget)
         if batch or length // 2 < SHORTEST:
@@ -165,9 +199,9 @@ def largest_batch(name: str, run: PlannedRun, budget: float, length: int) -> Fit
         length //= 2
 
 
-def note_or_raise(error: ValueError, made: Sequence[Candidate], notes: list[str]) -> None:
-    """Raise what is wrong with the one method asked for; of several, say it."""
-    if len({name for name, _ in made} - {PEFT, FULL}) == 1 or "without its weights" in str(error):
+def note_or_raise(error: ValueError, compared: Sequence[Candidate], notes: list[str]) -> None:
+    """Raise the error of the only method requested; with several, add it to the notes."""
+    if len({name for name, _ in compared} - {PEFT, FULL}) == 1 or "without its weights" in str(error):
         raise error
     text = str(error).partition(": ")[2] or str(error)
     if text not in notes:
@@ -175,21 +209,21 @@ def note_or_raise(error: ValueError, made: Sequence[Candidate], notes: list[str]
 
 
 def base_name(run: PlannedRun) -> str:
-    """A base's width in words."""
-    return str(run.dtype).removeprefix("torch.") if run.quantize == "none" else run.quantize
+    """Return the dtype or the quantisation of a run's base."""
+    return dtype_name(run.dtype) if run.quantize == "none" else run.quantize
 
 
-def show_plan(found: Sequence[Row], console: Console) -> None:
-    """A table for each base."""
-    for name in dict.fromkeys(row.base for row in found):
-        what = f"batch {found[0].batch_size} × {found[0].length} tokens, base in {name}"
+def show_plan(rows: Sequence[Row], console: Console) -> None:
+    """Print a table for each kind of base."""
+    for name in dict.fromkeys(row.base for row in rows):
+        what = f"batch {rows[0].batch_size} × {rows[0].length} tokens, base in {name}"
         title = f"{what}; GiB; time over the frozen limit's; ckpt: gradient checkpointing"
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
         heads = "method|r|trained|file,\nMiB|frozen|grads,\nmoments|saved|peak|ckpt\npeak|time|ckpt\ntime"
         for head in heads.split("|"):
             table.add_column(head, justify="left" if head == "method" else "right", no_wrap=True)
-        own = [row for row in found if row.base == name]
-        for row, twin in zip(own[::2], own[1::2], strict=True):
+        pairs = [row for row in rows if row.base == name]
+        for row, twin in zip(pairs[::2], pairs[1::2], strict=True):
             step = row.step
             sizes = [step.frozen, step.gradients + step.optimizer, step.activations, step.peak, twin.step.peak]
             table.add_row(
@@ -199,29 +233,29 @@ def show_plan(found: Sequence[Row], console: Console) -> None:
         console.print(table)
 
 
-def show_fits(found: Sequence[Fit], gigabytes: float, by_rank: bool, console: Console) -> None:
-    """The best answer in words, and a table of all."""
-    best = found[0] if found and found[0].peak is not None else None
-    if best is None:
+def show_fits(results: Sequence[Fit], gigabytes: float, by_rank: bool, console: Console) -> None:
+    """Print the best answer in words, and a table of all."""
+    best = results[0] if results else None
+    if best is None or best.peak is None:
         console.print(f"nothing fits in {gigabytes:g} GB; shorten --length, or take a smaller model")
         return
     saving = ", gradient checkpointing" if best.checkpointing else ""
     size = f", r = {best.size}" if best.size else ""
     console.print(
         f"in {gigabytes:g} GB: {best.method}{size}, base in {best.base}{saving}: "
-        f"batch {best.batch_size} × {best.length} tokens (peak {gib(best.peak or 0)})"
+        f"batch {best.batch_size} × {best.length} tokens (peak {gib(best.peak)})"
     )
-    kinds = list(dict.fromkeys((fit.base, fit.checkpointing) for fit in sorted(found, key=lambda f: f.base == "nf4")))
+    kinds = list(dict.fromkeys((fit.base, fit.checkpointing) for fit in sorted(results, key=lambda f: f.base == "nf4")))
     what = "largest rank" if by_rank else "largest batch × length"
     title = f"{what}; ckpt: gradient checkpointing"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
     table.add_column("method", no_wrap=True)
     for kind, checkpointing in kinds:
         table.add_column(f"{kind}\nckpt" if checkpointing else kind, justify="right", no_wrap=True)
-    names = dict.fromkeys((fit.method, None if by_rank else fit.size) for fit in found)
+    names = dict.fromkeys((fit.method, None if by_rank else fit.size) for fit in results)
     for name, size in names:
-        own = [f for f in found if f.method == name and (by_rank or f.size == size)]
-        cells = {(f.base, f.checkpointing): fit_text(f, by_rank) for f in own}
+        fits_of = [fit for fit in results if fit.method == name and (by_rank or fit.size == size)]
+        cells = {(fit.base, fit.checkpointing): fit_text(fit, by_rank) for fit in fits_of}
         table.add_row(f"{name}, r = {size}" if size else name, *(cells.get(kind, "") for kind in kinds))
     console.print(table)
 
@@ -232,9 +266,9 @@ def fit_text(fit: Fit, by_rank: bool) -> str:
     return str(fit.size) if by_rank else f"{fit.batch_size} × {fit.length}"
 
 
-def write_plan(found: Sequence[Any], as_json: str | None, as_csv: str | None) -> None:
-    """The rows for machines."""
-    records = [row.record() for row in found]
+def write_plan(rows: Sequence[Row | Fit], as_json: str | None, as_csv: str | None) -> None:
+    """Write the rows as JSON, as CSV, or both."""
+    records = [row.record() for row in rows]
     if as_json:
         write_text(Path(as_json), json.dumps(records, indent=1) + "\n")
     if as_csv:

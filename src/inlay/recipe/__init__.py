@@ -1,1 +1,1 @@
-"""Everything that one run says: its fields, how they are read, and what they may hold."""
+"""Define what one run specifies: the recipe's fields, how they are read, and which values they take."""

@@ -1,10 +1,10 @@
-"""Optimisers by name: transformers' own, two more from the libraries that have them, and one that none has.
+"""Choose optimisers by name: transformers' own, two from other libraries, and Online Subspace Descent.
 
-Muon (torch) and Scion (pytorch_optimizer) orthogonalise the update of a matrix. Scion is unconstrained: constrained, it
-shrinks what it trains in every step, and our tensors may hold a pretrained weight. GaLore and Apollo (transformers'
-names, from galore_torch and apollo_torch) project the gradients of whole weights: they are for full fine-tuning. Online
-Subspace Descent (`inlay.numerics.subspace_descent`) does so where a matrix is wide enough for its rank, and takes
-adapters too.
+Muon (torch) and Scion (pytorch_optimizer) orthogonalise the update of a matrix. Scion is unconstrained here:
+constrained, it shrinks what it trains in every step, and Inlay's tensors may hold a pretrained weight. GaLore and
+Apollo (transformers' names, from galore_torch and apollo_torch) project the gradients of whole weights, so they are for
+full fine-tuning. Online Subspace Descent (`inlay.numerics.subspace_descent`) projects where a matrix is wide enough for
+its rank, so it takes adapters too.
 """
 
 from __future__ import annotations
@@ -20,50 +20,57 @@ from transformers.training_args import OptimizerNames
 from inlay.messages import did_you_mean
 from inlay.numerics.subspace_descent import SubspaceDescent
 
-OWN = {"muon": (2,), "scion": (1, 2), "subspace_descent": ()}  # and how many dimensions a parameter may have (any)
+# The optimisers that transformers does not name, and how many dimensions a parameter of theirs may have; (): any.
+DIMENSIONS = {"muon": (2,), "scion": (1, 2), "subspace_descent": ()}
 PROJECTING = ("galore", "apollo")
-DEAF = ("adamw_torch", "adamw_torch_fused", "adafactor")  # transformers gives them no arguments
+WITHOUT_ARGS = ("adamw_torch", "adamw_torch_fused", "adafactor")  # transformers passes them no arguments
 PACKAGES = {"scion": "pytorch_optimizer", "galore": "galore_torch", "apollo": "apollo_torch"}
 
 
 def check_optimizer(name: str, full: bool, args: dict[str, Any]) -> None:
-    """Refuse an optimiser that is unknown, not installed, or not for this: `full` fine-tuning, or adapters; or `args`
-    that it would pass over.
+    """Refuse an optimiser that is unknown, not installed, or unsuited to the run.
+
+    Args:
+        name: as in a recipe's `optimizer`.
+        full: whether the run trains the whole model, not an adapter.
+        args: the recipe's `optimizer_args`, refused where they would be ignored.
 
     Raises:
-        ValueError: it is one of these.
+        ValueError: the optimiser cannot be used.
     """
-    known = [*(member.value for member in OptimizerNames), *OWN]
-    if name not in known:
-        raise ValueError(f"optimizer: transformers has no {name!r}; {did_you_mean(name, known)}")
-    if args and name in DEAF:
-        raise ValueError(f"optimizer_args: {name} takes none; adam_beta1, adam_beta2 and adam_epsilon go in trainer")
+    names = [*(member.value for member in OptimizerNames), *DIMENSIONS]
+    if name not in names:
+        raise ValueError(f"optimizer: transformers has no {name!r}; {did_you_mean(name, names)}")
+    if args and name in WITHOUT_ARGS:
+        raise ValueError(
+            f"optimizer_args: {name} takes none; put adam_beta1, adam_beta2 and adam_epsilon under trainer"
+        )
     kind = name.partition("_")[0]
     if kind in PROJECTING and not full:
         raise ValueError(
-            f"optimizer: {name} projects the gradients of whole weights and is for method full; an adapter's are "
-            "small already"
+            f"optimizer: {name} projects the gradients of whole weights, so it is for method full; an adapter's "
+            "gradients are small already"
         )
     if kind in PACKAGES and find_spec(PACKAGES[kind]) is None:
         raise ValueError(f"optimizer: {name} needs {PACKAGES[kind]}; pip install {PACKAGES[kind].replace('_', '-')}")
 
 
-def optimizer_settings(name: str, args: dict[str, Any], targets: Any) -> dict[str, Any]:
-    """An optimiser as fields of transformers' TrainingArguments."""
-    if name in OWN:
+def optimizer_settings(name: str, args: dict[str, Any], targets: list[str] | str) -> dict[str, Any]:
+    """Return an optimiser's name, arguments and target modules as fields of transformers' TrainingArguments."""
+    if name in DIMENSIONS:
         return {}
     if name.startswith("galore"):
         from galore_torch.galore_projector import GaLoreProjector
 
-        torch.serialization.add_safe_globals([GaLoreProjector])  # numbers, in a class of its own, in its checkpoints
+        torch.serialization.add_safe_globals([GaLoreProjector])  # its checkpoints hold one, with plain numbers in it
     text = ",".join(f"{key}={value}" for key, value in args.items())
     projecting = {"optim_target_modules": targets} if name.startswith(PROJECTING) else {}
     return {"optim": name, **projecting, **({"optim_args": text} if text else {})}
 
 
 def own_optimizer(name: str, lr: float, args: dict[str, Any]) -> tuple[type[Optimizer], dict[str, Any]] | None:
-    """What transformers has no name for, and what it is made with; None for all others."""
-    if name == "muon":  # with a step as long as AdamW's, so that AdamW's rates serve
+    """Return the class and arguments of an optimiser that transformers does not name; None for all others."""
+    if name == "muon":  # steps scaled to AdamW's length, so that AdamW's learning rates fit
         return torch.optim.Muon, {"lr": lr, "adjust_lr_fn": "match_rms_adamw", **args}
     if name == "subspace_descent":
         return SubspaceDescent, {"lr": lr, **args}
@@ -74,15 +81,18 @@ def own_optimizer(name: str, lr: float, args: dict[str, Any]) -> tuple[type[Opti
 
     if args.get("constraint"):
         raise ValueError("optimizer_args: constraint shrinks what is trained, which may hold a pretrained weight")
-    # An enum is no number to torch.load, which runs no code.
+    # A checkpoint with an enum would not load: torch.load with weights_only=True takes plain numbers.
     return SCION, {"lr": lr, "constraint": False, "norm_type": int(LMONorm.AUTO), **args}
 
 
 def check_shapes(name: str, model: nn.Module) -> None:
-    """Raise a ValueError where an optimiser cannot take, or would misread, the shape of what a model trains."""
-    for path, p in model.named_parameters() if OWN.get(name) else ():
-        if p.requires_grad and p.ndim not in OWN[name]:
+    """Raise a ValueError where an optimiser cannot take, or would misread, the shape of a trained parameter."""
+    dimensions = DIMENSIONS.get(name)
+    if not dimensions:
+        return
+    for path, p in model.named_parameters():
+        if p.requires_grad and p.ndim not in dimensions:
             raise ValueError(
-                f"optimizer: {name} is for {'vectors and ' if 1 in OWN[name] else ''}matrices, and {path} has shape "
-                f"{tuple(p.shape)}; use adamw_torch, or a method that trains such alone"
+                f"optimizer: {name} is for {'vectors and ' if 1 in dimensions else ''}matrices, and {path} has shape "
+                f"{tuple(p.shape)}; use adamw_torch, or a method that trains only such shapes"
             )

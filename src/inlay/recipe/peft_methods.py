@@ -1,6 +1,6 @@
-"""What is compared with our methods: every adapter PEFT has, by its type's name, and full fine-tuning.
+"""Name the methods that Inlay's are compared with: every adapter of PEFT's, and full fine-tuning.
 
-`method: peft:dora` in a recipe is a config of PEFT's, `args` are that config's own fields.
+`method: peft:dora` in a recipe stands for a PEFT config, and `args` are that config's fields.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from peft import AdaLoraConfig, LoraConfig, PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, AdaLoraConfig, LoraConfig, PeftConfig
 
 from inlay.host.config import check_where
 from inlay.messages import did_you_mean
@@ -20,8 +19,7 @@ FULL = "full"
 PREFIX = "peft:"
 ADALORA = "peft:adalora"
 
-
-# Methods that PEFT has as a field of LoRA's config.
+# Methods that PEFT offers as a field of LoRA's config.
 OF_LORA: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "rslora": {"use_rslora": True},
@@ -29,41 +27,43 @@ OF_LORA: dict[str, dict[str, Any]] = {
     "olora": {"init_lora_weights": "olora"},
     "eva": {"init_lora_weights": "eva"},
 }
-OWN_STEPS = ("lora_ga", "corda", "loftq")  # starts that need more from their user than a config
-SIZES = {"adalora": "init_r", "fourierft": "n_frequency", "oft": "oft_block_size"}  # others: r
+OWN_STEPS = ("lora_ga", "corda", "loftq")  # starts that need more than a config
+SIZE_FIELDS = {"adalora": "init_r", "fourierft": "n_frequency", "oft": "oft_block_size"}  # else r
 
 
 def is_inlay(method: str) -> bool:
-    """Whether a recipe's method is one of Inlay's."""
+    """Return whether a recipe's `method` is one of Inlay's."""
     return method != FULL and not method.startswith(PREFIX)
 
 
 def peft_method_names() -> list[str]:
-    """What may follow `peft:`."""
+    """Return the names that may follow `peft:`."""
     return sorted({kind.value.lower() for kind in PEFT_TYPE_TO_CONFIG_MAPPING} - {"inlay"} | set(OF_LORA))
 
 
 def peft_config(
     method: str, args: Mapping[str, Any], where: Mapping[str, Any], steps: int, task_type: str = "CAUSAL_LM"
 ) -> PeftConfig:
-    """A config of PEFT's from `peft:NAME`, its own fields, and where it applies; alpha is r unless it is given, so that
-    another rank is no other scale.
+    """Return the PEFT config of `peft:NAME`; alpha defaults to r, so that another rank keeps the scale.
 
     Args:
-        where: target_modules and the like; what this type has no field for is left out.
-        steps: of the whole run, which AdaLoRA must know.
+        method: peft:NAME.
+        args: fields of the config.
+        where: target_modules and the like; fields that this config lacks are left out.
+        steps: optimiser steps of the whole run, which AdaLoRA needs.
+        task_type: PEFT's name of the task.
 
     Raises:
-        ValueError: an unknown name, an unknown field, or a value PEFT refuses.
+        ValueError: an unknown name, an unknown field, or a value that PEFT refuses.
     """
     name, cls = method.removeprefix(PREFIX), peft_config_class(method)
-    have = {f.name for f in fields(cls)}
+    names = {f.name for f in fields(cls)}
     for key in args:
-        if key not in have:
-            raise ValueError(f"{method}: {cls.__name__} has no {key!r}; {did_you_mean(key, have)}")
-    values = {**{k: v for k, v in where.items() if k in have}, **OF_LORA.get(name, {}), **args}
+        if key not in names:
+            raise ValueError(f"{method}: {cls.__name__} has no {key!r}; {did_you_mean(key, names)}")
+    values = {**{k: v for k, v in where.items() if k in names}, **OF_LORA.get(name, {}), **args}
     if (start := values.get("init_lora_weights")) in OWN_STEPS:
-        raise ValueError(f"{method}: init_lora_weights={start!r} needs a pass of its own before the adapter is made")
+        raise ValueError(f"{method}: init_lora_weights={start!r} needs a pass over data before the adapter is created")
     if issubclass(cls, AdaLoraConfig):
         r = values.setdefault("init_r", AdaLoraConfig.init_r)
         values = {"total_step": steps, "target_r": max(1, 2 * r // 3), "lora_alpha": r, **values}
@@ -72,18 +72,18 @@ def peft_config(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about defaults that were not chosen here
-            made = cls(task_type=task_type, **values)
+            config = cls(task_type=task_type, **values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{method}: {' '.join(str(error).split())}") from None
-    check_where(made)
-    return made
+    check_where(config)
+    return config
 
 
 def peft_config_class(method: str) -> type[PeftConfig]:
-    """The config of `peft:NAME`.
+    """Return the config class of `peft:NAME`.
 
     Raises:
-        ValueError: PEFT has none of that name.
+        ValueError: PEFT has no method of that name.
     """
     name = method.removeprefix(PREFIX)
     if name not in peft_method_names():
@@ -93,11 +93,11 @@ def peft_config_class(method: str) -> type[PeftConfig]:
 
 
 def peft_size_field(method: str) -> str | None:
-    """The field of a PEFT method that sets how much it trains, if there is one."""
-    name = SIZES.get(method.removeprefix(PREFIX), "r")
+    """Return the field of a PEFT method that sets how many parameters it trains; None if it has none."""
+    name = SIZE_FIELDS.get(method.removeprefix(PREFIX), "r")
     return name if name in [f.name for f in fields(peft_config_class(method))] else None
 
 
 def without_start(config: PeftConfig | None) -> PeftConfig | None:
-    """The config for the meta device, where no start can be made from values."""
+    """Return `config` for the meta device, where no start can be computed from values."""
     return replace(config, init_lora_weights=True) if isinstance(config, LoraConfig) else config

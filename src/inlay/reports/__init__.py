@@ -1,1 +1,1 @@
-"""What a run leaves to read."""
+"""Write what a run leaves to read: its page, its plots, its model card."""

@@ -1,4 +1,4 @@
-"""Pages that need no other file: their style, sortable tables, cells."""
+"""Build HTML pages that need no other file: their style, sortable tables, cells."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ for (const table of document.querySelectorAll("table.sortable"))
 
 
 def sortable_table(heads: Sequence[str], body: str) -> str:
-    """A table that a click on a head sorts, of rows of `cell`s."""
+    """Return a table that is sorted by a click on a head; `body` consists of rows of `html_cell`s."""
     head = "".join(f"<th><button>{html.escape(name)}</button></th>" for name in heads)
     table = f'<table class="sortable"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
     return f'<div class="scroll">{table}</div>'
 
 
 def html_cell(text: str, value: str | float) -> str:
-    """A cell, and what it is sorted by; empty where there is no number."""
+    """Return a table cell with the `value` that it is sorted by; empty where the value is NaN."""
     missing = isinstance(value, float) and math.isnan(value)
     return f'<td data-value="{"" if missing else html.escape(str(value))}">{"" if missing else html.escape(text)}</td>'
 
 
 def html_document(title: str, body: str, style: str = "") -> str:
-    """A page of its own, under its title."""
+    """Return a page with its `title` as the heading."""
     name = html.escape(title)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">

@@ -1,4 +1,4 @@
-"""The README.md beside a trained adapter."""
+"""Write the README.md beside a trained adapter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MERGING = "\nTo serve it without Inlay, merge it first: `inlay merge path/to/thi
 
 
 def loader_of(result: Result) -> str:
-    """The class of transformers or PEFT that loads what was trained."""
+    """Return the name of the class of transformers or PEFT that loads what was trained."""
     name = find_model_class(result.recipe.task).auto.__name__
     if result.recipe.method == FULL:
         return name
@@ -21,15 +21,15 @@ def loader_of(result: Result) -> str:
 
 
 def model_card(result: Result) -> str:
-    """The README, for the hub, of what was trained."""
+    """Return the README, for a model hub, of what was trained."""
     name, method = result.recipe.model, result.recipe.method
     base = f"base_model: {name}\n" if not os.path.exists(name) and "/" in name else ""
     table = "\n".join(f"| {key} | {value} |" for key, value in run_facts(result).items())
     kind = find_model_class(result.recipe.task)
     library, loader = "transformers" if method == FULL else "peft", loader_of(result)
-    own = method != FULL and kind.peft == SEQUENCE
-    more = f", num_labels={result.labels}" if own else ""
-    register = "import inlay  # makes PEFT know the adapter type\n" if is_inlay(method) else ""
+    labelled = method != FULL and kind.peft == SEQUENCE
+    more = f", num_labels={result.labels}" if labelled else ""
+    register = "import inlay  # registers the adapter type with PEFT\n" if is_inlay(method) else ""
     merging = "" if method == FULL else MERGING
     return f"""---
 {base}library_name: {library}

@@ -1,4 +1,4 @@
-"""What a run gave, and with what it ran."""
+"""Define what a run returns, and the versions it ran with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,19 @@ from inlay.recipe.recipe import Recipe
 
 @dataclass
 class Result:
-    """What a run gave. Losses are means over answer tokens of the held-out examples; seconds are of training alone."""
+    """Hold the result of a run.
+
+    Attributes:
+        recipe, folder: of the run.
+        parameters, base_parameters: trained, and of the base.
+        before, after: mean losses over the answer tokens of the held-out examples.
+        seconds, tokens, memory: of training alone; memory in bytes, at its peak.
+        history: the metrics that were logged.
+        samples: held-out prompts with their answers.
+        scores: of the task, before and after.
+        labels: of a classification, how many.
+        memory_planned: predicted bytes at the peak of a step, by part.
+    """
 
     recipe: Recipe
     folder: Path
@@ -26,12 +38,12 @@ class Result:
     memory: int
     history: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, str]] = field(default_factory=list)
-    scores: dict[str, tuple[float, float]] = field(default_factory=dict)  # of the task, before and after
-    labels: int | None = None  # of a classification
-    memory_planned: dict[str, float] = field(default_factory=dict)  # bytes at the peak of a step, by part
+    scores: dict[str, tuple[float, float]] = field(default_factory=dict)
+    labels: int | None = None
+    memory_planned: dict[str, float] = field(default_factory=dict)
 
 
 def environment() -> dict[str, str]:
-    """The versions a run depends on."""
+    """Return the versions that a run depends on."""
     names = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}

@@ -1,4 +1,4 @@
-"""What a person reads after a run: the samples, a page without network, the model card."""
+"""Build what a person reads after a run: the samples and a page that needs no network."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ CAPTIONS = {
 
 
 def page_title(result: Result) -> str:
-    """One line: method, base, what it trains."""
+    """Return one line with the method, the base and the share that was trained."""
     share = result.parameters / result.base_parameters
     return f"{result.recipe.method} on {model_name(result.recipe.model)}: {share:.2%} of its size trained"
 
 
 def run_facts(result: Result) -> dict[str, str]:
-    """The table at the head of the page and the card."""
+    """Return the table at the head of the page and of the model card."""
     recipe = result.recipe
     return {
         "Base model": model_name(recipe.model) + (" (built in)" if recipe.model == MODEL else ""),
         **about_method(recipe),
-        "Trained": f"{result.parameters:,} of {result.base_parameters:,} numbers",
+        "Trained": f"{result.parameters:,} of {result.base_parameters:,} parameters",
         "Data": "E2E NLG (built in)" if recipe.data == MODEL else source_names(recipe),
         "Held-out loss": f"{result.before:.3f} before, {result.after:.3f} after",
         **{name: f"{then:.3f} before, {now:.3f} after" for name, (then, now) in result.scores.items()},
@@ -48,7 +48,7 @@ def run_facts(result: Result) -> dict[str, str]:
 
 
 def about_method(recipe: Recipe) -> dict[str, str]:
-    """What the method is, and with what values."""
+    """Return what the method is, and its hyperparameters."""
     if not is_inlay(recipe.method):
         values = ", ".join(f"{name}={value}" for name, value in recipe.args.items())
         return {"Method": recipe.method, "Hyperparameters": values or "the defaults"}
@@ -62,7 +62,7 @@ def about_method(recipe: Recipe) -> dict[str, str]:
 
 
 def samples_text(result: Result) -> str:
-    """`samples.md`: held-out prompts answered before and after."""
+    """Return `samples.md`: held-out prompts with the answers before and after."""
     lines = [f"# {page_title(result)}", "", "Held-out prompts, greedy answers.", ""]
     for row in result.samples:
         lines += [f"**Prompt** {row['prompt']}", ""]
@@ -71,32 +71,32 @@ def samples_text(result: Result) -> str:
     return "\n".join(lines)
 
 
-def run_page(result: Result, pictures: Mapping[str, str], found: Mapping[str, WeightChange]) -> str:
-    """`report.html`: one self-contained file, with the plots of the run, and what it changed."""
+def run_page(result: Result, pictures: Mapping[str, str], changed: Mapping[str, WeightChange]) -> str:
+    """Return `report.html`: one self-contained file with the plots of the run, and what it changed."""
     rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in run_facts(result).items())
     names = ("prompt", "before", "after", "reference")
     head = "".join(f"<th>{name}</th>" for name in names)
     cells = [[f'<td data-name="{name}">{html.escape(row[name])}</td>' for name in names] for row in result.samples]
     body = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
     parts = {name: f"<h2>{CAPTIONS[name]}</h2>{picture}" for name, picture in pictures.items()}
-    if found:
-        parts["changes"] += change_table(found)
+    if changed:
+        parts["changes"] += change_table(changed)
     return html_document(
         page_title(result),
         f"""<table>{rows}</table>
 {"".join(parts.values())}
 <h2>Held-out prompts, before and after</h2><div class="wide"><table><tr>{head}</tr>{body}</table></div>
-<h2>Recipe</h2><p>Repeat it with <code>inlay train recipe.yaml</code>, recipe.yaml being</p>
+<h2>Recipe</h2><p>Repeat the run with <code>inlay train recipe.yaml</code>, where recipe.yaml is</p>
 <pre>{html.escape(result.recipe.to_yaml())}</pre>
 <h2>Versions</h2><pre>{html.escape(versions())}</pre>
 <script>{SORT}</script>""",
     )
 
 
-def change_table(found: Mapping[str, WeightChange]) -> str:
-    """A row per type of module, medians over its weights; sorted by a click."""
+def change_table(changed: Mapping[str, WeightChange]) -> str:
+    """Return a sortable table with a row per type of module, medians over its weights."""
     body = ""
-    for kind, count, values, trained in by_type(found):
+    for kind, count, values, trained in by_type(changed):
         cells = [html_cell(kind, kind), html_cell(str(count), count)]
         cells += [report_number(value, form) for value, (_, _, form) in zip(values, FIELDS, strict=True)]
         body += f"<tr>{''.join(cells)}{html_cell(f'{trained:,}', trained)}</tr>"
@@ -104,10 +104,10 @@ def change_table(found: Mapping[str, WeightChange]) -> str:
 
 
 def report_number(value: float | None, form: str) -> str:
-    """A cell with a number, or none."""
+    """Return a cell with a formatted number; an empty one for None."""
     return html_cell("", math.nan) if value is None else html_cell(f"{value:{form}}", value)
 
 
 def versions() -> str:
-    """The environment of the run, a line each."""
+    """Return the environment of the run, one version per line."""
     return "\n".join(f"{name} {number}" for name, number in {"inlay": __version__, **environment()}.items())

@@ -1,4 +1,4 @@
-"""The pictures of a run: its loss, where the weights changed, spectra before and after, the ranks, and the memory."""
+"""Plot a run: its loss, where the weights changed, spectra before and after, the ranks, and the memory."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from inlay.reports.result import Result
 MEASURED = "process or GPU, libraries included"
 
 
-def run_figures(result: Result, found: Mapping[str, WeightChange], title: str) -> Iterator[Plot]:
-    """All there is to see of a run."""
+def run_figures(result: Result, changed: Mapping[str, WeightChange], title: str) -> Iterator[Plot]:
+    """Yield all plots of a run."""
     yield "loss", loss_plot(result, title)
-    yield from change_figures(found)
+    yield from change_figures(changed)
     if result.memory_planned:
         yield "memory", planned_memory_stack(result.memory_planned, result.memory)
 
 
 def loss_plot(result: Result, title: str) -> Figure:
-    """Training loss per step with the held-out loss over it."""
+    """Plot the training loss per step with the held-out loss over it."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     steps = [(row["step"], row["loss"]) for row in result.history if "loss" in row]
     held = [(row["step"], row["eval_loss"]) for row in result.history if "eval_loss" in row]
     axes.plot(*zip(*steps, strict=True), color=COLOURS[5], linewidth=1, alpha=0.6, label="training batch")
     axes.plot(*zip(*smooth(steps), strict=True), color=COLOURS[0], label="training, smoothed")
-    mark = "o--" if len(held) > 2 else "o"  # a line through two points would claim a course
+    mark = "o--" if len(held) > 2 else "o"  # a line through two points would suggest a course
     axes.plot(*zip(*held, strict=True), mark, color=COLOURS[3], linewidth=1, label="held-out examples")
     about: dict[str, Any] = {"textcoords": "offset points", "xytext": (0, 8), "color": COLOURS[3], "ha": "center"}
     for step, value in (held[0], held[-1]):
@@ -46,7 +46,7 @@ def loss_plot(result: Result, title: str) -> Figure:
 
 
 def planned_memory_stack(planned: Mapping[str, float], measured: float) -> Figure:
-    """Predicted memory in its parts, and the measured peak beside it, in GiB."""
+    """Plot the predicted memory in its parts, and the measured peak beside it, in GiB."""
     figure = Figure(figsize=(6, 2.8), layout="constrained")
     axes = figure.subplots()
     memory_bars(axes, "predicted", planned)
@@ -58,8 +58,8 @@ def planned_memory_stack(planned: Mapping[str, float], measured: float) -> Figur
     return figure
 
 
-def memory_bars(axes: Axes, at: Any, planned: Mapping[str, float], height: float = 0.8) -> None:
-    """The parts of a predicted peak, one after the other."""
+def memory_bars(axes: Axes, at: str | float, planned: Mapping[str, float], height: float = 0.8) -> None:
+    """Draw the parts of a predicted peak as one stacked bar at the position `at`."""
     left = 0.0
     for place, (name, size) in enumerate(planned.items()):
         axes.barh(at, size / 2**30, height, left=left / 2**30, color=COLOURS[place], label=name)

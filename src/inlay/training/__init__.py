@@ -1,1 +1,1 @@
-"""What a person does with the methods: recipes, data, training, generation. Only this room imports trl and datasets."""
+"""Train one run, from a recipe to a run folder."""

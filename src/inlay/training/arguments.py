@@ -1,8 +1,7 @@
-"""A recipe as the arguments of its task's trainer."""
+"""Convert a recipe to the arguments of its task's trainer."""
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import fields
 from pathlib import Path
@@ -12,32 +11,32 @@ import torch
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from inlay.host import distributed
-from inlay.messages import first_line
+from inlay.messages import did_you_mean, first_line
 from inlay.recipe.optimizers import optimizer_settings
 from inlay.recipe.peft_methods import ADALORA, FULL
 from inlay.recipe.recipe import Recipe
 from inlay.training import checkpoints
 from inlay.training.tasks import TASKS
 
-NO_WAY_BACK = "it prunes what a checkpoint would be loaded into, so no run of it can be gone on with"
+NO_WAY_BACK = "AdaLoRA prunes parameters, so its runs cannot be resumed"
 
-INEXACT = ("save_only_model", "ignore_data_skip")  # with these a run would not go on to the same end
+INEXACT = ("save_only_model", "ignore_data_skip")  # with these a resumed run would not end the same
 
 
 def training_arguments(recipe: Recipe, folder: Path, batch: int, steps: int, dtype: torch.dtype) -> Any:
-    """A recipe as the arguments of its task's trainer: trl's SFTConfig, for instructions.
+    """Return a recipe as the arguments of its task's trainer, such as trl's SFTConfig for instructions.
+
+    Args:
+        recipe: of the run.
+        folder: of the run.
+        batch: examples per device.
+        steps: optimiser steps of the whole run.
+        dtype: of the base.
 
     Raises:
         ValueError: a value, or a key of `trainer`, that trl or transformers refuse.
     """
-    task, evaluating = TASKS[recipe.task], recipe.eval_every
-    saving = math.ceil(steps / 10) if recipe.save_every is None else recipe.save_every
-    if recipe.keep_best or recipe.early_stopping:
-        saving = evaluating
-    if recipe.method == ADALORA:
-        if recipe.save_every or recipe.keep_best or recipe.early_stopping:
-            raise ValueError(f"{recipe.method}: {NO_WAY_BACK}; leave out save_every, keep_best and early_stopping")
-        saving = 0
+    task, evaluating, saving = TASKS[recipe.task], recipe.eval_every, steps_between_checkpoints(recipe, steps)
     values: dict[str, Any] = {
         "output_dir": str(folder / checkpoints.FOLDER),
         "learning_rate": recipe.learning_rate,
@@ -47,7 +46,7 @@ def training_arguments(recipe: Recipe, folder: Path, batch: int, steps: int, dty
         "per_device_eval_batch_size": batch,
         "gradient_accumulation_steps": recipe.accumulation,
         "lr_scheduler_type": recipe.scheduler,
-        "warmup_steps": recipe.warmup if recipe.warmup >= 1 else min(math.ceil(recipe.warmup * steps), steps - 1),
+        "warmup_steps": warmup_steps(recipe, steps),
         "weight_decay": recipe.weight_decay,
         **optimizer_settings(recipe.optim, recipe.optimizer_args, recipe.target_modules),
         "max_grad_norm": recipe.max_grad_norm if recipe.step == "backward" else 0.0,
@@ -55,18 +54,19 @@ def training_arguments(recipe: Recipe, folder: Path, batch: int, steps: int, dty
         "seed": recipe.seed,
         # An adapted base is loaded in its compute dtype and θ stays fp32: autocast would only add casts.
         "bf16": recipe.method == FULL and dtype == torch.bfloat16,
-        # For its loss scaling.
+        # For its loss scaling, which only a backward pass needs.
         "fp16": dtype == torch.float16 and torch.cuda.is_available() and recipe.step == "backward",
         "eval_strategy": "steps" if evaluating else "no",
         "eval_steps": evaluating,
         "save_strategy": "steps" if saving else "no",
         "save_steps": saving or 500,
         "save_total_limit": 2,
-        "restore_callback_states_from_checkpoint": True,  # early stopping counts on
+        "restore_callback_states_from_checkpoint": True,  # early stopping continues its count
         "load_best_model_at_end": bool(recipe.keep_best or recipe.early_stopping),
         "metric_for_best_model": "eval_loss",
         "greater_is_better": False,
         "logging_steps": 1,
+        "train_sampling_strategy": "group_by_length" if recipe.group_by_length else "random",
         "report_to": recipe.report_to,
         "disable_tqdm": True,
         "use_cpu": not torch.cuda.is_available(),
@@ -75,7 +75,7 @@ def training_arguments(recipe: Recipe, folder: Path, batch: int, steps: int, dty
         **task.settings(recipe),
     }
     if distributed.process_count() > 1:
-        values["accelerator_config"] = {"use_configured_state": True}  # of `processes.joined`
+        values["accelerator_config"] = {"use_configured_state": True}  # as `distributed.joined` configured it
     for key in recipe.trainer:
         check_extra(key, values, task.arguments)
     try:
@@ -84,25 +84,63 @@ def training_arguments(recipe: Recipe, folder: Path, batch: int, steps: int, dty
         raise ValueError(f"the trainer refuses this recipe: {first_line(error)}") from None
 
 
+def optimizer_steps(recipe: Recipe, examples: int, batch: int) -> int:
+    """Return the optimiser steps of a run over so many examples, as transformers will count them."""
+    batches = math.ceil(examples / (batch * distributed.process_count()))
+    return recipe.steps or math.ceil(recipe.epochs * math.ceil(batches / recipe.accumulation))
+
+
+def warmup_steps(recipe: Recipe, steps: int) -> float:
+    """Return the steps over which the learning rate rises, in a run of `steps`."""
+    return recipe.warmup if recipe.warmup >= 1 else min(math.ceil(recipe.warmup * steps), steps - 1)
+
+
+def steps_between_checkpoints(recipe: Recipe, steps: int) -> int:
+    """Return how many steps there are between checkpoints, in a run of `steps`; 0 where there are none.
+
+    Raises:
+        ValueError: checkpoints are requested of a method that cannot resume.
+    """
+    if recipe.method == ADALORA:
+        if recipe.save_every or recipe.keep_best or recipe.early_stopping:
+            raise ValueError(f"{recipe.method}: {NO_WAY_BACK}; leave out save_every, keep_best and early_stopping")
+        return 0
+    if recipe.keep_best or recipe.early_stopping:
+        return recipe.eval_every or 0
+    return math.ceil(steps / 10) if recipe.save_every is None else recipe.save_every
+
+
+def settle_steps(recipe: Recipe, trainer: Any) -> None:
+    """Count what a recipe says in shares of a run by the examples that a trainer was left with.
+
+    trl packs them, and drops those whose answer is cut off wholly.
+    """
+    batch = trainer.args.per_device_train_batch_size
+    steps = optimizer_steps(recipe, len(trainer.train_dataset), batch)
+    trainer.args.warmup_steps = warmup_steps(recipe, steps)
+    trainer.args.save_steps = steps_between_checkpoints(recipe, steps) or trainer.args.save_steps
+    if recipe.method == ADALORA:
+        schedule, settled = trainer.model.peft_config["default"], recipe.adapter(steps)
+        for name in ("total_step", "tinit", "tfinal"):
+            setattr(schedule, name, getattr(settled, name))
+
+
 def check_tracker(names: str) -> None:
     """Refuse a tracker that transformers does not know or that is not installed."""
-    known = sorted({*INTEGRATION_TO_CALLBACK, "all", "none"})
+    trackers = sorted({*INTEGRATION_TO_CALLBACK, "all", "none"})
     for name in names.split(","):
-        if name not in known:
-            raise ValueError(f"report_to: {name!r} is not one of {', '.join(known)}")
+        if name not in trackers:
+            raise ValueError(f"report_to: {name!r} is not one of {', '.join(trackers)}")
         if name in INTEGRATION_TO_CALLBACK and name not in get_available_reporting_integrations():
             raise ValueError(f"report_to: {name} is not installed; pip install {name}")
 
 
-def check_extra(key: str, values: dict[str, Any], arguments: Any) -> None:
+def check_extra(key: str, values: dict[str, Any], arguments: type) -> None:
     """Refuse a key of `trainer` that the trainer's arguments do not have, or that the recipe sets itself."""
-    known = [f.name for f in fields(arguments)]
-    if key not in known:
-        close = difflib.get_close_matches(key, known, 1)
-        raise ValueError(
-            f"trainer: {arguments.__name__} has no {key!r}" + (f"; did you mean {close[0]!r}?" if close else "")
-        )
+    names = [f.name for f in fields(arguments)]
+    if key not in names:
+        raise ValueError(f"trainer: {arguments.__name__} has no {key!r}; {did_you_mean(key, names)}")
     if key in INEXACT:
-        raise ValueError(f"trainer: a run with {key!r} could not be gone on with exactly; leave it out")
+        raise ValueError(f"trainer: a run with {key!r} could not be resumed exactly; leave it out")
     if key in values and key not in ("logging_steps", "save_total_limit", "per_device_eval_batch_size", "eval_packing"):
-        raise ValueError(f"trainer: {key!r} is set by the recipe itself; use its own field")
+        raise ValueError(f"trainer: {key!r} is set from fields of the recipe; use these")

@@ -1,11 +1,12 @@
-"""The largest batch that fits into memory."""
+"""Find the largest batch that fits into memory."""
 
 from __future__ import annotations
 
 import torch
 
+from inlay.models.base import BaseModel
 from inlay.models.folded import fold_at
-from inlay.models.meta import free_memory
+from inlay.models.sizes import free_memory
 from inlay.planning.planner import PlannedRun
 from inlay.recipe.peft_methods import FULL, without_start
 from inlay.recipe.recipe import Recipe
@@ -13,23 +14,25 @@ from inlay.training.examples import Examples
 
 
 def largest_useful_batch(rows: Examples, processes: int = 1) -> int:
-    """The largest batch worth having: a power of two that leaves eight steps an epoch, up to 64."""
+    """Return the largest useful batch: a power of two that leaves eight steps per epoch, at most 64."""
     return min(64, 1 << max(0, (len(rows.train) // processes // 8).bit_length() - 1))
 
 
-def planned_step(recipe: Recipe, rows: Examples, dtype: torch.dtype) -> tuple[PlannedRun, int]:
-    """The run as it will train on this machine, for the planner, and its longest sequence."""
+def planned_step(recipe: Recipe, base: BaseModel, rows: Examples, dtype: torch.dtype) -> tuple[PlannedRun, int]:
+    """Return the planner's run as it will train on this machine, and the length of its longest sequence."""
     dtype = torch.float32 if recipe.method == FULL else dtype
     run = PlannedRun(
-        recipe.model, without_start(recipe.adapter()), dtype,
+        base, without_start(recipe.adapter()), dtype,
         "nf4" if fold_at(recipe.model) else recipe.quantize,
-        recipe.gradient_checkpointing, "cuda" if torch.cuda.is_available() else "cpu", recipe.trust_remote_code,
+        recipe.gradient_checkpointing, "cuda" if torch.cuda.is_available() else "cpu",
     )  # fmt: skip
     return run, min(recipe.max_length, rows.audit.longest)
 
 
 def fitting_batch(run: PlannedRun, length: int, most: int, loaded: bool) -> int:
-    """The largest power of two, at most `most`, whose step fits the free memory (1, if none does); the weights need no
-    room of their own once they are `loaded`."""
+    """Return the largest power of two, at most `most`, whose step fits the free memory; 1 if none does.
+
+    Weights that are `loaded` already need no further memory.
+    """
     room = 0.8 * free_memory() + (run.step(1, length).frozen if loaded else 0.0)
     return min(most, 1 << max(0, run.largest_batch(length, room).bit_length() - 1))

@@ -1,16 +1,12 @@
-"""Evaluate, train, evaluate: the trainer of a run and its loop."""
+"""Build a run's trainer, and evaluate, train and evaluate with it."""
 
 from __future__ import annotations
 
 import json
-import math
-from pathlib import Path
 from typing import Any, cast
 
 from peft import PeftModel
-from rich.console import Console
-from transformers import EarlyStoppingCallback, TrainerCallback
-from transformers.trainer_callback import PrinterCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 
 from inlay.files.atomic import write_text
 from inlay.host import distributed
@@ -21,17 +17,17 @@ from inlay.host.schedule import Schedule
 from inlay.messages import duration, gib
 from inlay.models import builtin
 from inlay.models.loading import dtype_for
-from inlay.models.meta import count_trained_and_base
+from inlay.models.sizes import count_trained_and_base
 from inlay.recipe.optimizers import check_shapes, own_optimizer
 from inlay.recipe.peft_methods import is_inlay
-from inlay.recipe.recipe import Recipe
 from inlay.reports.result import Result, environment
 from inlay.training import checkpoints
-from inlay.training.arguments import training_arguments
+from inlay.training.arguments import optimizer_steps, settle_steps, training_arguments
 from inlay.training.batch_size import fitting_batch, largest_useful_batch, planned_step
 from inlay.training.checkpoints import Checkpoint
-from inlay.training.examples import Examples, training_set
+from inlay.training.examples import training_set
 from inlay.training.peft_extras import complete_peft_method
+from inlay.training.prepared import Prepared
 from inlay.training.progress import RunProgress, peak_memory
 from inlay.training.tasks import TASKS
 from inlay.training.trainer import Trainer
@@ -39,74 +35,81 @@ from inlay.training.trainer import Trainer
 BEFORE = ".before.json"  # the answers before training, until the samples are written
 
 
-def fit(
-    recipe: Recipe, trainer: Trainer, tokenizer: Any, rows: Examples, console: Console, found: Checkpoint | None = None
-) -> Result:
-    """Evaluate, train, evaluate; the metrics go into the run folder as they come."""
-    folder, model = Path(str(recipe.output)), cast(Any, trainer.model)
+def fit(prepared: Prepared, trainer: Trainer, checkpoint: Checkpoint | None = None) -> Result:
+    """Evaluate, train and evaluate again, writing the metrics into the run folder on the way.
+
+    Args:
+        prepared: the run or trial, with its recipe settled.
+        trainer: from `settle`.
+        checkpoint: the one to resume from.
+    """
+    recipe, rows, console = prepared.recipe, prepared.rows, prepared.console
+    folder, tokenizer = prepared.folder, prepared.tokenizer
+    model = cast(Any, trainer.model)
     trainer.run = {
         "recipe": checkpoints.learning_settings(recipe),
         "identity": checkpoints.run_identity(trainer, rows),
         "versions": environment(),
     }
     task = TASKS[recipe.task]
-    watch = RunProgress(folder, console, task.metrics)
+    progress = RunProgress(folder, console, task.metrics)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(watch)
+    trainer.add_callback(progress)
     parameters, base = count_trained_and_base(model)
     console.print(
         f"{recipe.method} on {builtin.model_name(recipe.model)} in {recipe.dtype}: {parameters:,} of "
-        f"{base:,} numbers are trained ({parameters / base:.2%})"
+        f"{base:,} parameters are trained ({parameters / base:.2%})"
     )
-    if found:
-        checkpoints.check_same(found, "identity", trainer.run["identity"])
-        for change in checkpoints.versions_changed(found):
-            told = f"note: the checkpoint was made with {change[:400]}; bits may differ"
-            console.print(told, style="yellow", markup=False, highlight=False)
-        watch.restore(found.path)
-        trainer.passed = watch.passed
-        console.print(f"held-out loss before: {watch.evaluated[0]['eval_loss']:.3f}")
-    elif (
-        distributed.process_count() > 1
-    ):  # a model evaluated before it is trained would not be wrapped any more, without a word
-        trainer.args.eval_on_start = True
+    if checkpoint:
+        checkpoints.check_same(checkpoint, "identity", trainer.run["identity"])
+        for change in checkpoints.versions_changed(checkpoint):
+            note = f"note: the checkpoint was written with {change[:400]}; results may differ in the last bits"
+            console.print(note, style="yellow", markup=False, highlight=False)
+        progress.restore(checkpoint.path)
+        trainer.passed = progress.passed
+        console.print(f"held-out loss before: {progress.evaluated[0]['eval_loss']:.3f}")
+    elif distributed.process_count() > 1:
+        trainer.args.eval_on_start = True  # a model that is evaluated before training would silently stay unwrapped
     else:
         trainer.evaluate()
     questions = task.questions(rows.heldout, recipe.samples)
-    asked = [row["input"] for row in questions]
+    prompts = [row["input"] for row in questions]
     if not distributed.from_first((folder / BEFORE).exists):
-        said = task.answers(model, tokenizer, asked) if asked else []
-        write_text(folder / BEFORE, json.dumps(said)) if distributed.is_first() else None
+        texts = task.answers(model, tokenizer, prompts) if prompts else []
+        if distributed.is_first():
+            write_text(folder / BEFORE, json.dumps(texts))
     try:
-        trainer.go_on(found)
+        trainer.go_on(checkpoint)
     except KeyboardInterrupt:
         console.print(f"stopped at step {trainer.state.global_step}")
         raise
     finally:
-        watch.bar.stop()
+        progress.bar.stop()
     trainer.check_finite()
-    seconds = watch.seconds
-    first, last = watch.evaluated[0], trainer.evaluate()
+    seconds = progress.seconds
+    first, last = progress.evaluated[0], trainer.evaluate()
     before, after = first["eval_loss"], last["eval_loss"]
     console.print(f"held-out loss after:  {after:.3f}  ({duration(seconds)}, {gib(peak_memory())} peak)")
     then, now = task.scores(first), task.scores(last)
     for name, score in now.items():
         console.print(f"{name}: {then[name]:.3f} before, {score:.3f} after")
     answers = [distributed.from_first(lambda: json.loads((folder / BEFORE).read_text(encoding="utf-8")))]
-    answers += [task.answers(model, tokenizer, asked)] if asked else []
+    if prompts:
+        answers.append(task.answers(model, tokenizer, prompts))
     return Result(
-        recipe, folder, parameters, base, before, after, seconds, watch.tokens, peak_memory(), watch.history,
+        recipe, folder, parameters, base, before, after, seconds, progress.tokens, peak_memory(), progress.history,
         write_samples(questions, answers), {name: (then[name], score) for name, score in now.items()},
         len(rows.labels or ()) or None,
     )  # fmt: skip
 
 
-def predicted_memory(recipe: Recipe, rows: Examples, trainer: Any) -> dict[str, float]:
-    """What the planner says of the peak of a step, by part, in bytes; nothing where it cannot follow the model."""
+def predicted_memory(prepared: Prepared, trainer: Trainer) -> dict[str, float]:
+    """Return the predicted bytes at the peak of a step, by part; nothing where the model cannot be simulated."""
+    recipe = prepared.recipe
     if recipe.task not in ("instruction", "language_modelling"):
         return {}
     try:
-        run, length = planned_step(recipe, rows, dtype_for(recipe.dtype))
+        run, length = planned_step(recipe, prepared.base, prepared.rows, dtype_for(recipe.dtype))
         need = run.step(trainer.args.per_device_train_batch_size, length)
     except ValueError:
         return {}
@@ -118,28 +121,32 @@ def predicted_memory(recipe: Recipe, rows: Examples, trainer: Any) -> dict[str, 
     return {**parts, "for a moment": max(0.0, need.peak - sum(parts.values()))}
 
 
-def build_trainer(recipe: Recipe, base: Any, tokenizer, rows: Examples, folder: Path) -> Trainer:
-    """The trainer for a recipe and its base, which is adapted here unless it is so already; settles `batch_size`."""
+def build_trainer(prepared: Prepared, base: Any) -> Trainer:
+    """Return the trainer for a recipe, and adapt its base unless it is adapted already.
+
+    Args:
+        prepared: the run or trial; `batch_size: auto` is settled here.
+        base: the model.
+    """
+    recipe, rows, tokenizer = prepared.recipe, prepared.rows, prepared.tokenizer
     batch = recipe.batch_size
     if batch == "auto":
         most = largest_useful_batch(rows, distributed.process_count())
-        batch = min(
-            distributed.gather_values(fitting_batch(*planned_step(recipe, rows, base.dtype), most, loaded=True))
-        )
-    of_step = batch * recipe.accumulation * distributed.process_count()
-    steps = recipe.steps or math.ceil(recipe.epochs * len(rows.train) / of_step)
+        step = planned_step(recipe, prepared.base, rows, base.dtype)
+        batch = min(distributed.gather_values(fitting_batch(*step, most, loaded=True)))
+    steps = optimizer_steps(recipe, len(rows.train), batch)
     stop: list[TrainerCallback] = [EarlyStoppingCallback(recipe.early_stopping)] if recipe.early_stopping else []
     adapter = None if isinstance(base, PeftModel) else recipe.adapter(steps)
     if adapter is not None:
-        adapter.revision = recipe.revision  # of the base, for who loads or merges it
+        adapter.revision = recipe.revision  # of the base, for loading and merging
     task = TASKS[recipe.task]
-    own = own_optimizer(recipe.optim, recipe.learning_rate, recipe.optimizer_args)
-    if own is not None and recipe.task == "preference":
-        raise ValueError(f"optimizer: trl's DPO trainer takes transformers' optimisers alone, not {recipe.optim}")
+    optimizer = own_optimizer(recipe.optim, recipe.learning_rate, recipe.optimizer_args)
+    if optimizer is not None and recipe.task == "preference":
+        raise ValueError(f"optimizer: trl's DPO trainer takes only transformers' optimisers, not {recipe.optim}")
     with shared_starts():
         trainer = task.trainer(
             base,
-            args=training_arguments(recipe, folder, batch, steps, dtype_for(recipe.dtype)),
+            args=training_arguments(recipe, prepared.folder, batch, steps, dtype_for(recipe.dtype)),
             train_dataset=training_set(rows, tokenizer) if rows.stream else task.dataset(rows.train, tokenizer, recipe),
             eval_dataset=task.dataset(rows.heldout, tokenizer, recipe),
             processing_class=tokenizer,
@@ -148,9 +155,11 @@ def build_trainer(recipe: Recipe, base: Any, tokenizer, rows: Examples, folder: 
             skips=recipe.skip_nan,
             lr_ratio=recipe.lr_ratio,
             zeroth=recipe.zeroth(),
-            **({} if own is None else {"optimizer_cls_and_kwargs": own}),
+            **({} if optimizer is None else {"optimizer_cls_and_kwargs": optimizer}),
             **task.parts(tokenizer, rows),
         )
+    if recipe.steps is None:
+        settle_steps(recipe, trainer)
     if adapter is not None and not is_inlay(recipe.method):
         complete_peft_method(trainer)
     check_shapes(recipe.optim, cast(Any, trainer.model))
@@ -160,7 +169,7 @@ def build_trainer(recipe: Recipe, base: Any, tokenizer, rows: Examples, folder: 
 
 
 def write_samples(questions: list[dict], answers: list[list[str]]) -> list[dict[str, str]]:
-    """Prompt, reference, and the answers before and after."""
+    """Combine prompts and references with the answers before and after training."""
     if len(answers) < 2:
         return []
     return [

@@ -1,4 +1,4 @@
-"""The trained adapter on a hub."""
+"""Upload the trained adapter to a hub."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from inlay.messages import first_line
 
 
 def claim_repository(repository: str) -> None:
-    """Create the hub repository, or see that it may be written, before hours are spent."""
+    """Create the hub repository, or check that it can be written, before hours are spent."""
     from huggingface_hub import HfApi
 
     try:
@@ -18,7 +18,7 @@ def claim_repository(repository: str) -> None:
 
 
 def upload_run(folder: Path, repository: str) -> None:
-    """Put a folder on the hub."""
+    """Upload a folder to the hub repository."""
     from huggingface_hub import HfApi
 
     try:

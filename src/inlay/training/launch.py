@@ -1,4 +1,4 @@
-"""`inlay train --num-processes N`: accelerate starts the processes, torch watches them; here is what their end says."""
+"""Start `inlay train --num-processes N` through accelerate, and report which process failed."""
 
 from __future__ import annotations
 
@@ -17,27 +17,29 @@ PLAIN = "{compute_environment: LOCAL_MACHINE, distributed_type: MULTI_GPU, num_m
 
 
 def launch(arguments: Sequence[str], count: int, config: str | None) -> int:
-    """Run `inlay` with these arguments in so many processes, and give back what to exit with.
+    """Run `inlay` with these arguments in `count` processes, and return the exit code.
 
     Args:
-        config: a YAML file of accelerate's (recipes/distributed has some); without one, DDP.
+        arguments: of the command line.
+        count: of processes.
+        config: a YAML file of accelerate's (recipes/distributed has some); None: DDP.
 
     Raises:
-        ValueError: the file is not there, or accelerate refuses it.
+        ValueError: the file does not exist, or accelerate refuses it.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
 
     if config is not None and not Path(config).is_file():
-        raise ValueError(f"launch_config {config} does not exist; recipes/distributed has some to begin with")
-    own = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+        raise ValueError(f"launch_config {config} does not exist; recipes/distributed has some to start from")
+    launcher_flags = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     for flag in ("--num-processes", "--launch-config"):
-        own.add_argument(flag)
-    rest = own.parse_known_args(list(arguments))[1]
-    # Each process would take all cores.
+        launcher_flags.add_argument(flag)
+    rest = launcher_flags.parse_known_args(list(arguments))[1]
+    # Otherwise each process would use all cores.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it would say it again, in a page
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it would repeat the error at length
     with tempfile.TemporaryDirectory() as folder:
-        if config is None:  # without a file accelerate takes the user's default, whatever that was made for
+        if config is None:  # without a file accelerate would use the user's own default
             config = f"{folder}/ddp.yaml"
             Path(config).write_text(PLAIN, encoding="utf-8")
         flags = ["--config_file", config, "--num_processes", str(count), "--main_process_port", "0"]
@@ -51,12 +53,12 @@ def launch(arguments: Sequence[str], count: int, config: str | None) -> int:
 
 
 def failed(failures: dict[int, ProcessFailure]) -> int:
-    """Say which process ended the run, where it could not say so itself; its exit code."""
+    """Return the exit code of a run, after printing which process ended it where it could not do so itself."""
     signalled = {rank: failure for rank, failure in failures.items() if failure.exitcode < 0}
     rank, first = next(iter((signalled or failures).items()))
     if not signalled:
         codes = {failure.exitcode for failure in failures.values()}
         return next((code for code in (2, 130, 1) if code in codes), first.exitcode)
-    told = "a run that has checkpoints goes on with inlay train --resume RUN"
-    print(f"inlay: process {rank} was ended by {first.signal_name()}, and the others with it; {told}", file=sys.stderr)
+    hint = "a run that has checkpoints can be resumed with inlay train --resume RUN"
+    print(f"inlay: process {rank} was ended by {first.signal_name()}, and the others with it; {hint}", file=sys.stderr)
     return 1

@@ -1,7 +1,7 @@
-"""`inlay ui`: running and finished runs in TensorBoard, on this machine alone.
+"""Show running and finished runs in TensorBoard, on this machine only (`inlay ui`).
 
-Runs write metrics.jsonl, whatever becomes of them. A thread follows those files and hands what is new to TensorBoard,
-which lays runs over each other; its own files are gone with the process.
+Runs write metrics.jsonl in any case. A thread follows those files and passes new rows to TensorBoard, which overlays
+the runs; TensorBoard's own files are deleted with the process.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ NAMES = {
 
 
 def board() -> Any:
-    """TensorBoard's program.
+    """Import TensorBoard's program.
 
     Raises:
         ValueError: it is not installed.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what it brings along
+            warnings.simplefilter("ignore")  # about its dependencies
             from tensorboard import program
     except ImportError:
         raise ValueError("inlay ui needs TensorBoard; pip install 'inlay[ui]'") from None
@@ -51,41 +51,45 @@ def board() -> Any:
 
 @dataclass
 class WatchedRun:
-    """A metrics.jsonl that is followed, and how far it was read."""
+    """Follow a metrics.jsonl from where it was last read."""
 
     metrics: Path
     writer: Any
-    file: int = 0  # its inode: a run that goes on writes its metrics anew
+    file: int = 0  # its inode: a resumed run writes its metrics into a new file
     read: int = 0
     seconds: float = 0.0
 
     def follow(self) -> None:
-        """Hand on the whole lines that are new."""
+        """Pass on the complete lines that are new."""
         status = self.metrics.stat()
         if status.st_ino != self.file or status.st_size < self.read:
-            self.file, self.read, self.seconds = status.st_ino, 0, 0.0
+            self.file = status.st_ino
+            self.read = 0
+            self.seconds = 0.0
         with self.metrics.open("rb") as file:
             file.seek(self.read)
             text, end, _ = file.read().rpartition(b"\n")
         self.read += len(text) + len(end)
-        began = (self.metrics.parent / "recipe.yaml").stat().st_mtime
+        started = (self.metrics.parent / "recipe.yaml").stat().st_mtime
         for line in text.splitlines():
             try:
                 row = json.loads(line)
                 step, self.seconds = row["step"], float(row.get("seconds", self.seconds))
                 for name in row.keys() & NAMES.keys():
-                    self.writer.add_scalar(NAMES[name], float(row[name]), step, walltime=began + self.seconds)
+                    self.writer.add_scalar(NAMES[name], float(row[name]), step, walltime=started + self.seconds)
             except (ValueError, TypeError, KeyError) as error:
-                print(f"note: {self.metrics}: {line[:80]!r} is left out: {error!r}", file=sys.stderr)
+                print(f"note: {self.metrics}: {line[:80]!r} is skipped: {error!r}", file=sys.stderr)
         self.writer.flush()
 
 
 class Follower(threading.Thread):
-    """Follows every run under a folder, those that begin later too, once in `every` seconds."""
+    """Follow every run under a folder, also those that begin later, once in `every` seconds."""
 
     def __init__(self, runs: Path, events: Path, every: float = 2.0) -> None:
         super().__init__(daemon=True)
-        self.runs, self.events, self.every = runs, events, every
+        self.runs = runs
+        self.events = events
+        self.every = every
         self.known: dict[Path, WatchedRun] = {}
         self.over = threading.Event()
 
@@ -109,7 +113,7 @@ class Follower(threading.Thread):
             self.look()
 
     def stop(self) -> None:
-        """End the thread, and the files it writes."""
+        """End the thread and close the files it writes."""
         self.over.set()
         self.join()
         for run in self.known.values():
@@ -122,24 +126,25 @@ def serve(folder: str, port: int = 6006, console: Console | None = None) -> None
     Raises:
         ValueError: there is no such folder, the port is taken, or TensorBoard is not installed.
     """
-    runs, program = Path(folder).expanduser(), board()
+    runs = Path(folder).expanduser()
+    program = board()
     if not runs.is_dir():
-        raise ValueError(f"{runs} is no folder; give the one that runs are in, as inlay ui runs")
+        raise ValueError(f"{runs} is not a folder; give the one that holds the runs, as in inlay ui runs")
     with tempfile.TemporaryDirectory() as events:
         follower = Follower(runs.resolve(), Path(events))
         follower.look()
-        shown = program.TensorBoard()
-        shown.configure(
+        server = program.TensorBoard()
+        server.configure(
             ("inlay",), logdir=events, host=HOST, port=port, reload_interval=2.0, window_title=f"inlay: {runs}"
         )
         follower.start()
         try:
-            where = shown.launch()
-            (console or Console()).print(f"{len(follower.known)} runs at {where} (on this machine alone; Ctrl-C ends)")
+            address = server.launch()
+            (console or Console()).print(f"{len(follower.known)} runs at {address} (this machine only; Ctrl-C ends)")
             follower.over.wait()
         except program.TensorBoardServerException as error:
             raise ValueError(f"port {port}: {error.msg}") from None
-        except KeyboardInterrupt:  # the way it ends
+        except KeyboardInterrupt:  # the normal way to end
             pass
         finally:
             follower.stop()

@@ -1,4 +1,4 @@
-"""What PEFT leaves to the user of some of its methods."""
+"""Complete those of PEFT's methods that leave work to their user."""
 
 from __future__ import annotations
 
@@ -6,22 +6,24 @@ from typing import Any
 
 import torch
 from peft import AdaLoraConfig, LoraConfig, initialize_lora_eva_weights
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 def complete_peft_method(trainer: Any) -> None:
-    """What PEFT leaves to the user of a method: EVA's pass over the data; AdaLoRA's part in every step."""
-    chosen = trainer.model.peft_config["default"]
-    if isinstance(chosen, AdaLoraConfig):
+    """Do what PEFT leaves to the user of a method: EVA's pass over the data; AdaLoRA's part in every step."""
+    config = trainer.model.peft_config["default"]
+    if isinstance(config, AdaLoraConfig):
         trainer.add_callback(Allocation())
-    elif isinstance(chosen, LoraConfig) and chosen.init_lora_weights == "eva":
+    elif isinstance(config, LoraConfig) and config.init_lora_weights == "eva":
         initialize_lora_eva_weights(trainer.model, trainer.get_train_dataloader(), show_progress_bar=False)
 
 
 class Allocation(TrainerCallback):
-    """AdaLoRA's penalty and ranks. PEFT adds the penalty to the model's own loss, which trl does not read."""
+    """Apply AdaLoRA's penalty and ranks in every step; PEFT adds the penalty to a loss that trl does not read."""
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: object
+    ) -> None:
         defects = [
             torch.linalg.matrix_norm(
                 (p @ p.T if "lora_A" in name else p.T @ p) - torch.eye(min(p.shape), device=p.device)
@@ -31,5 +33,7 @@ class Allocation(TrainerCallback):
         ]
         (model.peft_config["default"].orth_reg_weight * torch.stack(defects).mean()).backward()
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: object
+    ) -> None:
         model.base_model.update_and_allocate(state.global_step + 1)

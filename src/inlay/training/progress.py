@@ -1,4 +1,4 @@
-"""Following a run: a bar on a terminal, lines in a log file, `metrics.jsonl` for everything else."""
+"""Follow a run: a bar on a terminal, lines in a log file, and `metrics.jsonl` for everything else."""
 
 from __future__ import annotations
 
@@ -19,33 +19,36 @@ from inlay.files.atomic import write_text
 from inlay.files.untrusted import DamagedFileError
 from inlay.host import distributed
 from inlay.messages import duration, gib, loading
-from inlay.models.meta import count_trainable
+from inlay.models.sizes import count_trainable
 from inlay.training.checkpoints import METRICS
 
 
 class RunProgress(TrainerCallback):
-    """Follows a run: `metrics.jsonl`, and a bar on a terminal or a line now and then in a log file.
+    """Follow a run with `metrics.jsonl`, and with a bar on a terminal or occasional lines in a log file.
 
-    The rows of training steps are in that file alone: a hundred thousand of them would be a hundred MB in memory, and
-    again in every checkpoint. `evaluated` are the others.
+    The rows of training steps are in that file alone: a hundred thousand of them would take a hundred MB in memory, and
+    again in every checkpoint. `evaluated` holds the other rows.
     """
 
     def __init__(self, folder: Path, console: Console, metrics: Sequence[str] = ()) -> None:
-        self.file, self.console, self.metrics = folder / METRICS, console, [f"eval_{name}" for name in metrics]
+        self.file = folder / METRICS
+        self.console = console
+        self.metrics = [f"eval_{name}" for name in metrics]
         self.evaluated: list[dict[str, Any]] = []
-        self.first: int | None = None  # how many numbers the first step trained
-        self.started, self.tokens = time.perf_counter(), 0
-        self.passed: dict[int, str] = {}  # the steps that they passed over, and why
-        self.spent, self.read = 0.0, 0  # seconds and tokens of the processes before this one
+        self.first: int | None = None  # how many parameters the first step trained
+        self.started = time.perf_counter()
+        self.tokens = 0
+        self.passed: dict[int, str] = {}  # the steps that were skipped, and why
+        self.spent, self.read = 0.0, 0  # seconds and tokens before the run was resumed
         columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[now]}"))
         self.bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
         self.task = self.bar.add_task("", total=None, now="")
 
     def restore(self, checkpoint: Path) -> None:
-        """Go on where the metrics in a checkpoint end.
+        """Continue where the metrics in a checkpoint end.
 
         Raises:
-            ValueError: they are none.
+            ValueError: its metrics cannot be read.
         """
         with loading(f"{checkpoint / METRICS}", DamagedFileError):
             text = (checkpoint / METRICS).read_text(encoding="utf-8")
@@ -58,16 +61,17 @@ class RunProgress(TrainerCallback):
             last = next((row for row in reversed(rows) if "seconds" in row), {"seconds": 0.0, "tokens": 0})
             self.spent, self.read = float(last["seconds"]), int(last["tokens"])
         self.tokens = self.read
-        write_text(self.file, text) if distributed.is_first() else None
+        if distributed.is_first():
+            write_text(self.file, text)
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """All rows so far; in other processes than the one that writes them, those of evaluations."""
+        """Return all rows so far; in processes that do not write them, the rows of evaluations."""
         return read_history(self.file) if distributed.is_first() else self.evaluated
 
     @property
     def seconds(self) -> float:
-        """Of training, over all processes of the run."""
+        """Return the seconds of training, including those before the run was resumed."""
         return self.spent + time.perf_counter() - self.started
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
@@ -83,17 +87,20 @@ class RunProgress(TrainerCallback):
             **{name: logs[name] for name in (*names, *self.metrics, "passed_over") if name in logs},
         }
         if "loss" in logs:
-            self.tokens = self.read + int(logs.get("num_tokens", self.tokens - self.read))  # trl counts from zero,
-            self.tokens = int(state.num_input_tokens_seen) or self.tokens  # transformers over the whole run
+            # trl counts from the start of this process, transformers over the whole run.
+            self.tokens = self.read + int(logs.get("num_tokens", self.tokens - self.read))
+            self.tokens = int(state.num_input_tokens_seen) or self.tokens
             row |= {"tokens": self.tokens, "seconds": round(self.seconds, 3), "memory": peak_memory()}
-            row |= {"trained": count_trainable(model)} if model is not None else {}
+            if model is not None:
+                row["trained"] = count_trainable(model)
             self._show(state, row)
         if "passed_over" in row:
-            self.console.print(f"step {state.global_step} is passed over: {row['passed_over']}", style="yellow")
+            self.console.print(f"step {state.global_step} is skipped: {row['passed_over']}", style="yellow")
         if row.keys() & {"loss", "eval_loss", "passed_over"}:
             if not self.evaluated and "eval_loss" in row:
                 self.console.print(f"held-out loss before: {row['eval_loss']:.3f}")
-            self.evaluated += [row] if "eval_loss" in row else []
+            if "eval_loss" in row:
+                self.evaluated.append(row)
             if distributed.is_first():
                 with self.file.open("a", encoding="utf-8") as out:
                     out.write(json.dumps(row) + "\n")
@@ -109,7 +116,7 @@ class RunProgress(TrainerCallback):
             self.console.print(f"step {state.global_step}/{state.max_steps}  {now}  {duration(left)} left")
 
     def falls(self, row: dict[str, Any]) -> bool:
-        """Whether a schedule has frozen anything since the first step, so that the number is worth a look."""
+        """Return whether a schedule has frozen parameters since the first step."""
         self.first = self.first or row.get("trained")
         return row.get("trained", self.first) != self.first
 
@@ -118,13 +125,13 @@ class RunProgress(TrainerCallback):
 
 
 def read_history(metrics: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl that may be being written."""
+    """Return the complete rows of a metrics.jsonl, which may still be written."""
     text = metrics.read_text(encoding="utf-8") if metrics.is_file() else ""
     return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
 def peak_memory() -> int:
-    """Peak bytes: of the GPU where there is one, else of the process."""
+    """Return the peak bytes of the GPU where there is one, else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

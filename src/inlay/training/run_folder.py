@@ -1,4 +1,4 @@
-"""The folder of a run: how it begins, what is kept when it fails, what is removed at the end."""
+"""Manage the folder of a run: its start, what is kept after a failure, what is removed at the end."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from inlay.files.atomic import put_back, remove_siblings, staged, write_text
 from inlay.recipe.recipe import Recipe
 from inlay.training import checkpoints
 
-MARK = ".inlay-run"  # what makes a folder a run of ours, which --overwrite may replace
+MARK = ".inlay-run"  # marks a folder as a run of Inlay's, which --overwrite may replace
 
 
 def start_folder(folder: Path, recipe: Recipe) -> None:
-    """Create the run folder with its recipe, in place of what is set aside."""
+    """Create the run folder with its recipe, in place of one that is set aside."""
     try:
         with staged(folder) as part:
             (part / MARK).touch()
@@ -23,7 +23,7 @@ def start_folder(folder: Path, recipe: Recipe) -> None:
 
 
 def give_up(folder: Path) -> bool:
-    """After a failure: whether the folder is kept, for its checkpoints; else things are as they were before the run."""
+    """Return, after a failure, whether the folder is kept for its checkpoints; else restore what was there before."""
     if checkpoints.checkpoint_steps(folder / checkpoints.FOLDER):
         return True
     shutil.rmtree(folder, ignore_errors=True)
@@ -32,8 +32,11 @@ def give_up(folder: Path) -> bool:
 
 
 def tidy(folder: Path) -> None:
-    """Remove the run that this one replaces, and what processes of this one left half-written when they were killed."""
+    """Remove the run that this one replaces, and half-written files of processes that were killed."""
     remove_siblings(folder, "old")
     remove_siblings(folder, "part")
     for path in folder.rglob(".*part"):
-        path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+        if path.is_file():
+            path.unlink()
+        else:
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,109 +1,105 @@
-"""One fine-tuning run: the trainer of its task between a recipe and a run folder."""
+"""Train one run: from a recipe, through the trainer of its task, to a run folder."""
 
 from __future__ import annotations
 
 import os
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from rich.console import Console
-from transformers import set_seed
 
 from inlay.files.atomic import check_free, locked, put_back, write_text
 from inlay.host import distributed
+from inlay.messages import dtype_name
 from inlay.models.loading import dtype_for
 from inlay.recipe.peft_methods import ADALORA, FULL
 from inlay.recipe.reading import load_recipe
 from inlay.recipe.recipe import Recipe
 from inlay.reports.result import Result
 from inlay.training import checkpoints
-from inlay.training.allocate_ranks import settle_ranks
 from inlay.training.arguments import NO_WAY_BACK, check_tracker
-from inlay.training.base_model import load_training_model
-from inlay.training.calibration import calibration_batches, settle_calibration, start_from_data
 from inlay.training.checkpoints import Checkpoint
 from inlay.training.deepspeed_zero3 import check_zero3
-from inlay.training.examples import Examples
-from inlay.training.fit import BEFORE, build_trainer, fit, predicted_memory
+from inlay.training.fit import BEFORE, fit, predicted_memory
 from inlay.training.hub import claim_repository, upload_run
+from inlay.training.prepared import Prepared
 from inlay.training.run_files import PAGE, write_run
 from inlay.training.run_folder import MARK, give_up, start_folder, tidy
+from inlay.training.settle import settle
 from inlay.training.tasks import TASKS
 from inlay.training.trainer import Trainer
 
 
 def train(recipe: Recipe, console: Console | None = None, resume: bool = False) -> Result:
-    """Run a recipe and leave its run folder, or go on with the run that is at its `output` (see `unfinished`).
+    """Run a recipe and write its run folder, or resume the run at its `output` (see `unfinished`).
+
+    Args:
+        recipe: of the run.
+        console: for messages.
+        resume: continue from the newest whole checkpoint.
 
     Raises:
         ValueError: the recipe, the data or the output folder cannot be used, and nothing is then written; the run was
-            made with something else; or it met NaN, Inf or a full disk, and can go on from its last checkpoint.
+            made with something else; or it met NaN, Inf or a full disk, and can be resumed from its last checkpoint.
     """
     console = console or Console()
     console = console if distributed.is_first() else Console(quiet=True)
     folder = distributed.from_first(recipe.run_folder)
     with locked(folder) if distributed.is_first() else nullcontext():
-        found = distributed.from_first(lambda: begin(recipe, folder, console, resume))
-        dtype = dtype_for(recipe.dtype)
+        checkpoint = distributed.from_first(lambda: begin(recipe, folder, console, resume))
         task = TASKS[recipe.task]
         tokenizer = task.processor(recipe)
         rows = distributed.in_turn(lambda: task.examples(recipe, tokenizer, console))
-        distributed.from_first(lambda: None if found else start_folder(folder, recipe))
+        dtype = dtype_for(recipe.dtype)
+        prepared = Prepared(recipe, recipe.base_model(), dtype, folder, tokenizer, rows, console)
+        distributed.from_first(lambda: None if checkpoint else start_folder(folder, recipe))
         try:
-            recipe = distributed.from_first(lambda recipe=recipe: settle_ranks(recipe, console))
-            recipe = distributed.from_first(
-                lambda recipe=recipe: settle_calibration(recipe, dtype, folder, tokenizer, rows, console)
-            )
-            set_seed(recipe.seed)
-            seen = calibration_batches(recipe, tokenizer, rows)
-            base = load_training_model(recipe, dtype, folder, console, found, seen, **task.model_settings(rows))
-            whole = checkpoints.base_mark(base)  # some of PEFT's starts change the base itself
-            trainer = build_trainer(recipe, base, tokenizer, rows, folder)
-            trainer.base = whole
-            if found is None:
-                start_from_data(recipe, trainer.model, tokenizer, rows, console)
-            recipe = recipe.resolved(
-                dtype=str(dtype).removeprefix("torch."),
+            prepared, trainer = settle(prepared, checkpoint)
+            recipe = prepared.recipe.resolved(
+                dtype=dtype_name(dtype),
                 eval_size=rows.eval_size,
                 batch_size=trainer.args.per_device_train_batch_size,
                 output=str(folder),
             )
-            write_text(folder / "recipe.yaml", recipe.to_yaml()) if distributed.is_first() else None
-            result = fit_and_write(recipe, trainer, tokenizer, rows, console, found)
+            if distributed.is_first():
+                write_text(folder / "recipe.yaml", recipe.to_yaml())
+            result = fit_and_write(replace(prepared, recipe=recipe), trainer, checkpoint)
         except BaseException:
             if distributed.is_first() and give_up(folder):
-                way = "" if recipe.method == ADALORA else f"; to go on: inlay train --resume {folder}"
-                console.print(f"what it learned so far is kept{way}")
+                hint = "" if recipe.method == ADALORA else f"; to resume it: inlay train --resume {folder}"
+                console.print(f"the checkpoints so far are kept{hint}")
             raise
         console.print(f"run folder: {folder}")
-        finish_run(recipe, folder, console) if distributed.is_first() else None
+        if distributed.is_first():
+            finish_run(recipe, folder, console)
     return result
 
 
 def begin(recipe: Recipe, folder: Path, console: Console, resume: bool) -> Checkpoint | None:
-    """See that a run can begin, and find the checkpoint that it goes on from, if it does."""
+    """Check that a run can begin, and return the checkpoint that it resumes from, if any."""
     check_engine(recipe)
     put_back(folder)
     check_free(folder, recipe.overwrite or resume, MARK)
     if resume and recipe.method == ADALORA:
-        raise ValueError(f"{recipe.method}: {NO_WAY_BACK}; start it anew with --overwrite")
-    found = checkpoints.newest(folder / checkpoints.FOLDER, console) if resume else None
-    if found:
-        checkpoints.check_same(found, "recipe", checkpoints.learning_settings(recipe))
-        console.print(f"going on from {found.path}")
+        raise ValueError(f"{recipe.method}: {NO_WAY_BACK}; start again with --overwrite")
+    checkpoint = checkpoints.newest(folder / checkpoints.FOLDER, console) if resume else None
+    if checkpoint:
+        checkpoints.check_same(checkpoint, "recipe", checkpoints.learning_settings(recipe))
+        console.print(f"resuming from {checkpoint.path}")
     check_tracker(recipe.report_to)
     if recipe.push_to_hub:
         claim_repository(recipe.push_to_hub)
-    return found
+    return checkpoint
 
 
 def check_engine(recipe: Recipe) -> None:
-    """Refuse what does not go together with several processes, or with a model that is sharded among them."""
+    """Refuse what cannot be combined with several processes, or with a model that is sharded among them."""
     for key in ("fsdp", "fsdp_config", "deepspeed"):
         if key in recipe.trainer:
             raise ValueError(
-                f"trainer: {key} is accelerate's to configure: --launch-config recipes/distributed/fsdp2.yaml"
+                f"trainer: {key} is configured through accelerate: use --launch-config recipes/distributed/fsdp2.yaml"
             )
     if distributed.launched() and recipe.quantize == "nf4":
         raise ValueError(
@@ -114,11 +110,13 @@ def check_engine(recipe: Recipe) -> None:
     if distributed.deepspeed():
         check_zero3(recipe)
     if recipe.optim == "subspace_descent":
-        raise ValueError("optimizer: subspace_descent projects whole matrices, which a sharded model has not; use DDP")
+        raise ValueError("optimizer: subspace_descent projects whole matrices, which sharding divides; use DDP")
     if distributed.fsdp() and os.environ.get("FSDP_VERSION", "2") != "2":
         raise ValueError("fsdp_version: 1 is not supported; set it to 2, as recipes/distributed/fsdp2.yaml does")
     if distributed.fsdp() and os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true":
-        raise ValueError("fsdp_cpu_ram_efficient_loading leaves most processes without weights to cut; set it to false")
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading leaves most processes without weights to decompose; set it to false"
+        )
     if recipe.method == FULL or recipe.quantize != "none" or recipe.keep_best or recipe.early_stopping:
         raise ValueError(
             "a sharded model takes no method: full, quantize, keep_best or early_stopping; use DDP for these"
@@ -126,7 +124,7 @@ def check_engine(recipe: Recipe) -> None:
 
 
 def unfinished(folder: Path, changed: dict[str, Any]) -> Recipe | None:
-    """The recipe of the run in a folder, with what a user says of it; None if nothing is left to do.
+    """Return the recipe of the run in a folder, with the fields that the user `changed`; None if nothing is left to do.
 
     Raises:
         ValueError: there is no run, it is of another method (whose hyperparameters have other names), or it holds a
@@ -134,12 +132,13 @@ def unfinished(folder: Path, changed: dict[str, Any]) -> Recipe | None:
     """
     folder = folder.resolve()
     if not (folder / MARK).exists() or not (folder / "recipe.yaml").exists():
-        raise ValueError(f"{folder} holds no run to go on with: it has no recipe.yaml of one")
-    begun = load_recipe(str(folder / "recipe.yaml"), {}).method
-    if (asked := changed.get("method", begun)) != begun:
-        raise ValueError(f"{folder} is of another run: method was {begun!r} and is {asked!r}; start a new run for that")
+        raise ValueError(f"{folder} holds no run to resume: it has no recipe.yaml of one")
+    before = load_recipe(str(folder / "recipe.yaml"), {}).method
+    now = changed.get("method", before)
+    if now != before:
+        raise ValueError(f"{folder} is of another run: method was {before!r} and is {now!r}; start a new run for that")
     if link := next((path for path in folder.rglob("*") if path.is_symlink()), None):
-        raise ValueError(f"{link} is a link, through which a run would write elsewhere; put there what it points to")
+        raise ValueError(f"{link} is a link, through which a run would write elsewhere; replace it by its target")
     recipe = load_recipe(str(folder / "recipe.yaml"), {**changed, "output": str(folder)})
     if not (folder / PAGE).exists():
         return recipe
@@ -149,22 +148,21 @@ def unfinished(folder: Path, changed: dict[str, Any]) -> Recipe | None:
     return None
 
 
-def fit_and_write(
-    recipe: Recipe, trainer: Trainer, tokenizer: Any, rows: Examples, console: Console, found: Checkpoint | None = None
-) -> Result:
+def fit_and_write(prepared: Prepared, trainer: Trainer, checkpoint: Checkpoint | None = None) -> Result:
     """Fit, and write everything into the run folder."""
-    result = fit(recipe, trainer, tokenizer, rows, console, found)
-    result.memory_planned = predicted_memory(recipe, rows, trainer)
+    result = fit(prepared, trainer, checkpoint)
+    result.memory_planned = predicted_memory(prepared, trainer)
     model = cast(Any, trainer.model)
     state = distributed.whole_state(model) if trainer.sharded else None
-    write_run(result, model, state) if distributed.is_first() else None
+    if distributed.is_first():
+        write_run(result, prepared.base, model, state)
     return result
 
 
 def finish_run(recipe: Recipe, folder: Path, console: Console) -> None:
-    """What is left to do of a run that is written."""
+    """Tidy up a run that is written, and upload it if requested."""
     tidy(folder)
     if recipe.push_to_hub:
         upload_run(folder / recipe.kept, recipe.push_to_hub)
         console.print(f"uploaded to {recipe.push_to_hub}")
-    (folder / BEFORE).unlink(missing_ok=True)  # last: where it is found with a report, this is done again
+    (folder / BEFORE).unlink(missing_ok=True)  # last: a report beside it means that this was not finished

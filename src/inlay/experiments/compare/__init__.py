@@ -1,1 +1,1 @@
-"""Methods compared on one task under one budget."""
+"""Compare methods on one task under one budget."""

@@ -1,4 +1,4 @@
-"""The size (rank, bond, block) of a method for a budget, by bisection on the meta device: no weight is loaded."""
+"""Solve for a method's size (rank, bond, block) under a budget, by bisection on the meta device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import replace
 from inlay.experiments.compare.spec import Entry
 from inlay.inspection.singular_values import target_weights
 from inlay.models.loading import dtype_for
-from inlay.models.meta import count_parameters
+from inlay.models.sizes import count_parameters
 from inlay.planning.planner import size_name, takes
 from inlay.recipe.peft_methods import FULL, is_inlay, peft_size_field, without_start
 from inlay.recipe.recipe import Recipe
@@ -21,22 +21,22 @@ Cost = Callable[[Recipe], float]
 
 
 def budget_cost(kind: str, rows: Examples) -> Cost:
-    """What a recipe costs of a budget: its trained numbers, or the GiB at the peak of a step."""
+    """Return a function for a recipe's cost: its trained parameters, or the GiB at the peak of a step."""
     if kind == "parameters":
-        return lambda recipe: count_parameters(recipe.model, without_start(recipe.adapter()))
+        return lambda recipe: count_parameters(recipe.base_model(), without_start(recipe.adapter()))
 
     def peak(recipe: Recipe) -> float:
-        run, length = planned_step(recipe, rows, dtype_for(recipe.dtype))
+        run, length = planned_step(recipe, recipe.base_model(), rows, dtype_for(recipe.dtype))
         return run.step(int(recipe.batch_size), length).peak / 2**30
 
     return peak
 
 
 def solve_size(entry: Entry, cost: Cost, limit: float) -> Entry:
-    """The entry at its largest size that costs at most `limit`; unchanged where a method has no size.
+    """Return the entry at its largest size that costs at most `limit`; unchanged where its method has no size.
 
     Raises:
-        ValueError: even the smallest costs more.
+        ValueError: even the smallest size costs more.
     """
     name = method_size_field(entry.recipe.method)
     if name is None:
@@ -46,26 +46,26 @@ def solve_size(entry: Entry, cost: Cost, limit: float) -> Entry:
         return replace(entry.recipe, args={**entry.recipe.args, name: size})
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of sizes that are only tried
+        warnings.simplefilter("ignore", UserWarning)  # about sizes that are only tried
         options = possible_sizes(entry.recipe, name)
         best = largest_within(options, lambda size: cost(sized(size)), limit)
     if best is None:
-        least = f"{name}={options[0]} costs {cost(sized(options[0])):g}"
-        raise ValueError(f"{entry.name}: no {name} fits the budget of {limit:g}; {least}")
+        smallest = f"{name}={options[0]} costs {cost(sized(options[0])):g}"
+        raise ValueError(f"{entry.name}: no {name} fits the budget of {limit:g}; {smallest}")
     return replace(entry, recipe=sized(best))
 
 
 def method_size_field(method: str) -> str | None:
-    """The hyperparameter that sets how much a method trains."""
+    """Return the hyperparameter that sets how much a method trains; None if it has none."""
     if is_inlay(method):
         return size_name(method)
     return None if method == FULL else peft_size_field(method)
 
 
 def possible_sizes(recipe: Recipe, name: str) -> Sequence[int]:
-    """The sizes that a method can have on the weights it adapts: for ours, those it takes there."""
+    """Return the sizes that a method can have on the weights it adapts."""
     where = replace(recipe, method="lora", args={"r": 1}, patterns={}, allocate="none").config()
-    shapes = set(target_weights(recipe.model, where, recipe.trust_remote_code).values())
+    shapes = set(target_weights(recipe.base_model(), where).values())
     options = range(1, min(min(shape) for shape in shapes) + 1)
     if not is_inlay(recipe.method):
         return options
@@ -74,8 +74,10 @@ def possible_sizes(recipe: Recipe, name: str) -> Sequence[int]:
 
 
 def largest_within(options: Sequence[int], cost: Callable[[int], float], limit: float) -> int | None:
-    """Of sizes in order, the one with the largest cost that is not above the limit, by bisection: the cost rises with
-    the size, or falls with it (RandLoRA's does); None where all are above."""
+    """Return the size with the largest cost up to `limit`, by bisection; None if all cost more.
+
+    The cost rises with the size, or falls with it (as RandLoRA's does).
+    """
     rising = options if cost(options[-1]) >= cost(options[0]) else options[::-1]
     place = bisect.bisect_right(rising, limit, key=cost)
     return rising[place - 1] if place else None

@@ -1,4 +1,4 @@
-"""The decisions of a comparison, without any run: which rates go on, what differs beyond noise, what nothing beats."""
+"""Decide, without any run, which rates continue, and which points form a Pareto front."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 
 
 def rungs(rates: int, steps: int, factor: int) -> list[tuple[int, int]]:
-    """Successive halving (Jamieson and Talwalkar 2016): how many rates run, and for how many of all steps, until one
-    is left for the last rung, which has all of them."""
+    """Return the rungs of successive halving: how many rates run, and for how many steps each.
+
+    Jamieson and Talwalkar 2016. Rates are divided by `factor` until one is left for the last rung, which has all
+    `steps`.
+    """
     counts = [rates]
     while counts[-1] > 1:
         counts.append(math.ceil(counts[-1] / factor))
@@ -17,11 +20,11 @@ def rungs(rates: int, steps: int, factor: int) -> list[tuple[int, int]]:
 
 
 def survivors(losses: Mapping[float, float], count: int) -> list[float]:
-    """The `count` rates with the least loss, of equal ones the smaller; one that diverged is never among them."""
+    """Return the `count` rates with the lowest losses, the smaller of equal ones; never one that diverged."""
     finite = [rate for rate in losses if math.isfinite(losses[rate])]
     return sorted(finite, key=lambda rate: (losses[rate], rate))[:count]
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Which points (less is better in both) no other one beats: is as good in both and better in one."""
+    """Return which points are on the Pareto front: no other one is lower in one value and not higher in the other."""
     return [not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points) for p in points]

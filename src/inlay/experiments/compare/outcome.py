@@ -1,4 +1,4 @@
-"""What a comparison found: a row per method with its noise, as a table, results.csv, results.json and the report."""
+"""Evaluate the runs of a comparison: a row per method with its noise, and the data of results.json."""
 
 from __future__ import annotations
 
@@ -21,30 +21,35 @@ from inlay.experiments.compare.spec import ComparisonPlan, Entry
 from inlay.inspection.changes import WeightChange, changes_from_data
 from inlay.reports.result import environment
 
-Results = Mapping[str, list[dict[str, Any] | None]]  # of the last rung: by method, one for each seed
+Results = Mapping[str, list[dict[str, Any] | None]]  # of the last rung: by method, one per seed
 COLUMNS = """method verdict loss loss_sd difference difference_low difference_high forgetting forgetting_sd
 learning_rate size budget_share parameters parameters_last seconds memory steps seeds failed""".split()
-LOOKED = ("changes", "memory_planned", "samples")  # kept of one run of each method
-SCORED = "metric metric_sd metric_difference metric_difference_low metric_difference_high".split()  # with a metric
+DETAILS = ("changes", "memory_planned", "samples")  # kept of one run of each method
+SCORED = "metric metric_sd metric_difference metric_difference_low metric_difference_high".split()  # only with a metric
 
 
 @dataclass
 class Sweep:
-    """One method's halving: the losses of each rung, the rates still in it, the best first, and those whose run failed,
-    which says nothing of the rate."""
+    """Hold the halving of one method.
+
+    Attributes:
+        rates: still in the sweep, the best first.
+        rungs: the steps and the losses by rate.
+        failed: rates of runs that failed, which tells nothing of the rate.
+    """
 
     rates: list[float]
     rungs: list[tuple[int, dict[float, float]]] = field(default_factory=list)
     failed: list[float] = field(default_factory=list)
 
     def add(self, steps: int, losses: dict[float, float], left: list[float]) -> None:
-        """A rung that was run."""
+        """Add a rung that was run, with the rates that are left."""
         self.rungs.append((steps, losses))
         self.rates = left
 
     @property
     def edge(self) -> str:
-        """Which end of the swept range the chosen rate is, if it is one: a better one may lie beyond."""
+        """Return which end of the swept range the chosen rate is, "lowest" or "highest", or an empty text."""
         tried = sorted(self.rungs[0][1]) if self.rungs else []
         if len(tried) < 2 or not self.rates or self.rates[0] not in (tried[0], tried[-1]):
             return ""
@@ -53,7 +58,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Standing:
-    """One method's row: means over its seeds, standard deviations of single runs; NaN for what is not known."""
+    """Hold one method's row: means over its seeds, standard deviations of single runs, NaN where unknown."""
 
     method: str
     losses: list[float]
@@ -69,11 +74,11 @@ class Standing:
     memory: float
     steps: int
     failed: int
-    scores: list[float]  # by the metric, if one is asked for
-    apart: Difference  # of the scores, to those of the reference
+    scores: list[float]  # by the metric, if there is one
+    score_difference: Difference  # of the scores, to those of the reference
 
     def row(self) -> dict[str, Any]:
-        """Flat, by `COLUMNS` and `SCORED`."""
+        """Return the row as flat data by `COLUMNS` and `SCORED`."""
         flat = {k: v for k, v in asdict(self).items() if k in COLUMNS}
         low, high = self.difference.low, self.difference.high
         flat |= {"loss": mean_of(self.losses), "loss_sd": spread_of(self.losses), "difference": self.difference.mean}
@@ -82,66 +87,69 @@ class Standing:
         flat |= {
             "metric": mean_of(self.scores),
             "metric_sd": spread_of(self.scores),
-            "metric_difference": self.apart.mean,
+            "metric_difference": self.score_difference.mean,
         }
-        flat |= {"metric_difference_low": self.apart.low, "metric_difference_high": self.apart.high}
+        flat |= {
+            "metric_difference_low": self.score_difference.low,
+            "metric_difference_high": self.score_difference.high,
+        }
         return {name: flat[name] for name in COLUMNS + SCORED}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A comparison that was run: its plan, each method's steps, sweep and results."""
+    """Hold a comparison that was run: its plan, and each method's steps, sweep and results."""
 
     plan: ComparisonPlan
     folder: Path
     steps: dict[str, int]
     sweeps: dict[str, Sweep]
     finals: Results
-    shares: Mapping[str, float]  # of the budget, by method, unless it is one of time
+    shares: Mapping[str, float]  # of the budget, by method, unless the budget is time
 
     @property
     def before(self) -> float:
-        """The held-out loss of the model as it comes."""
+        """Return the held-out loss before training."""
         return next(r["before"] for results in self.finals.values() for r in results if r)
 
     @property
     def metric(self) -> str:
-        """What runs are judged by beside the loss; empty where there is nothing."""
-        return metric_title(self.plan.ask.metric) if self.plan.ask.metric else ""
+        """Return the title of the metric beside the loss; empty where there is none."""
+        return metric_title(self.plan.spec.metric) if self.plan.spec.metric else ""
 
     def kept(self, what: str) -> dict[str, Any]:
-        """By method, something of LOOKED that its run with the first seed left; only those that have it."""
+        """Return one of DETAILS by method, from the runs with the first seed that have it."""
         firsts = {name: (results or [None])[0] or {} for name, results in self.finals.items()}
         return {name: r[what] for name, r in firsts.items() if r.get(what)}
 
     @cached_property
     def changes(self) -> dict[str, dict[str, WeightChange]]:
-        """By method and module, where the weights changed in the run with the first seed, where that is known."""
-        return {name: changes_from_data(told) for name, told in self.kept("changes").items()}
+        """Return where the weights changed in the run with the first seed, by method and module."""
+        return {name: changes_from_data(data) for name, data in self.kept("changes").items()}
 
     @property
     def columns(self) -> list[str]:
-        """Of results.csv."""
+        """Return the columns of results.csv."""
         return [*COLUMNS, *SCORED] if self.metric else [*COLUMNS]
 
     def picked(self, row: Standing) -> dict[str, Any]:
-        """A row by these columns."""
-        found = row.row()
-        return {name: found[name] for name in self.columns}
+        """Return a row by the columns of results.csv."""
+        flat = row.row()
+        return {name: flat[name] for name in self.columns}
 
-    def said(self, row: Standing) -> str:
-        """The verdict on the metric, where there is one: it does not know whether more or less of it is better."""
+    def metric_verdict(self, row: Standing) -> str:
+        """Return the verdict on the metric, if there is one: whether it is lower or higher, not which is better."""
         if not self.metric or row.method == self.plan.reference or not row.losses:
             return ""
-        return f"; {self.metric}: {row.apart.verdict(self.plan.reference, 'lower', 'higher')}"
+        return f"; {self.metric}: {row.score_difference.verdict(self.plan.reference, 'lower', 'higher')}"
 
     def standings(self) -> list[Standing]:
-        """The rows, the least loss first; what did not finish last."""
+        """Return the rows, the lowest loss first and methods that did not finish last."""
         rows = [self.standing(entry) for entry in self.plan.entries]
         return sorted(rows, key=lambda row: (math.isnan(mean_of(row.losses)), mean_of(row.losses)))
 
     def standing(self, entry: Entry) -> Standing:
-        """One method's row."""
+        """Return one method's row."""
         name, reference = entry.name, self.plan.reference
         results, sweep = self.finals[name], self.sweeps[name]
         done = [r for r in results if r and r["after"] is not None]
@@ -159,7 +167,7 @@ class Outcome:
         average = {
             key: mean_of([r[key] for r in done]) for key in ("parameters", "parameters_last", "seconds", "memory")
         }
-        kind, limit = self.plan.ask.limit or ("", math.nan)
+        kind, limit = self.plan.spec.limit or ("", math.nan)
         share = average["seconds"] / limit if kind == "time" else self.shares.get(name, math.nan)
         if share > 1 and done and kind != "time":
             verdict += f"; {share:.3g} times the budget"
@@ -169,32 +177,32 @@ class Outcome:
             learning_rate=sweep.rates[0] if sweep.rates else math.nan, size=with_size(entry), budget_share=share,
             steps=self.steps[name], failed=len(results) - len(done), **average,
             scores=[score for score in scores_of(results) if not math.isnan(score)],
-            apart=paired(scores_of(results), scores_of(others)),
+            score_difference=paired(scores_of(results), scores_of(others)),
         )  # fmt: skip
 
 
 def losses_of(results: Sequence[dict[str, Any] | None]) -> list[float]:
-    """The held-out losses after training; infinite for a run that failed or diverged."""
+    """Return the held-out losses after training; infinite for a run that failed or diverged."""
     return [math.inf if r is None or r["after"] is None else r["after"] for r in results]
 
 
 def scores_of(results: Sequence[dict[str, Any] | None]) -> list[float]:
-    """What the metric says of each run; NaN for one that failed or diverged."""
+    """Return the metric of each run; NaN for one that failed or diverged."""
     return [math.nan if r is None else r.get("metric", math.nan) for r in results]
 
 
 def mean_of(values: list[float]) -> float:
-    """The mean; NaN of none."""
+    """Return the mean of `values`; NaN of none."""
     return statistics.fmean(values) if values else math.nan
 
 
 def spread_of(values: list[float]) -> float:
-    """The standard deviation; NaN of fewer than two."""
+    """Return the standard deviation of `values`; NaN of fewer than two."""
     return statistics.stdev(values) if len(values) > 1 else math.nan
 
 
 def with_size(entry: Entry) -> str:
-    """The size of a method, as its hyperparameter."""
+    """Return the size of a method as its hyperparameter, such as "r=8"; empty where it has none."""
     name = method_size_field(entry.recipe.method)
     if name is None:
         return ""
@@ -203,13 +211,13 @@ def with_size(entry: Entry) -> str:
 
 
 def machine_name() -> dict[str, str]:
-    """Versions and hardware, without which seconds mean nothing."""
+    """Return versions and hardware, without which seconds mean nothing."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {**environment(), "system": platform.platform(), "cores": str(os.cpu_count()), "gpu": gpu}
 
 
 def json_value(value: Any) -> Any:
-    """As strict JSON has it: no NaN, no infinity."""
+    """Return a value as strict JSON has it, without NaN and infinity."""
     if isinstance(value, dict):
         return {str(k): json_value(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -217,16 +225,16 @@ def json_value(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def outcome_as_data(made: Outcome) -> dict[str, Any]:
-    """Everything that was found, for results.json, but what stands in changes.json and on the page alone."""
-    rows = [{**made.picked(row), "losses": row.losses} for row in made.standings()]
+def outcome_as_data(outcome: Outcome) -> dict[str, Any]:
+    """Return the content of results.json: everything but what changes.json and the page hold."""
+    rows = [{**outcome.picked(row), "losses": row.losses} for row in outcome.standings()]
     sweeps = {
         name: [{"steps": steps, "losses": {f"{rate:g}": loss for rate, loss in by.items()}} for steps, by in s.rungs]
-        for name, s in made.sweeps.items()
+        for name, s in outcome.sweeps.items()
     }
-    about = {"reference": made.plan.reference, "confidence": CONFIDENCE, "before": made.before}
+    about = {"reference": outcome.plan.reference, "confidence": CONFIDENCE, "before": outcome.before}
     runs = {
-        name: [r and {key: value for key, value in r.items() if key not in LOOKED} for r in results]
-        for name, results in made.finals.items()
+        name: [r and {key: value for key, value in r.items() if key not in DETAILS} for r in results]
+        for name, results in outcome.finals.items()
     }
     return json_value({**about, "methods": rows, "sweeps": sweeps, "runs": runs, "environment": machine_name()})

@@ -1,4 +1,4 @@
-"""The plots of a comparison."""
+"""Plot a comparison."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ from inlay.reports.run_plots import MEASURED, memory_bars
 
 MARKERS = "osD^vPX<>"
 STYLES = ("-", "--", ":")
-FAINT = 1e-4  # of the largest change: what is smaller has the colour of this one
+FAINT = 1e-4  # of the largest change: smaller ones have the colour of this one
 Plot = Callable[[Outcome], Figure]
 
 
-def comparison_figures(made: Outcome) -> Iterator[tuple[str, Figure]]:
-    """Every plot by the name of its file, but those that there is nothing to draw of."""
-    there = {
-        "stack": bool(made.kept("memory_planned")),
-        "rates": bool(swept(made)),
-        "subspaces": bool(made.changes),
-        "maps": bool(made.changes),
-        "ranks": bool(allocated(made)),
-        "spectra": bool(spectra_of(made)),
+def comparison_figures(outcome: Outcome) -> Iterator[tuple[str, Figure]]:
+    """Yield every plot of a comparison by the name of its file, without those that have nothing to show."""
+    drawable = {
+        "stack": bool(outcome.kept("memory_planned")),
+        "rates": bool(swept(outcome)),
+        "subspaces": bool(outcome.changes),
+        "maps": bool(outcome.changes),
+        "ranks": bool(allocated(outcome)),
+        "spectra": bool(spectra_of(outcome)),
     }
     for name, plot in PLOTS.items():
-        if there.get(name, True):
+        if drawable.get(name, True):
             with matplotlib.rc_context(LOOK):
-                yield name, plot(made)
+                yield name, plot(outcome)
 
 
-def look_of(made: Outcome, name: str) -> dict[str, Any]:
-    """A method's colour, marker and line, the same in every plot."""
-    place = [e.name for e in made.plan.entries].index(name)
+def look_of(outcome: Outcome, name: str) -> dict[str, Any]:
+    """Return a method's colour, marker and line style, the same in every plot."""
+    place = [e.name for e in outcome.plan.entries].index(name)
     return {
         "color": COLOURS[place % len(COLOURS)],
         "marker": MARKERS[place % len(MARKERS)],
@@ -53,35 +53,35 @@ def look_of(made: Outcome, name: str) -> dict[str, Any]:
     }
 
 
-def finished(made: Outcome) -> list[Standing]:
-    """The methods that there is something to draw of."""
-    return [row for row in made.standings() if row.losses]
+def finished(outcome: Outcome) -> list[Standing]:
+    """Return the rows of methods with results."""
+    return [row for row in outcome.standings() if row.losses]
 
 
-def curves_plot(made: Outcome) -> Figure:
-    """The training loss of each method, a mean over seeds, and the held-out loss it ended with."""
+def curves_plot(outcome: Outcome) -> Figure:
+    """Plot the training loss of each method, averaged over seeds, and its final held-out loss."""
     figure, axes = new_plot("Loss", "optimiser step", "loss (nats per answer token)")
-    for row in finished(made):
-        runs = [dict(r["curve"]) for r in made.finals[row.method] if r and r["after"] is not None]
+    for row in finished(outcome):
+        runs = [dict(r["curve"]) for r in outcome.finals[row.method] if r and r["after"] is not None]
         steps = [step for step in runs[0] if all(run.get(step) is not None for run in runs)]
         points = smooth([(step, statistics.fmean(run[step] for run in runs)) for step in steps])
-        style = look_of(made, row.method)
+        style = look_of(outcome, row.method)
         axes.plot(*zip(*points, strict=True), color=style["color"], linestyle=style["linestyle"], label=row.method)
         axes.plot([steps[-1]], [mean_of(row.losses)], style["marker"], color=style["color"], clip_on=False)
     axes.plot([], [], "o", color=INK, label="held out, after")
     return finish_plot(figure, axes)
 
 
-def against(made: Outcome, title: str, x: str, value: Callable[[Standing], float], log: bool = False) -> Figure:
-    """Quality against what it costs, what nothing beats in both being joined by a line."""
+def against(outcome: Outcome, title: str, x: str, value: Callable[[Standing], float], log: bool = False) -> Figure:
+    """Plot quality against a cost, with a line through the Pareto front."""
     figure, axes = new_plot(title, x, "held-out loss (nats per answer token)")
-    rows = finished(made)
+    rows = finished(outcome)
     points = [(value(row), mean_of(row.losses)) for row in rows]
     front = sorted(point for point, best in zip(points, pareto(points), strict=True) if best)
     axes.plot(*zip(*front, strict=True), color=INK, linewidth=1, alpha=0.5, label="Pareto front", zorder=1,
               drawstyle="steps-post")  # fmt: skip
     for row, point in zip(rows, points, strict=True):
-        style: dict[str, Any] = {**look_of(made, row.method), "linestyle": "none"}
+        style: dict[str, Any] = {**look_of(outcome, row.method), "linestyle": "none"}
         error = spread_of(row.losses)
         axes.errorbar(*point, yerr=None if math.isnan(error) else error, capsize=3, label=row.method, **style)
         if point in front:
@@ -95,121 +95,123 @@ def against(made: Outcome, title: str, x: str, value: Callable[[Standing], float
     return finish_plot(figure, axes)
 
 
-def memory_plot(made: Outcome) -> Figure:
-    """Quality against the process's peak memory."""
-    return against(made, "Quality against memory", "peak memory (GiB)", lambda row: row.memory / 2**30)
+def memory_plot(outcome: Outcome) -> Figure:
+    """Plot quality against the process's peak memory."""
+    return against(outcome, "Quality against memory", "peak memory (GiB)", lambda row: row.memory / 2**30)
 
 
-def seconds_plot(made: Outcome) -> Figure:
-    """Quality against time."""
-    return against(made, "Quality against time", "training time (s)", lambda row: row.seconds)
+def seconds_plot(outcome: Outcome) -> Figure:
+    """Plot quality against training time."""
+    return against(outcome, "Quality against time", "training time (s)", lambda row: row.seconds)
 
 
-def parameters_plot(made: Outcome) -> Figure:
-    """Quality against what is trained."""
-    return against(made, "Quality against parameters", "trained numbers", lambda row: row.parameters, log=True)
+def parameters_plot(outcome: Outcome) -> Figure:
+    """Plot quality against trained parameters."""
+    return against(outcome, "Quality against parameters", "trained parameters", lambda row: row.parameters, log=True)
 
 
-def forgetting_plot(made: Outcome) -> Figure:
-    """What was lost on unrelated text against what was won on the task."""
-    won, lost = (
-        "fall of the held-out loss (nats per answer token)",
-        "rise of the loss on unrelated text\n(nats per token)",
-    )
-    figure, axes = new_plot("Forgetting against learning", won, lost)
-    for row in finished(made):
-        style: dict[str, Any] = {**look_of(made, row.method), "linestyle": "none"}
+def forgetting_plot(outcome: Outcome) -> Figure:
+    """Plot the loss gained on unrelated text against the loss won on the task."""
+    learned = "fall of the held-out loss (nats per answer token)"
+    forgotten = "rise of the loss on unrelated text\n(nats per token)"
+    figure, axes = new_plot("Forgetting against learning", learned, forgotten)
+    for row in finished(outcome):
+        style: dict[str, Any] = {**look_of(outcome, row.method), "linestyle": "none"}
         bars: dict[str, Any] = {
             axis: s for axis, v in (("xerr", row.losses), ("yerr", row.forgetting)) if not math.isnan(s := spread_of(v))
         }
         axes.errorbar(
-            made.before - mean_of(row.losses), mean_of(row.forgetting), capsize=3, label=row.method, **bars, **style
+            outcome.before - mean_of(row.losses), mean_of(row.forgetting), capsize=3, label=row.method, **bars, **style
         )
     axes.axhline(0, color=INK, linewidth=0.8, alpha=0.5)
     axes.margins(0.12)
     return finish_plot(figure, axes)
 
 
-def swept(made: Outcome) -> dict[str, Sweep]:
-    """The sweeps in which any rate did not diverge."""
-    return {name: s for name, s in made.sweeps.items() if s.rungs and any(map(math.isfinite, s.rungs[0][1].values()))}
+def swept(outcome: Outcome) -> dict[str, Sweep]:
+    """Return the sweeps in which at least one rate did not diverge."""
+    return {
+        name: s for name, s in outcome.sweeps.items() if s.rungs and any(map(math.isfinite, s.rungs[0][1].values()))
+    }
 
 
-def rates_plot(made: Outcome) -> Figure:
-    """The first rung of every method's sweep, its chosen rate ringed."""
-    sweeps = swept(made)
-    shares = sorted({f"{s.rungs[0][0]} of {made.steps[name]}" for name, s in sweeps.items()})
-    judged = f"loss on the examples rates are chosen on\nafter {', '.join(shares)} steps"
-    figure, axes = new_plot("Learning rates", "learning rate", judged)
+def rates_plot(outcome: Outcome) -> Figure:
+    """Plot the first rung of every method's sweep, with its chosen rate ringed."""
+    sweeps = swept(outcome)
+    shares = sorted({f"{s.rungs[0][0]} of {outcome.steps[name]}" for name, s in sweeps.items()})
+    loss_label = f"loss on the selection examples\nafter {', '.join(shares)} steps"
+    figure, axes = new_plot("Learning rates", "learning rate", loss_label)
     for name, s in sweeps.items():
         points = sorted((rate, loss) for rate, loss in s.rungs[0][1].items() if math.isfinite(loss))
-        axes.plot(*zip(*points, strict=True), **look_of(made, name), markersize=5, label=name)
+        axes.plot(*zip(*points, strict=True), **look_of(outcome, name), markersize=5, label=name)
         for rate, loss in points:
             if s.rates and rate == s.rates[0]:
                 axes.plot(rate, loss, "o", markersize=12, markerfacecolor="none", markeredgecolor=INK)
     axes.plot([], [], "o", markersize=12, markerfacecolor="none", markeredgecolor=INK, label="chosen")
     lowest = min(loss for s in sweeps.values() for loss in s.rungs[0][1].values())
-    if axes.get_ylim()[1] > 2 * made.before:
-        axes.set_ylim(0.95 * lowest, 2 * made.before)  # a rate that blew up would flatten all the others
+    if axes.get_ylim()[1] > 2 * outcome.before:
+        axes.set_ylim(0.95 * lowest, 2 * outcome.before)  # a rate that diverges would flatten all others
     axes.set_xscale("log")
     return finish_plot(figure, axes)
 
 
-def differences_plot(made: Outcome) -> Figure:
-    """Each method's difference to the reference with its confidence interval."""
-    reference = made.plan.reference
+def differences_plot(outcome: Outcome) -> Figure:
+    """Plot each method's difference to the reference with its confidence interval."""
+    reference = outcome.plan.reference
     left = f"held-out loss − that of {reference}\n(nats per answer token; left is better)"
     figure, axes = new_plot(f"Difference to {reference}", left, "")
-    rows = [row for row in reversed(finished(made)) if not math.isnan(row.difference.mean)]
+    rows = [row for row in reversed(finished(outcome)) if not math.isnan(row.difference.mean)]
     for place, row in enumerate(rows):
-        d, style = row.difference, {**look_of(made, row.method), "linestyle": "none"}
+        d = row.difference
+        style: dict[str, Any] = {**look_of(outcome, row.method), "linestyle": "none"}
         bars: dict[str, Any] = {} if math.isnan(d.low) else {"xerr": [[d.mean - d.low], [d.high - d.mean]]}
         axes.errorbar(d.mean, place, capsize=4, **bars, **style)
     axes.errorbar([], [], xerr=[], color=INK, marker="o", capsize=4, linestyle="none",
-                  label=f"mean, {CONFIDENCE:.0%} interval, {len(made.plan.ask.seeds)} seeds")  # fmt: skip
+                  label=f"mean, {CONFIDENCE:.0%} interval, {len(outcome.plan.spec.seeds)} seeds")  # fmt: skip
     axes.axvline(0, color=INK, linewidth=1, alpha=0.6, label=reference)
     axes.set_yticks(range(len(rows)), labels=[row.method for row in rows])
     axes.set_ylim(-0.6, max(0, len(rows) - 1) + 0.6)
     return finish_plot(figure, axes, len(rows))
 
 
-def maps_plot(made: Outcome) -> Figure:
-    """‖ΔW‖ / ‖W‖ of every weight."""
-    found = {row.method: of for row in finished(made) if (of := made.changes.get(row.method))}
-    sizes = [change.size for of in found.values() for change in of.values() if change.size > 0]
+def maps_plot(outcome: Outcome) -> Figure:
+    """Plot ‖ΔW‖ / ‖W‖ of every weight."""
+    changes = {row.method: of for row in finished(outcome) if (of := outcome.changes.get(row.method))}
+    sizes = [change.size for weights in changes.values() for change in weights.values() if change.size > 0]
     most = max(sizes, default=1)
     colours = LogNorm(max(min(sizes, default=0.5), most * FAINT), most)
-    return mapped(found, "size", colours, "Where the weights changed", "‖ΔW‖ / ‖W‖")
+    return mapped(changes, "size", colours, "Where the weights changed", "‖ΔW‖ / ‖W‖")
 
 
-def ranks_plot(made: Outcome) -> Figure:
-    """The ranks of those that have different ones."""
-    found = allocated(made)
-    values = [change.rank or 0 for of in found.values() for change in of.values()]
-    return mapped(found, "rank", Normalize(min(values), max(values)), "Ranks, where they were allocated", "rank")
+def ranks_plot(outcome: Outcome) -> Figure:
+    """Plot the ranks of methods whose ranks differ between weights."""
+    changes = allocated(outcome)
+    values = [change.rank or 0 for weights in changes.values() for change in weights.values()]
+    return mapped(changes, "rank", Normalize(min(values), max(values)), "Ranks, where they were allocated", "rank")
 
 
-def allocated(made: Outcome) -> dict[str, dict[str, WeightChange]]:
-    """What changed by methods whose ranks differ from weight to weight."""
-    found = {row.method: made.changes.get(row.method, {}) for row in finished(made)}
-    return {name: of for name, of in found.items() if len({change.rank for change in of.values()}) > 1}
+def allocated(outcome: Outcome) -> dict[str, dict[str, WeightChange]]:
+    """Return the changes by method, for methods whose ranks differ between weights."""
+    changes = {row.method: outcome.changes.get(row.method, {}) for row in finished(outcome)}
+    return {name: weights for name, weights in changes.items() if len({change.rank for change in weights.values()}) > 1}
 
 
 def mapped(
-    found: Mapping[str, Mapping[str, WeightChange]], field: str, colours: Normalize, title: str, unit: str
+    changes: Mapping[str, Mapping[str, WeightChange]], field: str, colours: Normalize, title: str, unit: str
 ) -> Figure:
-    """A map of layers and modules for each method, all in the same colours."""
-    modules = list(dict.fromkeys(module for of in found.values() for module in of))
-    parts, layers = list(dict.fromkeys(map(part_of, modules))), sorted(set(map(layer_index, modules)))
-    wide, deep = min(4, len(found)), math.ceil(len(found) / 4)
+    """Plot a map of layers and modules for each method, all on one colour scale."""
+    modules = list(dict.fromkeys(module for weights in changes.values() for module in weights))
+    parts = list(dict.fromkeys(map(part_of, modules)))
+    layers = sorted(set(map(layer_index, modules)))
+    wide, deep = min(4, len(changes)), math.ceil(len(changes) / 4)
     figure = Figure(figsize=(1.4 + 2.3 * wide, 0.9 + deep * (1.1 + 0.06 * len(layers))), layout="constrained")
     figure.suptitle(title, fontsize=11)
     grid = figure.subplots(deep, wide, squeeze=False, sharex=True, sharey=True)
     for place, axes in enumerate(grid.flat):
-        axes.set_visible(place < len(found))
+        axes.set_visible(place < len(changes))
         axes.grid(visible=False)
-    for axes, (name, of) in zip(grid.flat, found.items(), strict=False):
-        cells = [[typical(of, layer, part, field) for part in parts] for layer in layers]
+    for axes, (name, weights) in zip(grid.flat, changes.items(), strict=False):
+        cells = [[typical(weights, layer, part, field) for part in parts] for layer in layers]
         picture = axes.imshow(cells, norm=colours, aspect="auto", cmap="viridis", interpolation="none")
         axes.set_title(name, fontsize=10)
         axes.set_xticks(range(len(parts)), labels=short_labels(parts), rotation=60, ha="right", fontsize=8)
@@ -221,36 +223,40 @@ def mapped(
     return figure
 
 
-def typical(of: Mapping[str, WeightChange], layer: int, part: str, field: str) -> float:
-    """The median of a layer's changes of one type of module; NaN, which is not drawn, where nothing changed."""
-    return (
-        median_of([c for name, c in of.items() if (layer_index(name), part_of(name)) == (layer, part)], field)
-        or math.nan
-    )
+def typical(weights: Mapping[str, WeightChange], layer: int, part: str, field: str) -> float:
+    """Return the median of a layer's changes of one type of module; NaN, which is not drawn, where nothing changed."""
+    cell = [c for name, c in weights.items() if (layer_index(name), part_of(name)) == (layer, part)]
+    return median_of(cell, field) or math.nan
 
 
-def spectra_plot(made: Outcome) -> Figure:
-    """Singular values before and after in the middle layer."""
-    found = spectra_of(made)
-    columns = by_part(module for of in found.values() for module in of)
-    cells = {(name, columns[part_of(m)]): one for name, of in found.items() for m, one in of.items()}
-    return panels(cells, list(found), list(columns.values()))
+def spectra_plot(outcome: Outcome) -> Figure:
+    """Plot singular values before and after training in the middle layer."""
+    spectra = spectra_of(outcome)
+    columns = by_part(module for weights in spectra.values() for module in weights)
+    cells = {
+        (name, columns[part_of(module)]): spectrum
+        for name, weights in spectra.items()
+        for module, spectrum in weights.items()
+    }
+    return panels(cells, list(spectra), list(columns.values()))
 
 
-def spectra_of(made: Outcome) -> dict[str, dict[str, Spectrum]]:
-    """By method, the spectra that were kept, of the middle one of their layers."""
-    found = {}
-    for row in finished(made):
-        kept = {m: c.spectrum for m, c in made.changes.get(row.method, {}).items() if c.spectrum is not None}
+def spectra_of(outcome: Outcome) -> dict[str, dict[str, Spectrum]]:
+    """Return the spectra of the middle layer among those that were kept, by method and module."""
+    spectra: dict[str, dict[str, Spectrum]] = {}
+    for row in finished(outcome):
+        kept = {m: c.spectrum for m, c in outcome.changes.get(row.method, {}).items() if c.spectrum is not None}
         layers = sorted(set(map(layer_index, kept)))
-        found[row.method] = {m: one for m, one in kept.items() if layer_index(m) == layers[len(layers) // 2]}
-    return {name: of for name, of in found.items() if of}
+        if layers:
+            middle = layers[len(layers) // 2]
+            spectra[row.method] = {m: spectrum for m, spectrum in kept.items() if layer_index(m) == middle}
+    return spectra
 
 
-def memory_stack(made: Outcome) -> Figure:
-    """What was foreseen of each method's memory, in its parts, and under it what was measured."""
-    planned = made.kept("memory_planned")
-    rows = [row for row in finished(made) if row.method in planned]
+def memory_stack(outcome: Outcome) -> Figure:
+    """Plot the predicted memory of each method in its parts, and the measured memory below it."""
+    planned = outcome.kept("memory_planned")
+    rows = [row for row in finished(outcome) if row.method in planned]
     figure, axes = new_plot("Memory at the peak of a step, predicted and measured", "GiB", "")
     figure.set_size_inches(8, 1.9 + 0.42 * len(rows))
     for place, row in enumerate(rows):
@@ -265,17 +271,18 @@ def memory_stack(made: Outcome) -> Figure:
     return figure
 
 
-def subspaces_plot(made: Outcome) -> Figure:
-    """In which part of each weight's own spectrum a method changed it: medians over its weights, and quartiles."""
+def subspaces_plot(outcome: Outcome) -> Figure:
+    """Plot in which part of each weight's own spectrum a method changed it: medians and quartiles over its weights."""
     figure, axes = new_plot("In which part of the spectrum", "share of ‖ΔW‖² (a random change: 1/8)", "")
-    rows = [row.method for row in reversed(finished(made)) if row.method in made.changes]
+    rows = [row.method for row in reversed(finished(outcome)) if row.method in outcome.changes]
     for place, name in enumerate(rows):
         for up, field, filled in ((0.14, "principal", True), (-0.14, "minor", False)):
-            shares = [v for c in made.changes[name].values() if (v := getattr(c, field)) is not None]
+            shares = [v for c in outcome.changes[name].values() if (v := vars(c)[field]) is not None]
             if len(shares) > 1:
                 low, middle, high = statistics.quantiles(shares, n=4)
-                style: dict[str, Any] = {**look_of(made, name), "linestyle": "none"}
-                style |= {} if filled else {"markerfacecolor": "none"}
+                style: dict[str, Any] = {**look_of(outcome, name), "linestyle": "none"}
+                if not filled:
+                    style["markerfacecolor"] = "none"
                 axes.errorbar(middle, place + up, xerr=[[middle - low], [high - middle]], capsize=3, **style)
     for label, fill in (("principal eighth", INK), ("minor eighth", "none")):
         axes.plot([], [], "o", color=INK, markerfacecolor=fill, label=label)

@@ -1,4 +1,4 @@
-"""The page of a comparison: one file without network, its plots inline, its table sorted by a click."""
+"""Build the page of a comparison: one file that needs no network, with inline plots and a sortable table."""
 
 from __future__ import annotations
 
@@ -26,72 +26,72 @@ small { opacity: .7; } pre { font-size: .85rem; } h3 { font-size: 1rem; max-widt
 """
 CAPTIONS = {
     "differences": "An interval that crosses the line is no difference beyond noise.",
-    "curves": "Training loss, smoothed, mean over seeds.",
+    "curves": "Training loss, smoothed, averaged over seeds.",
     "parameters": "Bars: standard deviation over seeds. Ringed: no other method is better in both.",
-    "memory": "Of the whole process, libraries included.",
+    "memory": "Memory of the whole process, libraries included.",
     "seconds": "Wall time of training on the machine below.",
     "forgetting": "Right is more learned, down is less forgotten.",
     "rates": "The first rung, one seed.",
     "subspaces": "Medians over the weights, and quartiles; the run with the first seed.",
-    "maps": "‖ΔW‖ / ‖W‖. The run with the first seed. One scale of colours, logarithmic, for all.",
-    "stack": "Predicted as by <code>inlay plan</code>; libraries are in the measured peak of a process alone.",
-    "ranks": "Of the methods that have different ones.",
-    "spectra": "The middle one of the layers; the run with the first seed. Coloured where the change lies.",
+    "maps": "‖ΔW‖ / ‖W‖ in the run with the first seed. All maps share one logarithmic colour scale.",
+    "stack": "Predicted as by <code>inlay plan</code>; only the measured peak of a process includes libraries.",
+    "ranks": "Methods whose ranks differ between weights.",
+    "spectra": "The middle layer in the run with the first seed. Coloured where the change lies.",
 }
-QUESTIONS = "Intervals are over seeds, all asked the same: what another draw of questions would change is not in them."
+QUESTIONS = "Intervals are over seeds, all with the same questions: they do not cover another draw of questions."
 
 
-def write_comparison_page(made: Outcome) -> None:
-    """report.html, and every plot as PNG and SVG in plots/."""
-    folder = made.folder / "plots"
+def write_comparison_page(outcome: Outcome) -> None:
+    """Write report.html, and every plot as PNG and SVG into plots/."""
+    folder = outcome.folder / "plots"
     folder.mkdir(exist_ok=True)
     pictures = []
-    for name, figure in comparison_figures(made):
+    for name, figure in comparison_figures(outcome):
         save_figure(figure, folder / f"{name}.png")
         label = html.escape(figure.get_suptitle() or figure.axes[0].get_title())
         svg = inline_svg(name, figure, label)
         inches = figure.get_figwidth()
         wide = f' style="--inches: {inches:g}"' if inches > 6 else ""
         pictures.append(f"<figure{wide}>{svg}<figcaption><small>{CAPTIONS[name]}</small></figcaption></figure>")
-    write_text(made.folder / "report.html", comparison_page(made, pictures))
+    write_text(outcome.folder / "report.html", comparison_page(outcome, pictures))
 
 
-def comparison_page(made: Outcome, pictures: list[str]) -> str:
-    """`report.html`."""
-    recipe = made.plan.recipe
-    names = f"{len(made.plan.entries)} methods on {model_name(recipe.model)}"
+def comparison_page(outcome: Outcome, pictures: list[str]) -> str:
+    """Return the content of report.html."""
+    recipe = outcome.plan.recipe
+    names = f"{len(outcome.plan.entries)} methods on {model_name(recipe.model)}"
     facts = "\n".join(f"{key} {value}" for key, value in {"inlay": __version__, **machine_name()}.items())
     return html_document(
         f"{names}: which one?",
-        f"""<p>{html.escape(verdict(made))}</p>
-{standings_table(made)}
+        f"""<p>{html.escape(verdict(outcome))}</p>
+{standings_table(outcome)}
 <div class="plots">{"".join(pictures)}</div>
-{answers_table(made)}
-<h2>How it was done</h2>{"".join(f"<p>{html.escape(line)}</p>" for line in reading_guide(made))}
-<h2>Recipe</h2><p>Repeat it with <code>inlay compare recipe.yaml</code>, recipe.yaml being</p>
-<pre>{html.escape(made.plan.to_yaml())}</pre>
+{answers_table(outcome)}
+<h2>How the methods were compared</h2>{"".join(f"<p>{html.escape(line)}</p>" for line in reading_guide(outcome))}
+<h2>Recipe</h2><p>Repeat the comparison with <code>inlay compare recipe.yaml</code>, where recipe.yaml is</p>
+<pre>{html.escape(outcome.plan.to_yaml())}</pre>
 <h2>Environment</h2><pre>{html.escape(facts)}</pre>
 <script>{SORT}</script>""",
         STYLE,
     )
 
 
-def answers_table(made: Outcome) -> str:
-    """Some held-out prompts, and what each method answered after the run with its first seed."""
-    told = made.kept("samples")
-    every = next(iter(told.values()), [])
+def answers_table(outcome: Outcome) -> str:
+    """Return some held-out prompts with each method's answers after the run with its first seed."""
+    samples = outcome.kept("samples")
+    prompts = next(iter(samples.values()), [])
     parts = []
-    for place, row in enumerate(every):
-        said = [("reference", row["reference"]), ("before", row["before"])]
-        said += [(r.method, told[r.method][place]["after"]) for r in made.standings() if r.method in told]
-        body = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in said)
+    for place, row in enumerate(prompts):
+        answers = [("reference", row["reference"]), ("before", row["before"])]
+        answers += [(r.method, samples[r.method][place]["after"]) for r in outcome.standings() if r.method in samples]
+        body = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in answers)
         parts.append(f"<h3>{html.escape(row['prompt'])}</h3><table>{body}</table>")
     return f"<h2>Held-out prompts, before and after</h2>{''.join(parts)}" if parts else ""
 
 
-def verdict(made: Outcome) -> str:
-    """The result in a few sentences."""
-    reference, rows = made.plan.reference, made.standings()
+def verdict(outcome: Outcome) -> str:
+    """Summarise the result in a few sentences."""
+    reference, rows = outcome.plan.reference, outcome.standings()
     others = [row for row in rows if row.method != reference]
     groups = {
         f"better than {reference} beyond noise": [r.method for r in others if r.difference.high < 0],
@@ -99,70 +99,80 @@ def verdict(made: Outcome) -> str:
             r.method for r in others if r.difference.low <= 0 <= r.difference.high
         ],
         f"worse than {reference} beyond noise": [r.method for r in others if r.difference.low > 0],
-        "not judged": [r.method for r in others if math.isnan(r.difference.low)],
+        "not compared": [r.method for r in others if math.isnan(r.difference.low)],
     }
-    said = "; ".join(f"{what}: {', '.join(names)}" for what, names in groups.items() if names)
+    summary = "; ".join(f"{what}: {', '.join(names)}" for what, names in groups.items() if names)
     best = rows[0]
     return (
-        f"Held-out loss {made.before:.3f} before training. The least after it has {best.method}: "
-        f"{mean_of(best.losses):.3f}. " + (f"{said[0].upper()}{said[1:]}." if said else "")
+        f"Held-out loss {outcome.before:.3f} before training. The lowest after training: {best.method}, "
+        f"{mean_of(best.losses):.3f}. " + (f"{summary[0].upper()}{summary[1:]}." if summary else "")
     )
 
 
-def reading_guide(made: Outcome) -> list[str]:
-    """How to read the numbers."""
-    ask, recipe = made.plan.ask, made.plan.recipe
-    steps = sorted(set(made.steps.values()))
+def reading_guide(outcome: Outcome) -> list[str]:
+    """Explain how to read the figures."""
+    spec, recipe = outcome.plan.spec, outcome.plan.recipe
+    steps = sorted(set(outcome.steps.values()))
     length = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
-    kind, limit = ask.limit or ("", 0)
+    kind, limit = spec.limit or ("", 0)
     budget = {
-        "": "Each method has the size it was given.",
-        "parameters": f"Sizes are the largest that train at most {limit:,.0f} numbers.",
+        "": "Each method has the size that the recipe sets.",
+        "parameters": f"Sizes are the largest that train at most {limit:,.0f} parameters.",
         "memory": f"Sizes are the largest whose step peaks at {limit:g} GiB or less (`inlay plan`).",
-        "time": f"Steps are cut to {limit:g} seconds of training.",
+        "time": f"Steps are limited to {limit:g} seconds of training.",
     }[kind]
     return [
         f"{length} steps of {recipe.batch_size} × {recipe.accumulation} examples. {budget}",
-        f"Each method's own learning rate: successive halving (one in {ask.halving} goes on) with seed {ask.seeds[0]}, "
-        f"judged by {ask.selection} examples that neither train nor count in the end. A verdict says so where the rate "
-        "is the lowest or the highest tried: a better one may lie beyond.",
-        f"At that rate, seeds {', '.join(map(str, ask.seeds))}. Intervals: Student's t on the differences of runs with "
-        f"the same seed, {CONFIDENCE:.0%}, each by itself: of twenty methods that do not differ, one will seem "
-        "to. Losses are means over the answer tokens of the held-out examples.",
+        f"Each method's own learning rate: successive halving (one rate in {spec.halving} continues) with seed "
+        f"{spec.seeds[0]}, evaluated on {spec.selection} examples used neither in training nor in the final losses. A "
+        "verdict says where the rate is the lowest or the highest tried: a better one may lie beyond.",
+        f"At that rate, seeds {', '.join(map(str, spec.seeds))}. Intervals: Student's t on the differences of runs "
+        f"with the same seed, {CONFIDENCE:.0%}, not corrected for the number of methods: of twenty that do not differ, "
+        "one will seem to. Losses are means over the answer tokens of the held-out examples.",
         "Forgetting: the loss over unrelated text after training minus before.",
-    ] + ([f"{made.metric}: {ask.metric}, after training. {QUESTIONS}"] if made.metric else [])
+    ] + ([f"{outcome.metric}: {spec.metric}, after training. {QUESTIONS}"] if outcome.metric else [])
 
 
-def standings_table(made: Outcome) -> str:
-    """A row per method, the least loss first."""
-    apart = f"− {made.plan.reference}"
-    heads = ("method", "verdict", "held-out loss", apart, *([made.metric, apart] if made.metric else []))
+def standings_table(outcome: Outcome) -> str:
+    """Return a table with a row per method, the lowest loss first."""
+    difference = f"− {outcome.plan.reference}"
+    heads = (
+        "method",
+        "verdict",
+        "held-out loss",
+        difference,
+        *([outcome.metric, difference] if outcome.metric else []),
+    )
     heads += ("forgetting", "rate", "size", "trained")
-    heads += ("of the model", *(["of the budget"] if made.plan.ask.budget else []), "time", "peak memory")
-    return sortable_table(heads, "".join(f"<tr>{''.join(standing_cells(row, made))}</tr>" for row in made.standings()))
+    heads += ("of the model", *(["of the budget"] if outcome.plan.spec.budget else []), "time", "peak memory")
+    return sortable_table(
+        heads, "".join(f"<tr>{''.join(standing_cells(row, outcome))}</tr>" for row in outcome.standings())
+    )
 
 
-def standing_cells(row: Standing, made: Outcome) -> list[str]:
-    """One row; what it is sorted by stands beside what is shown."""
-    loss, forgets, verdict = mean_of(row.losses), mean_of(row.forgetting), row.verdict + made.said(row)
-    base = next(r["base_parameters"] for results in made.finals.values() for r in results if r)
+def standing_cells(row: Standing, outcome: Outcome) -> list[str]:
+    """Return the cells of one row, each with the value that it is sorted by."""
+    loss = mean_of(row.losses)
+    forgets = mean_of(row.forgetting)
+    verdict = row.verdict + outcome.metric_verdict(row)
+    base = next(r["base_parameters"] for results in outcome.finals.values() for r in results if r)
     score = mean_of(row.scores)
     metric: list[tuple[str, str | float]] = [
         (f"{score:.3f}" + plus_minus(row.scores), score),
-        (row.apart.shown(), row.apart.mean),
+        (row.score_difference.shown(), row.score_difference.mean),
     ]
     shown: list[tuple[str, str | float]] = [
         (row.method, row.method),
         (verdict, verdict),
         (f"{loss:.3f}" + plus_minus(row.losses), loss),
         (row.difference.shown(), row.difference.mean),
-        *(metric if made.metric else []),
+        *(metric if outcome.metric else []),
         (f"{forgets:+.3f}" + plus_minus(row.forgetting), forgets),
         (f"{row.learning_rate:g}", row.learning_rate),
         (row.size, row.size),
         (f"{row.parameters:,.0f}", row.parameters),
         (f"{row.parameters / base:.2%}", row.parameters),
-        *([(f"{row.budget_share:.1%}", row.budget_share)] if made.plan.ask.budget else []),
+        *([(f"{row.budget_share:.1%}", row.budget_share)] if outcome.plan.spec.budget else []),
         (f"{row.seconds:.0f} s", row.seconds),
         ("" if math.isnan(row.memory) else gib(row.memory), row.memory),
     ]
@@ -170,5 +180,5 @@ def standing_cells(row: Standing, made: Outcome) -> list[str]:
 
 
 def plus_minus(values: list[float]) -> str:
-    """The standard deviation, where there is one."""
+    """Return the standard deviation as text; empty where there is none."""
     return "" if math.isnan(spread_of(values)) else f" ± {spread_of(values):.3f}"

@@ -1,1 +1,1 @@
-"""The search for the recipe of the least loss."""
+"""Search for the recipe with the lowest loss."""

@@ -1,7 +1,7 @@
-"""NOMAD's mesh adaptive direct search as the sampler of `inlay tune`, through PyNomadBBO.
+"""Use NOMAD's mesh adaptive direct search as the sampler of `inlay tune`, through PyNomadBBO.
 
-Audet and Dennis 2006 (MADS); on instruction tuning: Tribes et al., arXiv:2312.00949. The search is sequential and has
-no randomness but its seed's: one that was stopped begins anew, meets the trials it has had, and goes on where it was.
+Audet and Dennis 2006 (MADS); on instruction tuning: Tribes et al., arXiv:2312.00949. The search is sequential and
+random only by its seed: one that was stopped starts again, meets the trials it already has, and resumes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from inlay.experiments.tune.spec import Range, SearchPlan
 
 
 def import_nomad() -> Any:
-    """PyNomad.
+    """Import PyNomad.
 
     Raises:
         ValueError: it is not installed.
@@ -27,7 +27,7 @@ def import_nomad() -> Any:
 
 
 def box(r: Range) -> tuple[float, float, str]:
-    """The bounds that NOMAD moves within and the type of the variable: logarithms, or the indices of choices."""
+    """Return NOMAD's lower bound, upper bound and type of a range: logarithms, or indices of choices."""
     if r.choices:
         return 0, len(r.choices) - 1, "I"
     if r.log:
@@ -36,7 +36,7 @@ def box(r: Range) -> tuple[float, float, str]:
 
 
 def value_at(r: Range, x: float) -> Any:
-    """The value of a range at NOMAD's coordinate."""
+    """Return the value of a range at NOMAD's coordinate `x`."""
     if r.choices:
         return list(r.labels)[round(x)]
     value = min(max(math.exp(x) if r.log else x, r.low), r.high)
@@ -44,29 +44,31 @@ def value_at(r: Range, x: float) -> Any:
 
 
 def minimise(loss: Callable[[dict[str, Any]], float], plan: SearchPlan) -> None:
-    """Search the space of a plan from its middle, with at most so many values as it has trials.
+    """Search the space of a plan from its middle, evaluating at most as many points as the plan has trials.
 
     Args:
-        loss: of values by name; infinite where there is none.
+        loss: returns the loss at values by name; infinite where there is none.
+        plan: the search.
     """
-    names, failed = list(plan.ranges), []
+    names = list(plan.ranges)
+    failed: list[BaseException] = []
     low, high, kinds = zip(*map(box, plan.ranges.values()), strict=True)
     start = [(a + b) // 2 if kind == "I" else (a + b) / 2 for a, b, kind in zip(low, high, kinds, strict=True)]
 
     def evaluate(point: Any) -> int:
-        """NOMAD's callback: 1 where there is a value, which it reads from the point."""
-        if failed:  # an exception would not leave NOMAD: it is kept, and what is still asked for is refused
+        """Evaluate a point for NOMAD; return 1 if it has a value, which NOMAD reads from the point."""
+        if failed:  # an exception would not pass through NOMAD: it is kept, and all later points are refused
             return 0
         try:
-            found = loss({n: value_at(plan.ranges[n], point.get_coord(i)) for i, n in enumerate(names)})
+            value = loss({n: value_at(plan.ranges[n], point.get_coord(i)) for i, n in enumerate(names)})
         except BaseException as error:
             failed.append(error)
             return 0
-        point.setBBO(f"{found:.17g}".encode())
-        return int(math.isfinite(found))
+        point.setBBO(f"{value:.17g}".encode())
+        return int(math.isfinite(value))
 
     import_nomad().optimize(evaluate, start, list(low), list(high), [
-        "BB_OUTPUT_TYPE OBJ", f"BB_INPUT_TYPE ( {' '.join(kinds)} )", f"MAX_BB_EVAL {plan.ask.trials}",
+        "BB_OUTPUT_TYPE OBJ", f"BB_INPUT_TYPE ( {' '.join(kinds)} )", f"MAX_BB_EVAL {plan.spec.trials}",
         f"SEED {plan.recipe.seed}", "DISPLAY_DEGREE 0", "NB_THREADS_PARALLEL_EVAL 1",
     ])  # fmt: skip
     if failed:

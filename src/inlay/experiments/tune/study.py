@@ -1,4 +1,4 @@
-"""The state of a search: its trials, its best recipe."""
+"""Hold the state of a search: its trials and its best recipe."""
 
 from __future__ import annotations
 
@@ -14,15 +14,22 @@ from inlay.recipe.reading import non_defaults
 
 if TYPE_CHECKING:
     import optuna
-    from optuna.trial import FrozenTrial
+    from optuna.trial import FrozenTrial, TrialState
 
-
-ASKED, STUDY, BEST = "tune.yaml", "tune.db", "best.yaml"  # the first also marks a folder as a search's
+PLAN = "tune.yaml"  # also marks a folder as a search's
+STUDY = "tune.db"
+BEST = "best.yaml"
 
 
 @dataclass
-class TrialResult:
-    """What a search found: its study, the runs' results by their labels, and those of the best few again."""
+class SearchOutcome:
+    """Hold the outcome of a search.
+
+    Attributes:
+        plan, folder, study: of the search.
+        results: of the runs, by label.
+        again: of the best few, trained again, by label.
+    """
 
     plan: SearchPlan
     folder: Path
@@ -32,51 +39,54 @@ class TrialResult:
 
     @property
     def done(self) -> list[FrozenTrial]:
-        """The trials that ran to their end and did not diverge, the least loss first; of equal ones, one."""
+        """Return the completed trials that did not diverge, the lowest loss first, without duplicates."""
         best = sorted(completed_trials(self.study), key=lambda trial: trial.values[0])
         return [t for i, t in enumerate(best) if math.isfinite(t.values[0]) and same_trial(best[:i], t) is None]
 
     def score(self, trial: FrozenTrial) -> float:
-        """What a trial is judged by in the end, less being better."""
-        result, asked = self.again[trial_label(trial)], self.plan.rescore
-        return result["after"] if asked.metric is None else result["metric"] * (-1) ** (asked.direction == "maximize")
+        """Return what a trial is compared by in the end; lower is better."""
+        result = self.again[trial_label(trial)]
+        rescore = self.plan.rescore
+        if rescore.metric is None:
+            return result["after"]
+        return -result["metric"] if rescore.direction == "maximize" else result["metric"]
 
     @property
     def best(self) -> FrozenTrial:
-        """The trial whose values win."""
-        judged = [trial for trial in self.done if trial_label(trial) in self.again]
-        return min(judged, key=self.score) if judged else self.done[0]
+        """Return the trial whose values win."""
+        rescored = [trial for trial in self.done if trial_label(trial) in self.again]
+        return min(rescored, key=self.score) if rescored else self.done[0]
 
 
-def best_recipe(found: TrialResult) -> str:
-    """The recipe of the trial that won, with what the search did not touch; `inlay train` takes it."""
-    made = lay_over(found.plan.recipe, values_of(found.plan, found.best.params))
-    head = f"# {trial_label(found.best)} of inlay tune\n"
-    return head + yaml.safe_dump(non_defaults(made), sort_keys=False, allow_unicode=True)
+def best_recipe(outcome: SearchOutcome) -> str:
+    """Return the recipe of the best trial as YAML, with the fields that the search did not touch."""
+    recipe = lay_over(outcome.plan.recipe, values_of(outcome.plan, outcome.best.params))
+    head = f"# {trial_label(outcome.best)} of inlay tune\n"
+    return head + yaml.safe_dump(non_defaults(recipe), sort_keys=False, allow_unicode=True)
 
 
 def values_of(plan: SearchPlan, params: dict[str, Any]) -> dict[str, Any]:
-    """A trial's values as a recipe takes them."""
+    """Return a trial's values as a recipe takes them."""
     return {name: r.labels[params[name]] if r.choices else params[name] for name, r in plan.ranges.items()}
 
 
-def trial_label(trial: Any) -> str:
-    """A trial's folder; one that is tried again after a kill keeps its own."""
+def trial_label(trial: optuna.Trial | FrozenTrial) -> str:
+    """Return the name of a trial's folder; one that is tried again after a kill keeps its own."""
     return trial.user_attrs.get("label", f"trial-{trial.number:03d}")
 
 
 def completed_trials(study: optuna.Study) -> list[FrozenTrial]:
-    """The trials that ran to their end."""
+    """Return the trials that ran to their end."""
     return study.get_trials(deepcopy=False, states=(search_state("COMPLETE"),))
 
 
-def search_state(name: str) -> Any:
-    """A state of Optuna's trials."""
+def search_state(name: str) -> TrialState:
+    """Return a state of Optuna's trials by name."""
     from optuna.trial import TrialState
 
     return TrialState[name]
 
 
-def same_trial(trials: list[FrozenTrial], of: Any) -> FrozenTrial | None:
-    """The first of some trials with the same values."""
-    return next((trial for trial in trials if trial.params == of.params), None)
+def same_trial(trials: list[FrozenTrial], other: optuna.Trial | FrozenTrial) -> FrozenTrial | None:
+    """Return the first of some trials with the values of another one."""
+    return next((trial for trial in trials if trial.params == other.params), None)

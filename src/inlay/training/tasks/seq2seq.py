@@ -19,7 +19,7 @@ from inlay.training.examples import Examples, announce, measured
 from inlay.training.mixture import train_and_heldout
 from inlay.training.run_tokenizer import check_limits
 from inlay.training.tasks.instruction import Task
-from inlay.training.trainer import PlainTrainer
+from inlay.training.trainer import TargetTrainer
 
 TAKEN = ("prompt", "input", "answer", "system")  # a source is one text: no earlier turns stand before it
 SEQ2SEQ_FORMATS = {
@@ -33,7 +33,7 @@ class Seq2Seq(Task):
     """The source goes into the encoder, cut at `max_length`; the loss is over the target. `system` is put before every
     source: T5's "summarize: "."""
 
-    trainer, arguments = PlainTrainer, TrainingArguments
+    trainer, arguments = TargetTrainer, TrainingArguments
 
     def examples(self, recipe: Recipe, tokenizer: Any, console: Console) -> Examples:
         train, held = train_and_heldout(recipe, seq2seq_examples, console, lambda row: row["source"])
