@@ -16,7 +16,7 @@ from trl import SFTConfig
 from inlay.data.audit import audit_examples
 from inlay.data.formats import convert_records
 from inlay.data.render import IGNORED
-from inlay.models.adapters import load_adapted
+from inlay.models.adapters import Adapter
 from inlay.recipe.recipe import Recipe
 from inlay.training.examples import load_examples, token_dataset, training_set
 from inlay.training.train import train
@@ -202,6 +202,6 @@ def test_a_chat_template_of_ones_own_stays_with_the_adapter(tiny, records, tmp_p
                     dtype="float32", steps=1, samples=0, save_every=0)  # fmt: skip
     train(recipe, SILENT)
     (tmp_path / "own.jinja").unlink()
-    _, tokenizer = load_adapted(tmp_path / "run" / "adapter")
+    _, tokenizer = Adapter.open(tmp_path / "run" / "adapter").load()
     assert tokenizer.chat_template == own
     assert AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter").chat_template == own
