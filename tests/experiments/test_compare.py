@@ -24,6 +24,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from inlay.cli import main
+from inlay.evaluation.ask_model import mean_token_loss
 from inlay.evaluation.paired import paired
 from inlay.experiments import trial
 from inlay.experiments.compare import compare as compare_module
@@ -34,7 +35,7 @@ from inlay.experiments.compare.outcome import Outcome, Sweep
 from inlay.experiments.compare.plots import allocated, comparison_figures, memory_stack, ranks_plot, spectra_of
 from inlay.experiments.compare.spec import Entry, load_comparison
 from inlay.experiments.runner import Runner, origin
-from inlay.experiments.trial import LOG, SAMPLES, loss_on, read_trial, run_trial, unrelated
+from inlay.experiments.trial import LOG, SAMPLES, read_trial, run_trial, unrelated
 from inlay.files.atomic import locked
 from inlay.inspection.figures import INK
 from inlay.models.loading import load_base, load_tokenizer
@@ -550,7 +551,7 @@ def test_forgetting_is_the_loss_over_all_tokens(tiny):
         means = [model(input_ids=ids, labels=ids).loss.item() for ids in own]
     counts = [ids.shape[1] - 1 for ids in own]
     expected = sum(m * n for m, n in zip(means, counts, strict=True)) / sum(counts)
-    assert loss_on(texts, model, tokenizer, 512) == pytest.approx(expected, rel=1e-5)
+    assert mean_token_loss(texts, model, tokenizer, 512) == pytest.approx(expected, rel=1e-5)
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------

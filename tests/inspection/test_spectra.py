@@ -291,7 +291,7 @@ def test_every_method_with_an_r_stays_within_its_budget(uneven, method, directio
 def test_ranks_are_not_allocated_where_they_save_numbers(uneven):
     """RandLoRA's bases are fewer the wider each is."""
     config = InlayConfig(method="randlora", args={"r": 8}, target_modules="all-linear")
-    with pytest.raises(ValueError, match="a smaller r trains more numbers"):
+    with pytest.raises(ValueError, match="a smaller r trains more parameters"):
         inspection(uneven, config, "flat")
 
 

@@ -24,9 +24,10 @@ from inlay.recipe.reading import load_recipe
 from inlay.recipe.recipe import Recipe
 from inlay.reports.result import environment
 from inlay.training import calibration, checkpoints
+from inlay.training.faults import bad_gradients
 from inlay.training.progress import RunProgress
 from inlay.training.train import train, unfinished
-from inlay.training.trainer import Safe, bad_gradients
+from inlay.training.trainer import Safe
 
 SILENT = Console(quiet=True)
 TORTURE = Path(__file__).parents[2] / "checks" / "torture.py"
@@ -182,6 +183,7 @@ def test_a_signal_ends_a_step_and_leaves_a_checkpoint(number, tiny, records, who
         slow(
             {"streaming": True, "packing": True, "max_length": 96, "batch_size": 1, "method": "bone", "args": {"r": 4}}
         ),
+        {"group_by_length": True, "steps": 9, "dropout": 0.2},
         {"eval_every": 1, "early_stopping": 3, "learning_rate": 0.5, "dropout": 0.2, "steps": 9},
         {"eval_every": 2, "keep_best": True, "learning_rate": 0.3, "modules_to_save": ["norm"], "samples": 1},
     ],

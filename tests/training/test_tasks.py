@@ -35,6 +35,7 @@ from transformers import (
 import inlay
 from inlay.cli import main
 from inlay.data.labelled import labelled_examples
+from inlay.data.preferences import preference_examples
 from inlay.evaluation.label_metrics import classified
 from inlay.host.calibrate import gather_statistics, without_adapters
 from inlay.host.layer import InlayLinear
@@ -46,9 +47,9 @@ from inlay.recipe.recipe import Recipe
 from inlay.training import checkpoints
 from inlay.training.base_model import load_training_model
 from inlay.training.fit import build_trainer
+from inlay.training.mixture import rules_of
 from inlay.training.tasks import TASKS
 from inlay.training.tasks.classification import ordered_labels
-from inlay.training.tasks.preference import recipe_preferences
 from inlay.training.tasks.seq2seq import seq2seq_examples
 from inlay.training.train import train
 
@@ -298,11 +299,11 @@ def test_a_stopped_run_goes_on_to_the_same_end(task, models_of, data_of, tmp_pat
 
 
 def convert(task: str, rows: list[dict], **more):
-    asked = Recipe(task=task, data="mine.jsonl", **more)
+    rules = rules_of(Recipe(task=task, data="mine.jsonl", **more))
     return {
-        "classification": lambda: labelled_examples(rows, asked.columns),
-        "seq2seq": lambda: seq2seq_examples(rows, asked),
-        "preference": lambda: recipe_preferences(rows, asked),
+        "classification": lambda: labelled_examples(rows, rules),
+        "seq2seq": lambda: seq2seq_examples(rows, rules),
+        "preference": lambda: preference_examples(rows, rules=rules),
     }[task]()
 
 

@@ -17,10 +17,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch.nn.functional import cross_entropy
 from transformers import (
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -31,6 +29,7 @@ from transformers import (
 from inlay.data.formats import convert_records
 from inlay.data.readers import read_records
 from inlay.data.split import split_examples
+from inlay.evaluation.ask_model import mean_token_loss
 from inlay.evaluation.metric import Asked, metric_score
 from inlay.files.atomic import write_text
 from inlay.inspection.changes import changes, changes_as_data
@@ -45,6 +44,7 @@ from inlay.training.examples import Examples, load_examples
 from inlay.training.fit import build_trainer, fit, predicted_memory
 from inlay.training.run_files import weights_of
 from inlay.training.run_tokenizer import run_tokenizer
+from inlay.training.trainer import Trainer
 
 TRIAL = "trial.json"
 RESULT = "result.json"
@@ -138,22 +138,6 @@ def trial_examples(trial: Trial, tokenizer: PreTrainedTokenizerBase, console: Co
     return Examples(rest, rows.heldout if trial.final else chosen, rows.audit)
 
 
-@torch.no_grad()
-def loss_on(texts: list[str], model: Any, tokenizer: PreTrainedTokenizerBase, length: int) -> float:
-    """Return the mean loss, in nats per token, over all tokens of some texts but the first of each."""
-    was_training = model.training
-    total = 0.0
-    count = 0
-    model.eval()
-    for text in texts:
-        ids = torch.tensor([tokenizer(text=text)["input_ids"][:length]], device=model.device)
-        logits = model(input_ids=ids).logits[0, -ids.shape[1] :]  # without the positions of a learned prompt
-        total += cross_entropy(logits[:-1].float(), ids[0, 1:], reduction="sum").item()
-        count += ids.shape[1] - 1
-    model.train(was_training)
-    return total / max(1, count)
-
-
 def unrelated(source: str | None) -> list[str]:
     """Return paragraphs to measure forgetting on, from `source` or from those that Inlay includes.
 
@@ -197,7 +181,7 @@ def run_trial(folder: Path) -> None:
     recipe = recipe.resolved(dtype=dtype_name(dtype))
     write_text(folder / "recipe.yaml", recipe.to_yaml())
     measure = (texts, trainer.model, tokenizer, recipe.max_length)
-    unrelated_before = loss_on(*measure) if trial.final else 0.0
+    unrelated_before = mean_token_loss(*measure) if trial.final else 0.0
     run = fit(recipe, trainer, tokenizer, rows, console)
     steps = [row for row in run.history if "loss" in row]
     metric = trial.metric if math.isfinite(run.after) else None
@@ -206,7 +190,7 @@ def run_trial(folder: Path) -> None:
         **scored,
         "before": run.before,
         "after": finite_or_none(run.after),
-        "forgetting": finite_or_none(loss_on(*measure) - unrelated_before) if trial.final else None,
+        "forgetting": finite_or_none(mean_token_loss(*measure) - unrelated_before) if trial.final else None,
         "seconds": run.seconds,
         "seconds_per_step": (steps[-1]["seconds"] - steps[0]["seconds"]) / max(1, len(steps) - 1),
         "steps": trainer.state.global_step,

@@ -16,7 +16,7 @@ from inlay.host.module_names import any_of, split_name
 from inlay.inspection import noise_edge
 from inlay.inspection.singular_values import Shape, target_weights, weight_spectra
 from inlay.numerics import rank_allocation
-from inlay.numerics.rank_allocation import Direction, allocate, kind_of
+from inlay.numerics.rank_allocation import Direction, allocate, module_type
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Inspection:
         """Return the modules by type, the last component of their names."""
         groups: dict[str, dict[str, Weight]] = {}
         for name, weight in self.weights.items():
-            groups.setdefault(kind_of(name), {})[name] = weight
+            groups.setdefault(module_type(name), {})[name] = weight
         return groups
 
     def summary(self) -> str:

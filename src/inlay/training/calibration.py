@@ -18,7 +18,7 @@ from inlay.inspection.ranks import allocated_ranks, patterns, rank_cost
 from inlay.inspection.singular_values import target_weights
 from inlay.method import Method
 from inlay.methods.eva import EVA
-from inlay.numerics.rank_allocation import blocks, by_variance
+from inlay.numerics.rank_allocation import allocate_blocks, by_variance
 from inlay.recipe.recipe import Recipe
 from inlay.training.base_model import load_training_model
 from inlay.training.examples import Examples
@@ -94,7 +94,7 @@ def settle_calibration(
     report_unsettled(gathered.unsettled, len(watched), console)
     if recipe.allocate == "blocks":
         budget = sum(len(method.start(torch.empty(shape, device="meta"))["D"]) for shape in shapes.values())
-        shares = blocks({name: stats["score"] for name, stats in gathered.stats.items()}, budget)
+        shares = allocate_blocks({name: stats["score"] for name, stats in gathered.stats.items()}, budget)
         console.print(
             f"blocks by gradient: {min(shares.values())} to {max(shares.values())} a weight, {budget} in total"
         )

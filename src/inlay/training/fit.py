@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +25,7 @@ from inlay.recipe.peft_methods import is_inlay
 from inlay.recipe.recipe import Recipe
 from inlay.reports.result import Result, environment
 from inlay.training import checkpoints
-from inlay.training.arguments import training_arguments
+from inlay.training.arguments import optimizer_steps, settle_steps, training_arguments
 from inlay.training.batch_size import fitting_batch, largest_useful_batch, planned_step
 from inlay.training.checkpoints import Checkpoint
 from inlay.training.examples import Examples, training_set
@@ -148,8 +147,7 @@ def build_trainer(recipe: Recipe, base: Any, tokenizer, rows: Examples, folder: 
         batch = min(
             distributed.gather_values(fitting_batch(*planned_step(recipe, rows, base.dtype), most, loaded=True))
         )
-    effective_batch = batch * recipe.accumulation * distributed.process_count()
-    steps = recipe.steps or math.ceil(recipe.epochs * len(rows.train) / effective_batch)
+    steps = optimizer_steps(recipe, len(rows.train), batch)
     stop: list[TrainerCallback] = [EarlyStoppingCallback(recipe.early_stopping)] if recipe.early_stopping else []
     adapter = None if isinstance(base, PeftModel) else recipe.adapter(steps)
     if adapter is not None:
@@ -173,6 +171,8 @@ def build_trainer(recipe: Recipe, base: Any, tokenizer, rows: Examples, folder: 
             **({} if optimizer is None else {"optimizer_cls_and_kwargs": optimizer}),
             **task.parts(tokenizer, rows),
         )
+    if recipe.steps is None:
+        settle_steps(recipe, trainer)
     if adapter is not None and not is_inlay(recipe.method):
         complete_peft_method(trainer)
     check_shapes(recipe.optim, cast(Any, trainer.model))

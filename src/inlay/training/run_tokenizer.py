@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,7 +49,7 @@ def answer_ends(recipe: Recipe) -> frozenset[int]:
     """The tokens at which a recipe's model stops by its own generation settings."""
     try:
         where = resolve(recipe.model)
-        ends = GenerationConfig.from_pretrained(where, revision=recipe.revision).eos_token_id
+        ends = GenerationConfig.from_pretrained(where, revision=recipe.revision or "main").eos_token_id
     except (OSError, ValueError):  # it has none
         return frozenset()
     return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
@@ -63,8 +64,8 @@ def check_limits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, largest: in
     """
     config = load_config(recipe.model, recipe.trust_remote_code, recipe.revision)
     rows = getattr(config.get_text_config(), "vocab_size", None)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    last = max(largest, pad or 0)
+    pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    last: int = max(largest, pad or 0)
     if rows is not None and last >= rows:
         raise ValueError(
             f"the tokenizer of {recipe.model} has {len(tokenizer):,} tokens, its embedding {rows:,} rows and none for "

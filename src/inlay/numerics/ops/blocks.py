@@ -1,4 +1,4 @@
-"""Changes ΔW that are zero outside some square blocks."""
+"""Apply changes ΔW that are zero outside some square blocks."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from inlay.numerics.ops.shared import Linear, own_precision, product_dtype
 
 
 def blocks(x: Tensor, linear: Linear | None, D: Tensor, rows: Tensor, cols: Tensor, out: int) -> Tensor:
-    """x Wᵀ + bias + x ΔWᵀ, (..., out), where block (rows[b], cols[b]) of ΔW is D[b] and the rest is 0; D (n × r × r).
+    """Return x Wᵀ + bias + x ΔWᵀ, (..., out), where block (rows[b], cols[b]) of ΔW is D[b] and the rest is 0.
 
-    The n columns of blocks that are read are kept of x, in a copy, or x where they are no fewer.
+    D is (n × r × r). Of x the n columns of blocks that are read are kept, in a copy, or x where they are no fewer.
     """
     if torch.compiler.is_compiling():
         return blocks_reference(x, linear, D, rows, cols, out)
@@ -21,7 +21,7 @@ def blocks(x: Tensor, linear: Linear | None, D: Tensor, rows: Tensor, cols: Tens
 
 
 def blocks_reference(x: Tensor, linear: Linear | None, D: Tensor, rows: Tensor, cols: Tensor, out: int) -> Tensor:
-    """What `blocks` computes."""
+    """Return what `blocks` computes."""
     t = torch.einsum("...np,nqp->...nq", x.unflatten(-1, (-1, D.shape[1]))[..., cols, :], D.to(x.dtype))
     change = t.new_zeros(*t.shape[:-2], out // D.shape[1], D.shape[1]).index_add(t.dim() - 2, rows, t).flatten(-2)
     return change if linear is None else F.linear(x, *linear) + change
@@ -49,7 +49,8 @@ class _Blocks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g: Tensor):
         kept, W, D, rows, cols = ctx.saved_tensors
-        r, inp, g = D.shape[1], ctx.shape[-1], g.reshape(-1, g.shape[-1])
+        r, inp = D.shape[1], ctx.shape[-1]
+        g = g.reshape(-1, g.shape[-1])
         dx = dD = None
         with own_precision(g.device.type):
             written = pick(g, rows, r)
@@ -63,5 +64,5 @@ class _Blocks(torch.autograd.Function):
 
 
 def pick(x: Tensor, which: Tensor, r: int) -> Tensor:
-    """Blocks of r columns of x (T × in), in a copy (n × T × r): a view would keep all of x alive."""
+    """Return blocks of r columns of x (T × in), in a copy (n × T × r): a view would keep all of x alive."""
     return x.unflatten(1, (-1, r)).transpose(0, 1)[which].contiguous()
