@@ -85,6 +85,7 @@ class Method(ABC):
         shared: symbols of θ that a group of weights has in common (see `Place`): started and stored once, with its
             first weight. Only their shapes may depend on the place.
         place: where the weight is; for `start` on a meta tensor, which is called before that is known, a lone weight.
+        strength: what multiplies the change at inference (`at_strength`); 1 in training and for `start`.
         zero_init: whether ΔW(θ₀) = 0 for every W, so that θ₀ need not be stored; a property where it depends on a
             hyperparameter.
         reads_weight: whether ΔW depends on W, so that θ alone does not determine it.
@@ -104,6 +105,7 @@ class Method(ABC):
     frozen: ClassVar[frozenset[str]] = frozenset()
     shared: ClassVar[frozenset[str]] = frozenset()
     place: ClassVar[Place] = Place()
+    strength: ClassVar[float] = 1.0
     zero_init: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
     roles: ClassVar[dict[str, str]] = {}
@@ -122,7 +124,12 @@ class Method(ABC):
 
     @property
     def s(self) -> float:
-        """Return the factor s on the change."""
+        """Return the factor s on the change: the method's own, times the strength at which the adapter is used."""
+        return self.factor * self.strength
+
+    @property
+    def factor(self) -> float:
+        """Return the factor on the change that belongs to the method, with which its start is computed."""
         return self.scale or 1.0
 
     @property
@@ -142,6 +149,14 @@ class Method(ABC):
         placed = copy.copy(self)
         object.__setattr__(placed, "place", place)
         return placed
+
+    def at_strength(self, strength: float) -> Self:
+        """The same method with its change multiplied by `strength`."""
+        if strength == self.strength:
+            return self
+        scaled = copy.copy(self)
+        object.__setattr__(scaled, "strength", strength)
+        return scaled
 
     @abstractmethod
     def start(self, W: Tensor, stats: Params | None = None) -> Params:

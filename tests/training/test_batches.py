@@ -49,6 +49,19 @@ def settled(recipe: Recipe, folder):
     )
 
 
+def test_groups_are_drawn_by_our_sampler(short, tiny, tmp_path):
+    """Of a step's batches, in an order that follows the epoch; held-out rows too."""
+    values = {"batch_size": 2, "accumulation": 3, "eval_size": 4, "dtype": "float32", "group_by_length": True}
+    trainer = settled(Recipe(model=tiny, data=short, seed=5, **values), tmp_path)
+    loader = trainer.get_train_dataloader()
+    sampler = loader.batch_sampler.sampler
+    assert isinstance(sampler, LengthGroups)
+    assert (len(sampler), sampler.size, sampler.seed) == (60, 6, 5)
+    loader.set_epoch(1)
+    assert sampler.epoch == 1
+    assert isinstance(trainer.get_eval_dataloader().batch_sampler.sampler, LengthGroups)
+
+
 @pytest.fixture(scope="module")
 def short(tmp_path_factory) -> str:
     """Sixty-four questions and answers of a word."""

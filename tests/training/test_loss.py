@@ -193,12 +193,20 @@ def test_steps_are_those_of_trl(kind, more, models, small_tokenizer, tmp_path):
     assert_alike(ours, theirs)
 
 
+class TokenDPOTrainer(DPOTrainer):
+    """trl's, for rows of tokens."""
+
+    _prepare_dataset = PreferenceTrainer._prepare_dataset
+
+
 def test_steps_of_preferences_are_those_of_trl(llama, small_tokenizer, tmp_path):
-    words = ["yes", "no, not at all and not today", "perhaps", "a long answer that says little", "two words"]
-    examples = [{"prompt": f"question {i}: ", "chosen": words[i % 5], "rejected": words[(i + 2) % 5]} for i in range(8)]
-    llama.resize_token_embeddings(len(small_tokenizer))
+    answers = [row["input_ids"][-answer:] for row, (_, answer) in zip(rows(), LENGTHS, strict=True)]
+    examples = [
+        {"prompt_ids": row["input_ids"][:prompt], "chosen_ids": answers[i], "rejected_ids": answers[i - 1]}
+        for i, (row, (prompt, _)) in enumerate(zip(rows(), LENGTHS, strict=True))
+    ]
     run = partial(curve, config=DPOConfig, model=llama, tokenizer=small_tokenizer, examples=examples, folder=tmp_path)
-    ours, theirs = run(PreferenceTrainer), run(DPOTrainer)
+    ours, theirs = run(PreferenceTrainer), run(TokenDPOTrainer)
     assert {"rewards/margins", "logits/chosen", "mean_token_accuracy"} <= ours[0][0].keys()
     assert_alike(ours, theirs)
 

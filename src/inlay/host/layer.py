@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
 import torch
 from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from peft.utils import AuxiliaryTrainingWrapper, quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers import Conv1D
@@ -34,6 +35,7 @@ UNSEALED = (
     "set config.seals = None to load them all the same"
 )
 PREFIX = "inlay_"
+SMALL, LARGEST = 1 << 16, 16  # a weight counts as no smaller; so many times its entries θ may hold
 START = "inlay_start_"  # θ₀, stored beside θ so that nothing is ever decomposed again
 
 
@@ -71,6 +73,31 @@ def check_saver(method: Method, trained: tuple[str, ...], saver: str) -> None:
         raise ValueError(f"saver={saver}: {method.name} keeps no x for the gradient of an inner factor; leave it out")
     if method.dropout:
         raise ValueError(f"saver={saver} with dropout={method.dropout}: what is kept is of x itself; set dropout to 0")
+
+
+def own_weight(module: nn.Module) -> nn.Parameter | None:
+    """Return a module's weight where it is a parameter of its own, not computed from others."""
+    return dict(module.named_parameters(recurse=False)).get("weight")
+
+
+def bounded_shapes(method: Method, out: int, inp: int) -> Params:
+    """Return θ₀ of an (out × inp) weight on the meta device, after a look at the size that `method` asks for.
+
+    Raises:
+        ValueError: a hyperparameter is out of all proportion to the weight, or θ would be.
+    """
+    entries = max(out * inp, SMALL)
+    for f in fields(method):
+        value = getattr(method, f.name)
+        if type(value) is int and value > entries and not f.name.endswith("seed"):
+            raise ValueError(f"{method.name}: {f.name}={value} is more than the {out} × {inp} weight has entries")
+    shapes = method.start(torch.empty(out, inp, device="meta"))
+    count = sum(shape.numel() for shape in shapes.values())
+    if count > LARGEST * entries:
+        raise ValueError(
+            f"{method.name}: θ would hold {count:,} numbers for a {out} × {inp} weight; choose smaller hyperparameters"
+        )
+    return shapes
 
 
 def strip(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -130,7 +157,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         self.home = home  # where it computes, if its weight is kept elsewhere (on the disk) until then
         self.base_layer = readable(base_layer)
         self.cuts: dict[str, Cut] = {}
-        self.scaling: dict[str, float] = {}  # hot swap compares it; the real factor belongs to the method, as it checks
+        self.scaling: dict[str, float] = {}  # the strength of each adapter, beside the factor of its method
         self.merged_adapters: list[str] = []
         self.unmerged: Any = None  # what the base held before a merge
         self.marked: str | None = None  # the base's mark when it was last whole
@@ -161,6 +188,23 @@ class InlayLinear(nn.Module, BaseTunerLayer):
             return self.matrix()
         return self.unmerged.T if isinstance(self.base_layer, Conv1D) else self.unmerged
 
+    def stored_base(self) -> nn.Module:
+        """Return the module that holds the base weight, without what PEFT puts around one whose tokens are trained."""
+        base = self.base_layer
+        while isinstance(base, AuxiliaryTrainingWrapper):
+            base = cast(nn.Module, base.original_module)
+        return base
+
+    def check_plain_weight(self) -> None:
+        """Raise a ValueError where the base weight is computed from other tensors, so that no merge can replace it."""
+        if self.quantization_backend is None and own_weight(self.base_layer) is None:
+            module = next((cut.module for cut in self.cuts.values()), "this layer")
+            raise ValueError(
+                f"{module}: its weight is computed from other tensors (a parametrisation, weight norm, pruning, "
+                "trained tokens of tied embeddings), which a merge cannot replace; remove that first, or use the "
+                "adapter unmerged"
+            )
+
     def drop(self, name: str) -> Drop:
         """How an adapter reads and keeps x in this step."""
         cut = self.cuts[name]
@@ -178,9 +222,10 @@ class InlayLinear(nn.Module, BaseTunerLayer):
             if layer is not None and layer.cuts[name].pending:
                 layer.settle(name)
         p = {k: self._value(PREFIX, k, name) for k in cut.symbols}
+        method = cut.method.at_strength(float(self.scaling[name]))
         if not cut.start:
-            return cut.method, p, None
-        return cut.method, p, {k: self._value(START, k, name) if k in cut.start else p[k] for k in cut.symbols}
+            return method, p, None
+        return method, p, {k: self._value(START, k, name) if k in cut.start else p[k] for k in cut.symbols}
 
     def _holder(self, symbol: str, name: str) -> InlayLinear:
         """The layer whose slots hold a symbol."""
@@ -209,7 +254,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         """
         for container in self.adapter_layer_names:
             self._held(container).pop(name) if name in self._held(container) else None
-        shapes = method.start(torch.empty(self.out_features, self.in_features, device="meta"))
+        shapes = bounded_shapes(method, self.out_features, self.in_features)
         trained = tuple(k for k in shapes if k not in method.frozen)
         if about.get("saver", "none") != "none":
             check_saver(method, trained, about["saver"])
@@ -225,7 +270,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         cut = self.cuts[name]
         cut.method, cut.owner = cut.method.at(place), owner
         if cut.method.shared and owner is None:
-            shapes = cut.method.start(torch.empty(self.out_features, self.in_features, device="meta"))
+            shapes = bounded_shapes(cut.method, self.out_features, self.in_features)
             device = torch.device("meta") if light else self._device()
             self._slots(name, {k: shape for k, shape in shapes.items() if k in cut.method.shared}, device)
             self.set_adapter(self.active_adapters, inference_mode=inference_mode)
@@ -245,6 +290,10 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         self._held(container)[name] = slot = Slot(value, trainable)
         if trainable and self.quantization_backend is not None:
             slot.watch()  # trl casts θ to bf16 on quantised bases, by replacing `.data`
+
+    def has_bias(self) -> bool:
+        """Return whether the base layer has a bias."""
+        return "bias" in dict(self.base_layer.named_parameters(recurse=False))
 
     def _device(self) -> torch.device:
         return self.home or self._get_base_layer_device_and_dtype(self.base_layer)[0] or torch.device("cpu")
@@ -353,7 +402,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
                 slot = cast(Slot, self._holder(k, name)._held(PREFIX + k)[name])
                 weight = slot.freeze() if k in frozen else slot.thaw()
                 forget += [] if weight is None else [(weight, None)]
-            cut.method = method.at(replace(method.place, t=t))
+            cut.method = cut.method.at(replace(method.place, t=t))
         return forget
 
     def check_seal(self, name: str, tensors: dict[str, Tensor]) -> None:
@@ -383,6 +432,8 @@ class InlayLinear(nn.Module, BaseTunerLayer):
             weight = self.unmerged[1]["weight"] if self.unmerged else self.base_layer.weight
             return seal.of_packed(cast(Tensor, weight)) if folded else None
         W = self.pristine()
+        if isinstance(self.base_layer, AuxiliaryTrainingWrapper):  # whose tokens are no part of the base
+            W = cast(Tensor, self.stored_base().weight)
         whole = W.shape == (self.out_features, self.in_features) and seal.is_plain_tensor(W)
         if whole:
             self.marked = seal.of_base(W)
@@ -398,6 +449,34 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         for slot in self.slots(adapter_name).values() if adapter_name in self.cuts else ():
             if not slot.weight.is_meta and device.type != "meta":  # numbers that move there are lost
                 slot.to(device)
+
+    # -- strength -------------------------------------------------------------------------------------------------
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Use `adapter` at the strength `scale` from now on: y = W x + scale · s (ΔW(θ) − ΔW(θ₀)) x.
+
+        Raises:
+            ValueError: the scale is not a finite number, or the adapter is merged.
+        """
+        if adapter not in self.cuts:
+            return
+        if not math.isfinite(scale):
+            raise ValueError(f"scale={scale} is not a finite number")
+        if adapter in self.merged_adapters:
+            raise ValueError(f"adapter {adapter!r} is merged; unmerge it before its scale is changed")
+        self.scaling[adapter] = float(scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the strength of the active adapters by `scale`, as PEFT's layers do."""
+        for name in self.active_adapters:
+            if name in self.cuts:
+                self.set_scale(name, self.scaling[name] * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the strength of the active adapters by `scale`; without one, set it to 1."""
+        for name in self.active_adapters:
+            if name in self.cuts:
+                self.set_scale(name, 1.0 if scale is None else self.scaling[name] / scale)
 
     # -- forward and merge ----------------------------------------------------------------------------------------
 
@@ -416,7 +495,8 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         """The layer (or `base`, in its place) under these adapters, each cut from what lies below."""
         layer: Base = base or Frozen(self, args, kwargs)
         for name in names:
-            layer = Adapted(self, name, layer) if name in self.cuts else layer
+            if name in self.cuts and self.scaling[name] != 0:
+                layer = Adapted(self, name, layer)
         return layer
 
     def _per_row(self, x: Tensor, names: list[str], args: tuple, kwargs: dict) -> Tensor:
@@ -451,6 +531,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.cuts]
         if not names:
             return
+        self.check_plain_weight()
         old = self.matrix()
         W = old.to(torch.promote_types(old.dtype, torch.float32))
         for name in names:

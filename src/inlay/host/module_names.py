@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import re
 
+WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # of compile, FSDP, checkpointing
+
+
+def without_wrappers(name: str) -> str:
+    """Return a module's name without the parts that torch.compile, FSDP and activation checkpointing add."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS) if "_" in name else name
+
 
 def any_of(words: list[str]) -> str:
     """A regex for one of several words without special characters."""

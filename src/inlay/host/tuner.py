@@ -24,10 +24,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import Conv1D
 
-from inlay.host import seal
+from inlay.host import adapter_state, seal
 from inlay.host.compute_starts import run_jobs
 from inlay.host.config import INLAY, InlayConfig
-from inlay.host.layer import PREFIX, UNSEALED, InlayLinear, adapted
+from inlay.host.hotswap import replace_peft_hotswap
+from inlay.host.layer import PREFIX, InlayLinear, adapted, own_weight
+from inlay.host.module_names import without_wrappers
 from inlay.host.place import places
 
 
@@ -110,7 +112,7 @@ class InlayModel(BaseTuner):
             for target in given if isinstance(given := getattr(config, what), (list, set)) else ():
                 if not is_named(target, everything) and target not in heads:
                     raise ValueError(f"{what}: {target!r} matches no module of this model; {self._kinds()}")
-        used = {config.pattern_of(name) for name in names}
+        used = {config.pattern_of(without_wrappers(name)) for name in names}
         for pattern in config.patterns:
             if pattern not in used:
                 raise ValueError(f"patterns: {pattern!r} matches no adapted module (or an earlier one takes them all)")
@@ -144,7 +146,8 @@ class InlayModel(BaseTuner):
             check_layer(target, current_key)
         if isinstance(parent, nn.MultiheadAttention):
             raise ValueError(f"{current_key}: nn.MultiheadAttention reads this weight past its layer; leave it out")
-        sealed = (config.seals or {}).get(current_key)
+        module = without_wrappers(current_key)
+        sealed = (config.seals or {}).get(module)
         if config.seals is not None and config.format_version is not None:  # else they are of another place
             sealed = sealed or {}
         layer = target
@@ -153,11 +156,11 @@ class InlayModel(BaseTuner):
         try:
             layer.update_layer(
                 adapter_name,
-                config.build(current_key),
+                config.build(module),
                 config.inference_mode,
                 self._light,
                 perturb=not config.init_weights,
-                module=current_key,
+                module=module,
                 seal=sealed,
                 folded=config.folded,
                 saver=config.saver,
@@ -221,6 +224,18 @@ class InlayModel(BaseTuner):
             for hook in hooks:
                 hook.remove()
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse what PEFT's LoRA has: a sum of adapters of any methods is a LoRA, which `export_lora` makes.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "add_weighted_adapter is PEFT's, for LoRA: activate the adapters together with "
+            "model.base_model.set_adapter([...]) and inlay.set_scale(model, {name: weight}), or write their weighted "
+            "sum as a LoRA with inlay.export_lora({folder: weight}, out)"
+        )
+
     def _check_merge_allowed(self) -> None:
         """Refuse what would go wrong half-way or silently, before any weight changes.
 
@@ -228,7 +243,7 @@ class InlayModel(BaseTuner):
             ValueError: an adapter holds NaN or Inf, or is on a weight that another module shares or that is on disk.
         """
         layers = {n: m for n, m in self.model.named_modules() if isinstance(m, InlayLinear)}
-        owners = count_owners(self.model)
+        places = weight_places(self.model)
         for name, layer in layers.items():
             if layer.home is not None:
                 raise ValueError(f"{name} is kept on the disk; inlay.merge merges from file to file instead")
@@ -240,7 +255,8 @@ class InlayModel(BaseTuner):
                         f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken: it holds NaN "
                         f"or Inf in {name}; the base is untouched"
                     )
-            if owners[id(layer.base_layer.weight)] > 1:
+            layer.check_plain_weight()
+            if places[id(own_weight(layer.base_layer))] > 1:
                 raise ValueError(
                     f"{name} shares its weight with another module (tied embeddings), which merging would change too; "
                     "load the base with tie_word_embeddings=False, or leave it out of target_modules"
@@ -257,14 +273,24 @@ class InlayModel(BaseTuner):
                         weight.data = weight.data.to(dtype)
 
     @classmethod
-    def _get_adapter_state_dict(cls, model, config: Any, adapter_name, state_dict, unwanted_adapter_names):
-        """As PEFT's; on the way the config gets the seals of what is saved."""
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """Select the adapter's tensors by its slots, all of them, and give the config the seals of what is saved."""
         layers = adapted(model, adapter_name)
         for layer in layers.values():
             blank = any(slot.weight.is_meta for slot in layer.slots(adapter_name).values())  # shapes are all there is
             if layer.cuts[adapter_name].pending and not blank:
                 layer.settle(adapter_name)  # fills the tensors that `state_dict` refers to
-        saved = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        adapter_state.complete_state(model, layers, adapter_name, state_dict, config.bias)
+        keys = adapter_state.slot_keys(layers, adapter_name)
+        saved = {key: state_dict[key] for key in keys if key in state_dict}
+        biases = cls._get_learnable_bias_state_dict(model, state_dict, config)
         seals = {}
         for name, layer in layers.items():
             paths = {path: f"{name}.{path}" for path in layer.slots(adapter_name)}
@@ -273,22 +299,48 @@ class InlayModel(BaseTuner):
                 seals[layer.cuts[adapter_name].module] = layer.make_seal(adapter_name, tensors)
         config.folded_base = seal.of_values([s["base"] for s in seals.values()]) if config.folded else None
         config.seals = seals if len(seals) == len(layers) else None
-        rest = saved_with_adapter(model, config, adapter_name, state_dict)
+        rest = adapter_state.saved_with_adapter(model, biases, adapter_name, state_dict)
         if seals and rest and all(map(seal.is_plain_tensor, rest.values())):
-            seals[BESIDE] = {"tensors": seal.of_tensors(rest), "base": None}
-        return saved
+            seals[adapter_state.BESIDE] = {"tensors": seal.of_tensors(rest), "base": None}
+        return saved | biases
 
     @classmethod
-    def _get_learnable_bias_state_dict(cls, model, state_dict, config: Any):
-        """As PEFT's, less those of modules saved whole: they are saved already, and under keys that can be loaded."""
+    def _get_learnable_bias_state_dict(
+        cls, model: nn.Module, state_dict: dict[str, Tensor], config: Any
+    ) -> dict[str, Tensor]:
+        """Return the biases as PEFT does, less those of modules saved whole.
+
+        These are saved already, and under keys that can be loaded.
+        """
         biases = super()._get_learnable_bias_state_dict(model, state_dict, config)
         return {key: bias for key, bias in biases.items() if ".modules_to_save." not in key}
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        check_state(model, cast(InlayConfig, config), adapter_name, mapped)
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """Return the key in a file for a `key` of the model, without `adapter_name`."""
+        return adapter_state.saved_key(key, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return the tensors of a file under the keys of the model, checked whole."""
+        mapped = adapter_state.model_keys(model, adapter_name, state_dict)
+        biases = cls._get_learnable_bias_state_dict(model, mapped, config)
+        rest = adapter_state.saved_with_adapter(model, biases, adapter_name, mapped)
+        known = (config.seals or {}).get(adapter_state.BESIDE, {}).get("tensors")
+        adapter_state.check_state(model, adapter_name, mapped, rest, known)
         return mapped
+
+
+def weight_places(model: nn.Module) -> Counter[int]:
+    """Count, by the id of each weight of `model`, the places where a module with it stands.
+
+    A block that stands in several places holds its layers once: what is adapted in it is adapted in all of them.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    places = {(id(modules[path.rpartition(".")[0]]), path.rpartition(".")[2]): m for path, m in modules.items() if path}
+    return Counter(id(weight) for module in places.values() if (weight := own_weight(module)) is not None)
 
 
 def left_out(config: InlayConfig) -> list[str]:
@@ -338,54 +390,10 @@ def home_of(model: nn.Module, module: nn.Module) -> torch.device | None:
     return torch.device(next((d for d in devices.values() if d not in ("cpu", "disk")), "cpu"))
 
 
-def count_owners(model: nn.Module) -> Counter[int]:
-    """Count the modules that hold each `weight`, by its id: tied weights have several."""
-    parameters = ((name, p) for m in model.modules() for name, p in m.named_parameters(recurse=False))
-    return Counter(id(p) for name, p in parameters if name == "weight")
-
-
-BESIDE = "*"  # the seal of what an adapter holds beside θ
-
-
-def saved_with_adapter(
-    model: nn.Module, config: InlayConfig, adapter_name: str, state: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """What of a model's state an adapter holds beside θ, as it is saved: biases, modules and tokens trained whole."""
-    found = InlayModel._get_learnable_bias_state_dict(model, state, config)
-    for name, module in model.named_modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            paths = {f"{name}.{k}": f"{name}.{p}" for k, p in module.adapter_state_dict_load_map(adapter_name).items()}
-            found |= {key: state[path] for key, path in paths.items() if path in state}
-    return {key.removeprefix("base_model.model."): tensor for key, tensor in found.items()}
-
-
-def check_state(model: nn.Module, config: InlayConfig, adapter_name: str, state: dict[str, Tensor]) -> None:
-    """Raise a ValueError unless `state` is exactly this adapter: nothing missing, extra, misshapen or non-finite."""
-    layers, rest = adapted(model, adapter_name), saved_with_adapter(model, config, adapter_name, state)
-    expected = {f"{n}.{path}" for n, m in layers.items() for path in m.slots(adapter_name)}
-    there, sized = model.state_dict(), {*map(id, rest.values())}  # not embeddings, which may grow
-    faults = [f"{key} is missing" for key in sorted(expected - state.keys())]
-    for key, value in state.items():
-        if key not in there:
-            faults.append(f"{key} belongs to no module of this model")
-        elif (key in expected or id(value) in sized) and value.shape != there[key].shape:
-            faults.append(f"{key} has shape {tuple(value.shape)}, not {tuple(there[key].shape)}")
-        elif not value.isfinite().all():
-            faults.append(f"{key} holds NaN or Inf")
-    if faults:
-        more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
-        raise ValueError(f"this adapter cannot be loaded here: {'; '.join(faults[:3])}{more}")
-    known = (config.seals or {}).get(BESIDE) if any(m.cuts[adapter_name].pending for m in layers.values()) else None
-    if known is not None and seal.of_tensors(rest) != known["tensors"]:
-        raise ValueError(f"{', '.join(rest)[:200] or 'biases'}: {UNSEALED}")
-    for name, layer in layers.items():
-        layer.check_seal(adapter_name, {path: state[f"{name}.{path}"] for path in layer.slots(adapter_name)})
-        layer.cuts[adapter_name].pending = False
-
-
 def register() -> None:
     """Make PEFT know the type; importing `inlay` does it, and doing it twice changes nothing."""
     if INLAY not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(name="inlay", config_cls=InlayConfig, model_cls=InlayModel)
     PEFT_TYPE_TO_CONFIG_MAPPING[INLAY], PEFT_TYPE_TO_TUNER_MAPPING[INLAY] = InlayConfig, InlayModel
+    replace_peft_hotswap()
     CONFIG_KEYS_TO_CHECK[INLAY] = ["method", "args", "scale", "dropout", "patterns", "folded", "folded_base"]

@@ -21,8 +21,7 @@ from transformers import Conv1D, PreTrainedModel
 from inlay.host.config import InlayConfig
 from inlay.inspection.singular_values import kept_spectrum, target_weights, weight_spectra
 from inlay.messages import first_line
-from inlay.models.meta import meta_model
-from inlay.models.stored_weights import Weights
+from inlay.models.base import BaseModel
 from inlay.numerics.rank_allocation import energy, module_type
 
 
@@ -56,11 +55,7 @@ class Readers:
 
 
 def joint_groups(
-    model: str = "builtin",
-    target_modules: list[str] | str = "all-linear",
-    layers: list[int] | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
+    base: BaseModel, target_modules: list[str] | str = "all-linear", layers: list[int] | None = None
 ) -> list[Readers]:
     """Return the groups of a model's modules that read one input, with their spectra; only the checkpoint is read.
 
@@ -68,13 +63,13 @@ def joint_groups(
         ValueError: the model or a value cannot be used, or no two of the modules read the same input.
     """
     config = InlayConfig(target_modules=target_modules, layers_to_transform=layers, task_type="CAUSAL_LM")
-    shapes = target_weights(model, config, trust_remote_code)
-    blank = meta_model(model, torch.float32, trust_remote_code)
+    shapes = target_weights(base, config)
+    blank = base.meta(torch.float32)
     groups = [names for names in readers(blank, shapes) if len(names) > 1]
     if not groups:
         raise ValueError(f"no two of the modules that target_modules={target_modules!r} names read the same input")
-    spectra = weight_spectra(model, {n: shapes[n] for names in groups for n in names}, revision, trust_remote_code)
-    weights = Weights(model, revision, trust_remote_code)
+    spectra = weight_spectra(base, {n: shapes[n] for names in groups for n in names})
+    weights = base.weights()
     groups_read: list[Readers] = []
     for names in groups:
         stored = [weights.read(f"{n}.weight").float() for n in names]

@@ -36,7 +36,7 @@ class DoTA(Method):
     trains = "T1..TN (d × o × i × d)"
 
     bond: int = field(default=16, metadata={"help": "largest bond dimension R", "min": 1})
-    cores: int = field(default=5, metadata={"help": "number N of cores", "min": 1})
+    cores: int = field(default=5, metadata={"help": "number N of cores", "min": 1, "max": 64})
     shapes: Any = field(
         default=None, hash=False, metadata={"help": "factors: [[o1..oN], [i1..iN]] or {dimension: factors}"}
     )

@@ -46,7 +46,7 @@ class LaMDA(LowRank):
         return self.init != "svd"
 
     @property
-    def s(self) -> float:
+    def factor(self) -> float:
         return self.scale or (16 / self.r if self.init == "kaiming" else 1.0)
 
     def start(self, W: Tensor, stats: Params | None = None) -> Params:

@@ -37,7 +37,7 @@ class LoRA(LowRank):
             raise ValueError(f"lora: alpha={self.alpha} and scale={self.scale} both set s; give one of them")
 
     @property
-    def s(self) -> float:
+    def factor(self) -> float:
         return (self.scale or 1.0) if self.alpha is None else self.alpha / self.r
 
     def start(self, W: Tensor, stats: Params | None = None) -> Params:

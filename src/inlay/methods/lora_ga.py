@@ -35,7 +35,7 @@ class LoRAGA(LowRank):
     gamma: float = field(default=16.0, metadata={"help": "γ: the larger, the smaller LoRA-GA's start", "above": 0})
 
     @property
-    def s(self) -> float:
+    def factor(self) -> float:
         return self.scale or self.alpha / math.sqrt(self.r)
 
     def observe(self, stats: Params, seen: Tensor) -> Params:

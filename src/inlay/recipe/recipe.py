@@ -14,6 +14,7 @@ from peft import PeftConfig
 
 from inlay.host.config import InlayConfig
 from inlay.methods import find
+from inlay.models.base import BaseModel
 from inlay.models.model_classes import find_model_class
 from inlay.numerics.zeroth_order import ZerothOrder
 from inlay.recipe.optimizers import check_optimizer
@@ -221,6 +222,10 @@ class Recipe:
         if "rank" in hints:
             values = {"rank": 8, **values}
         return ZerothOrder(**values, seed=self.seed) if hints else None
+
+    def base_model(self) -> BaseModel:
+        """Return the base model that the run trains or adapts."""
+        return BaseModel(self.model, self.revision, self.trust_remote_code)
 
     @property
     def kept(self) -> str:

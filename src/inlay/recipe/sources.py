@@ -75,6 +75,4 @@ def check_sources(recipe: Any) -> None:
     try:
         "".encode(recipe.encoding)
     except (LookupError, ValueError):
-        raise ValueError(
-            f"encoding: {recipe.encoding!r} is not a text encoding; utf-8, cp1252, utf-16, ... are"
-        ) from None
+        raise ValueError(f"encoding: {recipe.encoding!r} is no text encoding; utf-8, cp1252, utf-16, ... are") from None

@@ -36,7 +36,9 @@ def training_arguments(recipe: Recipe, folder: Path, batch: int, steps: int, dty
     Raises:
         ValueError: a value, or a key of `trainer`, that trl or transformers refuse.
     """
-    task, evaluating, saving = TASKS[recipe.task], recipe.eval_every, steps_between_checkpoints(recipe, steps)
+    task = TASKS[recipe.task]
+    evaluating = recipe.eval_every
+    saving = steps_between_checkpoints(recipe, steps)
     values: dict[str, Any] = {
         "output_dir": str(folder / checkpoints.FOLDER),
         "learning_rate": recipe.learning_rate,

@@ -13,8 +13,10 @@ from inlay.training.deepspeed_zero3 import gathered_gradients
 
 
 def bad_gradients(model: nn.Module) -> list[str]:
-    """The parameters whose gradient holds NaN or Inf. The last one is nearest to where they come from: they spread
-    backwards."""
+    """Return the names of the parameters whose gradient holds NaN or Inf.
+
+    These spread backwards, so the last name is nearest to where they come from.
+    """
     parts = (
         gathered_gradients(model)
         if distributed.deepspeed()
@@ -30,7 +32,7 @@ def bad_gradients(model: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def first_bad_output(model: nn.Module, inputs: dict[str, Any]) -> str | None:
-    """The first module, innermost, whose output on a batch holds NaN or Inf."""
+    """Return the first module, innermost, whose output on a batch holds NaN or Inf."""
     found: list[str] = []
 
     def look(name: str) -> Any:

@@ -15,9 +15,9 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import pad
 
+from inlay.data.render import IGNORED
 from inlay.models.scored_positions import only_at
 
-IGNORED = -100  # the label of a position that no loss reads
 PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")  # of trl's FusedCausalLMOutput
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -16,7 +15,7 @@ def token_counts(dataset: Dataset) -> list[int]:
     """Return the length of each example in tokens, over all its columns of ids: a preference has several."""
     columns = [name for name in dataset.column_names if name.endswith("_ids")]
     table = dataset.select_columns(columns).with_format("arrow")[:]
-    counts = [cast(Any, compute).list_value_length(table[name]).to_pylist() for name in columns]
+    counts = [compute.call_function("list_value_length", [table[name]]).to_pylist() for name in columns]
     return [sum(of_example) for of_example in zip(*counts, strict=True)]
 
 

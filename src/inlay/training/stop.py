@@ -33,14 +33,17 @@ class Stop(TrainerCallback):
         self.asked = True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Find the best checkpoint where the run folder is now."""
         if state.best_global_step:  # the run folder may have moved
             state.best_model_checkpoint = str(checkpoints.path_of(Path(args.output_dir), state.best_global_step))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Request a checkpoint if any process was told to stop."""
         self.asked = distributed.in_any(self.asked)  # or one would wait for the others in what they do not do
         control.should_save = control.should_save or self.asked
         control.should_log = control.should_log or control.should_save  # so that no mean over steps is cut in two
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End the run that was told to stop, now that its checkpoint is written."""
         if self.asked:
             raise KeyboardInterrupt

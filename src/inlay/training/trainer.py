@@ -1,5 +1,7 @@
-"""The trainers of trl and transformers with a run's safety: whole checkpoints, a stop that keeps them, and no step on
-NaN or Inf; and with ways to take a step that transformers does not have."""
+"""The trainers of trl and transformers, with a run's safety and more ways to take a step.
+
+A checkpoint is whole or not there, a stop leaves one, and no step is taken on NaN or Inf.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +21,7 @@ from transformers import TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from trl import DPOTrainer, SFTTrainer
 
+from inlay.data.render import IGNORED
 from inlay.files.untrusted import DamagedFileError
 from inlay.host import distributed
 from inlay.host.batched_queries import spread_queries
@@ -31,7 +34,7 @@ from inlay.training.checkpoints import Checkpoint
 from inlay.training.deepspeed_zero3 import for_all, for_own, gather_state, hold, load_state
 from inlay.training.faults import bad_gradients, first_bad_output
 from inlay.training.held_out import HeldOutTokens
-from inlay.training.labelled_head import IGNORED, score_labelled_positions
+from inlay.training.labelled_head import score_labelled_positions
 from inlay.training.length_groups import LengthGroups, token_counts
 from inlay.training.stop import Stop
 
@@ -42,12 +45,16 @@ FOR_LOSS = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")  # what
 
 
 class Safe(Base):
-    """A trainer of transformers' kind, with `checkpoints.staged` around its saving. `run`: what a checkpoint says of
-    its run; `skips`: how many steps with NaN or Inf are passed over before one ends the run; `lr_ratio`: LoRA+'s;
-    `zeroth`: what estimates gradients in place of a backward pass.
+    """A trainer whose checkpoints are whole, and which takes no step on NaN or Inf.
 
-    In several processes a checkpoint is what one process writes: of a sharded model the adapter and the optimiser's
-    state are gathered, so that a run goes on in another number of processes, sharded or not.
+    Args:
+        skips: how many steps with NaN or Inf are passed over before one ends the run.
+        lr_ratio: LoRA+'s.
+        zeroth: what estimates gradients in place of a backward pass.
+
+    `run` is what a checkpoint says of its run. In several processes one of them writes checkpoints: the adapter and the
+    optimiser's state of a sharded model are gathered, so that a run resumes in another number of processes, sharded or
+    not.
     """
 
     def __init__(
@@ -72,11 +79,10 @@ class Safe(Base):
             )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(cast(Any, dataset))
-        size = self.get_total_train_batch_size(self.args)
-        return LengthGroups(token_counts(cast(Dataset, dataset)), size, self.args.seed)
+            return super()._get_train_sampler(train_dataset)
+        dataset = cast(Dataset, self.train_dataset if train_dataset is None else train_dataset)
+        return LengthGroups(token_counts(dataset), self.get_total_train_batch_size(self.args), self.args.seed)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int] | None:
         if self.args.train_sampling_strategy != "group_by_length":
@@ -117,7 +123,7 @@ class Safe(Base):
             )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As trl's; of a sharded model what is trained is gathered, not the base."""
+        """Save as trl does; of a sharded model what is trained is gathered, not the base."""
         if not self.sharded:
             super().save_model(output_dir, _internal_call)
             return
@@ -207,7 +213,7 @@ class Safe(Base):
             cast(PeftModel, self.model).load_adapter(str(path), "default", is_trainable=True)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
-        """As trl's; a step in which the loss or a gradient is not finite moves nothing.
+        """Take a step as trl does, but move nothing where the loss or a gradient is not finite.
 
         Raises:
             ValueError: there is such a step, and as many as `skips` were passed over already.
@@ -224,8 +230,11 @@ class Safe(Base):
         return loss
 
     def _ask(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
-        """A micro-batch's part in the gradient, from losses alone; all micro-batches of a step share their directions.
-        Over several processes the losses are averaged, so that all take the same step."""
+        """Estimate a micro-batch's part in the gradient from losses alone.
+
+        All micro-batches of a step share their directions. Over several processes the losses are averaged, so that all
+        take the same step.
+        """
         model.train()
         inputs = self._prepare_inputs(inputs)
         parts = self.current_gradient_accumulation_steps if num_items_in_batch is None else 1
@@ -241,7 +250,7 @@ class Safe(Base):
         return zeroth.estimate(loss, trained, self.state.global_step, together)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """As transformers', with LoRA+'s rates.
+        """Create transformers' optimizer, with LoRA+'s rates.
 
         Raises:
             ValueError: a library is missing, or the optimiser cannot take its arguments or what is trained.
@@ -284,7 +293,7 @@ class Safe(Base):
         self.passed[step], self.fault = str(self.fault), None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As trl's; a step that was passed over has no loss, but a reason."""
+        """Log as trl does; a step that was passed over has no loss, but a reason."""
         why = self.passed.get(self.state.global_step) if "loss" in logs else None
         super().log({"passed_over": why} if why else logs, start_time)  # type: ignore[arg-type]
 

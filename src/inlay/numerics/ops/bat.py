@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from inlay.numerics.ops import shared
 from inlay.numerics.ops.dropout import Dropout, keep
-from inlay.numerics.ops.shared import Linear, add_blocks, block_sum, tiles
+from inlay.numerics.ops.shared import Linear, add_blocks, block_sum, differentiable_gradients, takes_reference, tiles
 
 
 def bat(x: Tensor, linear: Linear, B: Tensor) -> Tensor:
@@ -20,6 +19,8 @@ def bat(x: Tensor, linear: Linear, B: Tensor) -> Tensor:
     x and B are kept. Blocks are multiplied a few at once, as the diagonal of a larger one: an r × r product is too
     small to be fast.
     """
+    if takes_reference():
+        return bat_reference(x, lambda x: F.linear(x, *linear), B)
     return _Bat.apply(x, *linear, B)
 
 
@@ -51,9 +52,12 @@ class _Bat(torch.autograd.Function):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g: Tensor):
         x, W, B = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True
+            function = lambda x, B: bat_reference(x, lambda x: F.linear(x, W), B)  # noqa: E731
+            dx, dB = differentiable_gradients(function, [x, B], [ctx.needs_input_grad[0], ctx.needs_input_grad[3]], g)
+            return dx, None, None, dB
         g, flat = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
         r = B.shape[1]
         E = diagonal(B.to(x.dtype))

@@ -10,10 +10,19 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from inlay.numerics.ops import shared
-from inlay.numerics.ops.shared import Linear, holds_changes, leaves_of, own_precision, product_dtype, pull, scratch
+from inlay.numerics.ops.shared import (
+    Linear,
+    differentiable_gradients,
+    holds_changes,
+    leaves_of,
+    own_precision,
+    product_dtype,
+    pull,
+    scratch,
+    takes_reference,
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,7 @@ def dense(x: Tensor, linear: Linear | None, D: Rows, *p: Tensor) -> Tensor:
     three products of the size of a layer in all, the floor of a dense update, where a second product beside the layer's
     own makes five. In bf16 or TF32 that would round a small D away.
     """
-    if torch.compiler.is_compiling():
+    if takes_reference():
         return dense_reference(x, linear, D, *p)
     return _Dense.apply(x, *(linear or (None, None)), D, *p)
 
@@ -88,11 +97,16 @@ class _Dense(torch.autograd.Function):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g: Tensor):
         x, W, *p = ctx.saved_tensors
         D, inp = ctx.D, x.shape[-1]
         g = g.reshape(-1, g.shape[-1])
+        if torch.is_grad_enabled():  # create_graph=True
+            needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]]
+            linear = None if W is None else (W, None)
+            function = lambda x, *p: dense_reference(x.reshape(-1, inp).to(g.dtype), linear, D, *p)  # noqa: E731
+            dx, *grads = differentiable_gradients(function, [x, *p], needs, g)
+            return dx, None, None, None, *grads
         with own_precision(g.device.type):
             leaves, flat = leaves_of(p, ctx.needs_input_grad[4:]), x.reshape(-1, inp).to(g.dtype)
             with torch.enable_grad():
@@ -118,9 +132,17 @@ class _Dense(torch.autograd.Function):
 
 
 def watched(D: Tensor, look: Callable[[Tensor], None]) -> Tensor:
-    """Return D, whose gradient is passed to `look` in a backward pass that is not compiled nor on the meta device."""
+    """Return D, whose gradient is passed to `look` in a backward pass that is not compiled nor on the meta device.
+
+    Gradients that are to be differentiated again are not passed: they are no gradients of what is minimised.
+    """
+
+    def show(slope: Tensor) -> None:
+        if not torch.is_grad_enabled():
+            look(slope)
+
     if D.requires_grad and not D.is_meta and not torch.compiler.is_compiling():
-        D.register_hook(look)
+        D.register_hook(show)
     return D
 
 

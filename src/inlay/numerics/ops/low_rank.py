@@ -10,20 +10,22 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from inlay.numerics.ops.dropout import Dropout, keep, masks
 from inlay.numerics.ops.savers import SAVERS
 from inlay.numerics.ops.shared import (
+    TWICE,
     Factors,
     Linear,
     add_blocks,
     block_sum,
+    differentiable_gradients,
     holds_changes,
     leaves_of,
     own_precision,
     product_dtype,
     pull,
+    takes_reference,
     tiles,
 )
 
@@ -97,9 +99,10 @@ def low_rank(x: Tensor, linear: Linear | None, build: Factors, on_x: bool, drop:
     `sum_pays`, W + B A is built in both passes and multiplied. A `Pair` that is `doubled` gets the gradients of the
     halves it names.
     """
-    if torch.compiler.is_compiling():  # the compiler itself decides what to keep and what to recompute
+    if takes_reference():  # the compiler decides itself what to keep and what to compute twice
         return low_rank_reference(x, linear, *build(*p), drop, on_x)
-    return _LowRank.apply(x, *(linear or (None, None)), build, on_x, drop, *p)
+    y = _LowRank.apply(x, *(linear or (None, None)), build, on_x, drop, *p)
+    return y[0] if isinstance(y, tuple) else y
 
 
 def low_rank_reference(
@@ -118,7 +121,8 @@ class _LowRank(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x: Tensor, W: Tensor | None, bias: Tensor | None, build: Factors, on_x: bool, how: Dropout, *p: Tensor
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return y, and u where x is not kept: as an output, what is saved of it still leads to x for derivatives."""
         dtype, drop = product_dtype(x), how.p
         ctx.saver = SAVERS.get(how.saver)
         ctx.build, ctx.drop = build, drop
@@ -149,16 +153,22 @@ class _LowRank(torch.autograd.Function):
             kept: tuple[Tensor | None, ...] = (x if ctx.on_x and any(ctx.needs_input_grad[6:]) else None,)
             if ctx.saver is not None and kept[0] is not None:
                 kept = ctx.saver.keep(flat)
-        ctx.kept = len(kept)
+        ctx.kept, ctx.out = len(kept), y.shape[-1]
         ctx.save_for_backward(*kept, u, W, *p)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        ctx.set_materialize_grads(False)
+        y = y.view(*x.shape[:-1], y.shape[-1])
+        return (y, u) if kept[0] is None else y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, g: Tensor):
+    def backward(ctx, g: Tensor | None, on_u: Tensor | None = None):  # type: ignore[override]
+        if g is None and on_u is None:
+            return (None,) * len(ctx.needs_input_grad)
         saved = ctx.saved_tensors  # may be read only once
         kept, (u, W, *p) = saved[: ctx.kept], saved[ctx.kept :]
         x = kept[0]
+        if torch.is_grad_enabled() or g is None or on_u is not None:
+            dx, *grads = _LowRank.backward_with_graph(ctx, g, on_u, x, u, W, p)
+            return dx, None, None, None, None, None, *grads
         g, inp = g.reshape(-1, g.shape[-1]), ctx.shape[-1]
         with own_precision(g.device.type):
             needs, written = ctx.needs_input_grad[6:], isinstance(ctx.build, Pair | Core)
@@ -206,6 +216,55 @@ class _LowRank(torch.autograd.Function):
             dB = (u.T @ g).T if trains_B else None
             grads = ctx.build.pull(p, dB, dA) if written else pull([(B, dB), (A, dA)], leaves)
         return None if dx is None else dx.view(ctx.shape).to(ctx.dtype), None, None, None, None, None, *grads
+
+    @staticmethod
+    def backward_with_graph(
+        ctx, g: Tensor | None, on_u: Tensor | None, x: Tensor | None, u: Tensor, W: Tensor | None, p: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """Return the gradients of x and `p` as functions that can be differentiated again.
+
+        g is the gradient of y, if there is one; on_u that of u, of which only a second derivative makes use. The other
+        arguments are what was kept; where x was not, the gradient of p needs no more than u, and that of x no x.
+
+        Raises:
+            RuntimeError: less than x was kept.
+        """
+        needs = ctx.needs_input_grad[6:]
+        dtype = cast(Tensor, on_u if g is None else g).dtype
+        g = u.new_zeros(len(u), ctx.out, dtype=dtype) if g is None else g.reshape(-1, ctx.out)
+        if ctx.saver is not None and any(needs):
+            raise RuntimeError(f"saver: what it keeps gives no second derivatives; {TWICE}")
+
+        def inner(x: Tensor, A: Tensor | None, r: int) -> Tensor:
+            flat = x.reshape(-1, x.shape[-1]).to(dtype)
+            seen = flat * mask(flat) if ctx.on_x else flat
+            inner = block_sum(seen, r).to(dtype) if A is None else F.linear(seen, A.to(dtype))
+            return inner if ctx.on_x else inner * mask(inner)
+
+        def mask(like: Tensor) -> Tensor | float:
+            return torch.cat([m for _, m in masks(like.shape, like.detach(), ctx.drop, ctx.seed)]) if ctx.drop else 1.0
+
+        def product(x: Tensor, *p: Tensor) -> Tensor:
+            B, A = ctx.build(*p)
+            y = F.linear(inner(x, A, B.shape[1]), B.to(dtype))
+            return y if W is None else F.linear(x.reshape(-1, x.shape[-1]).to(dtype), W) + y
+
+        def from_inner(u: Tensor, *p: Tensor) -> Tensor:
+            return F.linear(u.to(dtype), ctx.build(*p)[0][:, : ctx.half].to(dtype))
+
+        if x is not None:
+            return differentiable_gradients(product, [x, *p], [ctx.needs_input_grad[0], *needs], g)
+        with torch.enable_grad():
+            dx, blank = None, torch.zeros(ctx.shape, dtype=ctx.dtype, device=g.device, requires_grad=True)
+            if ctx.needs_input_grad[0]:
+                dx = differentiable_gradients(product, [blank, *p], [True, *[False] * len(p)], g)[0]
+            if ctx.needs_input_grad[0] and on_u is not None:
+                B, A = ctx.build(*p)
+                r = B.shape[1] if ctx.half is None else ctx.half
+                reads = lambda x: inner(x, A if A is None else A[: ctx.half], r)  # noqa: E731
+                dx = cast(Tensor, dx) + cast(Tensor, differentiable_gradients(reads, [blank], [True], on_u)[0])
+            grads = differentiable_gradients(from_inner, [u, *p], [False, *needs], g)[1:] if any(needs) else needs
+        return [dx, *(grad if isinstance(grad, Tensor) else None for grad in grads)]
 
 
 def sum_pays(tokens: int, W: Tensor, doubled: bool) -> bool:

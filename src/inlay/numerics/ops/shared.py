@@ -6,8 +6,8 @@ import functools
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,8 +18,52 @@ from torch import Tensor
 SCRATCH = 1 << 22  # entries of ΔW built at a time (a quarter for a dropout mask on a CPU); on a GPU eight times as many
 TALL = 512  # rows below which a product of many columns takes longer per row
 
+TWICE = "run the forward pass in `with inlay.second_derivatives():`"
+_plain = False
+
 Linear = tuple[Tensor, Tensor | None]  # W (out × in) and bias
 Factors = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+@contextmanager
+def second_derivatives() -> Iterator[None]:
+    """In its block, adapted layers compute with torch's own functions, which keep all that any derivative needs.
+
+    Gradients of gradients, `torch.func` and forward-mode derivatives are then right for every method.
+    """
+    global _plain
+    before, _plain = _plain, True
+    try:
+        yield
+    finally:
+        _plain = before
+
+
+def takes_reference() -> bool:
+    """Return whether torch's functions compute: in `second_derivatives`, or where a compiler decides what is kept."""
+    return _plain or torch.compiler.is_compiling()
+
+
+def differentiable_gradients(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], needs: Sequence[bool], g: Tensor
+) -> list[Tensor | None]:
+    """Return the gradients of `function(*inputs)` for the slope `g`, with a graph that they can be differentiated in.
+
+    A backward pass calls it where one asked for that graph (create_graph=True). Inputs are aliased, so that a
+    gradient does not run on from one to another that it was computed from.
+
+    Args:
+        function: the same function in torch's own operations.
+        inputs: what it is called with, as the forward pass was given it.
+        needs: for which inputs a gradient is wanted; None is returned for the others.
+        g: the gradient of the output, in its shape.
+    """
+    aliases = [t.view_as(t) if need else t for t, need in zip(inputs, needs, strict=True)]
+    with own_precision(g.device.type):
+        y = function(*aliases)
+        wanted = [t for t, need in zip(aliases, needs, strict=True) if need]
+        grads = iter(torch.autograd.grad(y, wanted, g.view_as(y).to(y.dtype), create_graph=True, allow_unused=True))
+    return [next(grads) if need else None for need in needs]
 
 
 def plain_linear(base: object, x: Tensor) -> Linear | None:
@@ -28,11 +72,9 @@ def plain_linear(base: object, x: Tensor) -> Linear | None:
     None where that is unknown or impossible: a quantised base, hooks, a trained weight, autocast to another dtype, a
     graph being compiled.
     """
-    linear: Linear | None = None if torch.compiler.is_compiling() else getattr(base, "linear", None)
-    if linear is None:
-        return None
-    W = linear[0]
-    return linear if W.dtype == x.dtype == product_dtype(x) and W.device == x.device else None
+    found = None if takes_reference() else getattr(base, "linear", None)
+    fits = found is not None and found[0].dtype == x.dtype == product_dtype(x) and found[0].device == x.device
+    return found if fits else None
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from inlay.numerics.ops import shared
-from inlay.numerics.ops.shared import own_precision, product_dtype
+from inlay.numerics.ops.shared import differentiable_gradients, own_precision, product_dtype
 
 
 def weight_noise(x: Tensor, sigma: Tensor, seed: int) -> Tensor:
@@ -35,9 +35,12 @@ class _Noise(torch.autograd.Function):
         return y.view(*x.shape[:-1], len(sigma))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g: Tensor):
         (sigma,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True; the product is linear in x
+            x = torch.zeros(ctx.shape, dtype=ctx.dtype, device=g.device, requires_grad=True)
+            E = torch.cat([rows for _, rows in gaussian_rows(sigma.to(g.dtype), ctx.shape[-1], ctx.seed)])
+            return *differentiable_gradients(lambda x: F.linear(x.to(g.dtype), E), [x], [True], g), None, None
         with own_precision(g.device.type):
             g = g.reshape(-1, g.shape[-1])
             dx = g.new_zeros(len(g), ctx.shape[-1])
