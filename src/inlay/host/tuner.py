@@ -157,8 +157,6 @@ class InlayModel(BaseTuner):
         layer = target
         if not isinstance(layer, InlayLinear):
             layer = InlayLinear(target, home_of(self.model, target), **get_quantization_kwargs(self))
-        if layer is not target:
-            layer._active_adapter = adapter_name
         try:
             layer.update_layer(
                 adapter_name,
