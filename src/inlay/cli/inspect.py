@@ -66,9 +66,8 @@ def inspect_command(options: argparse.Namespace) -> None:
     """
     from inlay.inspection.inspect_adapter import inspect_adapter, is_adapter, show_changes
     from inlay.inspection.inspect_model import inspect, show_inspection
-    from inlay.inspection.joint_factors import joint_groups, show_joint
+    from inlay.inspection.joint_factors import inspect_joint, show_joint
     from inlay.messages import quiet
-    from inlay.models.base import BaseModel
     from inlay.recipe.reading import from_flag
 
     quiet()
@@ -87,12 +86,14 @@ def inspect_command(options: argparse.Namespace) -> None:
         if "target_modules" in given:
             given["target_modules"] = from_flag("target_modules", given["target_modules"])
         if given.pop("joint", False):
-            base = BaseModel(options.model, given.get("revision"), given.get("trust_remote_code", False))
-            found = joint_groups(base, **{key: given[key] for key in ("target_modules", "layers") if key in given})
-            show_joint(found, given.get("r", 16), terminal())
-            return
-        show_inspection(inspect(**given), terminal())
-    print(f"written to {options.output}") if "output" in given else None
+            if wrong := sorted(given.keys() & {"method", "direction"}):
+                flags = ", ".join(f"--{name}" for name in wrong)
+                raise ValueError(f"--joint allocates no ranks, which {flags} is for; leave out one of the two")
+            show_joint(inspect_joint(**given), given.get("r", 16), terminal())
+        else:
+            show_inspection(inspect(**given), terminal())
+    if "output" in given:
+        print(f"written to {options.output}")
 
 
 def inspect_arguments(verb: argparse.ArgumentParser) -> None:

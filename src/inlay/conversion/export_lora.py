@@ -75,7 +75,7 @@ def export_lora(
     weights = adapter if isinstance(adapter, Mapping) else {str(adapter): 1.0}
     adapters = on_one_base(weights, model, revision, trust_remote_code)
     first, base = adapters[0][1], adapters[0][1].base
-    config, auto = base.config(**first.settings), first.auto_class
+    config = base.config(**first.settings)
     if to == "gguf":
         check_lora_architecture(config, str(out))
     if to == "gguf" or [weight for weight, _ in adapters] != [1.0]:
@@ -92,7 +92,7 @@ def export_lora(
             raise ValueError(
                 f"{first.folder} was trained on a grown vocabulary, which only one LoRA folder takes along; merge it"
             )
-        deltas = list(lora_deltas(blanks, lambda: base.weights(auto), rank, energy))
+        deltas = list(lora_deltas(blanks, first.base_weights, rank, energy))
         size = padded_to_one_rank(deltas, pad)
         if to == "gguf":
             write_lora_gguf(part / FILE, config, deltas, size, DTYPES[dtype])

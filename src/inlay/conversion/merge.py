@@ -94,7 +94,7 @@ def merge(
         set_scale(blank, scale)
         config: Any = blank.get_base_model().config
         width = merge_dtype(dtype, config)
-        tensors = merged_tensors(blank, source, source.base.weights(auto), width)
+        tensors = merged_tensors(blank, source, source.base_weights(), width)
         if to == "gguf":
             written = write_merged(part, config, source.saved_tokenizer(), tensors, str(out))
         else:

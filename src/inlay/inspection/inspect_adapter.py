@@ -108,7 +108,7 @@ def changes_of_fold(folder: Path) -> dict[str, WeightChange]:
 def changes_of(adapter: Adapter, layers: list[int] | None, most: float = math.inf) -> dict[str, WeightChange]:
     """Return the changes of one of Inlay's adapters, with subspaces if these cost at most `most` multiplications."""
     light = adapter.load_blank()
-    weights = adapter.base.weights(adapter.auto_class)
+    weights = adapter.base_weights()
     adapters = {layer.cuts["default"].module: layer for layer in adapted(light, "default").values()}
     first: dict[str, InlayLinear] = {}
     if any(layer.cuts["default"].folded for layer in adapters.values()):
@@ -131,7 +131,7 @@ def merged_changes(adapter: Adapter, layers: list[int] | None, why: ValueError) 
     auto = adapter.auto_class
     base = adapter.base.load(torch.float32, auto=auto, **adapter.settings)
     model = adapter.attach(base, trainable=True)  # so that its parameters are told from the base's
-    changed = changes(model, lambda: adapter.base.weights(auto))
+    changed = changes(model, adapter.base_weights)
     if not changed:
         raise why
     return {name: changed[name] for name in modules_in_layers(changed, layers, adapter.folder)}

@@ -8,9 +8,12 @@ that together have as many parameters. A shared factor needs only one product x 
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,11 +21,14 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import Conv1D, PreTrainedModel
 
+from inlay.files.atomic import check_free, new_folder
 from inlay.host.config import InlayConfig
 from inlay.inspection.singular_values import kept_spectrum, target_weights, weight_spectra
 from inlay.messages import first_line
 from inlay.models.base import BaseModel
 from inlay.numerics.rank_allocation import energy, module_type
+
+JOINT = "joint.json"  # also marks a folder that may be overwritten
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,61 @@ class Readers:
         """Return the rank at which separate factors have at most the parameters of a shared one of rank r."""
         out, inp = sum(shape[0] for shape in self.shapes), self.shapes[0][1]
         return r * (inp + out) // (len(self.shapes) * inp + out)
+
+
+def inspect_joint(
+    model: str = "builtin",
+    r: int = 16,
+    *,
+    target_modules: list[str] | str = "all-linear",
+    layers: list[int] | None = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> list[Readers]:
+    """Measure what one right factor of rank `r` carries for the modules that read one input; reads the checkpoint only.
+
+    Args:
+        model: hub id, local folder, or builtin.
+        r: the rank that joint.json gives the shares of; any other can be asked of the result.
+        target_modules: which modules, as in `InlayConfig`.
+        layers: indices of layers (then `target_modules` must be a list of names).
+        output: a folder for joint.json.
+        overwrite: replace such a folder.
+        revision: of a hub model.
+        trust_remote_code: let the model's repository run its own code.
+
+    Raises:
+        ValueError: the model, a value or the output folder cannot be used; nothing is then written.
+    """
+    if output is not None:
+        check_free(Path(output), overwrite, JOINT)
+    groups = joint_groups(BaseModel(model, revision, trust_remote_code), target_modules, layers)
+    if output is not None:
+        with new_folder(Path(output), overwrite, JOINT) as part:
+            (part / JOINT).write_text(json.dumps(joint_as_data(model, r, groups)) + "\n", encoding="utf-8")
+    return groups
+
+
+def joint_as_data(model: str, r: int, groups: list[Readers]) -> dict[str, Any]:
+    """Return all groups for JSON, with the singular values of the stacked weights."""
+    return {
+        "model": model,
+        "r": r,
+        "groups": [
+            {
+                "modules": list(group.modules),
+                "shapes": [list(shape) for shape in group.shapes],
+                "shared": round(group.shared(r), 6),
+                "separate": round(group.separate(r), 6),
+                "as_many_r": group.as_many(r),
+                "separate_as_many": round(group.separate(group.as_many(r)), 6),
+                "singular_values": [float(f"{s:.7g}") for s in group.stacked.tolist()],
+            }
+            for group in groups
+        ],
+    }
 
 
 def joint_groups(

@@ -21,6 +21,7 @@ from inlay.messages import first_line, loading
 from inlay.models.base import BaseModel, read_tokenizer
 from inlay.models.folded import FOLDED
 from inlay.models.model_classes import SEQUENCE
+from inlay.models.stored_weights import Weights
 from inlay.models.vocabulary import fit_vocabulary
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -164,6 +165,14 @@ class Adapter:
             return load_file(self.folder / WEIGHTS)
         except (OSError, SafetensorError) as error:
             raise DamagedFileError(f"{self.folder / WEIGHTS} cannot be read: {first_line(error)}") from None
+
+    def base_weights(self) -> Weights:
+        """Open the stored weights of the base.
+
+        Raises:
+            ValueError: the base has no safetensors files, or they cannot be read.
+        """
+        return self.base.weights(self.auto_class, **self.settings)
 
     def load(
         self, dtype: torch.dtype | None = None, trainable: bool = False

@@ -95,13 +95,13 @@ class BaseModel:
             return auto_class(config, SEQUENCE)
         return auto_class(config, SEQ2SEQ if config.is_encoder_decoder else None)
 
-    def weights(self, auto: Any = AutoModelForCausalLM) -> Weights:
-        """Open the stored weights; `auto` is the class that the model's own names of them come from.
+    def weights(self, auto: Any = AutoModelForCausalLM, **settings: Any) -> Weights:
+        """Open the stored weights; `auto` and `settings` build the model that gives them its own names (see `meta`).
 
         Raises:
             ValueError: the model has no safetensors files, or they cannot be read.
         """
-        return Weights(self.name, self.resolved, self.revision, lambda: self.meta(torch.float32, auto=auto))
+        return Weights(self.name, self.resolved, self.revision, lambda: self.meta(torch.float32, auto=auto, **settings))
 
     def meta(
         self, dtype: torch.dtype, layers: int | None = None, auto: Any = AutoModelForCausalLM, **settings: Any
