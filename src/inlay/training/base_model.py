@@ -53,7 +53,8 @@ def load_training_model(
         checkpoint: the one that the run resumes from.
         batches: for folds that start from data.
     """
-    recipe, dtype, folder, console = prepared.recipe, prepared.dtype, prepared.folder, prepared.console
+    recipe, dtype = prepared.recipe, prepared.dtype
+    folder, console = prepared.folder, prepared.console
     if recipe.quantize == "nf4" and checkpoint:
         return Adapter.open(checkpoint.path, str(folder / "base")).load(dtype, trainable=True)[0]
     if adapter := fold_at(recipe.model):
