@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Conv1D
 
-from inlay.host.tuner import count_owners
+from inlay.host.tuner import weight_places
 
 PLAIN = ("true", "false", "gaussian", "eva", "orthogonal", "mica")  # they leave the base's weights as they are
 COMPUTED = ("pissa", "olora")  # functions of W
@@ -46,7 +46,7 @@ def moves_base(start: str, given: bool) -> bool:
 
 def check_peft_start(start: str, layers: dict[str, nn.Module], model: nn.Module) -> None:
     """Raise a ValueError where PEFT's own model is not W − s B₀ A₀ + s B A on these layers alone."""
-    owners = count_owners(model)
+    owners = weight_places(model)
     for name, layer in layers.items():
         if owners[id(layer.weight)] > 1:
             raise ValueError(

@@ -47,8 +47,8 @@ def check_scalable(model: nn.Module, name: str, scale: float) -> None:
         return
     if whole := wrapped_keys(model, name):
         raise ValueError(
-            f"the adapter {name!r} also trained {next(iter(whole))} whole or some of its tokens, which have no strength; "
-            "leave its scale at 1, or switch the adapter off with disable_adapter()"
+            f"the adapter {name!r} also trained {next(iter(whole))} whole or some of its tokens, which have no "
+            "strength; leave its scale at 1, or switch the adapter off with disable_adapter()"
         )
     config = getattr(model, "peft_config", {}).get(name)
     if config is not None and config.bias != "none":

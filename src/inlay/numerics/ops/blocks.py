@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +96,7 @@ class _Blocks(torch.autograd.Function):
             on_read: that of the blocks of x that were read, of which only a second derivative makes use.
             kept, W, D, rows, cols: what was kept.
         """
-        needs, r, dtype = ctx.needs_input_grad, D.shape[1], (on_read if g is None else g).dtype
+        needs, r, dtype = ctx.needs_input_grad, D.shape[1], cast(Tensor, on_read if g is None else g).dtype
         flat = (math.prod(ctx.shape[:-1]), ctx.out)
         g = D.new_zeros(flat, dtype=dtype) if g is None else g.reshape(flat)
         linear = None if W is None else (W, None)
@@ -111,7 +112,7 @@ class _Blocks(torch.autograd.Function):
                 dx = differentiable_gradients(product, [blank, D], [True, False], g)[0]
             if needs[0] and on_read is not None:
                 reads = lambda x: pick(x.reshape(-1, x.shape[-1]).to(dtype), cols, r)  # noqa: E731
-                dx = dx + differentiable_gradients(reads, [blank], [True], on_read)[0]
+                dx = cast(Tensor, dx) + cast(Tensor, differentiable_gradients(reads, [blank], [True], on_read)[0])
             dD = None if kept is None else (pick(g, rows, r).mT @ kept.to(dtype)).to(D.dtype)
         return [dx, dD]
 

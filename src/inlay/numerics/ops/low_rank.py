@@ -220,7 +220,7 @@ class _LowRank(torch.autograd.Function):
         Raises:
             RuntimeError: less than x was kept.
         """
-        needs, dtype = ctx.needs_input_grad[6:], (on_u if g is None else g).dtype
+        needs, dtype = ctx.needs_input_grad[6:], cast(Tensor, on_u if g is None else g).dtype
         g = u.new_zeros(len(u), ctx.out, dtype=dtype) if g is None else g.reshape(-1, ctx.out)
         if ctx.saver is not None and any(needs):
             raise RuntimeError(f"saver: what it keeps gives no second derivatives; {TWICE}")
@@ -252,7 +252,7 @@ class _LowRank(torch.autograd.Function):
                 B, A = ctx.build(*p)
                 r = B.shape[1] if ctx.half is None else ctx.half
                 reads = lambda x: inner(x, A if A is None else A[: ctx.half], r)  # noqa: E731
-                dx = dx + differentiable_gradients(reads, [blank], [True], on_u)[0]
+                dx = cast(Tensor, dx) + cast(Tensor, differentiable_gradients(reads, [blank], [True], on_u)[0])
             grads = differentiable_gradients(from_inner, [u, *p], [False, *needs], g)[1:] if any(needs) else needs
         return [dx, *(grad if isinstance(grad, Tensor) else None for grad in grads)]
 
