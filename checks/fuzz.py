@@ -52,8 +52,7 @@ from inlay.host.config import InlayConfig
 from inlay.messages import quiet
 from inlay.models import builtin
 from inlay.models.adapters import adapter_folder, load_adapter
-from inlay.models.loading import load_base
-from inlay.models.stored_weights import Weights
+from inlay.models.base import BaseModel
 from inlay.recipe.reading import load_recipe
 from inlay.training import checkpoints
 from inlay.training.progress import RunProgress
@@ -225,7 +224,7 @@ def targets(scratch: Path) -> dict[str, Target]:
         return found
 
     def stored(path: Path) -> object:
-        weights = Weights(str(path))
+        weights = BaseModel(str(path)).weights()
         return [weights.read(name) for name in weights.names()]
 
     def checkpoint(path: Path) -> object:
@@ -245,7 +244,7 @@ def targets(scratch: Path) -> dict[str, Target]:
         return found and (state_of(found), RunProgress(path, quiet).restore(found.path))
 
     def model(path: Path) -> object:
-        found, words = load_base(str(path), torch.float32)
+        found, words = BaseModel(str(path)).load(torch.float32), BaseModel(str(path)).tokenizer()
         return found, prompt_ids([{"role": "user", "content": "a b"}], words)
 
     def cached(path: Path) -> object:

@@ -6,10 +6,11 @@ from transformers import AutoModelForCausalLM
 
 from inlay.cli import main
 from inlay.inspection.joint_factors import joint_groups
+from inlay.models.base import BaseModel
 
 
 def test_the_shares_are_those_of_a_dense_svd(tiny):
-    found = joint_groups(tiny)
+    found = joint_groups(BaseModel(tiny))
     names = [tuple(name.removeprefix("model.layers.") for name in group.modules) for group in found]
     assert names == [
         group

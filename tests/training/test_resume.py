@@ -24,9 +24,10 @@ from inlay.recipe.reading import load_recipe
 from inlay.recipe.recipe import Recipe
 from inlay.reports.result import environment
 from inlay.training import calibration, checkpoints
+from inlay.training.faults import bad_gradients
 from inlay.training.progress import RunProgress
 from inlay.training.train import train, unfinished
-from inlay.training.trainer import Safe, bad_gradients
+from inlay.training.trainer import Safe
 
 SILENT = Console(quiet=True)
 TORTURE = Path(__file__).parents[2] / "checks" / "torture.py"
@@ -182,6 +183,7 @@ def test_a_signal_ends_a_step_and_leaves_a_checkpoint(number, tiny, records, who
         slow(
             {"streaming": True, "packing": True, "max_length": 96, "batch_size": 1, "method": "bone", "args": {"r": 4}}
         ),
+        {"group_by_length": True, "steps": 9, "dropout": 0.2},
         {"eval_every": 1, "early_stopping": 3, "learning_rate": 0.5, "dropout": 0.2, "steps": 9},
         {"eval_every": 2, "keep_best": True, "learning_rate": 0.3, "modules_to_save": ["norm"], "samples": 1},
     ],
@@ -241,7 +243,7 @@ def test_a_fold_is_gone_on_with(tiny, records, tmp_path, monkeypatch):
 def test_before_the_first_checkpoint_it_starts_anew(tiny, records, whole, tmp_path, monkeypatch):
     """A process killed while it loads leaves a folder with a recipe."""
     monkeypatch.setattr("inlay.training.train.give_up", lambda *_: False)
-    monkeypatch.setattr("inlay.training.train.load_training_model", lambda *_: 1 / 0)
+    monkeypatch.setattr("inlay.training.settle.load_training_model", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(made(tiny, records, tmp_path / "run", **LAMDA), SILENT)
     monkeypatch.undo()

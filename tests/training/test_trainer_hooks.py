@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from trl import DPOTrainer
 
 from inlay.training.launch import launch
 
@@ -55,6 +56,10 @@ def test_transformers_calls_what_our_trainers_replace(tmp_path):
 @pytest.mark.parametrize("name", CALLED)
 def test_transformers_takes_what_our_trainers_pass(name):
     assert list(inspect.signature(getattr(transformers.Trainer, name)).parameters) == ["self", *CALLED[name]]
+
+
+def test_trl_prepares_preferences_where_our_trainer_leaves_them():
+    assert list(inspect.signature(DPOTrainer._prepare_dataset).parameters)[:2] == ["self", "dataset"]
 
 
 def test_accelerate_reads_the_flags_of_a_launch(monkeypatch):

@@ -61,7 +61,7 @@ def export_command(options: argparse.Namespace) -> None:
 
     quiet()
     adapters = {options.adapter: options.weight}
-    for path, weight in map(weighted, options.add):
+    for path, weight in map(path_and_weight, options.add):
         adapters[path] = adapters.get(path, 0.0) + weight
     done = export_lora(
         adapters, options.out, to=options.to, rank=options.rank, energy=options.energy, model=options.model,
@@ -119,7 +119,7 @@ def import_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--overwrite", action="store_true", help="replace an earlier import")
 
 
-def weighted(text: str) -> tuple[str, float]:
+def path_and_weight(text: str) -> tuple[str, float]:
     """An adapter and its weight, from ADAPTER=WEIGHT."""
     path, _, weight = text.rpartition("=")
     try:

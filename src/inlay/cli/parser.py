@@ -81,7 +81,9 @@ def add_fields(verb: argparse.ArgumentParser, names: Sequence[str], hidden: bool
         verb.add_argument(f"--{name.replace('_', '-')}", dest=name, **kind, **switch)
 
 
-SWITCHES = ("overwrite", "packing", "streaming", "keep_best", "gradient_checkpointing", "trust_remote_code")
+SWITCHES = (
+    "overwrite", "packing", "group_by_length", "streaming", "keep_best", "gradient_checkpointing", "trust_remote_code",
+)  # fmt: skip
 
 
 def wrap(text: str) -> str:

@@ -15,11 +15,10 @@ from typing import Any
 import gguf
 import torch
 from torch import Tensor
-from transformers import ROPE_INIT_FUNCTIONS
+from transformers import ROPE_INIT_FUNCTIONS, PreTrainedTokenizerBase
 
 from inlay.conversion.gguf_lora import ARCHITECTURES, close_writer, interleaved
 from inlay.conversion.merged_weights import New
-from inlay.models.loading import load_tokenizer
 
 FILE = "model.gguf"
 MODELS = ("llama", "mistral", "qwen2", "qwen3")
@@ -40,18 +39,20 @@ SPLITS = {
 }
 
 
-def write_merged(folder: Path, config: Any, source: str, tensors: Iterable[New], out: str) -> list[New]:
-    """A merged model with the tokenizer of `source`, and an Ollama Modelfile, in a folder that will be `out`.
+def write_merged(
+    folder: Path, config: Any, tokenizer: PreTrainedTokenizerBase, tensors: Iterable[New], out: str
+) -> list[New]:
+    """Write a merged model with its tokenizer, and an Ollama Modelfile, into a folder that will be `out`.
 
     The tensors pass through a temporary file, in $TMPDIR, of the model's size.
     """
-    with tempfile.TemporaryDirectory() as tokenizer:
-        load_tokenizer(source).save_pretrained(tokenizer)
-        config.save_pretrained(tokenizer)
-        split = check_model(config, Path(tokenizer), out)
-        made = write_model(folder / FILE, config, Path(tokenizer), split, tensors)
+    with tempfile.TemporaryDirectory() as saved:
+        tokenizer.save_pretrained(saved)
+        config.save_pretrained(saved)
+        split = check_model(config, Path(saved), out)
+        written = write_model(folder / FILE, config, Path(saved), split, tensors)
     (folder / "Modelfile").write_text(f"FROM ./{FILE}\n", encoding="utf-8")
-    return made
+    return written
 
 
 def check_model(config: Any, tokenizer: Path, out: str) -> str:

@@ -6,25 +6,22 @@ the nearest of a rank, and how near is said. The base is not loaded; where a met
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Conv1D
+from transformers import Conv1D
 
 from inlay.host import seal
 from inlay.host.config import InlayConfig
 from inlay.host.layer import PREFIX, START, InlayLinear, adapted
 from inlay.method import LowRank
-from inlay.models.adapters import label_settings, load_adapter, read_adapter_config
-from inlay.models.loading import load_config
-from inlay.models.meta import meta_model
-from inlay.models.model_classes import auto_class
+from inlay.models.adapters import WEIGHTS, Adapter
 from inlay.models.stored_weights import Weights
 from inlay.numerics import linalg
 
@@ -55,39 +52,17 @@ class LoraDelta:
         return (lost / whole.clamp(min=TINY)).sqrt().item()
 
 
-def load_blank_adapter(
-    folder: Path, base: str, revision: str | None = None, trust_remote_code: bool = False, auto: Any = None
-) -> PeftModel:
-    """An adapter on its base without the base's memory: θ is there, W is not. `auto`: see `auto_of`.
-
-    Raises:
-        ValueError: it is of a task that is not handled here, or cannot be loaded.
-    """
-    auto = auto or adapter_auto_class(folder, base, revision, trust_remote_code)
-    settings = label_settings(folder)
-    blank = meta_model(base, torch.float32, trust_remote_code, auto=auto, revision=revision, **settings)
-    return load_adapter(blank, folder, light=True)
-
-
-def adapter_auto_class(folder: Path, base: str, revision: str | None, trust_remote_code: bool) -> Any:
-    """The class that loads an adapter's base."""
-    config = load_config(base, trust_remote_code, revision)
-    return auto_class(config, read_adapter_config(folder).task_type)
-
-
 Weighted = tuple[float, PeftModel]  # a weight, and an adapter on a base without memory
 
 
 def lora_deltas(
     adapters: list[Weighted],
-    base: str,
+    base_weights: Callable[[], Weights],
     rank: int | None = None,
     energy: float | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    auto: Any = AutoModelForCausalLM,
 ) -> Iterator[LoraDelta]:
-    """The change of every adapted weight; of several adapters, their weighted sum.
+    """The change of every adapted weight; of several adapters, their weighted sum. `base_weights` opens the stored
+    weights of the base, where a method reads them.
 
     Raises:
         ValueError: a method's change has full rank and neither `rank` nor `energy` is given; or the adapters, or the
@@ -106,7 +81,7 @@ def lora_deltas(
                 layer.check_base("default", mark)
         W = torch.empty(one.out_features, one.in_features, device="meta")
         if any(layer.cuts["default"].method.reads_weight for _, layer in parts):
-            weights = weights or Weights(base, revision, trust_remote_code, auto)
+            weights = weights or base_weights()
             W = weights.read(f"{module}.weight")
             if not W.is_floating_point():
                 raise ValueError(
@@ -172,14 +147,13 @@ def widened_to_rank(c: LoraDelta, r: int) -> tuple[Tensor, Tensor]:
     return B, A
 
 
-def saved_beside(folder: Path, grown: bool = False) -> dict[str, Tensor]:
-    """What an adapter holds beside θ and θ₀: modules and biases that were trained whole, rows of embeddings.
+def saved_beside(adapter: Adapter, grown: bool = False) -> dict[str, Tensor]:
+    """Return what `adapter` holds beside θ and θ₀: modules and biases that were trained whole, rows of embeddings.
 
     Not the embeddings that PEFT saves along, as they are, where a head is adapted; but these too if they have `grown`.
     """
-    config = cast(InlayConfig, read_adapter_config(folder))
-    stored = load_file(folder / "adapter_model.safetensors")
-    rest = {k: v for k, v in stored.items() if f".{PREFIX}" not in k and f".{START}" not in k}
+    config = cast(InlayConfig, adapter.config)
+    rest = {k: v for k, v in adapter.tensors.items() if f".{PREFIX}" not in k and f".{START}" not in k}
 
     def trained(key: str) -> bool:
         module = key.rpartition(".")[0]
@@ -190,32 +164,51 @@ def saved_beside(folder: Path, grown: bool = False) -> dict[str, Tensor]:
 
 
 def write_lora(
-    folder: Path, source: Path, model: PeftModel, made: list[LoraDelta], r: int, dtype: torch.dtype, grown: bool = False
+    folder: Path,
+    source: Adapter,
+    model: PeftModel,
+    deltas: list[LoraDelta],
+    r: int,
+    dtype: torch.dtype,
+    grown: bool = False,
 ) -> None:
-    """An ordinary PEFT folder: adapter_config.json and adapter_model.safetensors."""
+    """Write an ordinary PEFT folder: adapter_config.json and adapter_model.safetensors.
+
+    Args:
+        folder: the new folder.
+        source: the adapter, whose other settings and tensors are kept.
+        model: that adapter on a base without memory.
+        deltas: the changes, of rank `r` at most.
+        r: the rank of the LoRA.
+        dtype: of its tensors.
+        grown: whether the vocabulary grew, so that its embeddings are part of the adapter.
+
+    Raises:
+        ValueError: a value does not fit the dtype.
+    """
     tensors = saved_beside(source, grown)
-    for c in made:
-        B, A = widened_to_rank(c, r)
+    for delta in deltas:
+        B, A = widened_to_rank(delta, r)
         for kind, value in (("lora_A", A), ("lora_B", B)):
-            name, rounded = f"base_model.model.{c.module}.{kind}.weight", value.to(dtype).contiguous()
+            name, rounded = f"base_model.model.{delta.module}.{kind}.weight", value.to(dtype).contiguous()
             if not rounded.isfinite().all():
                 raise ValueError(f"{name} does not fit {dtype}; choose the dtype bfloat16 or float32")
             tensors[name] = rounded
-    asked = cast(InlayConfig, read_adapter_config(source))
+    given = cast(InlayConfig, source.config)
     config = LoraConfig(
         r=r,
         lora_alpha=r,
-        target_modules=target_names(model, [c.module for c in made]),
-        bias="lora_only" if asked.bias == "inlay_only" else asked.bias,  # type: ignore[arg-type]
-        modules_to_save=asked.modules_to_save,
-        trainable_token_indices=asked.trainable_token_indices,
+        target_modules=target_names(model, [delta.module for delta in deltas]),
+        bias="lora_only" if given.bias == "inlay_only" else given.bias,  # type: ignore[arg-type]
+        modules_to_save=given.modules_to_save,
+        trainable_token_indices=given.trainable_token_indices,
         fan_in_fan_out=any(isinstance(m.base_layer, Conv1D) for m in adapted(model, "default").values()),
-        task_type=asked.task_type,
-        base_model_name_or_path=asked.base_model_name_or_path,
+        task_type=given.task_type,
+        base_model_name_or_path=given.base_model_name_or_path,
         inference_mode=True,
     )
     config.save_pretrained(str(folder))
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def target_names(model: PeftModel, names: list[str]) -> list[str]:

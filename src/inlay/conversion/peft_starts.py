@@ -7,11 +7,11 @@ computes with other weights than it was trained on, without a word.
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import Tensor, nn
 from transformers import Conv1D
-
-from inlay.host.tuner import weight_places
 
 PLAIN = ("true", "false", "gaussian", "eva", "orthogonal", "mica")  # they leave the base's weights as they are
 COMPUTED = ("pissa", "olora")  # functions of W
@@ -44,9 +44,15 @@ def moves_base(start: str, given: bool) -> bool:
     raise ValueError(f"init_lora_weights={start!r} is not one of {', '.join((*PLAIN, *COMPUTED, *LOST))}")
 
 
+def count_owners(model: nn.Module) -> Counter[int]:
+    """Count the modules that hold each `weight`, by its id: tied weights have several."""
+    parameters = ((name, p) for m in model.modules() for name, p in m.named_parameters(recurse=False))
+    return Counter(id(p) for name, p in parameters if name == "weight")
+
+
 def check_peft_start(start: str, layers: dict[str, nn.Module], model: nn.Module) -> None:
     """Raise a ValueError where PEFT's own model is not W − s B₀ A₀ + s B A on these layers alone."""
-    owners = weight_places(model)
+    owners = count_owners(model)
     for name, layer in layers.items():
         if owners[id(layer.weight)] > 1:
             raise ValueError(

@@ -36,8 +36,8 @@ from inlay.conversion.peft_starts import (
 from inlay.host import seal
 from inlay.host.config import InlayConfig
 from inlay.host.layer import PREFIX, START, adapted
+from inlay.models.base import BaseModel
 from inlay.models.loading import DTYPES
-from inlay.models.meta import meta_model
 from inlay.models.stored_weights import Weights
 from inlay.numerics import linalg
 
@@ -60,8 +60,8 @@ class Translation:
             self.tensors[f"{ROOT}{module}.{path}.weight"] = value.float().contiguous()
 
 
-def translate(source: PeftFolder, base: str, first: PeftFolder | None) -> Translation:
-    """The adapter in Inlay's terms. `first`: the same adapter before training.
+def translate(source: PeftFolder, first: PeftFolder | None) -> Translation:
+    """Translate an adapter into Inlay's terms. `first` is the same adapter before training.
 
     Raises:
         ValueError: something in it has no equal here, its files do not fit the base, or its start is lost.
@@ -70,8 +70,8 @@ def translate(source: PeftFolder, base: str, first: PeftFolder | None) -> Transl
     if source.kind != "LORA":
         if first is not None:
             raise ValueError(f"a {source.kind} adapter leaves the base as it is; leave out the initial adapter")
-        return from_miss(source, base)
-    return from_lora(source, base, first)
+        return from_miss(source)
+    return from_lora(source, first)
 
 
 def trained_whole(source: PeftFolder, own: tuple[str, ...]) -> dict[str, Tensor]:
@@ -79,11 +79,11 @@ def trained_whole(source: PeftFolder, own: tuple[str, ...]) -> dict[str, Tensor]
     return {k: v for k, v in source.tensors.items() if not any(part in k for part in own)}
 
 
-def from_miss(source: PeftFolder, base: str) -> Translation:
+def from_miss(source: PeftFolder) -> Translation:
     """Bone, or Bat in PEFT's orientation. The Bone type that PEFT had up to 0.18 is MiSS under other names."""
     tensors = {k.replace(".bone_block", ".miss_block"): v for k, v in source.tensors.items()}
-    judge = build_peft_adapter(source, base, MissConfig, {})
-    source = without_base_copies(judge, replace(source, tensors=tensors), base)
+    built = build_peft_adapter(source, MissConfig, {})
+    source = without_base_copies(built, replace(source, tensors=tensors))
     init, dropout = source.config.get("init_weights", True), source.config.get("miss_dropout", 0.0)
     bat = init == "bat"
     made = Translation("bat_col" if bat else "bone", 0.0 if bat else dropout)
@@ -91,36 +91,36 @@ def from_miss(source: PeftFolder, base: str) -> Translation:
         made.notes.append(f"PEFT ignores miss_dropout={dropout} where init_weights='bat', so it is 0 here")
     if init == "mini":
         made.notes.append("MiSS's mini block is repeated over the outputs: training goes on with all of Bone's numbers")
-    for name, layer in peft_layers(judge, MissLayer).items():
+    for name, layer in peft_layers(built, MissLayer).items():
         D = source.tensors[f"{ROOT}{name}.miss_block"]
         if bat:
             made.put(name, {"r": D.shape[1]}, {PREFIX + "B": D})
         else:
             made.put(name, {"r": D.shape[0]}, {PREFIX + "D": D.repeat(1, layer.out_features // D.shape[1])})
-    made.targets, made.rest = target_names(judge, list(made.settings)), trained_whole(source, (".miss_block",))
+    made.targets, made.rest = target_names(built, list(made.settings)), trained_whole(source, (".miss_block",))
     return made
 
 
 @torch.no_grad()
-def from_lora(source: PeftFolder, base: str, first: PeftFolder | None) -> Translation:
+def from_lora(source: PeftFolder, first: PeftFolder | None) -> Translation:
     """LoRA: as it is where the base was left alone, else against its start."""
-    judge = build_peft_adapter(source, base, LoraConfig, {"init_lora_weights": True})
-    found = peft_layers(judge, LoraLayer)
+    built = build_peft_adapter(source, LoraConfig, {"init_lora_weights": True})
+    layers = peft_layers(built, LoraLayer)
     start = str(source.config.get("init_lora_weights", True)).lower()
     moved = moves_base(start, first is not None)
     if moved:
-        check_peft_start(start, {name: layer.get_base_layer() for name, layer in found.items()}, judge)
-    source = without_base_copies(judge, source, base, found if moved else ())
-    first = None if first is None else without_base_copies(judge, first, base, found)
+        check_peft_start(start, {name: layer.get_base_layer() for name, layer in layers.items()}, built)
+    source = without_base_copies(built, source, layers if moved else ())
+    first = None if first is None else without_base_copies(built, first, layers)
     made = Translation(
         "pissa" if moved and start.startswith("pissa") else "lora", source.config.get("lora_dropout", 0.0)
     )
-    made.targets, made.rest = target_names(judge, list(found)), trained_whole(source, (".lora_A.", ".lora_B."))
+    made.targets, made.rest = target_names(built, list(layers)), trained_whole(source, (".lora_A.", ".lora_B."))
     if start == "mica":
         made.notes.append("MiCA keeps B as it is in training; here it is trained too")
-    weights = Weights(base, source.config.get("revision")) if moved and first is None else None
+    weights = source.base.weights() if moved and first is None else None
     furthest = doubt = 0.0
-    for name, layer in found.items():
+    for name, layer in layers.items():
         (A, B), r, s = lora_pair(source, name), layer.r["default"], layer.scaling["default"]
         if not moved:
             made.put(name, *lora_values(A, B, s))
@@ -139,7 +139,7 @@ def from_lora(source: PeftFolder, base: str, first: PeftFolder | None) -> Transl
         else:
             made.put(name, *lora_values(torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1), s))
     if moved:
-        made.notes += start_notes(start, furthest, None if weights is None else base, doubt)
+        made.notes += start_notes(start, furthest, None if weights is None else source.base.resolved, doubt)
     return made
 
 
@@ -169,7 +169,7 @@ def base_matrix(weights: Weights, name: str, layer: nn.Module) -> Tensor:
     return W.T if isinstance(layer, Conv1D) else W
 
 
-def write_translation(folder: Path, source: PeftFolder, base: str, made: Translation) -> None:
+def write_translation(folder: Path, source: PeftFolder, made: Translation) -> None:
     """Save the adapter as PEFT saves it, filled on a base without memory, and seal it."""
     settings, patterns = common_settings(made.settings)
     bias = source.config.get("bias") or "none"
@@ -186,14 +186,14 @@ def write_translation(folder: Path, source: PeftFolder, base: str, made: Transla
         auto_mapping=source.config.get("auto_mapping"),
         revision=source.config.get("revision"),
     )
-    model = get_peft_model(meta_model(base, torch.float32), config, low_cpu_mem_usage=True)
+    model = get_peft_model(source.base.meta(torch.float32), config, low_cpu_mem_usage=True)
     set_peft_model_state_dict(model, made.rest | made.tensors, low_cpu_mem_usage=True)
     saved = get_peft_model_state_dict(model, save_embedding_layers=False)  # and, on the way, the config's seals
     assert config.seals is not None
-    for name, mark in base_marks(model, base, source.config.get("revision")).items():
+    for name, mark in base_marks(model, source.base).items():
         config.seals[name]["base"] = mark
     config.inference_mode = True
-    config.base_model_name_or_path = base  # which PEFT has just set to what transformers calls it
+    config.base_model_name_or_path = source.base.resolved  # which PEFT has just set to what transformers calls it
     config.save_pretrained(str(folder))
     save_file(saved | made.rest, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
@@ -210,17 +210,17 @@ def common_settings(settings: dict[str, dict[str, Any]]) -> tuple[dict[str, Any]
     return kinds[most], patterns
 
 
-def base_marks(model: PeftModel, base: str, revision: str | None) -> dict[str, str]:
-    """The marks of the base's weights, where they lie on this machine."""
-    if not Path(base).is_dir():
+def base_marks(model: PeftModel, base: BaseModel) -> dict[str, str]:
+    """Return the marks of the base's weights by module; none where the base is not on this machine."""
+    if not Path(base.resolved).is_dir():
         return {}
     try:
-        weights = Weights(base, revision)
+        weights = base.weights()
     except ValueError:
         return {}
-    found = {}
+    marks = {}
     for layer in adapted(model, "default").values():
         name = layer.cuts["default"].module
         if weights.key(f"{name}.weight") and (W := weights.read(f"{name}.weight")).dtype in DTYPES.values():
-            found[name] = seal.of_base(W.T if isinstance(layer.base_layer, Conv1D) else W)
-    return found
+            marks[name] = seal.of_base(W.T if isinstance(layer.base_layer, Conv1D) else W)
+    return marks

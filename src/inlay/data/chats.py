@@ -58,8 +58,10 @@ def text_cell(cell: Any, name: str) -> str:
 
 def whole_characters(text: str, name: str) -> str:
     """The text, unless it holds half of a surrogate pair, which JSON can write and no tokenizer reads."""
-    if any("\ud800" <= c <= "\udfff" for c in text):
-        raise ValueError(f"{name} is {short(text)}, with half of a surrogate pair; accepted: text")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} is {short(text)}, with half of a surrogate pair; accepted: text") from None
     return text
 
 

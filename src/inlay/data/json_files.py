@@ -81,7 +81,8 @@ def _records(value: Any) -> bool:
 def _advice(value: dict[str, Any], lists: list[str], path: Path) -> str:
     if lists:
         return f"(several lists: {', '.join(lists)}; jq .{lists[0]} {path.name} > one.json takes one out)"
-    if value and all(isinstance(inner, (dict, list)) for inner in value.values()):
+    chats = any(isinstance(inner, list) and inner and isinstance(inner[0], dict) for inner in value.values())
+    if value and not chats and all(isinstance(inner, (dict, list)) for inner in value.values()):
         return "(of pandas: df.to_json(path, orient='records', lines=True))"
     return "(one object alone is written in [ ])"
 

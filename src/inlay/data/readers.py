@@ -174,7 +174,7 @@ class Unpacked(io.RawIOBase):
             raise DamagedFileError(f"{self.path}: cannot be unpacked ({error})") from error
         self.count += len(part)
         if self.count > self.most:
-            wanted = f"at most {FACTOR} times its {gib(self.path.stat().st_size)}, and {gib(LEAST)} (gunzip it first)"
+            wanted = f"at most {FACTOR} times the file, or {gib(LEAST)} (gunzip it first)"
             raise refusal(self.path, f"more than {gib(self.most)} once unpacked", wanted)
         buffer[: len(part)] = part
         return len(part)

@@ -9,24 +9,25 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerBase
 
 from inlay.data.chats import Example
 from inlay.data.render import prompt_ids
 from inlay.evaluation.eval_tasks import Question
 from inlay.evaluation.generate import Chat, answer
+from inlay.models.scored_positions import logits_at
 
 
 def similar_batches(sizes: list[int], size: int, what: str, console: Console) -> Iterator[list[int]]:
-    """Places in batches of similar length, the longest first, so that what does not fit shows at once."""
+    """Return places in batches of similar length, the longest first, so that what does not fit shows at once."""
     order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
     parts = [order[i : i + size] for i in range(0, len(order), size)]
     yield from track(parts, what, console=console, disable=not console.is_terminal)
 
 
 def generated(model: Any, tokenizer: Any, asked: list[Question], tokens: int, size: int, console: Console) -> list[str]:
-    """The answer to each question."""
+    """Return the model's answer to each question."""
     said = [""] * len(asked)
     for places in similar_batches([len(str(q.chat)) for q in asked], size, "answers", console):
         answers = answer(model, tokenizer, [asked[i].asked for i in places], tokens)
@@ -36,7 +37,7 @@ def generated(model: Any, tokenizer: Any, asked: list[Question], tokens: int, si
 
 
 def likeliest(model: Any, tokenizer: Any, asked: list[Question], size: int, console: Console) -> list[str]:
-    """The option of each question whose words the model finds most likely, by their mean log-likelihood."""
+    """Return the option of each question whose words the model finds likeliest, by their mean log-likelihood."""
     texts = [(i, q.asked, f"the correct answer is {o}") for i, q in enumerate(asked) for o in q.options]
     found = token_losses(model, tokenizer, [(chat, said) for _, chat, said in texts], size, console)
     best: dict[int, tuple[float, str]] = {}
@@ -54,9 +55,11 @@ def token_losses(
     console: Console,
     most: int = 1024,
 ) -> list[tuple[float, int]]:
-    """The loss (nats) summed over the tokens of each text after its prompt (a conversation, or a text as it is), and
-    how many they are. Of what is longer than `most` tokens the last are taken. What differs in its last token alone,
-    as options do, shares a pass."""
+    """Return the loss (nats) summed over the tokens of each text after its prompt, and the number of these tokens.
+
+    A prompt is a conversation, or a text as it is. Texts longer than `most` tokens keep only their last `most`. Texts
+    that differ in their last token alone, as options do, share a pass.
+    """
     rows = []
     for prompt, text in pairs:
         before = prompt_ids(prompt, tokenizer)
@@ -71,13 +74,31 @@ def token_losses(
     found: list[tuple[float, int]] = [(0.0, 0)] * len(rows)
     for places in similar_batches([len(head) for head in heads], size, "losses", console):
         longest = max(len(heads[i]) for i in places)
-        ids, mask = (torch.zeros(len(places), longest, dtype=torch.long) for _ in range(2))
+        ids, mask, scored = (torch.zeros(len(places), longest, dtype=torch.long) for _ in range(3))
         for k, i in enumerate(places):  # padded on the right: what comes after does not reach what came before
             ids[k, : len(heads[i])], mask[k, : len(heads[i])] = torch.tensor(heads[i]), 1
-        logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits
-        for k, i in [(k, i) for k, place in enumerate(places) for i in passes[heads[place]]]:
-            own, count = rows[i]
-            slope: Tensor = logits[k, len(own) - count - 1 : len(own) - 1].float()
-            want = torch.tensor(own[len(own) - count :], dtype=torch.long, device=slope.device)
-            found[i] = cross_entropy(slope, want, reduction="sum").item(), count
+            scored[k, len(heads[i]) - max(rows[j][1] for j in passes[heads[i]]) : len(heads[i])] = 1
+        inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+        logits = logits_at(model, scored.bool(), **inputs)
+        for i, own_logits in zip(places, logits.split(scored.sum(1).tolist()), strict=True):
+            for j in passes[heads[i]]:
+                own, count = rows[j]
+                want = torch.tensor(own[len(own) - count :], dtype=torch.long, device=logits.device)
+                found[j] = cross_entropy(own_logits[-count:].float(), want, reduction="sum").item(), count
     return found
+
+
+@torch.no_grad()
+def mean_token_loss(texts: Sequence[str], model: Any, tokenizer: PreTrainedTokenizerBase, length: int) -> float:
+    """Return the mean loss, in nats per token, over all tokens but the first of each text, truncated to `length`."""
+    was_training = model.training
+    total = 0.0
+    count = 0
+    model.eval()
+    for text in texts:
+        ids = torch.tensor([tokenizer(text=text)["input_ids"][:length]], device=model.device)
+        logits = model(input_ids=ids).logits[0, -ids.shape[1] :]  # without the positions of a learned prompt
+        total += cross_entropy(logits[:-1].float(), ids[0, 1:], reduction="sum").item()
+        count += ids.shape[1] - 1
+    model.train(was_training)
+    return total / max(1, count)

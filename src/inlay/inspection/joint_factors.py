@@ -21,9 +21,8 @@ from transformers import Conv1D, PreTrainedModel
 from inlay.host.config import InlayConfig
 from inlay.inspection.singular_values import kept_spectrum, target_weights, weight_spectra
 from inlay.messages import first_line
-from inlay.models.meta import meta_model
-from inlay.models.stored_weights import Weights
-from inlay.numerics.rank_allocation import energy, kind_of
+from inlay.models.base import BaseModel
+from inlay.numerics.rank_allocation import energy, module_type
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Readers:
 
     @property
     def kinds(self) -> str:
-        return ", ".join(kind_of(name) for name in self.modules)
+        return ", ".join(module_type(name) for name in self.modules)
 
     def shared(self, r: int) -> float:
         """Return the share of Σ‖W_i‖² that one right factor of rank r carries."""
@@ -56,11 +55,7 @@ class Readers:
 
 
 def joint_groups(
-    model: str = "builtin",
-    target_modules: list[str] | str = "all-linear",
-    layers: list[int] | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
+    base: BaseModel, target_modules: list[str] | str = "all-linear", layers: list[int] | None = None
 ) -> list[Readers]:
     """Return the groups of a model's modules that read one input, with their spectra; only the checkpoint is read.
 
@@ -68,21 +63,21 @@ def joint_groups(
         ValueError: the model or a value cannot be used, or no two of the modules read the same input.
     """
     config = InlayConfig(target_modules=target_modules, layers_to_transform=layers, task_type="CAUSAL_LM")
-    shapes = target_weights(model, config, trust_remote_code)
-    blank = meta_model(model, torch.float32, trust_remote_code)
+    shapes = target_weights(base, config)
+    blank = base.meta(torch.float32)
     groups = [names for names in readers(blank, shapes) if len(names) > 1]
     if not groups:
         raise ValueError(f"no two of the modules that target_modules={target_modules!r} names read the same input")
-    spectra = weight_spectra(model, {n: shapes[n] for names in groups for n in names}, revision, trust_remote_code)
-    weights = Weights(model, revision, trust_remote_code)
-    found: list[Readers] = []
+    spectra = weight_spectra(base, {n: shapes[n] for names in groups for n in names})
+    weights = base.weights()
+    groups_read: list[Readers] = []
     for names in groups:
         stored = [weights.read(f"{n}.weight").float() for n in names]
         transposed = [isinstance(blank.get_submodule(n), Conv1D) for n in names]
         stack = torch.cat([W.T if flip else W for W, flip in zip(stored, transposed, strict=True)])
         sizes = tuple(shapes[n] for n in names)
-        found.append(Readers(names, sizes, kept_spectrum(stack), tuple(spectra[n] for n in names)))
-    return found
+        groups_read.append(Readers(names, sizes, kept_spectrum(stack), tuple(spectra[n] for n in names)))
+    return groups_read
 
 
 @torch.no_grad()
@@ -117,7 +112,7 @@ def show_joint(groups: list[Readers], r: int, console: Console) -> None:
     """Print a table with a line per kind of group, medians over the layers."""
     table = Table(
         title=f"one right factor of rank {r} for the modules that read one input",
-        caption="shares of Σ‖W‖² in the median over layers; as many: separate factors with no more numbers than it has",
+        caption="shares of Σ‖W‖² in the median over layers; as many: separate factors with no more parameters",
         title_justify="left",
         caption_justify="left",
     )

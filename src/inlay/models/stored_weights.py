@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils import cached_file
@@ -18,28 +18,25 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from inlay.files.untrusted import DamagedFileError
 from inlay.messages import first_line
-from inlay.models.loading import resolve
-from inlay.models.meta import meta_model
 
 ONE, MANY = "model.safetensors", "model.safetensors.index.json"
 
 
 class Weights:
-    """The stored tensors of a model (hub id, folder or builtin), by name.
+    """The stored tensors of a model by name; `BaseModel.weights` opens them.
+
+    Args:
+        model: the model's name, for error messages.
+        where: its folder or hub id.
+        revision: of a hub model.
+        blank: builds the model on the meta device, for the names that it gives to its tensors.
 
     Raises:
         ValueError: the model has no safetensors files, or they cannot be read.
     """
 
-    def __init__(
-        self,
-        model: str,
-        revision: str | None = None,
-        trust_remote_code: bool = False,
-        auto: Any = AutoModelForCausalLM,
-    ) -> None:
-        self.model, self.revision, self.trust_remote_code, self.auto = model, revision, trust_remote_code, auto
-        where = resolve(model)
+    def __init__(self, model: str, where: str, revision: str | None, blank: Callable[[], PreTrainedModel]) -> None:
+        self.model, self.blank = model, blank
         try:
             one = cached_file(where, ONE, revision=revision, _raise_exceptions_for_missing_entries=False)
             index = None if one else cached_file(where, MANY, revision=revision)
@@ -60,8 +57,7 @@ class Weights:
     def stored(self) -> dict[str, str]:
         """The stored name of every tensor that the model holds as it is stored, by the model's own name: checkpoints
         leave out a leading module, or keep the names of an older release."""
-        trust = self.trust_remote_code
-        blank = meta_model(self.model, torch.float32, trust, auto=self.auto, revision=self.revision)
+        blank = self.blank()
         conversions = get_model_conversion_mapping(blank)
         names = [c for c in conversions if isinstance(c, WeightRenaming)]
         layouts: Any = [c for c in conversions if not isinstance(c, WeightRenaming)]

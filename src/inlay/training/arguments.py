@@ -38,13 +38,7 @@ def training_arguments(recipe: Recipe, folder: Path, batch: int, steps: int, dty
     """
     task = TASKS[recipe.task]
     evaluating = recipe.eval_every
-    saving = math.ceil(steps / 10) if recipe.save_every is None else recipe.save_every
-    if recipe.keep_best or recipe.early_stopping:
-        saving = evaluating
-    if recipe.method == ADALORA:
-        if recipe.save_every or recipe.keep_best or recipe.early_stopping:
-            raise ValueError(f"{recipe.method}: {NO_WAY_BACK}; leave out save_every, keep_best and early_stopping")
-        saving = 0
+    saving = steps_between_checkpoints(recipe, steps)
     values: dict[str, Any] = {
         "output_dir": str(folder / checkpoints.FOLDER),
         "learning_rate": recipe.learning_rate,
@@ -54,7 +48,7 @@ def training_arguments(recipe: Recipe, folder: Path, batch: int, steps: int, dty
         "per_device_eval_batch_size": batch,
         "gradient_accumulation_steps": recipe.accumulation,
         "lr_scheduler_type": recipe.scheduler,
-        "warmup_steps": recipe.warmup if recipe.warmup >= 1 else min(math.ceil(recipe.warmup * steps), steps - 1),
+        "warmup_steps": warmup_steps(recipe, steps),
         "weight_decay": recipe.weight_decay,
         **optimizer_settings(recipe.optim, recipe.optimizer_args, recipe.target_modules),
         "max_grad_norm": recipe.max_grad_norm if recipe.step == "backward" else 0.0,
@@ -74,6 +68,7 @@ def training_arguments(recipe: Recipe, folder: Path, batch: int, steps: int, dty
         "metric_for_best_model": "eval_loss",
         "greater_is_better": False,
         "logging_steps": 1,
+        "train_sampling_strategy": "group_by_length" if recipe.group_by_length else "random",
         "report_to": recipe.report_to,
         "disable_tqdm": True,
         "use_cpu": not torch.cuda.is_available(),
@@ -89,6 +84,47 @@ def training_arguments(recipe: Recipe, folder: Path, batch: int, steps: int, dty
         return task.arguments(**{**values, **recipe.trainer})
     except (TypeError, ValueError) as error:
         raise ValueError(f"the trainer refuses this recipe: {first_line(error)}") from None
+
+
+def optimizer_steps(recipe: Recipe, examples: int, batch: int) -> int:
+    """Return the optimiser steps of a run over so many examples, as transformers will count them."""
+    batches = math.ceil(examples / (batch * distributed.process_count()))
+    return recipe.steps or math.ceil(recipe.epochs * math.ceil(batches / recipe.accumulation))
+
+
+def warmup_steps(recipe: Recipe, steps: int) -> float:
+    """Return the steps over which the learning rate rises, in a run of `steps`."""
+    return recipe.warmup if recipe.warmup >= 1 else min(math.ceil(recipe.warmup * steps), steps - 1)
+
+
+def steps_between_checkpoints(recipe: Recipe, steps: int) -> int:
+    """Return how many steps there are between checkpoints, in a run of `steps`; 0 where there are none.
+
+    Raises:
+        ValueError: checkpoints are requested of a method that cannot resume.
+    """
+    if recipe.method == ADALORA:
+        if recipe.save_every or recipe.keep_best or recipe.early_stopping:
+            raise ValueError(f"{recipe.method}: {NO_WAY_BACK}; leave out save_every, keep_best and early_stopping")
+        return 0
+    if recipe.keep_best or recipe.early_stopping:
+        return recipe.eval_every or 0
+    return math.ceil(steps / 10) if recipe.save_every is None else recipe.save_every
+
+
+def settle_steps(recipe: Recipe, trainer: Any) -> None:
+    """Count what a recipe says in shares of a run by the examples that a trainer was left with.
+
+    trl packs them, and drops those whose answer is cut off wholly.
+    """
+    batch = trainer.args.per_device_train_batch_size
+    steps = optimizer_steps(recipe, len(trainer.train_dataset), batch)
+    trainer.args.warmup_steps = warmup_steps(recipe, steps)
+    trainer.args.save_steps = steps_between_checkpoints(recipe, steps) or trainer.args.save_steps
+    if recipe.method == ADALORA:
+        schedule, settled = trainer.model.peft_config["default"], recipe.adapter(steps)
+        for name in ("total_step", "tinit", "tfinal"):
+            setattr(schedule, name, getattr(settled, name))
 
 
 def check_tracker(names: str) -> None:

@@ -1,33 +1,42 @@
-"""The trainers of trl and transformers with a run's safety: whole checkpoints, a stop that keeps them, and no step on
-NaN or Inf; and with ways to take a step that transformers does not have."""
+"""The trainers of trl and transformers, with a run's safety and more ways to take a step.
+
+A checkpoint is whole or not there, a stop leaves one, and no step is taken on NaN or Inf.
+"""
 
 from __future__ import annotations
 
-import math
 import shutil
-import signal
-import threading
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
+from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerState
+from torch.nn.functional import cross_entropy
+from torch.utils.data import Sampler
+from transformers import TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from trl import DPOTrainer, SFTTrainer
 
+from inlay.data.render import IGNORED
 from inlay.files.untrusted import DamagedFileError
 from inlay.host import distributed
 from inlay.host.batched_queries import spread_queries
 from inlay.host.lora_plus import raised
 from inlay.messages import first_line, loading
+from inlay.models.scored_positions import base_model_of
 from inlay.numerics.zeroth_order import ZerothOrder
 from inlay.training import checkpoints
 from inlay.training.checkpoints import Checkpoint
-from inlay.training.deepspeed_zero3 import for_all, for_own, gather_state, gathered_gradients, hold, load_state
+from inlay.training.deepspeed_zero3 import for_all, for_own, gather_state, hold, load_state
+from inlay.training.faults import bad_gradients, first_bad_output
+from inlay.training.held_out import HeldOutTokens
+from inlay.training.labelled_head import score_labelled_positions
+from inlay.training.length_groups import LengthGroups, token_counts
+from inlay.training.stop import Stop
 
 Base = transformers.Trainer if TYPE_CHECKING else object  # the trainers below have it after `Safe`
 LOADERS = """_load_from_checkpoint _load_callback_state _load_optimizer_and_scheduler _load_scaler _load_rng_state
@@ -35,46 +44,17 @@ _load_best_model""".split()
 FOR_LOSS = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")  # what DPO's batches hold beside inputs
 
 
-class Stop(TrainerCallback):
-    """In its block, Ctrl-C and SIGTERM end a run after the step it is in, with a checkpoint; a second one at once."""
-
-    asked = False
-
-    def __enter__(self) -> Stop:
-        here = threading.current_thread() is threading.main_thread()  # elsewhere Python takes no handlers
-        self.before = {s: signal.signal(s, self._hear) for s in (signal.SIGINT, signal.SIGTERM) if here}
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _hear(self, number: int, frame: Any) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.best_global_step:  # the run folder may have moved
-            state.best_model_checkpoint = str(checkpoints.path_of(Path(args.output_dir), state.best_global_step))
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.asked = distributed.in_any(self.asked)  # or one would wait for the others in what they do not do
-        control.should_save = control.should_save or self.asked
-        control.should_log = control.should_log or control.should_save  # so that no mean over steps is cut in two
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-
-
 class Safe(Base):
-    """A trainer of transformers' kind, with `checkpoints.staged` around its saving. `run`: what a checkpoint says of
-    its run; `skips`: how many steps with NaN or Inf are passed over before one ends the run; `lr_ratio`: LoRA+'s;
-    `zeroth`: what estimates gradients in place of a backward pass.
+    """A trainer whose checkpoints are whole, and which takes no step on NaN or Inf.
 
-    In several processes a checkpoint is what one process writes: of a sharded model the adapter and the optimiser's
-    state are gathered, so that a run goes on in another number of processes, sharded or not.
+    Args:
+        skips: how many steps with NaN or Inf are passed over before one ends the run.
+        lr_ratio: LoRA+'s.
+        zeroth: what estimates gradients in place of a backward pass.
+
+    `run` is what a checkpoint says of its run. In several processes one of them writes checkpoints: the adapter and the
+    optimiser's state of a sharded model are gathered, so that a run resumes in another number of processes, sharded or
+    not.
     """
 
     def __init__(
@@ -97,6 +77,17 @@ class Safe(Base):
             raise ValueError(
                 f"zero_stage: {stage} is not handled; 3 is, and recipes/distributed/ddp.yaml shards nothing"
             )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        dataset = cast(Dataset, self.train_dataset if train_dataset is None else train_dataset)
+        return LengthGroups(token_counts(dataset), self.get_total_train_batch_size(self.args), self.args.seed)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int] | None:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_eval_sampler(eval_dataset)
+        return LengthGroups(token_counts(eval_dataset), self.args.eval_batch_size, self.args.seed)
 
     @property
     def sharded(self) -> bool:
@@ -132,7 +123,7 @@ class Safe(Base):
             )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As trl's; of a sharded model what is trained is gathered, not the base."""
+        """Save as trl does; of a sharded model what is trained is gathered, not the base."""
         if not self.sharded:
             super().save_model(output_dir, _internal_call)
             return
@@ -222,7 +213,7 @@ class Safe(Base):
             cast(PeftModel, self.model).load_adapter(str(path), "default", is_trainable=True)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
-        """As trl's; a step in which the loss or a gradient is not finite moves nothing.
+        """Take a step as trl does, but move nothing where the loss or a gradient is not finite.
 
         Raises:
             ValueError: there is such a step, and as many as `skips` were passed over already.
@@ -239,8 +230,11 @@ class Safe(Base):
         return loss
 
     def _ask(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
-        """A micro-batch's part in the gradient, from losses alone; all micro-batches of a step share their directions.
-        Over several processes the losses are averaged, so that all take the same step."""
+        """Estimate a micro-batch's part in the gradient from losses alone.
+
+        All micro-batches of a step share their directions. Over several processes the losses are averaged, so that all
+        take the same step.
+        """
         model.train()
         inputs = self._prepare_inputs(inputs)
         parts = self.current_gradient_accumulation_steps if num_items_in_batch is None else 1
@@ -256,7 +250,7 @@ class Safe(Base):
         return zeroth.estimate(loss, trained, self.state.global_step, together)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """As transformers', with LoRA+'s rates.
+        """Create transformers' optimizer, with LoRA+'s rates.
 
         Raises:
             ValueError: a library is missing, or the optimiser cannot take its arguments or what is trained.
@@ -299,30 +293,56 @@ class Safe(Base):
         self.passed[step], self.fault = str(self.fault), None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As trl's; a step that was passed over has no loss, but a reason."""
+        """Log as trl does; a step that was passed over has no loss, but a reason."""
         why = self.passed.get(self.state.global_step) if "loss" in logs else None
         super().log({"passed_over": why} if why else logs, start_time)  # type: ignore[arg-type]
 
 
-class Trainer(Safe, SFTTrainer):
-    """trl's, for instructions, plain text and images."""
+class CausalTrainer(Safe):
+    """A trainer of trl's, whose fused head sees labelled positions alone."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not self.args.torch_compile:  # it would compile anew for every number of labels
+            score_labelled_positions(base_model_of(self.model))
 
 
-class PreferenceTrainer(Safe, DPOTrainer):
-    """trl's, for preferences that are tokens already."""
+class Trainer(HeldOutTokens, CausalTrainer, SFTTrainer):
+    """trl's SFTTrainer, for instructions, plain text and images."""
+
+    token_metrics = ("loss", "mean_token_accuracy", "entropy")
+
+    def token_scores(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
+        """Return which tokens are labelled, and each one's loss, whether it is the likeliest, and the entropy."""
+        found = model(**inputs, use_cache=False, fused_lm_head=True)
+        return found.label_mask, [-found.log_probs, found.is_top1, found.entropy]
+
+
+class PreferenceTrainer(CausalTrainer, DPOTrainer):
+    """trl's DPOTrainer, for preferences that are tokens already."""
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset
 
 
 class PlainTrainer(Safe, transformers.Trainer):
-    """transformers' own, which takes an adapter as trl's do."""
+    """transformers' own trainer, which takes an adapter as trl's do."""
 
     def __init__(self, model: Any, *args: Any, peft_config: PeftConfig | None = None, **kwargs: Any) -> None:
         model = get_peft_model(model, peft_config) if peft_config is not None else model
         if isinstance(model, PeftModel) and kwargs["args"].gradient_checkpointing:
             cast(Any, model).enable_input_require_grads()
         super().__init__(model, *args, **kwargs)
+
+
+class TargetTrainer(HeldOutTokens, PlainTrainer):
+    """transformers' own trainer, for models whose every label is a token of a target text."""
+
+    def token_scores(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
+        """Return which tokens are no padding, and each one's loss."""
+        logits, labels = model(**inputs).logits, inputs["labels"]
+        losses = cross_entropy(logits.transpose(1, 2).float(), labels, reduction="none", ignore_index=IGNORED)
+        return labels != IGNORED, [losses]
 
 
 def state_of(found: Checkpoint) -> TrainerState:
@@ -338,40 +358,3 @@ def state_of(found: Checkpoint) -> TrainerState:
             raise ValueError("it is of another run")
         state.log_history[:] = list(state.log_history)
     return state
-
-
-def bad_gradients(model: nn.Module) -> list[str]:
-    """The parameters whose gradient holds NaN or Inf. The last one is nearest to where they come from: they spread
-    backwards."""
-    parts = (
-        gathered_gradients(model)
-        if distributed.deepspeed()
-        else [(name, p.grad) for name, p in model.named_parameters()]
-    )
-    own = [(name.removeprefix("module."), distributed.own_shard(grad)) for name, grad in parts if grad is not None]
-    own = [(name, grad) for name, grad in own if grad.numel()]  # a process may hold no part of a small tensor
-    if not own:
-        return []
-    largest = nn.utils.get_total_norm([grad for _, grad in own], math.inf)  # a few kernels, and one wait for a GPU
-    return [] if largest.isfinite() else [name for name, grad in own if not grad.isfinite().all()]
-
-
-@torch.no_grad()
-def first_bad_output(model: nn.Module, inputs: dict[str, Any]) -> str | None:
-    """The first module, innermost, whose output on a batch holds NaN or Inf."""
-    found: list[str] = []
-
-    def look(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.is_floating_point() and not output.isfinite().all():
-                found.append(name)
-
-        return hook
-
-    hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules()]
-    try:
-        model(**inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found[0] if found else None

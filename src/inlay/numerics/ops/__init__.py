@@ -1,10 +1,10 @@
-"""Autograd functions that keep as little for the backward pass as the mathematics allows, each with its reference.
+"""Provide autograd functions that keep as little for the backward pass as the mathematics allows, with references.
 
 All of them compute y = x (W + ΔW)ᵀ + bias, differentiable in x and in what ΔW is built from. Where the layer under the
-change is a plain frozen nn.Linear (`plain`), its product and the small ones join: they are added into its output, and
-into its dx, so that no second tensor of such a size is written and read again. Elsewhere W is None, y is the change
-alone, and the caller adds the layer's own output. ΔW's tensors are kept by reference and what is built of them is built
-twice; x is kept by reference, in no other dtype, or not at all.
+change is a plain frozen nn.Linear (`plain_linear`), its product and the small ones are joined: they are added into its
+output, and into its dx, so that no second tensor of such a size is written and read again. Elsewhere W is None, y is
+the change alone, and the caller adds the layer's own output. ΔW's tensors are kept by reference and what is built of
+them is built twice; x is kept by reference, in no other dtype, or not at all.
 """
 
 from inlay.numerics.ops.bat import bat, bat_reference

@@ -1,4 +1,4 @@
-"""Changes ΔW that are zero outside some square blocks."""
+"""Apply changes ΔW that are zero outside some square blocks."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from inlay.numerics.ops.shared import (
 
 
 def blocks(x: Tensor, linear: Linear | None, D: Tensor, rows: Tensor, cols: Tensor, out: int) -> Tensor:
-    """x Wᵀ + bias + x ΔWᵀ, (..., out), where block (rows[b], cols[b]) of ΔW is D[b] and the rest is 0; D (n × r × r).
+    """Return x Wᵀ + bias + x ΔWᵀ, (..., out), where block (rows[b], cols[b]) of ΔW is D[b] and the rest is 0.
 
-    The n columns of blocks that are read are kept of x, in a copy, or x where they are no fewer.
+    D is (n × r × r). Of x the n columns of blocks that are read are kept, in a copy, or x where they are no fewer.
     """
     if takes_reference():
         return blocks_reference(x, linear, D, rows, cols, out)
@@ -30,7 +30,7 @@ def blocks(x: Tensor, linear: Linear | None, D: Tensor, rows: Tensor, cols: Tens
 
 
 def blocks_reference(x: Tensor, linear: Linear | None, D: Tensor, rows: Tensor, cols: Tensor, out: int) -> Tensor:
-    """What `blocks` computes."""
+    """Return what `blocks` computes."""
     t = torch.einsum("...np,nqp->...nq", x.unflatten(-1, (-1, D.shape[1]))[..., cols, :], D.to(x.dtype))
     change = t.new_zeros(*t.shape[:-2], out // D.shape[1], D.shape[1]).index_add(t.dim() - 2, rows, t).flatten(-2)
     return change if linear is None else F.linear(x, *linear) + change
@@ -91,12 +91,12 @@ class _Blocks(torch.autograd.Function):
     ) -> list[Tensor | None]:
         """Return the gradients of x and D as functions that can be differentiated again.
 
-        Args:
-            g: the gradient of y, if there is one.
-            on_read: that of the blocks of x that were read, of which only a second derivative makes use.
-            kept, W, D, rows, cols: what was kept.
+        g is the gradient of y, if there is one; on_read that of the blocks of x that were read, of which only a second
+        derivative makes use. The other arguments are what the forward pass kept.
         """
-        needs, r, dtype = ctx.needs_input_grad, D.shape[1], cast(Tensor, on_read if g is None else g).dtype
+        needs = ctx.needs_input_grad
+        r = D.shape[1]
+        dtype = cast(Tensor, on_read if g is None else g).dtype
         flat = (math.prod(ctx.shape[:-1]), ctx.out)
         g = D.new_zeros(flat, dtype=dtype) if g is None else g.reshape(flat)
         linear = None if W is None else (W, None)
@@ -118,5 +118,5 @@ class _Blocks(torch.autograd.Function):
 
 
 def pick(x: Tensor, which: Tensor, r: int) -> Tensor:
-    """Blocks of r columns of x (T × in), in a copy (n × T × r): a view would keep all of x alive."""
+    """Return blocks of r columns of x (T × in), in a copy (n × T × r): a view would keep all of x alive."""
     return x.unflatten(1, (-1, r)).transpose(0, 1)[which].contiguous()

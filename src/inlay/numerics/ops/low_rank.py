@@ -1,4 +1,4 @@
-"""x Wᵀ + (x Aᵀ) Bᵀ with as little kept for the backward pass as the mathematics allows."""
+"""Compute x Wᵀ + (x Aᵀ) Bᵀ with as little kept for the backward pass as the mathematics allows."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from inlay.numerics.ops.shared import (
 
 @dataclass(frozen=True)
 class Pair:
-    """Builds s B A, or s ((B − B₀) A + B₀ (A − A₀)) as one product of (out × 2r) and (2r × in), from (A, B), or from B
-    alone. Zero at the start in any order of products, and nothing large cancels. `start` is (A₀, B₀).
+    """Build s B A, or s ((B − B₀) A + B₀ (A − A₀)) as one product of (out × 2r) and (2r × in), from (A, B) or B alone.
 
-    Its gradients are written out: a graph of its own for them takes longer than a small layer does. Where it is
-    `doubled`, so wide for the start, they are of the first half of A and of the sum of both halves of B.
+    It is zero at the start in any order of products, and nothing large cancels. `start` is (A₀, B₀). Its gradients are
+    written out: a graph of its own for them takes longer than a small layer does. Where it is `doubled`, twice as wide
+    for the start, they are of the first half of A and of the sum of both halves of B.
     """
 
     s: float = 1.0
@@ -54,15 +54,17 @@ class Pair:
         return self.start is not None
 
     def pull(self, p: Sequence[Tensor], dB: Tensor | None, dA: Tensor | None) -> list[Tensor | None]:
-        """The gradients of p from those of what was built, None for None."""
+        """Return the gradients of p from those of what was built, None for None."""
         dB = None if dB is None else scaled(self.s, dB)
         return [None if d is None else d.to(t.dtype) for d, t in zip((dA, dB)[-len(p) :], p, strict=True)]
 
 
 @dataclass(frozen=True)
 class Core:
-    """Builds s B S A, or s ((B − B₀) S + B₀ (S − S₀)) A, from a frozen A, S, and B in blocks of columns; as `Pair`.
-    `start` is S₀ and the blocks of B₀."""
+    """Build s B S A, or s ((B − B₀) S + B₀ (S − S₀)) A, from a frozen A, S, and B in blocks of columns; see `Pair`.
+
+    `start` is S₀ and the blocks of B₀.
+    """
 
     s: float = 1.0
     start: Sequence[Tensor] = ()
@@ -75,7 +77,7 @@ class Core:
         return scaled(self.s, torch.addmm(B0 @ (S - S0), B - B0, S)), A
 
     def pull(self, p: Sequence[Tensor], dB: Tensor | None, dA: Tensor | None) -> list[Tensor | None]:
-        """As `Pair.pull`: B S A has the slopes Bᵀ (dB) for S and (dB) Sᵀ for B."""
+        """Return the gradients as `Pair.pull` does: B S A has the slopes Bᵀ (dB) for S and (dB) Sᵀ for B."""
         _, S, *blocks = p
         if dB is None:
             return [None] * len(p)
@@ -89,13 +91,13 @@ def scaled(s: float, t: Tensor) -> Tensor:
 
 
 def low_rank(x: Tensor, linear: Linear | None, build: Factors, on_x: bool, drop: Dropout, *p: Tensor) -> Tensor:
-    """x Wᵀ + bias + (x Aᵀ) Bᵀ, (..., out), for (B, A) = build(*p), which is called in both passes.
+    """Return x Wᵀ + bias + (x Aᵀ) Bᵀ, (..., out), for (B, A) = build(*p), which is called in both passes.
 
-    p and x Aᵀ, r wide, are kept, and x if `on_x`, where A is trained. An A of None stands for [I I ... I] (r × in):
-    x Aᵀ is then the sum of x's blocks. Dropout is on x if x is kept, else on x Aᵀ; its seed is kept, and no mask.
-    With a saver in `drop` less than x is kept, and A's gradient is an estimate; nothing else is (nor if compiled).
-    Where `sum_pays`, W + B A is made in both passes and multiplied. A `build` that is `doubled` is given the gradients
-    of the halves it names.
+    p and x Aᵀ, r wide, are kept, and x if `on_x`, where A is trained. An A of None stands for [I I ... I] (r × in): x
+    Aᵀ is then the sum of x's blocks. Dropout is on x if x is kept, else on x Aᵀ; its seed is kept, and no mask. With a
+    saver in `drop` less than x is kept, and A's gradient is an estimate; nothing else is (nor if compiled). Where
+    `sum_pays`, W + B A is built in both passes and multiplied. A `Pair` that is `doubled` gets the gradients of the
+    halves it names.
     """
     if takes_reference():  # the compiler decides itself what to keep and what to compute twice
         return low_rank_reference(x, linear, *build(*p), drop, on_x)
@@ -106,7 +108,7 @@ def low_rank(x: Tensor, linear: Linear | None, build: Factors, on_x: bool, drop:
 def low_rank_reference(
     x: Tensor, linear: Linear | None, B: Tensor, A: Tensor | None, drop: Dropout = keep, on_x: bool = True
 ) -> Tensor:
-    """What `low_rank` computes."""
+    """Return what `low_rank` computes."""
     if A is None:
         u = drop(block_sum(x, B.shape[1]))
     else:
@@ -121,12 +123,15 @@ class _LowRank(torch.autograd.Function):
         ctx, x: Tensor, W: Tensor | None, bias: Tensor | None, build: Factors, on_x: bool, how: Dropout, *p: Tensor
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return y, and u where x is not kept: as an output, what is saved of it still leads to x for derivatives."""
-        dtype, drop, ctx.saver = product_dtype(x), how.p, SAVERS.get(how.saver)
-        ctx.build, ctx.drop, ctx.shape, ctx.dtype = build, drop, x.shape, x.dtype
+        dtype, drop = product_dtype(x), how.p
+        ctx.saver = SAVERS.get(how.saver)
+        ctx.build, ctx.drop = build, drop
+        ctx.shape, ctx.dtype = x.shape, x.dtype
         ctx.seed = int(torch.randint(1 << 62, (), device="cpu")) if drop else 0
         with own_precision(x.device.type):
             flat, (B, A) = x.reshape(-1, x.shape[-1]).to(dtype), build(*p)
-            ctx.on_x, doubled = on_x and A is not None, getattr(build, "doubled", False)
+            ctx.on_x = on_x and A is not None
+            doubled = isinstance(build, Pair) and build.doubled
             ctx.half = half = B.shape[1] // 2 if doubled else None
             ctx.joined = A is not None and not drop and W is not None and sum_pays(len(flat), W, doubled)
             B, A = B.to(dtype), tiles(B.shape[1], flat.shape[1], flat) if A is None else A.to(dtype)
@@ -140,8 +145,9 @@ class _LowRank(torch.autograd.Function):
                         torch.mm(mask.mul_(flat[rows]), cast(Tensor, A).T, out=u[rows])
                 else:
                     u = (block_sum(flat, B.shape[1]) if A is None else flat @ A.T).to(dtype)
-                    for rows, mask in masks(u.shape, u, drop, ctx.seed) if drop else ():
-                        u[rows] *= mask
+                    if drop:
+                        for rows, mask in masks(u.shape, u, drop, ctx.seed):
+                            u[rows] *= mask
                 y = u @ B.T if W is None else F.linear(flat, W, bias).addmm_(u, B.T)
                 u = u if half is None else u[:, :half].clone()
             kept: tuple[Tensor | None, ...] = (x if ctx.on_x and any(ctx.needs_input_grad[6:]) else None,)
@@ -157,7 +163,7 @@ class _LowRank(torch.autograd.Function):
     def backward(ctx, g: Tensor | None, on_u: Tensor | None = None):  # type: ignore[override]
         if g is None and on_u is None:
             return (None,) * len(ctx.needs_input_grad)
-        saved = ctx.saved_tensors  # to be read once
+        saved = ctx.saved_tensors  # may be read only once
         kept, (u, W, *p) = saved[: ctx.kept], saved[ctx.kept :]
         x = kept[0]
         if torch.is_grad_enabled() or g is None or on_u is not None:
@@ -165,7 +171,7 @@ class _LowRank(torch.autograd.Function):
             return dx, None, None, None, None, None, *grads
         g, inp = g.reshape(-1, g.shape[-1]), ctx.shape[-1]
         with own_precision(g.device.type):
-            needs, written = ctx.needs_input_grad[6:], hasattr(ctx.build, "pull")
+            needs, written = ctx.needs_input_grad[6:], isinstance(ctx.build, Pair | Core)
             leaves = p if written else leaves_of(p, needs)
             with nullcontext() if written else torch.enable_grad():
                 B, A = ctx.build(*leaves)
@@ -176,8 +182,9 @@ class _LowRank(torch.autograd.Function):
             trained = A if trains_A else None
             right: Any = tiles(B.shape[1], inp, g) if A is None else A.detach().to(g.dtype)
             flat = None if trained is None or ctx.saver else x.reshape(-1, inp).to(g.dtype)
-            left, dA, dx = B.detach().to(g.dtype), None, None
-            v: Any = None  # g B, which the sum spares where A is frozen
+            left = B.detach().to(g.dtype)
+            dA = dx = None
+            v: Any = None  # g B, which the sum avoids where A is frozen
             if ctx.joined:
                 v = None if trained is None else g @ folded(left, ctx.half)
                 if ctx.needs_input_grad[0]:
@@ -195,10 +202,14 @@ class _LowRank(torch.autograd.Function):
                     if dA is not None and flat is not None:
                         dA += w[rows].T @ mask.mul_(flat[rows])
             else:
-                for rows, mask in masks(v.shape, v, ctx.drop, ctx.seed) if ctx.drop else ():
-                    v[rows] *= mask
+                if ctx.drop:
+                    for rows, mask in masks(v.shape, v, ctx.drop, ctx.seed):
+                        v[rows] *= mask
                 if dx is not None and not ctx.joined:
-                    add_blocks(dx, v) if right is None else dx.addmm_(v, right)
+                    if right is None:
+                        add_blocks(dx, v)
+                    else:
+                        dx.addmm_(v, right)
                 if trained is not None:
                     w = v if ctx.joined else folded(v, ctx.half)
                     dA = w.T @ flat if flat is not None else cast(Any, ctx.saver).product(w, *kept)
@@ -212,15 +223,14 @@ class _LowRank(torch.autograd.Function):
     ) -> list[Tensor | None]:
         """Return the gradients of x and `p` as functions that can be differentiated again.
 
-        Args:
-            g: the gradient of y, if there is one.
-            on_u: that of u, of which only a second derivative makes use.
-            x, u, W, p: what was kept; where x was not, p's gradient needs no more than u, and that of x no x.
+        g is the gradient of y, if there is one; on_u that of u, of which only a second derivative makes use. The other
+        arguments are what was kept; where x was not, the gradient of p needs no more than u, and that of x no x.
 
         Raises:
             RuntimeError: less than x was kept.
         """
-        needs, dtype = ctx.needs_input_grad[6:], cast(Tensor, on_u if g is None else g).dtype
+        needs = ctx.needs_input_grad[6:]
+        dtype = cast(Tensor, on_u if g is None else g).dtype
         g = u.new_zeros(len(u), ctx.out, dtype=dtype) if g is None else g.reshape(-1, ctx.out)
         if ctx.saver is not None and any(needs):
             raise RuntimeError(f"saver: what it keeps gives no second derivatives; {TWICE}")
@@ -258,13 +268,15 @@ class _LowRank(torch.autograd.Function):
 
 
 def sum_pays(tokens: int, W: Tensor, doubled: bool) -> bool:
-    """Whether x (W + B A)ᵀ, with that sum made in each pass, is faster than x Wᵀ and (x Aᵀ) Bᵀ: for many tokens, and
-    where the sum holds a small B A. It saves 2 T r (out + in) operations (doubled, 6), and the sums take 4 r out in
-    (8), at half the speed of a thin product. They are then smaller than x or y."""
+    """Return whether x (W + B A)ᵀ, with the sum built in each pass, is faster than x Wᵀ and (x Aᵀ) Bᵀ.
+
+    This is so for many tokens, where the sum holds a small B A. It saves 2 T r (out + in) operations (doubled, 6), and
+    the sums take 4 r out in (8), at half the speed of a thin product. They are then smaller than x or y.
+    """
     out, inp = W.shape
     return holds_changes(W) and tokens * (out + inp) * (3 if doubled else 2) > 8 * out * inp
 
 
 def folded(v: Tensor, half: int | None) -> Tensor:
-    """The sum of both halves of v's columns, if it has two."""
+    """Return the sum of both halves of v's columns, if it has two."""
     return v if half is None else v[:, :half] + v[:, half:]

@@ -16,9 +16,9 @@ from inlay.data.records import Record
 from inlay.evaluation.generate import answer
 from inlay.recipe.recipe import Recipe
 from inlay.training.examples import Examples, announce, measured
-from inlay.training.mixture import rules_of, train_and_heldout
+from inlay.training.mixture import train_and_heldout
 from inlay.training.tasks.instruction import Task
-from inlay.training.trainer import PlainTrainer
+from inlay.training.trainer import TargetTrainer
 
 TAKEN = ("prompt", "input", "answer", "system")  # a source is one text: no earlier turns stand before it
 SEQ2SEQ_FORMATS = {
@@ -32,12 +32,10 @@ class Seq2Seq(Task):
     """The source goes into the encoder, cut at `max_length`; the loss is over the target. `system` is put before every
     source: T5's "summarize: "."""
 
-    trainer, arguments = PlainTrainer, TrainingArguments
+    trainer, arguments = TargetTrainer, TrainingArguments
 
     def examples(self, recipe: Recipe, tokenizer: Any, console: Console) -> Examples:
-        train, held = train_and_heldout(
-            recipe, lambda records, rules: seq2seq_examples(records, recipe, rules), console, lambda row: row["source"]
-        )
+        train, held = train_and_heldout(recipe, seq2seq_examples, console, lambda row: row["source"])
         lengths = [max(len(tokenizer(row[side])["input_ids"]) for side in ("source", "target")) for row in train]
         made = Examples(train, held, measured(lengths, recipe))
         announce(made, recipe, console)
@@ -76,9 +74,8 @@ class Seq2Seq(Task):
         return f"{row['source']} ⟦{row['target']}⟧"
 
 
-def seq2seq_examples(records: list[Record], recipe: Recipe, rules: Rules | None = None) -> list[Row]:
+def seq2seq_examples(records: list[Record], rules: Rules) -> list[Row]:
     """Records as {"source", "target"}, with their system message, or the recipe's, before the source."""
-    rules = rules or rules_of(recipe)
 
     def row(record: Record, roles: dict[str, str]) -> list[Row]:
         cells = {role: record[column] for role, column in roles.items()}

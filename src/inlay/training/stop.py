@@ -1,0 +1,49 @@
+"""Ctrl-C and SIGTERM: a run ends after the step it is in, with a checkpoint."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from inlay.host import distributed
+from inlay.training import checkpoints
+
+
+class Stop(TrainerCallback):
+    """In its block, Ctrl-C and SIGTERM end a run after the step it is in, with a checkpoint; a second one at once."""
+
+    asked = False
+
+    def __enter__(self) -> Stop:
+        here = threading.current_thread() is threading.main_thread()  # elsewhere Python takes no handlers
+        self.before = {s: signal.signal(s, self._hear) for s in (signal.SIGINT, signal.SIGTERM) if here}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Find the best checkpoint where the run folder is now."""
+        if state.best_global_step:  # the run folder may have moved
+            state.best_model_checkpoint = str(checkpoints.path_of(Path(args.output_dir), state.best_global_step))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Request a checkpoint if any process was told to stop."""
+        self.asked = distributed.in_any(self.asked)  # or one would wait for the others in what they do not do
+        control.should_save = control.should_save or self.asked
+        control.should_log = control.should_log or control.should_save  # so that no mean over steps is cut in two
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End the run that was told to stop, now that its checkpoint is written."""
+        if self.asked:
+            raise KeyboardInterrupt

@@ -1,0 +1,102 @@
+"""Which examples make a batch, and how many steps a run has of them."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from rich.console import Console
+
+from inlay.models.loading import load_tokenizer
+from inlay.recipe.recipe import Recipe
+from inlay.training.arguments import optimizer_steps
+from inlay.training.base_model import load_training_model
+from inlay.training.fit import build_trainer
+from inlay.training.length_groups import LengthGroups, token_counts
+from inlay.training.tasks import TASKS
+
+SILENT = Console(quiet=True)
+
+
+def test_lengths_are_of_all_ids_of_an_example():
+    rows = [{"prompt_ids": [1] * n, "chosen_ids": [2] * (n + 1), "text": "x"} for n in range(5)]
+    kept = Dataset.from_list(rows).filter(lambda row: len(row["prompt_ids"]) != 2)
+    assert token_counts(kept) == [1, 3, 7, 9]
+
+
+def test_groups_are_of_similar_length_and_of_an_epoch():
+    lengths = torch.randint(5, 500, (203,), generator=torch.Generator().manual_seed(0)).tolist()
+    sampler, orders = LengthGroups(lengths, 8, seed=3), []
+    for epoch in (0, 1, 0):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+    assert orders[0] == orders[2] != orders[1]
+    assert sorted(orders[1]) == list(range(203)) == sorted(orders[0])
+    assert orders[0] != list(LengthGroups(lengths, 8, seed=4))
+
+    def padded(order):
+        return sum(8 * max(lengths[i] for i in order[k : k + 8]) for k in range(0, 203, 8))
+
+    assert padded(orders[0]) < 1.2 * sum(lengths) < padded(range(203))
+
+
+def settled(recipe: Recipe, folder):
+    """The trainer of a recipe."""
+    task, tokenizer = TASKS[recipe.task], load_tokenizer(recipe.model)
+    rows = task.examples(recipe, tokenizer, SILENT)
+    return build_trainer(
+        recipe, load_training_model(recipe, torch.float32, folder, SILENT, None, None), tokenizer, rows, folder
+    )
+
+
+def test_groups_are_drawn_by_our_sampler(short, tiny, tmp_path):
+    """Of a step's batches, in an order that follows the epoch; held-out rows too."""
+    values = {"batch_size": 2, "accumulation": 3, "eval_size": 4, "dtype": "float32", "group_by_length": True}
+    trainer = settled(Recipe(model=tiny, data=short, seed=5, **values), tmp_path)
+    loader = trainer.get_train_dataloader()
+    sampler = loader.batch_sampler.sampler
+    assert isinstance(sampler, LengthGroups)
+    assert (len(sampler), sampler.size, sampler.seed) == (60, 6, 5)
+    loader.set_epoch(1)
+    assert sampler.epoch == 1
+    assert isinstance(trainer.get_eval_dataloader().batch_sampler.sampler, LengthGroups)
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory) -> str:
+    """Sixty-four questions and answers of a word."""
+    path = tmp_path_factory.mktemp("short") / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": f"q {i}", "completion": f"a {i % 13}"}) for i in range(64)))
+    return str(path)
+
+
+@pytest.mark.parametrize("method", ["bone", "peft:adalora"])
+@pytest.mark.parametrize("packing", [True, False])
+def test_shares_of_a_run_are_of_the_steps_it_has(packing, method, short, tiny, tmp_path):
+    """Not of the steps that examples would make before they are packed."""
+    values = {"packing": packing, "method": method, "max_length": 256, "batch_size": 2, "epochs": 3.0, "warmup": 0.25}
+    trainer = settled(Recipe(model=tiny, data=short, eval_size=4, dtype="float32", **values), tmp_path)
+    steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+    assert steps < 60 if packing else steps == 90
+    assert trainer.args.warmup_steps == -(-steps // 4)
+    if method == "bone":
+        assert trainer.args.save_steps == -(-steps // 10)
+    else:
+        assert trainer.args.save_strategy == "no"
+        assert trainer.model.base_model.rankallocator.peft_config.total_step == steps
+
+
+@pytest.mark.parametrize(("more", "says"), [
+    ({"packing": True}, "packing fills every sequence"),
+    ({"streaming": True, "steps": 3}, "a stream is read in its own order"),
+    ({"task": "language_modelling", "data": "a.txt"}, "all blocks"),
+    ({"task": "vision", "data": "a.jsonl"}, "how long an image is"),
+])  # fmt: skip
+def test_groups_by_length_are_refused_where_there_are_none(more, says):
+    with pytest.raises(ValueError, match=f"group_by_length: .*{says}.*; leave it out"):
+        Recipe(group_by_length=True, **more)
+
+
+def test_steps_are_those_of_whole_and_half_batches():
+    recipe = Recipe(epochs=2.5, accumulation=2)
+    assert optimizer_steps(recipe, examples=20, batch=4) == 8  # of five batches an epoch, the last alone
