@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, WavLMConfig, WavLMModel
 from inlay import methods
 from inlay.host.config import InlayConfig, check_imports
 from inlay.host.layer import InlayLinear
-from inlay.models.adapters import load_adapter
+from inlay.models.adapters import Adapter
 
 NAMES = [method.name for method in methods.METHODS if not method.needs]
 RANDOM = {
@@ -230,7 +230,7 @@ def test_no_module_is_imported_because_a_configuration_names_it(more, llama_orig
         evil.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match="PEFT imports the module that is named there"):
-        load_adapter(copy.deepcopy(llama_original), tmp_path / "adapter")
+        Adapter.open(tmp_path / "adapter").attach(copy.deepcopy(llama_original))
     assert not (tmp_path / "ran").exists()
 
 

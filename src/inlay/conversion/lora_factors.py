@@ -148,7 +148,7 @@ def widened_to_rank(c: LoraDelta, r: int) -> tuple[Tensor, Tensor]:
 
 
 def saved_beside(adapter: Adapter, grown: bool = False) -> dict[str, Tensor]:
-    """What an adapter holds beside θ and θ₀: modules and biases that were trained whole, rows of embeddings.
+    """Return what `adapter` holds beside θ and θ₀: modules and biases that were trained whole, rows of embeddings.
 
     Not the embeddings that PEFT saves along, as they are, where a head is adapted; but these too if they have `grown`.
     """
@@ -181,7 +181,7 @@ def write_lora(
         deltas: the changes, of rank `r` at most.
         r: the rank of the LoRA.
         dtype: of its tensors.
-        grown: whether the vocabulary grew before training, so that the embeddings go along.
+        grown: whether the vocabulary grew, so that its embeddings are part of the adapter.
 
     Raises:
         ValueError: a value does not fit the dtype.

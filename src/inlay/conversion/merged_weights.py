@@ -150,10 +150,9 @@ def module_below(base: Any, module: str) -> Any:
 def trained_beside(
     model: PeftModel, source: Adapter, weights: Weights
 ) -> tuple[dict[str, Tensor], dict[str, tuple[list[int], Tensor]], dict[str, Tensor]]:
-    """Return what an adapter holds beside θ.
+    """Return what `source` holds beside θ: tensors trained whole, rows of embeddings, and embeddings that grew.
 
-    These are tensors that were trained whole, rows of embeddings (indices, values), and the base's own embeddings where
-    its vocabulary grew before the training.
+    Rows are (indices, values). The embeddings are the base's own, with the tokens that it had before the training.
     """
     config: Any = model.peft_config["default"]
     trained = wrapped_keys(model, "default")
@@ -161,9 +160,9 @@ def trained_beside(
     for key, value in source.tensors.items():
         name = key.removeprefix(ROOT).replace(".base_layer.bias", ".bias")
         if name.endswith(TOKENS) and key in trained:
-            module, asked = name.removesuffix(TOKENS), config.trainable_token_indices
-            found = asked if isinstance(asked, list) else next(v for k, v in asked.items() if module.endswith(k))
-            rows[module] = found, value
+            module, tokens = name.removesuffix(TOKENS), config.trainable_token_indices
+            indices = tokens if isinstance(tokens, list) else next(v for k, v in tokens.items() if module.endswith(k))
+            rows[module] = indices, value
         elif name.endswith(".base_layer.weight"):
             stored, wrapper = stored_name(key), key.removesuffix(".base_layer.weight")
             tied = wrapper.endswith(".token_adapter") and f"{wrapper}.trainable_tokens_delta" not in trained

@@ -34,7 +34,7 @@ def check_imports(config: PeftConfig) -> None:
 
 
 def check_where(config: PeftConfig) -> None:
-    """Refuse what PEFT would trip over where it looks for the modules that a config, of whatever type, names."""
+    """Raise a ValueError for what PEFT would trip over where it looks for the modules that `config` names."""
     check_imports(config)
     for what in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
         value = getattr(config, what, None)
@@ -45,7 +45,7 @@ def check_where(config: PeftConfig) -> None:
 
 
 def check_regex(what: str, pattern: Any) -> None:
-    """Refuse what is no regular expression."""
+    """Raise a ValueError unless `pattern`, the value of `what`, is a regular expression."""
     try:
         re.compile(pattern)
     except (re.error, TypeError, RecursionError, OverflowError) as error:
@@ -53,8 +53,11 @@ def check_regex(what: str, pattern: Any) -> None:
 
 
 def add_peft_type(name: str) -> PeftType:
-    """Add a member to PEFT's closed enum. `register_peft_method` refuses names that are not members and PEFT offers
-    no entry point; a plain string in its place breaks wherever transformers reads `.value`."""
+    """Add the member `name` to PEFT's closed enum of types.
+
+    `register_peft_method` refuses names that are not members and PEFT offers no entry point; a plain string in its
+    place breaks wherever transformers reads `.value`.
+    """
     if name not in PeftType.__members__:
         member = str.__new__(PeftType, name)
         member._name_, member._value_ = name, name
@@ -70,7 +73,7 @@ INLAY = add_peft_type("INLAY")
 
 @dataclass
 class InlayConfig(PeftConfig):
-    """Which method, with which hyperparameters, on which modules.
+    """Say which method adapts which modules, with which hyperparameters.
 
     `InlayConfig(method="pissa", args={"r": 16}, target_modules="all-linear")` and
     `InlayConfig(method=methods.PiSSA(r=16), ...)` are the same.
@@ -193,24 +196,26 @@ class InlayConfig(PeftConfig):
     def _build(self, overrides: dict[str, Any]) -> Method:
         cls = methods.find(str(self.method))
         values = {"scale": self.scale, "dropout": self.dropout, **self.args, **overrides}
-        known = [f.name for f in fields(cls)]
+        names = [f.name for f in fields(cls)]
         for key in values:
-            if key not in known:
-                raise ValueError(f"{self.method} has no hyperparameter {key!r}; it has {', '.join(known)}")
+            if key not in names:
+                raise ValueError(f"{self.method} has no hyperparameter {key!r}; it has {', '.join(names)}")
         return cls(**values)
 
     def pattern_of(self, module_name: str) -> str | None:
-        """The first of `patterns` that matches the end of a module's name."""
+        """Return the first of `patterns` that matches the end of `module_name`."""
         return next((p for p in self.patterns if re.match(rf"(.*\.)?({p})$", module_name)), None)
 
     def build(self, module_name: str = "") -> Method:
-        """The method with the hyperparameters of one module."""
+        """Return the method with the hyperparameters of one module."""
         pattern = self.pattern_of(module_name)
         return self._build({} if pattern is None else self.patterns[pattern])
 
     def to_dict(self) -> dict:
-        """As saved: with every hyperparameter, so that a later default changes no adapter that exists; what are sets in
-        order, or the file would tell how often it was loaded."""
+        """Return the configuration as it is saved, with every hyperparameter: a later default changes no adapter.
+
+        Sets are in order, or the file would depend on how often it was loaded.
+        """
         more = {"args": self._all_args(), "format_version": FORMAT_VERSION, "hyperparameters": self._digest()}
         plain = {k: sorted(v) if isinstance(v, set) else v for k, v in asdict(self).items()}
         return {**plain, **more}

@@ -20,7 +20,7 @@ DROPS_LAYERS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")  # in tra
 
 
 class FirstPass:
-    """Two hooks on a model that remove themselves after its first whole forward pass."""
+    """Watch a model by two hooks that remove themselves after its first whole forward pass."""
 
     def __init__(self, model: nn.Module) -> None:
         self.handles: list[RemovableHandle] = [
