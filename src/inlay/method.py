@@ -151,12 +151,12 @@ class Method(ABC):
         return placed
 
     def at_strength(self, strength: float) -> Self:
-        """The same method with its change multiplied by `strength`."""
+        """Return the same method with its change multiplied by `strength`."""
         if strength == self.strength:
             return self
-        scaled = copy.copy(self)
-        object.__setattr__(scaled, "strength", strength)
-        return scaled
+        other = copy.copy(self)
+        object.__setattr__(other, "strength", strength)
+        return other
 
     @abstractmethod
     def start(self, W: Tensor, stats: Params | None = None) -> Params:
@@ -295,7 +295,7 @@ class LowRank(Method):
         def build(*values: Tensor) -> tuple[Tensor, Tensor | None]:
             W = base.weight if self.reads_weight else shape
             B, A = self.pair(dict(zip(p, values, strict=True)), p0, W)
-            return ops.scaled(self.s, B), A
+            return ops.times(self.s, B), A
 
         factors, values = self.written(p, None if p0 is None else like(p0, p)) or (build, tuple(p.values()))
         linear = ops.plain_linear(base, x)

@@ -11,7 +11,8 @@ from trl import DPOTrainer
 from inlay.training.launch import launch
 
 REPLACED = """_save_checkpoint _save_optimizer_and_scheduler _load_from_checkpoint _load_optimizer_and_scheduler
-_prepare_for_training _load_callback_state _load_scaler _load_rng_state _load_best_model""".split()
+_prepare_for_training _load_callback_state _load_scaler _load_rng_state _load_best_model _get_train_sampler
+_get_eval_sampler""".split()
 CALLED = {
     "_save": ["output_dir", "state_dict"],
     "_prepare_inputs": ["inputs"],

@@ -67,9 +67,9 @@ def complete_state(
         ValueError: a tensor of the adapter is missing.
     """
     own = model.state_dict()
-    given, ours = ({plain_key(key): tensor for key, tensor in tensors.items()} for tensors in (state, own))
+    given, shared = ({plain_key(key): tensor for key, tensor in tensors.items()} for tensors in (state, own))
     if not is_of_model(state, own):
-        ours = {}
+        shared = {}
     for key in own:  # where only the spelling differs
         if key not in state and plain_key(key) in given:
             state[key] = given[plain_key(key)]
@@ -78,7 +78,7 @@ def complete_state(
         needed += [f"{name}.base_layer.bias" for name, layer in layers.items() if layer.has_bias()]
     missing = []
     for key in needed:
-        tensor = given.get(plain_key(key), ours.get(plain_key(key)))
+        tensor = given.get(plain_key(key), shared.get(plain_key(key)))
         if tensor is None:
             missing.append(key)
         else:
@@ -103,22 +103,25 @@ def model_keys(model: nn.Module, adapter_name: str, state: dict[str, Tensor]) ->
 
     PEFT saves some tensors twice, where the vocabulary grew: the second copy is left out. Unknown keys stay.
     """
-    there = {plain_key(key): key for key in model.state_dict()}
+    own = model.state_dict()
+    there = {plain_key(key): key for key in own}
     root = ROOT if any(key.startswith(ROOT) for key in there) else ""
     slots = (plain_key(key) for key in slot_keys(adapted(model, adapter_name), adapter_name))
-    known = {**{key: there.get(key, key) for key in there}, **{saved_key(k, adapter_name): there[k] for k in slots}}
+    keys = {**{key: there.get(key, key) for key in there}, **{saved_key(k, adapter_name): there[k] for k in slots}}
     wrappers = tuple(f"{plain_key(n)}." for n, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper))
-    found = {}
+    tensors = {}
     for key, tensor in state.items():
         plain = root + plain_key(key).removeprefix(ROOT)
-        if plain in known:
-            found[known[plain]] = tensor
-        elif not (plain.startswith(wrappers) and re.search(COPIES, plain)):
-            found[key] = tensor
-    return found
+        if plain in keys:
+            if plain.endswith(".token_adapter.base_layer.weight") and own[keys[plain]].is_meta:
+                continue  # a base without memory gets θ alone
+            tensors[keys[plain]] = tensor
+        elif not (plain.startswith(wrappers) and re.search(COPIES, plain)):  # those that are there are known
+            tensors[key] = tensor
+    return tensors
 
 
-COPIES = r"\.modules_to_save\.|\.token_adapter\.trainable_tokens_delta$"  # of modules saved whole; of tied embeddings
+COPIES = r"\.modules_to_save\.|\.original_module\.|\.token_adapter\.trainable_tokens_delta$"  # saved twice by PEFT
 
 
 def saved_with_adapter(
@@ -127,13 +130,13 @@ def saved_with_adapter(
     """Return what of `state` an adapter holds beside θ, as it is saved: `biases`, modules and tokens trained whole."""
     given = {plain_key(key): tensor for key, tensor in state.items()}
     paths = {plain_key(key): plain_key(path) for key, path in wrapped_keys(model, adapter_name).items()}
-    found = {plain_key(key): bias for key, bias in biases.items()}
-    found |= {key: given[path] for key, path in paths.items() if path in given}
-    return {key.removeprefix(ROOT): tensor for key, tensor in found.items()}
+    tensors = {plain_key(key): bias for key, bias in biases.items()}
+    tensors |= {key: given[path] for key, path in paths.items() if path in given}
+    return {key.removeprefix(ROOT): tensor for key, tensor in tensors.items()}
 
 
 def check_state(
-    model: nn.Module, adapter_name: str, state: dict[str, Tensor], rest: dict[str, Tensor], known: str | None
+    model: nn.Module, adapter_name: str, state: dict[str, Tensor], rest: dict[str, Tensor], digest: str | None
 ) -> None:
     """Raise a ValueError unless `state` is exactly this adapter: nothing missing, extra, misshapen or non-finite.
 
@@ -142,7 +145,7 @@ def check_state(
         adapter_name: the adapter that is loaded.
         state: the tensors by the keys of the model's state dict.
         rest: those beside θ, as they are saved (`saved_with_adapter`).
-        known: the digest that `rest` must have, if any is known.
+        digest: the digest that `rest` must have, if any is known.
     """
     layers, there = adapted(model, adapter_name), model.state_dict()
     spelled = {plain_key(key): key for key in there}
@@ -162,9 +165,9 @@ def check_state(
         more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
         raise ValueError(f"this adapter cannot be loaded here: {'; '.join(faults[:3])}{more}")
     pending = any(layer.cuts[adapter_name].pending for layer in layers.values())
-    if known is not None and pending and seal.of_tensors(rest) != known:
+    if digest is not None and pending and seal.of_tensors(rest) != digest:
         raise ValueError(f"{', '.join(rest)[:200] or 'biases'}: {UNSEALED}")
     for name, layer in layers.items():
         tensors = {path: state[spelled[plain_key(f"{name}.{path}")]] for path in layer.slots(adapter_name)}
-        layer.check_seal(adapter_name, tensors)
+        layer.check_seal(adapter_name, tensors, state.get(f"{name}.base_layer.weight"))
         layer.cuts[adapter_name].pending = False

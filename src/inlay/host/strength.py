@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from inlay.host.adapter_state import wrapped_keys
 from inlay.host.layer import InlayLinear
 
 
@@ -45,14 +45,13 @@ def check_scalable(model: nn.Module, name: str, scale: float) -> None:
     """Raise a ValueError where the adapter `name` also trained what a `scale` other than 1 has no meaning for."""
     if scale == 1:
         return
-    for path, module in model.named_modules():
-        if isinstance(module, AuxiliaryTrainingWrapper) and name in module._adapters:
-            raise ValueError(
-                f"the adapter {name!r} also trained {path} whole or some of its tokens, which have no strength; leave "
-                "its scale at 1, or switch the adapter off with disable_adapter()"
-            )
+    if whole := wrapped_keys(model, name):
+        raise ValueError(
+            f"the adapter {name!r} also trained {next(iter(whole))} whole or some of its tokens, which have no "
+            "strength; leave its scale at 1, or switch the adapter off with disable_adapter()"
+        )
     config = getattr(model, "peft_config", {}).get(name)
-    if config is not None and getattr(config, "bias", "none") != "none":
+    if config is not None and config.bias != "none":
         raise ValueError(f"the adapter {name!r} also trained biases, which have no strength; leave its scale at 1")
 
 

@@ -1,4 +1,4 @@
-"""What a run, and a trial of many, is made of once its data is read and before its model is loaded."""
+"""Hold what a run, or a trial of many, consists of once its data is read and before its model is loaded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from inlay.training.examples import Examples
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run or a trial whose data is read and whose model is not loaded yet.
+    """Hold a run or a trial whose data is read and whose model is not loaded yet.
 
     Attributes:
         recipe: what is trained and how.

@@ -1,4 +1,4 @@
-"""From a prepared run to its trainer: what the recipe leaves to the model and to the data is settled here."""
+"""Settle a prepared run: decide what the recipe leaves to the model and the data, and build the trainer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def settle(prepared: Prepared, checkpoint: Checkpoint | None = None) -> tuple[Pr
         checkpoint: the one that a run resumes from.
 
     Returns:
-        The same with its recipe settled, and the trainer, whose adapter has its start.
+        The run with its recipe settled, and the trainer, whose adapter has its start.
 
     Raises:
         ValueError: the model or the data cannot be used.
@@ -35,9 +35,9 @@ def settle(prepared: Prepared, checkpoint: Checkpoint | None = None) -> tuple[Pr
     settled = replace(ranked, recipe=distributed.from_first(lambda: settle_calibration(ranked)))
     set_seed(settled.recipe.seed)
     base = load_training_model(settled, checkpoint, calibration_batches(settled))
-    mark = checkpoints.base_mark(base)  # before some of PEFT's starts change the base itself
+    checksum = checkpoints.base_mark(base)  # before some of PEFT's starts change the base itself
     trainer = build_trainer(settled, base)
-    trainer.base = mark
+    trainer.base = checksum
     if checkpoint is None:
         start_from_data(settled, trainer.model)
     return settled, trainer

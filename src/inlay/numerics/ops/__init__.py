@@ -11,7 +11,7 @@ from inlay.numerics.ops.bat import bat, bat_reference
 from inlay.numerics.ops.blocks import blocks, blocks_reference
 from inlay.numerics.ops.dense import Rows, bat_col_delta, dense, dense_reference, watched
 from inlay.numerics.ops.dropout import Dropout, keep, masks
-from inlay.numerics.ops.low_rank import Core, Pair, low_rank, low_rank_reference, scaled, sum_pays
+from inlay.numerics.ops.low_rank import Core, Pair, low_rank, low_rank_reference, sum_pays, times
 from inlay.numerics.ops.savers import SAVERS, WTACRS, Velora
 from inlay.numerics.ops.shared import (
     Factors,
@@ -59,12 +59,12 @@ __all__ = [
     "mean_of_all",
     "of_the_first",
     "plain_linear",
-    "scaled",
     "second_derivatives",
     "seed_of",
     "sum_pays",
     "tiled",
     "tiles",
+    "times",
     "watched",
     "weight_noise",
 ]

@@ -47,7 +47,7 @@ class Pair:
         if self.start is not None:
             A0, B0 = self.start
             A, B = [torch.cat([A[0], A[0] - A0])], torch.cat([B - B0, B0], 1)
-        return scaled(self.s, B), A[0] if A else None
+        return times(self.s, B), A[0] if A else None
 
     @property
     def doubled(self) -> bool:
@@ -55,7 +55,7 @@ class Pair:
 
     def pull(self, p: Sequence[Tensor], dB: Tensor | None, dA: Tensor | None) -> list[Tensor | None]:
         """Return the gradients of p from those of what was built, None for None."""
-        dB = None if dB is None else scaled(self.s, dB)
+        dB = None if dB is None else times(self.s, dB)
         return [None if d is None else d.to(t.dtype) for d, t in zip((dA, dB)[-len(p) :], p, strict=True)]
 
 
@@ -72,21 +72,21 @@ class Core:
     def __call__(self, A: Tensor, S: Tensor, *blocks: Tensor) -> tuple[Tensor, Tensor]:
         B = torch.cat(blocks, 1)
         if not self.start:
-            return scaled(self.s, B @ S), A
+            return times(self.s, B @ S), A
         S0, B0 = self.start[0], torch.cat(list(self.start[1:]), 1)
-        return scaled(self.s, torch.addmm(B0 @ (S - S0), B - B0, S)), A
+        return times(self.s, torch.addmm(B0 @ (S - S0), B - B0, S)), A
 
     def pull(self, p: Sequence[Tensor], dB: Tensor | None, dA: Tensor | None) -> list[Tensor | None]:
         """Return the gradients as `Pair.pull` does: B S A has the slopes Bᵀ (dB) for S and (dB) Sᵀ for B."""
         _, S, *blocks = p
         if dB is None:
             return [None] * len(p)
-        dB = scaled(self.s, dB.to(S.dtype))
+        dB = times(self.s, dB.to(S.dtype))
         each: Any = torch.split_with_sizes_copy(dB @ S.T, [block.shape[1] for block in blocks], 1)
         return [None, torch.cat(blocks, 1).T @ dB, *each]
 
 
-def scaled(s: float, t: Tensor) -> Tensor:
+def times(s: float, t: Tensor) -> Tensor:
     return t if s == 1 else s * t
 
 

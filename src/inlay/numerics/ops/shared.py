@@ -27,7 +27,7 @@ Factors = Callable[..., tuple[Tensor, Tensor | None]]
 
 @contextmanager
 def second_derivatives() -> Iterator[None]:
-    """In its block, adapted layers compute with torch's own functions, which keep all that any derivative needs.
+    """Compute adapted layers with torch's own functions, which keep what any derivative needs, until the block ends.
 
     Gradients of gradients, `torch.func` and forward-mode derivatives are then right for every method.
     """
@@ -47,7 +47,7 @@ def takes_reference() -> bool:
 def differentiable_gradients(
     function: Callable[..., Tensor], inputs: Sequence[Tensor], needs: Sequence[bool], g: Tensor
 ) -> list[Tensor | None]:
-    """Return the gradients of `function(*inputs)` for the slope `g`, with a graph that they can be differentiated in.
+    """Return the gradients of `function(*inputs)` for the slope `g`, in a graph that can be differentiated again.
 
     A backward pass calls it where one asked for that graph (create_graph=True). Inputs are aliased, so that a
     gradient does not run on from one to another that it was computed from.
@@ -72,9 +72,11 @@ def plain_linear(base: object, x: Tensor) -> Linear | None:
     None where that is unknown or impossible: a quantised base, hooks, a trained weight, autocast to another dtype, a
     graph being compiled.
     """
-    found = None if takes_reference() else getattr(base, "linear", None)
-    fits = found is not None and found[0].dtype == x.dtype == product_dtype(x) and found[0].device == x.device
-    return found if fits else None
+    linear: Linear | None = None if takes_reference() else getattr(base, "linear", None)
+    if linear is None:
+        return None
+    W = linear[0]
+    return linear if W.dtype == x.dtype == product_dtype(x) and W.device == x.device else None
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
