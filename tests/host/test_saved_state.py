@@ -12,6 +12,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 from torch.nn.utils import parametrizations, prune
 from transformers import AutoModelForCausalLM
 
+import inlay
 from inlay.host.adapter_state import plain_key, saved_key
 from inlay.host.config import InlayConfig
 
@@ -242,3 +243,51 @@ def test_a_block_in_two_places_is_merged_for_both():
     x = torch.randn(3, 8)
     y = model(x)
     torch.testing.assert_close(model.merge_and_unload()(x), y)
+
+
+# -- grown vocabularies through merge and export ------------------------------------------------------------------
+
+GROWN = {
+    "not trained": {},
+    "saved whole": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "tokens": {"trainable_token_indices": [96, 97]},
+    "head adapted": {"target_modules": ["q_proj", "lm_head"]},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("more", GROWN.values(), ids=GROWN)
+def test_a_grown_vocabulary_merges_and_exports(more, tied, tiny_folders, tmp_path):
+    def grown():
+        model = AutoModelForCausalLM.from_pretrained(tiny_folders[tied])
+        torch.manual_seed(5)
+        model.resize_token_embeddings(100, mean_resizing=False)
+        return model
+
+    model = trained(get_peft_model(grown(), config(task_type="CAUSAL_LM", **more)))
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    if not tied and "target_modules" in more:  # PEFT then leaves the embeddings out, which grew as well
+        with pytest.raises(ValueError, match=r"holds no model\.embed_tokens\.weight; save the base with the grown"):
+            inlay.merge(tmp_path / "adapter", tmp_path / "merged")
+        return
+    tokens = torch.tensor([[3, 96, 97, 99, 5]])
+    expected = logits(model, tokens)
+    assert inlay.merge(tmp_path / "adapter", tmp_path / "merged").logit_error < 1e-5
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.config.vocab_size == 100
+    torch.testing.assert_close(logits(merged, tokens), expected, rtol=1e-5, atol=1e-5)
+    inlay.export_lora(tmp_path / "adapter", tmp_path / "lora")
+    torch.testing.assert_close(
+        logits(PeftModel.from_pretrained(grown(), tmp_path / "lora"), tokens), expected, rtol=1e-5, atol=1e-5
+    )
+    with pytest.raises(ValueError, match=r"grown vocabulary|which a weighted LoRA has no place for"):
+        inlay.export_lora({tmp_path / "adapter": 0.5}, tmp_path / "half")
+
+
+def test_tokens_beyond_the_vocabulary_are_refused_with_the_fix(tiny_folders):
+    base = AutoModelForCausalLM.from_pretrained(tiny_folders[False])
+    with pytest.raises(ValueError, match=r"96 is beyond the 96 tokens.*resize_token_embeddings\(98\)"):
+        get_peft_model(base, config(task_type="CAUSAL_LM", trainable_token_indices=[96, 97]))

@@ -380,7 +380,7 @@ def test_data_of_another_form_is_refused_by_name():
         convert("preference", [{"prompt": "a", "answer": "b"}])
     with pytest.raises(ValueError, match="row 1: chosen and rejected are the same answer"):
         convert("preference", [{"prompt": "a", "chosen": "b", "rejected": "b"}])
-    with pytest.raises(ValueError, match="row 2: label is None; accepted: a label"):
+    with pytest.raises(ValueError, match="row 2: label is empty; accepted: a label"):
         convert("classification", [{"text": "a", "label": 1}, {"text": "b", "label": None}])
 
 
@@ -451,7 +451,7 @@ def test_a_vision_model_learns_from_images(llava, tmp_path, capsys):
     assert "the model sees images" in capsys.readouterr().err
     rows[0]["image"] = "nowhere.png"
     (tmp_path / "seen.json").write_text(json.dumps(rows))
-    with pytest.raises(ValueError, match=r"row 1: image is 'nowhere.png'; accepted: the path of an image file"):
+    with pytest.raises(ValueError, match=r"seen.json, row 1: image is 'nowhere.png'; accepted: the path of an image"):
         examples(asked)
 
 

@@ -13,6 +13,7 @@ from inlay.conversion.lora_factors import lora_deltas, padded_to_one_rank, saved
 from inlay.files.atomic import new_folder
 from inlay.models.adapters import Adapter, adapter_folder
 from inlay.models.loading import DTYPES
+from inlay.models.vocabulary import grew
 
 EXPORTED = "export.json"  # in a LoRA folder: rank and error of every weight
 
@@ -86,13 +87,18 @@ def export_lora(
                 )
     with new_folder(Path(out), overwrite, marker=EXPORTED) as part:
         blanks = [(weight, one.load_blank()) for weight, one in adapters]
+        grown = any(grew(blank, config) for _, blank in blanks)
+        if grown and (to == "gguf" or [weight for weight, _ in adapters] != [1.0]):
+            raise ValueError(
+                f"{first.folder} was trained on a grown vocabulary, which only one LoRA folder takes along; merge it"
+            )
         deltas = list(lora_deltas(blanks, lambda: base.weights(auto), rank, energy))
         size = padded_to_one_rank(deltas, pad)
         if to == "gguf":
             write_lora_gguf(part / FILE, config, deltas, size, DTYPES[dtype])
             (part / "Modelfile").write_text(modelfile(base.name), encoding="utf-8")
         else:
-            write_lora(part, first, blanks[0][1], deltas, size, DTYPES[dtype])
+            write_lora(part, first, blanks[0][1], deltas, size, DTYPES[dtype], grown)
         lost = {d.module: 0.0 if dtype == "float32" else d.rounding(DTYPES[dtype]) for d in deltas}
         rows = [{"module": d.module, "rank": d.rank, "error": d.error, "rounding": lost[d.module]} for d in deltas]
         (part / EXPORTED).write_text(json.dumps({"rank": size, "weights": rows}, indent=1), encoding="utf-8")

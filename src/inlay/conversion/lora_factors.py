@@ -147,10 +147,10 @@ def widened_to_rank(c: LoraDelta, r: int) -> tuple[Tensor, Tensor]:
     return B, A
 
 
-def saved_beside(adapter: Adapter) -> dict[str, Tensor]:
+def saved_beside(adapter: Adapter, grown: bool = False) -> dict[str, Tensor]:
     """What an adapter holds beside θ and θ₀: modules and biases that were trained whole, rows of embeddings.
 
-    Not the embeddings that PEFT saves along, as they are, where a head is adapted.
+    Not the embeddings that PEFT saves along, as they are, where a head is adapted; but these too if they have `grown`.
     """
     config = cast(InlayConfig, adapter.config)
     rest = {k: v for k, v in adapter.tensors.items() if f".{PREFIX}" not in k and f".{START}" not in k}
@@ -158,13 +158,19 @@ def saved_beside(adapter: Adapter) -> dict[str, Tensor]:
     def trained(key: str) -> bool:
         module = key.rpartition(".")[0]
         whole = any(f".{module}.".find(f".{name}.") >= 0 for name in config.modules_to_save or ())
-        return whole or "token_adapter" in key or (config.bias != "none" and key.endswith("bias"))
+        return grown or whole or "token_adapter" in key or (config.bias != "none" and key.endswith("bias"))
 
     return {k: v for k, v in rest.items() if trained(k)}
 
 
 def write_lora(
-    folder: Path, source: Adapter, model: PeftModel, deltas: list[LoraDelta], r: int, dtype: torch.dtype
+    folder: Path,
+    source: Adapter,
+    model: PeftModel,
+    deltas: list[LoraDelta],
+    r: int,
+    dtype: torch.dtype,
+    grown: bool = False,
 ) -> None:
     """Write an ordinary PEFT folder: adapter_config.json and adapter_model.safetensors.
 
@@ -175,11 +181,12 @@ def write_lora(
         deltas: the changes, of rank `r` at most.
         r: the rank of the LoRA.
         dtype: of its tensors.
+        grown: whether the vocabulary grew before training, so that the embeddings go along.
 
     Raises:
         ValueError: a value does not fit the dtype.
     """
-    tensors = saved_beside(source)
+    tensors = saved_beside(source, grown)
     for delta in deltas:
         B, A = widened_to_rank(delta, r)
         for kind, value in (("lora_A", A), ("lora_B", B)):

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Conv1D, GenerationConfig
 
 from inlay.host import seal
+from inlay.host.adapter_state import COPIES, ROOT, wrapped_keys
 from inlay.host.layer import PREFIX, adapted
 from inlay.host.strength import set_scale
 from inlay.models import builtin
@@ -31,6 +32,7 @@ from inlay.models.loading import DTYPES
 from inlay.models.model_classes import SEQUENCE
 from inlay.models.quantized import dequantized
 from inlay.models.stored_weights import MANY, ONE, Weights
+from inlay.models.vocabulary import grew, stored_name
 
 TINY = torch.finfo(torch.float32).tiny
 TEXT = "The Vaults is a pub near the river. It serves Italian food at £20 to £25, has 3 of 5 stars, and opens at 17:30."
@@ -64,15 +66,21 @@ def merged_tensors(model: PeftModel, adapter: Adapter, weights: Weights, dtype: 
     base: Any = model.get_base_model()
     layers = {layer.cuts["default"].module: layer for layer in adapted(model, "default").values()}
     check_mergeable(base.config)
-    whole, rows = trained_beside(model, adapter, weights)
+    whole, rows, resized = trained_beside(model, adapter, weights)
     waiting = {*whole, *(f"{module}.weight" for module in (*layers, *rows))}
     tied = dict(base.all_tied_weights_keys)
+    resized |= {source: resized[name] for name, source in tied.items() if name in resized and source not in resized}
     names = {key: name for name, key in weights.stored.items()}
 
     def merged(key: str, name: str, stored: str) -> New:
         module = name.removesuffix(".weight")
         transposed = isinstance(module_below(base, module), Conv1D)
         old, mark = read_weight(weights, stored, transposed)
+        if name in resized:  # the base's own, with more tokens
+            old = resized[name].to(old.dtype)
+            mark = seal.of_base(old)
+        if name in whole:
+            old = whole[name].T if transposed else whole[name]
         W, change = old, None
         if module in layers and name != module:
             layers[module].check_base("default", mark)
@@ -80,8 +88,6 @@ def merged_tensors(model: PeftModel, adapter: Adapter, weights: Weights, dtype: 
             W = W.float() + change
         if module in rows:
             W = W.index_copy(0, torch.tensor(rows[module][0]), rows[module][1].to(W.dtype))
-        if name in whole:
-            W = whole[name].T if transposed else whole[name]
         rounded = W.to(dtype or old.dtype) if W.is_floating_point() else W
         if not rounded.isfinite().all() and old.isfinite().all():
             raise ValueError(f"the merged {name} does not fit {rounded.dtype}; choose the dtype bfloat16 or float32")
@@ -143,19 +149,29 @@ def module_below(base: Any, module: str) -> Any:
 
 def trained_beside(
     model: PeftModel, source: Adapter, weights: Weights
-) -> tuple[dict[str, Tensor], dict[str, tuple[list[int], Tensor]]]:
-    """What an adapter holds beside θ: tensors that were trained whole, and rows of embeddings (indices, values)."""
+) -> tuple[dict[str, Tensor], dict[str, tuple[list[int], Tensor]], dict[str, Tensor]]:
+    """Return what an adapter holds beside θ.
+
+    These are tensors that were trained whole, rows of embeddings (indices, values), and the base's own embeddings where
+    its vocabulary grew before the training.
+    """
     config: Any = model.peft_config["default"]
-    whole, rows = {}, {}
+    trained = wrapped_keys(model, "default")
+    whole, rows, resized = {}, {}, {}
     for key, value in source.tensors.items():
-        name = key.removeprefix("base_model.model.").replace(".base_layer.bias", ".bias")
-        if name.endswith(TOKENS):
+        name = key.removeprefix(ROOT).replace(".base_layer.bias", ".bias")
+        if name.endswith(TOKENS) and key in trained:
             module, asked = name.removesuffix(TOKENS), config.trainable_token_indices
             found = asked if isinstance(asked, list) else next(v for k, v in asked.items() if module.endswith(k))
             rows[module] = found, value
-        elif f".{PREFIX}" not in key and ".base_layer." not in name and not equals_base(weights, name, value):
+        elif name.endswith(".base_layer.weight"):
+            stored, wrapper = stored_name(key), key.removesuffix(".base_layer.weight")
+            tied = wrapper.endswith(".token_adapter") and f"{wrapper}.trainable_tokens_delta" not in trained
+            if not tied and not equals_base(weights, stored, value):
+                resized[stored] = value
+        elif f".{PREFIX}" not in key and not re.search(COPIES, name) and not equals_base(weights, name, value):
             whole[name] = value
-    return whole, rows
+    return whole, rows, resized
 
 
 def equals_base(weights: Weights, name: str, value: Tensor) -> bool:
@@ -216,6 +232,8 @@ def write_description(folder: Path, model: PeftModel, source: Adapter, dtype: to
     if source.settings:
         config.architectures = [type(model.get_base_model()).__name__]
     config.__dict__.pop("quantization_config", None)
+    if grew(model, config):
+        config.get_text_config().vocab_size = cast(Any, model.get_base_model()).config.get_text_config().vocab_size
     config.tie_word_embeddings = cast(Any, model.get_base_model()).config.tie_word_embeddings
     for part in (config, config.get_text_config()):
         part.dtype = dtype or part.dtype

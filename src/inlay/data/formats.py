@@ -201,7 +201,7 @@ def _check_answered(cells: Record, roles: Roles) -> None:
     """Raise an EmptyAnswerError for a row that has nothing to learn from."""
     for role in ANSWERS:
         if role in roles and cells[roles[role]] is None:
-            raise EmptyAnswerError(f"{roles[role]} is empty; accepted: text")
+            raise EmptyAnswerError(f"{roles[role]} is empty; accepted: {'a label' if role == 'label' else 'text'}")
     chat = cells.get(roles.get("messages", ""), "")
     if chat is None:
         raise EmptyAnswerError("no assistant message; accepted: at least one to learn from")

@@ -103,7 +103,8 @@ def model_keys(model: nn.Module, adapter_name: str, state: dict[str, Tensor]) ->
 
     PEFT saves some tensors twice, where the vocabulary grew: the second copy is left out. Unknown keys stay.
     """
-    there = {plain_key(key): key for key in model.state_dict()}
+    own = model.state_dict()
+    there = {plain_key(key): key for key in own}
     root = ROOT if any(key.startswith(ROOT) for key in there) else ""
     slots = (plain_key(key) for key in slot_keys(adapted(model, adapter_name), adapter_name))
     known = {**{key: there.get(key, key) for key in there}, **{saved_key(k, adapter_name): there[k] for k in slots}}
@@ -112,13 +113,15 @@ def model_keys(model: nn.Module, adapter_name: str, state: dict[str, Tensor]) ->
     for key, tensor in state.items():
         plain = root + plain_key(key).removeprefix(ROOT)
         if plain in known:
+            if plain.endswith(".token_adapter.base_layer.weight") and own[known[plain]].is_meta:
+                continue  # a base without memory gets θ alone
             found[known[plain]] = tensor
-        elif not (plain.startswith(wrappers) and re.search(COPIES, plain)):
+        elif not (plain.startswith(wrappers) and re.search(COPIES, plain)):  # those that are there are known
             found[key] = tensor
     return found
 
 
-COPIES = r"\.modules_to_save\.|\.token_adapter\.trainable_tokens_delta$"  # of modules saved whole; of tied embeddings
+COPIES = r"\.modules_to_save\.|\.original_module\.|\.token_adapter\.trainable_tokens_delta$"  # saved twice by PEFT
 
 
 def saved_with_adapter(
@@ -166,5 +169,5 @@ def check_state(
         raise ValueError(f"{', '.join(rest)[:200] or 'biases'}: {UNSEALED}")
     for name, layer in layers.items():
         tensors = {path: state[spelled[plain_key(f"{name}.{path}")]] for path in layer.slots(adapter_name)}
-        layer.check_seal(adapter_name, tensors)
+        layer.check_seal(adapter_name, tensors, state.get(f"{name}.base_layer.weight"))
         layer.cuts[adapter_name].pending = False

@@ -31,14 +31,17 @@ _sharing = False
 
 
 class Job(NamedTuple):
-    """A start to compute: `read` gives W, of `shape` (out, in), in fp32; `done` takes θ₀; `stats`: what its method has
-    seen."""
+    """A start to compute: `read` gives W, of `shape` (out, in), in fp32; `done` takes θ₀.
+
+    `stats`: what its method has seen. `seed`: of what it draws; None: torch's generator draws.
+    """
 
     method: Method
     shape: tuple[int, int]
     read: Callable[[], Tensor]
     done: Callable[[Params], None]
     stats: Params | None = None
+    seed: int | None = None
 
 
 @contextmanager
@@ -81,7 +84,7 @@ def run_jobs(jobs: Iterable[Job]) -> None:
             for number, job in enumerate(jobs):
                 if job.method.draws:  # in every process, so that their generators stay in step
                     finish(0)
-                    take(job, start_of(job.method, on_device(job.read()), job.stats), 0)
+                    take(job, drawn_start(job), 0)
                     continue
                 owner = number % ranks
                 if owner == 0:
@@ -101,6 +104,18 @@ def run_jobs(jobs: Iterable[Job]) -> None:
         finally:
             for _, _, future in waiting:
                 future.cancel() if future else None
+
+
+def drawn_start(job: Job) -> Params:
+    """Compute a start that draws; with a seed on the CPU, so that it is the same on every device."""
+    if job.seed is None:
+        return start_of(job.method, on_device(job.read()), job.stats)
+    W, before = job.read(), torch.default_generator.get_state()
+    torch.default_generator.manual_seed(job.seed)
+    try:
+        return start_of(job.method, W.cpu(), job.stats)
+    finally:
+        torch.default_generator.set_state(before)
 
 
 def on_device(W: Tensor) -> Tensor:

@@ -18,8 +18,24 @@ BIAS = ("none", "all", "inlay_only")
 NAMES, SEALED = (list, set, tuple), {"tensors", "base"}
 
 
+def check_imports(config: PeftConfig) -> None:
+    """Raise a ValueError where PEFT would import a module, or run code, because a config of any type names it."""
+    core = getattr(config, "megatron_core", None)
+    if getattr(config, "megatron_config", None) or core not in (None, "megatron.core"):
+        raise ValueError(
+            f"megatron_config, megatron_core={core!r}: PEFT imports the module that is named there, which is not done "
+            "here; remove both from the configuration"
+        )
+    if "trust_remote_code" in (getattr(config, "tokenizer_kwargs", None) or {}):
+        raise ValueError(
+            "tokenizer_kwargs: trust_remote_code would run code of the repository that the configuration names; "
+            "remove it from the configuration"
+        )
+
+
 def check_where(config: PeftConfig) -> None:
     """Refuse what PEFT would trip over where it looks for the modules that a config, of whatever type, names."""
+    check_imports(config)
     for what in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
         value = getattr(config, what, None)
         if isinstance(value, str):
@@ -71,6 +87,9 @@ class InlayConfig(PeftConfig):
         bias: "none", "all" or "inlay_only": which biases of the model are trained.
         saver: "none", "velora" or "wta_crs": in training, what is kept of a layer's input for the gradient of an inner
             factor (A): less than all of it, for an estimate of the gradient (`inlay.numerics.ops.savers.SAVERS`).
+        seed: of what starts draw (SNELL, SpIEL, DoTA's and LaMDA's random ones, ...), the same on every machine and
+            whatever was drawn before: checkpoints of the trained parameters alone are then whole. None: torch's
+            generator draws.
         init_weights: False starts away from the identity, for tests only.
         folded: the base is W − s ΔW(θ₀), quantised, as `inlay.fold` makes it; set in what it writes, never by hand.
 
@@ -92,6 +111,7 @@ class InlayConfig(PeftConfig):
     target_parameters: list[str] | None = None
     bias: str = "none"
     saver: str = "none"
+    seed: int | None = None
     init_weights: bool = True
     folded: bool = False
     folded_base: str | None = None  # a digest of what it was folded into
@@ -111,7 +131,8 @@ class InlayConfig(PeftConfig):
         self.peft_type = INLAY
         if isinstance(self.method, Method):
             self._take(self.method)
-        for name, kind in (("args", dict), ("patterns", dict), ("seals", dict), ("format_version", int)):
+        kinds = (("args", dict), ("patterns", dict), ("seals", dict), ("format_version", int), ("seed", int))
+        for name, kind in kinds:
             if not isinstance(value := getattr(self, name), kind | None):
                 raise ValueError(f"{name}={value!r} is not {'a mapping' if kind is dict else 'a whole number'}")
         for mark in (self.seals or {}).values():

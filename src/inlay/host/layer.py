@@ -43,7 +43,7 @@ START = "inlay_start_"  # θ₀, stored beside θ so that nothing is ever decomp
 class Cut:
     """One adapter on one layer. `pending`: its slots are NaN until a checkpoint or a decomposition fills them; what a
     checkpoint fills them with must bear its `seal`. `folded`: s ΔW(θ₀) was taken out of the base, so there is no θ₀.
-    `owner`: the layer that holds the shared symbols, where it is another one."""
+    `owner`: the layer that holds the shared symbols, where it is another one. `seed`: of what its start draws."""
 
     method: Method
     symbols: tuple[str, ...]
@@ -55,11 +55,24 @@ class Cut:
     saver: str = "none"
     pending: bool = True
     owner: InlayLinear | None = None
+    seed: int | None = None
 
     @property
     def own(self) -> tuple[str, ...]:
         """The symbols that this layer holds."""
         return tuple(k for k in self.symbols if self.owner is None or k not in self.method.shared)
+
+    def is_rebuilt(self, path: str) -> bool:
+        """Return whether a fresh adapter of this configuration has in a slot just what this one was trained with."""
+        method = self.method
+        if method.needs or (method.draws and self.seed is None):
+            return False
+        if path.startswith(START):
+            return True
+        symbol = path.removeprefix(PREFIX).partition(".")[0]
+        if symbol in method.frozen:
+            return type(method).restart is Method.restart
+        return type(method).restart is Method.restart and type(method).schedule is Method.schedule
 
 
 def widen(p: Params) -> Params:
@@ -160,6 +173,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}  # the strength of each adapter, beside the factor of its method
         self.merged_adapters: list[str] = []
         self.unmerged: Any = None  # what the base held before a merge
+        self.called = self.weight_read = False  # in a forward pass, so far (see `first_pass`)
         self.marked: str | None = None  # the base's mark when it was last whole
         self.noise: tuple[Tensor, int] | None = None  # on the weight, in training: its size by rows, and its seed
         self.quantization_backend = resolve_quantization_backend(
@@ -171,6 +185,13 @@ class InlayLinear(nn.Module, BaseTunerLayer):
     def adapter_layer_names(self) -> tuple[str, ...]:  # type: ignore[override]
         """The containers of θ and θ₀; which there are depends on the methods in use."""
         return tuple(name for name in self._modules if name.startswith(PREFIX))
+
+    @property
+    def weight(self) -> Tensor:
+        """The base weight, for whoever asks for its dtype, or reads it past this layer, which is noted."""
+        if not torch.compiler.is_compiling():
+            self.weight_read = True
+        return cast(Tensor, self.get_base_layer().weight)
 
     # -- the base weight ------------------------------------------------------------------------------------------
 
@@ -340,6 +361,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
                 lambda: self.pristine().detach().float(),
                 lambda start: self._settle_start(name, like, start),
                 stats,
+                None if cut.seed is None else ops.seed_of(cut.seed, cut.module),
             )
 
     @torch.no_grad()
@@ -384,6 +406,19 @@ class InlayLinear(nn.Module, BaseTunerLayer):
             self.check_seal(name, {path: slot.weight for path, slot in slots.items()})
             self.cuts[name].pending = False
 
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Load what `state_dict` holds; a part of an adapter only where the rest is what it was trained with."""
+        for name, cut in self.cuts.items():
+            paths = self.slots(name)
+            missing = [path for path in paths if f"{prefix}{path}" not in state_dict]
+            if len(missing) < len(paths) and (lost := [path for path in missing if not cut.is_rebuilt(path)]):
+                args[-1].append(
+                    f"{prefix}{lost[0]} is missing, and what a fresh {cut.method.name} adapter has in its place is "
+                    "something else: save the whole adapter (save_pretrained, get_peft_model_state_dict), or, where it "
+                    "is only drawn at random, set `seed` in the InlayConfig"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     @torch.no_grad()
     def advance(self, t: float) -> list[tuple[nn.Parameter, Tensor | None]]:
         """Let the active adapters' methods follow the training to its fraction t; gives back the parameters that an
@@ -405,14 +440,17 @@ class InlayLinear(nn.Module, BaseTunerLayer):
             cut.method = cut.method.at(replace(method.place, t=t))
         return forget
 
-    def check_seal(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Raise a ValueError unless what fills an adapter's slots, and the base under them, bear its seal."""
+    def check_seal(self, name: str, tensors: dict[str, Tensor], base: Tensor | None = None) -> None:
+        """Raise a ValueError unless `tensors`, which fill an adapter's slots, and the base weight bear its seal.
+
+        `base`: the base weight that is loaded with them, where the file holds it (a head that grew).
+        """
         cut = self.cuts[name]
         if not cut.pending or cut.seal is None:
             return
         if seal.of_tensors(strip(tensors, name)) != cut.seal.get("tensors"):  # a table of seals without one lost it
             raise ValueError(f"{cut.module}: {UNSEALED}")
-        self.check_base(name, self.base_mark(cut.folded))
+        self.check_base(name, self.base_mark(cut.folded) if base is None else seal.of_base(base))
 
     def check_base(self, name: str, mark: str | None) -> None:
         """Raise a ValueError if a weight with this mark (None: unknown) is not what an adapter was cut from."""
@@ -482,6 +520,8 @@ class InlayLinear(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """y, (..., out), for x, (..., in). `adapter_names`: per row of x, the one adapter it is for, if any is."""
+        if not torch.compiler.is_compiling() and not self.called:
+            self.called = True
         if self.disable_adapters and self.merged:
             self.unmerge()
         if adapter_names is not None and not self.disable_adapters:

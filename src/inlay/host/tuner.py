@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
@@ -27,6 +27,7 @@ from transformers import Conv1D
 from inlay.host import adapter_state, seal
 from inlay.host.compute_starts import run_jobs
 from inlay.host.config import INLAY, InlayConfig
+from inlay.host.first_pass import FirstPass
 from inlay.host.hotswap import replace_peft_hotswap
 from inlay.host.layer import PREFIX, InlayLinear, adapted, own_weight
 from inlay.host.module_names import without_wrappers
@@ -65,6 +66,7 @@ class InlayModel(BaseTuner):
         )
         if "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
             raise ValueError(f"an adapter cannot be called {adapter_name!r}; use letters, digits and underscores")
+        check_tokens(model, config)
         self._touched: list[tuple[str, nn.Module, str, nn.Module]] = []
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
@@ -76,6 +78,9 @@ class InlayModel(BaseTuner):
             raise
         finally:
             self._touched = []
+        if (before := vars(self).get("first_pass")) is not None:
+            before.remove()
+        self.first_pass = FirstPass(model)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         """PEFT calls this when all layers are wrapped and nothing else is changed yet: the moment to refuse or fill."""
@@ -144,8 +149,7 @@ class InlayModel(BaseTuner):
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **_) -> None:
         if not isinstance(target, InlayLinear):
             check_layer(target, current_key)
-        if isinstance(parent, nn.MultiheadAttention):
-            raise ValueError(f"{current_key}: nn.MultiheadAttention reads this weight past its layer; leave it out")
+        check_parent(parent, target_name, current_key)
         module = without_wrappers(current_key)
         sealed = (config.seals or {}).get(module)
         if config.seals is not None and config.format_version is not None:  # else they are of another place
@@ -164,6 +168,7 @@ class InlayModel(BaseTuner):
                 seal=sealed,
                 folded=config.folded,
                 saver=config.saver,
+                seed=config.seed,
             )
         except ValueError as error:
             raise ValueError(f"{current_key}: {error}") from None
@@ -333,6 +338,23 @@ class InlayModel(BaseTuner):
         return mapped
 
 
+def check_tokens(model: nn.Module, config: InlayConfig) -> None:
+    """Raise a ValueError for trained tokens that the embeddings of `model` do not have."""
+    asked = config.trainable_token_indices or {}
+    if not isinstance(asked, dict):
+        embeddings = [name for name, m in model.named_modules() if isinstance(m, nn.Embedding)]
+        asked = {embeddings[0]: asked} if embeddings else {}
+    for target, indices in asked.items():
+        for name, module in model.named_modules():
+            if is_named(target, [name]) and isinstance(module, (nn.Embedding, nn.Linear)):
+                rows = len(module.weight)
+                if beyond := [i for i in indices if i >= rows]:
+                    raise ValueError(
+                        f"trainable_token_indices: {beyond[0]} is beyond the {rows} tokens of {name}; "
+                        f"first model.resize_token_embeddings({max(beyond) + 1}), or to the size it was trained with"
+                    )
+
+
 def weight_places(model: nn.Module) -> Counter[int]:
     """Count, by the id of each weight of `model`, the places where a module with it stands.
 
@@ -374,11 +396,37 @@ def is_named(target: str, names: list[str]) -> bool:
 
 def check_layer(module: nn.Module, name: str) -> None:
     """Raise a ValueError unless the module is a linear layer we know how to adapt."""
+    if isinstance(module, BaseTunerLayer):
+        kind = f"{type(module).__module__.split('.')[2]} {type(module).__name__}"
+        raise ValueError(
+            f"{name} carries an adapter of PEFT's already ({kind}), and Inlay's goes on a plain layer; merge or remove "
+            "that one first (merge_and_unload, delete_adapter), or leave this layer out of target_modules"
+        )
     backend = resolve_quantization_backend(module) if not isinstance(module, LINEAR) else None
     if not isinstance(module, LINEAR) and (backend is None or backend.layer_type != "linear"):
         raise ValueError(
             f"{name} is a {type(module).__name__}, which Inlay does not adapt; target nn.Linear, transformers' Conv1D "
             "or a quantised linear layer, and leave this one out of target_modules"
+        )
+
+
+READ_PAST = {  # by transformers' classes, whose weights they hand to a function
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "MobileBertLMPredictionHead": ("dense", "decoder"),
+}
+
+
+def check_parent(parent: nn.Module, child: str, name: str) -> None:
+    """Raise a ValueError where the module `parent` is known to read the weight of its `child` past that layer."""
+    kind = type(parent).__name__
+    if isinstance(parent, nn.MultiheadAttention) or child in READ_PAST.get(kind, ()):
+        raise ValueError(
+            f"{name}: {kind} reads this weight past its layer, so an adapter has no effect; name it in exclude_modules"
+        )
+    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        raise ValueError(
+            f"{name}: nn.TransformerEncoderLayer reads this weight past its layer in evaluation; leave it out, or call "
+            "torch.backends.mha.set_fastpath_enabled(False) first"
         )
 
 

@@ -16,10 +16,12 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from inlay.files.untrusted import LENGTH, DamagedFileError, from_json
+from inlay.host.config import check_imports
 from inlay.messages import first_line, loading
 from inlay.models.base import BaseModel, read_tokenizer
 from inlay.models.folded import FOLDED
 from inlay.models.model_classes import SEQUENCE
+from inlay.models.vocabulary import fit_vocabulary
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 INLAY = "INLAY"  # PEFT's type of Inlay's adapters
@@ -98,7 +100,9 @@ class Adapter:
         with loading(f"{self.folder}/{CONFIG}", DamagedFileError):
             kind = PEFT_TYPE_TO_CONFIG_MAPPING[self.raw["peft_type"]]
             values = {k: v for k, v in self.raw.items() if k != "runtime_config"}  # which PEFT never saves
-            return kind.from_peft_type(**kind.check_kwargs(**copy.deepcopy(values)))
+            config = kind.from_peft_type(**kind.check_kwargs(**copy.deepcopy(values)))
+        check_imports(config)
+        return config
 
     @property
     def is_inlay(self) -> bool:
@@ -197,12 +201,14 @@ class Adapter:
         """
         if not (self.folder / WEIGHTS).is_file():
             raise ValueError(f"{self.folder} has no {WEIGHTS}")
+        config = copy.deepcopy(self.config)  # PEFT writes what it finds into it
+        fit_vocabulary(model, self.folder)
         with loading(f"adapter {self.folder}", DamagedFileError):
             return PeftModel.from_pretrained(
                 model,
                 str(self.folder),
                 is_trainable=trainable,
-                config=copy.deepcopy(self.config),  # PEFT writes what it finds into it
+                config=config,
                 low_cpu_mem_usage=light,
             )
 

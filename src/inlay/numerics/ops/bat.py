@@ -28,7 +28,8 @@ def bat_reference(x: Tensor, base: Callable[[Tensor], Tensor], B: Tensor, drop: 
     """Return what `bat` computes, over any layer."""
     t = torch.einsum("...bp,bqp->...bq", drop(x).unflatten(-1, (-1, B.shape[1])), B.to(x.dtype))
     y = base(x + t.flatten(-2))
-    return y + t.sum(-2).repeat(*[1] * (t.dim() - 2), y.shape[-1] // B.shape[1])
+    total = t.sum(-2).to(y.dtype)  # which autocast sums in fp32
+    return y + total.repeat(*[1] * (t.dim() - 2), y.shape[-1] // B.shape[1])
 
 
 class _Bat(torch.autograd.Function):

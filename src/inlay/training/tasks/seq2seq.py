@@ -17,6 +17,7 @@ from inlay.evaluation.generate import answer
 from inlay.recipe.recipe import Recipe
 from inlay.training.examples import Examples, announce, measured
 from inlay.training.mixture import train_and_heldout
+from inlay.training.run_tokenizer import check_limits
 from inlay.training.tasks.instruction import Task
 from inlay.training.trainer import TargetTrainer
 
@@ -36,8 +37,10 @@ class Seq2Seq(Task):
 
     def examples(self, recipe: Recipe, tokenizer: Any, console: Console) -> Examples:
         train, held = train_and_heldout(recipe, seq2seq_examples, console, lambda row: row["source"])
-        lengths = [max(len(tokenizer(row[side])["input_ids"]) for side in ("source", "target")) for row in train]
-        made = Examples(train, held, measured(lengths, recipe))
+        ids = [[tokenizer(row[side])["input_ids"] for side in ("source", "target")] for row in train]
+        made = Examples(train, held, measured([max(map(len, sides)) for sides in ids], recipe))
+        largest = max(max(side) for sides in ids for side in sides)
+        check_limits(recipe, tokenizer, largest, min(made.audit.longest, recipe.max_length))
         announce(made, recipe, console)
         return made
 
