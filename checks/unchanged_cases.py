@@ -20,7 +20,8 @@ RUNS = {  # of more than one method: where the model comes from, what is learned
     "bfloat16": f"{LLAMA} --method lora --r 4 {SHORT} --dtype bfloat16 --gradient-checkpointing --lr-ratio 4",
     "packing": f"{LLAMA} --method milora --r 4 --packing {SHORT} --batch-size 1 --accumulation 2 --keep-best",
     "energy": f"{LLAMA} --method lamda --r 4 --allocate energy {SHORT} --system Answer.",
-    "variance": f"{LLAMA} --method eva --r 4 --allocate variance --calibration 2 --modules-to-save lm_head {SHORT} --samples 0",
+    "variance": f"{LLAMA} --method eva --r 4 --allocate variance --calibration 2 --modules-to-save lm_head {SHORT}"
+    " --samples 0",
     "subzero": f"{LLAMA} --method lora --r 4 --step subzero --step-args '{{rank: 2, queries: 2}}' {SHORT}",
     "saver": f"{LLAMA} --method lora --r 4 --saver velora --flat-noise 0.05 --optimizer muon {SHORT} --dropout 0",
     "streaming": f"{LLAMA} --method bone --r 4 --streaming {SHORT}",
