@@ -20,7 +20,8 @@ RUNS = {  # of more than one method: where the model comes from, what is learned
     "bfloat16": f"{LLAMA} --method lora --r 4 {SHORT} --dtype bfloat16 --gradient-checkpointing --lr-ratio 4",
     "packing": f"{LLAMA} --method milora --r 4 --packing {SHORT} --batch-size 1 --accumulation 2 --keep-best",
     "energy": f"{LLAMA} --method lamda --r 4 --allocate energy {SHORT} --system Answer.",
-    "variance": f"{LLAMA} --method eva --r 4 --allocate variance --calibration 2 --modules-to-save lm_head {SHORT}",
+    "variance": f"{LLAMA} --method eva --r 4 --allocate variance --calibration 2 --modules-to-save lm_head {SHORT}"
+    " --samples 0",
     "subzero": f"{LLAMA} --method lora --r 4 --step subzero --step-args '{{rank: 2, queries: 2}}' {SHORT}",
     "saver": f"{LLAMA} --method lora --r 4 --saver velora --flat-noise 0.05 --optimizer muon {SHORT} --dropout 0",
     "streaming": f"{LLAMA} --method bone --r 4 --streaming {SHORT}",
@@ -32,7 +33,12 @@ RUNS = {  # of more than one method: where the model comes from, what is learned
     "classification": f"--task classification --model bert --data data/labels.jsonl --method lora --r 4 {SHORT}",
     "seq2seq": f"--task seq2seq --model t5 --data data/news.jsonl --method lora --r 4 {SHORT}",
 }
-TRAIN = {f"train/{m}": f"train --output OUT {LLAMA} --method {m} {SIZES.get(m, '--r 4')} {SHORT}" for m in METHODS}
+# A finished run has no answers from before training any more, and these could not give them again before their start.
+SILENT = dict.fromkeys(("eva", "lora_ga", "lq_lora", "smt"), "--samples 0")
+TRAIN = {
+    f"train/{m}": f"train --output OUT {LLAMA} --method {m} {SIZES.get(m, '--r 4')} {SHORT} {SILENT.get(m, '')}"
+    for m in METHODS
+}
 TRAIN |= {f"train/{name}": f"train --output OUT {flags}" for name, flags in RUNS.items()}
 READ = {  # what reads models, adapters and runs; a case writes to the path that is its name
     **{f"merge/{m}": f"merge train/{m} OUT --shard 2MB" for m in [*METHODS, "fold", "nf4", "bfloat16", "seq2seq"]},
