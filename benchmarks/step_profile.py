@@ -74,7 +74,7 @@ def trainer_of(data: Path, batch: int, way: str, method: str, rounds: int, folde
     rows = task.examples(recipe, tokenizer, SILENT)
     set_seed(0)
     base = load_training_model(recipe, torch.float32, folder, SILENT, None, None)
-    as_trl = patch("inlay.training.trainer.score_labelled_positions", lambda causal: None)
+    as_trl = patch("inlay.training.trainers.trainer.score_labelled_positions", lambda causal: None)
     with as_trl if way == WAYS[0] else nullcontext():
         return build_trainer(recipe, base, tokenizer, rows, folder)
 

@@ -91,7 +91,7 @@ def one(more: dict, folder: Path) -> str:
     from inlay.recipe.recipe import Recipe
     from inlay.training.progress import peak_memory
     from inlay.training.train import train
-    from inlay.training.trainer import Trainer
+    from inlay.training.trainers.trainer import Trainer
 
     quiet()
     began: list[float] = []

@@ -52,12 +52,12 @@ from inlay.files import cache
 from inlay.host.config import InlayConfig
 from inlay.messages import quiet
 from inlay.models import builtin
-from inlay.models.adapters import adapter_folder, load_adapter
+from inlay.models.adapters import Adapter
 from inlay.models.base import BaseModel
 from inlay.recipe.reading import load_recipe
 from inlay.training import checkpoints
 from inlay.training.progress import RunProgress
-from inlay.training.trainer import state_of
+from inlay.training.trainers.trainer import state_of
 
 SECONDS, MEMORY = 20, 2 << 30
 RAN = f"inlay-payload-ran-{os.getpid()}"
@@ -223,7 +223,7 @@ def targets(scratch: Path) -> dict[str, Target]:
         return convert_records(read_records(str(next(path.iterdir()))))
 
     def adapter(path: Path) -> object:
-        found = load_adapter(tiny(), adapter_folder(str(path)))
+        found = Adapter.open(path, "tiny").attach(tiny())
         assert torch.equal(found(input_ids=IDS).logits, known), "it was read as something else"
         return found
 
@@ -274,7 +274,7 @@ def targets(scratch: Path) -> dict[str, Target]:
         "resealed": Target(resealed, contents(point)),
         "model": Target(model, contents(scratch / "model")),
         "adapter": Target(adapter, contents(scratch / "adapter")),
-        "adapter of PEFT": Target(lambda p: read_peft_folder(p), contents(scratch / "lora")),
+        "adapter of PEFT": Target(lambda p: read_peft_folder(Adapter.open(p, "tiny")), contents(scratch / "lora")),
         "weights": Target(stored, contents(scratch / "base")),
         "gguf": Target(lambda p: builtin.load_gguf(p / "m.gguf"), {"m.gguf": (scratch / "m.gguf").read_bytes()}),
         "cache": Target(cached, {"starts/one.safetensors": (scratch / "one.safetensors").read_bytes()}),

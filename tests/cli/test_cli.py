@@ -214,7 +214,7 @@ def test_mistakes_are_one_line_and_leave_nothing(tiny, records, tmp_path, capsys
         ("--columns", "{prompt: questio}"): "questio",
         ("--eval-size", "24"): "leaves none of 24",
         ("--trainer", "{loging_steps: 1}"): "did you mean 'logging_steps'?",
-        ("--trainer", "{max_steps: 1}"): "'max_steps' is set by the recipe",
+        ("--trainer", "{max_steps: 1}"): "'max_steps' is set from fields of the recipe",
         ("--report-to", "no_tracker"): "no_tracker",
         ("--scheduler", "wavy"): "wavy",
         ("--unknown", "1"): "--unknown",

@@ -96,7 +96,7 @@ def test_every_command_of_the_readme_runs(workplace, tiny, capsys, monkeypatch):
 
 
 def test_the_python_of_the_readme_and_of_its_page_runs(workplace, tiny):
-    (code,), (loop,) = (blocks(text, "python") for text in (README, (ROOT / "docs" / "python.md").read_text()))
+    (code,), (loop, strength) = (blocks(text, "python") for text in (README, (ROOT / "docs" / "python.md").read_text()))
     scope: dict = {}
     exec(code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", tiny), scope)
     merged = scope["merged"](input_ids=torch.arange(8)[None]).logits
@@ -106,6 +106,10 @@ def test_the_python_of_the_readme_and_of_its_page_runs(workplace, tiny):
     scope = {"model": get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), lamda)}
     exec(loop, scope)
     assert scope["trained"] == 4 * 16
+    with torch.no_grad():
+        exec(strength, scope)
+    assert not torch.equal(scope["full"], scope["base"])
+    assert not torch.equal(scope["half"], scope["full"])
 
 
 def test_the_numbers_in_the_readme_are_those_of_inlay_methods(capsys):

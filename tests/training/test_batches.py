@@ -12,8 +12,9 @@ from inlay.recipe.recipe import Recipe
 from inlay.training.arguments import optimizer_steps
 from inlay.training.base_model import load_training_model
 from inlay.training.fit import build_trainer
-from inlay.training.length_groups import LengthGroups, token_counts
+from inlay.training.prepared import Prepared
 from inlay.training.tasks import TASKS
+from inlay.training.trainers.length_groups import LengthGroups, token_counts
 
 SILENT = Console(quiet=True)
 
@@ -44,9 +45,8 @@ def settled(recipe: Recipe, folder):
     """The trainer of a recipe."""
     task, tokenizer = TASKS[recipe.task], BaseModel(recipe.model).tokenizer()
     rows = task.examples(recipe, tokenizer, SILENT)
-    return build_trainer(
-        recipe, load_training_model(recipe, torch.float32, folder, SILENT, None, None), tokenizer, rows, folder
-    )
+    prepared = Prepared(recipe, recipe.base_model(), torch.float32, folder, tokenizer, rows, SILENT)
+    return build_trainer(prepared, load_training_model(prepared))
 
 
 def test_groups_are_drawn_by_our_sampler(short, tiny, tmp_path):

@@ -20,7 +20,7 @@ from inlay.models.adapters import Adapter
 from inlay.recipe.recipe import Recipe
 from inlay.training.examples import load_examples, token_dataset, training_set
 from inlay.training.train import train
-from inlay.training.trainer import Trainer
+from inlay.training.trainers.trainer import Trainer
 
 SILENT = Console(quiet=True)
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}

@@ -21,8 +21,8 @@ from trl.trainer import add_fused_lm_head
 
 from inlay.host.config import InlayConfig
 from inlay.models.scored_positions import logits_at
-from inlay.training.labelled_head import PER_TOKEN, score_labelled_positions
-from inlay.training.trainer import PreferenceTrainer, TargetTrainer, Trainer
+from inlay.training.trainers.labelled_head import PER_TOKEN, score_labelled_positions
+from inlay.training.trainers.trainer import PreferenceTrainer, TargetTrainer, Trainer
 
 LENGTHS = ((9, 1), (4, 12), (6, 3), (20, 2), (3, 5), (7, 30), (5, 2), (8, 8))  # of prompts and answers, in tokens
 

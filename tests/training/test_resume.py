@@ -24,10 +24,10 @@ from inlay.recipe.reading import load_recipe
 from inlay.recipe.recipe import Recipe
 from inlay.reports.result import environment
 from inlay.training import calibration, checkpoints
-from inlay.training.faults import bad_gradients
 from inlay.training.progress import RunProgress
 from inlay.training.train import train, unfinished
-from inlay.training.trainer import Safe
+from inlay.training.trainers.faults import bad_gradients
+from inlay.training.trainers.trainer import Safe
 
 SILENT = Console(quiet=True)
 TORTURE = Path(__file__).parents[2] / "checks" / "torture.py"

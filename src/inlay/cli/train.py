@@ -50,6 +50,7 @@ def train_arguments(verb: argparse.ArgumentParser) -> None:
     from inlay.recipe.reading import hyperparameters
     from inlay.recipe.recipe import Recipe
 
+    verb.usage = "inlay train [RECIPE] [--resume RUN] [--dry-run] [--FIELD VALUE ...]"
     verb.add_argument("recipe", nargs="?", help="YAML file; flags override it")
     verb.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, from its last checkpoint")
     verb.add_argument(

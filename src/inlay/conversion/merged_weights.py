@@ -163,7 +163,9 @@ def trained_beside(
     """
     config: Any = model.peft_config["default"]
     trained = wrapped_keys(model, "default")
-    whole, rows, resized = {}, {}, {}
+    whole = {}
+    rows = {}
+    resized = {}
     for key, value in source.tensors.items():
         name = key.removeprefix(ROOT).replace(".base_layer.bias", ".bias")
         if name.endswith(TOKENS) and key in trained:

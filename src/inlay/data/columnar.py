@@ -47,7 +47,9 @@ def columnar_records(path: Path, whole: bool = True) -> Iterator[tuple[int, Reco
 
 def _bounded(path: Path, batches: Iterator[pyarrow.RecordBatch], whole: bool) -> Iterator[Sized]:
     """The batches of a file with their decoded sizes, until what they would be as Python objects passes its bound."""
-    size, values, most = 0, 0, max(LEAST, FACTOR * path.stat().st_size)
+    size = 0
+    values = 0
+    most = max(LEAST, FACTOR * path.stat().st_size)
     kind = "Parquet" if path.suffix.lower() == ".parquet" else "Arrow"
     while True:
         try:

@@ -165,7 +165,9 @@ class Conversion:
 
     def __init__(self, seen: Survey, rules: Rules, formats: Formats, convert: Convert) -> None:
         self.roles = assign_roles(seen.without(rules.ignore), rules.columns, formats)
-        self.convert, self.skip_empty, self.ignore = convert, rules.skip_empty, rules.ignore
+        self.convert = convert
+        self.skip_empty = rules.skip_empty
+        self.ignore = rules.ignore
         self.found = Findings()
         if rules.strict:
             self.found.unused = check_unused(seen, self.roles, USED_KEYS, rules.ignore)

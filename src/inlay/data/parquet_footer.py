@@ -46,7 +46,9 @@ def chunk_sizes(path: Path) -> Iterator[ChunkSize]:
 
 def _chunk(data: mmap.mmap, about: dict[int, Any]) -> ChunkSize:
     """Follow the headers of a chunk's pages: what they claim is what would be decoded."""
-    claimed, values, size = about[5], 0, 0
+    claimed = about[5]
+    values = 0
+    size = 0
     starts = [about[field] for field in (9, 11) if about.get(field, 0) > 0]
     place = min(starts)
     end = place + about[7]

@@ -22,7 +22,9 @@ from inlay.files.untrusted import DamagedFileError
 from inlay.messages import gib
 from inlay.models import builtin
 
-LEAST, FACTOR, LINE = 256 << 20, 100, 1 << 30  # bytes of an unpacked file, times its size packed; of one line
+LEAST = 256 << 20  # bytes of an unpacked file, times its size packed; of one line
+FACTOR = 100
+LINE = 1 << 30
 UNPACK = {".zip": "unzip", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "zstd -d", ".tar": "tar -xf", ".tgz": "tar -xzf"}
 
 

@@ -164,7 +164,9 @@ def prompt_ends(turns: list[Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[
 
 def stable_spans(turns: list[Turn]) -> list[Span] | None:
     """The spans of answers in the tokens up to the last one; None unless those of every turn are their beginning."""
-    whole, spans, end = turns[-1].ids, [], 0
+    whole = turns[-1].ids
+    spans = []
+    end = 0
     for turn in turns:
         if whole[: len(turn.ids)] != turn.ids or turn.start < end:
             return None

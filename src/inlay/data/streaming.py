@@ -74,7 +74,10 @@ def open_stream(
     files = shards(source, reading)
     conversion = _guess(files, rules, reading)
     while True:
-        seen, faults, count, repeated = Survey(), Faults(rules), 0, 0
+        seen = Survey()
+        faults = Faults(rules)
+        count = 0
+        repeated = 0
         held = set(map(example_key, heldout or ()))
         for place, record in _placed(files, reading):
             seen.add(record)

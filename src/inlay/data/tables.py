@@ -105,7 +105,9 @@ def _plain_rows(text: str, path: Path) -> Rows:
 
 
 def _parsed(reader, path: Path, first_line: int) -> Rows:
-    rows, before, limit = [], 0, csv.field_size_limit(sys.maxsize)
+    rows = []
+    before = 0
+    limit = csv.field_size_limit(sys.maxsize)
     try:
         for row in reader:
             rows.append((before + first_line, row))

@@ -14,7 +14,10 @@ def classified(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     size, found = logits.shape[1], logits.argmax(1)
     table = np.zeros((size, size))  # true label × predicted label
     np.add.at(table, (labels, found), 1)
-    right, true, said, total = table.diagonal(), table.sum(1), table.sum(0), len(labels)
+    right = table.diagonal()
+    true = table.sum(1)
+    said = table.sum(0)
+    total = len(labels)
     f1 = 2 * right / np.maximum(true + said, 1)
     spread = np.sqrt(total**2 - (true @ true)) * np.sqrt(total**2 - (said @ said))
     matthews = (right.sum() * total - true @ said) / spread if spread else 0.0

@@ -42,7 +42,7 @@ from inlay.training.prepared import Prepared
 from inlay.training.run_files import weights_of
 from inlay.training.run_tokenizer import run_tokenizer
 from inlay.training.settle import settle
-from inlay.training.trainer import Trainer
+from inlay.training.trainers.trainer import Trainer
 
 TRIAL = "trial.json"
 RESULT = "result.json"

@@ -30,7 +30,9 @@ class Known:
     """
 
     def __init__(self, base: Base, x: Tensor, whole: Callable[[], Tensor]) -> None:
-        self.base, self.x, self.whole = base, x, whole
+        self.base = base
+        self.x = x
+        self.whole = whole
 
     @property
     def weight(self) -> Tensor:
@@ -59,7 +61,10 @@ def spread_queries(
         ValueError: something is trained elsewhere than in adapted layers, or something drops at random.
     """
     causal = cast(Any, model.get_base_model() if isinstance(model, PeftModel) else model)
-    body, sides, outputs, calls = causal.base_model, estimator.sides, [], iter(range(len(estimator.sides)))
+    body = causal.base_model
+    sides = estimator.sides
+    outputs = []
+    calls = iter(range(len(estimator.sides)))
     layers = [module for module in body.modules() if isinstance(module, InlayLinear)]
     place = {p: i for i, p in enumerate(parameters)}
     check_batched(causal, layers, place)

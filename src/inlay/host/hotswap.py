@@ -56,7 +56,10 @@ def swap_adapter(model: Any, state: dict[str, Tensor], adapter_name: str, config
     if faults:
         raise ValueError(f"this adapter cannot be swapped in: {'; '.join(faults[:3])}")
     for key, slot in slots.items():
-        slot.weight.copy_(new[key]) if key in new else slot.weight.zero_()
+        if key in new:
+            slot.weight.copy_(new[key])
+        else:
+            slot.weight.zero_()
     for layer in layers.values():
         layer.cuts[adapter_name].pending = False
         layer.set_scale(adapter_name, 1.0)

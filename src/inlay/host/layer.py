@@ -125,7 +125,9 @@ class Frozen:
     """Present the layer without adapters to a method."""
 
     def __init__(self, layer: InlayLinear, args: tuple, kwargs: dict) -> None:
-        self.layer, self.args, self.kwargs = layer, args, kwargs
+        self.layer = layer
+        self.args = args
+        self.kwargs = kwargs
 
     @property
     def weight(self) -> Tensor:
@@ -152,7 +154,9 @@ class Adapted:
     """Present a layer with one more adapter on it to the next method."""
 
     def __init__(self, layer: InlayLinear, name: str, base: Base) -> None:
-        self.layer, self.name, self.base = layer, name, base
+        self.layer = layer
+        self.name = name
+        self.base = base
 
     @property
     def weight(self) -> Tensor:

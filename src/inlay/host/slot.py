@@ -46,16 +46,19 @@ class Slot(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         result = super()._apply(fn, recurse)  # a move, or a cast that is meant
-        self.watch() if self.exact is not None else None
+        if self.exact is not None:
+            self.watch()
         return result
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.watch() if self.exact is not None else None
+        if self.exact is not None:
+            self.watch()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # of a copy, whose parameters have memory of their own
-        self.watch() if self.exact is not None and self.exact.dtype == self.weight.dtype else None
+        if self.exact is not None and self.exact.dtype == self.weight.dtype:
+            self.watch()
 
     def freeze(self) -> nn.Parameter | None:
         """Make a parameter a buffer with the same values, and return it for its optimiser to forget.

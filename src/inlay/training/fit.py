@@ -30,7 +30,7 @@ from inlay.training.peft_extras import complete_peft_method
 from inlay.training.prepared import Prepared
 from inlay.training.progress import RunProgress, peak_memory
 from inlay.training.tasks import TASKS
-from inlay.training.trainer import Trainer
+from inlay.training.trainers.trainer import Trainer
 
 BEFORE = ".before.json"  # the answers before training, until the samples are written
 

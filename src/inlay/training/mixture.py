@@ -63,7 +63,9 @@ def train_and_heldout(
     Held out is `eval_data`, else what a source holds out itself, else a part of all sources. The rows of a source stand
     in the training examples as often as its weight says.
     """
-    given, reading, found = sources(recipe), reading_of(recipe), Findings()
+    given = sources(recipe)
+    reading = reading_of(recipe)
+    found = Findings()
     parts, held = read_sources(recipe, given, convert, reading, found)
     said = [*dict.fromkeys(reading.notes), *found.lines()]
     check_one_kind([*parts, held], given)

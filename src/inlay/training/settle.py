@@ -14,7 +14,7 @@ from inlay.training.calibration import calibration_batches, settle_calibration, 
 from inlay.training.checkpoints import Checkpoint
 from inlay.training.fit import build_trainer
 from inlay.training.prepared import Prepared
-from inlay.training.trainer import Trainer
+from inlay.training.trainers.trainer import Trainer
 
 
 def settle(prepared: Prepared, checkpoint: Checkpoint | None = None) -> tuple[Prepared, Trainer]:

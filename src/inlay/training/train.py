@@ -21,7 +21,6 @@ from inlay.reports.result import Result
 from inlay.training import checkpoints
 from inlay.training.arguments import NO_WAY_BACK, check_tracker
 from inlay.training.checkpoints import Checkpoint
-from inlay.training.deepspeed_zero3 import check_zero3
 from inlay.training.fit import BEFORE, fit, predicted_memory
 from inlay.training.hub import claim_repository, upload_run
 from inlay.training.prepared import Prepared
@@ -29,7 +28,8 @@ from inlay.training.run_files import PAGE, write_run
 from inlay.training.run_folder import MARK, give_up, start_folder, tidy
 from inlay.training.settle import settle
 from inlay.training.tasks import TASKS
-from inlay.training.trainer import Trainer
+from inlay.training.trainers.deepspeed_zero3 import check_zero3
+from inlay.training.trainers.trainer import Trainer
 
 
 def train(recipe: Recipe, console: Console | None = None, resume: bool = False) -> Result:

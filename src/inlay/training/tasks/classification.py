@@ -18,7 +18,7 @@ from inlay.training.examples import Examples, announce, measured
 from inlay.training.mixture import say, train_and_heldout
 from inlay.training.run_tokenizer import check_limits
 from inlay.training.tasks.instruction import Task
-from inlay.training.trainer import PlainTrainer
+from inlay.training.trainers.trainer import PlainTrainer
 
 
 class Classification(Task):

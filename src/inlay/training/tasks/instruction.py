@@ -18,7 +18,7 @@ from inlay.evaluation.generate import answer
 from inlay.recipe.recipe import Recipe
 from inlay.training.examples import Examples, load_examples, token_dataset
 from inlay.training.run_tokenizer import run_tokenizer
-from inlay.training.trainer import Trainer
+from inlay.training.trainers.trainer import Trainer
 
 
 class Task:

@@ -22,7 +22,7 @@ from inlay.training.examples import Examples
 from inlay.training.mixture import train_and_heldout
 from inlay.training.run_tokenizer import answer_ends, check_limits
 from inlay.training.tasks.instruction import Task, collate
-from inlay.training.trainer import PreferenceTrainer
+from inlay.training.trainers.trainer import PreferenceTrainer
 
 
 class Preference(Task):

@@ -19,7 +19,7 @@ from inlay.training.examples import Examples, announce, measured
 from inlay.training.mixture import train_and_heldout
 from inlay.training.run_tokenizer import check_limits
 from inlay.training.tasks.instruction import Task
-from inlay.training.trainer import TargetTrainer
+from inlay.training.trainers.trainer import TargetTrainer
 
 TAKEN = ("prompt", "input", "answer", "system")  # a source is one text: no earlier turns stand before it
 SEQ2SEQ_FORMATS = {

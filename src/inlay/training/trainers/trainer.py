@@ -31,12 +31,12 @@ from inlay.models.scored_positions import base_model_of
 from inlay.numerics.zeroth_order import ZerothOrder
 from inlay.training import checkpoints
 from inlay.training.checkpoints import Checkpoint
-from inlay.training.deepspeed_zero3 import for_all, for_own, gather_state, hold, load_state
-from inlay.training.faults import bad_gradients, first_bad_output
-from inlay.training.held_out import HeldOutTokens
-from inlay.training.labelled_head import score_labelled_positions
-from inlay.training.length_groups import LengthGroups, token_counts
-from inlay.training.stop import Stop
+from inlay.training.trainers.deepspeed_zero3 import for_all, for_own, gather_state, hold, load_state
+from inlay.training.trainers.faults import bad_gradients, first_bad_output
+from inlay.training.trainers.held_out import HeldOutTokens
+from inlay.training.trainers.labelled_head import score_labelled_positions
+from inlay.training.trainers.length_groups import LengthGroups, token_counts
+from inlay.training.trainers.stop import Stop
 
 Base = transformers.Trainer if TYPE_CHECKING else object  # the trainers below have it after `Safe`
 LOADERS = """_load_from_checkpoint _load_callback_state _load_optimizer_and_scheduler _load_scaler _load_rng_state
@@ -66,7 +66,9 @@ class Safe(Base):
         zeroth: ZerothOrder | None = None,
         **kwargs: Any,
     ) -> None:
-        self.stop, self.skips, self.run = Stop(), skips, {}
+        self.stop = Stop()
+        self.skips = skips
+        self.run = {}
         self.base: str | None = None  # a mark of all its weights before they were adapted
         self.lr_ratio, self.zeroth = lr_ratio, zeroth
         self.fault: str | None = None
@@ -176,7 +178,8 @@ class Safe(Base):
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         made = super()._prepare_for_training(max_steps, train_dataloader, None)  # or it asks for DeepSpeed's own
         hold(self.accelerator)
-        self._load_optimizer_and_scheduler(resume_from_checkpoint) if resume_from_checkpoint else None
+        if resume_from_checkpoint:
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
         return made
 
     def go_on(self, found: Checkpoint | None) -> None:

@@ -32,7 +32,10 @@ class LengthGroups(Sampler[int]):
     """
 
     def __init__(self, lengths: list[int], size: int, seed: int) -> None:
-        self.lengths, self.size, self.seed, self.epoch = lengths, size, seed, 0
+        self.lengths = lengths
+        self.size = size
+        self.seed = seed
+        self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch that the next iteration is of; transformers calls this."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.host import distributed
-from inlay.training.deepspeed_zero3 import gathered_gradients
+from inlay.training.trainers.deepspeed_zero3 import gathered_gradients
 
 
 def bad_gradients(model: nn.Module) -> list[str]:
