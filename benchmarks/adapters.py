@@ -27,7 +27,7 @@ from peft import LoraConfig, MissConfig, PeftModel, get_peft_model
 from inlay.host.config import InlayConfig
 from inlay.methods import METHODS
 from inlay.models import builtin
-from inlay.models.loading import load_base
+from inlay.models.base import BaseModel
 
 warnings.simplefilter("ignore")
 
@@ -83,7 +83,7 @@ def main() -> None:
     options.add_argument("--repeats", type=int, default=5)
     options.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     asked = options.parse_args()
-    base, _ = load_base("builtin", torch.float32)
+    base = BaseModel("builtin").load(torch.float32)
     folder, ids = builtin.model_dir(), torch.arange(100, 130)[None]
     found: dict[str, list[dict[str, float]]] = {name: [] for name in candidates()}
     for _ in range(asked.repeats):

@@ -22,7 +22,7 @@ from transformers import LlamaConfig
 import inlay
 from inlay.method import LowRank
 from inlay.methods import METHODS
-from inlay.models.meta import meta_model
+from inlay.models.base import BaseModel
 
 SHAPES = {(4096, 4096): 4, (11008, 4096): 2, (4096, 11008): 1}  # (out, in) -> how many in a layer
 RANK = 16
@@ -32,7 +32,7 @@ def adapter(method: type, base: Path, folder: Path) -> None:
     """An adapter with random values, saved without its base."""
     config = inlay.InlayConfig(method=method.name, args={"r": RANK}, target_modules="all-linear", task_type="CAUSAL_LM")
     config.base_model_name_or_path = str(base)
-    model = get_peft_model(meta_model(str(base), torch.float32), config)
+    model = get_peft_model(BaseModel(str(base)).meta(torch.float32), config)
     empty = get_peft_model_state_dict(model, save_embedding_layers=False)
     values = {k: 0.02 * torch.randn(v.shape) for k, v in empty.items()}
     folder.mkdir()

@@ -29,7 +29,8 @@ from trl import SFTTrainer
 
 from inlay.host.config import InlayConfig
 from inlay.models import builtin
-from inlay.models.loading import DTYPES, load_model
+from inlay.models.base import BaseModel
+from inlay.models.loading import DTYPES
 from inlay.models.quantized import quantization_config
 from inlay.planning.planner import PlannedRun
 from inlay.recipe.recipe import Recipe
@@ -81,7 +82,7 @@ def predicted(case: Case, folder: str) -> float:
     """Bytes at the peak."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = DTYPES[case.dtype]
-    run = PlannedRun(folder, config(case), dtype, case.quantize, bool(case.checkpointing), device)
+    run = PlannedRun(BaseModel(folder), config(case), dtype, case.quantize, bool(case.checkpointing), device)
     return run.step(case.batch, case.length).peak
 
 
@@ -128,7 +129,7 @@ def measure(case: Case, folder: str) -> dict[str, int]:
     """Bytes: the peak of the second step, and how much the process grew."""
     before, dtype = resident("VmRSS"), DTYPES[case.dtype]
     quantization = None if case.quantize == "none" else quantization_config(case.quantize, dtype)
-    base = load_model(folder, dtype, quantization=quantization)
+    base = BaseModel(folder).load(dtype, quantization)
     # No two of a length, so that each batch is padded.
     rows = [[7] * (case.length - i) for i in range(2 * case.batch)]
     recipe = Recipe(batch_size=case.batch, gradient_checkpointing=bool(case.checkpointing), max_length=case.length)

@@ -37,7 +37,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from inlay.host.config import InlayConfig
-from inlay.models.meta import layers_of
+from inlay.models.base import BaseModel
+from inlay.models.sizes import layers_of
 from inlay.planning.planner import PlannedRun
 
 warnings.simplefilter("ignore")
@@ -106,7 +107,7 @@ def planned(shape: tuple[int, int, int, int], name: str, folder: str) -> tuple[P
     Path(folder, "config.json").write_text(
         json.dumps(llama(*shape).to_dict() | {"architectures": ["LlamaForCausalLM"]})
     )
-    run = PlannedRun(folder, adapter(name), torch.bfloat16, checkpointing=True)
+    run = PlannedRun(BaseModel(folder), adapter(name), torch.bfloat16, checkpointing=True)
     parts = [Parts.of(model) for model in run.parts]
     step = run.step(1, 4096)
     return parts[0].towards(parts[-1], run.share), step.peak - step.frozen - step.trained - step.optimizer

@@ -33,7 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from inlay.host import compute_starts
 from inlay.host.config import InlayConfig
 from inlay.method import Method, Params
-from inlay.models.loading import load_base
+from inlay.models.base import BaseModel
 
 warnings.simplefilter("ignore")
 CASES = ("builtin:256:fp32", "llama:512:fp32", "llama:512:bf16", "llama:512:nf4", "llama:512:bf16:checkpointed")
@@ -69,7 +69,7 @@ def ours(name: str) -> InlayConfig:
 def base(name: str, precision: str, layers: int = 4) -> nn.Module:
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     if name == "builtin":
-        return load_base("builtin", dtype)[0]
+        return BaseModel("builtin").load(dtype)
     shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}
     config = LlamaConfig(**shape, num_hidden_layers=layers, vocab_size=32_000)
     if name == "llama8b":

@@ -36,7 +36,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from inlay.data.render import IGNORED
 from inlay.messages import gib, quiet
-from inlay.models.loading import load_tokenizer
+from inlay.models.base import BaseModel
 from inlay.recipe.recipe import Recipe
 from inlay.training.base_model import load_training_model
 from inlay.training.fit import build_trainer
@@ -70,7 +70,7 @@ def trainer_of(data: Path, batch: int, way: str, method: str, rounds: int, folde
         data=str(data), eval_data=str(data), eval_size=1, method=method, args={"r": 16}, dtype="float32",
         steps=rounds, batch_size=batch, save_every=0, learning_rate=1e-4, warmup=0,
     )  # fmt: skip
-    task, tokenizer = TASKS[recipe.task], load_tokenizer(recipe.model)
+    task, tokenizer = TASKS[recipe.task], BaseModel(recipe.model).tokenizer()
     rows = task.examples(recipe, tokenizer, SILENT)
     set_seed(0)
     base = load_training_model(recipe, torch.float32, folder, SILENT, None, None)

@@ -131,7 +131,8 @@ def try_releases(name: str, model: str) -> bool:
             if test not in passed:
                 print(f"    {outcomes[test]}: {test}")
     check = subprocess.run([str(python), "-m", "pip", "check"], capture_output=True, text=True)
-    print(f"pip check: {check.stdout.strip()}", flush=True)
+    unmet = [line for line in check.stdout.splitlines() if not line.startswith(model.partition("=")[0])]
+    print(*(unmet or ["nothing is missing of what the packages ask for"]), sep="\n", flush=True)
     return "failed" not in outcomes.values()
 
 

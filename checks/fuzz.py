@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import gzip
 import json
 import os
 import pickle
@@ -52,8 +53,7 @@ from inlay.host.config import InlayConfig
 from inlay.messages import quiet
 from inlay.models import builtin
 from inlay.models.adapters import adapter_folder, load_adapter
-from inlay.models.loading import load_base
-from inlay.models.stored_weights import Weights
+from inlay.models.base import BaseModel
 from inlay.recipe.reading import load_recipe
 from inlay.training import checkpoints
 from inlay.training.progress import RunProgress
@@ -178,7 +178,10 @@ def targets(scratch: Path) -> dict[str, Target]:
     rows = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(4)]
     text = "\n".join(json.dumps(row) for row in rows)
     table = "mr,ref\n" + "\n".join(f'"name[{i}], food[x]",The {i} is a place.' for i in range(4))
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), scratch / "rows.parquet")
+    made_rows = pyarrow.Table.from_pylist(rows)
+    pyarrow.parquet.write_table(made_rows, scratch / "rows.parquet")
+    with pyarrow.ipc.new_stream(str(scratch / "rows.arrow"), made_rows.schema) as stream:
+        stream.write_table(made_rows)
     example = Path(__file__).parents[1] / "recipes" / "compare_e2e_small.yaml"
     base, config = tiny(), {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     base.save_pretrained(scratch / "base")
@@ -225,7 +228,7 @@ def targets(scratch: Path) -> dict[str, Target]:
         return found
 
     def stored(path: Path) -> object:
-        weights = Weights(str(path))
+        weights = BaseModel(str(path)).weights()
         return [weights.read(name) for name in weights.names()]
 
     def checkpoint(path: Path) -> object:
@@ -245,7 +248,7 @@ def targets(scratch: Path) -> dict[str, Target]:
         return found and (state_of(found), RunProgress(path, quiet).restore(found.path))
 
     def model(path: Path) -> object:
-        found, words = load_base(str(path), torch.float32)
+        found, words = BaseModel(str(path)).load(torch.float32), BaseModel(str(path)).tokenizer()
         return found, prompt_ids([{"role": "user", "content": "a b"}], words)
 
     def cached(path: Path) -> object:
@@ -262,7 +265,9 @@ def targets(scratch: Path) -> dict[str, Target]:
             for name, content in {
                 "jsonl": text.encode(), "json": json.dumps(rows).encode(), "csv": table.encode(),
                 "tsv": table.replace('"', "").replace(",", "\t").encode(), "txt": text.replace("\n", "\n\n").encode(),
-                "parquet": (scratch / "rows.parquet").read_bytes(),
+                "parquet": (scratch / "rows.parquet").read_bytes(), "arrow": (scratch / "rows.arrow").read_bytes(),
+                "jsonl.gz": gzip.compress(text.encode()),
+                "quoted.tsv": table.replace('",', '"\t').replace("mr,", "mr\t").encode(),
             }.items()
         },
         "checkpoint": Target(checkpoint, contents(point)),

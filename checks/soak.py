@@ -24,7 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from inlay.models import builtin
-from inlay.models.adapters import load_adapter
+from inlay.models.adapters import Adapter
 from inlay.training import checkpoints
 
 METHODS = {"lamda": {"r": 8}, "dota": {"bond": 4}, "bone": {"r": 8}}
@@ -67,7 +67,7 @@ def drift(model: str, checkpoint: Path) -> tuple[float, float]:
     ids = torch.arange(64)[None] * 7 + 5
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     plain = base(input_ids=ids).logits
-    adapted = load_adapter(base, checkpoint).eval()
+    adapted = Adapter.open(checkpoint).attach(base).eval()
     there = adapted(input_ids=ids).logits
     merged = adapted.merge_and_unload()(input_ids=ids).logits
     return (merged - there).abs().max().item(), (there - plain).abs().max().item()

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import psutil
 
-from inlay.data.formats import convert_records
-from inlay.data.streaming import first_examples, streamed_examples
+from inlay.data.formats import Rules
+from inlay.data.readers import Reading
+from inlay.data.streaming import first_examples, open_stream
 
 
 def write(path: Path, size: int) -> int:
@@ -40,14 +41,15 @@ def main() -> None:
     it = psutil.Process()
     with tempfile.TemporaryDirectory() as folder:
         count = write(Path(folder) / "data.jsonl", options.megabytes * 2**20)
-        examples = streamed_examples(folder, convert_records)
-        first_examples(examples, 1000)
         before, most, seen = it.memory_info().rss, 0, 0
-        for _ in examples:
+        stream = open_stream(folder, Rules(), Reading())  # which reads it through once
+        first_examples(stream.examples, 1000)
+        most = it.memory_info().rss - before
+        for _ in stream.examples:
             seen += 1
             if seen % 1000 == 0:
                 most = max(most, it.memory_info().rss - before)
-    assert seen == count
+    assert seen == count == stream.count
     print(f"{seen:,} records, {options.megabytes} MiB: memory grew by {most / 2**20:.0f} MiB at most")
     sys.exit(most > options.limit * 2**20)
 

@@ -14,7 +14,9 @@ from inlay.host.config import InlayConfig
 from inlay.host.flat_lora import Flat, flat_noise
 from inlay.host.lora_plus import parameter_groups
 from inlay.host.schedule import Schedule, step
+from inlay.host.strength import scaled, set_scale
 from inlay.host.tuner import register
+from inlay.numerics.ops import second_derivatives
 
 if TYPE_CHECKING:
     from inlay.conversion.export_lora import export_lora
@@ -48,6 +50,9 @@ __all__ = [
     "merge",
     "methods",
     "parameter_groups",
+    "scaled",
+    "second_derivatives",
+    "set_scale",
     "step",
 ]
 

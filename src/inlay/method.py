@@ -1,7 +1,7 @@
-"""The contract: what a method of re-cutting a pretrained weight is.
+"""Define the contract of a method that re-cuts a pretrained weight.
 
-A method is a differentiable map θ ↦ ΔW(θ) from a few small tensors to an update of one frozen weight W (out × in),
-and a start θ₀ computed from W. The adapted layer computes
+A method is a differentiable map θ ↦ ΔW(θ) from a few small tensors to an update of one frozen weight W (out × in), and
+a start θ₀ computed from W. The adapted layer computes
 
     y = W x + s (ΔW(θ) − ΔW(θ₀)) x
 
@@ -9,9 +9,9 @@ and never touches W. What papers call a residual weight, W − s ΔW(θ₀), is 
 W stays whole, the model starts exactly at the pretrained one in every dtype, nothing is decomposed when an adapter is
 loaded (θ₀ is stored with θ), and any number of adapters can share one base.
 
-A paper is one file in `inlay/methods`: a frozen dataclass whose fields are its hyperparameters, `start` (θ₀),
-`delta` or, where ΔW = B A, `factors` (the equation), and `apply` only where something beats the default.
-Nothing here or there knows of PEFT.
+A paper is one file in `inlay/methods`: a frozen dataclass whose fields are its hyperparameters, `start` (θ₀), `delta`
+or, where ΔW = B A, `factors` (the equation), and `apply` only where it is better than the default. Nothing here or
+there knows of PEFT.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, Protocol, Self, cast
 
@@ -29,15 +29,15 @@ from torch import Tensor
 
 from inlay.numerics import ops
 
-Params = dict[str, Tensor]  # θ of one weight, keyed by the symbol the paper uses
+Params = dict[str, Tensor]  # θ of one weight, keyed by the paper's symbols
 Drop = ops.Dropout  # of this step
 keep = ops.keep  # no dropout
 
 
 class Base(Protocol):
-    """The layer under the change: call it for its output; `weight` is its current (out × in) weight.
+    """Define the layer under the change: call it for its output; `weight` is its current (out × in) weight.
 
-    One that is a plain frozen nn.Linear may say so by a `linear`, its (weight, bias), for `ops` to join products.
+    A plain frozen nn.Linear may have an attribute `linear`, its (weight, bias), so that `ops` can join products.
     """
 
     @property
@@ -48,14 +48,16 @@ class Base(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where in its model a weight is, among those of one adapter, and how far the training is. By default it is alone.
+    """Describe where in its model a weight is, among those of one adapter, and how far the training is.
+
+    By default the weight is alone.
 
     Attributes:
-        layer, layers: the index of its layer, and how many there are.
-        module, modules: the index of its kind (q_proj, k_proj, ...) in its group, and how many the group has.
-        heads, most: into how many heads its outputs are divided, and the most of any weight of the group. Weights
-            of attention are one group; others, of one head each, are one for each shape.
-        writes: the heads are of its inputs instead: it writes to the residual stream, as o_proj does.
+        layer, layers: the index of its layer, and how many layers there are.
+        module, modules: the index of its kind (q_proj, k_proj, ...) in its group, and how many kinds the group has.
+        heads, most: into how many heads its outputs are divided, and the most of any weight of the group. Weights of
+            attention are one group; others, of one head each, are one for each shape.
+        writes: whether the heads are of its inputs instead: it writes to the residual stream, as o_proj does.
         t: the fraction of all optimiser steps that is done.
     """
 
@@ -71,23 +73,28 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """One paper. Fields are hyperparameters; everything else is the paper's equation.
+    """Define one paper's method: fields are hyperparameters, everything else is the paper's equation.
 
     Attributes:
+        name: in recipes and adapters.
         title: one line for people.
         equation: ΔW in plain text.
         paper: authors, year, arXiv id.
-        trains: what is trained, in words.
+        trains: the trained tensors and their shapes, in words.
         frozen: symbols of θ that are kept but never trained.
         shared: symbols of θ that a group of weights has in common (see `Place`): started and stored once, with its
             first weight. Only their shapes may depend on the place.
-        place: where the weight is; of `start` on a meta tensor, which is asked before that is known, a lone weight.
-        zero_init: ΔW(θ₀) = 0 for every W, so θ₀ need not be stored; a property where it depends on a hyperparameter.
-        reads_weight: ΔW depends on W, so that it cannot be told from θ alone.
+        place: where the weight is; for `start` on a meta tensor, which is called before that is known, a lone weight.
+        strength: what multiplies the change at inference (`at_strength`); 1 in training and for `start`.
+        zero_init: whether ΔW(θ₀) = 0 for every W, so that θ₀ need not be stored; a property where it depends on a
+            hyperparameter.
+        reads_weight: whether ΔW depends on W, so that θ alone does not determine it.
         roles: the part each trained symbol plays, for steps that treat them apart (LoRA+): it reads the layer's input
-            ("in"), writes its output ("out"), or is a "magnitude"; whatever is not named is a "core" between.
+            ("in"), writes its output ("out"), or is a "magnitude"; any other symbol is a "core" between.
         needs: what a data-driven `start` must have seen first (None: the weight alone); `observe` sees it. A property
             where it depends on a hyperparameter.
+        scale: s, see the equation above.
+        dropout: on the change only, never on W x.
     """
 
     name: ClassVar[str]
@@ -98,6 +105,7 @@ class Method(ABC):
     frozen: ClassVar[frozenset[str]] = frozenset()
     shared: ClassVar[frozenset[str]] = frozenset()
     place: ClassVar[Place] = Place()
+    strength: ClassVar[float] = 1.0
     zero_init: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
     roles: ClassVar[dict[str, str]] = {}
@@ -108,7 +116,7 @@ class Method(ABC):
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            check_value(self.name, f.name, str(f.type), f.metadata, getattr(self, f.name))
+            check_value(self.name, f.name, str(f.type), f.metadata, vars(self)[f.name])
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"{self.name}: dropout={self.dropout} is not in [0, 1)")
         if self.scale is not None and self.scale <= 0:
@@ -116,34 +124,54 @@ class Method(ABC):
 
     @property
     def s(self) -> float:
-        """The factor on the change."""
+        """Return the factor s on the change: the method's own, times the strength at which the adapter is used."""
+        return self.factor * self.strength
+
+    @property
+    def factor(self) -> float:
+        """Return the factor on the change that belongs to the method, with which its start is computed."""
         return self.scale or 1.0
 
     @property
     def draws(self) -> bool:
-        """Whether `start` draws from torch's global generator: for values a field's metadata lists under "draws"."""
-        return any(getattr(self, f.name) in f.metadata.get("draws", ()) for f in fields(self))
+        """Return whether `start` draws from torch's global generator, as it may for some values of a hyperparameter.
+
+        Such values are listed under "draws" in the field's metadata.
+        """
+        return any(vars(self)[f.name] in f.metadata.get("draws", ()) for f in fields(self))
 
     def role(self, symbol: str) -> str:
-        """The part a symbol of θ plays; a block of one, B_1, plays that of B."""
+        """Return the part that a symbol of θ plays; a block of one, B_1, plays that of B."""
         return self.roles.get(symbol.partition("_")[0], "core")
 
     def at(self, place: Place) -> Self:
-        """The same method for the weight at a place."""
-        made = copy.copy(self)
-        object.__setattr__(made, "place", place)
-        return made
+        """Return the same method for the weight at a place."""
+        placed = copy.copy(self)
+        object.__setattr__(placed, "place", place)
+        return placed
+
+    def at_strength(self, strength: float) -> Self:
+        """Return the same method with its change multiplied by `strength`."""
+        if strength == self.strength:
+            return self
+        other = copy.copy(self)
+        object.__setattr__(other, "strength", strength)
+        return other
 
     @abstractmethod
     def start(self, W: Tensor, stats: Params | None = None) -> Params:
-        """θ₀ for a weight W (out × in), in fp32 on W's device; on a meta tensor, the shapes alone.
+        """Return θ₀ for a weight W (out × in), in fp32 on W's device; on a meta tensor, the shapes alone.
+
+        Args:
+            W: the weight, which stays unchanged.
+            stats: from `observe`, if `needs` is set.
 
         Raises:
             ValueError: a hyperparameter does not fit W's shape.
         """
 
     def statistic(self, seen: Tensor) -> Params:
-        """What of one batch is averaged over the batches, if `needs` is set: by default, all of it.
+        """Return what of one batch is averaged over the batches, if `needs` is set: by default, all of it.
 
         Args:
             seen: with `needs` "activations", the layer's inputs (tokens × in), padding left out; with "gradients",
@@ -152,9 +180,9 @@ class Method(ABC):
         return {"mean": seen}
 
     def observe(self, stats: Params, seen: Tensor) -> Params:
-        """The statistics of one batch more, which `start` is given in the end; {} before the first batch.
+        """Return the statistics with one more batch, from {} before the first; `start` gets them in the end.
 
-        By default the running mean of `statistic`. A method that reduces otherwise overrides this one.
+        By default they are the running mean of `statistic`. A method that reduces otherwise overrides this.
         """
         new = {k: v.clone() for k, v in self.statistic(seen).items()}
         if not stats:
@@ -163,30 +191,35 @@ class Method(ABC):
         return {**{k: stats[k] + (v - stats[k]) / n.item() for k, v in new.items()}, "batches": n}
 
     def settled(self, stats: Params) -> bool:
-        """Whether another batch would change nothing that matters; a layer then looks at no more."""
+        """Return whether another batch would change nothing that matters; a layer then looks at no more."""
         return False
 
     def weigh(self, E: Tensor, stats: Params | None) -> Tensor:
-        """An error E of W (out × in), weighted as folding is to keep it small: by default, as it is."""
+        """Return an error E of W (out × in), weighted as a fold is to keep it small: by default, as it is."""
         return E
 
     @abstractmethod
     def delta(self, p: Params, W: Tensor) -> Tensor:
-        """ΔW(θ), (out × in), without s: what the update means. Merge, export and the tests read this."""
+        """Return ΔW(θ), (out × in), without s: the definition of the update, which merge, export and the tests use."""
 
     def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
-        """The adapted layer's output for x (..., in). `p0` is θ₀, or None where ΔW(θ₀) = 0.
+        """Return the adapted layer's output for x (..., in). Several adapters nest: each is the `base` of the next.
 
-        Several adapters nest: each one is the `base` of the next.
+        Args:
+            p: θ.
+            p0: θ₀, or None where ΔW(θ₀) = 0.
+            x: the input.
+            base: the layer below, which gives W x.
+            drop: dropout for what the change reads.
         """
-        if self.reads_weight and base.weight.requires_grad:  # a trained change lies under this one, in ΔW as well
+        if self.reads_weight and base.weight.requires_grad:  # the base holds a trained change, on which ΔW depends too
             return base(x) + F.linear(drop(x), (self.s * self.offset(p, p0, base.weight)).to(x.dtype))
         linear = None if drop.p else ops.plain_linear(base, x)
         change = ops.dense(drop(x), linear, self.rows(p, p0, base), *p.values())
         return base(x) + change if linear is None else change
 
     def rows(self, p: Params, p0: Params | None, base: Base) -> ops.Rows:
-        """s (ΔW(θ) − ΔW(θ₀)) for `ops.dense`, built from p's values; whole here, by rows where a method knows how."""
+        """Return s (ΔW(θ) − ΔW(θ₀)) for `ops.dense`, built from p's values: whole by default, else by rows."""
 
         def build(*values: Tensor) -> tuple[Tensor]:
             return (self.s * self.offset(dict(zip(p, values, strict=True)), p0, base.weight),)
@@ -194,36 +227,36 @@ class Method(ABC):
         return ops.Rows(build)
 
     def restart(self, p: Params, t: float) -> dict[str, Tensor | None]:
-        """Begin anew, in place, what is due at t; by symbol, a mask of the entries that are new, or None for all.
+        """Restart, in place, what is due at t; return by symbol a mask of the entries that are new, or None for all.
 
-        The host calls it after every step, before `schedule`, and again with the same t where a run goes on, so that
-        what was done already must be told from θ. The optimiser forgets what it knew of those entries.
+        The host calls it after every step, before `schedule`, and again with the same t where a run is resumed, so θ
+        has to tell what was done already. The optimiser forgets what it knew of those entries.
         """
         return {}
 
     def schedule(self, p: Params, t: float) -> frozenset[str]:
-        """The symbols that stay as they are, until a later call leaves them out; t is the fraction of steps done.
+        """Return the symbols that stay fixed until a later call leaves them out; t is the fraction of steps done.
 
         The host calls it after every step.
         """
         return frozenset()
 
     def offset(self, p: Params, p0: Params | None, W: Tensor) -> Tensor:
-        """ΔW(θ) − ΔW(θ₀), (out × in): exactly zero at the start."""
+        """Return ΔW(θ) − ΔW(θ₀), (out × in): exactly zero at the start."""
         D = self.delta(p, W)
         return D if p0 is None else D - self.delta(like(p0, p), W)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LowRank(Method):
-    """A method with ΔW = B A, B and A thin: it writes `factors`, and its export to LoRA is exact."""
+    """Define a method with ΔW = B A, B and A thin: it writes `factors`, and its export to LoRA is exact."""
 
     roles = {"A": "in", "B": "out"}
 
     r: int = field(default=8, metadata={"help": "rank", "min": 1})
 
     def factors(self, p: Params, W: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, A) of ΔW = B A. Unless the method `reads_weight`, W has the true width and may have nothing else."""
+        """Return (B, A) of ΔW = B A; unless the method `reads_weight`, W may have only the true width."""
         return p["B"], p["A"]
 
     def delta(self, p: Params, W: Tensor) -> Tensor:
@@ -231,7 +264,7 @@ class LowRank(Method):
         return B @ A
 
     def pair(self, p: Params, p0: Params | None, W: Tensor) -> tuple[Tensor, Tensor]:
-        """ΔW(θ) − ΔW(θ₀) = (B − B₀) A + B₀ (A − A₀) as one product of (out × 2r) and (2r × in).
+        """Return ΔW(θ) − ΔW(θ₀) = (B − B₀) A + B₀ (A − A₀) as one product of (out × 2r) and (2r × in).
 
         It is zero at the start in any order of products, and nothing large cancels.
         """
@@ -246,31 +279,33 @@ class LowRank(Method):
         return B @ A
 
     def written(self, p: Params, p0: Params | None) -> tuple[ops.Factors, Sequence[Tensor]] | None:
-        """`pair`, with s in B, as a function whose gradients are written out, and what it takes: it costs a small layer
-        less than what autograd derives, which is taken where this is None."""
+        """Return a function for `pair`, with s in B and written-out gradients, and its arguments; None: use autograd.
+
+        With written-out gradients a small layer is faster than with autograd's.
+        """
         if type(self).factors is not LowRank.factors:
             return None
         return ops.Pair(self.s, None if p0 is None else (p0["A"], p0["B"])), (p["A"], p["B"])
 
     def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
-        if self.reads_weight and base.weight.requires_grad:  # a trained change lies under this one, in ΔW as well
+        if self.reads_weight and base.weight.requires_grad:  # the base holds a trained change, on which ΔW depends too
             return super().apply(p, p0, x, base, drop)
-        shape = x.new_empty(0, x.shape[-1])  # what `build` refers to lives until the backward pass: never x
+        shape = x.new_empty(0, x.shape[-1])  # `build` keeps what it refers to until the backward pass: never x
 
         def build(*values: Tensor) -> tuple[Tensor, Tensor | None]:
             W = base.weight if self.reads_weight else shape
             B, A = self.pair(dict(zip(p, values, strict=True)), p0, W)
-            return ops.scaled(self.s, B), A
+            return ops.times(self.s, B), A
 
-        found, values = self.written(p, None if p0 is None else like(p0, p)) or (build, tuple(p.values()))
+        factors, values = self.written(p, None if p0 is None else like(p0, p)) or (build, tuple(p.values()))
         linear = ops.plain_linear(base, x)
-        change = ops.low_rank(x, linear, found, "A" not in self.frozen, drop, *values)
+        change = ops.low_rank(x, linear, factors, "A" not in self.frozen, drop, *values)
         return base(x) + change if linear is None else change
 
 
 @dataclass(frozen=True, kw_only=True)
 class Diagonal(LowRank):
-    """ΔW = B diag(z) A with B (out × r) and A (r × in) frozen: the one other symbol, a vector (r), is trained."""
+    """Define ΔW = B diag(z) A with frozen B (out × r) and A (r × in); the third symbol, a vector (r), is trained."""
 
     frozen = frozenset({"A", "B"})
 
@@ -283,12 +318,12 @@ class Diagonal(LowRank):
 
 
 def like(p0: Params, p: Params) -> Params:
-    """θ₀ rounded as θ was: a trainer that casts θ to bf16 must not move the start."""
+    """Return θ₀ rounded as θ is: a trainer that casts θ to bf16 must not move the start."""
     return {k: v if v.dtype == p[k].dtype else v.to(p[k].dtype) for k, v in p0.items()}
 
 
 def check_seen(method: Method, stats: Params | None) -> Params:
-    """The statistics; raise a ValueError where a data-driven start is asked for without any."""
+    """Return the statistics; raise a ValueError where a data-driven start is called without any."""
     if not stats:
         raise ValueError(
             f"{method.name} starts from {method.needs} of the data: call inlay.calibrate(model, batches) before the "
@@ -298,7 +333,7 @@ def check_seen(method: Method, stats: Params | None) -> Params:
 
 
 def check_rank(method: Method, r: int, W: Tensor) -> None:
-    """Raise the ValueError every low-rank start gives for a rank its weight cannot have."""
+    """Raise the ValueError of every low-rank start for a rank that its weight cannot have."""
     if r > min(W.shape):
         out, inp = W.shape
         raise ValueError(
@@ -306,7 +341,7 @@ def check_rank(method: Method, r: int, W: Tensor) -> None:
         )
 
 
-def check_value(owner: str, key: str, kind: str, meta: Any, value: Any) -> None:
+def check_value(owner: str, key: str, kind: str, meta: Mapping[str, Any], value: Any) -> None:
     """Raise a ValueError unless `value` has the annotated type `kind` and obeys the field's metadata."""
     if value is None and "None" in kind:
         return

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 import inlay
 from inlay.cli import main
 from inlay.methods import METHODS
-from inlay.models.adapters import load_adapter
-from inlay.models.meta import count_trainable
+from inlay.models.adapters import Adapter
+from inlay.models.sizes import count_trainable
 from inlay.recipe.reading import from_flag, load_recipe
 from inlay.recipe.recipe import Recipe
 from inlay.reports.result import Result
@@ -131,7 +131,7 @@ def test_every_method_trains_from_the_command_line(method, tiny, records, tmp_pa
     main(["train", "--model", tiny, "--data", records, "--method", method, "--output", str(out), *flags])
     assert "held-out loss after" in capsys.readouterr().out
     base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
-    adapted = load_adapter(base, out / "adapter")
+    adapted = Adapter.open(out).attach(base)
     assert adapted.peft_config["default"].args[size] == 4
 
 

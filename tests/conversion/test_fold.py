@@ -23,8 +23,8 @@ from inlay.host.config import InlayConfig
 from inlay.host.layer import InlayLinear
 from inlay.host.schedule import Schedule
 from inlay.methods import METHODS, find
-from inlay.models.adapters import load_adapted
-from inlay.models.loading import load_base
+from inlay.models.adapters import Adapter
+from inlay.models.base import BaseModel
 from inlay.models.quantized import quantization_config
 from inlay.planning.planner import PlannedRun
 
@@ -344,7 +344,7 @@ def test_a_recipe_on_a_quantised_base(quantize, method, plain, tmp_path, capsys)
     main(["merge", str(moved), str(tmp_path / "merged"), "--dtype", "float32"])
     merged = base(tmp_path / "merged")
     assert getattr(merged.config, "quantization_config", None) is None
-    adapted, _ = load_adapted(moved / "adapter", dtype=torch.float32)
+    adapted, _ = Adapter.open(moved / "adapter").load(torch.float32)
     for layer in layers(adapted).values():
         assert quantize != "nf4" or layer.base_layer.compute_dtype == torch.float32
     torch.testing.assert_close(merged(IDS).logits, adapted.eval()(IDS).logits, rtol=1e-3, atol=1e-3)
@@ -355,7 +355,7 @@ def test_a_fold_is_trained_again_and_again(folds, tmp_path, capsys):
     made = folds("pissa")
     flags = ["train", "--model", str(made.folder), "--method", "pissa", "--output", str(tmp_path / "run"), *RUN]
     main([*flags, "--r", "8"])
-    adapted, _ = load_adapted(tmp_path / "run" / "adapter", dtype=torch.float32)
+    adapted, _ = Adapter.open(tmp_path / "run" / "adapter").load(torch.float32)
     assert not torch.equal(adapted.eval()(IDS).logits, load(made)(IDS).logits)
     assert adapted.base_model.model.name_or_path == str(made.base.resolve())
     capsys.readouterr()
@@ -467,14 +467,14 @@ def test_a_merge_reads_layers_without_an_adapter_too(quantize, plain, tmp_path, 
     main(["merge", str(tmp_path / "run"), str(tmp_path / "merged"), "--dtype", "float32"])
     error = float(capsys.readouterr().out.rpartition(" ")[2])
     assert error < 1e-3
-    adapted, _ = load_adapted(tmp_path / "run" / "adapter", dtype=torch.float32)
+    adapted, _ = Adapter.open(tmp_path / "run" / "adapter").load(torch.float32)
     if quantize == "nf4":
         torch.testing.assert_close(base(tmp_path / "merged")(IDS).logits, adapted(IDS).logits, rtol=1e-3, atol=1e-3)
 
 
 def test_a_folded_base_computes_in_the_dtype_asked_for(folds):
     for dtype in (torch.float32, torch.bfloat16):
-        model, _ = load_adapted(folds("pissa").adapter, dtype=dtype)
+        model, _ = Adapter.open(folds("pissa").adapter).load(dtype)
         assert model(IDS).logits.dtype == dtype
         assert {m.compute_dtype for m in model.modules() if hasattr(m, "compute_dtype")} == {dtype}
 
@@ -548,7 +548,7 @@ def test_counted_weights_are_those_of_the_packed_model(plain):
         )
         stored = {id(t): t for t in packed.state_dict(keep_vars=True).values() if isinstance(t, torch.Tensor)}
         real = sum(t.numel() * t.element_size() for t in stored.values())
-        counted = PlannedRun(plain, config("bone"), quantize=kind).step(1, 8).frozen
+        counted = PlannedRun(BaseModel(plain), config("bone"), quantize=kind).step(1, 8).frozen
         assert abs(counted - real) < 0.02 * real
 
 
@@ -586,8 +586,8 @@ def test_the_real_model_folds(method, tmp_path):
     before, after = (sum(getattr(e, kind) for e in made.errors) / len(made.errors) for kind in ("plain", "folded"))
     assert len(made.errors) == 210
     assert after <= before * (1 if method.method in ("pissa", "dota") else 1.01)
-    adapted, _ = load_adapted(made.adapter, dtype=torch.float32)
-    reference, _ = load_base("builtin", torch.float32)
+    adapted, _ = Adapter.open(made.adapter).load(torch.float32)
+    reference = BaseModel("builtin").load(torch.float32)
     text = torch.arange(100, 164)[None]
     with torch.no_grad():
         difference = (adapted(text).logits - reference(text).logits).norm() / reference(text).logits.norm()

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import inlay
 from inlay.cli import main
 from inlay.host.config import InlayConfig
-from inlay.models.adapters import load_adapted
+from inlay.models.adapters import Adapter
 from inlay.models.quantized import quantization_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning")
@@ -136,7 +136,7 @@ def test_a_quantised_checkpoint_merges_to_16_bits(quantize, model, tiny, gpt2_or
     copy_tokenizer(tmp_path / "q")
     targets = ["q_proj", "down_proj"] if model == "tiny" else ["c_attn"]
     adapter(str(tmp_path / "q"), tmp_path / "a", "pissa", target_modules=targets)
-    adapted = load_adapted(tmp_path / "a", dtype=torch.float32)[0].eval()
+    adapted = Adapter.open(tmp_path / "a").load(torch.float32)[0].eval()
     inlay.merge(tmp_path / "a", tmp_path / "half")
     half = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto")
     assert half.dtype == torch.bfloat16

@@ -21,7 +21,7 @@ from inlay.evaluation.generate import answer
 from inlay.evaluation.metric import less_is_better, load_metric, metric_score, metric_title
 from inlay.evaluation.scores import Score, overlap_scores, resampled_score, score_difference, share_score
 from inlay.evaluation.text_overlap import MEASURES, installed
-from inlay.models.loading import load_base
+from inlay.models.base import BaseModel
 
 QUIET = Console(quiet=True)
 
@@ -98,7 +98,7 @@ def test_a_difference_of_what_all_examples_say_together():
 
 def test_losses_in_batches_are_those_one_by_one(tiny):
     """And those written down token by token; a text of several lengths is padded and does not see it."""
-    model, tokenizer = load_base(tiny, torch.float32)
+    model, tokenizer = BaseModel(tiny).load(torch.float32), BaseModel(tiny).tokenizer()
     model.eval()
     pairs = [("", "a short text"), ("What is it? ", "nothing"), ("", "a text that goes on for rather longer than that")]
     found = token_losses(model, tokenizer, pairs, 3, QUIET)
@@ -115,7 +115,7 @@ def test_losses_in_batches_are_those_one_by_one(tiny):
 @pytest.mark.parametrize("around", ["{b} $A", "{b} $A {e}", "$A"])
 def test_what_is_asked_begins_with_the_tokens_of_training(around, templated, tiny):
     """With what the tokenizer puts before a text and without its end, which comes after the answer."""
-    model, tokenizer = load_base(tiny, torch.float32)
+    model, tokenizer = BaseModel(tiny).load(torch.float32), BaseModel(tiny).tokenizer()
     first, end = (tokenizer.convert_ids_to_tokens(i) for i in (1, tokenizer.eos_token_id))
     special = [(first, 1), (end, tokenizer.eos_token_id)]
     made = TemplateProcessing(single=around.format(b=first, e=end), special_tokens=special)
@@ -136,7 +136,7 @@ def test_what_is_asked_begins_with_the_tokens_of_training(around, templated, tin
 
 
 def test_the_likeliest_option(tiny):
-    model, tokenizer = load_base(tiny, torch.float32)
+    model, tokenizer = BaseModel(tiny).load(torch.float32), BaseModel(tiny).tokenizer()
     model.eval()
     asked = [Question([{"role": "user", "content": f"question {i}"}], ["true"], ("true", "false")) for i in range(3)]
     said = likeliest(model, tokenizer, asked, 4, QUIET)
@@ -204,7 +204,7 @@ def test_a_metric_of_ones_own_on_the_command_line(tiny, tmp_path, capsys, monkey
     (tmp_path / "one_for_eval.py").write_text("def size(model, tokenizer):\n    return model.num_parameters()\n")
     main(["eval", tiny, "--metric", "one_for_eval:size"])
     told = json.loads((tmp_path / "eval" / "one_for_eval-size.json").read_text())["figures"]
-    assert told == [{"name": "one_for_eval:size", "value": load_base(tiny, torch.float32)[0].num_parameters(),
+    assert told == [{"name": "one_for_eval:size", "value": BaseModel(tiny).load(torch.float32).num_parameters(),
                      "low": None, "high": None, "count": None}]  # fmt: skip
     assert "one_for_eval:size: " in capsys.readouterr().out
 
@@ -235,7 +235,7 @@ def test_a_yaml_task_of_the_harness_without_a_network(tiny, tmp_path, monkeypatc
         main(["eval", tiny, "--task", f"lm-eval:{path}", "--dtype", "float32", "--output", "out"])
     assert "inlay_capitals, acc: " in capsys.readouterr().out
     told = json.loads((tmp_path / "out" / "lm-eval-capitals-yaml.json").read_text())["figures"]
-    model, tokenizer = load_base(tiny, torch.float32)
+    model, tokenizer = BaseModel(tiny).load(torch.float32), BaseModel(tiny).tokenizer()
     right = []
     for row in rows:
         losses = token_losses(model.eval(), tokenizer, [(row["question"], o) for o in (" Paris", " Rome")], 2, QUIET)
@@ -280,7 +280,7 @@ def test_every_task_on_the_command_line(task, tiny, tmp_path, capsys, monkeypatc
 
 
 def test_a_task_as_a_metric_is_its_figure(tiny, tmp_path):
-    model, tokenizer = load_base(tiny, torch.float32)
+    model, tokenizer = BaseModel(tiny).load(torch.float32), BaseModel(tiny).tokenizer()
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, ROWS["gsm8k"] + ROWS["exact"])))
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, ROWS["perplexity"])))
     asked = {"task": "perplexity", "data": str(tmp_path / "p.jsonl"), "limit": 2}

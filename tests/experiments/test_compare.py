@@ -24,6 +24,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from inlay.cli import main
+from inlay.evaluation.ask_model import mean_token_loss
 from inlay.evaluation.paired import paired
 from inlay.experiments import trial
 from inlay.experiments.compare import compare as compare_module
@@ -34,11 +35,11 @@ from inlay.experiments.compare.outcome import Outcome, Sweep
 from inlay.experiments.compare.plots import allocated, comparison_figures, memory_stack, ranks_plot, spectra_of
 from inlay.experiments.compare.spec import Entry, load_comparison
 from inlay.experiments.runner import Runner, origin
-from inlay.experiments.trial import LOG, SAMPLES, loss_on, read_trial, run_trial, unrelated
+from inlay.experiments.trial import LOG, SAMPLES, read_trial, run_trial, unrelated
 from inlay.files.atomic import locked
 from inlay.inspection.figures import INK
-from inlay.models.loading import load_base, load_tokenizer
-from inlay.models.meta import count_parameters, meta_model
+from inlay.models.base import BaseModel
+from inlay.models.sizes import count_parameters
 from inlay.recipe.recipe import Recipe
 from inlay.training.examples import load_examples
 from inlay.training.peft_extras import Allocation
@@ -199,7 +200,7 @@ def test_the_solved_size_is_the_largest_within_the_budget(method, tiny):
     counts = {}
     for size in range(1, 33):
         try:
-            counts[size] = count_parameters(tiny, replace(asked.recipe, args={name: size}).adapter())
+            counts[size] = count_parameters(BaseModel(tiny), replace(asked.recipe, args={name: size}).adapter())
         except ValueError:  # Bat's must divide the sides
             continue
     best = max((n for n in counts if counts[n] <= limit), key=lambda n: counts[n])
@@ -210,7 +211,7 @@ def test_the_solved_size_is_the_largest_within_the_budget(method, tiny):
 
 def test_sizes_within_a_memory_budget(tiny, records):
     recipe = Recipe(model=tiny, data=records, batch_size=2, dtype="float32")
-    rows = load_examples(recipe, load_tokenizer(tiny), SILENT)
+    rows = load_examples(recipe, BaseModel(tiny).tokenizer(), SILENT)
     cost = budget_cost("memory", rows)
     four = cost(replace(recipe, method="lora", args={"r": 4}))
     asked = Entry("lora", replace(recipe, method="lora"), (1e-3,))
@@ -223,7 +224,9 @@ def test_sizes_within_a_memory_budget(tiny, records):
 def test_full_fine_tuning_has_no_size(tiny):
     asked = entry(tiny, "full")
     assert solve_size(asked, budget_cost("parameters", None), 1) is asked
-    assert count_parameters(tiny, None) == sum(p.numel() for p in meta_model(tiny, torch.float32).parameters())
+    assert count_parameters(BaseModel(tiny), None) == sum(
+        p.numel() for p in BaseModel(tiny).meta(torch.float32).parameters()
+    )
 
 
 # -- methods that are not ours ----------------------------------------------------------------------------------------
@@ -291,7 +294,7 @@ def test_adaloras_penalty_is_the_one_that_peft_adds_to_a_loss(llama):
 )
 def test_what_only_our_methods_have_is_refused(values, says, tiny):
     with pytest.raises(ValueError, match=says):
-        count_parameters(tiny, Recipe(model=tiny, **values).adapter())
+        count_parameters(BaseModel(tiny), Recipe(model=tiny, **values).adapter())
 
 
 # -- a comparison -----------------------------------------------------------------------------------------------------
@@ -543,14 +546,14 @@ def test_a_budget_of_time_cuts_the_steps(asked, at_once, tmp_path, monkeypatch):
 
 def test_forgetting_is_the_loss_over_all_tokens(tiny):
     """Against one text at a time by transformers' own loss, weighted by tokens."""
-    model, tokenizer = load_base(tiny, torch.float32)
+    model, tokenizer = BaseModel(tiny).load(torch.float32), BaseModel(tiny).tokenizer()
     texts = unrelated(None)[:3]
     own = [tokenizer(text=text, return_tensors="pt")["input_ids"] for text in texts]
     with torch.no_grad():
         means = [model(input_ids=ids, labels=ids).loss.item() for ids in own]
     counts = [ids.shape[1] - 1 for ids in own]
     expected = sum(m * n for m, n in zip(means, counts, strict=True)) / sum(counts)
-    assert loss_on(texts, model, tokenizer, 512) == pytest.approx(expected, rel=1e-5)
+    assert mean_token_loss(texts, model, tokenizer, 512) == pytest.approx(expected, rel=1e-5)
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------

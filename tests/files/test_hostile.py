@@ -24,7 +24,8 @@ from inlay.files.untrusted import DamagedFileError, from_yaml
 from inlay.host.config import InlayConfig
 from inlay.messages import loading
 from inlay.models import builtin
-from inlay.models.loading import load_base, load_config, load_model, load_tokenizer, resolve
+from inlay.models.base import BaseModel
+from inlay.models.loading import resolve
 from inlay.recipe.reading import load_recipe
 from inlay.recipe.recipe import Recipe
 
@@ -45,8 +46,8 @@ def fuzz():
 def test_a_slice_of_the_fuzzing(fuzz, tmp_path, monkeypatch, capsys):
     """The same cases at every run; make fuzz goes through 100,000."""
     monkeypatch.setenv("INLAY_CACHE", str(tmp_path / "cache"))
-    assert fuzz.run(448, 7, "", tmp_path) == 0
-    assert capsys.readouterr().out.count(" 0 unhandled") == 16
+    assert fuzz.run(532, 7, "", tmp_path) == 0
+    assert capsys.readouterr().out.count(" 0 unhandled") == 19
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -199,10 +200,10 @@ def test_a_models_own_code_does_not_run(kind, tiny, tmp_path):
     for name, values in (("config.json", {**about, "model_type": kind}), ("tokenizer_config.json", {})):
         (folder / name).write_text(json.dumps({**values, "auto_map": own}))
     (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    for load in (load_tokenizer, load_config, lambda name: load_model(name, torch.float32)):
-        known = kind == "llama" and load is not load_tokenizer
+    for load in (BaseModel.tokenizer, BaseModel.config, lambda base: base.load(torch.float32)):
+        known = kind == "llama" and load is not BaseModel.tokenizer
         with contextlib.nullcontext() if known else pytest.raises(ValueError, match="cannot be loaded"):
-            load(str(folder))
+            load(BaseModel(str(folder)))
     assert not (tmp_path / "ran").exists()
 
 
@@ -258,7 +259,7 @@ def test_out_of_memory_is_no_damaged_file():
 def adapter(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapter")
     config = InlayConfig(method="lora", args={"r": 2}, target_modules=["q_proj"])
-    base, _ = load_base(tiny, torch.float32)
+    base = BaseModel(tiny).load(torch.float32)
     get_peft_model(base, config).save_pretrained(folder)
     return folder
 
@@ -276,4 +277,4 @@ def test_a_damaged_adapter_config_is_said(change, adapter, tiny, tmp_path, monke
         assert "a/adapter_config.json" in refused(capsys, *verb.split(), tiny)
     if isinstance(change, dict) and "peft_type" not in change:  # in Python too, which PEFT leads to our config
         with pytest.raises(ValueError, match=next(iter(change))):
-            PeftModel.from_pretrained(load_model(tiny, torch.float32), "a")
+            PeftModel.from_pretrained(BaseModel(tiny).load(torch.float32), "a")

@@ -229,5 +229,5 @@ def test_what_cannot_be_calibrated_is_refused(llama_original):
         inlay.calibrate(fresh("lora_ga"), [{"input_ids": torch.arange(8)[None]}])
     with pytest.raises(ValueError, match="no tokens in 0 batches"):
         inlay.calibrate(fresh("eva"), [])
-    with pytest.raises(ValueError, match="r=8 vectors cannot come from 5 inputs"):
+    with pytest.raises(ValueError, match="r=8 vectors cannot be computed from 5 inputs"):
         inlay.calibrate(fresh("eva"), [{"input_ids": torch.arange(5)[None]}])

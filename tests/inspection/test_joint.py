@@ -1,15 +1,19 @@
 """One right factor for layers that read the same input: how much it carries."""
 
+import json
+
 import pytest
 import torch
+from helpers import fails
 from transformers import AutoModelForCausalLM
 
 from inlay.cli import main
 from inlay.inspection.joint_factors import joint_groups
+from inlay.models.base import BaseModel
 
 
 def test_the_shares_are_those_of_a_dense_svd(tiny):
-    found = joint_groups(tiny)
+    found = joint_groups(BaseModel(tiny))
     names = [tuple(name.removeprefix("model.layers.") for name in group.modules) for group in found]
     assert names == [
         group
@@ -40,6 +44,27 @@ def test_the_table(tiny, capsys):
     said = capsys.readouterr().out
     assert "q_proj, k_proj, v_proj (2)" in said
     assert "gate_proj, up_proj (2)" in said
+
+
+def test_the_file_holds_the_table_and_more(tiny, tmp_path, capsys):
+    arguments = ["inspect", tiny, "--joint", "--r", "8", "--output", str(tmp_path / "j")]
+    main(arguments)
+    assert f"written to {tmp_path / 'j'}" in capsys.readouterr().out
+    (file,) = (tmp_path / "j").iterdir()
+    about = json.loads(file.read_text())
+    assert (about["model"], about["r"], len(about["groups"])) == (tiny, 8, 4)
+    first, stacked = about["groups"][0], torch.tensor(about["groups"][0]["singular_values"]).square()
+    assert first["modules"][0] == "model.layers.0.self_attn.q_proj"
+    assert first["shared"] == pytest.approx((stacked[:8].sum() / stacked.sum()).item(), abs=1e-5)
+    assert first["shared"] < first["separate"]
+    assert "exists" in fails(capsys, *arguments)
+    main([*arguments, "--overwrite", "--layers", "0", "--target-modules", "q_proj,k_proj"])
+    assert len(json.loads(file.read_text())["groups"]) == 1
+
+
+@pytest.mark.parametrize("more", [("--method", "lora"), ("--direction", "peaked")])
+def test_what_allocates_ranks_is_refused(more, tiny, capsys):
+    assert f"which {more[0]} is for; leave out one" in fails(capsys, "inspect", tiny, "--joint", *more)
 
 
 def test_layers_of_which_no_two_read_one_input(gpt2_original, tmp_path, capsys, small_tokenizer):

@@ -24,8 +24,8 @@ from inlay.inspection.ranks import Inspection, Weight, inspection, patterns
 from inlay.inspection.singular_values import all_singular_values, kept_spectrum, target_weights, weight_spectra
 from inlay.inspection.spectra_plots import draw_spectra
 from inlay.methods import METHODS
-from inlay.models.meta import count_parameters
-from inlay.models.stored_weights import Weights
+from inlay.models.base import BaseModel
+from inlay.models.sizes import count_parameters
 from inlay.recipe.reading import load_recipe
 from inlay.recipe.recipe import Recipe
 from inlay.training.allocate_ranks import settle_ranks
@@ -104,7 +104,7 @@ def test_a_fingerprint_is_of_the_content_not_of_where_it_lies(monkeypatch):
 
 @pytest.mark.parametrize("name", ["self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj", "mlp.up_proj"])
 def test_spectra_of_real_weights_are_those_of_a_float64_svd(name):
-    W = Weights("builtin").read(f"model.layers.7.{name}.weight")
+    W = BaseModel("builtin").weights().read(f"model.layers.7.{name}.weight")
     S, expected = all_singular_values(W), torch.linalg.svdvals(W.double())
     assert S.dtype == torch.float32
     torch.testing.assert_close(S.double(), expected, rtol=1e-5, atol=1e-8 * expected[0].item())
@@ -134,40 +134,40 @@ def test_threads_are_given_back():
 
 def test_the_targets_are_those_that_an_adapter_gets(tiny):
     config = InlayConfig(method="lora", args={"r": 2}, target_modules=["q_proj", "down_proj"], layers_to_transform=[1])
-    shapes = target_weights(tiny, config)
+    shapes = target_weights(BaseModel(tiny), config)
     assert shapes == {"model.layers.1.self_attn.q_proj": (64, 64), "model.layers.1.mlp.down_proj": (64, 128)}
-    assert len(target_weights(tiny, ALL)) == 14
+    assert len(target_weights(BaseModel(tiny), ALL)) == 14
 
 
 def test_gpt2_stores_its_weights_transposed(gpt2, tmp_path):
     gpt2.save_pretrained(tmp_path / "gpt2")
     config = InlayConfig(method="lora", args={"r": 2}, target_modules=["c_attn"])
-    shapes = target_weights(str(tmp_path / "gpt2"), config)
+    shapes = target_weights(BaseModel(str(tmp_path / "gpt2")), config)
     assert set(shapes.values()) == {(192, 64)}
-    found = weight_spectra(str(tmp_path / "gpt2"), shapes)
+    found = weight_spectra(BaseModel(str(tmp_path / "gpt2")), shapes)
     expected = torch.linalg.svdvals(gpt2.transformer.h[0].attn.c_attn.weight.detach())
     torch.testing.assert_close(found["transformer.h.0.attn.c_attn"], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_second_time_nothing_is_computed(tiny, folder, computed):
-    shapes = target_weights(tiny, ALL)
-    first = weight_spectra(tiny, shapes)
+    shapes = target_weights(BaseModel(tiny), ALL)
+    first = weight_spectra(BaseModel(tiny), shapes)
     assert len(computed) == len(shapes) == len(list(folder.iterdir()))
     assert {path.suffix for path in folder.iterdir()} == {".safetensors"}
     computed.clear()
-    second = weight_spectra(tiny, shapes)
+    second = weight_spectra(BaseModel(tiny), shapes)
     assert computed == []
     assert all(torch.equal(first[name], second[name]) for name in shapes)
 
 
 def test_models_share_what_they_have_in_common(tiny, folder, computed, tmp_path):
-    shapes = target_weights(tiny, ALL)
-    weight_spectra(tiny, shapes)
+    shapes = target_weights(BaseModel(tiny), ALL)
+    weight_spectra(BaseModel(tiny), shapes)
     computed.clear()
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1
     model.save_pretrained(tmp_path / "other")
-    weight_spectra(str(tmp_path / "other"), shapes)
+    weight_spectra(BaseModel(str(tmp_path / "other")), shapes)
     assert computed == [(128, 64)]
 
 
@@ -200,21 +200,21 @@ def test_a_cache_that_cannot_be_written_costs_time_only(tmp_path, monkeypatch):
 
 
 def test_a_weight_that_cannot_be_read_is_named(tiny, llama, tmp_path):
-    shapes = target_weights(tiny, ALL)
+    shapes = target_weights(BaseModel(tiny), ALL)
     with pytest.raises(ValueError, match=r"stores no tensor lm_head\.weight \(tied to another"):
-        weight_spectra(tiny, {"lm_head": (10, 64)})
+        weight_spectra(BaseModel(tiny), {"lm_head": (10, 64)})
     name = "model.layers.0.mlp.up_proj"
     with pytest.raises(ValueError, match=rf"{name} is stored as \(128, 64\), not as \(7, 7\)"):
-        weight_spectra(tiny, {name: (7, 7)})
+        weight_spectra(BaseModel(tiny), {name: (7, 7)})
     llama.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.inf
     llama.save_pretrained(tmp_path / "inf")
     with pytest.raises(ValueError, match=f"the weight of {name} holds NaN or Inf; repair it"):
-        weight_spectra(str(tmp_path / "inf"), target_weights(str(tmp_path / "inf"), ALL))
+        weight_spectra(BaseModel(str(tmp_path / "inf")), target_weights(BaseModel(str(tmp_path / "inf")), ALL))
     tensors = load_file(f"{tiny}/model.safetensors")
     tensors[f"{name}.weight"] = tensors[f"{name}.weight"].to(torch.uint8)
     save_file(tensors, tmp_path / "inf" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=f"{name} is stored quantised"):
-        weight_spectra(str(tmp_path / "inf"), {name: shapes[name]})
+        weight_spectra(BaseModel(str(tmp_path / "inf")), {name: shapes[name]})
 
 
 # -- the noise edge ---------------------------------------------------------------------------------------------------
@@ -279,20 +279,20 @@ def test_patterns_give_every_module_its_rank_and_no_other():
 @pytest.mark.parametrize("direction", ["flat", "peaked"])
 def test_every_method_with_an_r_stays_within_its_budget(uneven, method, direction):
     config = InlayConfig(method=method, args={"r": 8}, target_modules="all-linear")
-    found = inspection(uneven, config, direction)
+    found = inspection(BaseModel(uneven), config, direction)
     # Bat's next block size is 16, which two layers cannot pay for; then the ranks are those of the budget.
     assert len(set(found.ranks.values())) > 1 or (method.startswith("bat") and set(found.ranks.values()) == {8})
     for of in found.kinds.values():
         assert sum(w.numbers for w in of.values()) <= sum(w.uniform for w in of.values())
     config.patterns = patterns(found.ranks)
-    assert count_parameters(uneven, config) == sum(w.numbers for w in found.weights.values())
+    assert count_parameters(BaseModel(uneven), config) == sum(w.numbers for w in found.weights.values())
 
 
 def test_ranks_are_not_allocated_where_they_save_numbers(uneven):
     """RandLoRA's bases are fewer the wider each is."""
     config = InlayConfig(method="randlora", args={"r": 8}, target_modules="all-linear")
-    with pytest.raises(ValueError, match="a smaller r trains more numbers"):
-        inspection(uneven, config, "flat")
+    with pytest.raises(ValueError, match="a smaller r trains more parameters"):
+        inspection(BaseModel(uneven), config, "flat")
 
 
 # -- inspect ----------------------------------------------------------------------------------------------------------
@@ -407,7 +407,7 @@ def test_mistakes_with_allocate_are_one_line(uneven, records, tmp_path, capsys):
 
 def test_without_allocate_a_recipe_stays_as_it_is(capsys):
     made = Recipe()
-    assert settle_ranks(made, None) is made
+    assert settle_ranks(made, made.base_model(), None) is made
 
 
 def test_ranks_are_allocated_before_a_fold(uneven, records, tmp_path, capsys):

@@ -31,6 +31,7 @@ from inlay.methods.pissa import PiSSA
 from inlay.methods.randlora import RandLoRA
 from inlay.methods.snell import SNELL
 from inlay.methods.svfit import SVFit
+from inlay.models.base import BaseModel
 from inlay.numerics import linalg
 from inlay.numerics.ops import Dropout
 
@@ -681,6 +682,6 @@ def test_parameters_on_llama_7b(method, numbers):
 def test_types_differ_more_than_layers_in_the_built_in_model():
     """The (lower) medians over all layers of E(32), and why each type of module spends a budget of its own."""
     config = InlayConfig(method="lora", args={"r": 8}, target_modules=["k_proj", "q_proj", "up_proj"])
-    found = inspection("builtin", config, "flat")
+    found = inspection(BaseModel("builtin"), config, "flat")
     medians = {k: statistics.median_low(w.energy(32) for w in of.values()) for k, of in found.kinds.items()}
     assert medians == pytest.approx({"k_proj": 0.495, "q_proj": 0.375, "up_proj": 0.158}, abs=1e-3)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from inlay.cli import main
 from inlay.host.layer import PREFIX
 from inlay.methods import METHODS
-from inlay.models.adapters import load_adapter
+from inlay.models.adapters import Adapter
 
 LINEARS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 ONE_LAYER = f"--target-modules {LINEARS} --layers-to-transform 29 --batch-size 1 --max-length 128 --eval-size 1"
@@ -51,7 +51,7 @@ def test_the_built_in_model_is_trained_reloaded_and_merged(method, real_model, t
     folder, ids = trained(method, tmp_path / "run"), torch.arange(300, 324)[None]
     said = capsys.readouterr().out
     assert "held-out loss after" in said
-    model = load_adapter(copy.deepcopy(real_model), folder).eval()
+    model = Adapter.open(folder).attach(copy.deepcopy(real_model)).eval()
     stored = load_file(folder / "adapter_model.safetensors")
     held = {name.replace(".default", ""): t for name, t in model.state_dict().items() if PREFIX in name}
     assert held.keys() == stored.keys()

@@ -39,7 +39,7 @@ def test_the_blocks_are_the_largest_of_the_whole_model(llama_original, tmp_path)
     wanted = set(sorted(scores, key=lambda key: -scores[key])[:count])
     method = SMT(r=r)
     seen = gather_statistics(base, dict.fromkeys(G, method), BATCHES)
-    shares = rank_allocation.blocks({name: stats["score"] for name, stats in seen.stats.items()}, count)
+    shares = rank_allocation.allocate_blocks({name: stats["score"] for name, stats in seen.stats.items()}, count)
     assert sum(shares.values()) == count
     assert 0 in shares.values()
     patterns = {f"^{name}": {"blocks": n} for name, n in shares.items()}
@@ -113,9 +113,9 @@ def test_a_block_trains_as_if_all_of_the_weight_did():
 
 def test_a_budget_that_the_model_has_not_is_refused():
     scores = {"a": torch.ones(2, 2), "b": torch.ones(3)}
-    assert rank_allocation.blocks(scores, 7) == {"a": 4, "b": 3}
+    assert rank_allocation.allocate_blocks(scores, 7) == {"a": 4, "b": 3}
     for count in (0, 8):
         with pytest.raises(ValueError, match=f"a budget of {count} blocks is not one of 1 to 7"):
-            rank_allocation.blocks(scores, count)
+            rank_allocation.allocate_blocks(scores, count)
     with pytest.raises(ValueError, match="blocks=16 is more than the 15"):
         SMT(r=8, blocks=16).start(torch.empty(24, 40, device="meta"))

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inlay.numerics.rank_allocation import allocate, by_threshold, by_variance, energy, kind_of, rank_set
+from inlay.numerics.rank_allocation import allocate, by_threshold, by_variance, energy, module_type, rank_set
 
 DIRECTIONS = ("flat", "peaked")
 
@@ -49,8 +49,8 @@ def test_no_type_spends_more_than_it_would_at_r(spectra, r, cost, direction):
     assert list(chosen) == list(spectra)
     spent, budget = Counter(), Counter()
     for name, rank in chosen.items():
-        spent[kind_of(name)] += cost(name, rank)
-        budget[kind_of(name)] += cost(name, r)
+        spent[module_type(name)] += cost(name, rank)
+        budget[module_type(name)] += cost(name, r)
         assert rank in rank_set(r)
         assert 1 <= rank <= len(spectra[name])
     assert all(spent[kind] <= budget[kind] for kind in budget)
@@ -60,7 +60,7 @@ def test_no_type_spends_more_than_it_would_at_r(spectra, r, cost, direction):
 def test_nothing_more_would_fit(spectra, r, cost, direction):
     chosen = allocate(spectra, r, cost, direction)
     for name, rank in chosen.items():
-        of_kind = [other for other in chosen if kind_of(other) == kind_of(name)]
+        of_kind = [other for other in chosen if module_type(other) == module_type(name)]
         left = sum(cost(other, r) - cost(other, chosen[other]) for other in of_kind)
         higher = [other for other in rank_set(r) if rank < other <= len(spectra[name])]
         assert not higher or cost(name, higher[0]) - cost(name, rank) > left
@@ -148,7 +148,7 @@ def test_types_do_not_share_a_budget():
 
 
 def test_a_method_that_shrinks_with_its_rank_is_refused():
-    with pytest.raises(ValueError, match="a smaller r trains more numbers here"):
+    with pytest.raises(ValueError, match="a smaller r trains more parameters here"):
         allocate({"a.q": decaying(1), "b.q": decaying(2)}, 4, lambda name, rank: 100 // rank)
 
 

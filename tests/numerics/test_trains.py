@@ -296,7 +296,7 @@ def test_awkward_shapes_for_real(shape):
 
 def test_a_large_train_is_told_once_with_its_count():
     W = torch.randn(24, 40)
-    with pytest.warns(UserWarning, match=r"24 × 40 weight holds 272 numbers.*a tenth.*lower bond"):
+    with pytest.warns(UserWarning, match=r"24 × 40 weight holds 272 entries.*a tenth.*lower bond"):
         DoTA(bond=4, cores=2).start(W)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("default")

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import inlay
 from inlay.cli import main
-from inlay.models.meta import count_parameters, count_trainable, layers_of, meta_model, repeated_depths
+from inlay.models.base import BaseModel
+from inlay.models.sizes import count_parameters, count_trainable, layers_of, repeated_depths
 from inlay.planning.planner import FrozenLimit, PlannedRun
 from inlay.planning.step_simulator import simulate
 
@@ -79,14 +80,14 @@ def test_the_peak_is_that_of_a_real_step(benchmark, trainable_model, method, mor
 @pytest.mark.parametrize("method", ["lora", "dota", "full"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_few_layers_say_what_all_of_them_do(small, method, checkpointing):
-    run = PlannedRun(small, None if method == "full" else config(method), checkpointing=checkpointing)
+    run = PlannedRun(BaseModel(small), None if method == "full" else config(method), checkpointing=checkpointing)
     assert [len(layers_of(part)) for part in run.parts] == [2, 3]
     whole = simulate(run.build(None), 2, 64, "cuda")
     assert asdict(run.step(2, 64)) == pytest.approx(asdict(whole))
 
 
 def test_layers_of_two_kinds_are_counted_in_pairs(tmp_path):
-    model = meta_model(shapes(tmp_path / "m", num_hidden_layers=9), torch.float32)
+    model = BaseModel(shapes(tmp_path / "m", num_hidden_layers=9)).meta(torch.float32)
     model.config.layer_types = ["sliding_attention", "full_attention"] * 4 + ["sliding_attention"]
     assert repeated_depths(model) == (3, 5)
     layers_of(model)[4].mlp = torch.nn.Identity()
@@ -95,15 +96,15 @@ def test_layers_of_two_kinds_are_counted_in_pairs(tmp_path):
 
 def test_layers_that_differ_are_followed_one_by_one(small):
     uneven = inlay.InlayConfig(method="lora", args={"r": 4}, patterns={r"layers\.3\..*": {"r": 8}}, **ALL)
-    run = PlannedRun(small, uneven)
+    run = PlannedRun(BaseModel(small), uneven)
     assert len(run.parts) == 1
-    assert run.parameters == count_parameters(small, uneven)
+    assert run.parameters == count_parameters(BaseModel(small), uneven)
 
 
 @pytest.mark.parametrize("peft", [False, True])
 def test_numbers_and_file_are_those_of_the_real_adapter(small, tmp_path, peft):
     asked = LoraConfig(r=4, **ALL) if peft else config("pissa", r=4)
-    step = PlannedRun(small, asked).step(1, 8)
+    step = PlannedRun(BaseModel(small), asked).step(1, 8)
     torch.manual_seed(0)
     model = get_peft_model(AutoModelForCausalLM.from_config(LlamaConfig.from_pretrained(small)), asked)
     assert step.parameters == count_trainable(model)
@@ -125,8 +126,8 @@ def test_the_frozen_limit_is_two_products_a_weight(small):
     # The head's tile is computed twice.
     backward = inputs + 2 * 2 * head
     asked = inlay.InlayConfig(method=FrozenLimit(), **ALL)
-    assert PlannedRun(small, asked).step(batch, length).flops == pytest.approx(forward + backward)
-    full = PlannedRun(small, None).step(batch, length).flops
+    assert PlannedRun(BaseModel(small), asked).step(batch, length).flops == pytest.approx(forward + backward)
+    full = PlannedRun(BaseModel(small), None).step(batch, length).flops
     weights = 7 * 2 * tokens * layer + 2 * head
     assert full == pytest.approx(forward + backward + weights + 2 * tokens * 64 * (64 + 32 + 32))
 
@@ -136,14 +137,14 @@ def test_the_frozen_limit_is_two_products_a_weight(small):
 def test_a_frozen_side_keeps_no_input(small, method, dtype):
     """Neither among the saved tensors nor by a closure, which hooks on saved tensors do not see."""
     r, tokens = 4, 64
-    floor = PlannedRun(small, inlay.InlayConfig(method=FrozenLimit(), **ALL), dtype).step(1, tokens)
-    own = PlannedRun(small, config(method, r=r), dtype).step(1, tokens)
+    floor = PlannedRun(BaseModel(small), inlay.InlayConfig(method=FrozenLimit(), **ALL), dtype).step(1, tokens)
+    own = PlannedRun(BaseModel(small), config(method, r=r), dtype).step(1, tokens)
     assert own.activations - floor.activations <= 7 * 7 * r * tokens * dtype.itemsize * 1.1
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_largest_batch_fits_and_the_next_does_not(small, device):
-    run = PlannedRun(small, config("bone"), device=device)
+    run = PlannedRun(BaseModel(small), config("bone"), device=device)
     for wanted in (1, 5, 70):  # before and after tiles of the logits stop growing, at 4,096 tokens
         batch = run.largest_batch(128, run.step(wanted, 128).peak + 1)
         assert batch == wanted
@@ -151,13 +152,13 @@ def test_the_largest_batch_fits_and_the_next_does_not(small, device):
 
 
 def test_the_largest_rank_for_a_budget(small):
-    lora = PlannedRun(small, config("lora"))
+    lora = PlannedRun(BaseModel(small), config("lora"))
     each = lora.sized(1).parameters
     assert lora.largest_size(lambda run: run.parameters, 5.5 * each) == 5
-    peft = PlannedRun(small, LoraConfig(**ALL))
+    peft = PlannedRun(BaseModel(small), LoraConfig(**ALL))
     assert peft.largest_size(lambda run: run.parameters, 5.5 * each) == 5
     assert lora.largest_size(lambda run: run.parameters, 0.5 * each) is None
-    bat = PlannedRun(small, config("bat"))
+    bat = PlannedRun(BaseModel(small), config("bat"))
     assert bat.sizes() == [1, 2, 4, 8, 16, 32]
     assert bat.largest_size(lambda run: run.parameters, bat.sized(8).parameters + 1) == 8
     assert lora.largest_size(lambda run: run.step(2, 64).peak, lora.sized(9).step(2, 64).peak) == 9
@@ -168,7 +169,7 @@ def test_a_model_of_70_billion_numbers(tmp_path):
         tmp_path / "large", hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
         num_key_value_heads=8, vocab_size=128256,
     )  # fmt: skip
-    step = PlannedRun(folder, config("lora", r=16)).step(1, 2048)
+    step = PlannedRun(BaseModel(folder), config("lora", r=16)).step(1, 2048)
     widths = {(8192, 8192): 2, (1024, 8192): 2, (28672, 8192): 3}
     assert step.parameters == 80 * 16 * sum(n * (a + b) for (a, b), n in widths.items())
     numbers = 2 * 128256 * 8192 + 8192 + 80 * (2 * 8192 + sum(n * a * b for (a, b), n in widths.items()))
@@ -186,7 +187,7 @@ def test_the_command_says_and_writes(small, tmp_path, capsys):
         ("bone", 4), ("bone", 8), ("PEFT LoRA", 4), ("PEFT LoRA", 8), ("full", None),
     }  # fmt: skip
     bone, again = (row for row in rows if row["method"] == "bone" and row["size"] == 8 and row["base"] == "bfloat16")
-    assert bone["parameters"] == PlannedRun(small, config("bone", r=8)).parameters
+    assert bone["parameters"] == PlannedRun(BaseModel(small), config("bone", r=8)).parameters
     assert again["checkpointing"]
     assert again["activations"] < bone["activations"]
     assert again["time"] > bone["time"] > 1
@@ -255,5 +256,5 @@ def test_planning_leaves_bitsandbytes_as_it_was(small):
     from bitsandbytes.functional import name2qmap, quantize_blockwise
 
     name2qmap.pop("dynamic", None)
-    PlannedRun(small, config("bone"), quantize="nf4").step(1, 8)
+    PlannedRun(BaseModel(small), config("bone"), quantize="nf4").step(1, 8)
     quantize_blockwise(torch.randn(256))

@@ -20,7 +20,7 @@ from inlay.cli import main
 from inlay.host.layer import adapted
 from inlay.inspection.changes import PART, changes, changes_as_data, chosen_modules, energy_along
 from inlay.inspection.noise_edge import effective_rank, stable_rank
-from inlay.models.stored_weights import Weights
+from inlay.models.base import BaseModel
 from inlay.recipe.recipe import Recipe
 from inlay.training.train import train
 
@@ -90,10 +90,10 @@ def test_what_pefts_methods_changed_is_against_the_checkpoint(tiny, start):
     for name, p in model.named_parameters():
         torch.nn.init.normal_(p, std=0.1) if "lora_B" in name else None
     was = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = changes(model, lambda: Weights(tiny))
+    found = changes(model, lambda: BaseModel(tiny).weights())
     assert all(torch.equal(tensor, was[name]) for name, tensor in model.state_dict().items())
     assert len(found) == 4
-    stored, after = Weights(tiny), model.merge_and_unload()
+    stored, after = BaseModel(tiny).weights(), model.merge_and_unload()
     for module, change in found.items():
         W = stored.read(f"{module}.weight").double()
         D = after.get_submodule(module).weight.detach().double() - W
@@ -107,7 +107,7 @@ def test_what_full_fine_tuning_changed(tiny):
     weight = model.model.layers[1].mlp.down_proj.weight
     with torch.no_grad():
         weight *= 1.01
-    found = changes(model, lambda: Weights(tiny))
+    found = changes(model, lambda: BaseModel(tiny).weights())
     assert {module for module, change in found.items() if change.size} == {"model.layers.1.mlp.down_proj"}
     assert found["model.layers.1.mlp.down_proj"].size == pytest.approx(0.01, rel=1e-4)
     assert found["model.layers.1.mlp.down_proj"].numbers == weight.numel()
@@ -116,9 +116,9 @@ def test_what_full_fine_tuning_changed(tiny):
 def test_what_cannot_be_compared_has_no_changes(tiny):
     """A base that is not stored as safetensors; an adapter that has no merged form."""
     model = AutoModelForCausalLM.from_pretrained(tiny)
-    assert changes(model, lambda: Weights("/nowhere")) == {}
+    assert changes(model, lambda: BaseModel("/nowhere").weights()) == {}
     lily = get_peft_model(model, LilyConfig(r=2, stride_A=1, num_B=2, target_modules=["q_proj"]))
-    assert changes(lily, lambda: Weights(tiny)) == {}
+    assert changes(lily, lambda: BaseModel(tiny).weights()) == {}
 
 
 def test_the_page_in_a_browser(folder, phone):
@@ -182,7 +182,7 @@ def test_inspect_merges_what_has_no_equal_here(config, tiny, tmp_path, capsys):
             if "layers.0" in name and p.requires_grad:
                 p += 0.1
     model.save_pretrained(str(tmp_path / "a"))
-    wanted = changes(model, lambda: Weights(tiny))
+    wanted = changes(model, lambda: BaseModel(tiny).weights())
     found = inlay.inspect_adapter(tmp_path / "a", model=tiny)
     assert found.keys() == wanted.keys()
     for name, one in found.items():

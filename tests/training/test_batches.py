@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 
-from inlay.models.loading import load_tokenizer
+from inlay.models.base import BaseModel
 from inlay.recipe.recipe import Recipe
 from inlay.training.arguments import optimizer_steps
 from inlay.training.base_model import load_training_model
@@ -42,7 +42,7 @@ def test_groups_are_of_similar_length_and_of_an_epoch():
 
 def settled(recipe: Recipe, folder):
     """The trainer of a recipe."""
-    task, tokenizer = TASKS[recipe.task], load_tokenizer(recipe.model)
+    task, tokenizer = TASKS[recipe.task], BaseModel(recipe.model).tokenizer()
     rows = task.examples(recipe, tokenizer, SILENT)
     return build_trainer(
         recipe, load_training_model(recipe, torch.float32, folder, SILENT, None, None), tokenizer, rows, folder

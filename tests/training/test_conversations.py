@@ -10,14 +10,16 @@ from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig
 
 from inlay.data.audit import audit_examples
 from inlay.data.formats import convert_records
 from inlay.data.render import IGNORED
+from inlay.models.adapters import Adapter
 from inlay.recipe.recipe import Recipe
 from inlay.training.examples import load_examples, token_dataset, training_set
+from inlay.training.train import train
 from inlay.training.trainer import Trainer
 
 SILENT = Console(quiet=True)
@@ -190,3 +192,16 @@ def test_a_stream_of_chats_is_learned_as_the_file_is(tokenizer, tmp_path):
     whole = audit_examples(convert_records(rows), tokenizer, None).sequences
     assert (streamed.heldout, streamed.train) == (whole[:4], whole[4:])
     assert list(training_set(streamed, tokenizer)) == list(token_dataset(whole[4:], tokenizer))
+
+
+def test_a_chat_template_of_ones_own_stays_with_the_adapter(tiny, records, tmp_path):
+    """So that what is generated begins as what was learned; and the tokenizer is there for other programs."""
+    own = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}<|im_start|>"
+    (tmp_path / "own.jinja").write_text(own)
+    recipe = Recipe(model=tiny, data=records, chat_template=str(tmp_path / "own.jinja"), output=str(tmp_path / "run"),
+                    dtype="float32", steps=1, samples=0, save_every=0)  # fmt: skip
+    train(recipe, SILENT)
+    (tmp_path / "own.jinja").unlink()
+    _, tokenizer = Adapter.open(tmp_path / "run" / "adapter").load()
+    assert tokenizer.chat_template == own
+    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter").chat_template == own

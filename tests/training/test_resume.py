@@ -243,7 +243,7 @@ def test_a_fold_is_gone_on_with(tiny, records, tmp_path, monkeypatch):
 def test_before_the_first_checkpoint_it_starts_anew(tiny, records, whole, tmp_path, monkeypatch):
     """A process killed while it loads leaves a folder with a recipe."""
     monkeypatch.setattr("inlay.training.train.give_up", lambda *_: False)
-    monkeypatch.setattr("inlay.training.train.load_training_model", lambda *_: 1 / 0)
+    monkeypatch.setattr("inlay.training.settle.load_training_model", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(made(tiny, records, tmp_path / "run", **LAMDA), SILENT)
     monkeypatch.undo()

@@ -85,6 +85,8 @@ def test_a_tokenizer_longer_than_the_embedding(tiny, tmp_path, rows):
     assert f"has {size + 1:,} tokens, its embedding {size:,} rows and none for '<color>'; resize it" in message
     pairs = rows(*({**row, "chosen": "<color>", "rejected": "x"} for row in plain), name="pairs.jsonl")
     assert "none for '<color>'" in fault(load, Recipe(model=str(folder), data=pairs, task="preference"))
+    labels = rows(*({"text": f"<color> {i}", "label": i % 2} for i in range(10)), name="labels.jsonl")
+    assert "none for '<color>'" in fault(load, Recipe(model=str(folder), data=labels, task="classification"))
     tokenizer.pad_token = "<color>"
     tokenizer.save_pretrained(folder)
     assert "none for '<color>'" in fault(load, Recipe(model=str(folder), data=rows(*plain)))
@@ -105,6 +107,9 @@ def test_learned_positions_bound_the_length(small_tokenizer, tmp_path, rows, tin
         assert "has 64 learned positions, and a row may have 128 tokens; --max-length 64 cuts" in message
         short = rows(*({"prompt": f"question {i}", "completion": "yes"} for i in range(10)))
         load(Recipe(model=str(tmp_path / name), data=short, max_length=128))
+    text = rows(*({"text": f"line {i} of a text that goes on"} for i in range(200)), name="text.jsonl")
+    blocks = Recipe(model=str(tmp_path / "gpt2"), data=text, task="language_modelling", max_length=128)
+    assert "has 64 learned positions, and a row may have 128 tokens" in fault(load, blocks)
     bert = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     RobertaModel(RobertaConfig(max_position_embeddings=66, **bert, **sizes)).save_pretrained(tmp_path / "roberta")
     asked = Recipe(model=str(tmp_path / "roberta"), data="x.csv", task="classification")

@@ -35,20 +35,22 @@ from transformers import (
 import inlay
 from inlay.cli import main
 from inlay.data.labelled import labelled_examples
+from inlay.data.preferences import preference_examples
 from inlay.evaluation.label_metrics import classified
 from inlay.host.calibrate import gather_statistics, without_adapters
 from inlay.host.layer import InlayLinear
 from inlay.method import Method
 from inlay.methods import METHODS
-from inlay.models.adapters import load_adapted
+from inlay.models.adapters import Adapter
 from inlay.models.model_classes import MODEL_CLASSES
 from inlay.recipe.recipe import Recipe
 from inlay.training import checkpoints
 from inlay.training.base_model import load_training_model
 from inlay.training.fit import build_trainer
+from inlay.training.mixture import rules_of
+from inlay.training.prepared import Prepared
 from inlay.training.tasks import TASKS
 from inlay.training.tasks.classification import ordered_labels
-from inlay.training.tasks.preference import recipe_preferences
 from inlay.training.tasks.seq2seq import seq2seq_examples
 from inlay.training.train import train
 
@@ -105,10 +107,10 @@ def values(task: str, models_of, data_of, **more) -> dict:
 def test_every_method_learns_in_every_task(task, models_of, data_of, tmp_path):
     """By the task's own loss on one batch: the adapter starts where the base is, two steps lower it, W stays."""
     asked = [made(m, values(task, models_of, data_of, steps=2, save_every=0)) for m in METHOD_NAMES]
-    tokenizer, rows = examples(asked[0])
-    base = load_training_model(asked[0], torch.float32, tmp_path, SILENT, **TASKS[task].model_settings(rows))
+    prepared = prepare(asked[0], tmp_path)
+    base = load_training_model(prepared)
     before, losses = copy.deepcopy(base.state_dict()), []
-    trainer = build_trainer(asked[0], base, tokenizer, rows, tmp_path)
+    trainer = build_trainer(prepared, base)
     batch = next(iter(trainer.get_train_dataloader()))
     for one in asked:
         base = trainer.model.unload()  # with what trl changed of it
@@ -135,9 +137,8 @@ def test_every_method_learns_in_every_task(task, models_of, data_of, tmp_path):
 def test_starts_from_data_see_the_gradient_of_the_tasks_own_loss(task, models_of, data_of, tmp_path):
     """And of the inputs, no padding. By autograd through the trainer's loss of the same examples."""
     asked = made("lora", values(task, models_of, data_of, steps=2, save_every=0))
-    tokenizer, rows = examples(asked)
-    base = load_training_model(asked, torch.float32, tmp_path, SILENT, **TASKS[task].model_settings(rows))
-    trainer = build_trainer(asked, base, tokenizer, rows, tmp_path)
+    prepared = prepare(asked, tmp_path)
+    trainer = build_trainer(prepared, load_training_model(prepared))
     model, size = trainer.model.eval(), 4
     layers = {f"{n}.base_layer": m for n, m in model.named_modules() if isinstance(m, InlayLinear)}
     weights = [layer.base_layer.weight.requires_grad_() for layer in layers.values()]
@@ -145,7 +146,7 @@ def test_starts_from_data_see_the_gradient_of_the_tasks_own_loss(task, models_of
     wanted = torch.autograd.grad(loss, weights)
     for W in weights:
         W.requires_grad_(False)
-    batch, own = TASKS[task].batch(rows.train[:size], tokenizer, asked), TASKS[task].loss(asked)
+    batch, own = TASKS[task].batch(prepared.rows.train[:size], prepared.tokenizer, asked), TASKS[task].loss(asked)
     with without_adapters(layers.values()):
         found = gather_statistics(model, dict.fromkeys(layers, Seen(needs="gradients")), [batch], loss=own).stats
         inputs = gather_statistics(model, dict.fromkeys(layers, Seen(needs="activations")), [batch], loss=own).stats
@@ -186,6 +187,10 @@ def made(method: str, of: dict) -> Recipe:
 def examples(asked: Recipe):
     tokenizer = TASKS[asked.task].processor(asked)
     return tokenizer, TASKS[asked.task].examples(asked, tokenizer, SILENT)
+
+
+def prepare(asked: Recipe, folder: Path) -> Prepared:
+    return Prepared(asked, asked.base_model(), torch.float32, folder, *examples(asked), SILENT)
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------
@@ -263,7 +268,7 @@ def test_summaries_are_evaluated(models_of, data_of, tmp_path, capsys):
         assert line in said
     rows = [json.loads(line) for line in next(tmp_path.glob("text-*seq2seq.jsonl")).read_text().splitlines()]
     assert [row["wanted"] for row in rows] == [[f"Number {i}."] for i in range(4)]
-    model, tokenizer = load_adapted(tmp_path / "run" / "adapter", dtype=torch.float32)
+    model, tokenizer = Adapter.open(tmp_path / "run").load(torch.float32)
     inputs = tokenizer(DATA["seq2seq"][0]["document"], return_tensors="pt")
     out = model.eval().generate(**inputs, do_sample=False, max_new_tokens=64)[0]
     assert rows[0]["said"] == tokenizer.decode(out, skip_special_tokens=True).strip()
@@ -298,11 +303,11 @@ def test_a_stopped_run_goes_on_to_the_same_end(task, models_of, data_of, tmp_pat
 
 
 def convert(task: str, rows: list[dict], **more):
-    asked = Recipe(task=task, data="mine.jsonl", **more)
+    rules = rules_of(Recipe(task=task, data="mine.jsonl", **more))
     return {
-        "classification": lambda: labelled_examples(rows, asked.columns),
-        "seq2seq": lambda: seq2seq_examples(rows, asked),
-        "preference": lambda: recipe_preferences(rows, asked),
+        "classification": lambda: labelled_examples(rows, rules),
+        "seq2seq": lambda: seq2seq_examples(rows, rules),
+        "preference": lambda: preference_examples(rows, rules=rules),
     }[task]()
 
 
@@ -375,7 +380,7 @@ def test_data_of_another_form_is_refused_by_name():
         convert("preference", [{"prompt": "a", "answer": "b"}])
     with pytest.raises(ValueError, match="row 1: chosen and rejected are the same answer"):
         convert("preference", [{"prompt": "a", "chosen": "b", "rejected": "b"}])
-    with pytest.raises(ValueError, match="row 2: label is None; accepted: a label"):
+    with pytest.raises(ValueError, match="row 2: label is empty; accepted: a label"):
         convert("classification", [{"text": "a", "label": 1}, {"text": "b", "label": None}])
 
 
@@ -446,7 +451,7 @@ def test_a_vision_model_learns_from_images(llava, tmp_path, capsys):
     assert "the model sees images" in capsys.readouterr().err
     rows[0]["image"] = "nowhere.png"
     (tmp_path / "seen.json").write_text(json.dumps(rows))
-    with pytest.raises(ValueError, match=r"row 1: image is 'nowhere.png'; accepted: the path of an image file"):
+    with pytest.raises(ValueError, match=r"seen.json, row 1: image is 'nowhere.png'; accepted: the path of an image"):
         examples(asked)
 
 

@@ -6,11 +6,13 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from trl import DPOTrainer
 
 from inlay.training.launch import launch
 
 REPLACED = """_save_checkpoint _save_optimizer_and_scheduler _load_from_checkpoint _load_optimizer_and_scheduler
-_prepare_for_training _load_callback_state _load_scaler _load_rng_state _load_best_model""".split()
+_prepare_for_training _load_callback_state _load_scaler _load_rng_state _load_best_model _get_train_sampler
+_get_eval_sampler""".split()
 CALLED = {
     "_save": ["output_dir", "state_dict"],
     "_prepare_inputs": ["inputs"],
@@ -55,6 +57,10 @@ def test_transformers_calls_what_our_trainers_replace(tmp_path):
 @pytest.mark.parametrize("name", CALLED)
 def test_transformers_takes_what_our_trainers_pass(name):
     assert list(inspect.signature(getattr(transformers.Trainer, name)).parameters) == ["self", *CALLED[name]]
+
+
+def test_trl_prepares_preferences_where_our_trainer_leaves_them():
+    assert list(inspect.signature(DPOTrainer._prepare_dataset).parameters)[:2] == ["self", "dataset"]
 
 
 def test_accelerate_reads_the_flags_of_a_launch(monkeypatch):

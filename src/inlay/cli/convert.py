@@ -25,21 +25,21 @@ def fold_command(options: argparse.Namespace) -> None:
     rest = ("verb", "run", "model", "out", "overwrite", "rounds")
     flags = {k: from_flag(k, v) for k, v in vars(options).items() if k not in rest and isinstance(v, str)}
     flags |= {k: v for k, v in vars(options).items() if k not in rest and isinstance(v, bool)}
-    asked = load_recipe(None, {**flags, "model": options.model})
+    recipe = load_recipe(None, {**flags, "model": options.model})
     with tqdm(desc="folding", unit="weight", disable=None) as bar:
-        made = fold(
-            asked.model, options.out, asked.config(), rounds=options.rounds, revision=asked.revision,
-            trust_remote_code=asked.trust_remote_code, overwrite=options.overwrite, done=lambda _: bar.update(),
+        folded = fold(
+            recipe.model, options.out, recipe.config(), rounds=options.rounds, revision=recipe.revision,
+            trust_remote_code=recipe.trust_remote_code, overwrite=options.overwrite, done=lambda _: bar.update(),
         )  # fmt: skip
     table = Table("weights", "plain NF4", "folded", title="mean ‖W' − W‖ / ‖W‖", title_justify="left")
     groups: dict[str, list] = {}
-    for error in made.errors:
+    for error in folded.errors:
         groups.setdefault(error.module.rpartition(".")[2], []).append(error)
-    for kind, errors in (*groups.items(), ("all", made.errors)):
+    for kind, errors in (*groups.items(), ("all", folded.errors)):
         table.add_row(kind, *(f"{statistics.mean(getattr(e, k) for e in errors):.4f}" for k in ("plain", "folded")))
     terminal().print(table)
-    size = sum(file.stat().st_size for file in made.base.iterdir())
-    print(f"{made.base} ({gib(size)}), {made.adapter}; each weight's error: {made.folder / 'errors.csv'}")
+    size = sum(file.stat().st_size for file in folded.base.iterdir())
+    print(f"{folded.base} ({gib(size)}), {folded.adapter}; each weight's error: {folded.folder / 'errors.csv'}")
 
 
 def fold_arguments(verb: argparse.ArgumentParser) -> None:
@@ -61,16 +61,17 @@ def export_command(options: argparse.Namespace) -> None:
 
     quiet()
     adapters = {options.adapter: options.weight}
-    for path, weight in map(weighted, options.add):
+    for path, weight in map(path_and_weight, options.add):
         adapters[path] = adapters.get(path, 0.0) + weight
     done = export_lora(
         adapters, options.out, to=options.to, rank=options.rank, energy=options.energy, model=options.model,
         dtype=options.dtype, pad=not options.no_pad, overwrite=options.overwrite,
         revision=options.revision, trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
-    for module, error in done.errors.items() if any(e > 1e-5 for e in done.errors.values()) else ():
-        print(f"{module}: relative error {error:.2e}")
     worst = max(done.errors.values())
+    if worst > 1e-5:
+        for module, error in done.errors.items():
+            print(f"{module}: relative error {error:.2e}")
     lost = max(done.rounding.values())
     rounded = f"; rounding to {options.dtype} lost up to {lost:.1e} of a change" if lost else ""
     exact = "exact" if worst < 1e-5 else f"largest relative error {worst:.2e}"
@@ -119,8 +120,8 @@ def import_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--overwrite", action="store_true", help="replace an earlier import")
 
 
-def weighted(text: str) -> tuple[str, float]:
-    """An adapter and its weight, from ADAPTER=WEIGHT."""
+def path_and_weight(text: str) -> tuple[str, float]:
+    """Return an adapter and its weight, from ADAPTER=WEIGHT."""
     path, _, weight = text.rpartition("=")
     try:
         return path or text, float(weight)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
-from pathlib import Path
-from typing import Any
 
 from inlay.cli.parser import terminal
 
@@ -16,59 +13,13 @@ def eval_command(options: argparse.Namespace) -> None:
 
     example:  inlay eval runs/mine --task commonsense --data boolq/test.json --by likelihood --base
     """
-    from inlay.evaluation.metric import OnTask, load_metric, run_metric
-    from inlay.evaluation.scores import score_difference, write_scores
+    from inlay.evaluation.evaluate_model import evaluate_model
     from inlay.messages import quiet
-    from inlay.models.adapters import adapter_folder, load_adapted, load_unadapted_base, may_modify_base
-    from inlay.models.loading import dtype_for, evaluated_auto_class, load_base
 
     quiet()
-    if (options.task is None) == (options.metric is None):
-        raise ValueError("--task or --metric says what is asked, one of the two")
-    if options.metric:
-        run = load_metric(options.metric)
-    else:
-        flags = {key: getattr(options, key) for key in ("task", "limit", "by", "tokens", "batch_size")}
-        run = OnTask(**flags, data=options.data or "").load(terminal())
-    dtype, folder = dtype_for(options.dtype), None
-    hub: Any = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
-    if (Path(options.model) / "adapter_config.json").is_file() or (Path(options.model) / "adapter").is_dir():
-        folder = adapter_folder(options.model)
-    if folder:
-        model, tokenizer = load_adapted(folder, None, dtype, **hub)
-    else:
-        model, tokenizer = load_base(options.model, dtype, **hub, auto=evaluated_auto_class(options.model, **hub))
-    if (options.base or options.merged) and not folder:
-        raise ValueError(f"{options.model} is no adapter: --base and --merged are for one")
-    if options.base and options.merged:
-        raise ValueError("--merged leaves no base to compare with; leave out one of the two")
-    model: Any = model.merge_and_unload() if options.merged else model  # type: ignore[operator]
-    data, where = Path(options.data or ""), Path(options.model)
-    within = folder not in (None, where) or (where / "recipe.yaml").is_file()
-    out = Path(options.output or (where if within else Path()) / "eval")
-    how = (options.by if options.by == "likelihood" else "", "merged" if options.merged else "")
-    parts = (options.metric or options.task, data.parent.name, data.stem, *how)
-    name = "-".join(re.sub(r"\W+", "-", part).strip("-") for part in parts if part)
-    about = {key: getattr(options, key) for key in ("model", "data", "by", "limit", "tokens", "merged")}
-    about |= {"adapter": folder and str(folder), "dtype": str(dtype).removeprefix("torch.")}
-    figures, rows = run_metric(run, model, tokenizer)
-    write_scores(out, name, figures, rows, about)
-    for figure in figures:
-        print(figure)
-    if options.base:
-        assert folder is not None
-        if may_modify_base(folder):
-            del model  # before its base is loaded a second time
-            before, its = run_metric(run, load_unadapted_base(folder, dtype, **hub), tokenizer)
-        else:
-            with model.disable_adapter():
-                before, its = run_metric(run, model, tokenizer)
-        write_scores(out, f"{name}-base", before, its, {**about, "adapter": None})
-        for was, now in zip(before, figures, strict=True):
-            print(f"base, {was}")
-            if found := score_difference(was, now, its, rows):
-                print(f"  the adapter, {now.name}: {found}")
-    print(f"written to {out}")
+    given = {key: value for key, value in vars(options).items() if key not in ("verb", "run")}
+    evaluation = evaluate_model(**given, console=terminal(), done=print)
+    print(f"written to {evaluation.folder}")
 
 
 def eval_arguments(verb: argparse.ArgumentParser) -> None:
@@ -97,16 +48,18 @@ def generate_command(options: argparse.Namespace) -> None:
     """
     from inlay.evaluation.generate import answer
     from inlay.messages import quiet
-    from inlay.models.adapters import adapter_folder, load_adapted
-    from inlay.models.loading import dtype_for, load_base
+    from inlay.models.adapters import Adapter
+    from inlay.models.base import BaseModel
+    from inlay.models.loading import dtype_for
 
     quiet()
-    folder = adapter_folder(options.adapter) if options.adapter else None
     dtype = dtype_for(options.dtype)
-    if folder:
-        model, tokenizer = load_adapted(folder, options.model, dtype)
+    if options.adapter:
+        model, tokenizer = Adapter.open(options.adapter, options.model).load(dtype)
     else:
-        model, tokenizer = load_base(options.model or "builtin", dtype)
+        base = BaseModel(options.model or "builtin")
+        tokenizer = base.tokenizer()
+        model = base.load(dtype)
     model.eval()
     extra = {"do_sample": True, "temperature": options.temperature} if options.temperature > 0 else {}
     chat = [{"role": "system", "content": options.system}] if options.system else []
@@ -132,12 +85,12 @@ def generate_arguments(verb: argparse.ArgumentParser) -> None:
 
 
 def user(text: str) -> dict[str, str]:
-    """A user's turn."""
+    """Return a user's turn of a conversation."""
     return {"role": "user", "content": text}
 
 
 def read_line() -> str:
-    """A line of the conversation; empty at its end."""
+    """Read a line of the conversation; empty at its end."""
     try:
         return input("> ").strip()
     except EOFError:

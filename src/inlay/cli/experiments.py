@@ -55,7 +55,7 @@ def tune_arguments(verb: argparse.ArgumentParser) -> None:
 
 
 def cluster(options: argparse.Namespace) -> Any:
-    """The Ray that trials are to run on, if any.
+    """Return the Ray cluster that trials run on, if one is requested.
 
     Raises:
         ValueError: there is none, and yet it is said what a trial gets of it.

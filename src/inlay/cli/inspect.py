@@ -19,12 +19,13 @@ def methods_command(options: argparse.Namespace) -> None:
 
     from inlay.messages import quiet
     from inlay.methods import METHODS
-    from inlay.models.loading import load_config
+    from inlay.models.base import BaseModel
 
     quiet()
+    base = BaseModel(options.model or "builtin")
     try:
-        load_config(options.model or "builtin")
-        caption = f"parameters: {options.model or 'builtin'}, r = {options.r} where there is one, all linear layers"
+        base.config()
+        caption = f"parameters: {base.name}, r = {options.r} where there is one, all linear layers"
     except ValueError as error:
         if options.model:
             raise
@@ -33,7 +34,7 @@ def methods_command(options: argparse.Namespace) -> None:
     for column in ("method", "equation", "trains", "parameters", "paper"):
         table.add_column(column, no_wrap=column in ("method", "parameters"), justify="left")
     for method in METHODS:
-        numbers = "" if caption.startswith("no ") else count(method, options)
+        numbers = "" if caption.startswith("no ") else count(method, base, options.r)
         table.add_row(method.name, method.equation, method.trains, numbers, method.paper)
     terminal().print(table)
 
@@ -44,15 +45,15 @@ def methods_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--r", type=int, default=16, help="rank or block size (default 16)")
 
 
-def count(method: Any, options: argparse.Namespace) -> str:
-    """A method's trainable numbers on a model, or why there is no such number."""
+def count(method: Any, base: Any, r: int) -> str:
+    """Count the parameters that a method trains on a base model, as text; or say why there is no such number."""
     from inlay.host.config import InlayConfig
-    from inlay.models.meta import count_parameters
+    from inlay.models.sizes import count_parameters
 
-    args = {"r": options.r} if any(f.name == "r" for f in fields(method)) else {}
+    args = {"r": r} if any(f.name == "r" for f in fields(method)) else {}
     config = InlayConfig(method=method.name, args=args, target_modules="all-linear")
     try:
-        return f"{count_parameters(options.model or 'builtin', config):,}"
+        return f"{count_parameters(base, config):,}"
     except ValueError as error:
         return str(error).partition(": ")[2] or str(error)
 
@@ -65,7 +66,7 @@ def inspect_command(options: argparse.Namespace) -> None:
     """
     from inlay.inspection.inspect_adapter import inspect_adapter, is_adapter, show_changes
     from inlay.inspection.inspect_model import inspect, show_inspection
-    from inlay.inspection.joint_factors import joint_groups, show_joint
+    from inlay.inspection.joint_factors import inspect_joint, show_joint
     from inlay.messages import quiet
     from inlay.recipe.reading import from_flag
 
@@ -85,12 +86,14 @@ def inspect_command(options: argparse.Namespace) -> None:
         if "target_modules" in given:
             given["target_modules"] = from_flag("target_modules", given["target_modules"])
         if given.pop("joint", False):
-            keys = ("model", "target_modules", "layers", "revision", "trust_remote_code")
-            found = joint_groups(**{key: given[key] for key in keys if key in given})
-            show_joint(found, given.get("r", 16), terminal())
-            return
-        show_inspection(inspect(**given), terminal())
-    print(f"written to {options.output}") if "output" in given else None
+            if wrong := sorted(given.keys() & {"method", "direction"}):
+                flags = ", ".join(f"--{name}" for name in wrong)
+                raise ValueError(f"--joint allocates no ranks, which {flags} is for; leave out one of the two")
+            show_joint(inspect_joint(**given), given.get("r", 16), terminal())
+        else:
+            show_inspection(inspect(**given), terminal())
+    if "output" in given:
+        print(f"written to {options.output}")
 
 
 def inspect_arguments(verb: argparse.ArgumentParser) -> None:
@@ -118,6 +121,7 @@ def plan_command(options: argparse.Namespace) -> None:
     example:  inlay plan meta-llama/Llama-3.1-8B --length 2048 --fits 24
     """
     from inlay.messages import quiet
+    from inlay.models.base import BaseModel
     from inlay.models.loading import DTYPES
     from inlay.planning.planner import PlannedRun
     from inlay.planning.table import SHARE, candidates, fits, plan_rows, show_fits, show_plan, widths, write_plan
@@ -130,8 +134,8 @@ def plan_command(options: argparse.Namespace) -> None:
         if not Path(path).parent.is_dir():
             raise ValueError(f"{path} cannot be written: there is no folder {Path(path).parent}")
     made = candidates(flags, whole_numbers("--r", options.r))
-    trust = bool(flags.get("trust_remote_code"))
-    of = PlannedRun(options.model, None, DTYPES[options.dtype], device=options.device, trust_remote_code=trust)
+    base = BaseModel(options.model, trust_remote_code=bool(flags.get("trust_remote_code")))
+    of = PlannedRun(base, None, DTYPES[options.dtype], device=options.device)
     notes: list[str] = []
     if options.fits is None:
         found = plan_rows(of, made, widths(("none", "nf4"), notes), options.batch_size or 4, options.length, notes)

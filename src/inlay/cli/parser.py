@@ -18,14 +18,14 @@ inlay train --dry-run counts what a setting needs"""
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """A line per flag, on one screen."""
+    """Format help with a line per flag, on one screen."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=28, width=110)
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors on one line, exit 2, no usage dump; flags are never abbreviated."""
+    """Report a mistake on one line with exit code 2, and accept no abbreviated flags."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"formatter_class": Help, "allow_abbrev": False, **kwargs})
@@ -36,13 +36,13 @@ class Parser(argparse.ArgumentParser):
 
 def fail(message: str) -> Any:
     """End with the user's mistake on one line, in which nothing steers the terminal."""
-    said = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
-    print(f"inlay: {said}", file=sys.stderr)
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
+    print(f"inlay: {line}", file=sys.stderr)
     raise SystemExit(2)
 
 
 def whole_numbers(flag: str, text: str) -> list[int]:
-    """Numbers from 1 up, from a list with commas."""
+    """Parse whole numbers from 1 up, separated by commas."""
     try:
         return [whole_number(part.strip()) for part in text.split(",")]
     except argparse.ArgumentTypeError as error:
@@ -50,7 +50,7 @@ def whole_numbers(flag: str, text: str) -> list[int]:
 
 
 def whole_number(text: str) -> int:
-    """A whole number from 1 up."""
+    """Parse a whole number from 1 up."""
     if not text.isdecimal() or len(text) > 9 or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 up")
     return int(text)
@@ -70,7 +70,7 @@ def add_verb(verbs: Any, function: Callable[[argparse.Namespace], None]) -> argp
 
 
 def add_fields(verb: argparse.ArgumentParser, names: Sequence[str], hidden: bool = False) -> None:
-    """Recipe fields and hyperparameters as flags."""
+    """Add recipe fields and hyperparameters as flags."""
     from inlay.recipe.reading import hyperparameters
     from inlay.recipe.recipe import Recipe
 
@@ -87,14 +87,14 @@ SWITCHES = (
 
 
 def wrap(text: str) -> str:
-    """Words in lines of a screen."""
+    """Wrap words into lines of a screen."""
     import textwrap
 
     return textwrap.fill(text, 108, break_on_hyphens=False, initial_indent="  ", subsequent_indent="  ")
 
 
 def terminal() -> Any:
-    """The console for people."""
+    """Return the console that people read."""
     from rich.console import Console
 
     return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 110)

@@ -1,4 +1,4 @@
-"""docs/recipe.md, generated from the fields of a recipe."""
+"""Generate docs/recipe.md from the fields of a recipe."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from inlay.recipe.schema import default_of
 
 
 def recipe_reference() -> str:
-    """`docs/recipe.md`: every field with its default and what it means."""
+    """Return the text of docs/recipe.md: every field with its default and what it means."""
     from inlay.experiments.compare.spec import Comparison
     from inlay.experiments.tune.spec import Rescore, SearchSpec
 

@@ -46,7 +46,7 @@ def train_command(options: argparse.Namespace) -> None:
 
 
 def train_arguments(verb: argparse.ArgumentParser) -> None:
-    """Every recipe field and every hyperparameter as a flag; help shows the common ones and names the rest."""
+    """Add every recipe field and every hyperparameter as a flag; help shows the common ones and names the rest."""
     from inlay.recipe.reading import hyperparameters
     from inlay.recipe.recipe import Recipe
 

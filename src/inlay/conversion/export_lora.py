@@ -5,8 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from inlay.conversion.gguf_lora import FILE, check_lora_architecture, modelfile, write_lora_gguf
+from inlay.conversion.lora_factors import lora_deltas, padded_to_one_rank, saved_beside, write_lora
+from inlay.files.atomic import new_folder
+from inlay.models.adapters import Adapter, adapter_folder
+from inlay.models.loading import DTYPES
+from inlay.models.vocabulary import grew
 
 EXPORTED = "export.json"  # in a LoRA folder: rank and error of every weight
 
@@ -57,19 +64,6 @@ def export_lora(
         ValueError: the change has full rank and neither `rank` nor `energy` is given, adapters do not fit each other
             or the format, or a path cannot be used.
     """
-    from inlay.conversion.gguf_lora import FILE, check_lora_architecture, modelfile, write_lora_gguf
-    from inlay.conversion.lora_factors import (
-        adapter_auto_class,
-        load_blank_adapter,
-        lora_deltas,
-        padded_to_one_rank,
-        saved_beside,
-        write_lora,
-    )
-    from inlay.files.atomic import new_folder
-    from inlay.models.adapters import adapter_folder, base_of, revision_of
-    from inlay.models.loading import DTYPES, load_config, resolve
-
     if to not in ("lora", "gguf"):
         raise ValueError(f"to={to!r} is not one of lora, gguf")
     if rank is not None and rank < 1:
@@ -78,41 +72,59 @@ def export_lora(
         raise ValueError(f"energy={energy} is not in (0, 1]")
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
-    asked = list(adapter.items()) if isinstance(adapter, Mapping) else [(str(adapter), 1.0)]
-    folders: dict[Path, float] = {}
-    for path, weight in asked:
+    weights = adapter if isinstance(adapter, Mapping) else {str(adapter): 1.0}
+    adapters = on_one_base(weights, model, revision, trust_remote_code)
+    first, base = adapters[0][1], adapters[0][1].base
+    config = base.config(**first.settings)
+    if to == "gguf":
+        check_lora_architecture(config, str(out))
+    if to == "gguf" or [weight for weight, _ in adapters] != [1.0]:
+        for _, one in adapters:
+            if beside := sorted(saved_beside(one)):
+                kind = "a GGUF file" if to == "gguf" else "a weighted LoRA"
+                raise ValueError(
+                    f"{one.folder} also trained {beside[0]} whole, which {kind} has no place for; merge the adapter"
+                )
+    with new_folder(Path(out), overwrite, marker=EXPORTED) as part:
+        blanks = [(weight, one.load_blank()) for weight, one in adapters]
+        grown = any(grew(blank, config) for _, blank in blanks)
+        if grown and (to == "gguf" or [weight for weight, _ in adapters] != [1.0]):
+            raise ValueError(
+                f"{first.folder} was trained on a grown vocabulary, which only one LoRA folder takes along; merge it"
+            )
+        deltas = list(lora_deltas(blanks, first.base_weights, rank, energy))
+        size = padded_to_one_rank(deltas, pad)
+        if to == "gguf":
+            write_lora_gguf(part / FILE, config, deltas, size, DTYPES[dtype])
+            (part / "Modelfile").write_text(modelfile(base.name), encoding="utf-8")
+        else:
+            write_lora(part, first, blanks[0][1], deltas, size, DTYPES[dtype], grown)
+        lost = {d.module: 0.0 if dtype == "float32" else d.rounding(DTYPES[dtype]) for d in deltas}
+        rows = [{"module": d.module, "rank": d.rank, "error": d.error, "rounding": lost[d.module]} for d in deltas]
+        (part / EXPORTED).write_text(json.dumps({"rank": size, "weights": rows}, indent=1), encoding="utf-8")
+    return Exported(Path(out), size, {d.module: d.error for d in deltas}, lost)
+
+
+def on_one_base(
+    weights: Mapping[str, float], model: str | None, revision: str | None, trust_remote_code: bool
+) -> list[tuple[float, Adapter]]:
+    """Open adapters with their weights, all on one base; a folder that is named twice has the sum of its weights.
+
+    Raises:
+        ValueError: none is named, a weight is not finite, or they name several bases and `model` is not given.
+    """
+    adapters: dict[Path, Adapter] = {}
+    factors: dict[Path, float] = {}
+    for path, weight in weights.items():
         if not math.isfinite(weight):
             raise ValueError(f"the weight {weight} of {path} is not a finite number")
-        folder = adapter_folder(str(path)).resolve()
-        folders[folder] = folders.get(folder, 0.0) + float(weight)
-    if not folders:
+        opened = Adapter.open(adapter_folder(path).resolve(), model, revision, trust_remote_code)
+        adapters.setdefault(opened.folder, opened)
+        factors[opened.folder] = factors.get(opened.folder, 0.0) + float(weight)
+    if not adapters:
         raise ValueError("no adapter was named; give at least one, with its weight")
-    bases = {} if model else {str(resolve(base_of(f))): base_of(f) for f in folders}
-    if len(bases) != 1 and not model:
+    bases = {one.base.resolved: one.base for one in adapters.values()}
+    if len(bases) != 1:
         raise ValueError(f"the adapters name {len(bases)} bases, {', '.join(bases)}; name the one they share")
-    base, first = model or next(iter(bases.values())), next(iter(folders))
-    revision = revision or (None if model else revision_of(first))
-    settings = load_config(base, trust_remote_code, revision)
-    auto = adapter_auto_class(first, base, revision, trust_remote_code)
-    if to == "gguf":
-        check_lora_architecture(settings, str(out))
-    for folder in folders if to == "gguf" or list(folders.values()) != [1.0] else ():
-        if more := sorted(saved_beside(folder)):
-            kind = "a GGUF file" if to == "gguf" else "a weighted LoRA"
-            raise ValueError(f"{folder} also trained {more[0]} whole, which {kind} has no place for; merge the adapter")
-    with new_folder(Path(out), overwrite, marker=EXPORTED) as part:
-        loaded = [
-            (weight, load_blank_adapter(folder, base, revision, trust_remote_code, auto))
-            for folder, weight in folders.items()
-        ]
-        made = list(lora_deltas(loaded, base, rank, energy, revision, trust_remote_code, auto))
-        size = padded_to_one_rank(made, pad)
-        if to == "gguf":
-            write_lora_gguf(part / FILE, settings, made, size, DTYPES[dtype])
-            (part / "Modelfile").write_text(modelfile(base), encoding="utf-8")
-        else:
-            write_lora(part, first, loaded[0][1], made, size, DTYPES[dtype])
-        lost = {c.module: 0.0 if dtype == "float32" else c.rounding(DTYPES[dtype]) for c in made}
-        rows = [{"module": c.module, "rank": c.rank, "error": c.error, "rounding": lost[c.module]} for c in made]
-        (part / EXPORTED).write_text(json.dumps({"rank": size, "weights": rows}, indent=1), encoding="utf-8")
-    return Exported(Path(out), size, {c.module: c.error for c in made}, lost)
+    base = next(iter(adapters.values())).base
+    return [(factors[folder], replace(one, base=base)) for folder, one in adapters.items()]

@@ -12,8 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from inlay.conversion.fold_quantizer import FoldError
+import torch
+from transformers.quantizers.base import get_keys_to_not_convert
+
+from inlay.conversion.fold_quantizer import (
+    FoldError,
+    FoldPlan,
+    finish_fold,
+    folding_config,
+    methods_of,
+    save_adapter,
+)
+from inlay.files.atomic import new_folder, write_text
+from inlay.host.calibrate import gather_statistics
 from inlay.host.config import InlayConfig
+from inlay.models.base import BaseModel
 from inlay.models.folded import FOLDED
 
 
@@ -69,24 +82,15 @@ def fold(
         ValueError: the method does not fit the model or needs batches, a target is not quantised or not stored, a
             weight holds NaN or Inf, or `out` exists.
     """
-    import torch
-    from transformers.quantizers.base import get_keys_to_not_convert
-
-    from inlay.conversion.fold_quantizer import FoldPlan, finish_fold, folding_config, methods_of, save_adapter
-    from inlay.files.atomic import new_folder, write_text
-    from inlay.host.calibrate import gather_statistics
-    from inlay.models.loading import load_model, load_tokenizer, stored_dtype
-    from inlay.models.meta import meta_model
-
     if quantization != "nf4":
         raise ValueError(f"quantization={quantization!r} is not one of nf4")
     if type(rounds) is not int or rounds < 1:
         raise ValueError(f"rounds={rounds!r} is not a whole number from 1 up")
     if config.folded:
         raise ValueError("this config is of a folded adapter; fold with a fresh one")
-    tokenizer = load_tokenizer(model, revision, trust_remote_code)
-    dtype = stored_dtype(model, trust_remote_code)
-    blank = meta_model(model, dtype, trust_remote_code)
+    source = BaseModel(model, revision, trust_remote_code)
+    tokenizer, dtype = source.tokenizer(), source.stored_dtype
+    blank = source.meta(dtype)
     full = get_keys_to_not_convert(blank)
     plan = FoldPlan(methods_of(blank, config), rounds, done)
     for module in plan.methods:
@@ -99,11 +103,11 @@ def fold(
                 f"{config.method} starts from {next(iter(needing.values())).needs} of the data: give inlay.fold "
                 "batches, or let inlay train fold (quantize: nf4)"
             )
-        found = gather_statistics(load_model(model, dtype, revision, trust_remote_code), needing, batches, most=None)
-        plan.stats, unsettled = found.stats, found.unsettled
+        gathered = gather_statistics(source.load(dtype), needing, batches, most=None)
+        plan.stats, unsettled = gathered.stats, gathered.unsettled
     with new_folder(Path(out), overwrite, marker=FOLDED) as part:
         try:
-            base = load_model(model, dtype, revision, trust_remote_code, folding_config(plan, torch.bfloat16))
+            base = source.load(dtype, folding_config(plan, torch.bfloat16))
         finally:
             if plan.failure:
                 raise plan.failure

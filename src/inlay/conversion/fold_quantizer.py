@@ -1,4 +1,4 @@
-"""Quantising a model to 4 bits while it loads, after a method took its piece out of each weight.
+"""Quantise a model to 4 bits while it loads, after a method took its piece out of each weight.
 
 transformers loads and quantises one tensor after another; a quantiser of our own, registered with it, computes θ₀ just
 before each weight is packed. So the full model is never in memory, and what is saved is an ordinary 4-bit checkpoint.
@@ -29,8 +29,10 @@ NAME = "inlay_fold"
 
 @dataclass(frozen=True)
 class FoldError:
-    """Relative errors of one weight, ‖W' − W‖ / ‖W‖: plain NF4, and the folded base with its piece put back. Both are
-    weighted where the method weighs errors."""
+    """The relative errors of one weight, ‖W' − W‖ / ‖W‖, in plain NF4 and in the folded base with its adapter.
+
+    Both are weighted where the method weighs errors.
+    """
 
     module: str
     plain: float
@@ -40,7 +42,7 @@ class FoldError:
 
 @dataclass
 class FoldPlan:
-    """What to take out of which weight, and what came of it."""
+    """Which piece is taken out of which weight, and the errors and starts that result."""
 
     methods: dict[str, Method]
     rounds: int
@@ -51,24 +53,24 @@ class FoldPlan:
     failure: Exception | None = None
 
     def __deepcopy__(self, memo: Any) -> FoldPlan:
-        """transformers copies the settings it is given; what it finds out must be found here."""
+        """Return the plan itself: transformers copies its settings, and the results must be found in this object."""
         return self
 
 
 def unmarked(config: InlayConfig) -> InlayConfig:
-    """A copy of a config, without what a checkpoint may have said of its own base and tensors."""
+    """Copy a config without what a checkpoint holds of its own base and tensors."""
     return replace(config, hyperparameters=None, seals=None, base_model_name_or_path=None)
 
 
 def methods_of(blank: PreTrainedModel, config: InlayConfig) -> dict[str, Method]:
-    """The method for every weight that a config targets in a model without memory."""
+    """Return the method for every weight that a config targets in a model without memory."""
     fresh = unmarked(config)
     cuts = [layer.cuts["default"] for layer in adapted(get_peft_model(blank, fresh), "default").values()]
     return {cut.module: cut.method for cut in cuts}
 
 
 def save_adapter(base: Any, config: InlayConfig, starts: dict[str, Params], folder: Path, name: str) -> None:
-    """The adapter at its start, on the base it was folded into, which will be at `name`."""
+    """Save the adapter at its start, on the base it was cut out of, which will be at `name`."""
     fresh = replace(unmarked(config), folded=True, format_version=FORMAT_VERSION)
     model = get_peft_model(base, fresh)
     for layer in adapted(model, "default").values():
@@ -78,14 +80,14 @@ def save_adapter(base: Any, config: InlayConfig, starts: dict[str, Params], fold
 
 
 def folding_config(plan: FoldPlan, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Settings for `from_pretrained` under which `plan` is carried out."""
-    made = quantization_config("nf4", dtype)
-    made.quant_method, made.plan = NAME, plan  # type: ignore[assignment, attr-defined]
-    return made
+    """Return settings for `from_pretrained` under which `plan` is carried out."""
+    settings = quantization_config("nf4", dtype)
+    settings.quant_method, settings.plan = NAME, plan  # type: ignore[assignment, attr-defined]
+    return settings
 
 
 def finish_fold(model: Any) -> None:
-    """Leave no trace of the plan: from here on it is a 4-bit model like any other."""
+    """Remove the plan from a folded model, which is then a 4-bit model like any other."""
     model.hf_quantizer.quantization_config.quant_method = QuantizationMethod.BITS_AND_BYTES
     del model.hf_quantizer.quantization_config.plan
     model.quantization_method = QuantizationMethod.BITS_AND_BYTES
@@ -93,10 +95,10 @@ def finish_fold(model: Any) -> None:
 
 @register_quantizer(NAME)
 class FoldingQuantizer(Bnb4BitHfQuantizer):
-    """bitsandbytes' 4-bit quantiser, on residuals."""
+    """bitsandbytes' 4-bit quantiser, applied to what a method leaves of each weight."""
 
     def get_quantize_ops(self) -> Any:
-        from transformers.integrations import Bnb4bitQuantize
+        from transformers.integrations import Bnb4bitQuantize  # it needs bitsandbytes, which is optional
 
         quantizer: Any = self
         plan: FoldPlan = quantizer.quantization_config.plan
@@ -104,9 +106,9 @@ class FoldingQuantizer(Bnb4BitHfQuantizer):
         class Fold(Bnb4bitQuantize):
             def convert(self, input_dict: Any, full_layer_name: Any = None, model: Any = None, **kwargs: Any) -> Any:
                 def pack(value: Tensor) -> Any:
-                    made: Any = Bnb4bitQuantize.convert(self, {name: [value]}, full_layer_name, model, **kwargs)[name]
-                    made.quant_state.dtype = stored.dtype  # what it is dequantised to; it is packed from fp32
-                    return made
+                    packed: Any = Bnb4bitQuantize.convert(self, {name: [value]}, full_layer_name, model, **kwargs)[name]
+                    packed.quant_state.dtype = stored.dtype  # what it is dequantised to; it is packed from fp32
+                    return packed
 
                 ((name, value),) = input_dict.items()
                 stored = value[0] if isinstance(value, list) else value
@@ -125,8 +127,9 @@ class FoldingQuantizer(Bnb4BitHfQuantizer):
 
 @torch.no_grad()
 def cut_residual(plan: FoldPlan, module: str, W: Tensor, pack: Callable[[Tensor], Any], transposed: bool) -> Any:
-    """The packed residual of W (out × in), the best of the plan's rounds; its θ₀ and errors go into the plan."""
-    method, W, best, stats = plan.methods[module], W.float(), None, plan.stats.get(module)
+    """Return the packed residual of W (out × in), the best of the plan's rounds; θ₀ and errors go into the plan."""
+    method, stats = plan.methods[module], plan.stats.get(module)
+    W, best = W.float(), None
     assert method.zero_init or not method.shared  # whose start is that of its first weight
     if not W.isfinite().all():
         raise ValueError(f"the weight of {module} holds NaN or Inf; repair it or leave that module out")
@@ -150,5 +153,5 @@ def cut_residual(plan: FoldPlan, module: str, W: Tensor, pack: Callable[[Tensor]
 
 
 def relative_error(difference: Tensor, W: Tensor) -> float:
-    """A difference relative to W; 0 for a weight of zeros that came back as it was."""
+    """Return the norm of a difference over that of W; 0 for a weight of zeros that came back as it was."""
     return (difference.norm() / W.norm().clamp(min=torch.finfo(W.dtype).tiny)).item()

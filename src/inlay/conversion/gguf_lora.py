@@ -24,8 +24,10 @@ FILE = "adapter.gguf"
 
 
 def interleaved(B: Tensor, module: str, config: Any) -> Tensor:
-    """The rows of a rotated projection, (heads · d × ...), from halves (transformers) to pairs (llama.cpp), where it
-    wants them so."""
+    """Reorder the rows of a rotated projection, (heads · d × ...), from transformers' halves to llama.cpp's pairs.
+
+    Other weights, and architectures that keep the halves, are returned as they are.
+    """
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(module.rpartition(".")[2])
     if heads is None or not ARCHITECTURES[config.model_type][1]:
         return B
@@ -41,27 +43,27 @@ def check_lora_architecture(config: Any, folder: str) -> None:
         )
 
 
-def write_lora_gguf(path: Path, config: Any, made: list[LoraDelta], r: int, dtype: torch.dtype) -> None:
-    """The GGUF file. Its tensors are fp32 or fp16 (bf16 becomes fp32, which holds it)."""
+def write_lora_gguf(path: Path, config: Any, deltas: list[LoraDelta], r: int, dtype: torch.dtype) -> None:
+    """Write the GGUF file. Its tensors are fp32 or fp16 (bf16 becomes fp32, which holds it)."""
     arch = ARCHITECTURES[config.model_type][0]
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(r))
-    for change in made:
-        name = names.get_name(change.module)
+    for delta in deltas:
+        name = names.get_name(delta.module)
         if name is None:
-            raise ValueError(f"{change.module} has no name in llama.cpp; leave it out of target_modules, or merge")
-        B, A = widened_to_rank(change, r)
-        for part, value in (("lora_a", A), ("lora_b", interleaved(B, change.module, config))):
+            raise ValueError(f"{delta.module} has no name in llama.cpp; leave it out of target_modules, or merge")
+        B, A = widened_to_rank(delta, r)
+        for part, value in (("lora_a", A), ("lora_b", interleaved(B, delta.module, config))):
             value = value.to(torch.float16 if dtype == torch.float16 else torch.float32)
             writer.add_tensor(f"{name}.weight.{part}", value.contiguous().numpy())
     close_writer(writer)
 
 
 def close_writer(writer: gguf.GGUFWriter) -> None:
-    """Write what was added."""
+    """Write all that was added to the file, and close it."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -69,5 +71,5 @@ def close_writer(writer: gguf.GGUFWriter) -> None:
 
 
 def modelfile(base: str) -> str:
-    """An Ollama Modelfile; the base has to be there as GGUF."""
+    """Return an Ollama Modelfile; the base must lie beside it as GGUF."""
     return f"# The base as GGUF: {base}\nFROM ./base.gguf\nADAPTER ./{FILE}\n"

@@ -15,11 +15,10 @@ from typing import Any
 import gguf
 import torch
 from torch import Tensor
-from transformers import ROPE_INIT_FUNCTIONS
+from transformers import ROPE_INIT_FUNCTIONS, PreTrainedTokenizerBase
 
 from inlay.conversion.gguf_lora import ARCHITECTURES, close_writer, interleaved
 from inlay.conversion.merged_weights import New
-from inlay.models.loading import load_tokenizer
 
 FILE = "model.gguf"
 MODELS = ("llama", "mistral", "qwen2", "qwen3")
@@ -40,22 +39,24 @@ SPLITS = {
 }
 
 
-def write_merged(folder: Path, config: Any, source: str, tensors: Iterable[New], out: str) -> list[New]:
-    """A merged model with the tokenizer of `source`, and an Ollama Modelfile, in a folder that will be `out`.
+def write_merged(
+    folder: Path, config: Any, tokenizer: PreTrainedTokenizerBase, tensors: Iterable[New], out: str
+) -> list[New]:
+    """Write a merged model with its tokenizer, and an Ollama Modelfile, into a folder that will be `out`.
 
     The tensors pass through a temporary file, in $TMPDIR, of the model's size.
     """
-    with tempfile.TemporaryDirectory() as tokenizer:
-        load_tokenizer(source).save_pretrained(tokenizer)
-        config.save_pretrained(tokenizer)
-        split = check_model(config, Path(tokenizer), out)
-        made = write_model(folder / FILE, config, Path(tokenizer), split, tensors)
+    with tempfile.TemporaryDirectory() as saved:
+        tokenizer.save_pretrained(saved)
+        config.save_pretrained(saved)
+        split = check_model(config, Path(saved), out)
+        written = write_model(folder / FILE, config, Path(saved), split, tensors)
     (folder / "Modelfile").write_text(f"FROM ./{FILE}\n", encoding="utf-8")
-    return made
+    return written
 
 
 def check_model(config: Any, tokenizer: Path, out: str) -> str:
-    """llama.cpp's name for how a model's tokenizer splits a text.
+    """Return llama.cpp's name for how a model's tokenizer splits a text.
 
     Raises:
         ValueError: the model or its tokenizer is none that is written here; it says what to run.
@@ -80,22 +81,22 @@ def check_model(config: Any, tokenizer: Path, out: str) -> str:
 
 
 def pre_tokenizer(folder: Path) -> str | None:
-    """What llama.cpp calls the splitting of a byte-level BPE tokenizer; None where it is another one."""
+    """Return llama.cpp's name for how a byte-level BPE tokenizer splits a text; None for any other tokenizer."""
     file = folder / "tokenizer.json"
     content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     first = content.get("pre_tokenizer") or {}
     steps = []
     for step in first.get("pretokenizers", [first]):
-        own = {"ByteLevel": "ByteLevel" if step.get("use_regex", True) else "bytes"}
+        kinds = {"ByteLevel": "ByteLevel" if step.get("use_regex", True) else "bytes"}
         pattern = step.get("pattern", {}).get("Regex") if step.get("behavior") == "Isolated" else None
-        steps.append(own.get(step.get("type"), pattern or step.get("type")))
+        steps.append(kinds.get(step.get("type"), pattern or step.get("type")))
         if step.get("add_prefix_space") or (step.get("type") == "Digits" and not step.get("individual_digits")):
             return None
     return SPLITS.get(tuple(steps)) if content.get("model", {}).get("type") == "BPE" else None
 
 
 def write_model(path: Path, config: Any, tokenizer: Path, split: str, tensors: Iterable[New]) -> list[New]:
-    """A whole model as one GGUF file, its tensors one at a time; gives them back without their values.
+    """Write a whole model as one GGUF file, its tensors one at a time, and return them without their values.
 
     Args:
         path: of the file.
@@ -109,7 +110,7 @@ def write_model(path: Path, config: Any, tokenizer: Path, split: str, tensors: I
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch], use_temp_file=True)
     add_settings(writer, config)
     add_tokenizer(writer, config, tokenizer, split)
-    made = []
+    written = []
     for new in tensors:
         if new.name.endswith("rotary_emb.inv_freq"):
             continue
@@ -119,22 +120,22 @@ def write_model(path: Path, config: Any, tokenizer: Path, split: str, tensors: I
             raise ValueError(f"{new.name} has no name in llama.cpp; merge without --to gguf")
         value = interleaved(new.value, module, config)
         add_tensor(writer, f"{name}.{end}", value if value.ndim > 1 else value.float())
-        made.append(New(new.key, new.name, new.value.new_empty(0), new.lost))
+        written.append(New(new.key, new.name, new.value.new_empty(0), new.lost))
     for name, value in rope_factors(config):
         add_tensor(writer, name, value)
     close_writer(writer)
-    return made
+    return written
 
 
 def add_tensor(writer: gguf.GGUFWriter, name: str, value: Tensor) -> None:
-    """One tensor, in its own dtype."""
+    """Add one tensor, in its own dtype."""
     kind = KINDS[value.dtype]
     numbers: Any = gguf.quants.quantize(value.float().contiguous().numpy(), kind)
     writer.add_tensor(name, numbers, raw_dtype=kind)
 
 
 def rope_factors(config: Any) -> Iterator[tuple[str, Tensor]]:
-    """Llama 3's slowed rotations, as factors on the usual ones."""
+    """Yield Llama 3's slowed rotations, as factors on the usual ones."""
     if config.rope_parameters["rope_type"] == "llama3":
         usual = config.rope_parameters["rope_theta"] ** -(
             torch.arange(0, head_dim(config), 2).float() / head_dim(config)
@@ -143,12 +144,12 @@ def rope_factors(config: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def head_dim(config: Any) -> int:
-    """The width of one attention head."""
+    """Return the width of one attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def add_settings(writer: gguf.GGUFWriter, config: Any) -> None:
-    """The model's shape."""
+    """Add the model's shape."""
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -167,7 +168,7 @@ def add_settings(writer: gguf.GGUFWriter, config: Any) -> None:
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, config: Any, folder: Path, split: str) -> None:
-    """Tokens, merges, special tokens and the chat template."""
+    """Add tokens, merges, special tokens and the chat template."""
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     kinds = {i: (token, gguf.TokenType.NORMAL) for token, i in content["model"]["vocab"].items()}
     for token in content["added_tokens"]:

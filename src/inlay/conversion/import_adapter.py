@@ -6,6 +6,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from inlay.conversion.peft_folder import PeftFolder, read_peft_folder
+from inlay.conversion.peft_translation import translate, write_translation
+from inlay.files.atomic import new_folder
+from inlay.models.adapters import Adapter
+
 IMPORTED = "imported.json"  # in the folder: where it came from, and what was noted
 
 
@@ -47,18 +52,24 @@ def import_adapter(
     Raises:
         ValueError: no such adapter, a broken one, a kind or variant with no equal here, or a start that is lost.
     """
-    from inlay.conversion.peft_folder import read_peft_folder
-    from inlay.conversion.peft_translation import translate, write_translation
-    from inlay.files.atomic import new_folder
-    from inlay.models.adapters import adapter_folder, base_of
-    from inlay.models.loading import resolve
+    source = read_peft_folder(Adapter.open(adapter, model))
+    first = None if initial is None else read_peft_folder(Adapter.open(initial, source.base))
+    return import_opened(source, Path(out), first, overwrite, str(adapter))
 
-    source = read_peft_folder(adapter_folder(str(adapter)))
-    first = None if initial is None else read_peft_folder(adapter_folder(str(initial)))
-    base = resolve(model or base_of(source.folder))
-    with new_folder(Path(out), overwrite, marker=IMPORTED) as part:
-        found = translate(source, base, first)
-        write_translation(part, source, base, found)
-        about = {"adapter": str(adapter), "peft_type": source.kind, "notes": found.notes}
+
+def import_opened(source: PeftFolder, out: Path, first: PeftFolder | None, overwrite: bool, name: str) -> Imported:
+    """Write an opened PEFT adapter as an Inlay adapter (see `import_adapter`).
+
+    Args:
+        source: the adapter.
+        out: the folder of the new one.
+        first: the same adapter before training, if it was given.
+        overwrite: replace an earlier import at `out`.
+        name: what the user called the adapter.
+    """
+    with new_folder(out, overwrite, marker=IMPORTED) as part:
+        translation = translate(source, first)
+        write_translation(part, source, translation)
+        about = {"adapter": name, "peft_type": source.kind, "notes": translation.notes}
         (part / IMPORTED).write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
-    return Imported(Path(out), found.method, len(found.settings), tuple(found.notes))
+    return Imported(out, translation.method, len(translation.settings), tuple(translation.notes))

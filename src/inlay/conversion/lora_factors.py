@@ -1,30 +1,27 @@
 """An adapter as a plain LoRA, which PEFT, vLLM and llama.cpp read without Inlay.
 
 Where ΔW is low rank, the LoRA is the adapter: [B − B₀, B₀] [A; A − A₀], compressed to its true rank. Elsewhere it is
-the nearest of a rank, and how near is said. The base is not loaded; where a method reads its weight, one at a time.
+the nearest of a rank, and how near is reported. The base is not loaded; where a method reads its weight, one at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Conv1D
+from transformers import Conv1D
 
 from inlay.host import seal
 from inlay.host.config import InlayConfig
 from inlay.host.layer import PREFIX, START, InlayLinear, adapted
 from inlay.method import LowRank
-from inlay.models.adapters import label_settings, load_adapter, read_adapter_config
-from inlay.models.loading import load_config
-from inlay.models.meta import meta_model
-from inlay.models.model_classes import auto_class
+from inlay.models.adapters import WEIGHTS, Adapter
 from inlay.models.stored_weights import Weights
 from inlay.numerics import linalg
 
@@ -34,8 +31,14 @@ SIZES = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the ranks vLLM serves
 
 @dataclass(frozen=True)
 class LoraDelta:
-    """The change of one weight as B A, B (out × r), A (r × in), its scale included, and ‖B A − s(ΔW − ΔW₀)‖ over the
-    norm of what it stands for."""
+    """The change of one weight as B A, its scale included, and how far that is from the change itself.
+
+    Attributes:
+        module: the weight's module.
+        B: (out × r).
+        A: (r × in).
+        error: ‖B A − s(ΔW − ΔW₀)‖ over the norm of the change.
+    """
 
     module: str
     B: Tensor
@@ -47,7 +50,7 @@ class LoraDelta:
         return self.A.shape[0]
 
     def rounding(self, dtype: torch.dtype) -> float:
-        """‖B A − B' A'‖ over ‖B A‖, for B' and A' rounded to a dtype; through Gram matrices, never (out × in)."""
+        """Return ‖B A − B' A'‖ over ‖B A‖ for B', A' rounded to a dtype; through Gram matrices, never (out × in)."""
         B, A = self.B.double(), self.A.double()
         left = torch.cat([B, -self.B.to(dtype).double()], 1)
         right = torch.cat([A, self.A.to(dtype).double()])
@@ -55,58 +58,41 @@ class LoraDelta:
         return (lost / whole.clamp(min=TINY)).sqrt().item()
 
 
-def load_blank_adapter(
-    folder: Path, base: str, revision: str | None = None, trust_remote_code: bool = False, auto: Any = None
-) -> PeftModel:
-    """An adapter on its base without the base's memory: θ is there, W is not. `auto`: see `auto_of`.
-
-    Raises:
-        ValueError: it is of a task that is not handled here, or cannot be loaded.
-    """
-    auto = auto or adapter_auto_class(folder, base, revision, trust_remote_code)
-    settings = label_settings(folder)
-    blank = meta_model(base, torch.float32, trust_remote_code, auto=auto, revision=revision, **settings)
-    return load_adapter(blank, folder, light=True)
-
-
-def adapter_auto_class(folder: Path, base: str, revision: str | None, trust_remote_code: bool) -> Any:
-    """The class that loads an adapter's base."""
-    config = load_config(base, trust_remote_code, revision)
-    return auto_class(config, read_adapter_config(folder).task_type)
-
-
 Weighted = tuple[float, PeftModel]  # a weight, and an adapter on a base without memory
 
 
 def lora_deltas(
     adapters: list[Weighted],
-    base: str,
+    base_weights: Callable[[], Weights],
     rank: int | None = None,
     energy: float | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    auto: Any = AutoModelForCausalLM,
 ) -> Iterator[LoraDelta]:
-    """The change of every adapted weight; of several adapters, their weighted sum.
+    """Yield the change of every adapted weight; of several adapters, their weighted sum.
+
+    Args:
+        adapters: each with its weight, on a base without memory.
+        base_weights: opens the stored weights of the base, where a method reads them.
+        rank: at most so many ranks.
+        energy: as many ranks as keep this share of ‖ΔW‖².
 
     Raises:
         ValueError: a method's change has full rank and neither `rank` nor `energy` is given; or the adapters, or the
             base, were not cut from the same weights.
     """
     weights: Weights | None = None
-    found: dict[str, list[tuple[float, InlayLinear]]] = {}
+    layers: dict[str, list[tuple[float, InlayLinear]]] = {}
     for weight, model in adapters:
         for layer in adapted(model, "default").values():
-            found.setdefault(layer.cuts["default"].module, []).append((weight, layer))
-    for module, parts in found.items():
+            layers.setdefault(layer.cuts["default"].module, []).append((weight, layer))
+    for module, parts in layers.items():
         one = parts[0][1]
-        known = [sealed["base"] for _, layer in parts if (sealed := layer.cuts["default"].seal)]
+        marks = [sealed["base"] for _, layer in parts if (sealed := layer.cuts["default"].seal)]
         for _, layer in parts:
-            for mark in known:
+            for mark in marks:
                 layer.check_base("default", mark)
         W = torch.empty(one.out_features, one.in_features, device="meta")
         if any(layer.cuts["default"].method.reads_weight for _, layer in parts):
-            weights = weights or Weights(base, revision, trust_remote_code, auto)
+            weights = weights or base_weights()
             W = weights.read(f"{module}.weight")
             if not W.is_floating_point():
                 raise ValueError(
@@ -122,7 +108,7 @@ def lora_deltas(
 
 @torch.no_grad()
 def lora_delta(parts: list[tuple[float, InlayLinear]], W: Tensor, rank: int | None, energy: float | None) -> LoraDelta:
-    """One weight's change, exact where the methods are low rank and the rank allows it."""
+    """Return one weight's change, exact where the methods are low rank and the rank allows it."""
     one, exact = parts[0][1], all(isinstance(layer.theta("default")[0], LowRank) for _, layer in parts)
     if exact:
         factors = [factors_of(weight, layer, W) for weight, layer in parts]
@@ -152,72 +138,92 @@ def lora_delta(parts: list[tuple[float, InlayLinear]], W: Tensor, rank: int | No
 
 
 def factors_of(weight: float, layer: InlayLinear, W: Tensor) -> tuple[Tensor, Tensor]:
-    """B (out × r) and A (r × in) in fp64, whose product is the weighted change of a low-rank method."""
+    """Return B (out × r) and A (r × in) in fp64, whose product is the weighted change of a low-rank method."""
     method, p, p0 = layer.theta("default")
     wide, wide0 = ({k: v.double() for k, v in (q or {}).items()} for q in (p, p0))
     B, A = cast(LowRank, method).pair(wide, None if p0 is None else wide0, W)
     return weight * method.s * B, A
 
 
-def padded_to_one_rank(made: list[LoraDelta], pad: bool) -> int:
-    """One rank for all: the largest, or the next that vLLM serves."""
-    most = max(1, *(c.rank for c in made))
+def padded_to_one_rank(deltas: list[LoraDelta], pad: bool) -> int:
+    """Return one rank for all: the largest, or the next that vLLM serves."""
+    most = max(1, *(delta.rank for delta in deltas))
     return next((size for size in SIZES if size >= most), most) if pad else most
 
 
-def widened_to_rank(c: LoraDelta, r: int) -> tuple[Tensor, Tensor]:
-    """B and A with zeros up to the rank r."""
-    B, A = c.B.new_zeros(c.B.shape[0], r), c.A.new_zeros(r, c.A.shape[1])
-    B[:, : c.rank], A[: c.rank] = c.B, c.A
+def widened_to_rank(delta: LoraDelta, r: int) -> tuple[Tensor, Tensor]:
+    """Return B and A with zeros up to the rank r."""
+    B, A = delta.B.new_zeros(delta.B.shape[0], r), delta.A.new_zeros(r, delta.A.shape[1])
+    B[:, : delta.rank], A[: delta.rank] = delta.B, delta.A
     return B, A
 
 
-def saved_beside(folder: Path) -> dict[str, Tensor]:
-    """What an adapter holds beside θ and θ₀: modules and biases that were trained whole, rows of embeddings.
+def saved_beside(adapter: Adapter, grown: bool = False) -> dict[str, Tensor]:
+    """Return what `adapter` holds beside θ and θ₀: modules and biases that were trained whole, rows of embeddings.
 
-    Not the embeddings that PEFT saves along, as they are, where a head is adapted.
+    Not the embeddings that PEFT saves along, as they are, where a head is adapted; but these too if they have `grown`.
     """
-    config = cast(InlayConfig, read_adapter_config(folder))
-    stored = load_file(folder / "adapter_model.safetensors")
-    rest = {k: v for k, v in stored.items() if f".{PREFIX}" not in k and f".{START}" not in k}
+    config = cast(InlayConfig, adapter.config)
+    rest = {k: v for k, v in adapter.tensors.items() if f".{PREFIX}" not in k and f".{START}" not in k}
 
     def trained(key: str) -> bool:
         module = key.rpartition(".")[0]
         whole = any(f".{module}.".find(f".{name}.") >= 0 for name in config.modules_to_save or ())
-        return whole or "token_adapter" in key or (config.bias != "none" and key.endswith("bias"))
+        return grown or whole or "token_adapter" in key or (config.bias != "none" and key.endswith("bias"))
 
     return {k: v for k, v in rest.items() if trained(k)}
 
 
-def write_lora(folder: Path, source: Path, model: PeftModel, made: list[LoraDelta], r: int, dtype: torch.dtype) -> None:
-    """An ordinary PEFT folder: adapter_config.json and adapter_model.safetensors."""
-    tensors = saved_beside(source)
-    for c in made:
-        B, A = widened_to_rank(c, r)
+def write_lora(
+    folder: Path,
+    source: Adapter,
+    model: PeftModel,
+    deltas: list[LoraDelta],
+    r: int,
+    dtype: torch.dtype,
+    grown: bool = False,
+) -> None:
+    """Write an ordinary PEFT folder: adapter_config.json and adapter_model.safetensors.
+
+    Args:
+        folder: the new folder.
+        source: the adapter, whose other settings and tensors are kept.
+        model: that adapter on a base without memory.
+        deltas: the changes, of rank `r` at most.
+        r: the rank of the LoRA.
+        dtype: of its tensors.
+        grown: whether the vocabulary grew, so that its embeddings are part of the adapter.
+
+    Raises:
+        ValueError: a value does not fit the dtype.
+    """
+    tensors = saved_beside(source, grown)
+    for delta in deltas:
+        B, A = widened_to_rank(delta, r)
         for kind, value in (("lora_A", A), ("lora_B", B)):
-            name, rounded = f"base_model.model.{c.module}.{kind}.weight", value.to(dtype).contiguous()
+            name, rounded = f"base_model.model.{delta.module}.{kind}.weight", value.to(dtype).contiguous()
             if not rounded.isfinite().all():
                 raise ValueError(f"{name} does not fit {dtype}; choose the dtype bfloat16 or float32")
             tensors[name] = rounded
-    asked = cast(InlayConfig, read_adapter_config(source))
+    given = cast(InlayConfig, source.config)
     config = LoraConfig(
         r=r,
         lora_alpha=r,
-        target_modules=target_names(model, [c.module for c in made]),
-        bias="lora_only" if asked.bias == "inlay_only" else asked.bias,  # type: ignore[arg-type]
-        modules_to_save=asked.modules_to_save,
-        trainable_token_indices=asked.trainable_token_indices,
+        target_modules=target_names(model, [delta.module for delta in deltas]),
+        bias="lora_only" if given.bias == "inlay_only" else given.bias,  # type: ignore[arg-type]
+        modules_to_save=given.modules_to_save,
+        trainable_token_indices=given.trainable_token_indices,
         fan_in_fan_out=any(isinstance(m.base_layer, Conv1D) for m in adapted(model, "default").values()),
-        task_type=asked.task_type,
-        base_model_name_or_path=asked.base_model_name_or_path,
+        task_type=given.task_type,
+        base_model_name_or_path=given.base_model_name_or_path,
         inference_mode=True,
     )
     config.save_pretrained(str(folder))
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def target_names(model: PeftModel, names: list[str]) -> list[str]:
-    """The last parts of the modules' names, or the whole names where those would match more."""
+    """Return the last parts of the modules' names, or the whole names where those would match more."""
     kinds = {name.rpartition(".")[2] for name in names}
     every = [n.replace(".base_layer", "") for n, _ in model.get_base_model().named_modules()]
     same = [n for n in every if n.rpartition(".")[2] in kinds]

@@ -7,6 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from inlay.conversion.gguf_model import write_merged
+from inlay.conversion.merged_weights import (
+    merge_dtype,
+    merged_tensors,
+    parse_size,
+    probe_difference,
+    write_description,
+    write_shards,
+)
+from inlay.files.atomic import new_folder
+from inlay.host.strength import set_scale
+from inlay.models.adapters import Adapter
+from inlay.models.loading import DTYPES
+from inlay.models.model_classes import find_model_class
+
 MERGED = "merged_from.json"  # in the checkpoint: from what it was made, and by whom it may be overwritten
 
 
@@ -35,6 +50,7 @@ def merge(
     to: str = "safetensors",
     shard: str = "4GB",
     probe: bool = True,
+    scale: float = 1.0,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Merged:
@@ -53,6 +69,7 @@ def merge(
         to: "safetensors", or "gguf": one file with the tokenizer in it, and an Ollama Modelfile.
         shard: how large a file may be, as 500MB or 4GB.
         probe: compare the new model's logits with the adapter's.
+        scale: the strength of the adapter (see `inlay.set_scale`).
         revision: of the base on a hub; None: the one the adapter was trained on.
         trust_remote_code: let the base's repository run its own code.
 
@@ -60,49 +77,37 @@ def merge(
         ValueError: no adapter there, a broken one, a base that does not fit, one that cannot be written as GGUF, or
             `out` exists.
     """
-    from inlay.conversion.gguf_model import write_merged
-    from inlay.conversion.lora_factors import adapter_auto_class, load_blank_adapter
-    from inlay.conversion.merged_weights import (
-        merge_dtype,
-        merged_tensors,
-        parse_size,
-        probe_difference,
-        tokenizer_of,
-        write_description,
-        write_shards,
-    )
-    from inlay.files.atomic import new_folder
-    from inlay.models.adapters import adapter_folder, base_of, revision_of
-    from inlay.models.loading import DTYPES, resolve
-    from inlay.models.model_classes import find_model_class
-    from inlay.models.stored_weights import Weights
-
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not one of auto, {', '.join(DTYPES)}")
     if to not in ("safetensors", "gguf"):
         raise ValueError(f"to={to!r} is not one of safetensors, gguf")
     limit = parse_size(shard)
-    folder = adapter_folder(str(adapter))
-    name = model or base_of(folder)
-    revision = revision or (None if model else revision_of(folder))
-    for used in (folder, Path(resolve(name))):
+    source = Adapter.open(adapter, model, revision, trust_remote_code)
+    for used in (source.folder, Path(source.base.resolved)):
         if used.exists() and used.resolve().is_relative_to(Path(out).resolve()):
             raise ValueError(f"{out} holds {used}, which the merge reads; choose another output")
     with new_folder(Path(out), overwrite, marker=MERGED) as part:
-        auto = adapter_auto_class(folder, name, revision, trust_remote_code)
+        auto = source.auto_class
         if to == "gguf" and auto is not find_model_class("instruction").auto:
-            raise ValueError(f"to={to!r} writes causal language models, which {folder} is not an adapter of")
-        blank = load_blank_adapter(folder, name, revision, trust_remote_code, auto)
+            raise ValueError(f"to={to!r} writes causal language models, which {source.folder} is not an adapter of")
+        blank = source.load_blank()
+        set_scale(blank, scale)
         config: Any = blank.get_base_model().config
-        weights = Weights(name, revision, trust_remote_code, auto)
-        tensors = merged_tensors(blank, folder, weights, width := merge_dtype(dtype, config))
+        width = merge_dtype(dtype, config)
+        tensors = merged_tensors(blank, source, source.base_weights(), width)
         if to == "gguf":
-            made = write_merged(part, config, tokenizer_of(folder, name), tensors, str(out))
+            written = write_merged(part, config, source.saved_tokenizer(), tensors, str(out))
         else:
-            made = write_shards(part, tensors, limit)
-            write_description(part, blank, folder, weights, width)
-        error = probe_difference(folder, weights, part) if probe else None
-        lost = {new.name.removesuffix(".weight"): new.lost for new in made if new.lost is not None}
-        about = {"adapter": str(adapter), "base": name, "largest_logit_difference": error, "lost_in_rounding": lost}
+            written = write_shards(part, tensors, limit)
+            write_description(part, blank, source, width)
+        error = probe_difference(source, part, scale) if probe else None
+        lost = {new.name.removesuffix(".weight"): new.lost for new in written if new.lost is not None}
+        about = {
+            "adapter": str(adapter),
+            "base": source.base.name,
+            "scale": scale,
+            "largest_logit_difference": error,
+            "lost_in_rounding": lost,
+        }
         (part / MERGED).write_text(json.dumps(about, indent=1), encoding="utf-8")
     return Merged(Path(out), error, lost)

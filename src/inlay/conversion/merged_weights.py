@@ -17,17 +17,22 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Conv1D, GenerationConfig
+from transformers import AutoModelForCausalLM, Conv1D, GenerationConfig
 
 from inlay.host import seal
+from inlay.host.adapter_state import COPIES, ROOT, wrapped_keys
 from inlay.host.layer import PREFIX, adapted
+from inlay.host.strength import set_scale
 from inlay.models import builtin
-from inlay.models.adapters import label_settings, load_adapter
-from inlay.models.loading import DTYPES, load_config, load_model, load_tokenizer, resolve
+from inlay.models.adapters import Adapter
+from inlay.models.base import BaseModel
+from inlay.models.loading import DTYPES
+from inlay.models.model_classes import SEQUENCE
 from inlay.models.quantized import dequantized
 from inlay.models.stored_weights import MANY, ONE, Weights
+from inlay.models.vocabulary import grew, stored_name
 
 TINY = torch.finfo(torch.float32).tiny
 TEXT = "The Vaults is a pub near the river. It serves Italian food at £20 to £25, has 3 of 5 stars, and opens at 17:30."
@@ -36,8 +41,15 @@ TOKENS = ".token_adapter.trainable_tokens_delta"
 
 @dataclass(frozen=True)
 class New:
-    """A tensor of the merged model: its stored name, the model's name of it, and, where an adapter changed it, the
-    share of that change which the one rounding lost, ‖rounded − exact‖ / ‖change‖."""
+    """A tensor of the merged model.
+
+    Attributes:
+        key: its stored name.
+        name: the model's name for it.
+        value: the tensor.
+        lost: the share of an adapter's change that the one rounding lost, ‖rounded − exact‖ / ‖change‖; None where
+            there is no change.
+    """
 
     key: str
     name: str
@@ -46,13 +58,13 @@ class New:
 
 
 @torch.no_grad()
-def merged_tensors(model: PeftModel, folder: Path, weights: Weights, dtype: torch.dtype | None) -> Iterator[New]:
-    """Every tensor of the merged model, in the order of the stored names; those that are no longer tied come last.
+def merged_tensors(model: PeftModel, adapter: Adapter, weights: Weights, dtype: torch.dtype | None) -> Iterator[New]:
+    """Yield every tensor of the merged model, in the order of the stored names; those no longer tied come last.
 
     Args:
-        model: the adapter on a base without memory (see `lora.load`).
-        folder: where it was loaded from.
-        weights: of the base.
+        model: the adapter on a base without memory (see `Adapter.load_blank`).
+        adapter: the adapter.
+        weights: the stored weights of its base.
         dtype: of all floating tensors; None: each keeps its own.
 
     Raises:
@@ -61,15 +73,21 @@ def merged_tensors(model: PeftModel, folder: Path, weights: Weights, dtype: torc
     base: Any = model.get_base_model()
     layers = {layer.cuts["default"].module: layer for layer in adapted(model, "default").values()}
     check_mergeable(base.config)
-    whole, rows = trained_beside(model, folder, weights)
+    whole, rows, resized = trained_beside(model, adapter, weights)
     waiting = {*whole, *(f"{module}.weight" for module in (*layers, *rows))}
     tied = dict(base.all_tied_weights_keys)
+    resized |= {source: resized[name] for name, source in tied.items() if name in resized and source not in resized}
     names = {key: name for name, key in weights.stored.items()}
 
-    def new(key: str, name: str, source: str) -> New:
+    def merged(key: str, name: str, stored: str) -> New:
         module = name.removesuffix(".weight")
         transposed = isinstance(module_below(base, module), Conv1D)
-        old, mark = read_weight(weights, source, transposed)
+        old, mark = read_weight(weights, stored, transposed)
+        if name in resized:  # the base's own, with more tokens
+            old = resized[name].to(old.dtype)
+            mark = seal.of_base(old)
+        if name in whole:
+            old = whole[name].T if transposed else whole[name]
         W, change = old, None
         if module in layers and name != module:
             layers[module].check_base("default", mark)
@@ -77,30 +95,29 @@ def merged_tensors(model: PeftModel, folder: Path, weights: Weights, dtype: torc
             W = W.float() + change
         if module in rows:
             W = W.index_copy(0, torch.tensor(rows[module][0]), rows[module][1].to(W.dtype))
-        if name in whole:
-            W = whole[name].T if transposed else whole[name]
-        made = W.to(dtype or old.dtype) if W.is_floating_point() else W
-        if not made.isfinite().all() and old.isfinite().all():
-            raise ValueError(f"the merged {name} does not fit {made.dtype}; choose the dtype bfloat16 or float32")
-        lost = None if change is None else ((made.float() - W).norm() / change.norm().clamp(min=TINY)).item()
-        return New(key, name, (made.T if transposed else made).contiguous(), lost)
+        rounded = W.to(dtype or old.dtype) if W.is_floating_point() else W
+        if not rounded.isfinite().all() and old.isfinite().all():
+            raise ValueError(f"the merged {name} does not fit {rounded.dtype}; choose the dtype bfloat16 or float32")
+        lost = None if change is None else ((rounded.float() - W).norm() / change.norm().clamp(min=TINY)).item()
+        return New(key, name, (rounded.T if transposed else rounded).contiguous(), lost)
 
     changed = {*whole, *(f"{module}.weight" for module in layers)}
     for key in weights.names():
         if weights.owner(key) is None:
-            made = new(key, names.get(key, key), key)
-            waiting.discard(made.name)
-            yield made
-    for name, source in tied.items():
-        if name in changed or source in changed:
+            new = merged(key, names.get(key, key), key)
+            waiting.discard(new.name)
+            yield new
+    for name, tied_to in tied.items():
+        if name in changed or tied_to in changed:
             base.config.tie_word_embeddings = False
             if weights.key(name) is None:
                 waiting.discard(name)
-                yield new(name, name, source)
-    for name in sorted(whole.keys() & waiting) if weights.auto is AutoModelForSequenceClassification else ():
-        if weights.key(name) is None:  # a head, which the base never had
-            waiting.discard(name)
-            yield New(name, name, whole[name].to(dtype or whole[name].dtype).contiguous())
+                yield merged(name, name, tied_to)
+    if adapter.config.task_type == SEQUENCE:
+        for name in sorted(whole.keys() & waiting):
+            if weights.key(name) is None:  # a head, which the base never had
+                waiting.discard(name)
+                yield New(name, name, whole[name].to(dtype or whole[name].dtype).contiguous())
     if waiting:
         raise ValueError(
             f"the checkpoint of {weights.model!r} does not store {min(waiting)} (nor {len(waiting) - 1} more) "
@@ -121,7 +138,7 @@ def check_mergeable(config: Any) -> None:
 
 
 def read_weight(weights: Weights, key: str, transposed: bool) -> tuple[Tensor, str | None]:
-    """A weight of the base, a linear layer's as (out × in), and its mark; a packed one is in that shape as it is."""
+    """Read a weight of the base, a linear layer's as (out × in), and its mark; a packed one has that shape already."""
     if weights.beside(key):
         return dequantized(weights, key)
     W = weights.read(key).T if transposed else weights.read(key)
@@ -129,40 +146,52 @@ def read_weight(weights: Weights, key: str, transposed: bool) -> tuple[Tensor, s
 
 
 def module_below(base: Any, module: str) -> Any:
-    """The module of a name, under what an adapter put around it; None where a name is no module's."""
+    """Return the module of a name, without an adapter's layer around it; None where there is no such module."""
     try:
-        found = base.get_submodule(module)
+        layer = base.get_submodule(module)
     except AttributeError:
         return None
-    return getattr(found, "base_layer", found)
+    return getattr(layer, "base_layer", layer)
 
 
 def trained_beside(
-    model: PeftModel, folder: Path, weights: Weights
-) -> tuple[dict[str, Tensor], dict[str, tuple[list[int], Tensor]]]:
-    """What an adapter holds beside θ: tensors that were trained whole, and rows of embeddings (indices, values)."""
+    model: PeftModel, source: Adapter, weights: Weights
+) -> tuple[dict[str, Tensor], dict[str, tuple[list[int], Tensor]], dict[str, Tensor]]:
+    """Return what `source` holds beside θ: tensors trained whole, rows of embeddings, and embeddings that grew.
+
+    Rows are (indices, values). The embeddings are the base's own, with the tokens that it had before the training.
+    """
     config: Any = model.peft_config["default"]
-    whole, rows = {}, {}
-    for key, value in load_file(folder / "adapter_model.safetensors").items():
-        name = key.removeprefix("base_model.model.").replace(".base_layer.bias", ".bias")
-        if name.endswith(TOKENS):
-            module, asked = name.removesuffix(TOKENS), config.trainable_token_indices
-            found = asked if isinstance(asked, list) else next(v for k, v in asked.items() if module.endswith(k))
-            rows[module] = found, value
-        elif f".{PREFIX}" not in key and ".base_layer." not in name and not equals_base(weights, name, value):
+    trained = wrapped_keys(model, "default")
+    whole, rows, resized = {}, {}, {}
+    for key, value in source.tensors.items():
+        name = key.removeprefix(ROOT).replace(".base_layer.bias", ".bias")
+        if name.endswith(TOKENS) and key in trained:
+            module, tokens = name.removesuffix(TOKENS), config.trainable_token_indices
+            indices = tokens if isinstance(tokens, list) else next(v for k, v in tokens.items() if module.endswith(k))
+            rows[module] = indices, value
+        elif name.endswith(".base_layer.weight"):
+            stored, wrapper = stored_name(key), key.removesuffix(".base_layer.weight")
+            tied = wrapper.endswith(".token_adapter") and f"{wrapper}.trainable_tokens_delta" not in trained
+            if not tied and not equals_base(weights, stored, value):
+                resized[stored] = value
+        elif f".{PREFIX}" not in key and not re.search(COPIES, name) and not equals_base(weights, name, value):
             whole[name] = value
-    return whole, rows
+    return whole, rows, resized
 
 
 def equals_base(weights: Weights, name: str, value: Tensor) -> bool:
-    """Whether the base has a tensor just so: PEFT saves embeddings along, trained or not, where a head is adapted."""
+    """Return whether the base has this very tensor: PEFT saves embeddings, trained or not, where a head is adapted."""
     return weights.key(name) is not None and torch.equal(weights.read(name).to(value.dtype), value)
 
 
 def write_shards(folder: Path, tensors: Iterator[New], limit: int) -> list[New]:
-    """The tensors as safetensors files of at most `limit` bytes (or one tensor), and their index; gives back what they
-    were, without their values."""
-    made: list[New] = []
+    """Write the tensors as safetensors files of at most `limit` bytes (or one tensor), and their index.
+
+    Returns:
+        The tensors without their values.
+    """
+    written: list[New] = []
     files: list[list[str]] = []
     part: dict[str, Tensor] = {}
     total = 0
@@ -177,7 +206,7 @@ def write_shards(folder: Path, tensors: Iterator[New], limit: int) -> list[New]:
         if part and size + sum(t.nbytes for t in part.values()) > limit:
             flush()
         part[new.key], total = new.value, total + size
-        made.append(New(new.key, new.name, new.value.new_empty(0), new.lost))
+        written.append(New(new.key, new.name, new.value.new_empty(0), new.lost))
     flush()
     where = {}
     for i, keys in enumerate(files):
@@ -187,83 +216,87 @@ def write_shards(folder: Path, tensors: Iterator[New], limit: int) -> list[New]:
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": where}
         (folder / MANY).write_text(json.dumps(index, indent=1), encoding="utf-8")
-    return made
+    return written
 
 
 def merge_dtype(dtype: str, config: Any) -> torch.dtype | None:
-    """What "auto" means for a base: 16 bits where it is quantised, else None, which is each tensor's own dtype."""
+    """Return the dtype to merge in. "auto" is 16 bits for a quantised base, else None: each tensor's own dtype."""
     if dtype != "auto":
         return DTYPES[dtype]
-    own = config.get_text_config().dtype if getattr(config, "quantization_config", None) else None
-    return own if own in (None, torch.float16) else torch.bfloat16
+    stored = config.get_text_config().dtype if getattr(config, "quantization_config", None) else None
+    return stored if stored in (None, torch.float16) else torch.bfloat16
 
 
-def write_description(
-    folder: Path, model: PeftModel, adapter: Path, weights: Weights, dtype: torch.dtype | None
-) -> None:
-    """The configuration of the merged model, and the adapter's tokenizer or else the base's, beside its weights."""
-    base, settings = weights.model, label_settings(adapter)
-    config = load_config(base, weights.trust_remote_code, weights.revision, **settings)
-    if settings:
+def write_description(folder: Path, model: PeftModel, source: Adapter, dtype: torch.dtype | None) -> None:
+    """Write the merged model's configuration and its tokenizer, the adapter's or else the base's, beside its weights.
+
+    Args:
+        folder: of the merged model.
+        model: the adapter on a base without memory.
+        source: the adapter.
+        dtype: of the merged weights; None: each has kept its own.
+    """
+    base = source.base
+    config = base.config(**source.settings)
+    if source.settings:
         config.architectures = [type(model.get_base_model()).__name__]
     config.__dict__.pop("quantization_config", None)
+    if grew(model, config):
+        config.get_text_config().vocab_size = cast(Any, model.get_base_model()).config.get_text_config().vocab_size
     config.tie_word_embeddings = cast(Any, model.get_base_model()).config.tie_word_embeddings
     for part in (config, config.get_text_config()):
         part.dtype = dtype or part.dtype
     config.save_pretrained(folder)
     with contextlib.suppress(OSError):
-        GenerationConfig.from_pretrained(resolve(base), revision=weights.revision or "main").save_pretrained(folder)
+        GenerationConfig.from_pretrained(base.resolved, revision=base.revision or "main").save_pretrained(folder)
     with contextlib.suppress(ValueError):  # a base without a tokenizer gives a model without one
-        name = tokenizer_of(adapter, base)
-        made = load_tokenizer(name, weights.revision if name == base else None, weights.trust_remote_code)
-        made.save_pretrained(folder)
+        source.saved_tokenizer().save_pretrained(folder)
 
 
-def tokenizer_of(adapter: Path, base: str) -> str:
-    """Where a merged model's tokenizer comes from: beside the adapter, if one was saved there."""
-    return str(adapter) if (adapter / "tokenizer.json").exists() else base
+def probe_difference(source: Adapter, merged: Path, scale: float = 1.0) -> float:
+    """Return the largest difference of logits between the adapter on its base and the merged model, both in fp32.
 
-
-def probe_difference(adapter: Path, weights: Weights, merged: Path) -> float:
-    """The largest difference of logits between the adapter on its base and the merged model, both in fp32."""
-    how = {"revision": weights.revision, "trust_remote_code": weights.trust_remote_code}
-    settings, base = label_settings(adapter), weights.model
-    model: Any = load_model(base, torch.float32, folded=True, auto=weights.auto, **how, **settings)
+    `scale` is the strength at which the adapter was merged.
+    """
+    base, auto = source.base, source.auto_class
+    model: Any = base.load(torch.float32, folded=True, auto=auto, **source.settings)
     config = copy.deepcopy(model.config)
     try:
-        ids = torch.tensor([load_tokenizer(base, **how).encode(TEXT)])
+        ids = torch.tensor([base.tokenizer().encode(TEXT)])
     except ValueError:  # it has none
         ids = torch.arange(32)[None] * 101
     ids %= config.get_text_config().vocab_size
-    before = logits_of(load_adapter(model, adapter), ids)
-    del model
-    after = load_merged(merged, config, weights.auto, weights.trust_remote_code)
+    adapted = source.attach(model)
+    set_scale(adapted, scale)
+    before = logits_of(adapted, ids)
+    del model, adapted
+    after = load_merged(merged, config, auto, base.trust_remote_code)
     return (logits_of(after, ids) - before).abs().max().item()
 
 
 def load_merged(merged: Path, config: Any, auto: Any = AutoModelForCausalLM, trust_remote_code: bool = False) -> Any:
-    """A merged model in fp32; out of a GGUF file with the configuration of the base, which says more than the file."""
+    """Load a merged model in fp32; one in a GGUF file with the configuration of the base, which says more."""
     for file in merged.glob("*.gguf"):
         config.__dict__.pop("quantization_config", None)
         return builtin.load_gguf(file, None if config.model_type == "mistral" else config)  # in GGUF that is a llama
-    return load_model(str(merged), torch.float32, trust_remote_code=trust_remote_code, auto=auto)
+    return BaseModel(str(merged), trust_remote_code=trust_remote_code).load(torch.float32, auto=auto)
 
 
 @torch.no_grad()
 def logits_of(model: Any, ids: Tensor) -> Tensor:
-    """(1, tokens, vocabulary), or (1, labels), on the CPU; a decoder beside an encoder reads the same."""
+    """Return the logits, (1, tokens, vocabulary) or (1, labels), on the CPU; encoder and decoder read the same."""
     ids = ids.to(model.device)
     more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     return model.eval()(input_ids=ids, **more).logits.float().cpu()
 
 
 def parse_size(text: str) -> int:
-    """Bytes from 500MB, 4GB or a number.
+    """Return the bytes of a size as 500MB, 4GB or a number.
 
     Raises:
         ValueError: it is none of these.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(|k|m|g|t)i?b?", str(text).strip().lower())
-    if not found or not float(found[1]):
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(|k|m|g|t)i?b?", str(text).strip().lower())
+    if not match or not float(match[1]):
         raise ValueError(f"{text!r} is no size; write it as 500MB or 4GB")
-    return int(float(found[1]) * 1000 ** " kmgt".index(found[2] or " "))
+    return int(float(match[1]) * 1000 ** " kmgt".index(match[2] or " "))

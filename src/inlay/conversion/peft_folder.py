@@ -16,14 +16,12 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from inlay.files.untrusted import DamagedFileError, from_json
+from inlay.files.untrusted import DamagedFileError
 from inlay.messages import first_line
-from inlay.models.meta import meta_model
-from inlay.models.stored_weights import Weights
+from inlay.models.adapters import CONFIG, INLAY, WEIGHTS, Adapter
+from inlay.models.base import BaseModel
 
 ROOT = "base_model.model."
 KINDS = ("LORA", "MISS", "BONE")
@@ -49,42 +47,38 @@ WHY = {
 
 @dataclass(frozen=True)
 class PeftFolder:
-    """A PEFT adapter as it lies in its folder."""
+    """A PEFT adapter as it lies in its folder, and the base that it is read against."""
 
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, Tensor]
+    base: BaseModel
 
     @property
     def kind(self) -> str:
+        """PEFT's type of the adapter."""
         return str(self.config.get("peft_type"))
 
 
-def read_peft_folder(folder: Path) -> PeftFolder:
-    """An adapter's config and tensors.
+def read_peft_folder(adapter: Adapter) -> PeftFolder:
+    """Read the configuration and the tensors of an adapter of PEFT's.
 
     Raises:
-        ValueError: its type is not one we know, or a file is missing or broken.
+        ValueError: its type is not one that can be imported, or a file is missing or damaged.
     """
-    try:
-        config = from_json((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        kind = config["peft_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedFileError(f"{folder}/adapter_config.json is not an adapter's configuration: {error!r}") from None
-    if kind == "INLAY":
+    folder, kind = adapter.folder, adapter.raw.get("peft_type")
+    if "peft_type" not in adapter.raw:
+        raise DamagedFileError(f"{folder}/{CONFIG} is not an adapter's configuration: {KeyError('peft_type')!r}")
+    if kind == INLAY:
         raise ValueError(f"{folder} is an Inlay adapter already; use it as it is")
     if kind not in KINDS:
         raise ValueError(f"{folder}: peft_type={kind!r} is not one of {', '.join(KINDS)}")
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file() and (folder / "adapter_model.bin").is_file():
+    if not (folder / WEIGHTS).is_file() and (folder / "adapter_model.bin").is_file():
         raise ValueError(
             f"{folder}/adapter_model.bin is a pickle, which can run any code when it is read; where you trust it, load "
             "the adapter with PEFT, save it with safe_serialization=True, and import that"
         )
-    try:
-        return PeftFolder(folder, config, load_file(path))
-    except (OSError, SafetensorError) as error:
-        raise DamagedFileError(f"{path} cannot be read: {first_line(error)}") from None
+    return PeftFolder(folder, adapter.raw, adapter.tensors, adapter.base)
 
 
 def check_config(source: PeftFolder) -> None:
@@ -96,37 +90,41 @@ def check_config(source: PeftFolder) -> None:
         raise ValueError(f"task_type={task!r} is not CAUSAL_LM, and only causal language models are loaded here")
 
 
-def build_peft_adapter(source: PeftFolder, base: str, kind: type, changed: dict[str, Any]) -> PeftModel:
-    """The adapter on its base as PEFT builds it, without memory.
+def build_peft_adapter(source: PeftFolder, kind: type, changed: dict[str, Any]) -> PeftModel:
+    """Build the adapter on its base without memory, as PEFT does.
 
     Raises:
         ValueError: PEFT cannot build it.
     """
-    blank = meta_model(base, torch.float32)
+    blank = source.base.meta(torch.float32)
     kept = {k: v for k, v in source.config.items() if k in KEPT[source.kind]}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of settings that do nothing here, as Conv1D's fan_in_fan_out
             return get_peft_model(blank, kind(**(kept | changed)), low_cpu_mem_usage=True)
     except Exception as error:  # PEFT raises many kinds
-        raise ValueError(f"PEFT cannot build this adapter on {base}: {first_line(error)}") from None
+        raise ValueError(f"PEFT cannot build this adapter on {source.base.resolved}: {first_line(error)}") from None
 
 
-def without_base_copies(judge: PeftModel, source: PeftFolder, base: str, residual: Collection[str] = ()) -> PeftFolder:
-    """The adapter without copies of the base's weights, which PEFT stores with one on the embeddings or the head.
+def without_base_copies(built: PeftModel, source: PeftFolder, residual: Collection[str] = ()) -> PeftFolder:
+    """Return the adapter without the copies of base weights that PEFT stores with one on the embeddings or the head.
 
-    `residual`: the modules whose copies are W − s B₀ A₀, which is known without them.
+    Args:
+        built: the adapter as PEFT builds it.
+        source: the adapter as it is stored.
+        residual: the modules whose copies are W − s B₀ A₀, which is known without them.
 
     Raises:
         ValueError: the file does not hold what its config asks for, or weights that are not those of the base.
     """
-    asked = get_peft_model_state_dict(judge, save_embedding_layers=False)
-    own = dict(judge.get_base_model().named_parameters(remove_duplicate=False))
-    copies = {k for k in source.tensors.keys() - asked.keys() if k.removeprefix(ROOT) in own}
-    weights = Weights(base, source.config.get("revision")) if copies else None
+    expected = get_peft_model_state_dict(built, save_embedding_layers=False)
+    parameters = dict(built.get_base_model().named_parameters(remove_duplicate=False))
+    copies = {k for k in source.tensors.keys() - expected.keys() if k.removeprefix(ROOT) in parameters}
+    weights = source.base.weights() if copies else None
     for key in sorted(copies):
         assert weights is not None
-        names = [n.replace(".base_layer", "") for n, p in own.items() if p is own[key.removeprefix(ROOT)]]  # tied ones
+        parameter = parameters[key.removeprefix(ROOT)]
+        names = [n.replace(".base_layer", "") for n, p in parameters.items() if p is parameter]  # tied ones
         value, W = source.tensors[key], weights.read(next((n for n in names if weights.key(n)), names[0]))
         other = names[0].removesuffix(".weight") not in residual and not torch.equal(value, W.to(value.dtype))
         if value.shape != W.shape or other:
@@ -135,17 +133,17 @@ def without_base_copies(judge: PeftModel, source: PeftFolder, base: str, residua
                 "with it, and name that"
             )
     source = replace(source, tensors={k: v for k, v in source.tensors.items() if k not in copies})
-    check_tensors(asked, source)
+    check_tensors(expected, source)
     return source
 
 
-def check_tensors(asked: dict[str, Tensor], source: PeftFolder) -> None:
+def check_tensors(expected: dict[str, Tensor], source: PeftFolder) -> None:
     """Raise a ValueError unless the file holds the tensors that the config asks for, and no others."""
-    faults = [f"{key} is missing" for key in sorted(asked.keys() - source.tensors.keys())]
-    faults += [f"{key} belongs to no module it targets" for key in sorted(source.tensors.keys() - asked.keys())]
-    for key in sorted(asked.keys() & source.tensors.keys()):
-        if (found := tuple(source.tensors[key].shape)) != (shape := tuple(asked[key].shape)):
-            faults.append(f"{key} has shape {found}, not {shape}")
+    faults = [f"{key} is missing" for key in sorted(expected.keys() - source.tensors.keys())]
+    faults += [f"{key} belongs to no module it targets" for key in sorted(source.tensors.keys() - expected.keys())]
+    for key in sorted(expected.keys() & source.tensors.keys()):
+        if (stored := tuple(source.tensors[key].shape)) != (shape := tuple(expected[key].shape)):
+            faults.append(f"{key} has shape {stored}, not {shape}")
     if faults:
         more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
         raise ValueError(
@@ -153,15 +151,15 @@ def check_tensors(asked: dict[str, Tensor], source: PeftFolder) -> None:
         )
 
 
-def peft_layers(judge: PeftModel, kind: type) -> dict[str, Any]:
-    """PEFT's adapted layers by the name of the module.
+def peft_layers(built: PeftModel, kind: type) -> dict[str, Any]:
+    """Return PEFT's adapted layers by the name of the module.
 
     Raises:
         ValueError: one of them is not linear.
     """
-    found = {n.removeprefix(ROOT): m for n, m in judge.named_modules() if isinstance(m, kind)}
-    for name, layer in found.items():
+    layers = {n.removeprefix(ROOT): m for n, m in built.named_modules() if isinstance(m, kind)}
+    for name, layer in layers.items():
         if isinstance(layer, LoraLayer) and type(layer) is not LoraLinear:
             what = type(layer.get_base_layer()).__name__
             raise ValueError(f"{name} is a {what}, and Inlay adapts linear layers only; import has nothing for it")
-    return found
+    return layers

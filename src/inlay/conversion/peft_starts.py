@@ -7,11 +7,11 @@ computes with other weights than it was trained on, without a word.
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import Tensor, nn
 from transformers import Conv1D
-
-from inlay.host.tuner import count_owners
 
 PLAIN = ("true", "false", "gaussian", "eva", "orthogonal", "mica")  # they leave the base's weights as they are
 COMPUTED = ("pissa", "olora")  # functions of W
@@ -19,7 +19,7 @@ LOST = {"pissa_niter_": "is a random decomposition", "corda": "came from data", 
 
 
 def moves_base(start: str, given: bool) -> bool:
-    """Whether the adapter was trained on W − s B₀ A₀; `given`: the adapter before training is at hand.
+    """Return whether the adapter was trained on W − s B₀ A₀; `given`: the adapter before training is at hand.
 
     Raises:
         ValueError: it was, and the start is lost; or it was not, and one is given.
@@ -44,6 +44,12 @@ def moves_base(start: str, given: bool) -> bool:
     raise ValueError(f"init_lora_weights={start!r} is not one of {', '.join((*PLAIN, *COMPUTED, *LOST))}")
 
 
+def count_owners(model: nn.Module) -> Counter[int]:
+    """Count the modules that hold each `weight`, by its id: tied weights have several."""
+    parameters = ((name, p) for m in model.modules() for name, p in m.named_parameters(recurse=False))
+    return Counter(id(p) for name, p in parameters if name == "weight")
+
+
 def check_peft_start(start: str, layers: dict[str, nn.Module], model: nn.Module) -> None:
     """Raise a ValueError where PEFT's own model is not W − s B₀ A₀ + s B A on these layers alone."""
     owners = count_owners(model)
@@ -57,7 +63,7 @@ def check_peft_start(start: str, layers: dict[str, nn.Module], model: nn.Module)
 
 
 def compute_peft_start(start: str, W: Tensor, r: int, s: float) -> tuple[Tensor, Tensor, float]:
-    """A₀ and B₀ of a weight (out × in), in fp32, and how far s B₀ A₀ may be from another LAPACK's, over its norm.
+    """Compute A₀, B₀ of a weight (out × in) in fp32, and how far s B₀ A₀ may be from another LAPACK's, over its norm.
 
     Factors differ in signs at most, which the product does not know, unless σ_r = σ_r+1 (PiSSA; Wedin's theorem), or
     the first r columns of W are dependent (OLoRA): then the subspace itself is a matter of rounding.
@@ -74,13 +80,13 @@ def compute_peft_start(start: str, W: Tensor, r: int, s: float) -> tuple[Tensor,
 
 
 def aligned_signs(A0: Tensor, B0: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    """The start with the signs of what was trained from it. The product has none, but B − B₀ rounds better in bf16."""
+    """Give a start the signs of what was trained from it. The product has none, but B − B₀ rounds better in bf16."""
     sign = torch.where((A * A0).sum(1) < 0, -1.0, 1.0)
     return sign[:, None] * A0, B0 * sign
 
 
 def base_distance(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor, name: str) -> float:
-    """‖B A − B₀ A₀‖ / ‖B₀ A₀‖.
+    """Return the distance that training moved a start: ‖B A − B₀ A₀‖ / ‖B₀ A₀‖.
 
     Raises:
         ValueError: the start is zero.
@@ -92,15 +98,15 @@ def base_distance(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor, name: str) -> fl
 
 
 def start_notes(start: str, moved: float, base: str | None, doubt: float) -> list[str]:
-    """What to know of an adapter that was imported against its start; `base`: from which that was computed."""
-    said = []
+    """Return what to know of an adapter imported against its start; `base`: the model the start was computed from."""
+    notes = []
     if base is not None:
-        said.append(
+        notes.append(
             f"its start was computed from {base}; training moved it by {moved:.1%} of its norm at most (if that is far "
             "more than expected, it was another base, or a quantised one)"
         )
     if doubt > 1e-3:
-        said.append(f"its start is ill-determined: on another machine it may have differed by {doubt:.1%} of its norm")
+        notes.append(f"its start is ill-determined: on another machine it may have differed by {doubt:.1%} of its norm")
     if not start.startswith("pissa"):
-        said.append("its start is no method here: it is part of a LoRA of twice the rank, and is trained on with it")
-    return said
+        notes.append("its start is no method here: it is part of a LoRA of twice the rank, and is trained on with it")
+    return notes

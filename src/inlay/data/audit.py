@@ -87,7 +87,8 @@ class Findings:
         self.tried: Counter[str] = Counter()
         self.read: dict[str, bool] = {}  # keys of messages and arguments of the template: whether it reads them
         added = tokenizer.added_tokens_decoder
-        self.stops = stops | {tokenizer.eos_token_id}
+        end: Any = tokenizer.eos_token_id
+        self.stops = stops | {end}
         self.ends = {i for i, token in added.items() if token.special} | self.stops
 
     def look_at(self, example: Example, parts: list[Example], encoded: list[Sequence]) -> None:

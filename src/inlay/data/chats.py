@@ -58,8 +58,10 @@ def text_cell(cell: Any, name: str) -> str:
 
 def whole_characters(text: str, name: str) -> str:
     """The text, unless it holds half of a surrogate pair, which JSON can write and no tokenizer reads."""
-    if any("\ud800" <= c <= "\udfff" for c in text):
-        raise ValueError(f"{name} is {short(text)}, with half of a surrogate pair; accepted: text")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} is {short(text)}, with half of a surrogate pair; accepted: text") from None
     return text
 
 
@@ -67,7 +69,8 @@ def chat_cell(cell: Any, name: str) -> list[Message]:
     """The messages of a cell that has to be a chat, each with a role that chat templates know; else a ValueError."""
     cell = parsed(cell)
     if not isinstance(cell, list) or not all(isinstance(turn, dict) for turn in cell):
-        raise ValueError(f"{name!r} is {short(cell)}; accepted: a list of messages")
+        advice = ", or such a list as JSON (json.dumps writes it)" if isinstance(cell, str) else ""
+        raise ValueError(f"{name!r} is {short(cell)}; accepted: a list of messages{advice}")
     chat: list[Message] = []
     for place, turn in enumerate(cell, start=1):
         message = read_message(turn, place)

@@ -13,6 +13,7 @@ from pyarrow import types
 
 from inlay.data.parquet_footer import chunk_sizes
 from inlay.data.records import Record, refusal
+from inlay.files.untrusted import DamagedFileError
 from inlay.messages import gib, short
 
 _compute: Any = pyarrow.compute  # its functions are made when it is imported
@@ -20,7 +21,8 @@ _compute: Any = pyarrow.compute  # its functions are made when it is imported
 WHOLE = 4 << 30  # decoded bytes of a file that is held in memory
 LEAST, FACTOR = 256 << 20, 1000  # and of any file: so many times its size, but at least the first
 VALUES = 20_000_000  # of a file that is held in memory; each becomes a Python object
-ROWS, SLICE = 1024, 16 << 20  # rows of a batch; decoded bytes that are made Python objects at once
+ROWS, BATCH = 16_384, 64 << 20  # of a batch, at most: rows, and about so many bytes
+SLICE = 16 << 20  # decoded bytes that are made Python objects at once
 Sized = tuple[pyarrow.RecordBatch, int]
 TROUBLE = (pyarrow.ArrowException, ValueError, OverflowError, KeyError, NotImplementedError, TypeError)
 
@@ -55,12 +57,12 @@ def _bounded(path: Path, batches: Iterator[pyarrow.RecordBatch], whole: bool) ->
             batch.validate(full=True)
             own = sum(map(decoded_size, batch.columns))
         except TROUBLE as error:
-            if isinstance(error, MemoryError):
+            if isinstance(error, (MemoryError, DamagedFileError)):
                 raise
             raise refusal(path, short(str(error)), f"a{'n' * (kind == 'Arrow')} {kind} file of plain values") from error
         size, values = size + own, values + batch.num_rows * batch.num_columns
         if size > most:
-            raise _too_large(path, size, f"{FACTOR} times its {gib(path.stat().st_size)}, and {gib(LEAST)}")
+            raise _too_large(path, size)
         if whole and (size > WHOLE or values > VALUES):
             raise refusal(
                 path, f"{values:,} values in {gib(size)}",
@@ -69,24 +71,26 @@ def _bounded(path: Path, batches: Iterator[pyarrow.RecordBatch], whole: bool) ->
         yield batch, own
 
 
-def _too_large(path: Path, size: float, most: str) -> Exception:
-    return refusal(path, f"{gib(size)} and more once decoded", f"at most {most}")
+def _too_large(path: Path, size: float) -> Exception:
+    return refusal(path, f"{gib(size)} and more once decoded", f"at most {FACTOR} times the file, or {gib(LEAST)}")
 
 
 def _parquet_batches(path: Path, whole: bool) -> Iterator[pyarrow.RecordBatch]:
     """Batches of rows, text as dictionaries: a value that many rows share is then decoded once."""
     allowed = max(LEAST, FACTOR * path.stat().st_size)
-    for chunk in chunk_sizes(path):
+    chunks = list(chunk_sizes(path))
+    for chunk in chunks:
         if 8 * chunk.values + chunk.size > allowed:
-            raise _too_large(path, 8 * chunk.values + chunk.size, f"{FACTOR} times its size, and {gib(LEAST)}")
+            raise _too_large(path, 8 * chunk.values + chunk.size)
     with pyarrow.parquet.ParquetFile(path) as file:
         leaves = [file.schema.column(i) for i in range(len(file.schema))]
         if whole and file.metadata.num_rows * len(leaves) > VALUES:
             count = file.metadata.num_rows * len(leaves)
             raise refusal(path, f"{count:,} values", f"at most {VALUES:,} in {gib(WHOLE)} (--streaming reads more)")
+        average = sum(chunk.size for chunk in chunks) // max(1, file.metadata.num_rows)
         texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
     with pyarrow.parquet.ParquetFile(path, read_dictionary=texts) as file:
-        yield from file.iter_batches(batch_size=ROWS, use_threads=False)
+        yield from file.iter_batches(max(1, min(ROWS, BATCH // max(1, average))), use_threads=False)
 
 
 def _arrow_batches(path: Path) -> Iterator[pyarrow.RecordBatch]:

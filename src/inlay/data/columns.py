@@ -7,6 +7,7 @@ matter, and reading a file gives the same examples as streaming it.
 from __future__ import annotations
 
 import math
+import re
 import shlex
 import unicodedata
 from collections.abc import Iterable
@@ -45,7 +46,8 @@ class Column:
     negative: bool = False  # some are 0 or false
 
     def add(self, cell: Any) -> None:
-        text = str(cell).strip().lower()
+        """Count in one more cell."""
+        text = str(cell).strip().lower() if not isinstance(cell, str) or len(cell) < 10 else ""
         self.neutral = self.neutral and text in TRUE
         self.negative = self.negative or text in FALSE
 
@@ -100,14 +102,14 @@ def _kind(cell: Any, chat: list | None) -> Literal["text", "number", "chat", "ot
     if chat is not None:
         return "chat"
     if isinstance(cell, str):
-        return "text"
+        return "number" if re.fullmatch(r"\s*-?\d+([.,]\d+)?\s*", cell) else "text"
     return "number" if isinstance(cell, (int, float)) else "other"
 
 
 def is_empty(cell: Any) -> bool:
     """Whether a cell says nothing: null, NaN, no text that could be seen, a list or an object of nothing."""
     if isinstance(cell, str):
-        return not any(map(_visible, cell))
+        return not cell[:1].isalnum() and not any(map(_visible, cell))
     return (
         cell is None or (isinstance(cell, float) and math.isnan(cell)) or (isinstance(cell, (list, dict)) and not cell)
     )
@@ -207,9 +209,9 @@ def _guess(format: dict[str, tuple[str, ...]], seen: Survey, mapped: Roles) -> t
     for role in format:
         if role in roles or role in OPTIONAL:
             continue
-        kinds = ("chat",) if role in ("messages",) else ("text", "number", "chat") if role in ANSWERS else ("text",)
-        free = (name for name, column in seen.columns.items() if name not in roles.values() and column.kind in kinds)
-        column = next(free, None)
+        kinds = ("chat",) if role == "messages" else ("text", "number", "chat") if role in ANSWERS else ("text",)
+        free = {name: column.kind for name, column in seen.columns.items() if name not in roles.values()}
+        column = next((name for kind in kinds for name in free if free[name] == kind), None)
         if column is None:
             return None
         roles[role] = column

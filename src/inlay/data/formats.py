@@ -100,7 +100,7 @@ class Findings:
         """What a person should read before training."""
         said = {
             str(self.unused): True,
-            f"{self.skipped} rows without an answer are skipped": self.skipped,
+            f"rows without an answer, skipped: {self.skipped}": self.skipped,
         }
         return [line for line, holds in said.items() if line and holds]
 
@@ -175,12 +175,12 @@ class Conversion:
         try:
             cells = self._cells(record)
             _check_answered(cells, self.roles)
+            return self.convert(cells, self.roles)
         except EmptyAnswerError:
             if not self.skip_empty:
                 raise
             self.found.skipped += 1
             return []
-        return self.convert(cells, self.roles)
 
     def _cells(self, record: Record) -> Record:
         """The cells that play a role, by column: None for an empty one, and chats read from JSON."""
@@ -201,7 +201,7 @@ def _check_answered(cells: Record, roles: Roles) -> None:
     """Raise an EmptyAnswerError for a row that has nothing to learn from."""
     for role in ANSWERS:
         if role in roles and cells[roles[role]] is None:
-            raise EmptyAnswerError(f"{roles[role]} is empty; accepted: text")
+            raise EmptyAnswerError(f"{roles[role]} is empty; accepted: {'a label' if role == 'label' else 'text'}")
     chat = cells.get(roles.get("messages", ""), "")
     if chat is None:
         raise EmptyAnswerError("no assistant message; accepted: at least one to learn from")

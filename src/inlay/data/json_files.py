@@ -15,15 +15,18 @@ LIST, LINE = "a list of JSON objects, or one object a line", "one JSON object a 
 Lines = Iterator[tuple[int, str]]
 
 
-def json_records(path: Path, lines: Lines, one_a_line: bool, notes: list[str], whole: bool = True) -> Numbered:
-    """The records of a JSON file with the line that each begins at, whichever of the forms it has.
+def json_records(
+    path: Path, lines: Lines, one_a_line: bool, notes: list[str], whole: bool = True
+) -> tuple[str, Numbered]:
+    """The records of a JSON file, whichever of the forms it has, with the line that each begins at or its number in a
+    list; before them, which of both it is.
 
     `one_a_line` says what its name promises, .jsonl. Unless the file may be held in memory (`whole`), a list
     is refused.
     """
     first = next(((number, line) for number, line in lines if line.strip()), None)
     if first is None:
-        return iter(())
+        return "line", ()
     is_list = first[1].lstrip().startswith("[")
     if not whole and (is_list or not one_a_line):
         command = f"jq -c '.[]' {path.name} > lines.jsonl"
@@ -31,9 +34,9 @@ def json_records(path: Path, lines: Lines, one_a_line: bool, notes: list[str], w
     if not is_list and (one_a_line or _object_alone(first[1])):
         second = next(((number, line) for number, line in lines if line.strip()), None)
         if one_a_line or second is not None:
-            return _by_line(path, chain([first], [second] if second else [], lines))
+            return "line", _by_line(path, chain([first], [second] if second else [], lines))
     text = "\n" * (first[0] - 1) + "\n".join(line for _, line in chain([first], lines))
-    return enumerate(_listed(_parse(text, path, 1, LIST), path, notes), start=1)
+    return "row", enumerate(_listed(_parse(text, path, 1, LIST), path, notes), start=1)
 
 
 def _object_alone(line: str) -> bool:
@@ -81,7 +84,8 @@ def _records(value: Any) -> bool:
 def _advice(value: dict[str, Any], lists: list[str], path: Path) -> str:
     if lists:
         return f"(several lists: {', '.join(lists)}; jq .{lists[0]} {path.name} > one.json takes one out)"
-    if value and all(isinstance(inner, (dict, list)) for inner in value.values()):
+    chats = any(isinstance(inner, list) and inner and isinstance(inner[0], dict) for inner in value.values())
+    if value and not chats and all(isinstance(inner, (dict, list)) for inner in value.values()):
         return "(of pandas: df.to_json(path, orient='records', lines=True))"
     return "(one object alone is written in [ ])"
 

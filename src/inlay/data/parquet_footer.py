@@ -97,8 +97,6 @@ class Thrift:
 
     def struct(self, depth: int = 0) -> dict[int, Any]:
         """All fields up to the stop; raises a ValueError where the bytes are no struct."""
-        if depth > DEPTH:
-            raise ValueError("nested too deeply")
         fields: dict[int, Any] = {}
         number = 0
         while head := self.byte():
@@ -109,6 +107,8 @@ class Thrift:
 
     def value(self, kind: int, depth: int) -> Any:
         """A value of one of the protocol's types, as it stands in a list or after a field's head."""
+        if depth > DEPTH:
+            raise ValueError("nested too deeply")
         if kind in (1, 2, 3):
             return self.byte()
         if kind in (4, 5, 6):

@@ -28,11 +28,12 @@ UNPACK = {".zip": "unzip", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "zstd -d", 
 
 @dataclass
 class Reading:
-    """How files are read, and what was noticed on the way."""
+    """How files are read, and what was noticed; `unit` is what the numbers of the last file's records count."""
 
     encoding: str = "utf-8"
     tsv_quotes: str = "auto"
     notes: list[str] = field(default_factory=list)
+    unit: str = "line"
 
 
 def read_records(
@@ -97,8 +98,8 @@ def read_files(files: list[Path], folder: Path, reading: Reading) -> Records:
     records = Records()
     for path in files:
         before = len(records)
-        unit = "row" if kind_of(path) in (".parquet", ".arrow") else "line"
-        records.add_file(str(path.relative_to(folder)), unit, file_records(path, reading))
+        records.add_file(str(path.relative_to(folder)), file_records(path, reading))
+        records.name_unit(reading.unit)
         if len(records) == before:
             raise refusal(path, "no record (empty)", "at least one")
     return records
@@ -142,7 +143,8 @@ def _read_hub(source: str, split: str | None, reading: Reading) -> dict[str, Rec
             reading.notes.append(f"{source}: train is trained on, validation is held out")
     read = {name: Records() for name in parts}
     for part, records in read.items():
-        records.add_file(f"{source}, {part}", "row", enumerate(parts[part].to_list(), start=1))
+        records.add_file(f"{source}, {part}", enumerate(parts[part].to_list(), start=1))
+        records.name_unit("row")
     return read
 
 
@@ -174,7 +176,7 @@ class Unpacked(io.RawIOBase):
             raise DamagedFileError(f"{self.path}: cannot be unpacked ({error})") from error
         self.count += len(part)
         if self.count > self.most:
-            wanted = f"at most {FACTOR} times its {gib(self.path.stat().st_size)}, and {gib(LEAST)} (gunzip it first)"
+            wanted = f"at most {FACTOR} times the file, or {gib(LEAST)} (gunzip it first)"
             raise refusal(self.path, f"more than {gib(self.most)} once unpacked", wanted)
         buffer[: len(part)] = part
         return len(part)
@@ -231,20 +233,22 @@ def _guesses(raw: bytes) -> Iterator[str]:
 
 def _json(path: Path, reading: Reading, whole: bool) -> Numbered:
     lines = text_lines(path, reading.encoding)
-    return json_records(path, lines, kind_of(path) == ".jsonl", reading.notes, whole)
+    reading.unit, records = json_records(path, lines, kind_of(path) == ".jsonl", reading.notes, whole)
+    return records
 
 
 def _table(path: Path, reading: Reading, whole: bool) -> Numbered:
-    text = read_text(path, reading.encoding)
+    text, reading.unit = read_text(path, reading.encoding), "line"
     return table_records(path, text, kind_of(path) == ".tsv", reading.tsv_quotes, reading.notes)
 
 
 def _columnar(path: Path, reading: Reading, whole: bool) -> Numbered:
+    reading.unit = "row"
     return columnar_records(path, whole)
 
 
 def _paragraphs(path: Path, reading: Reading, whole: bool) -> Numbered:
-    text = read_text(path, reading.encoding).replace("\r\n", "\n")
+    text, reading.unit = read_text(path, reading.encoding).replace("\r\n", "\n"), "line"
     line = 1
     for part in re.split(r"(\n\s*\n)", text):
         if part.strip():

@@ -22,14 +22,19 @@ class Records(list[Record]):
         self._starts: list[int] = []
         self._files: list[tuple[str, str, array]] = []
 
-    def add_file(self, name: str, unit: str, numbered: Numbered) -> None:
-        """Append the records of one file; `unit` says what its numbers count, lines or rows."""
+    def add_file(self, name: str, numbered: Numbered) -> None:
+        """Append the records of one file."""
         numbers = array("Q")
         self._starts.append(len(self))
-        self._files.append((name, unit, numbers))
+        self._files.append((name, "line", numbers))
         for number, record in numbered:
             numbers.append(number)
             self.append(record)
+
+    def name_unit(self, unit: str) -> None:
+        """Say what the numbers of the last file count: lines, or rows."""
+        name, _, numbers = self._files[-1]
+        self._files[-1] = (name, unit, numbers)
 
     def place(self, index: int) -> str:
         """Where the record at `index` stands, as in "train.jsonl, line 4"."""

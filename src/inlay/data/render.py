@@ -243,17 +243,17 @@ def as_plain_text(example: Example) -> Example:
 def prompt_ids(prompt: str | list[Message] | Example, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """A prompt as `render` has it before its answer: with what the tokenizer or the chat template puts before it, and
     without the end that some tokenizers put after every text. An example is one with its tools and the rest."""
-    about = {} if isinstance(prompt, str | list) else prompt
-    prompt = prompt if isinstance(prompt, str | list) else prompt["prompt"]
-    if isinstance(prompt, list) and tokenizer.chat_template is not None:
-        return encoder(about, tokenizer)(prompt, add_generation_prompt=True)
-    if isinstance(prompt, list):
-        prompt = as_plain_text({**about, "prompt": prompt, "completion": [{"role": "assistant", "content": ""}]})[
-            "prompt"
-        ]
-    ids = encode(prompt, tokenizer)
+    about: Example = {} if isinstance(prompt, str | list) else prompt
+    given: str | list[Message] = prompt if isinstance(prompt, str | list) else prompt["prompt"]
+    if isinstance(given, list) and tokenizer.chat_template is not None:
+        return encoder(about, tokenizer)(given, add_generation_prompt=True)
+    nothing = [{"role": "assistant", "content": ""}]
+    text = (
+        given if isinstance(given, str) else as_plain_text({**about, "prompt": given, "completion": nothing})["prompt"]
+    )
+    ids = encode(text, tokenizer)
     ended = ids and ids[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id
-    return ids[:-1] if ended and not prompt.endswith(str(tokenizer.eos_token)) else ids
+    return ids[:-1] if ended and not text.endswith(str(tokenizer.eos_token)) else ids
 
 
 def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

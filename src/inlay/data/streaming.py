@@ -111,9 +111,8 @@ def _guess(files: list[Path], rules: Rules, reading: Reading) -> Conversion | No
 def _placed(files: list[Path], reading: Reading) -> Iterator[tuple[str, Record]]:
     """The records of all files, and where each stands."""
     for file in files:
-        unit = "line" if kind_of(file) == ".jsonl" else "row"
         for number, record in file_records(file, reading, whole=False):
-            yield f"{file.name}, {unit} {number}", record
+            yield f"{file.name}, {reading.unit} {number}", record
 
 
 def _dataset(files: list[Path], conversion: Conversion, reading: Reading) -> IterableDataset:

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerBase
 
 from inlay.data.chats import Example
 from inlay.data.render import prompt_ids
@@ -85,3 +86,19 @@ def token_losses(
                 want = torch.tensor(own[len(own) - count :], dtype=torch.long, device=logits.device)
                 found[j] = cross_entropy(own_logits[-count:].float(), want, reduction="sum").item(), count
     return found
+
+
+@torch.no_grad()
+def mean_token_loss(texts: Sequence[str], model: Any, tokenizer: PreTrainedTokenizerBase, length: int) -> float:
+    """Return the mean loss, in nats per token, over all tokens but the first of each text, truncated to `length`."""
+    was_training = model.training
+    total = 0.0
+    count = 0
+    model.eval()
+    for text in texts:
+        ids = torch.tensor([tokenizer(text=text)["input_ids"][:length]], device=model.device)
+        logits = model(input_ids=ids).logits[0, -ids.shape[1] :]  # without the positions of a learned prompt
+        total += cross_entropy(logits[:-1].float(), ids[0, 1:], reduction="sum").item()
+        count += ids.shape[1] - 1
+    model.train(was_training)
+    return total / max(1, count)

@@ -10,6 +10,7 @@ from typing import Any
 
 from inlay.data.chats import Example, answer_text, turn_by_turn
 from inlay.data.formats import FORMATS, SUMMARIES, convert_records
+from inlay.data.labelled import labelled_examples
 from inlay.data.readers import Record
 from inlay.evaluation.generate import Chat
 from inlay.evaluation.text_overlap import MEASURES
@@ -41,25 +42,25 @@ def choice(text: str, options: Sequence[str] = ()) -> str:
 
 
 def strict_number(text: str) -> str:
-    """GSM8K's own form: the number after ####."""
+    """Return the number after ####, GSM8K's own form."""
     found = re.search(rf"####\s*({NUMBER})", text)
     return plain_number(found.group(1)) if found else ""
 
 
 def last_number(text: str) -> str:
-    """The last number there is, whatever stands around it."""
+    """Return the last number in a text, whatever stands around it."""
     found = re.findall(NUMBER, text)
     return plain_number(found[-1]) if found else ""
 
 
 def plain_number(text: str) -> str:
-    """A number without its dollar, its commas and zeros that say nothing."""
+    """Return a number without its dollar sign, its commas and needless zeros."""
     text = re.sub(r"^(-?)\.", r"\g<1>0.", re.sub(r"[$,]", "", text))
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def exact(text: str) -> str:
-    """All of it, but for space around it."""
+    """Return the whole text, without the space around it."""
     return text.strip()
 
 
@@ -77,12 +78,12 @@ class EvalTask:
 
     @property
     def figures(self) -> tuple[str, ...]:
-        """The names of its figures."""
+        """The names of the task's scores."""
         return (*self.read, *self.whole)
 
 
 def commonsense(records: list[Record]) -> list[Question]:
-    """LLM-Adapters' form: instruction, input, output, and the option that is right under `answer`."""
+    """Read LLM-Adapters' form: instruction, input, output, and the right option under `answer`."""
     found = []
     for number, row in enumerate(records, 1):
         if not {"instruction", "answer"} <= row.keys():
@@ -95,7 +96,7 @@ def commonsense(records: list[Record]) -> list[Question]:
 
 
 def gsm8k(records: list[Record]) -> list[Question]:
-    """GSM8K's form: question, and an answer that ends in #### and a number."""
+    """Read GSM8K's form: question, and an answer that ends in #### and a number."""
     found = []
     for number, row in enumerate(records, 1):
         wanted = strict_number(str(row.get("answer", "")))
@@ -106,7 +107,7 @@ def gsm8k(records: list[Record]) -> list[Question]:
 
 
 def general(records: list[Record]) -> list[Question]:
-    """Any form that `inlay train` reads, summaries too; rows with the same prompt are references of one question."""
+    """Read any form that `inlay train` reads, and summaries; rows with one prompt are references of one question."""
     found: dict[str, Question] = {}
     for example in convert_records(records, formats={**SUMMARIES, **FORMATS}):
         if "prompt" not in example:
@@ -119,15 +120,13 @@ def general(records: list[Record]) -> list[Question]:
 
 
 def texts_or_answers(records: list[Record]) -> list[Example]:
-    """Any form that `inlay train` reads, a chat turn by turn."""
+    """Read any form that `inlay train` reads, a chat turn by turn."""
     found = convert_records(records)
     return [part for one in found for part in ([one] if "text" in one else turn_by_turn(one))]
 
 
 def labelled(records: list[Record]) -> list[dict[str, Any]]:
-    """GLUE's forms: a sentence or a pair, and its label."""
-    from inlay.data.labelled import labelled_examples  # it brings the trainers
-
+    """Read GLUE's forms: a sentence or a pair, and its label."""
     return labelled_examples(records)
 
 
@@ -145,7 +144,7 @@ EVAL_TASKS = (
 
 
 def find_eval_task(name: str) -> EvalTask:
-    """The task of a name; raises a ValueError that lists them."""
+    """Return the task of a name, or raise a ValueError that lists the tasks."""
     for task in EVAL_TASKS:
         if task.name == name:
             return task
@@ -153,7 +152,7 @@ def find_eval_task(name: str) -> EvalTask:
 
 
 def questions_for(task: EvalTask, records: list[Record], by: str) -> list[Any]:
-    """What a model is asked, by generation or by likelihood.
+    """Return the questions that a model is asked, by generation or by likelihood.
 
     Raises:
         ValueError: the records are not of the task's form, or have no options to choose from by likelihood.

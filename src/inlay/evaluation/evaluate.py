@@ -16,6 +16,7 @@ from rich.console import Console
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForImageTextToText
 
 from inlay.data.chats import answer_text
+from inlay.data.labelled import one_label
 from inlay.data.readers import Record
 from inlay.evaluation.ask_model import generated, likeliest, similar_batches, token_losses
 from inlay.evaluation.eval_tasks import EvalTask, questions_for
@@ -27,13 +28,14 @@ def evaluate(
     model: Any, tokenizer: Any, task: EvalTask, records: list[Record], by: str = "generation", size: int = 8,
     tokens: int | None = None, console: Console | None = None,
 ) -> tuple[list[Score], list[dict[str, Any]]]:  # fmt: skip
-    """The figures of a model on a task, and each example's part in them.
+    """Score a model on a task; returns the scores and each example's part in them.
 
     Raises:
         ValueError: the records are not of the task's form, or a library is missing.
     """
     console = console or Console(quiet=True)
-    questions, was_training, config = questions_for(task, records, by), model.training, model.config
+    questions = questions_for(task, records, by)
+    was_training, config = model.training, model.config
     if auto_class(config, None) is AutoModelForImageTextToText:
         raise ValueError("the model sees images, and inlay eval asks in text alone; write a --metric of your own")
     if config.is_encoder_decoder and (task.name == "perplexity" or by == "likelihood"):
@@ -47,12 +49,12 @@ def evaluate(
         if task.name == "perplexity":
             return perplexity(model, tokenizer, questions, size, console)
         if by == "likelihood":
-            said = likeliest(model, tokenizer, questions, size, console)
+            answers = likeliest(model, tokenizer, questions, size, console)
         else:
-            said = generated(model, tokenizer, questions, tokens or task.tokens, size, console)
+            answers = generated(model, tokenizer, questions, tokens or task.tokens, size, console)
     finally:
         model.train(was_training)
-    both = list(zip(questions, said, strict=True))
+    both = list(zip(questions, answers, strict=True))
     rows: list[dict[str, Any]] = [
         {"prompt": q.chat[-1]["content"], "wanted": q.wanted, "said": text} for q, text in both
     ]
@@ -62,31 +64,31 @@ def evaluate(
         figures.append(share_score(name, right))
         for row, ok in zip(rows, right, strict=True):
             row[name] = ok
-    return (overlap_scores(said, questions) if task.name == "text" else figures), rows
+    return (overlap_scores(answers, questions) if task.name == "text" else figures), rows
 
 
 def perplexity(
     model: Any, tokenizer: Any, examples: list[Record], size: int, console: Console
 ) -> tuple[list[Score], list[dict[str, Any]]]:
-    """exp of the mean loss over all tokens of plain text, or over those of the answers."""
+    """Compute exp of the mean loss over all tokens of plain text, or over those of the answers."""
     pairs = [("", row["text"]) if "text" in row else (row, answer_text(row["completion"][-1])) for row in examples]
-    found = token_losses(model, tokenizer, pairs, size, console)
-    kept = [i for i, (_, count) in enumerate(found) if count]
+    losses = token_losses(model, tokenizer, pairs, size, console)
+    kept = [i for i, (_, count) in enumerate(losses) if count]
     if not kept:
         raise ValueError("the texts have a token each, before which there is nothing; give longer ones")
 
     def value(places: list[int]) -> float:
-        own = [found[kept[i]] for i in places]
-        return math.exp(min(700.0, sum(total for total, _ in own) / sum(count for _, count in own)))
+        drawn = [losses[kept[i]] for i in places]
+        return math.exp(min(700.0, sum(total for total, _ in drawn) / sum(count for _, count in drawn)))
 
     rows = [
-        {"text": text, "loss": total, "tokens": count} for (_, text), (total, count) in zip(pairs, found, strict=True)
+        {"text": text, "loss": total, "tokens": count} for (_, text), (total, count) in zip(pairs, losses, strict=True)
     ]
     return [resampled_score("perplexity", len(kept), value)], rows
 
 
 def is_classifier(model: Any) -> bool:
-    """Whether a model, or the base of an adapted one, has a head for labels."""
+    """Return whether a model, or the base of an adapted one, has a head for labels."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     return type(base) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.values()
 
@@ -95,14 +97,14 @@ def is_classifier(model: Any) -> bool:
 def evaluate_classifier(
     model: Any, tokenizer: Any, examples: list[dict[str, Any]], size: int, console: Console
 ) -> tuple[list[Score], list[dict[str, Any]]]:
-    """Accuracy, F1 and Matthews' correlation as GLUE has them, by the labels that the model was trained on; of scores,
-    Pearson's and Spearman's correlation.
+    """Score a classifier by the labels it was trained on: accuracy, F1 and Matthews' correlation, as GLUE has them.
+
+    A model that gives numbers is scored by Pearson's and Spearman's correlation.
 
     Raises:
         ValueError: the model has no head for labels, or was not trained on one that is asked for.
     """
-    from inlay.data.labelled import one_label
-    from inlay.evaluation.label_metrics import classified, correlated
+    from inlay.evaluation.label_metrics import classified, correlated  # scipy's statistics take half a second
 
     if not is_classifier(model):
         raise ValueError(
@@ -130,8 +132,8 @@ def evaluate_classifier(
         resampled_score(name, len(examples), lambda places, name=name: measure(logits[places], wanted[places])[name])
         for name in measure(logits, wanted)
     ]
-    said = logits[:, 0] if scores else [model.config.id2label[i] for i in logits.argmax(1).tolist()]
-    rows = [{**row, "said": float(own) if scores else own} for row, own in zip(examples, said, strict=True)]
+    answers = logits[:, 0].tolist() if scores else [model.config.id2label[i] for i in logits.argmax(1).tolist()]
+    rows = [{**row, "said": answer} for row, answer in zip(examples, answers, strict=True)]
     if not scores:
         right = [row["said"] == row["label"] for row in rows]
         figures[0] = share_score("accuracy", right)

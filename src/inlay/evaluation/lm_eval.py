@@ -58,7 +58,7 @@ def load_lm_eval(name: str, limit: int | None, size: int) -> Callable[[Any, Any]
 
 
 def task_names(path: Path, tasks: list[str]) -> list[str]:
-    """The tasks of a folder, or that of a file."""
+    """Return the tasks of a folder, or the one of a file."""
     if path.is_dir():
         return list(tasks)
     text = path.read_text(encoding="utf-8")  # which plain YAML does not read: it has tags of the harness's own
@@ -69,7 +69,7 @@ def task_names(path: Path, tasks: list[str]) -> list[str]:
 
 
 def lm_eval_values(found: Results) -> Iterator[tuple[str, str, str, float, float | None, int | None]]:
-    """Each figure: task or group, metric, filter, value, its standard error if there is one, over how many examples."""
+    """Yield each score: task or group, metric, filter, value, standard error if there is one, number of examples."""
     for task, row in {**found["results"], **found.get("groups", {})}.items():
         for key, value in row.items():
             metric, _, kind = key.partition(",")
@@ -81,12 +81,12 @@ def lm_eval_values(found: Results) -> Iterator[tuple[str, str, str, float, float
 
 
 def lm_eval_title(task: str, metric: str, kind: str) -> str:
-    """What a figure is called."""
+    """Return the name of a score."""
     return f"{task}, {metric}" + ("" if kind == "none" else f" ({kind})")
 
 
 def lm_eval_examples(found: Results) -> list[dict[str, Any]]:
-    """What was asked and said of each example, and its part in every figure."""
+    """Return each example's prompt and answers, and its part in every score."""
     rows = []
     for task, samples in found.get("samples", {}).items():
         for one in samples:

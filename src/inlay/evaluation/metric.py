@@ -58,16 +58,16 @@ class OnTask:
 
     @property
     def foreign(self) -> bool:
-        """Whether it is a task of lm-evaluation-harness."""
+        """Whether the task is one of lm-evaluation-harness."""
         return self.task.startswith(PREFIX)
 
     @property
     def title(self) -> str:
-        """What its figure is called in a table."""
+        """The name of the task's score in a table."""
         return self.figure or (self.task if self.foreign else find_eval_task(self.task).figures[0])
 
     def load(self, console: Console | None = None) -> Run:
-        """Its data is read, and the form is checked.
+        """Read the data, check its form, and return the function that measures a model.
 
         Raises:
             ValueError: the data cannot be read, is not of the task's form, or a library is missing.
@@ -85,7 +85,7 @@ class OnTask:
 
 
 def lm_eval_scores(found: Results) -> tuple[list[Score], Rows]:
-    """What lm-evaluation-harness found; the interval is 1.96 of its standard errors to either side."""
+    """Return the scores of lm-evaluation-harness, with intervals of 1.96 of its standard errors to either side."""
     figures = []
     for task, name, kind, value, error, count in lm_eval_values(found):
         low, high = (value - 1.96 * error, value + 1.96 * error) if error else (None, None)
@@ -94,7 +94,7 @@ def lm_eval_scores(found: Results) -> tuple[list[Score], Rows]:
 
 
 def on_task(given: dict[str, Any]) -> OnTask:
-    """The mapping of a recipe.
+    """Return the task that a recipe's mapping describes.
 
     Raises:
         ValueError: there is no such task or figure, or a key is not known, missing or of another type.
@@ -110,19 +110,18 @@ def on_task(given: dict[str, Any]) -> OnTask:
 
 
 def metric_title(given: Asked) -> str:
-    """What it is called in a table."""
+    """Return the name of a metric in a table."""
     return given if isinstance(given, str) else on_task(given).title
 
 
 def less_is_better(given: Asked) -> bool:
-    """Of a task here; of others it is the user's to say."""
+    """Return whether less of a metric is better, which is known of Inlay's own tasks alone."""
     asked = None if isinstance(given, str) else on_task(given)
     return asked is not None and not asked.foreign and find_eval_task(asked.task).less
 
 
 def load_metric(given: Asked) -> Run:
-    """The metric that is asked for. The code of a user's own, in a module of the working folder or an installed one, is
-    run: it is the user who names it.
+    """Load a metric. A user's own code, in a module of the working folder or an installed one, is imported and run.
 
     Raises:
         ValueError: there is no such task, data or function, or the data is not of the task's form.
@@ -158,7 +157,7 @@ def load_metric(given: Asked) -> Run:
 
 
 def run_metric(asked: Run, model: Any, tokenizer: Any) -> tuple[list[Score], Rows]:
-    """What a metric says of a model, which is in evaluation mode meanwhile."""
+    """Measure a model by a metric, in evaluation mode."""
     was_training = model.training
     model.eval()
     try:
@@ -168,7 +167,7 @@ def run_metric(asked: Run, model: Any, tokenizer: Any) -> tuple[list[Score], Row
 
 
 def metric_score(given: Asked, model: Any, tokenizer: Any) -> float:
-    """The one figure of a metric.
+    """Return the one score that a metric stands for.
 
     Raises:
         ValueError: it cannot be loaded, does not say this figure, or gives no finite number.

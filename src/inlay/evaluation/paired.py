@@ -12,20 +12,22 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Difference:
-    """The mean of paired differences and its confidence interval, which one pair does not give (NaN), nor pairs that
-    all differ by the same."""
+    """The mean of paired differences and its confidence interval.
+
+    The interval is NaN for a single pair, and for pairs that all differ by the same.
+    """
 
     mean: float
     low: float
     high: float
 
     def shown(self) -> str:
-        """As text; empty where there is no difference."""
+        """Return the difference as text; empty where there is none."""
         interval = "" if math.isnan(self.low) else f" [{self.low:+.3f}, {self.high:+.3f}]"
         return "" if math.isnan(self.mean) else f"{self.mean:+.3f}{interval}"
 
     def verdict(self, reference: str, below: str = "better", above: str = "worse") -> str:
-        """In words: of losses, less is better."""
+        """Return the verdict in words; of losses, less is better."""
         if math.isnan(self.mean):
             return "no comparison: a run failed or diverged"
         if math.isnan(self.low):
@@ -36,8 +38,10 @@ class Difference:
 
 
 def paired(values: Sequence[float], reference: Sequence[float], confidence: float = CONFIDENCE) -> Difference:
-    """Values minus those of the reference at the same seeds (all NaN if that has none): mean ± t s / √n, Student's t
-    with n - 1 degrees of freedom."""
+    """Return the mean of values minus the reference's at the same seeds, ± t s / √n with Student's t of n - 1.
+
+    All is NaN if the reference has no values.
+    """
     differences = [a - b for a, b in zip(values, reference, strict=True)] if reference else []
     if not differences or not all(map(math.isfinite, differences)):
         return Difference(math.nan, math.nan, math.nan)

@@ -20,7 +20,7 @@ Scores = list[float]
 
 @dataclass(frozen=True)
 class Score:
-    """A task's value with its 95 % interval, over so many examples; of what a user measures neither is known."""
+    """A score with its 95 % interval and the number of examples, both None for a user's own metric."""
 
     name: str
     value: float
@@ -31,39 +31,43 @@ class Score:
 
     def __str__(self) -> str:
         interval = "" if self.low is None else f"95 % {self.low:.3f} to {self.high:.3f}"
-        told = ", ".join(part for part in (interval, f"{self.count} examples" if self.count else "") if part)
-        return f"{self.name}: {self.value:.3f}" + (f" ({told})" if told else "")
+        details = ", ".join(part for part in (interval, f"{self.count} examples" if self.count else "") if part)
+        return f"{self.name}: {self.value:.3f}" + (f" ({details})" if details else "")
 
 
 def share_score(name: str, right: list[bool]) -> Score:
-    """A share with Wilson's interval."""
-    n, p, z = len(right), sum(right) / len(right), 1.96
+    """Return a share with Wilson's interval."""
+    n, z = len(right), 1.96
+    p = sum(right) / n
     middle, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return Score(name, p, (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n), n)
 
 
 def resampled_score(name: str, count: int, value: Callable[[list[int]], float], draws: int = 200) -> Score:
-    """A value of a whole corpus, with the interval of its bootstrap."""
+    """Return a value of a whole corpus, with the interval of its bootstrap."""
     draw = random.Random(0)
     again = tuple(value([draw.randrange(count) for _ in range(count)]) for _ in range(draws))
     return Score(name, value(list(range(count))), *bootstrap_interval(again), count, again)
 
 
 def bootstrap_interval(values: Iterable[float]) -> tuple[float, float]:
-    """Where 95 % of the values of a bootstrap lie."""
+    """Return the interval that holds 95 % of the values of a bootstrap."""
     order = sorted(values)
     return order[int(0.025 * len(order))], order[int(0.975 * len(order)) - 1]
 
 
-def overlap_scores(said: list[str], questions: list[Question]) -> list[Score]:
-    """Of answers with their references, by every measure that is installed."""
+def overlap_scores(answers: list[str], questions: list[Question]) -> list[Score]:
+    """Score answers by their overlap with the references, by every measure that is installed."""
     wanted = [question.wanted for question in questions]
-    return [resampled_score(name, len(said), measure(said, wanted)) for name, measure in installed().items()]
+    return [resampled_score(name, len(answers), measure(answers, wanted)) for name, measure in installed().items()]
 
 
 def score_difference(was: Score, now: Score, its: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:
-    """What the second of two models does better on the same examples, with the 95 % interval: of a mean over examples
-    Student's, of a value of all together that of its bootstrap, with the same draws in both. Empty: not known."""
+    """Return in words how the second of two models differs on the same examples, with the 95 % interval.
+
+    The interval of a mean over examples is Student's; that of a value of the whole corpus comes from its bootstrap,
+    with the same draws in both models. The text is empty where neither can be computed.
+    """
     first, second = ([row[now.name] for row in own if now.name in row] for own in (its, rows))
     if first and isinstance(first[0], bool | int | float):
         gap = paired(list(map(float, second)), list(map(float, first)))
@@ -85,10 +89,10 @@ def score_difference(was: Score, now: Score, its: list[dict[str, Any]], rows: li
 def write_scores(
     folder: Path, name: str, figures: list[Score], rows: list[dict[str, Any]], about: dict[str, Any]
 ) -> None:
-    """NAME.json with the figures, and NAME.jsonl with a line for each example."""
+    """Write NAME.json with the scores, and NAME.jsonl with a line for each example."""
     folder.mkdir(parents=True, exist_ok=True)
-    told = [{key: value for key, value in vars(f).items() if key != "draws"} for f in figures]
+    values = [{key: value for key, value in vars(f).items() if key != "draws"} for f in figures]
     write_text(
         folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
     )
-    write_text(folder / f"{name}.json", json.dumps({**about, "figures": told}, indent=1))
+    write_text(folder / f"{name}.json", json.dumps({**about, "figures": values}, indent=1))

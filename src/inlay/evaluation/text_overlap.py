@@ -13,7 +13,7 @@ Measure = Callable[[Texts, list[Texts]], Corpus]  # of texts, and of each one's 
 
 
 def sacre(name: str) -> Measure:
-    """Corpus BLEU or chrF against all references, by sacrebleu (Post 2018)."""
+    """Return the measure of corpus BLEU or chrF against all references, by sacrebleu (Post 2018)."""
 
     def measure(said: Texts, wanted: list[Texts]) -> Corpus:
         import sacrebleu
@@ -69,7 +69,7 @@ MEASURES: dict[str, tuple[str, Measure]] = {  # the package each needs, and what
 
 
 def installed() -> dict[str, Measure]:
-    """The measures whose package is there.
+    """Return the measures whose package is installed.
 
     Raises:
         ValueError: sacrebleu is not.
@@ -80,7 +80,7 @@ def installed() -> dict[str, Measure]:
 
 
 def there(package: str) -> bool:
-    """Whether it is installed."""
+    """Return whether a package is installed."""
     try:
         return find_spec(package) is not None
     except ValueError:  # what is None in sys.modules

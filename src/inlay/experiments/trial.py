@@ -17,20 +17,18 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch.nn.functional import cross_entropy
 from transformers import (
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
-    set_seed,
 )
 
 from inlay.data.formats import convert_records
 from inlay.data.readers import read_records
 from inlay.data.split import split_examples
+from inlay.evaluation.ask_model import mean_token_loss
 from inlay.evaluation.metric import Asked, metric_score
 from inlay.files.atomic import write_text
 from inlay.inspection.changes import changes, changes_as_data
@@ -38,13 +36,13 @@ from inlay.messages import dtype_name, quiet, slug
 from inlay.models.loading import dtype_for
 from inlay.recipe.recipe import Recipe
 from inlay.reports.result import Result
-from inlay.training.allocate_ranks import settle_ranks
-from inlay.training.base_model import load_training_model
-from inlay.training.calibration import calibration_batches, settle_calibration, start_from_data
 from inlay.training.examples import Examples, load_examples
-from inlay.training.fit import build_trainer, fit, predicted_memory
+from inlay.training.fit import fit, predicted_memory
+from inlay.training.prepared import Prepared
 from inlay.training.run_files import weights_of
 from inlay.training.run_tokenizer import run_tokenizer
+from inlay.training.settle import settle
+from inlay.training.trainer import Trainer
 
 TRIAL = "trial.json"
 RESULT = "result.json"
@@ -138,22 +136,6 @@ def trial_examples(trial: Trial, tokenizer: PreTrainedTokenizerBase, console: Co
     return Examples(rest, rows.heldout if trial.final else chosen, rows.audit)
 
 
-@torch.no_grad()
-def loss_on(texts: list[str], model: Any, tokenizer: PreTrainedTokenizerBase, length: int) -> float:
-    """Return the mean loss, in nats per token, over all tokens of some texts but the first of each."""
-    was_training = model.training
-    total = 0.0
-    count = 0
-    model.eval()
-    for text in texts:
-        ids = torch.tensor([tokenizer(text=text)["input_ids"][:length]], device=model.device)
-        logits = model(input_ids=ids).logits[0, -ids.shape[1] :]  # without the positions of a learned prompt
-        total += cross_entropy(logits[:-1].float(), ids[0, 1:], reduction="sum").item()
-        count += ids.shape[1] - 1
-    model.train(was_training)
-    return total / max(1, count)
-
-
 def unrelated(source: str | None) -> list[str]:
     """Return paragraphs to measure forgetting on, from `source` or from those that Inlay includes.
 
@@ -166,10 +148,10 @@ def unrelated(source: str | None) -> list[str]:
     return [row["text"] for row in rows[:TEXTS]]
 
 
-def details(result: Result, trainer: Trainer, rows: Examples) -> dict[str, Any]:
+def details(result: Result, trainer: Trainer, prepared: Prepared) -> dict[str, Any]:
     """Return what is kept of one run per method: its changes, its predicted memory, and its answers."""
-    changed = changes(trainer.model, lambda: weights_of(result.recipe))
-    planned = predicted_memory(result.recipe, rows, trainer)
+    changed = changes(trainer.model, lambda: weights_of(result.recipe, prepared.base))
+    planned = predicted_memory(prepared, trainer)
     return {"changes": changes_as_data(changed, spectra=True), "memory_planned": planned, "samples": result.samples}
 
 
@@ -185,20 +167,16 @@ def run_trial(folder: Path) -> None:
     recipe = replace(trial.recipe, output=str(folder), samples=samples, save_every=0)
     tokenizer = run_tokenizer(recipe)
     rows, texts = trial_examples(trial, tokenizer, console), unrelated(trial.unrelated)
-    set_seed(recipe.seed)
-    recipe, dtype = settle_ranks(recipe, console), dtype_for(recipe.dtype)
-    recipe = settle_calibration(recipe, dtype, folder, tokenizer, rows, console)
-    seen = calibration_batches(recipe, tokenizer, rows)
-    trainer = build_trainer(
-        recipe, load_training_model(recipe, dtype, folder, console, batches=seen), tokenizer, rows, folder
-    )
-    start_from_data(recipe, trainer.model, tokenizer, rows, console)
+    dtype = dtype_for(recipe.dtype)
+    prepared = Prepared(recipe, recipe.base_model(), dtype, folder, tokenizer, rows, console)
+    prepared, trainer = settle(prepared)
     trainer.add_callback(Prefix(trial.stop))
-    recipe = recipe.resolved(dtype=dtype_name(dtype))
+    recipe = prepared.recipe.resolved(dtype=dtype_name(dtype))
+    prepared = replace(prepared, recipe=recipe)
     write_text(folder / "recipe.yaml", recipe.to_yaml())
     measure = (texts, trainer.model, tokenizer, recipe.max_length)
-    unrelated_before = loss_on(*measure) if trial.final else 0.0
-    run = fit(recipe, trainer, tokenizer, rows, console)
+    unrelated_before = mean_token_loss(*measure) if trial.final else 0.0
+    run = fit(prepared, trainer)
     steps = [row for row in run.history if "loss" in row]
     metric = trial.metric if math.isfinite(run.after) else None
     scored = {} if metric is None else {"metric": metric_score(metric, trainer.model, tokenizer)}
@@ -206,7 +184,7 @@ def run_trial(folder: Path) -> None:
         **scored,
         "before": run.before,
         "after": finite_or_none(run.after),
-        "forgetting": finite_or_none(loss_on(*measure) - unrelated_before) if trial.final else None,
+        "forgetting": finite_or_none(mean_token_loss(*measure) - unrelated_before) if trial.final else None,
         "seconds": run.seconds,
         "seconds_per_step": (steps[-1]["seconds"] - steps[0]["seconds"]) / max(1, len(steps) - 1),
         "steps": trainer.state.global_step,
@@ -215,7 +193,7 @@ def run_trial(folder: Path) -> None:
         "parameters": run.parameters,
         "parameters_last": steps[-1]["trained"],
         "base_parameters": run.base_parameters,
-        **(details(run, trainer, rows) if trial.detailed else {}),
+        **(details(run, trainer, prepared) if trial.detailed else {}),
         "curve": [(row["step"], finite_or_none(row["loss"])) for row in steps],
         "heldout": [(row["step"], finite_or_none(row["eval_loss"])) for row in run.history if "eval_loss" in row],
     }

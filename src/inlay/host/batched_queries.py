@@ -24,7 +24,10 @@ from inlay.numerics.zeroth_order import ZerothOrder
 
 
 class Known:
-    """A base whose output for one x is a part of what it gives for all; another x (Bat's x + t) it is asked itself."""
+    """Stand for a base whose output for `x` is one part of what it gives for all sides.
+
+    For another x (Bat's x + t) the base itself is called.
+    """
 
     def __init__(self, base: Base, x: Tensor, whole: Callable[[], Tensor]) -> None:
         self.base, self.x, self.whole = base, x, whole
@@ -41,18 +44,22 @@ class Known:
 def spread_queries(
     model: nn.Module, estimator: ZerothOrder, parameters: Sequence[Tensor], own: Sequence[Tensor], step: int
 ) -> Iterator[None]:
-    """In its block, the k-th forward pass of a causal language model is at the k-th of `estimator.sides`: the first one
-    runs the layers for all of them. The block leaves θ at some side.
+    """Run the k-th forward pass of a causal language model at the k-th of `estimator.sides`, in this block.
+
+    The first pass runs the layers for all sides. The block leaves θ at some side.
 
     Args:
         model: adapted; of a batch, matrices as long as the first one are repeated.
-        parameters, own: θ, and a copy of it.
+        estimator: the directions and sides of the step.
+        parameters: θ.
+        own: a copy of θ.
+        step: the number of the step, from which the directions are drawn.
 
     Raises:
         ValueError: something is trained elsewhere than in adapted layers, or something drops at random.
     """
     causal = cast(Any, model.get_base_model() if isinstance(model, PeftModel) else model)
-    body, sides, found, calls = causal.base_model, estimator.sides, [], iter(range(len(estimator.sides)))
+    body, sides, outputs, calls = causal.base_model, estimator.sides, [], iter(range(len(estimator.sides)))
     layers = [module for module in body.modules() if isinstance(module, InlayLinear)]
     place = {p: i for i, p in enumerate(parameters)}
     check_batched(causal, layers, place)
@@ -64,16 +71,16 @@ def spread_queries(
         torch.add(own[i], Z, alpha=sign * estimator.epsilon, out=p.data)
 
     def once(*args: Any, **kwargs: Any) -> Any:
-        if not found:
+        if not outputs:
             size = next(len(v) for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() > 1)
             repeat = partial(repeated, size, len(sides))
             with ExitStack() as patches:
                 for layer in layers:
                     own_forward = partial(at_all_sides, layer, own_parameters(layer, place), side, len(sides))
                     patches.enter_context(patched(layer, own_forward))
-                made = forward(*map(repeat, args), **{k: repeat(v) for k, v in kwargs.items()})
-            found.extend((type(made), made.last_hidden_state.chunk(len(sides))))
-        kind, parts = found
+                output = forward(*map(repeat, args), **{k: repeat(v) for k, v in kwargs.items()})
+            outputs.extend((type(output), output.last_hidden_state.chunk(len(sides))))
+        kind, parts = outputs
         return kind(last_hidden_state=parts[next(calls)])
 
     with patched(body, once):
@@ -82,7 +89,7 @@ def spread_queries(
 
 @contextmanager
 def patched(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """A module with another forward pass."""
+    """Replace the `forward` of `module` in this block."""
     before = vars(module).get("forward")  # of a hook
     module.forward = forward
     try:
@@ -97,15 +104,15 @@ def at_all_sides(
     layer: InlayLinear, parameters: list[Tensor], side: Callable[[int, Tensor], None], count: int,
     x: Tensor, *args: Any, **kwargs: Any,
 ) -> Tensor:  # fmt: skip
-    """A layer's output for an x (count · batch, ..., in) whose parts are of the sides, which `side` writes into θ."""
+    """Return a layer's output for an x (count · batch, ..., in), each part at its side's θ, which `side` writes."""
     names = [] if layer.disable_adapters else [n for n in layer.active_adapters if n not in layer.merged_adapters]
-    base, made = layer._under([], args, kwargs), []
+    base, parts = layer._under([], args, kwargs), []
 
     def part(k: int) -> Tensor:
-        made.extend([] if made else base(x).chunk(count))
-        return made[k]
+        parts.extend([] if parts else base(x).chunk(count))
+        return parts[k]
 
-    outs = []
+    layer.called, outs = True, []
     for k, own in enumerate(x.chunk(count)):
         for p in parameters:
             side(k, p)
@@ -115,13 +122,13 @@ def at_all_sides(
 
 
 def own_parameters(layer: InlayLinear, place: dict[Tensor, int]) -> list[Tensor]:
-    """The trained parameters that a layer reads, also those that another one holds."""
+    """Return the trained parameters that `layer` reads, those that another layer holds included."""
     held = [layer._holder(k, name)._held(PREFIX + k)[name] for name, cut in layer.cuts.items() for k in cut.symbols]
     return [weight for slot in held if (weight := cast(Tensor, slot.weight)) in place]
 
 
 def repeated(size: int, count: int, value: Any) -> Any:
-    """A tensor of `size` examples, `count` times one after another; anything else as it is."""
+    """Return a tensor of `size` examples `count` times one after another, and any other value as it is."""
     alike = isinstance(value, Tensor) and value.dim() > 1 and len(value) == size
     return value.repeat(count, *[1] * (value.dim() - 1)) if alike else value
 

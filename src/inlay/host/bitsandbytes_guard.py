@@ -8,8 +8,10 @@ from torch import nn
 
 
 def readable(base_layer: nn.Module) -> nn.Module:
-    """Guard against two faults of bitsandbytes in 4-bit weights on a CPU: where there is avx512_bf16 it repacks one in
-    place at its first inference, and then it dequantises to other numbers; and it misreads rows that end in a block.
+    """Return `base_layer`, guarded against two faults of bitsandbytes in 4-bit weights on a CPU.
+
+    Where there is avx512_bf16 it repacks a weight in place at its first inference, and then it dequantises to other
+    numbers; and it misreads rows that end in a block.
 
     Raises:
         ValueError: it has already repacked the weight.

@@ -31,7 +31,7 @@ Loss = Callable[[Any, Any], Tensor]
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a pass came to: how many batches it took, and by module the statistics of its data.
+    """Hold the result of a calibration pass: how many batches it took, and the statistics of the data by module.
 
     `unsettled`: the modules whose method tells when it has seen enough, and had not.
     """
@@ -61,6 +61,7 @@ def calibrate(
         model: adapted.
         batches: keyword arguments of the model, such as input_ids, attention_mask and labels; an `attention_mask` (and
             `decoder_attention_mask`, if it is of another length) says which tokens are none.
+        adapter_name: the adapter to start.
         most: so many batches at most; fewer where every layer has seen enough.
         loss: what of (model, batch) is differentiated; by default the model's own loss, for which batches have labels.
 
@@ -80,10 +81,10 @@ def calibrate(
         raise ValueError(f"adapter {adapter_name!r} has its start already; calibrate before the first use, and once")
     methods = {f"{name}.base_layer": layer.cuts[adapter_name].method for name, layer in layers.items()}
     with without_adapters(layers.values()):
-        found = gather_statistics(model, methods, batches, most, loss)
-    stats = {name: found.stats[f"{name}.base_layer"] for name in layers}
+        result = gather_statistics(model, methods, batches, most, loss)
+    stats = {name: result.stats[f"{name}.base_layer"] for name in layers}
     run_jobs(job for name, layer in layers.items() for job in layer.jobs(adapter_name, stats=stats[name]))
-    return Calibration(found.batches, stats, [name.removesuffix(".base_layer") for name in found.unsettled])
+    return Calibration(result.batches, stats, [name.removesuffix(".base_layer") for name in result.unsettled])
 
 
 def gather_statistics(
@@ -93,7 +94,7 @@ def gather_statistics(
     most: int | None = MOST,
     loss: Loss | None = None,
 ) -> Calibration:
-    """The statistics that methods ask of linear modules of a model, adapted or not, by the modules' names.
+    """Return the statistics that `methods` need of linear modules of `model`, adapted or not, by the modules' names.
 
     Raises:
         ValueError: there is no batch or no loss, or a module was given no tokens.
@@ -115,8 +116,8 @@ def gather_statistics(
             count += 1
             if all(watcher.settled for watcher in watchers.values()):
                 break
-    stats = {name: watcher.found for name, watcher in watchers.items()}
-    if empty := [name for name, found in stats.items() if not found]:
+    stats = {name: watcher.collected for name, watcher in watchers.items()}
+    if empty := [name for name, collected in stats.items() if not collected]:
         raise ValueError(
             f"{empty[0]} was given no tokens in {count} batches; give more, or leave it out of target_modules"
         )
@@ -125,7 +126,7 @@ def gather_statistics(
 
 
 class Watcher:
-    """One module's method, what it has seen, and, where another module reads the same input, whose statistics serve."""
+    """Collect the statistics of one module for its method, or share those of a module that reads the same input."""
 
     def __init__(self, method: Method) -> None:
         self.method = method
@@ -136,11 +137,11 @@ class Watcher:
         self.input: Any = lambda: None  # a weak reference to the last one
 
     @property
-    def found(self) -> Params:
+    def collected(self) -> Params:
         return self.stats if self.leader in (self, None) else self.leader.stats  # type: ignore[union-attr]
 
     def hook(self, everyone: Iterable[Watcher]) -> Callable[[nn.Module, tuple, Tensor], Tensor | None]:
-        """A forward hook that looks at the inputs, or puts a `Tap` on the output."""
+        """Return a forward hook that looks at the inputs, or puts a `Tap` on the output."""
 
         def look(module: nn.Module, args: tuple, y: Tensor) -> Tensor | None:
             x = args[0]
@@ -165,7 +166,7 @@ class Watcher:
 
 
 class Tap(torch.autograd.Function):
-    """y, as it is. In the backward pass, its layer's weight gradient gᵀx is shown to a watcher, and gone."""
+    """Pass y on as it is, and show its layer's weight gradient gᵀx to a watcher in the backward pass, then free it."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, watcher: Watcher, leaf: Tensor) -> Tensor:
@@ -182,13 +183,13 @@ class Tap(torch.autograd.Function):
 
 
 def tokens(x: Tensor, masks: list[Tensor]) -> Tensor:
-    """Inputs (..., in) as (tokens × in), without those that are padding by the mask of their shape."""
+    """Return inputs (..., in) as (tokens × in), without those that the mask of their shape marks as padding."""
     mask = next((mask for mask in masks if mask.shape == x.shape[:-1]), None)
     return x.flatten(0, -2) if mask is None else x[mask.bool()]
 
 
 def own_loss(model: nn.Module, batch: dict[str, Any], needed: bool) -> Tensor:
-    """A model's own mean loss of a batch.
+    """Return a model's own mean loss of a batch.
 
     Raises:
         ValueError: it is needed, and the model gives none.
@@ -201,7 +202,7 @@ def own_loss(model: nn.Module, batch: dict[str, Any], needed: bool) -> Tensor:
 
 @contextmanager
 def still(model: nn.Module) -> Iterator[None]:
-    """Without dropout, and without gradients for anything that is trained."""
+    """Switch dropout off in this block, and gradients of all that is trained."""
     training = [module for module in model.modules() if module.training]
     trained = [p for p in model.parameters() if p.requires_grad]
     model.eval()
@@ -218,7 +219,7 @@ def still(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_adapters(layers: Iterable[InlayLinear]) -> Iterator[None]:
-    """Without any adapter."""
+    """Switch all adapters of `layers` off in this block."""
     was = [(layer, layer.disable_adapters) for layer in layers]
     try:
         for layer, _ in was:

@@ -31,20 +31,26 @@ _sharing = False
 
 
 class Job(NamedTuple):
-    """A start to compute: `read` gives W, of `shape` (out, in), in fp32; `done` takes θ₀; `stats`: what its method has
-    seen."""
+    """Describe a start to compute: `read` gives W, of `shape` (out, in), in fp32; `done` takes θ₀.
+
+    `stats`: what its method has seen. `seed`: of what it draws; None: torch's generator draws.
+    """
 
     method: Method
     shape: tuple[int, int]
     read: Callable[[], Tensor]
     done: Callable[[Params], None]
     stats: Params | None = None
+    seed: int | None = None
 
 
 @contextmanager
 def shared_starts() -> Iterator[None]:
-    """In its block, where every process of a run adapts the same model, each computes its share of the starts and
-    gives the others what it found. Nothing does so unasked: a process that adapts a model alone would wait for ever."""
+    """Let each process of a run compute its share of the starts in this block, and give the others what it computed.
+
+    Every process must adapt the same model. Nothing does so by default: a process that adapts a model alone would wait
+    for ever.
+    """
     global _sharing
     before, _sharing = _sharing, distributed.process_count() > 1
     try:
@@ -55,7 +61,7 @@ def shared_starts() -> Iterator[None]:
 
 @torch.no_grad()
 def run_jobs(jobs: Iterable[Job]) -> None:
-    """Do the jobs. The caller's thread reads weights and takes results in order, as far ahead as cores and memory go.
+    """Compute the starts of `jobs`. The caller's thread reads weights and takes results in order, as memory allows.
 
     A start that draws random numbers waits for its turn, so that a seed means the same everywhere.
     """
@@ -68,11 +74,11 @@ def run_jobs(jobs: Iterable[Job]) -> None:
             job, owner, future = waiting.popleft()
             take(job, future and future.result(), owner)
 
-    def take(job: Job, made: Params | None, owner: int) -> None:
+    def take(job: Job, start: Params | None, owner: int) -> None:
         if ranks > 1:
-            made = distributed.broadcast_tensors(blank_start(job) if made is None else made, owner)
-        assert made is not None
-        job.done(made)
+            start = distributed.broadcast_tensors(blank_start(job) if start is None else start, owner)
+        assert start is not None
+        job.done(start)
 
     pool = ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,))
     # Precision is a setting of the process: threads that each set it and put it back would leave it wrong.
@@ -81,7 +87,7 @@ def run_jobs(jobs: Iterable[Job]) -> None:
             for number, job in enumerate(jobs):
                 if job.method.draws:  # in every process, so that their generators stay in step
                     finish(0)
-                    take(job, start_of(job.method, on_device(job.read()), job.stats), 0)
+                    take(job, drawn_start(job), 0)
                     continue
                 owner = number % ranks
                 if owner == 0:
@@ -93,37 +99,51 @@ def run_jobs(jobs: Iterable[Job]) -> None:
                     if W.device.type == "cpu":
                         future = pool.submit(start_of, job.method, W, job.stats)
                     else:
-                        finish(0) if ranks == 1 else None
+                        if ranks == 1:
+                            finish(0)
                         future = Future()
                         future.set_result(start_of(job.method, W, job.stats))
                 waiting.append((job, owner, future))
             finish(0)
         finally:
             for _, _, future in waiting:
-                future.cancel() if future else None
+                if future:
+                    future.cancel()
+
+
+def drawn_start(job: Job) -> Params:
+    """Compute a start that draws; with a seed on the CPU, so that it is the same on every device."""
+    if job.seed is None:
+        return start_of(job.method, on_device(job.read()), job.stats)
+    W, before = job.read(), torch.default_generator.get_state()
+    torch.default_generator.manual_seed(job.seed)
+    try:
+        return start_of(job.method, W.cpu(), job.stats)
+    finally:
+        torch.default_generator.set_state(before)
 
 
 def on_device(W: Tensor) -> Tensor:
-    """A weight where this process computes: a model that is to be sharded still lies on the CPU."""
+    """Return a weight where this process computes: a model that is to be sharded still lies on the CPU."""
     return W.to(PartialState().device) if _sharing else W
 
 
 def blank_start(job: Job) -> Params:
-    """Room for a start that another process computes."""
+    """Return empty tensors for a start that another process computes."""
     shapes = job.method.start(torch.empty(job.shape, device="meta"))
     return {name: torch.empty_like(shape, device=PartialState().device) for name, shape in shapes.items()}
 
 
 def start_of(method: Method, W: Tensor, stats: Params | None = None) -> Params:
-    """method.start(W, stats), or what it was when it was last computed of the same weight alone."""
+    """Return `method.start(W, stats)`, from the cache where it was computed of the same weight alone before."""
     if method.draws or stats:
         return method.start(W, stats)
     about = f"{method!r} {method.place if method.shared else None} {W.device.type} {__version__} {torch.__version__}"
     key = f"{hashlib.sha256(about.encode()).hexdigest()[:16]}-{cache.fingerprint(W)}"
-    if (found := cache.load("starts", key)) is not None:
-        return {name: tensor.to(W.device) for name, tensor in found.items()}
+    if (cached := cache.load("starts", key)) is not None:
+        return {name: tensor.to(W.device) for name, tensor in cached.items()}
     began = time.perf_counter()
-    made = method.start(W)
+    start = method.start(W)
     if time.perf_counter() - began > COSTLY:
-        cache.store("starts", key, made)
-    return made
+        cache.store("starts", key, start)
+    return start

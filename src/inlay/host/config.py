@@ -18,8 +18,24 @@ BIAS = ("none", "all", "inlay_only")
 NAMES, SEALED = (list, set, tuple), {"tensors", "base"}
 
 
+def check_imports(config: PeftConfig) -> None:
+    """Raise a ValueError where PEFT would import a module, or run code, because a config of any type names it."""
+    core = getattr(config, "megatron_core", None)
+    if getattr(config, "megatron_config", None) or core not in (None, "megatron.core"):
+        raise ValueError(
+            f"megatron_config, megatron_core={core!r}: PEFT imports the module that is named there, which is not done "
+            "here; remove both from the configuration"
+        )
+    if "trust_remote_code" in (getattr(config, "tokenizer_kwargs", None) or {}):
+        raise ValueError(
+            "tokenizer_kwargs: trust_remote_code would run code of the repository that the configuration names; "
+            "remove it from the configuration"
+        )
+
+
 def check_where(config: PeftConfig) -> None:
-    """Refuse what PEFT would trip over where it looks for the modules that a config, of whatever type, names."""
+    """Raise a ValueError for what PEFT would trip over where it looks for the modules that `config` names."""
+    check_imports(config)
     for what in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
         value = getattr(config, what, None)
         if isinstance(value, str):
@@ -29,7 +45,7 @@ def check_where(config: PeftConfig) -> None:
 
 
 def check_regex(what: str, pattern: Any) -> None:
-    """Refuse what is no regular expression."""
+    """Raise a ValueError unless `pattern`, the value of `what`, is a regular expression."""
     try:
         re.compile(pattern)
     except (re.error, TypeError, RecursionError, OverflowError) as error:
@@ -37,8 +53,11 @@ def check_regex(what: str, pattern: Any) -> None:
 
 
 def add_peft_type(name: str) -> PeftType:
-    """Add a member to PEFT's closed enum. `register_peft_method` refuses names that are not members and PEFT offers
-    no entry point; a plain string in its place breaks wherever transformers reads `.value`."""
+    """Add the member `name` to PEFT's closed enum of types.
+
+    `register_peft_method` refuses names that are not members and PEFT offers no entry point; a plain string in its
+    place breaks wherever transformers reads `.value`.
+    """
     if name not in PeftType.__members__:
         member = str.__new__(PeftType, name)
         member._name_, member._value_ = name, name
@@ -54,7 +73,7 @@ INLAY = add_peft_type("INLAY")
 
 @dataclass
 class InlayConfig(PeftConfig):
-    """Which method, with which hyperparameters, on which modules.
+    """Say which method adapts which modules, with which hyperparameters.
 
     `InlayConfig(method="pissa", args={"r": 16}, target_modules="all-linear")` and
     `InlayConfig(method=methods.PiSSA(r=16), ...)` are the same.
@@ -71,6 +90,9 @@ class InlayConfig(PeftConfig):
         bias: "none", "all" or "inlay_only": which biases of the model are trained.
         saver: "none", "velora" or "wta_crs": in training, what is kept of a layer's input for the gradient of an inner
             factor (A): less than all of it, for an estimate of the gradient (`inlay.numerics.ops.savers.SAVERS`).
+        seed: of what starts draw (SNELL, SpIEL, DoTA's and LaMDA's random ones, ...), the same on every machine and
+            whatever was drawn before: checkpoints of the trained parameters alone are then whole. None: torch's
+            generator draws.
         init_weights: False starts away from the identity, for tests only.
         folded: the base is W − s ΔW(θ₀), quantised, as `inlay.fold` makes it; set in what it writes, never by hand.
 
@@ -92,6 +114,7 @@ class InlayConfig(PeftConfig):
     target_parameters: list[str] | None = None
     bias: str = "none"
     saver: str = "none"
+    seed: int | None = None
     init_weights: bool = True
     folded: bool = False
     folded_base: str | None = None  # a digest of what it was folded into
@@ -111,7 +134,8 @@ class InlayConfig(PeftConfig):
         self.peft_type = INLAY
         if isinstance(self.method, Method):
             self._take(self.method)
-        for name, kind in (("args", dict), ("patterns", dict), ("seals", dict), ("format_version", int)):
+        kinds = (("args", dict), ("patterns", dict), ("seals", dict), ("format_version", int), ("seed", int))
+        for name, kind in kinds:
             if not isinstance(value := getattr(self, name), kind | None):
                 raise ValueError(f"{name}={value!r} is not {'a mapping' if kind is dict else 'a whole number'}")
         for mark in (self.seals or {}).values():
@@ -172,24 +196,26 @@ class InlayConfig(PeftConfig):
     def _build(self, overrides: dict[str, Any]) -> Method:
         cls = methods.find(str(self.method))
         values = {"scale": self.scale, "dropout": self.dropout, **self.args, **overrides}
-        known = [f.name for f in fields(cls)]
+        names = [f.name for f in fields(cls)]
         for key in values:
-            if key not in known:
-                raise ValueError(f"{self.method} has no hyperparameter {key!r}; it has {', '.join(known)}")
+            if key not in names:
+                raise ValueError(f"{self.method} has no hyperparameter {key!r}; it has {', '.join(names)}")
         return cls(**values)
 
     def pattern_of(self, module_name: str) -> str | None:
-        """The first of `patterns` that matches the end of a module's name."""
+        """Return the first of `patterns` that matches the end of `module_name`."""
         return next((p for p in self.patterns if re.match(rf"(.*\.)?({p})$", module_name)), None)
 
     def build(self, module_name: str = "") -> Method:
-        """The method with the hyperparameters of one module."""
+        """Return the method with the hyperparameters of one module."""
         pattern = self.pattern_of(module_name)
         return self._build({} if pattern is None else self.patterns[pattern])
 
     def to_dict(self) -> dict:
-        """As saved: with every hyperparameter, so that a later default changes no adapter that exists; what are sets in
-        order, or the file would tell how often it was loaded."""
+        """Return the configuration as it is saved, with every hyperparameter: a later default changes no adapter.
+
+        Sets are in order, or the file would depend on how often it was loaded.
+        """
         more = {"args": self._all_args(), "format_version": FORMAT_VERSION, "hyperparameters": self._digest()}
         plain = {k: sorted(v) if isinstance(v, set) else v for k, v in asdict(self).items()}
         return {**plain, **more}

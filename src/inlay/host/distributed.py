@@ -21,32 +21,32 @@ T = TypeVar("T")
 
 
 class Elsewhere(Exception):  # noqa: N818 (it is no error of this process)
-    """Another process of the run has ended, or will say what is wrong."""
+    """Signal that another process of the run has ended, or will report what is wrong."""
 
 
 def launched() -> bool:
-    """Whether a launcher started this process as one of several."""
+    """Return whether a launcher started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def fsdp() -> bool:
-    """Whether FSDP is to shard the model among the processes."""
+    """Return whether FSDP is to shard the model among the processes."""
     return launched() and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def deepspeed() -> bool:
-    """Whether DeepSpeed is to."""
+    """Return whether DeepSpeed is to shard the model among the processes."""
     return launched() and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 
 def sharded() -> bool:
-    """Whether accelerate is to shard the model among the processes."""
+    """Return whether accelerate is to shard the model among the processes."""
     return fsdp() or deepspeed()
 
 
 @contextmanager
 def joined_processes() -> Iterator[None]:
-    """In its block, the processes of a run know each other.
+    """Join the processes of a run in this block, so that they can exchange tensors.
 
     Raises:
         Elsewhere: one of the others ended while this one waited for it.
@@ -67,13 +67,13 @@ def joined_processes() -> Iterator[None]:
 
 
 def allow_sharding(state: PartialState) -> None:
-    """accelerate shards on accelerators only; torch does on any device, so a CPU can run what GPUs would."""
+    """Let accelerate shard on a CPU too, as torch can, so that a CPU can run what GPUs would."""
     if state.distributed_type == DistributedType.MULTI_CPU and fsdp():
         state.distributed_type = DistributedType.MULTI_GPU  # all states of the process share it
 
 
 def lost(error: BaseException) -> bool:
-    """Whether an error says that the process at the other end is gone."""
+    """Return whether an error means that the process at the other end is gone."""
     return launched() and isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST)
 
 
@@ -90,43 +90,43 @@ LOST += ("Connection refused", "Connection was likely closed", "Read timeout", "
 
 
 def process_count() -> int:
-    """How many processes the run has."""
+    """Return how many processes the run has."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes and speaks."""
+    """Return whether this is the process that writes and reports."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What the first process makes, given to all; where it fails, so do they.
+    """Return what the first process makes, in all of them; where it fails, so do they.
 
     Raises:
         Elsewhere: in the other processes, if the first one could not make it.
     """
     if process_count() == 1:
         return make()
-    told: list[Any] = [False, None]
+    outcome: list[Any] = [False, None]
     try:
         if is_first():
-            told = [True, make()]
+            outcome = [True, make()]
     finally:
-        dist.broadcast_object_list(told, src=0)
-    if not told[0]:
+        dist.broadcast_object_list(outcome, src=0)
+    if not outcome[0]:
         raise Elsewhere("the first process has said why")
-    return told[1]
+    return outcome[1]
 
 
 def in_turn(make: Callable[[], T]) -> T:
-    """What each process makes for itself, once the first one could."""
-    made: list[T] = []
-    from_first(lambda: made.append(make()))
-    return made[0] if made else make()
+    """Return what each process makes for itself, after the first one could."""
+    results: list[T] = []
+    from_first(lambda: results.append(make()))
+    return results[0] if results else make()
 
 
 def gather_values(value: T) -> list[T]:
-    """What each process has, in their order."""
+    """Return the `value` of each process, in their order."""
     if process_count() == 1:
         return [value]
     values: list[Any] = [None] * process_count()
@@ -135,44 +135,44 @@ def gather_values(value: T) -> list[T]:
 
 
 def in_any(flag: bool) -> bool:
-    """Whether it is so in any of the processes."""
+    """Return whether `flag` is true in any of the processes."""
     if process_count() == 1:
         return flag
-    told = torch.tensor([flag], dtype=torch.int32, device=PartialState().device)
-    dist.all_reduce(told, dist.ReduceOp.MAX)
-    return bool(told.item())
+    flags = torch.tensor([flag], dtype=torch.int32, device=PartialState().device)
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags.item())
 
 
 def wait_for_all() -> None:
-    """Until all are here."""
+    """Wait until all processes are here."""
     if process_count() > 1:
         dist.barrier()
 
 
 def broadcast_tensors(tensors: dict[str, Tensor], source: int) -> dict[str, Tensor]:
-    """One process's tensors, given to all; the others' say their shapes, dtypes and devices."""
-    made = {}
+    """Return the tensors of the process `source`, in all; those of the others give shapes, dtypes and devices."""
+    received = {}
     for name, tensor in tensors.items():
         there = tensor.to(PartialState().device).contiguous()
         dist.broadcast(there, src=source)
-        made[name] = there.to(tensor.device)
-    return made
+        received[name] = there.to(tensor.device)
+    return received
 
 
 def is_shard(tensor: Tensor) -> bool:
-    """Whether FSDP2 or ZeRO-3 shards a tensor."""
+    """Return whether FSDP2 or ZeRO-3 shards a tensor."""
     return isinstance(tensor, DTensor) or hasattr(tensor, "ds_id")
 
 
 def own_shard(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds."""
+    """Return the part of a tensor that this process holds."""
     if hasattr(tensor, "ds_id"):
         return cast(Any, tensor).ds_tensor
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor, in every process, on the CPU if it was sharded."""
+    """Return all of a tensor, in every process, on the CPU if it was sharded."""
     if hasattr(tensor, "ds_id"):
         with importlib.import_module("deepspeed").zero.GatheredParameters([tensor]):
             return tensor.detach().cpu().clone()
@@ -180,26 +180,30 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 
 
 def as_lies(tensor: Tensor, like: Tensor) -> Tensor:
-    """A tensor that every process has, sharded as another one of its shape is, if that is."""
+    """Return a tensor that every process has, sharded as `like` is if that is sharded and of the same shape."""
     if not isinstance(like, DTensor) or tensor.shape != like.shape:
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def borrowed(tensor: Tensor) -> Tensor:
-    """All of a tensor that a layer holds for others, which FSDP2 gathers for that layer alone. Its gradient is the mean
-    over the processes, as FSDP2's are."""
+    """Return all of a tensor that a layer holds for others, which FSDP2 gathers for that layer alone.
+
+    Its gradient is the mean over the processes, as FSDP2's are.
+    """
     if not isinstance(tensor, DTensor):
         return tensor
-    made = tensor.full_tensor(grad_placements=[Partial()] * tensor.device_mesh.ndim)
-    if made.requires_grad:
-        made.register_hook(lambda slope: slope / process_count())
-    return made
+    whole = tensor.full_tensor(grad_placements=[Partial()] * tensor.device_mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(lambda slope: slope / process_count())
+    return whole
 
 
 class Gathered(dict[str, Tensor]):
-    """Tensors by their names, each whole in every process once it is asked for; `scatter` writes what was changed in
-    them, in all processes alike, back to where they lie."""
+    """Map names to tensors, each gathered whole in every process when it is read.
+
+    `scatter` writes back what was changed in them, in all processes alike.
+    """
 
     def __init__(self, held: dict[str, Tensor]) -> None:
         super().__init__()
@@ -211,13 +215,13 @@ class Gathered(dict[str, Tensor]):
         return self[name]
 
     def scatter(self) -> None:
-        """Write back."""
+        """Write changed tensors back to where they are kept."""
         for name, tensor in self.items():
             if tensor is not (held := self.held[name]):
                 held.copy_(as_lies(tensor, held))
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """A model's state with what is trained gathered whole, for who saves an adapter; the rest is as it lies."""
+    """Return a model's state dict with what is trained gathered whole, to save an adapter; the rest stays sharded."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return {name: whole_tensor(trained[name]) if name in trained else t for name, t in model.state_dict().items()}

@@ -21,12 +21,13 @@ from inlay.numerics.ops import seed_of
 
 
 def flat_noise(model: nn.Module, t: float, sigma: float = 0.05, seed: int = 0) -> None:
-    """Call it before every step: in training mode the adapted layers compute with noise on their weights from now on.
+    """Set the noise with which the adapted layers of `model` compute in training mode, before every step.
 
     Args:
         model: adapted.
         t: the fraction of all steps that is done, 0 to 1; another t gives other noise.
         sigma: the noise on a row of the weight at the end, over the row's norm; 0 ends it.
+        seed: of the noise.
 
     Raises:
         ValueError: t is not in [0, 1], or sigma is below 0.
@@ -42,7 +43,7 @@ def flat_noise(model: nn.Module, t: float, sigma: float = 0.05, seed: int = 0) -
 
 
 class Flat(TrainerCallback):
-    """`flat_noise` for transformers' Trainer and trl's trainers: `Trainer(..., callbacks=[Flat(0.05)])`."""
+    """Call `flat_noise` in transformers' Trainer and trl's trainers: `Trainer(..., callbacks=[Flat(0.05)])`."""
 
     def __init__(self, sigma: float = 0.05, seed: int = 0) -> None:
         self.sigma, self.seed = sigma, seed

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
 import torch
 from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from peft.utils import AuxiliaryTrainingWrapper, quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers import Conv1D
@@ -25,7 +26,7 @@ from inlay.numerics import ops
 
 
 def adapted(model: nn.Module, adapter_name: str) -> dict[str, InlayLinear]:
-    """The layers that carry an adapter, by name."""
+    """Return the layers that carry the adapter `adapter_name`, by name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, InlayLinear) and adapter_name in m.cuts}
 
 
@@ -34,14 +35,18 @@ UNSEALED = (
     "set config.seals = None to load them all the same"
 )
 PREFIX = "inlay_"
+SMALL, LARGEST = 1 << 16, 16  # a weight counts as no smaller; so many times its entries θ may hold
 START = "inlay_start_"  # θ₀, stored beside θ so that nothing is ever decomposed again
 
 
 @dataclass
 class Cut:
-    """One adapter on one layer. `pending`: its slots are NaN until a checkpoint or a decomposition fills them; what a
-    checkpoint fills them with must bear its `seal`. `folded`: s ΔW(θ₀) was taken out of the base, so there is no θ₀.
-    `owner`: the layer that holds the shared symbols, where it is another one."""
+    """Hold one adapter on one layer.
+
+    `pending`: its slots are NaN until a checkpoint or a decomposition fills them; what a checkpoint fills them with
+    must bear its `seal`. `folded`: s ΔW(θ₀) was taken out of the base, so there is no θ₀. `owner`: the layer that holds
+    the shared symbols, where it is another one. `seed`: of what its start draws.
+    """
 
     method: Method
     symbols: tuple[str, ...]
@@ -53,15 +58,28 @@ class Cut:
     saver: str = "none"
     pending: bool = True
     owner: InlayLinear | None = None
+    seed: int | None = None
 
     @property
     def own(self) -> tuple[str, ...]:
-        """The symbols that this layer holds."""
+        """Return the symbols that this layer holds."""
         return tuple(k for k in self.symbols if self.owner is None or k not in self.method.shared)
+
+    def is_rebuilt(self, path: str) -> bool:
+        """Return whether a fresh adapter of this configuration has in a slot just what this one was trained with."""
+        method = self.method
+        if method.needs or (method.draws and self.seed is None):
+            return False
+        if path.startswith(START):
+            return True
+        symbol = path.removeprefix(PREFIX).partition(".")[0]
+        if symbol in method.frozen:
+            return type(method).restart is Method.restart
+        return type(method).restart is Method.restart and type(method).schedule is Method.schedule
 
 
 def widen(p: Params) -> Params:
-    """In fp32 at least; indices as they are."""
+    """Return tensors in fp32 at least, and indices as they are."""
     return {k: v.to(torch.promote_types(v.dtype, torch.float32)) if v.is_floating_point() else v for k, v in p.items()}
 
 
@@ -73,13 +91,38 @@ def check_saver(method: Method, trained: tuple[str, ...], saver: str) -> None:
         raise ValueError(f"saver={saver} with dropout={method.dropout}: what is kept is of x itself; set dropout to 0")
 
 
+def own_weight(module: nn.Module) -> nn.Parameter | None:
+    """Return a module's weight where it is a parameter of its own, not computed from others."""
+    return dict(module.named_parameters(recurse=False)).get("weight")
+
+
+def bounded_shapes(method: Method, out: int, inp: int) -> Params:
+    """Return θ₀ of an (out × inp) weight on the meta device, after a look at the size that `method` asks for.
+
+    Raises:
+        ValueError: a hyperparameter is out of all proportion to the weight, or θ would be.
+    """
+    entries = max(out * inp, SMALL)
+    for f in fields(method):
+        value = getattr(method, f.name)
+        if type(value) is int and value > entries and not f.name.endswith("seed"):
+            raise ValueError(f"{method.name}: {f.name}={value} is more than the {out} × {inp} weight has entries")
+    shapes = method.start(torch.empty(out, inp, device="meta"))
+    count = sum(shape.numel() for shape in shapes.values())
+    if count > LARGEST * entries:
+        raise ValueError(
+            f"{method.name}: θ would hold {count:,} numbers for a {out} × {inp} weight; choose smaller hyperparameters"
+        )
+    return shapes
+
+
 def strip(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Without the adapter's name in their paths, which is free to change between save and load."""
+    """Return `tensors` without the adapter's `name` in their paths, which may change between save and load."""
     return {path.replace(f".{name}.", "."): tensor for path, tensor in tensors.items()}
 
 
 class Frozen:
-    """The layer without adapters, as a method sees it."""
+    """Present the layer without adapters to a method."""
 
     def __init__(self, layer: InlayLinear, args: tuple, kwargs: dict) -> None:
         self.layer, self.args, self.kwargs = layer, args, kwargs
@@ -90,7 +133,7 @@ class Frozen:
 
     @property
     def linear(self) -> tuple[Tensor, Tensor | None] | None:
-        """Its weight and bias, if calling it means nothing more than these."""
+        """Return the layer's weight and bias, if calling it means nothing more than these."""
         layer = self.layer.base_layer
         own = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
         hooks = own or _has_any_global_hook() or "forward" in vars(layer)  # where accelerate puts its hooks
@@ -106,7 +149,7 @@ class Frozen:
 
 
 class Adapted:
-    """A layer with one more adapter on it, as the next method sees it."""
+    """Present a layer with one more adapter on it to the next method."""
 
     def __init__(self, layer: InlayLinear, name: str, base: Base) -> None:
         self.layer, self.name, self.base = layer, name, base
@@ -121,7 +164,7 @@ class Adapted:
 
 
 class InlayLinear(nn.Module, BaseTunerLayer):
-    """y = W x + Σ s (ΔW(θ) − ΔW(θ₀)) x over the active adapters, each cut from what lies under it."""
+    """Compute y = W x + Σ s (ΔW(θ) − ΔW(θ₀)) x over the active adapters, each on the sum of those before."""
 
     other_param_names = ("cuts", "scaling")
 
@@ -130,9 +173,10 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         self.home = home  # where it computes, if its weight is kept elsewhere (on the disk) until then
         self.base_layer = readable(base_layer)
         self.cuts: dict[str, Cut] = {}
-        self.scaling: dict[str, float] = {}  # hot swap compares it; the real factor belongs to the method, as it checks
+        self.scaling: dict[str, float] = {}  # the strength of each adapter, beside the factor of its method
         self.merged_adapters: list[str] = []
         self.unmerged: Any = None  # what the base held before a merge
+        self.called = self.weight_read = False  # in a forward pass, so far (see `first_pass`)
         self.marked: str | None = None  # the base's mark when it was last whole
         self.noise: tuple[Tensor, int] | None = None  # on the weight, in training: its size by rows, and its seed
         self.quantization_backend = resolve_quantization_backend(
@@ -142,13 +186,20 @@ class InlayLinear(nn.Module, BaseTunerLayer):
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:  # type: ignore[override]
-        """The containers of θ and θ₀; which there are depends on the methods in use."""
+        """Return the names of the containers of θ and θ₀; which there are depends on the methods in use."""
         return tuple(name for name in self._modules if name.startswith(PREFIX))
+
+    @property
+    def weight(self) -> Tensor:
+        """Return the base weight, and note that it was read: for its dtype, or past this layer."""
+        if not torch.compiler.is_compiling():
+            self.weight_read = True
+        return cast(Tensor, self.get_base_layer().weight)
 
     # -- the base weight ------------------------------------------------------------------------------------------
 
     def matrix(self) -> Tensor:
-        """The base weight as (out × in), dequantised where it is quantised."""
+        """Return the base weight as (out × in), dequantised where it is quantised."""
         if self.quantization_backend is not None:
             return self.get_base_weight()
         with align_module_device(self.base_layer):  # it may lie on the disk until it is used
@@ -156,18 +207,35 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         return W.T if isinstance(self.base_layer, Conv1D) else W
 
     def pristine(self) -> Tensor:
-        """The base weight as (out × in), before any merge where that is kept as a tensor."""
+        """Return the base weight as (out × in), before any merge where that is kept as a tensor."""
         if self.unmerged is None or self.quantization_backend is not None:
             return self.matrix()
         return self.unmerged.T if isinstance(self.base_layer, Conv1D) else self.unmerged
 
+    def stored_base(self) -> nn.Module:
+        """Return the module that holds the base weight, without what PEFT puts around one whose tokens are trained."""
+        base = self.base_layer
+        while isinstance(base, AuxiliaryTrainingWrapper):
+            base = cast(nn.Module, base.original_module)
+        return base
+
+    def check_plain_weight(self) -> None:
+        """Raise a ValueError where the base weight is computed from other tensors, so that no merge can replace it."""
+        if self.quantization_backend is None and own_weight(self.base_layer) is None:
+            module = next((cut.module for cut in self.cuts.values()), "this layer")
+            raise ValueError(
+                f"{module}: its weight is computed from other tensors (a parametrisation, weight norm, pruning, "
+                "trained tokens of tied embeddings), which a merge cannot replace; remove that first, or use the "
+                "adapter unmerged"
+            )
+
     def drop(self, name: str) -> Drop:
-        """How an adapter reads and keeps x in this step."""
+        """Return how the adapter `name` reads and keeps x in this step."""
         cut = self.cuts[name]
         return Drop(cut.method.dropout, cut.saver) if self.training else keep
 
     def change(self, name: str, W: Tensor) -> Tensor:
-        """s (ΔW(θ) − ΔW(θ₀)) of one adapter over the weight W, (out × in), in fp32 (or better, where θ is)."""
+        """Return s (ΔW(θ) − ΔW(θ₀)) of one adapter over the weight W, (out × in), in fp32 (or better, where θ is)."""
         method, p, p0 = self.theta(name)
         p0 = None if p0 is None else widen(like(p0, p))
         return method.s * method.offset(widen(p), p0, W)
@@ -178,12 +246,13 @@ class InlayLinear(nn.Module, BaseTunerLayer):
             if layer is not None and layer.cuts[name].pending:
                 layer.settle(name)
         p = {k: self._value(PREFIX, k, name) for k in cut.symbols}
+        method = cut.method.at_strength(float(self.scaling[name]))
         if not cut.start:
-            return cut.method, p, None
-        return cut.method, p, {k: self._value(START, k, name) if k in cut.start else p[k] for k in cut.symbols}
+            return method, p, None
+        return method, p, {k: self._value(START, k, name) if k in cut.start else p[k] for k in cut.symbols}
 
     def _holder(self, symbol: str, name: str) -> InlayLinear:
-        """The layer whose slots hold a symbol."""
+        """Return the layer whose slots hold a symbol."""
         cut = self.cuts[name]
         return self if cut.owner is None or symbol not in cut.method.shared else cut.owner
 
@@ -202,14 +271,16 @@ class InlayLinear(nn.Module, BaseTunerLayer):
     def update_layer(
         self, name: str, method: Method, inference_mode: bool = False, light: bool = False, **about: Any
     ) -> None:
-        """Add an adapter with empty (NaN) slots; `decompose` or a checkpoint fills them. `about`: more of `Cut`.
-        `light`: without memory until then (PEFT sees to parameters, not to buffers).
+        """Add an adapter with empty (NaN) slots, which `decompose` or a checkpoint fills.
+
+        `about`: more of `Cut`. `light`: without memory until then (PEFT does so for parameters, not for buffers).
 
         One of the same name is replaced, as PEFT's layers do.
         """
         for container in self.adapter_layer_names:
-            self._held(container).pop(name) if name in self._held(container) else None
-        shapes = method.start(torch.empty(self.out_features, self.in_features, device="meta"))
+            if name in self._held(container):
+                self._held(container).pop(name)
+        shapes = bounded_shapes(method, self.out_features, self.in_features)
         trained = tuple(k for k in shapes if k not in method.frozen)
         if about.get("saver", "none") != "none":
             check_saver(method, trained, about["saver"])
@@ -221,11 +292,11 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def settle_at(self, name: str, place: Place, owner: InlayLinear | None, light: bool, inference_mode: bool) -> None:
-        """Tell an adapter its place, which is known when all layers are, and give its shared symbols their slots."""
+        """Set the place of an adapter, which is known when all layers are, and make the slots of its shared symbols."""
         cut = self.cuts[name]
         cut.method, cut.owner = cut.method.at(place), owner
         if cut.method.shared and owner is None:
-            shapes = cut.method.start(torch.empty(self.out_features, self.in_features, device="meta"))
+            shapes = bounded_shapes(cut.method, self.out_features, self.in_features)
             device = torch.device("meta") if light else self._device()
             self._slots(name, {k: shape for k, shape in shapes.items() if k in cut.method.shared}, device)
             self.set_adapter(self.active_adapters, inference_mode=inference_mode)
@@ -246,17 +317,21 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         if trainable and self.quantization_backend is not None:
             slot.watch()  # trl casts θ to bf16 on quantised bases, by replacing `.data`
 
+    def has_bias(self) -> bool:
+        """Return whether the base layer has a bias."""
+        return "bias" in dict(self.base_layer.named_parameters(recurse=False))
+
     def _device(self) -> torch.device:
         return self.home or self._get_base_layer_device_and_dtype(self.base_layer)[0] or torch.device("cpu")
 
     def slots(self, name: str) -> dict[str, Slot]:
-        """Every stored tensor of one adapter, by its path under this layer."""
+        """Return every stored tensor of one adapter, by its path in this layer."""
         cut = self.cuts[name]
         paths = [PREFIX + k for k in cut.own] + [START + k for k in cut.start if k in cut.own]
         return {f"{path}.{name}.weight": cast(Slot, self._held(path)[name]) for path in paths}
 
     def roles(self) -> Iterator[tuple[nn.Parameter, str]]:
-        """What may be trained here, of all adapters, each with the part it plays in its method."""
+        """Yield the parameters of all adapters here, each with the part it plays in its method."""
         for name, cut in self.cuts.items():
             for k in cut.symbols:
                 weight = self._held(PREFIX + k)[name].weight
@@ -268,8 +343,10 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         run_jobs(self.jobs(name, like))
 
     def jobs(self, name: str, like: str | None = None, stats: Params | None = None) -> Iterator[Job]:
-        """What is left to compute, when a copy of the adapter `like` is taken where it serves. Without the `stats` that
-        its method needs, an adapter stays pending."""
+        """Yield what is left to compute, after a copy of the adapter `like` is taken where it serves.
+
+        Without the `stats` that its method needs, an adapter stays pending.
+        """
         cut = self.cuts[name]
         blank = self._device().type == "meta"
         if cut.method.needs and not (stats or like in self.cuts or cut.folded or blank):
@@ -291,19 +368,22 @@ class InlayLinear(nn.Module, BaseTunerLayer):
                 lambda: self.pristine().detach().float(),
                 lambda start: self._settle_start(name, like, start),
                 stats,
+                None if cut.seed is None else ops.seed_of(cut.seed, cut.module),
             )
 
     @torch.no_grad()
     def _settle_start(self, name: str, like: str | None, start: Params) -> None:
         self.fill(name, start)
-        for k in self.cuts[name].own if like is not None and like in self.cuts else ():
+        if like is None or like not in self.cuts:
+            return
+        for k in self.cuts[name].own:
             mine, twin = (cast(Slot, self._held(PREFIX + k)[n]).weight for n in (name, str(like)))
             if not isinstance(twin, nn.Parameter):  # who copies an adapter copies its parameters, not its buffers
                 mine.copy_(twin)
 
     @torch.no_grad()
     def fill(self, name: str, start: Params) -> None:
-        """Give the slots of θ and θ₀ their numbers."""
+        """Fill the slots of θ and θ₀ from `start`."""
         cut, slots = self.cuts[name], self.slots(name)
         cut.pending = False
         for k in cut.own:
@@ -335,10 +415,26 @@ class InlayLinear(nn.Module, BaseTunerLayer):
             self.check_seal(name, {path: slot.weight for path, slot in slots.items()})
             self.cuts[name].pending = False
 
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Load what `state_dict` holds; a part of an adapter only where the rest is what it was trained with."""
+        for name, cut in self.cuts.items():
+            paths = self.slots(name)
+            missing = [path for path in paths if f"{prefix}{path}" not in state_dict]
+            if len(missing) < len(paths) and (lost := [path for path in missing if not cut.is_rebuilt(path)]):
+                args[-1].append(
+                    f"{prefix}{lost[0]} is missing, and what a fresh {cut.method.name} adapter has in its place is "
+                    "something else: save the whole adapter (save_pretrained, get_peft_model_state_dict), or, where it "
+                    "is only drawn at random, set `seed` in the InlayConfig"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     @torch.no_grad()
     def advance(self, t: float) -> list[tuple[nn.Parameter, Tensor | None]]:
-        """Let the active adapters' methods follow the training to its fraction t; gives back the parameters that an
-        optimiser has to forget, those now frozen and those begun anew, with a mask where that is so of some entries."""
+        """Let the active adapters' methods follow the training to its fraction t.
+
+        Returns the parameters that an optimiser has to forget, those now frozen and those begun anew, with a mask where
+        that is so of some entries.
+        """
         forget: list[tuple[nn.Parameter, Tensor | None]] = []
         for name in (a for a in self.active_adapters if a in self.cuts):
             cut = self.cuts[name]
@@ -353,56 +449,94 @@ class InlayLinear(nn.Module, BaseTunerLayer):
                 slot = cast(Slot, self._holder(k, name)._held(PREFIX + k)[name])
                 weight = slot.freeze() if k in frozen else slot.thaw()
                 forget += [] if weight is None else [(weight, None)]
-            cut.method = method.at(replace(method.place, t=t))
+            cut.method = cut.method.at(replace(method.place, t=t))
         return forget
 
-    def check_seal(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Raise a ValueError unless what fills an adapter's slots, and the base under them, bear its seal."""
+    def check_seal(self, name: str, tensors: dict[str, Tensor], base: Tensor | None = None) -> None:
+        """Raise a ValueError unless `tensors`, which fill an adapter's slots, and the base weight bear its seal.
+
+        `base`: the base weight that is loaded with them, where the file holds it (a head that grew).
+        """
         cut = self.cuts[name]
         if not cut.pending or cut.seal is None:
             return
         if seal.of_tensors(strip(tensors, name)) != cut.seal.get("tensors"):  # a table of seals without one lost it
             raise ValueError(f"{cut.module}: {UNSEALED}")
-        self.check_base(name, self.base_mark(cut.folded))
+        self.check_base(name, self.base_mark(cut.folded) if base is None else seal.of_base(base))
 
     def check_base(self, name: str, mark: str | None) -> None:
         """Raise a ValueError if a weight with this mark (None: unknown) is not what an adapter was cut from."""
         cut = self.cuts[name]
-        known = None if cut.seal is None else cut.seal.get("base")
-        if not seal.same_base(mark, known) or (cut.folded and not seal.same_kind(mark, known)):
+        expected = None if cut.seal is None else cut.seal.get("base")
+        if not seal.same_base(mark, expected) or (cut.folded and not seal.same_kind(mark, expected)):
             raise ValueError(
                 f"{cut.module}: the adapter was cut from another base model; load it on its own, or set "
                 "config.seals = None to apply it here all the same"
             )
 
     def base_mark(self, folded: bool = False) -> str | None:
-        """The mark of the weight below all adapters, of a sharded one from before that; None where it is not there, or
-        quantised and not `folded`: the same base in another quantisation serves as well, but for what something was
-        folded into."""
+        """Return the mark of the base weight, of a sharded one from before it was sharded; None where it is unknown.
+
+        A quantised weight has one only if `folded`: otherwise the same base in another quantisation serves as well.
+        """
         if self.quantization_backend is not None:
             weight = self.unmerged[1]["weight"] if self.unmerged else self.base_layer.weight
             return seal.of_packed(cast(Tensor, weight)) if folded else None
         W = self.pristine()
+        if isinstance(self.base_layer, AuxiliaryTrainingWrapper):  # whose tokens are no part of the base
+            W = cast(Tensor, self.stored_base().weight)
         whole = W.shape == (self.out_features, self.in_features) and seal.is_plain_tensor(W)
         if whole:
             self.marked = seal.of_base(W)
         return self.marked if whole or distributed.is_shard(W) else None
 
     def make_seal(self, name: str, tensors: dict[str, Tensor]) -> dict[str, str | None]:
-        """What `check_seal` will want to find when these tensors are loaded again."""
+        """Return the seal that `check_seal` compares with when these tensors are loaded again."""
         return {"tensors": seal.of_tensors(strip(tensors, name)), "base": self.base_mark(self.cuts[name].folded)}
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Move, but never round θ to the base's dtype (PEFT does both)."""
+        """Move an adapter, but never round θ to the base's dtype (PEFT does both)."""
         device = device or self._device()
-        for slot in self.slots(adapter_name).values() if adapter_name in self.cuts else ():
+        if adapter_name not in self.cuts:
+            return
+        for slot in self.slots(adapter_name).values():
             if not slot.weight.is_meta and device.type != "meta":  # numbers that move there are lost
                 slot.to(device)
+
+    # -- strength -------------------------------------------------------------------------------------------------
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Use `adapter` at the strength `scale` from now on: y = W x + scale · s (ΔW(θ) − ΔW(θ₀)) x.
+
+        Raises:
+            ValueError: the scale is not a finite number, or the adapter is merged.
+        """
+        if adapter not in self.cuts:
+            return
+        if not math.isfinite(scale):
+            raise ValueError(f"scale={scale} is not a finite number")
+        if adapter in self.merged_adapters:
+            raise ValueError(f"adapter {adapter!r} is merged; unmerge it before its scale is changed")
+        self.scaling[adapter] = float(scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the strength of the active adapters by `scale`, as PEFT's layers do."""
+        for name in self.active_adapters:
+            if name in self.cuts:
+                self.set_scale(name, self.scaling[name] * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the strength of the active adapters by `scale`; without one, set it to 1."""
+        for name in self.active_adapters:
+            if name in self.cuts:
+                self.set_scale(name, 1.0 if scale is None else self.scaling[name] / scale)
 
     # -- forward and merge ----------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        """y, (..., out), for x, (..., in). `adapter_names`: per row of x, the one adapter it is for, if any is."""
+        """Return y, (..., out), for x, (..., in). `adapter_names`: the adapter of each row of x, if given."""
+        if not torch.compiler.is_compiling() and not self.called:
+            self.called = True
         if self.disable_adapters and self.merged:
             self.unmerge()
         if adapter_names is not None and not self.disable_adapters:
@@ -413,14 +547,15 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         return y if noise is None else y + ops.weight_noise(x, *noise)
 
     def _under(self, names: list[str], args: tuple, kwargs: dict, base: Base | None = None) -> Base:
-        """The layer (or `base`, in its place) under these adapters, each cut from what lies below."""
+        """Return the layer (or `base`, in its place) with these adapters on it, each over the ones before."""
         layer: Base = base or Frozen(self, args, kwargs)
         for name in names:
-            layer = Adapted(self, name, layer) if name in self.cuts else layer
+            if name in self.cuts and self.scaling[name] != 0:
+                layer = Adapted(self, name, layer)
         return layer
 
     def _per_row(self, x: Tensor, names: list[str], args: tuple, kwargs: dict) -> Tensor:
-        """The rows of one adapter are computed together."""
+        """Return y for rows of several adapters; the rows of one adapter are computed together."""
         parts, order = [], []
         for name in dict.fromkeys(names):
             rows = [i for i, own in enumerate(names) if own == name]
@@ -429,13 +564,13 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         return torch.cat(parts)[torch.tensor(order, device=x.device).argsort()]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """s (ΔW(θ) − ΔW(θ₀)) in the layout of the base layer's weight."""
+        """Return s (ΔW(θ) − ΔW(θ₀)) in the layout of the base layer's weight."""
         delta = self.change(adapter, self.pristine())
         return delta.T if isinstance(self.base_layer, Conv1D) else delta
 
     @torch.no_grad()
     def row_norms(self) -> Tensor:
-        """The norm of each row of the adapted weight, (out)."""
+        """Return the norm of each row of the adapted weight, (out)."""
         W = self.matrix().float()
         for name in (a for a in self.active_adapters if a in self.cuts and a not in self.merged_adapters):
             W = W + self.change(name, W)
@@ -451,6 +586,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.cuts]
         if not names:
             return
+        self.check_plain_weight()
         old = self.matrix()
         W = old.to(torch.promote_types(old.dtype, torch.float32))
         for name in names:

@@ -16,7 +16,7 @@ from inlay.host.layer import InlayLinear
 
 
 def parameter_groups(model: nn.Module, lr: float, lr_ratio: float) -> list[dict[str, Any]]:
-    """What a model trains, as the groups of any torch optimiser: `AdamW(parameter_groups(model, 2e-4, lr_ratio=16))`.
+    """Return the trained parameters of `model` as groups of an optimiser: `AdamW(parameter_groups(model, 2e-4, 16))`.
 
     Args:
         model: adapted.
@@ -30,7 +30,7 @@ def parameter_groups(model: nn.Module, lr: float, lr_ratio: float) -> list[dict[
 
 
 def raised(groups: Iterable[dict[str, Any]], model: nn.Module, lr_ratio: float) -> list[dict[str, Any]]:
-    """An optimiser's groups anew, the outer factors of each in a group of their own, at `lr_ratio` times its rate."""
+    """Return an optimiser's groups, the outer factors of each in a group of their own at `lr_ratio` times its rate."""
     if lr_ratio <= 0:
         raise ValueError(f"lr_ratio={lr_ratio} is not above 0")
     role = {p: part for m in model.modules() if isinstance(m, InlayLinear) for p, part in m.roles() if p.requires_grad}
@@ -39,9 +39,9 @@ def raised(groups: Iterable[dict[str, Any]], model: nn.Module, lr_ratio: float) 
             f"lr_ratio={lr_ratio} is between an inner and an outer factor, and this model trains no such pair; "
             "set the learning rate itself"
         )
-    made = []
+    divided = []
     for group in groups:
         inner, outer = ([p for p in group["params"] if (role.get(p) == "out") is out] for out in (False, True))
-        made += [{**group, "params": inner}] if inner or not outer else []
-        made += [{**group, "params": outer, "lr": group["lr"] * lr_ratio}] if outer else []
-    return made
+        divided += [{**group, "params": inner}] if inner or not outer else []
+        divided += [{**group, "params": outer, "lr": group["lr"] * lr_ratio}] if outer else []
+    return divided

@@ -14,7 +14,9 @@ from inlay.host.slot import restore_precision, trained_numbers
 
 
 def step(model: nn.Module, t: float, optimizer: torch.optim.Optimizer | None = None) -> int:
-    """Call it before the first optimiser step, also of a run that is resumed, and after every one.
+    """Let methods follow the training of `model` to its fraction `t`, and release what an `optimizer` need not keep.
+
+    Call it before the first optimiser step, also of a run that is resumed, and after every one.
 
     What a method freezes at t stays bit for bit as it is: no gradient is computed for it, and no optimiser moves it.
     What it begins anew is trained as if it had been made at t.
@@ -25,7 +27,7 @@ def step(model: nn.Module, t: float, optimizer: torch.optim.Optimizer | None = N
         optimizer: if given, its state is released for what is frozen now, and forgotten for what begins anew.
 
     Returns:
-        How many numbers of the model are still trained.
+        How many entries of the model's parameters are still trained.
 
     Raises:
         ValueError: t is not in [0, 1].
@@ -33,7 +35,9 @@ def step(model: nn.Module, t: float, optimizer: torch.optim.Optimizer | None = N
     if not 0.0 <= t <= 1.0:
         raise ValueError(f"t={t} is not the fraction of the training that is done: it must be in [0, 1]")
     for module in model.modules():
-        for weight, mask in module.advance(t) if isinstance(module, InlayLinear) else ():
+        if not isinstance(module, InlayLinear):
+            continue
+        for weight, mask in module.advance(t):
             if optimizer is not None:
                 forget(optimizer, weight, mask)
     return trained_numbers(model)
@@ -54,7 +58,7 @@ def forget(optimizer: torch.optim.Optimizer, weight: nn.Parameter, mask: Tensor 
 
 
 class Schedule(TrainerCallback):
-    """`step` for transformers' Trainer and trl's trainers: `Trainer(..., callbacks=[Schedule()])`.
+    """Call `step` in transformers' Trainer and trl's trainers: `Trainer(..., callbacks=[Schedule()])`.
 
     On a quantised base it also keeps θ in fp32, which trl would cast to bf16 (in DDP only where it is among the
     `callbacks` that the trainer is made with).
@@ -66,7 +70,7 @@ class Schedule(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if not torch.distributed.is_initialized():  # for a callback that was added later
             restore_precision(model)
-        self.on_step_end(args, state, control, model, **kwargs)  # a resumed run goes on where its schedule was
+        self.on_step_end(args, state, control, model, **kwargs)  # a resumed run continues where its schedule was
 
     def on_step_end(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any

@@ -21,7 +21,7 @@ CHUNK = LANES << 14  # words that are summed at a time, as a rounded copy
 
 
 def of_tensors(tensors: dict[str, Tensor]) -> str:
-    """A digest of named tensors, whatever float dtype they are kept in."""
+    """Return a digest of named tensors, whatever float dtype they are kept in."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
@@ -31,7 +31,7 @@ def of_tensors(tensors: dict[str, Tensor]) -> str:
 
 
 def of_base(W: Tensor) -> str:
-    """A mark of a weight. fp16 has its own, because rounding to it loses what bf16 keeps."""
+    """Return a mark of a weight. fp16 has its own, because rounding to it loses what bf16 keeps."""
     kind = "float16" if W.dtype == torch.float16 else "bfloat16"
     sample = W.detach().flatten()[:: max(1, W.numel() // SAMPLE)].to("cpu", torch.bfloat16)
     digest = hashlib.sha256(str(tuple(W.shape)).encode() + sample.view(torch.int16).numpy().tobytes())
@@ -39,10 +39,11 @@ def of_base(W: Tensor) -> str:
 
 
 def sums(tensor: Tensor, dtype: torch.dtype) -> str:
-    """A digest of the bytes of a tensor in some dtype, taken as 64-bit words that are summed modulo 2⁶⁴ in lanes."""
+    """Return a digest of the bytes of a tensor in `dtype`, as 64-bit words that are summed modulo 2⁶⁴ in lanes."""
     flat, size = tensor.flatten(), 8 // dtype.itemsize
     total = torch.zeros(LANES, dtype=torch.int64, device=tensor.device)
-    for part in flat.split(CHUNK * size) if len(flat) else ():
+    parts = flat.split(CHUNK * size) if len(flat) else ()
+    for part in parts:
         part, short = part.to(dtype).contiguous(), -len(part) % (size * LANES)
         if short or part.storage_offset() % size:  # a view of words has to start at one
             part = torch.nn.functional.pad(part, (0, short))
@@ -51,7 +52,7 @@ def sums(tensor: Tensor, dtype: torch.dtype) -> str:
 
 
 def of_packed(weight: Tensor) -> str | None:
-    """A mark of a quantised weight as it is stored; None where its bytes are not here."""
+    """Return a mark of a quantised weight as it is stored; None where its bytes are not here."""
     if weight.is_meta or not hasattr(weight, "quant_state"):
         return None if weight.is_meta else type(weight).__name__
     state = cast(Any, weight).quant_state
@@ -64,23 +65,25 @@ def of_packed(weight: Tensor) -> str | None:
 
 
 def of_values(values: Any) -> str:
-    """A digest of hyperparameters."""
+    """Return a digest of hyperparameters."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def is_plain_tensor(tensor: Tensor) -> bool:
-    """Whether a tensor's own numbers are here: not sharded, wrapped or on the meta device."""
+    """Return whether a tensor's own values are here: not sharded, wrapped or on the meta device."""
     return type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta
 
 
 def same_kind(one: str | None, other: str | None) -> bool:
-    """Whether two marks can tell bases apart, or the first is unknown."""
+    """Return whether two marks can tell bases apart, or the first is unknown."""
     return one is None or (other is not None and one.partition(":")[0] == other.partition(":")[0])
 
 
 def same_base(one: str | None, other: str | None) -> bool:
-    """Whether two marks may be of one base; marks of different kinds, or none, cannot tell. Adapters of before sums
-    were taken have the mark of the sample alone, with which that of the whole begins."""
+    """Return whether two marks may be of one base; marks of different kinds, or none, cannot tell.
+
+    Older adapters have the mark of the sample alone, with which that of the whole begins.
+    """
     if one is None or other is None or not same_kind(one, other):
         return True
     return f"{one}:".startswith(f"{other}:") or f"{other}:".startswith(f"{one}:")

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 
 class Slot(nn.Module):
-    """One tensor of θ (a parameter) or one that is never trained (a buffer: sharded savers drop frozen parameters).
+    """Hold one tensor of θ: a parameter, or a buffer where it is never trained (sharded savers drop such parameters).
 
     A leaf module with a `.weight`, because wrapping policies, hot swap and PEFT's key mapping look for that.
     """
@@ -31,23 +31,23 @@ class Slot(nn.Module):
 
     @property
     def parameter(self) -> nn.Parameter | None:
-        """The weight, where it is a parameter."""
+        """Return the weight, where it is a parameter."""
         return next(self.parameters(recurse=False), None)
 
     def restore(self) -> None:
-        """Give a parameter that was cast to half precision its fp32 numbers back, where nothing else changed them."""
+        """Give a parameter that was cast to half precision its fp32 values back, where nothing else changed them."""
         weight = self.parameter
         if weight is not None and self.exact is not None:
             weight.data = self.exact = uncast(weight.data, self.exact)
 
     def watch(self) -> None:
-        """From here on a cast of this parameter is to be undone."""
+        """Remember this parameter's values, so that a cast of it can be undone."""
         self.exact = None if self.parameter is None else self.parameter.data
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        made = super()._apply(fn, recurse)  # a move, or a cast that is meant
+        result = super()._apply(fn, recurse)  # a move, or a cast that is meant
         self.watch() if self.exact is not None else None
-        return made
+        return result
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -58,7 +58,7 @@ class Slot(nn.Module):
         self.watch() if self.exact is not None and self.exact.dtype == self.weight.dtype else None
 
     def freeze(self) -> nn.Parameter | None:
-        """Make a parameter a buffer with the same numbers, and give it back for its optimiser to forget.
+        """Make a parameter a buffer with the same values, and return it for its optimiser to forget.
 
         A buffer, because PEFT turns gradients back on whenever adapters are switched, and sharded savers drop
         parameters without gradients. The optimiser's groups keep the parameter, so its checkpoints still fit. One that
@@ -77,7 +77,7 @@ class Slot(nn.Module):
         return weight
 
     def thaw(self) -> None:
-        """Make what `freeze` froze the same parameter again, with the numbers that it has by now."""
+        """Make what `freeze` froze the same parameter again, with the values that it has by now."""
         self.held = False
         if self.resting:
             weight, now = self.resting.pop(), self.weight.data
@@ -86,13 +86,13 @@ class Slot(nn.Module):
             self.weight = weight.requires_grad_()
 
     def is_empty(self) -> bool:
-        """Whether nothing has filled it: it is meta, or holds NaN, or the least integer."""
+        """Return whether nothing has filled this slot: it is meta, or holds NaN, or the least integer."""
         w = self.weight
         return w.is_meta or bool((w.isnan() if w.is_floating_point() else w == torch.iinfo(w.dtype).min).any())
 
 
 def trained_numbers(model: nn.Module) -> int:
-    """How many numbers of a model are trained."""
+    """Return how many entries of a model's parameters are trained."""
     held = sum(slot.weight.numel() for slot in model.modules() if isinstance(slot, Slot) and slot.held)
     return (
         sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad) - held
@@ -100,14 +100,14 @@ def trained_numbers(model: nn.Module) -> int:
 
 
 def uncast(value: Tensor, exact: Tensor) -> Tensor:
-    """`exact`, if `value` is a rounding of it, else `value` in its dtype."""
+    """Return `exact`, if `value` is a rounding of it, else `value` in its dtype."""
     exact = exact.to(value.device)
     same = exact.shape == value.shape and torch.equal(exact.to(value.dtype), value)
     return exact if same else value.to(exact.dtype)
 
 
 def restore_precision(model: nn.Module) -> None:
-    """Give what is trained its own dtype and numbers back: trl casts it to bf16 when the base is quantised."""
+    """Give what is trained its own dtype and values back: trl casts it to bf16 when the base is quantised."""
     for module in model.modules():
         if isinstance(module, Slot):
             module.restore()

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
@@ -24,15 +24,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import Conv1D
 
-from inlay.host import seal
+from inlay.host import adapter_state, seal
 from inlay.host.compute_starts import run_jobs
 from inlay.host.config import INLAY, InlayConfig
-from inlay.host.layer import PREFIX, UNSEALED, InlayLinear, adapted
+from inlay.host.first_pass import FirstPass
+from inlay.host.hotswap import replace_peft_hotswap
+from inlay.host.layer import PREFIX, InlayLinear, adapted, own_weight
+from inlay.host.module_names import without_wrappers
 from inlay.host.place import places
 
 
 class InlayModel(BaseTuner):
-    """The tuner: finds the modules, wraps them, decomposes one weight at a time, checks what is loaded."""
+    """Find the modules to adapt, wrap them, decompose one weight at a time, and check what is loaded."""
 
     prefix = PREFIX
     tuner_layer_cls = InlayLinear
@@ -46,7 +49,7 @@ class InlayModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """As PEFT's, and: starts are computed when all layers are known; a failure leaves the model as it was."""
+        """Inject an adapter as PEFT does; starts are computed when all layers are there, a failure changes nothing."""
         config = cast(InlayConfig, cast(dict, self.peft_config)[adapter_name])
         if state_dict is not None and (shared := config.build().shared):
             raise ValueError(
@@ -57,12 +60,13 @@ class InlayModel(BaseTuner):
         twin = next((n for n, c in cast(dict, self.peft_config).items() if c is config and n != adapter_name), None)
         fresh = config.format_version is None and not config.folded
         fill = twin or (fresh and state_dict is None and not low_cpu_mem_usage)
-        self._asked, self._light = (
+        self._request, self._light = (
             (config, config.target_modules, adapter_name, (adapter_name, twin) if fill else None),
             low_cpu_mem_usage,
         )
         if "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
             raise ValueError(f"an adapter cannot be called {adapter_name!r}; use letters, digits and underscores")
+        check_tokens(model, config)
         self._touched: list[tuple[str, nn.Module, str, nn.Module]] = []
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
@@ -74,10 +78,13 @@ class InlayModel(BaseTuner):
             raise
         finally:
             self._touched = []
+        if (before := vars(self).get("first_pass")) is not None:
+            before.remove()
+        self.first_pass = FirstPass(model)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        """PEFT calls this when all layers are wrapped and nothing else is changed yet: the moment to refuse or fill."""
-        config, targets, adapter_name, fill = self._asked
+        """Check and fill the new adapter: PEFT calls this when all layers are wrapped and nothing else is changed."""
+        config, targets, adapter_name, fill = self._request
         self._check_patterns(model, config, targets)
         self._settle_places(model, config, adapter_name)
         if fill:
@@ -86,15 +93,15 @@ class InlayModel(BaseTuner):
 
     def _settle_places(self, model: nn.Module, config: InlayConfig, adapter_name: str) -> None:
         layers = {name: cast(InlayLinear, parent.get_submodule(child)) for name, parent, child, _ in self._touched}
-        known = {n: (m.out_features, m.in_features, m.cuts[adapter_name].method) for n, m in layers.items()}
-        for group in places(known, getattr(model, "config", None)):
+        shapes = {n: (m.out_features, m.in_features, m.cuts[adapter_name].method) for n, m in layers.items()}
+        for group in places(shapes, getattr(model, "config", None)):
             first = layers[next(iter(group))]
             for name, place in group.items():
                 owner = None if layers[name] is first else first
                 layers[name].settle_at(adapter_name, place, owner, self._light, config.inference_mode)
 
-    def _check_patterns(self, model: nn.Module, config: InlayConfig, asked) -> None:
-        """Refuse a name or pattern that matched nothing: a typo would otherwise train less than was asked for."""
+    def _check_patterns(self, model: nn.Module, config: InlayConfig, targets) -> None:
+        """Raise a ValueError for a name or pattern that matched nothing: a typo would train less than requested."""
         names = [name for name, *_ in self._touched]
         everything = [name.replace(".base_layer", "") for name, _ in model.named_modules()]
         whole = [
@@ -102,15 +109,15 @@ class InlayModel(BaseTuner):
         ]  # not cut as well
         loaded = left_out(config) if config.format_version is not None else []
         left = [n for n in everything if any(re.fullmatch(f"(.*\\.)?({t})", n) for t in loaded)]
-        for target in asked if isinstance(asked, (list, set)) else ():
+        for target in listed(targets):
             if not is_named(target, names + whole + left):
                 raise ValueError(f"target_modules: {target!r} matches no module that can be adapted; {self._kinds()}")
         heads = HEADS if config.task_type in TASKS else ()  # PEFT adds all of these, whether a model has them or not
         for what in ("exclude_modules", "modules_to_save"):
-            for target in given if isinstance(given := getattr(config, what), (list, set)) else ():
+            for target in listed(getattr(config, what)):
                 if not is_named(target, everything) and target not in heads:
                     raise ValueError(f"{what}: {target!r} matches no module of this model; {self._kinds()}")
-        used = {config.pattern_of(name) for name in names}
+        used = {config.pattern_of(without_wrappers(name)) for name in names}
         for pattern in config.patterns:
             if pattern not in used:
                 raise ValueError(f"patterns: {pattern!r} matches no adapted module (or an earlier one takes them all)")
@@ -126,7 +133,7 @@ class InlayModel(BaseTuner):
         return f"linear modules here: {', '.join(sorted(kinds)) or 'none'}{self._fused()}"
 
     def _fused(self) -> str:
-        """What is to be said of experts that one parameter holds together."""
+        """Return what to report of experts that one parameter holds together."""
         fused = {n.rpartition(".")[2] for n, p in self.model.named_parameters() if p.ndim == 3 and "expert" in n}
         names = ", ".join(sorted(fused))
         return f" ({names} hold all experts in one tensor, which no method here cuts)" if fused else ""
@@ -142,27 +149,26 @@ class InlayModel(BaseTuner):
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **_) -> None:
         if not isinstance(target, InlayLinear):
             check_layer(target, current_key)
-        if isinstance(parent, nn.MultiheadAttention):
-            raise ValueError(f"{current_key}: nn.MultiheadAttention reads this weight past its layer; leave it out")
-        sealed = (config.seals or {}).get(current_key)
+        check_parent(parent, target_name, current_key)
+        module = without_wrappers(current_key)
+        sealed = (config.seals or {}).get(module)
         if config.seals is not None and config.format_version is not None:  # else they are of another place
             sealed = sealed or {}
         layer = target
         if not isinstance(layer, InlayLinear):
             layer = InlayLinear(target, home_of(self.model, target), **get_quantization_kwargs(self))
-        if layer is not target:
-            layer._active_adapter = adapter_name
         try:
             layer.update_layer(
                 adapter_name,
-                config.build(current_key),
+                config.build(module),
                 config.inference_mode,
                 self._light,
                 perturb=not config.init_weights,
-                module=current_key,
+                module=module,
                 seal=sealed,
                 folded=config.folded,
                 saver=config.saver,
+                seed=config.seed,
             )
         except ValueError as error:
             raise ValueError(f"{current_key}: {error}") from None
@@ -173,12 +179,15 @@ class InlayModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """Without what PEFT does beside it: a layer is whole when it is unloaded, and an adapter's tensors are where
-        its layer computes (PEFT moves them to where the weight lies, and what goes to the meta device is lost)."""
+        """Replace a module without what PEFT does beside it.
+
+        A layer is whole when it is unloaded, and an adapter's tensors are where its layer computes (PEFT moves them to
+        where the weight lies, and what goes to the meta device is lost).
+        """
         setattr(parent, child_name, new_module)
 
     def _check_target_module_compatiblity(self, peft_config, model: nn.Module, target_name: str) -> None:
-        """As PEFT for its LoRA: Mamba's kernels read these weights past their layers."""
+        """Raise a ValueError, as PEFT for its LoRA, for weights that Mamba's kernels read past their layers."""
         kind = str(self.get_model_config(model).get("model_type"))
         if ("mamba" in kind or kind in ("falcon_h1", "nemotron_h")) and target_name in ("out_proj", "conv1d"):
             raise ValueError(f"{target_name} of a {kind} model is read past its layer; put it in exclude_modules")
@@ -195,26 +204,26 @@ class InlayModel(BaseTuner):
             yield
             return
         layers = [m for m in self.modules() if isinstance(m, (InlayLinear, AuxiliaryTrainingWrapper))]
-        known = set(cast(dict, self.peft_config)) | {"__base__"}
+        available = set(cast(dict, self.peft_config)) | {"__base__"}
         # In PEFT's words, which who catches them knows.
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         if not isinstance(names, (list, tuple)) or not names or not all(isinstance(n, str) for n in names):
-            raise ValueError(f"adapter_names={names!r} is no list with one of {', '.join(sorted(known))} for each row")
-        if unknown := sorted(set(names) - known):
-            known_ones = ", ".join(sorted(known))
             raise ValueError(
-                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; there are {known_ones}"
+                f"adapter_names={names!r} is no list with one of {', '.join(sorted(available))} for each row"
             )
+        if unknown := sorted(set(names) - available):
+            choices = ", ".join(sorted(available))
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; there are {choices}")
         if any(m.merged_adapters for m in layers if isinstance(m, InlayLinear)):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
         if any(config.bias != "none" for config in cast(dict, self.peft_config).values()):
             raise ValueError("adapter_names needs adapters with bias='none': trained biases are part of every row")
-        told = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
+        generation = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
         kinds = ("num_beams", "num_return_sequences")
-        each = max(kwargs.get(k) or getattr(told, k, None) or 1 for k in kinds)
+        each = max(kwargs.get(k) or getattr(generation, k, None) or 1 for k in kinds)
         hook = partial(for_rows, names=list(names), each=each)
         hooks = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in layers]
         try:
@@ -223,14 +232,26 @@ class InlayModel(BaseTuner):
             for hook in hooks:
                 hook.remove()
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse what PEFT's LoRA has: a sum of adapters of any methods is a LoRA, which `export_lora` makes.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "add_weighted_adapter is PEFT's, for LoRA: activate the adapters together with "
+            "model.base_model.set_adapter([...]) and inlay.set_scale(model, {name: weight}), or write their weighted "
+            "sum as a LoRA with inlay.export_lora({folder: weight}, out)"
+        )
+
     def _check_merge_allowed(self) -> None:
-        """Refuse what would go wrong half-way or silently, before any weight changes.
+        """Raise a ValueError for what would go wrong half-way or silently, before any weight changes.
 
         Raises:
             ValueError: an adapter holds NaN or Inf, or is on a weight that another module shares or that is on disk.
         """
         layers = {n: m for n, m in self.model.named_modules() if isinstance(m, InlayLinear)}
-        owners = count_owners(self.model)
+        places = weight_places(self.model)
         for name, layer in layers.items():
             if layer.home is not None:
                 raise ValueError(f"{name} is kept on the disk; inlay.merge merges from file to file instead")
@@ -242,31 +263,44 @@ class InlayModel(BaseTuner):
                         f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken: it holds NaN "
                         f"or Inf in {name}; the base is untouched"
                     )
-            if owners[id(layer.base_layer.weight)] > 1:
+            layer.check_plain_weight()
+            if places[id(own_weight(layer.base_layer))] > 1:
                 raise ValueError(
                     f"{name} shares its weight with another module (tied embeddings), which merging would change too; "
                     "load the base with tie_word_embeddings=False, or leave it out of target_modules"
                 )
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """θ is fp32; only on request does it take the base's dtype (ZeRO-3 wants one dtype for all parameters)."""
+        """Cast θ to the base's dtype only on request (ZeRO-3 wants one dtype for all parameters); it is fp32."""
         for layer in self.model.modules():
-            if isinstance(layer, InlayLinear) and adapter_name in layer.cuts and not autocast_adapter_dtype:
-                dtype = layer._get_base_layer_device_and_dtype(layer.base_layer)[1]
-                for slot in layer.slots(adapter_name).values() if dtype is not None and dtype.is_floating_point else ():
+            if not isinstance(layer, InlayLinear) or adapter_name not in layer.cuts or autocast_adapter_dtype:
+                continue
+            dtype = layer._get_base_layer_device_and_dtype(layer.base_layer)[1]
+            if dtype is not None and dtype.is_floating_point:
+                for slot in layer.slots(adapter_name).values():
                     slot.exact = None
                     for weight in slot.parameters():
                         weight.data = weight.data.to(dtype)
 
     @classmethod
-    def _get_adapter_state_dict(cls, model, config: Any, adapter_name, state_dict, unwanted_adapter_names):
-        """As PEFT's; on the way the config gets the seals of what is saved."""
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """Select the adapter's tensors by its slots, all of them, and give the config the seals of what is saved."""
         layers = adapted(model, adapter_name)
         for layer in layers.values():
             blank = any(slot.weight.is_meta for slot in layer.slots(adapter_name).values())  # shapes are all there is
             if layer.cuts[adapter_name].pending and not blank:
                 layer.settle(adapter_name)  # fills the tensors that `state_dict` refers to
-        saved = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        adapter_state.complete_state(model, layers, adapter_name, state_dict, config.bias)
+        keys = adapter_state.slot_keys(layers, adapter_name)
+        saved = {key: state_dict[key] for key in keys if key in state_dict}
+        biases = cls._get_learnable_bias_state_dict(model, state_dict, config)
         seals = {}
         for name, layer in layers.items():
             paths = {path: f"{name}.{path}" for path in layer.slots(adapter_name)}
@@ -275,32 +309,80 @@ class InlayModel(BaseTuner):
                 seals[layer.cuts[adapter_name].module] = layer.make_seal(adapter_name, tensors)
         config.folded_base = seal.of_values([s["base"] for s in seals.values()]) if config.folded else None
         config.seals = seals if len(seals) == len(layers) else None
-        rest = saved_with_adapter(model, config, adapter_name, state_dict)
+        rest = adapter_state.saved_with_adapter(model, biases, adapter_name, state_dict)
         if seals and rest and all(map(seal.is_plain_tensor, rest.values())):
-            seals[BESIDE] = {"tensors": seal.of_tensors(rest), "base": None}
-        return saved
+            seals[adapter_state.BESIDE] = {"tensors": seal.of_tensors(rest), "base": None}
+        return saved | biases
 
     @classmethod
-    def _get_learnable_bias_state_dict(cls, model, state_dict, config: Any):
-        """As PEFT's, less those of modules saved whole: they are saved already, and under keys that can be loaded."""
+    def _get_learnable_bias_state_dict(
+        cls, model: nn.Module, state_dict: dict[str, Tensor], config: Any
+    ) -> dict[str, Tensor]:
+        """Return the biases as PEFT does, less those of modules saved whole.
+
+        These are saved already, and under keys that can be loaded.
+        """
         biases = super()._get_learnable_bias_state_dict(model, state_dict, config)
         return {key: bias for key, bias in biases.items() if ".modules_to_save." not in key}
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        check_state(model, cast(InlayConfig, config), adapter_name, mapped)
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """Return the key in a file for a `key` of the model, without `adapter_name`."""
+        return adapter_state.saved_key(key, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return the tensors of a file under the keys of the model, checked whole."""
+        mapped = adapter_state.model_keys(model, adapter_name, state_dict)
+        biases = cls._get_learnable_bias_state_dict(model, mapped, config)
+        rest = adapter_state.saved_with_adapter(model, biases, adapter_name, mapped)
+        digest = (config.seals or {}).get(adapter_state.BESIDE, {}).get("tensors")
+        adapter_state.check_state(model, adapter_name, mapped, rest, digest)
         return mapped
 
 
+def check_tokens(model: nn.Module, config: InlayConfig) -> None:
+    """Raise a ValueError for trained tokens that the embeddings of `model` do not have."""
+    tokens = config.trainable_token_indices or {}
+    if not isinstance(tokens, dict):
+        embeddings = [name for name, m in model.named_modules() if isinstance(m, nn.Embedding)]
+        tokens = {embeddings[0]: tokens} if embeddings else {}
+    for target, indices in tokens.items():
+        for name, module in model.named_modules():
+            if is_named(target, [name]) and isinstance(module, (nn.Embedding, nn.Linear)):
+                rows = len(module.weight)
+                if beyond := [i for i in indices if i >= rows]:
+                    raise ValueError(
+                        f"trainable_token_indices: {beyond[0]} is beyond the {rows} tokens of {name}; "
+                        f"first model.resize_token_embeddings({max(beyond) + 1}), or to the size it was trained with"
+                    )
+
+
+def weight_places(model: nn.Module) -> Counter[int]:
+    """Count, by the id of each weight of `model`, the places where a module with it stands.
+
+    A block that stands in several places holds its layers once: what is adapted in it is adapted in all of them.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    places = {(id(modules[path.rpartition(".")[0]]), path.rpartition(".")[2]): m for path, m in modules.items() if path}
+    return Counter(id(weight) for module in places.values() if (weight := own_weight(module)) is not None)
+
+
+def listed(names: Any) -> list[str]:
+    """Return the names of a list or set; a regular expression, or nothing, names none."""
+    return list(names) if isinstance(names, (list, set)) else []
+
+
 def left_out(config: InlayConfig) -> list[str]:
-    """What a config excludes, as regular expressions: PEFT stores what it expanded, without taking these out."""
-    asked = config.exclude_modules
-    return [asked] if isinstance(asked, str) else [re.escape(name) for name in asked or ()]
+    """Return what a config excludes, as regular expressions: PEFT stores what it expanded, without taking these out."""
+    excluded = config.exclude_modules
+    return [excluded] if isinstance(excluded, str) else [re.escape(name) for name in excluded or ()]
 
 
 def for_rows(module: nn.Module, args: tuple, kwargs: dict, names: list[str], each: int) -> tuple[tuple, dict]:
-    """A forward hook: which adapter each row is for. A decoder has a row for each beam of a request, or each answer."""
+    """Tell a layer which adapter each row is for, as a forward hook; a decoder has a row for each beam or answer."""
     if isinstance(module, AuxiliaryTrainingWrapper):  # which not every adapter trains
         names = [name if name in module._adapters else "__base__" for name in names]
     rows = len(args[0] if args else next(iter(kwargs.values())))
@@ -318,12 +400,18 @@ HEADS, TASKS = ("classifier", "score", "qa_outputs"), (None, "SEQ_CLS", "TOKEN_C
 
 
 def is_named(target: str, names: list[str]) -> bool:
-    """Whether one of the names is `target` or ends in it."""
+    """Return whether one of the names is `target` or ends in it."""
     return any(name == target or name.endswith(f".{target}") for name in names)
 
 
 def check_layer(module: nn.Module, name: str) -> None:
     """Raise a ValueError unless the module is a linear layer we know how to adapt."""
+    if isinstance(module, BaseTunerLayer):
+        kind = f"{type(module).__module__.split('.')[2]} {type(module).__name__}"
+        raise ValueError(
+            f"{name} carries an adapter of PEFT's already ({kind}), and Inlay's goes on a plain layer; merge or remove "
+            "that one first (merge_and_unload, delete_adapter), or leave this layer out of target_modules"
+        )
     backend = resolve_quantization_backend(module) if not isinstance(module, LINEAR) else None
     if not isinstance(module, LINEAR) and (backend is None or backend.layer_type != "linear"):
         raise ValueError(
@@ -332,57 +420,32 @@ def check_layer(module: nn.Module, name: str) -> None:
         )
 
 
+READ_PAST = {  # by transformers' classes, whose weights they hand to a function
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "MobileBertLMPredictionHead": ("dense", "decoder"),
+}
+
+
+def check_parent(parent: nn.Module, child: str, name: str) -> None:
+    """Raise a ValueError where the module `parent` is known to read the weight of its `child` past that layer."""
+    kind = type(parent).__name__
+    if isinstance(parent, nn.MultiheadAttention) or child in READ_PAST.get(kind, ()):
+        raise ValueError(
+            f"{name}: {kind} reads this weight past its layer, so an adapter has no effect; name it in exclude_modules"
+        )
+    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        raise ValueError(
+            f"{name}: nn.TransformerEncoderLayer reads this weight past its layer in evaluation; leave it out, or call "
+            "torch.backends.mha.set_fastpath_enabled(False) first"
+        )
+
+
 def home_of(model: nn.Module, module: nn.Module) -> torch.device | None:
-    """Where a module computes whose weight accelerate keeps on the disk; None for all others."""
+    """Return where a module computes whose weight accelerate keeps on the disk; None for all others."""
     devices = cast(dict, getattr(model, "hf_device_map", None) or {})
     if "disk" not in devices.values() or not any(p.is_meta for p in module.parameters()):
         return None
     return torch.device(next((d for d in devices.values() if d not in ("cpu", "disk")), "cpu"))
-
-
-def count_owners(model: nn.Module) -> Counter[int]:
-    """Count the modules that hold each `weight`, by its id: tied weights have several."""
-    parameters = ((name, p) for m in model.modules() for name, p in m.named_parameters(recurse=False))
-    return Counter(id(p) for name, p in parameters if name == "weight")
-
-
-BESIDE = "*"  # the seal of what an adapter holds beside θ
-
-
-def saved_with_adapter(
-    model: nn.Module, config: InlayConfig, adapter_name: str, state: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """What of a model's state an adapter holds beside θ, as it is saved: biases, modules and tokens trained whole."""
-    found = InlayModel._get_learnable_bias_state_dict(model, state, config)
-    for name, module in model.named_modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            paths = {f"{name}.{k}": f"{name}.{p}" for k, p in module.adapter_state_dict_load_map(adapter_name).items()}
-            found |= {key: state[path] for key, path in paths.items() if path in state}
-    return {key.removeprefix("base_model.model."): tensor for key, tensor in found.items()}
-
-
-def check_state(model: nn.Module, config: InlayConfig, adapter_name: str, state: dict[str, Tensor]) -> None:
-    """Raise a ValueError unless `state` is exactly this adapter: nothing missing, extra, misshapen or non-finite."""
-    layers, rest = adapted(model, adapter_name), saved_with_adapter(model, config, adapter_name, state)
-    expected = {f"{n}.{path}" for n, m in layers.items() for path in m.slots(adapter_name)}
-    there, sized = model.state_dict(), {*map(id, rest.values())}  # not embeddings, which may grow
-    faults = [f"{key} is missing" for key in sorted(expected - state.keys())]
-    for key, value in state.items():
-        if key not in there:
-            faults.append(f"{key} belongs to no module of this model")
-        elif (key in expected or id(value) in sized) and value.shape != there[key].shape:
-            faults.append(f"{key} has shape {tuple(value.shape)}, not {tuple(there[key].shape)}")
-        elif not value.isfinite().all():
-            faults.append(f"{key} holds NaN or Inf")
-    if faults:
-        more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
-        raise ValueError(f"this adapter cannot be loaded here: {'; '.join(faults[:3])}{more}")
-    known = (config.seals or {}).get(BESIDE) if any(m.cuts[adapter_name].pending for m in layers.values()) else None
-    if known is not None and seal.of_tensors(rest) != known["tensors"]:
-        raise ValueError(f"{', '.join(rest)[:200] or 'biases'}: {UNSEALED}")
-    for name, layer in layers.items():
-        layer.check_seal(adapter_name, {path: state[f"{name}.{path}"] for path in layer.slots(adapter_name)})
-        layer.cuts[adapter_name].pending = False
 
 
 def register() -> None:
@@ -390,4 +453,5 @@ def register() -> None:
     if INLAY not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(name="inlay", config_cls=InlayConfig, model_cls=InlayModel)
     PEFT_TYPE_TO_CONFIG_MAPPING[INLAY], PEFT_TYPE_TO_TUNER_MAPPING[INLAY] = InlayConfig, InlayModel
+    replace_peft_hotswap()
     CONFIG_KEYS_TO_CHECK[INLAY] = ["method", "args", "scale", "dropout", "patterns", "folded", "folded_base"]

@@ -41,7 +41,7 @@ INK = "#262626"
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, without black; markers tell the second round.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C6D1F", "#7F7F7F")
-LOOK: dict[str, Any] = {
+LOOK: Any = {  # matplotlib types its keys as literals
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
     "font.size": 10,
     "axes.grid": True,
@@ -62,7 +62,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 def inline_svg(name: str, figure: Figure, label: str) -> str:
     """Return a figure as an SVG element with text as text, the page's ink, and ids prefixed by `name`."""
     file = io.StringIO()
-    with matplotlib.rc_context({**LOOK, "svg.fonttype": "none"}):
+    with matplotlib.rc_context(LOOK | {"svg.fonttype": "none"}):
         about = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=about)
     svg = file.getvalue()

@@ -15,9 +15,9 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import Conv1D
 
-from inlay.conversion.import_adapter import import_adapter
-from inlay.conversion.lora_factors import adapter_auto_class, load_blank_adapter
+from inlay.conversion.import_adapter import import_opened
 from inlay.conversion.merged_weights import read_weight
+from inlay.conversion.peft_folder import read_peft_folder
 from inlay.files.atomic import check_free, new_folder, write_text
 from inlay.files.untrusted import DamagedFileError
 from inlay.host.layer import InlayLinear, adapted
@@ -36,20 +36,9 @@ from inlay.inspection.changes import (
     median_of,
     of_inlay,
 )
-from inlay.models.adapters import (
-    adapter_folder,
-    base_of,
-    label_settings,
-    load_adapter,
-    read_adapter_config,
-    revision_of,
-)
+from inlay.models.adapters import Adapter, adapter_folder
 from inlay.models.folded import START, fold_at
-from inlay.models.loading import load_config, load_model
-from inlay.models.model_classes import auto_class
 from inlay.models.stored_weights import Weights
-
-INLAY = "INLAY"  # PEFT's name of Inlay's adapter type
 
 
 def inspect_adapter(
@@ -82,21 +71,20 @@ def inspect_adapter(
     """
     if output is not None:
         check_free(Path(output), overwrite, CHANGES)
-    folder = adapter_folder(str(adapter))
-    name = model or base_of(folder)
-    revision = revision or (None if model else revision_of(folder))
-    if read_adapter_config(folder).peft_type == INLAY:
-        changed = changes_of(folder, name, layers, revision, trust_remote_code)
+    source = Adapter.open(adapter, model, revision, trust_remote_code)
+    if source.is_inlay:
+        changed = changes_of(source, layers)
     else:
         with tempfile.TemporaryDirectory() as part:
+            out = Path(part) / "imported"
             try:
-                imported = import_adapter(folder, Path(part) / "imported", model=name).folder
+                import_opened(read_peft_folder(source), out, None, False, str(source.folder))
             except DamagedFileError:
                 raise
             except ValueError as error:
-                changed = merged_changes(folder, name, layers, revision, trust_remote_code, error)
+                changed = merged_changes(source, layers, error)
             else:
-                changed = changes_of(imported, name, layers, revision, trust_remote_code)
+                changed = changes_of(Adapter.open(out, source.base), layers)
     if output is not None:
         write_changes(changed, Path(output), overwrite)
     return changed
@@ -113,28 +101,20 @@ def is_adapter(name: str) -> bool:
 def changes_of_fold(folder: Path) -> dict[str, WeightChange]:
     """Return the changes of a trained fold; none where the adapter it began with is gone."""
     with suppress(ValueError):
-        return changes_of(folder, base_of(folder), None, None, False, MOST)
+        return changes_of(Adapter.open(folder), None, MOST)
     return {}
 
 
-def changes_of(
-    folder: Path,
-    base: str,
-    layers: list[int] | None,
-    revision: str | None,
-    trust_remote_code: bool,
-    most: float = math.inf,
-) -> dict[str, WeightChange]:
+def changes_of(adapter: Adapter, layers: list[int] | None, most: float = math.inf) -> dict[str, WeightChange]:
     """Return the changes of one of Inlay's adapters, with subspaces if these cost at most `most` multiplications."""
-    auto = adapter_auto_class(folder, base, revision, trust_remote_code)
-    light = load_blank_adapter(folder, base, revision, trust_remote_code, auto)
-    weights = Weights(base, revision, trust_remote_code, auto)
+    light = adapter.load_blank()
+    weights = adapter.base_weights()
     adapters = {layer.cuts["default"].module: layer for layer in adapted(light, "default").values()}
     first: dict[str, InlayLinear] = {}
     if any(layer.cuts["default"].folded for layer in adapters.values()):
-        start = load_blank_adapter(untrained(folder, base), base, revision, trust_remote_code, auto)
+        start = Adapter.open(untrained(adapter), adapter.base).load_blank()
         first = {layer.cuts["default"].module: layer for layer in adapted(start, "default").values()}
-    names = modules_in_layers(adapters, layers, folder)
+    names = modules_in_layers(adapters, layers, adapter.folder)
     shapes = [(adapters[name].out_features, adapters[name].in_features) for name in names]
     full = sum(math.prod(shape) * min(shape) for shape in shapes) <= most
     shown = chosen_modules(names)
@@ -146,19 +126,15 @@ def changes_of(
     return changed
 
 
-def merged_changes(
-    folder: Path, base: str, layers: list[int] | None, revision: str | None, trust_remote_code: bool, why: ValueError
-) -> dict[str, WeightChange]:
+def merged_changes(adapter: Adapter, layers: list[int] | None, why: ValueError) -> dict[str, WeightChange]:
     """Return the changes of a PEFT adapter that cannot be imported, by merging its layers; else raise `why`."""
-    config = load_config(base, trust_remote_code, revision)
-    auto = auto_class(config, read_adapter_config(folder).task_type)
-    more = {"auto": auto, **label_settings(folder)}
-    model = load_model(base, torch.float32, revision, trust_remote_code, **more)
-    adapter = load_adapter(model, folder, trainable=True)  # so that its parameters are told from the base's
-    changed = changes(adapter, lambda: Weights(base, revision, trust_remote_code, auto))
+    auto = adapter.auto_class
+    base = adapter.base.load(torch.float32, auto=auto, **adapter.settings)
+    model = adapter.attach(base, trainable=True)  # so that its parameters are told from the base's
+    changed = changes(model, adapter.base_weights)
     if not changed:
         raise why
-    return {name: changed[name] for name in modules_in_layers(changed, layers, folder)}
+    return {name: changed[name] for name in modules_in_layers(changed, layers, adapter.folder)}
 
 
 def modules_in_layers(names: Collection[str], layers: list[int] | None, folder: Path) -> list[str]:
@@ -174,12 +150,13 @@ def modules_in_layers(names: Collection[str], layers: list[int] | None, folder: 
     return selected
 
 
-def untrained(folder: Path, base: str) -> Path:
+def untrained(adapter: Adapter) -> Path:
     """Return the folder of the adapter that a fold began with: beside its base, from a run or from inlay fold.
 
     Raises:
         ValueError: it is not there, or nothing was trained.
     """
+    folder, base = adapter.folder, adapter.base.name
     kept = Path(base).parent / START
     start = kept if kept.is_dir() else fold_at(str(kept.parent))
     if start is None:

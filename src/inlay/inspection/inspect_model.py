@@ -17,6 +17,7 @@ from inlay.files.atomic import check_free, new_folder
 from inlay.host.config import InlayConfig
 from inlay.inspection.noise_edge import edge, effective_rank, stable_rank
 from inlay.inspection.ranks import Inspection, Weight, inspection, patterns
+from inlay.models.base import BaseModel
 from inlay.numerics.rank_allocation import DIRECTIONS, Direction, rank_set
 
 SPECTRA = "spectra.json"  # also marks a folder that may be overwritten
@@ -65,7 +66,7 @@ def inspect(
         layers_to_transform=layers,
         task_type="CAUSAL_LM",
     )
-    spectra = inspection(model, config, direction, revision, trust_remote_code)
+    spectra = inspection(BaseModel(model, revision, trust_remote_code), config, direction)
     if output is not None:
         write_inspection(spectra, Path(output), overwrite)
     return spectra

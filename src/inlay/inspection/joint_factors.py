@@ -8,9 +8,12 @@ that together have as many parameters. A shared factor needs only one product x 
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,12 +21,14 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import Conv1D, PreTrainedModel
 
+from inlay.files.atomic import check_free, new_folder
 from inlay.host.config import InlayConfig
 from inlay.inspection.singular_values import kept_spectrum, target_weights, weight_spectra
 from inlay.messages import first_line
-from inlay.models.meta import meta_model
-from inlay.models.stored_weights import Weights
-from inlay.numerics.rank_allocation import energy, kind_of
+from inlay.models.base import BaseModel
+from inlay.numerics.rank_allocation import energy, module_type
+
+JOINT = "joint.json"  # also marks a folder that may be overwritten
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Readers:
 
     @property
     def kinds(self) -> str:
-        return ", ".join(kind_of(name) for name in self.modules)
+        return ", ".join(module_type(name) for name in self.modules)
 
     def shared(self, r: int) -> float:
         """Return the share of Σ‖W_i‖² that one right factor of rank r carries."""
@@ -55,12 +60,63 @@ class Readers:
         return r * (inp + out) // (len(self.shapes) * inp + out)
 
 
-def joint_groups(
+def inspect_joint(
     model: str = "builtin",
+    r: int = 16,
+    *,
     target_modules: list[str] | str = "all-linear",
     layers: list[int] | None = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
+) -> list[Readers]:
+    """Measure what one right factor of rank `r` carries for the modules that read one input; reads the checkpoint only.
+
+    Args:
+        model: hub id, local folder, or builtin.
+        r: the rank that joint.json gives the shares of; any other can be asked of the result.
+        target_modules: which modules, as in `InlayConfig`.
+        layers: indices of layers (then `target_modules` must be a list of names).
+        output: a folder for joint.json.
+        overwrite: replace such a folder.
+        revision: of a hub model.
+        trust_remote_code: let the model's repository run its own code.
+
+    Raises:
+        ValueError: the model, a value or the output folder cannot be used; nothing is then written.
+    """
+    if output is not None:
+        check_free(Path(output), overwrite, JOINT)
+    groups = joint_groups(BaseModel(model, revision, trust_remote_code), target_modules, layers)
+    if output is not None:
+        with new_folder(Path(output), overwrite, JOINT) as part:
+            (part / JOINT).write_text(json.dumps(joint_as_data(model, r, groups)) + "\n", encoding="utf-8")
+    return groups
+
+
+def joint_as_data(model: str, r: int, groups: list[Readers]) -> dict[str, Any]:
+    """Return all groups for JSON, with the singular values of the stacked weights."""
+    return {
+        "model": model,
+        "r": r,
+        "groups": [
+            {
+                "modules": list(group.modules),
+                "shapes": [list(shape) for shape in group.shapes],
+                "shared": round(group.shared(r), 6),
+                "separate": round(group.separate(r), 6),
+                "as_many_r": group.as_many(r),
+                "separate_as_many": round(group.separate(group.as_many(r)), 6),
+                "singular_values": [float(f"{s:.7g}") for s in group.stacked.tolist()],
+            }
+            for group in groups
+        ],
+    }
+
+
+def joint_groups(
+    base: BaseModel, target_modules: list[str] | str = "all-linear", layers: list[int] | None = None
 ) -> list[Readers]:
     """Return the groups of a model's modules that read one input, with their spectra; only the checkpoint is read.
 
@@ -68,21 +124,21 @@ def joint_groups(
         ValueError: the model or a value cannot be used, or no two of the modules read the same input.
     """
     config = InlayConfig(target_modules=target_modules, layers_to_transform=layers, task_type="CAUSAL_LM")
-    shapes = target_weights(model, config, trust_remote_code)
-    blank = meta_model(model, torch.float32, trust_remote_code)
+    shapes = target_weights(base, config)
+    blank = base.meta(torch.float32)
     groups = [names for names in readers(blank, shapes) if len(names) > 1]
     if not groups:
         raise ValueError(f"no two of the modules that target_modules={target_modules!r} names read the same input")
-    spectra = weight_spectra(model, {n: shapes[n] for names in groups for n in names}, revision, trust_remote_code)
-    weights = Weights(model, revision, trust_remote_code)
-    found: list[Readers] = []
+    spectra = weight_spectra(base, {n: shapes[n] for names in groups for n in names})
+    weights = base.weights()
+    groups_read: list[Readers] = []
     for names in groups:
         stored = [weights.read(f"{n}.weight").float() for n in names]
         transposed = [isinstance(blank.get_submodule(n), Conv1D) for n in names]
         stack = torch.cat([W.T if flip else W for W, flip in zip(stored, transposed, strict=True)])
         sizes = tuple(shapes[n] for n in names)
-        found.append(Readers(names, sizes, kept_spectrum(stack), tuple(spectra[n] for n in names)))
-    return found
+        groups_read.append(Readers(names, sizes, kept_spectrum(stack), tuple(spectra[n] for n in names)))
+    return groups_read
 
 
 @torch.no_grad()
@@ -117,7 +173,7 @@ def show_joint(groups: list[Readers], r: int, console: Console) -> None:
     """Print a table with a line per kind of group, medians over the layers."""
     table = Table(
         title=f"one right factor of rank {r} for the modules that read one input",
-        caption="shares of Σ‖W‖² in the median over layers; as many: separate factors with no more numbers than it has",
+        caption="shares of Σ‖W‖² in the median over layers; as many: separate factors with no more parameters",
         title_justify="left",
         caption_justify="left",
     )

@@ -15,8 +15,9 @@ from inlay.host.config import InlayConfig
 from inlay.host.module_names import any_of, split_name
 from inlay.inspection import noise_edge
 from inlay.inspection.singular_values import Shape, target_weights, weight_spectra
+from inlay.models.base import BaseModel
 from inlay.numerics import rank_allocation
-from inlay.numerics.rank_allocation import Direction, allocate, kind_of
+from inlay.numerics.rank_allocation import Direction, allocate, module_type
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Inspection:
         """Return the modules by type, the last component of their names."""
         groups: dict[str, dict[str, Weight]] = {}
         for name, weight in self.weights.items():
-            groups.setdefault(kind_of(name), {})[name] = weight
+            groups.setdefault(module_type(name), {})[name] = weight
         return groups
 
     def summary(self) -> str:
@@ -79,23 +80,21 @@ class Inspection:
         )
 
 
-def inspection(
-    model: str, config: InlayConfig, direction: Direction, revision: str | None = None, trust_remote_code: bool = False
-) -> Inspection:
+def inspection(base: BaseModel, config: InlayConfig, direction: Direction) -> Inspection:
     """Compute spectra and ranks of the modules that a config adapts.
 
     Raises:
         ValueError: the model or the config cannot be used, or the method has no rank.
     """
     r = allocated_ranks(config)
-    shapes = target_weights(model, config, trust_remote_code)
-    values = weight_spectra(model, shapes, revision, trust_remote_code)
+    shapes = target_weights(base, config)
+    values = weight_spectra(base, shapes)
     cost = rank_cost(config, shapes)
     ranks = allocate(values, r, cost, direction)
     weights = {
         name: Weight(shapes[name], values[name], ranks[name], cost(name, ranks[name]), cost(name, r)) for name in shapes
     }
-    return Inspection(model, str(config.method), r, direction, weights)
+    return Inspection(base.name, str(config.method), r, direction, weights)
 
 
 def allocated_ranks(config: InlayConfig) -> int:

@@ -20,33 +20,30 @@ from tqdm import tqdm
 from inlay.files import cache
 from inlay.host.config import InlayConfig
 from inlay.host.layer import adapted
-from inlay.models.meta import meta_model
-from inlay.models.stored_weights import Weights
+from inlay.models.base import BaseModel
 
 Shape = tuple[int, int]  # out, in
 
 
-def target_weights(model: str, config: InlayConfig, trust_remote_code: bool = False) -> dict[str, Shape]:
+def target_weights(base: BaseModel, config: InlayConfig) -> dict[str, Shape]:
     """Return the modules of a model that a config adapts, in order, with their (out, in); no weights are read.
 
     Raises:
         ValueError: the model or the config cannot be used, or they do not fit each other.
     """
     config = copy.deepcopy(config)  # PEFT writes what it finds into it
-    empty = get_peft_model(meta_model(model, torch.float32, trust_remote_code), config)
+    empty = get_peft_model(base.meta(torch.float32), config)
     layers = adapted(empty, "default").values()
     return {layer.cuts["default"].module: (layer.out_features, layer.in_features) for layer in layers}
 
 
-def weight_spectra(
-    model: str, shapes: Mapping[str, Shape], revision: str | None = None, trust_remote_code: bool = False
-) -> dict[str, Tensor]:
+def weight_spectra(base: BaseModel, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
     """Return the singular values of each named module's weight: fp32 (min(out, in),), descending, on the CPU.
 
     Raises:
         ValueError: the checkpoint lacks a weight, stores it quantised or in another shape, or it holds NaN or Inf.
     """
-    weights = Weights(model, revision, trust_remote_code)
+    weights = base.weights()
     spectra: dict[str, Tensor] = {}
     for name in tqdm(shapes, desc="Spectra", unit="weight", disable=None, delay=1):
         W = weights.read(f"{name}.weight")

@@ -1,4 +1,4 @@
-"""One paper, one file. `METHODS` is the list; a new method is one line here."""
+"""List the methods, one paper per file; a new method is one line in `METHODS`."""
 
 from inlay.method import Method
 from inlay.methods.bat import Bat
@@ -68,7 +68,7 @@ def _descendants(cls: type[Method]) -> list[type[Method]]:
 
 
 def find(name: str) -> type[Method]:
-    """The method of that name: one of `METHODS`, or any other subclass of `Method` that has been imported.
+    """Return the method called `name`: one of `METHODS`, or any other subclass of `Method` that has been imported.
 
     Raises:
         ValueError: there is none; the message lists all.

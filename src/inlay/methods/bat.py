@@ -1,14 +1,14 @@
-"""Bat, by rows of blocks: the weight guides its own update, one r × r block per block of inputs.
+"""Bat, by rows of blocks, lets the weight guide its own update: one r × r block per block of inputs.
 
     W'_ab = W_ab (I + B_b) + B_b,   B (in/r × r × r) = 0
 
-Kang 2024, arXiv 2409.15371 v1-v3 (there called Bone); this orientation is RWKV-PEFT's. `bat_col` is the other one.
-The fast form is exact and in neither paper nor code [ours]: with t = blockdiag(B) x,
+Kang 2024, arXiv 2409.15371 v1-v3 (there called Bone); this orientation is RWKV-PEFT's. `bat_col` is the other one. The
+fast form is exact and in neither paper nor code [ours]: with t = blockdiag(B) x,
 
     y = W (x + s t) + s tile(Σ_b t_b)
 
 so the base, quantised or not, is called once, on x + s t, and no dense W' exists; in bf16 that sum is rounded like any
-activation. ΔW depends on W: two active Bats do not commute (each is cut from what lies under it), and unmerging
+activation. ΔW depends on W: two active Bats do not commute (each depends on the weight below it), and unmerging
 restores a saved copy instead of inverting I + B.
 """
 

@@ -1,10 +1,10 @@
-"""Bat, by columns of blocks: the weight guides its own update, one r × r block per block of outputs.
+"""Bat, by columns of blocks, lets the weight guide its own update: one r × r block per block of outputs.
 
     W'_ab = W_ab (I + B_a) + B_a,   B (out/r × r × r) = 0
 
-Kang 2024, arXiv 2409.15371 v1-v3; this is the orientation of PEFT's `bat` and of the paper's figures (87.0M numbers
-on LLaMA-2-7B). It is another family than `bat` (checkpoints are not interchangeable) and has no cheap form: ΔW is
-built and applied a few block rows at a time, so a dense W' never exists. Prefer `bat` unless you repeat the paper.
+Kang 2024, arXiv 2409.15371 v1-v3; this is the orientation of PEFT's `bat` and of the paper's figures (87.0M parameters
+on LLaMA-2-7B). It is another family than `bat` (checkpoints are not interchangeable) and has no cheap form: ΔW is built
+and applied a few block rows at a time, so a dense W' never exists. Prefer `bat` unless you repeat the paper.
 """
 
 from __future__ import annotations

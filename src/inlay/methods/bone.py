@@ -1,12 +1,12 @@
-"""Bone: one trainable block shared by all input blocks of the weight.
+"""Bone trains one block shared by all input blocks of the weight.
 
     D (r × out) = 0;   S = Σ_j x[jr : (j+1)r];   y = W x + s Dᵀ S,   that is   ΔW[o, c] = D[c mod r, o]
 
-Kang 2024, "Bone: Block-Affine Adaptation of Large Language Models", arXiv 2409.15371 v4 on (later DiSHA, MiSS).
-ΔW = B A with B = Dᵀ and a frozen A = [I I ... I]: a LoRA whose A needs no memory, so only S (r wide) is kept for the
-backward pass. Where r does not divide `in`, the last block is short. The tiled A makes the effective step √(in / r)
-times LoRA's: at a fixed learning rate that is much of its fast convergence and of its forgetting, and why we offer s,
-which the paper does not have.
+Kang 2024, "Bone: Block-Affine Adaptation of Large Language Models", arXiv 2409.15371 v4 on (later DiSHA, MiSS). ΔW = B
+A with B = Dᵀ and a frozen A = [I I ... I]: a LoRA whose A needs no memory, so only S (r wide) is kept for the backward
+pass. Where r does not divide `in`, the last block is short. The tiled A makes the effective step √(in / r) times
+LoRA's: at a fixed learning rate this explains much of its fast convergence and of its forgetting, and is why Inlay
+offers s, which the paper does not have.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Deep LoRA: three factors from a small orthogonal start, which find a low rank by themselves.
+"""Deep LoRA trains three factors from a small orthogonal start, which find a low rank by themselves.
 
     ΔW = W₃ W₂ W₁,   W₁ (r × in), W₂ (r × r), W₃ (out × r) orthogonal times ε
 

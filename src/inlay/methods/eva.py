@@ -1,11 +1,11 @@
-"""EVA: LoRA that starts from the directions in which the layer's inputs vary most.
+"""EVA is LoRA that starts from the directions in which the layer's inputs vary most.
 
     ΔW = B A,   A₀ (r × in) = the first r right singular vectors of the centred inputs X (tokens × in),   B₀ = 0
 
 Paischer et al. 2024, "One Initialization to Rule them All: Fine-tuning via Explained Variance Adaptation", arXiv
 2410.07170. X comes in batches, and its vectors are kept up to date by incremental SVD (Ross et al. 2008). A layer has
-seen enough when each of its r vectors has a cosine of at least τ with itself of one batch before; what has not come to
-that within the batches there are is reported. The global ranks are `allocate: variance`.
+seen enough when each of its r vectors has a cosine of at least τ with itself one batch earlier; layers that do not
+reach this within the batches are reported. The global ranks are `allocate: variance`.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ class EVA(LowRank):
     tau: float = field(default=0.99, metadata={"help": "cosine τ from which EVA's vectors count as settled", "max": 1})
 
     def observe(self, stats: Params, seen: Tensor) -> Params:
-        """V (k × in) and S (k,) of all inputs so far, k <= r; their mean (in), scatter `total` and number; `cosine`."""
+        """Return V (k × in) and S (k,) of all inputs so far, k <= r, their mean, scatter and number; `cosine`."""
         n, mean = len(seen), seen.mean(0)
         X = seen - mean
-        total, count, rows = X.square().sum(), torch.tensor(float(n)), X
+        total, count = X.square().sum(), torch.tensor(float(n))
+        rows = X
         if stats:
             count = stats["tokens"] + n
             shift = (stats["mean"] - mean) * (stats["tokens"] * n / count).sqrt().item()
@@ -55,5 +56,5 @@ class EVA(LowRank):
         out, inp = W.shape
         V = torch.empty(self.r, inp, device=W.device) if W.is_meta else check_seen(self, stats)["V"]
         if len(V) < self.r:
-            raise ValueError(f"eva: r={self.r} vectors cannot come from {len(V)} inputs; give more batches")
+            raise ValueError(f"eva: r={self.r} vectors cannot be computed from {len(V)} inputs; give more batches")
         return {"A": V[: self.r].to(W.device, copy=True), "B": torch.zeros(out, self.r, device=W.device)}

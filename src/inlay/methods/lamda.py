@@ -1,11 +1,11 @@
-"""LaMDA: a small square core between two projections; one is frozen, the other freezes block by block.
+"""LaMDA trains a small square core between two projections; one is frozen, the other freezes block by block.
 
     ΔW = B S A,   A (r × in) frozen,   S (r × r) trained,   B (out × r) trained at first, frozen in blocks of columns
 
 Azizi, Kundu, Pedram 2024, arXiv 2406.12832 (in rows: Y = X W + α X A S B). After a share `eta` of the steps only the r²
-numbers of S are trained. The paper leaves open, and [ours] is: `init="svd"`, A = V_rᵀ, S = Σ_r / s, B = U_r in the
-offset form; `"svd_zero"`, S = 0, where B moves only after S has. `"kaiming"` is the published code's start, with its
-s = 16 / r. That code forgot a factor r: it freezes at most 3 of 64 columns, and weight decay moves those. [ours] is the
+entries of S are trained. The paper leaves open, and [ours] is: `init="svd"`, A = V_rᵀ, S = Σ_r / s, B = U_r in the
+offset form; `"svd_zero"`, S = 0, where B moves only after S has. `"kaiming"` is the published code's start, with its s
+= 16 / r. That code forgot a factor r: it freezes at most 3 of 64 columns, and weight decay moves those. [ours] is the
 evident intention: after a fraction t of the steps, ⌊r t / eta⌋ columns, down to a border of the `stages` blocks.
 """
 
@@ -46,7 +46,7 @@ class LaMDA(LowRank):
         return self.init != "svd"
 
     @property
-    def s(self) -> float:
+    def factor(self) -> float:
         return self.scale or (16 / self.r if self.init == "kaiming" else 1.0)
 
     def start(self, W: Tensor, stats: Params | None = None) -> Params:

@@ -1,12 +1,12 @@
-"""LoLDU: train the pivots of the weight's LDU factorisation, leave its triangles alone.
+"""LoLDU trains the pivots of the weight's LDU factorisation and keeps its triangles fixed.
 
     W = P L D U,   ΔW = B diag(z) A,   B = P L_r (out × r) and A = U_r (r × in) frozen,   z₀ = D_r
 
 Shi et al. 2024, "LoLDU: Low-Rank Adaptation via Lower-Diag-Upper Decomposition for Parameter-Efficient Fine-Tuning",
 arXiv 2410.13618. L and U have unit diagonals; the paper's s is α / r (`scale`). The first r pivots are no approximation
-of W (what is left can be several times its norm), so only the host's offset form makes sense: the change is
-P L_r diag(z − z₀) U_r. The published code builds P, out × out, and ΔW in every pass; a permuted L_r is all that is
-needed, and only U_r x, r wide, is kept for the backward pass. It trains r numbers per weight: choose a large r.
+of W (the rest can be several times its norm), so only the host's offset form makes sense: the change is P L_r diag(z −
+z₀) U_r. The published code builds P, out × out, and ΔW in every pass; a permuted L_r is all that is needed, and only
+U_r x, r wide, is kept for the backward pass. It trains r parameters per weight: choose a large r.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""LoRA: a low-rank update beside the weight, the reference everything is compared with.
+"""LoRA trains a low-rank update beside the weight, the reference for all comparisons.
 
     ΔW = B A,   B (out × r) = 0,   A (r × in) Kaiming-uniform,   s = α / r
 
-Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
-Plain on purpose: it does not look at W. If another method cannot beat it with a tuned learning rate, use it.
+Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685. Plain on purpose: it does not
+read W. If another method does not beat it with a tuned learning rate, use LoRA.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class LoRA(LowRank):
             raise ValueError(f"lora: alpha={self.alpha} and scale={self.scale} both set s; give one of them")
 
     @property
-    def s(self) -> float:
+    def factor(self) -> float:
         return (self.scale or 1.0) if self.alpha is None else self.alpha / self.r
 
     def start(self, W: Tensor, stats: Params | None = None) -> Params:

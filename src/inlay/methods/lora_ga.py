@@ -1,10 +1,10 @@
-"""LoRA-GA: LoRA whose first step follows the gradient of full fine-tuning.
+"""LoRA-GA is LoRA whose first step follows the gradient of full fine-tuning.
 
     G = mean gradient of W = U S Vᵀ,  ΔW = B A,  A₀ = c V_{1..r}ᵀ,  B₀ = c U_{r+1..2r},  c = out^¼ / √γ,  s = α / √r
 
-Wang, Yu, Li 2024, "LoRA-GA: Low-Rank Adaptation with Gradient Approximation", arXiv 2407.05000. The paper's residual
-W − s B₀ A₀ is the host's offset form. PEFT's `lora_ga` scales by the gradient's singular values: not this.
-Of the summed gradients about the 4 r largest triplets are kept from batch to batch [ours], so that no gradient stays in
+Wang, Yu, Li 2024, "LoRA-GA: Low-Rank Adaptation with Gradient Approximation", arXiv 2407.05000. The paper's residual W
+− s B₀ A₀ is the host's offset form. PEFT's `lora_ga` scales by the gradient's singular values, unlike this. Of the
+summed gradients about the 4 r largest triplets are kept from batch to batch [ours], so that no gradient stays in
 memory; how near that comes to the SVD of the mean itself is measured in the tests.
 """
 
@@ -35,11 +35,11 @@ class LoRAGA(LowRank):
     gamma: float = field(default=16.0, metadata={"help": "γ: the larger, the smaller LoRA-GA's start", "above": 0})
 
     @property
-    def s(self) -> float:
+    def factor(self) -> float:
         return self.scale or self.alpha / math.sqrt(self.r)
 
     def observe(self, stats: Params, seen: Tensor) -> Params:
-        """The triplets U (out × k), S (k,), V (k × in) of the gradients' sum, whose vectors are those of their mean."""
+        """Return U (out × k), S (k,), V (k × in) of the gradients' sum; these vectors are also those of their mean."""
         G = (stats["U"] * stats["S"]) @ stats["V"] + seen if stats else seen
         return dict(zip("USV", linalg.sketched_svd(G, min(KEPT * self.r, *G.shape)), strict=True))
 

@@ -1,13 +1,13 @@
-"""LoRTA: one tensor for the attention of a whole model, as a sum of r outer products.
+"""LoRTA trains one tensor for the attention of a whole model, as a sum of r outer products.
 
     ΔW_{l,j,h} = B diag(C_L[l] ∘ C_M[j] ∘ C_H[h]) Aᵀ   for head h (out) of q, k, v;   its transpose for head h (in) of o
     A (d × r), B (head × r) = 0, C_L (layers × r), C_M (matrices × r), C_H (heads × r)
 
 Hounie et al. 2024, "LoRTA: Low Rank Tensor Adaptation of Large Language Models", arXiv 2410.04060. All five factors are
-shared by all layers: r (d + head + layers + matrices + heads) numbers in all. No more is built than one layer's
-factors. [ours]: k and v with fewer heads use the first of C_H; A has variance 1/d and the C variance 1; what is not
-attention makes a tensor of its own for each shape, with one head. The factors of a model that lies on several devices
-are on that of its first layer.
+shared by all layers: r (d + head + layers + matrices + heads) parameters in total. No more is built than one layer's
+factors. [ours]: k and v with fewer heads use the first of C_H; A has variance 1/d and the C variance 1; weights outside
+attention form a tensor of their own for each shape, with one head. The factors of a model on several devices are on the
+device of its first layer.
 """
 
 from __future__ import annotations

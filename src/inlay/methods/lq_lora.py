@@ -1,13 +1,14 @@
-"""LQ-LoRA: a low-rank part and a quantised rest, split where the loss is sensitive.
+"""LQ-LoRA splits a weight into a low-rank part and a quantised rest, where the loss is sensitive.
 
     D₁ W D₂ = U Σ Vᵀ,   ΔW = B A,   B₀ = D₁⁻¹ U_r √(Σ_r / s),   A₀ = √(Σ_r / s) V_rᵀ D₂⁻¹
     D₁, D₂ = the square roots of the row and column means of the Fisher information F = E[g²]
 
 Guo, Greengard, Xing, Kim 2023, "LQ-LoRA: Low-rank Plus Quantized Matrix Decomposition for Efficient Language Model
-Finetuning", arXiv 2311.12023. Folding (`quantize: nf4`, `fold_rounds`) is the paper's alternation: of what is left of W
-beside Q, the weighted start; of what is left beside that, Q; the iterate with the smallest ‖D₁ (W − Q − B A) D₂‖ is
-kept. `weights="none"` is the unweighted form, as in LoftQ. [ours]: F takes one gradient per batch, so give batches of
-one example for the usual estimate; D is floored at 1e-3 of its mean, to be divided by. Mixed precision is left out.
+Finetuning", arXiv 2311.12023. Folding (`quantize: nf4`, `fold_rounds`) is the paper's alternation: the weighted start
+from the rest of W beside Q; then Q from the rest beside that; the iterate with the smallest ‖D₁ (W − Q − B A) D₂‖ is
+kept. `weights="none"` is the unweighted form, as in LoftQ. [ours]: F takes one gradient per batch, so use batches of
+one example for the usual estimate; D is floored at 1e-3 of its mean, so that it can be divided by. Mixed precision is
+left out.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class LQLoRA(LowRank):
 
     weights: str = field(
         default="fisher",
-        metadata={"help": "what LQ-LoRA weighs errors by: fisher or none", "choices": ("fisher", "none")},
+        metadata={"help": "weights of LQ-LoRA's errors: fisher or none", "choices": ("fisher", "none")},
     )
 
     @property
@@ -43,7 +44,7 @@ class LQLoRA(LowRank):
         return {"rows": F.mean(1), "columns": F.mean(0)}
 
     def diagonals(self, stats: Params | None, W: Tensor) -> tuple[Tensor, Tensor]:
-        """D₁ (out × 1) and D₂ (in), up to factors that change nothing; ones where there are no weights."""
+        """Return D₁ (out × 1) and D₂ (in), up to factors that change nothing; ones where there are no weights."""
         if self.weights == "none" or W.is_meta:
             return W.new_ones(W.shape[0], 1), W.new_ones(W.shape[1])
         seen = check_seen(self, stats)

@@ -1,10 +1,10 @@
-"""MiLoRA: train the minor singular components of the weight, leave the principal ones alone.
+"""MiLoRA trains the minor singular components of the weight and keeps the principal ones fixed.
 
     W = U Σ Vᵀ,   ΔW = B A,   B₀ = U_m √(Σ_m / s),   A₀ = √(Σ_m / s) V_mᵀ     (m: the last r triplets)
 
-Wang et al. 2024, "MiLoRA: Harnessing Minor Singular Components for Parameter-Efficient LLM Finetuning",
-arXiv 2406.09044, section 3. Only the start is constrained, not the training. It wants LoRA-like learning rates (3e-4 at
-r 32 to 64; PiSSA's 2e-5 starve it) and gives no benefit to quantisation: the minor part carries no energy.
+Wang et al. 2024, "MiLoRA: Harnessing Minor Singular Components for Parameter-Efficient LLM Finetuning", arXiv
+2406.09044, section 3. Only the start is constrained, not the training. It needs LoRA-like learning rates (3e-4 at r 32
+to 64; PiSSA's 2e-5 is too small) and gives no benefit to quantisation: the minor part carries no energy.
 `side="middle"` and `"random"` are the paper's ablations (they need a full SVD); the principal side is PiSSA.
 """
 
@@ -28,7 +28,7 @@ class MiLoRA(LowRank):
     trains = "A (r × in), B (out × r)"
 
     side: Literal["minor", "middle", "random"] = field(
-        default="minor", metadata={"help": "which triplets", "choices": ("minor", "middle", "random")}
+        default="minor", metadata={"help": "which singular triplets", "choices": ("minor", "middle", "random")}
     )
 
     def start(self, W: Tensor, stats: Params | None = None) -> Params:

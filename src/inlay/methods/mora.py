@@ -1,12 +1,12 @@
-"""MoRA: one square matrix between a folded input and a tiled output (the paper's type 1, sharing).
+"""MoRA trains one square matrix between a folded input and a tiled output (the paper's type 1, sharing).
 
     y = W x + s tile(M Σ_j x[jk : (j+1)k]),   M (k × k) = 0,   k = round(√((out + in) r))
     that is   ΔW[o, c] = M[o mod k, c mod k], and the same again for c + in where that is below k ⌈in / k⌉
 
 Jiang et al. 2024, "MoRA: High-Rank Updating for Parameter-Efficient Fine-Tuning", arXiv 2405.12130, eq. 6. M has as
-many numbers as a LoRA of rank r, and rank k. Where k does not divide `in`, the published code fills x up with its own
-beginning, and so do we. Only k numbers per token are kept for the backward pass; the export is a LoRA of rank k. The
-paper has this for large r, `mora_rope` for small.
+many parameters as a LoRA of rank r, and rank k. Where k does not divide `in`, the published code fills x up with its
+own beginning, and so does this one. Only k numbers per token are kept for the backward pass; the export is a LoRA of
+rank k. The paper recommends this for large r, `mora_rope` for small.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class MoRA(LowRank):
     zero_init = True
     roles = {}
 
-    r: int = field(default=8, metadata={"help": "rank of the LoRA with as many numbers", "min": 1})
+    r: int = field(default=8, metadata={"help": "rank of the LoRA with as many parameters", "min": 1})
 
     def start(self, W: Tensor, stats: Params | None = None) -> Params:
         return {"M": square(self, self.r, W)}
@@ -52,7 +52,7 @@ class MoRA(LowRank):
 
 
 def square(method: Method, r: int, W: Tensor, even: bool = False) -> Tensor:
-    """M = 0, (k × k); a ValueError where it does not fit into W."""
+    """Return M = 0, (k × k); raise a ValueError where it does not fit into W."""
     k = int(math.sqrt(sum(W.shape) * r) + 0.5)
     k = max(2, k // 2 * 2) if even else k
     if k > min(W.shape):
@@ -65,5 +65,5 @@ def square(method: Method, r: int, W: Tensor, even: bool = False) -> Tensor:
 
 
 def tile(v: Tensor, width: int) -> Tensor:
-    """v (..., k) over and over, up to (..., width)."""
+    """Repeat v (..., k) up to (..., width)."""
     return v.repeat(*[1] * (v.dim() - 1), -(-width // v.shape[-1]))[..., :width]

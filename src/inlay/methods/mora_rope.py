@@ -1,11 +1,11 @@
-"""MoRA with rotations: one square matrix for every block of the input, each block turned first (the paper's type 6).
+"""MoRA with rotations trains one square matrix for every block of the input, each block turned first (type 6).
 
     y = W x + s tile([M R_0 x_0; M R_1 x_1; ...]),   x_j = x[jk : (j+1)k],   M (k × k) = 0,   k = round(√((out + in) r))
     R_j turns the pairs (x_j[p], x_j[p + k/2]) by the angle j 10000^(−2p/k), as RoPE does
 
 Jiang et al. 2024, arXiv 2405.12130, eq. 9: without R_j equal blocks would be treated alike. k is even; x is filled up
-as in `mora`. ΔW is block-diagonal, cut or tiled to the outputs, and of full rank: merging is exact, a LoRA of it is
-not. M R_j is built, in × k numbers, rather than R_j x_j, so that x is kept by reference.
+as in `mora`. ΔW is block-diagonal, truncated or tiled to the outputs, and of full rank: merging is exact, a LoRA of it
+is not. M R_j is built, in × k entries, rather than R_j x_j, so that x is kept by reference.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class MoRARope(Method):
     trains = "M (k × k), k = √((out + in) r), even"
     zero_init = True
 
-    r: int = field(default=8, metadata={"help": "rank of the LoRA with as many numbers", "min": 1})
+    r: int = field(default=8, metadata={"help": "rank of the LoRA with as many parameters", "min": 1})
 
     def start(self, W: Tensor, stats: Params | None = None) -> Params:
         return {"M": square(self, self.r, W, even=True)}
@@ -41,7 +41,8 @@ class MoRARope(Method):
         return tile((D[:, :inp] + F.pad(D[:, inp:], (0, inp - short))).T, out).T
 
     def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
-        y, z, k = base(x), drop(x), len(p["M"])
+        y, z = base(x), drop(x)
+        k = len(p["M"])
         blocks, tail = turned(self.s * p["M"], x.shape[-1]).to(x.dtype), x.shape[-1] % k
         whole = z[..., : x.shape[-1] - tail].unflatten(-1, (-1, k))
         t = torch.einsum("...jp,jqp->...jq", whole, blocks[: whole.shape[-2]]).flatten(-2)
@@ -52,7 +53,7 @@ class MoRARope(Method):
 
 
 def turned(M: Tensor, inp: int) -> Tensor:
-    """M R_j for every block of an input, (⌈in / k⌉ × k × k)."""
+    """Return M R_j for every block of an input, (⌈in / k⌉ × k × k)."""
     k, dtype = len(M), torch.promote_types(M.dtype, torch.float32)
     j, p = (torch.arange(n, dtype=dtype, device=M.device) for n in (-(-inp // k), k // 2))
     angle = torch.outer(j, 10000 ** (-2 * p / k)).repeat(1, 2)[:, None]

@@ -1,10 +1,11 @@
-"""OLoRA: start from the QR factors of the weight.
+"""OLoRA starts from the QR factors of the weight.
 
     W = Q R (thin),   ΔW = B A,   B₀ = Q_r (the first r columns),   A₀ = R_r (the first r rows)
 
 Büyükakyüz 2024, "OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models", arXiv 2406.01775. The paper's
 residual W − s B₀ A₀ is the host's offset form. B₀ is orthonormal and A₀ carries all of the norm. The QR is not pivoted,
-so B₀ spans the first r columns of W, whatever they are: it holds less of W than PiSSA's start, and costs less to find.
+so B₀ spans the first r columns of W, whatever they are: it holds less of W than PiSSA's start, and is cheaper to
+compute.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""PEANuT (first called NEAT): the update is a small network applied to the weight itself.
+"""PEANuT (first called NEAT) applies a small network to the weight itself as the update.
 
     ΔWᵀ = ReLU(Wᵀ A) B,   A (out × r) Kaiming-uniform,   B (r × out) = 0
 
 Zhong et al. 2024, "NEAT: Nonlinear Parameter-efficient Adaptation of Pre-trained Models", arXiv 2410.01870, without
-hidden layers (depth 0). ΔW reads W and is of rank r all the same: y = W x + s Bᵀ ReLU(Aᵀ W) x costs a pass of r tokens
-more than LoRA. For the backward pass x and r numbers per token are kept; ReLU(Aᵀ W) is built again, a quantised W read
+hidden layers (depth 0). ΔW depends on W and still has rank r: y = W x + s Bᵀ ReLU(Aᵀ W) x costs a pass of r tokens more
+than LoRA. For the backward pass x and r numbers per token are kept; ReLU(Aᵀ W) is built again, a quantised W read
 again. As with Bat, several of them do not commute, and merging uses the unmerged W.
 """
 

@@ -1,4 +1,4 @@
-"""PiSSA: train the principal singular components of the weight.
+"""PiSSA trains the principal singular components of the weight.
 
     W = U Σ Vᵀ,   ΔW = B A,   B₀ = U_r √(Σ_r / s),   A₀ = √(Σ_r / s) V_rᵀ     (the first r triplets)
 

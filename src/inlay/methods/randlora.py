@@ -1,13 +1,13 @@
-"""RandLoRA: full-rank updates from fixed random bases, of which only the mixture is trained.
+"""RandLoRA builds full-rank updates from fixed random bases, of which only the mixture is trained.
 
     ΔW = 2/√N Σ_j B_j diag(λ_j) A diag(γ_j),   N = ⌈short / r⌉,   λ (N × r) = 0,   γ (N × short) = 1 / short
     B_j (long × r) and A (r × short) random with variance 1; short and long are W's sides (transposed where out < in)
 
 Albert et al. 2025, "RandLoRA: Full-rank parameter-efficient fine-tuning of large models", arXiv 2502.00987. N r is at
-least the smaller side: the rank is full once the γ_j differ. N (r + short) numbers are trained, fewer as r grows. 2/√N
-is the paper's scale; PEFT's default is 20, `scale` 10 √N here. The bases follow from `basis_seed` (the same on every
-machine), are not stored, and are shared by all weights of a shape [ours: PEFT cuts all from one of the largest shape].
-They hold as many numbers as one such W, and a pass costs up to two layers more; x and N r numbers per token are kept.
+least the smaller side: the rank is full once the γ_j differ. N (r + short) parameters are trained, fewer as r grows.
+2/√N is the paper's scale; PEFT's default is 20, `scale` 10 √N here. The bases follow from `basis_seed` (the same on
+every machine), are not stored, and are shared by all weights of a shape [ours: PEFT takes all from one of the largest
+shape]. They are as large as one such W, and a pass costs up to two layers more; x and N r numbers per token are kept.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ class RandLoRA(Method):
         return D if W.shape[0] >= W.shape[1] else D.T
 
     def bases(self, p: Params, long: int, dtype: torch.dtype) -> Tensor:
-        """[B_1 ... B_N], (long × N r)."""
+        """Return [B_1 ... B_N], (long × N r)."""
         return linalg.uniform_noise(long, p["lambda"].numel(), 2 * self.basis_seed, dtype, p["lambda"].device)
 
     def mixture(self, lam: Tensor, gamma: Tensor) -> Tensor:
-        """2/√N diag(λ_j) A diag(γ_j) of all j below each other, (N r × short)."""
+        """Return 2/√N diag(λ_j) A diag(γ_j) of all j below each other, (N r × short)."""
         A = linalg.uniform_noise(self.r, gamma.shape[1], 2 * self.basis_seed + 1, lam.dtype, lam.device)
         return (2 / math.sqrt(len(lam)) * lam[:, :, None] * A * gamma[:, None]).flatten(0, 1)
 

@@ -1,12 +1,12 @@
-"""SMT: the blocks of the weight on which the gradient is largest are trained, all else rests.
+"""SMT trains the blocks of the weight on which the gradient is largest; all others stay fixed.
 
     ΔW[rows_b, cols_b] = D_b,   D (blocks × r × r) = 0 at the blocks with the largest mean |gradient|
 
 He et al. 2024, "Sparse Matrix Tuning", arXiv 2405.15525. The gradient is seen in a calibration pass before training
-(the paper: 100 steps of warm-up), streamed to one score a block; the paper's r is 256. `blocks` is that of one weight,
-by default as many numbers as a LoRA of rank 8 has [ours]; `allocate.blocks` shares a budget for the whole model out, as
-the paper does. Of x only the columns that blocks read are kept for the backward pass, in a copy, and only the blocks'
-gradient is formed.
+(the paper: 100 steps of warm-up), streamed to one score per block; the paper's r is 256. `blocks` is that of one
+weight, by default with as many parameters as a LoRA of rank 8 [ours]; `allocate: blocks` distributes a budget over the
+whole model, as the paper does. Of x only the columns that blocks read are kept for the backward pass, in a copy, and
+only the blocks' gradient is formed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class SMT(Method):
     needs = "gradients"
 
     r: int = field(default=32, metadata={"help": "size of a block; must divide both sides of the weight", "min": 1})
-    blocks: int | None = field(default=None, metadata={"help": "of a weight (default: a LoRA's of rank 8)", "min": 0})
+    blocks: int | None = field(default=None, metadata={"help": "per weight (default: a LoRA's of rank 8)", "min": 0})
 
     def start(self, W: Tensor, stats: Params | None = None) -> Params:
         check_blocks(self, self.r, W)
@@ -51,7 +51,7 @@ class SMT(Method):
         return {"D": D, "rows": where // across, "cols": where % across}
 
     def statistic(self, seen: Tensor) -> Params:
-        """The mean |gradient| of each block, (out/r × in/r)."""
+        """Return the mean |gradient| of each block, (out/r × in/r)."""
         return {"score": seen.abs().unflatten(1, (-1, self.r)).unflatten(0, (-1, self.r)).mean((1, 3))}
 
     def delta(self, p: Params, W: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""SNELL: a sparse update whose entries come from a kernel between two low-rank factors.
+"""SNELL is a sparse update whose entries come from a kernel between two low-rank factors.
 
     K[o, i] = c (‖B_1[o] − A_1[i]‖ − ‖B_2[o] − A_2[i]‖),   A (2 × in × r/2), B (2 × out × r/2) Kaiming-uniform
     ΔW[o, i] = K[o, i] where |K[o, i]| is above the `sparsity`-quantile of |K|, else 0
@@ -6,7 +6,7 @@
 Shen et al. 2024, "Expanding Sparse Tuning for Low Memory Usage", arXiv 2411.01800: entries compete in every pass, no
 index is stored, and the kernel (the published code's; c = 0.1) gives K full rank. ΔW(θ₀) is not 0, so it is offset: the
 entries that change are those alive now or at the start. [ours]: survivors keep their value; the code multiplies them by
-|K| once more. Each pass builds ΔW at r operations an entry and selects among all of them: for models of vision's size
+|K| once more. Each pass builds ΔW at r operations per entry and selects among all of them: for models of vision's size
 (the paper's), slow for larger ones.
 """
 
@@ -31,13 +31,13 @@ class SNELL(Method):
     roles = {"A": "in", "B": "out"}
     draws = True  # type: ignore[assignment]
 
-    r: int = field(default=8, metadata={"help": "numbers per row and column, even", "min": 2})
+    r: int = field(default=8, metadata={"help": "parameters per row and column, even", "min": 2})
     sparsity: float = field(default=0.9, metadata={"help": "share of ΔW that is 0", "min": 0, "max": 1})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.r % 2:
-            raise ValueError(f"snell: r={self.r} is odd; both kernels take half of it, so choose an even one")
+            raise ValueError(f"snell: r={self.r} is odd; each kernel takes half of it, so choose an even number")
 
     def start(self, W: Tensor, stats: Params | None = None) -> Params:
         p = {k: torch.empty(2, n, self.r // 2, device=W.device) for k, n in (("A", W.shape[1]), ("B", W.shape[0]))}

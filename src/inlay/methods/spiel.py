@@ -1,12 +1,11 @@
-"""SpIEL: k entries of the weight are trained, and which ones changes on the way.
+"""SpIEL trains k entries of the weight, and changes which ones during training.
 
     ΔW = scatter(η, φ),   η (k) different positions, φ (k) = 0,   k = r (out + in) as in a LoRA
 
-Ansell et al. 2024, "Scaling Sparse Fine-Tuning to Large Language Models", arXiv 2401.16405 (SpIEL-AG). In each of
-`rounds` rounds (the paper's have 20 steps) the first quarter sums up g, the gradient of the k largest entries of ΔW in
-its first pass. Then a share `rate` (1 − t) of η, with the smallest |φ| (of the first η, evenly drawn, all), makes room
-for the largest |g|. [ours]: new entries have no moments in the optimiser. ΔW and its gradient are dense for a moment,
-never kept. Several processes take the candidates of the first and the mean g. Compiled, none is seen and η stays.
+Ansell et al. 2024, "Scaling Sparse Fine-Tuning to Large Language Models", arXiv 2401.16405 (SpIEL-AG). The first
+quarter of each round (20 steps in the paper) sums g, the gradient of the k entries where it is largest at first. Then a
+share `rate` (1 − t) of η, with the smallest |φ| (of the first η, drawn: all), yields to the largest |g|. [ours]: new
+entries have no moments. ΔW and its gradient are dense, never kept. Processes share candidates and g. Compiled, η stays.
 """
 
 from __future__ import annotations
@@ -32,9 +31,9 @@ class SpIEL(Method):
     zero_init = True
     draws = True  # type: ignore[assignment]
 
-    r: int = field(default=8, metadata={"help": "rank of the LoRA with as many numbers", "min": 1})
+    r: int = field(default=8, metadata={"help": "rank of the LoRA with as many parameters", "min": 1})
     rounds: int = field(default=20, metadata={"help": "how often entries are dropped and grown", "min": 1})
-    rate: float = field(default=0.2, metadata={"help": "share dropped in a round, at first", "min": 0, "max": 1})
+    rate: float = field(default=0.2, metadata={"help": "share dropped in the first rounds", "min": 0, "max": 1})
 
     def start(self, W: Tensor, stats: Params | None = None) -> Params:
         k, width = self.r * sum(W.shape), W.numel() // (self.r * sum(W.shape))
@@ -58,22 +57,23 @@ class SpIEL(Method):
         return base(x) + change if linear is None else change
 
     def look(self, p: Params, slope: Tensor) -> None:
-        """Sum up the gradient of the candidates; choose them first."""
+        """Sum up the gradient of the candidates, after choosing them from the first one of a round."""
         if (now := self.place.t * self.rounds + 1e-6) % 1 < 0.25 and now < p["round"] + 0.25:
             if p["candidates"][0] < 0:
                 p["candidates"].copy_(ops.of_the_first(slope.flatten().abs().topk(len(p["g"])).indices))
             p["g"] += ops.mean_of_all(slope.flatten()[p["candidates"]])
 
     def restart(self, p: Params, t: float) -> dict[str, Tensor | None]:
-        phi, eta, found, done = p["phi"], p["eta"], p["candidates"], int(p["round"])
-        if (now := self.place.t * self.rounds + 1e-6) < done + 0.25 or found[0] < 0:  # before the last pass
+        phi, eta = p["phi"], p["eta"]
+        candidates, done = p["candidates"], int(p["round"])
+        if (now := self.place.t * self.rounds + 1e-6) < done + 0.25 or candidates[0] < 0:  # before the last pass
             return {}
         small, rest = phi.abs().argsort().tensor_split([int((self.rate * (1 - t) if done else 1) * len(phi))])
-        free = ~torch.isin(found, eta[rest])
-        grown = found[free][p["g"][free].abs().argsort(descending=True)[: len(small)]]
+        free = ~torch.isin(candidates, eta[rest])
+        grown = candidates[free][p["g"][free].abs().argsort(descending=True)[: len(small)]]
         enter = grown[~torch.isin(grown, eta[small])]
         new = small[~torch.isin(eta[small], grown)][: len(enter)]
         eta[new], phi[new] = enter, 0.0
-        for note, value in ((found, -1), (p["g"], 0), (p["round"], max(done + 1, int(now)))):
-            note.fill_(value)
+        for state, value in ((candidates, -1), (p["g"], 0), (p["round"], max(done + 1, int(now)))):
+            state.fill_(value)
         return {"phi": torch.zeros_like(phi, dtype=torch.bool).index_fill(0, new, True)}

@@ -1,9 +1,9 @@
-"""SVFit: train the largest singular values of the weight, leave its singular vectors alone.
+"""SVFit trains the largest singular values of the weight and keeps its singular vectors fixed.
 
     W = U Σ Vᵀ,   ΔW = B diag(σ) A,   B = U_r and A = V_rᵀ frozen,   σ₀ = the r largest singular values
 
-Sun et al. 2024, "SVFit: Parameter-Efficient Fine-Tuning of Large Pre-Trained Models Using Singular Values",
-arXiv 2409.05926. Only r numbers per weight are trained: the paper takes r = 768 to 1024, nearly all of them, and high
+Sun et al. 2024, "SVFit: Parameter-Efficient Fine-Tuning of Large Pre-Trained Models Using Singular Values", arXiv
+2409.05926. Only r parameters per weight are trained: the paper takes r = 768 to 1024, nearly all of them, and high
 learning rates. The frozen vectors are stored with the adapter (nothing is decomposed again), as large as a LoRA's
 factors; of x only V_rᵀ x is kept for the backward pass.
 """

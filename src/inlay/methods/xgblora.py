@@ -1,13 +1,13 @@
-"""XGBLoRA: boosting. A LoRA of rank 1 on a few layers for a while, which is then added to the model and begun anew.
+"""XGBLoRA boosts: it trains a LoRA of rank 1 on a few layers for a while, adds it to the model, and restarts.
 
     ΔW = Σ_k B_k A_k,   round k trains B_k (out × r) = 0 and A_k (r × in) Kaiming-uniform, in L_s layers drawn at random
 
 Zhang et al. 2024, "Less is More: Extreme Gradient Boost Rank-1 Adaption for Efficient Finetuning of LLMs", arXiv
 2410.19694. A round lasts κ = steps / `rounds` optimiser steps; the optimiser then forgets the pair. The paper merges it
-into W. [ours]: W is never touched, and what is done is kept as factors in fp32 (`A_past`, `B_past`), so that nothing is
-rounded away, a quantised base serves, and all of it can be taken off again: ΔW ends as a LoRA of rank r `rounds`, of
-which a step trains rank r. L_s is half of the layers by default [ours]; the others compute no gradient in that round.
-The draws follow from `round_seed`, in every process the same.
+into W. [ours]: W is never touched, and finished rounds are kept as factors in fp32 (`A_past`, `B_past`), so that
+nothing is rounded away, a quantised base serves, and all of it can be removed again: ΔW ends as a LoRA of rank r
+`rounds`, of which a step trains rank r. L_s is half of the layers by default [ours]; the others compute no gradient in
+that round. The draws follow from `round_seed`, in every process the same.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class XGBLoRA(LowRank):
 
     r: int = field(default=1, metadata={"help": "rank of each round", "min": 1})
     rounds: int = field(default=16, metadata={"help": "rounds of the training", "min": 2})
-    layers_per_round: int | None = field(default=None, metadata={"help": "L_s, drawn anew (default: half)", "min": 1})
-    round_seed: int = field(default=0, metadata={"help": "seed of what rounds draw", "min": 0})
+    layers_per_round: int | None = field(default=None, metadata={"help": "L_s, drawn again (default: half)", "min": 1})
+    round_seed: int = field(default=0, metadata={"help": "seed of the draws of each round", "min": 0})
 
     def start(self, W: Tensor, stats: Params | None = None) -> Params:
         (out, inp), past = W.shape, self.r * (self.rounds - 1)

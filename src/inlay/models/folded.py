@@ -1,4 +1,4 @@
-"""Where a folded base and the adapter it was folded for lie."""
+"""Where a folded base lies, and the adapter that it was folded for."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ START = "start"  # within the folder of a run that folded: the adapter before tr
 
 
 def fold_at(name: str) -> Path | None:
-    """The adapter of a fold, if a model's name is the folder of one."""
+    """Return the folder of a fold's adapter, if a model's name is the folder of a fold."""
     adapter = Path(name).expanduser() / "adapter"
     return adapter if (adapter.parent / FOLDED).exists() and (adapter / "adapter_config.json").exists() else None

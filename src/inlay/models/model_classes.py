@@ -20,7 +20,7 @@ from transformers import (
 
 @dataclass(frozen=True)
 class ModelClass:
-    """A task's name, PEFT's name of it, the class that loads its models, the hub's tag, and what its loss is."""
+    """A task's name, PEFT's name for it, the class that loads its models, the hub's tag, and what its loss is."""
 
     name: str
     peft: str
@@ -34,7 +34,9 @@ class ModelClass:
         return self.auto is AutoModelForCausalLM
 
 
-CAUSAL, SEQUENCE, SEQ2SEQ = "CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM"
+CAUSAL = "CAUSAL_LM"  # PEFT's names of tasks
+SEQUENCE = "SEQ_CLS"
+SEQ2SEQ = "SEQ_2_SEQ_LM"
 
 MODEL_CLASSES = (
     ModelClass("instruction", CAUSAL, AutoModelForCausalLM, "text-generation"),
@@ -49,12 +51,12 @@ MODEL_CLASSES = (
 
 
 def find_model_class(name: str) -> ModelClass:
-    """The kind of a task in a recipe."""
+    """Return the model class of a recipe's task."""
     return next(kind for kind in MODEL_CLASSES if kind.name == name)
 
 
 def auto_class(config: Any, task_type: str | None) -> Any:
-    """The class that loads the base of an adapter, from the base's configuration and the adapter's task type.
+    """Return the class that loads the base of an adapter, by the base's configuration and the adapter's task type.
 
     Raises:
         ValueError: no task here trains such a model.

@@ -14,7 +14,7 @@ from inlay.models.stored_weights import Weights
 
 
 def quantization_config(kind: str, dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig:
-    """bitsandbytes' settings: "nf4" (blocks of 64, double quantisation; products in `dtype`) or "int8".
+    """Return bitsandbytes' settings for "nf4" (blocks of 64, double quantisation, products in `dtype`) or "int8".
 
     Raises:
         ValueError: bitsandbytes is not installed.
@@ -29,18 +29,18 @@ def quantization_config(kind: str, dtype: torch.dtype = torch.bfloat16) -> BitsA
 
 
 def pack_linears(blank: PreTrainedModel, kind: str, dtype: torch.dtype) -> None:
-    """Pack the linear layers of a model without memory, as a checkpoint quantised by `settings` has them.
+    """Pack the linear layers of a model without memory, as a checkpoint of that kind has them.
 
     Raises:
         ValueError: bitsandbytes is not installed.
     """
-    asked = quantization_config(kind, dtype)
+    settings = quantization_config(kind, dtype)
     from bitsandbytes.functional import create_dynamic_map, int8_vectorwise_quant, name2qmap
     from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt
     from transformers.integrations import replace_with_bnb_linear
 
     name2qmap.setdefault("dynamic", create_dynamic_map())  # else it keeps the table it makes here, on meta, for good
-    replace_with_bnb_linear(blank, get_keys_to_not_convert(blank), asked)
+    replace_with_bnb_linear(blank, get_keys_to_not_convert(blank), settings)
     for module in blank.modules():
         if isinstance(module, (Linear4bit, Linear8bitLt)):
             for p in module.parameters():
@@ -54,7 +54,7 @@ def pack_linears(blank: PreTrainedModel, kind: str, dtype: torch.dtype) -> None:
 
 
 def dequantized(weights: Weights, name: str) -> tuple[Tensor, str | None]:
-    """A weight that bitsandbytes packed, out of a checkpoint: its numbers (out × in) in fp32, and its mark.
+    """Return a weight that bitsandbytes packed in a checkpoint, as (out × in) in fp32, and its mark.
 
     Raises:
         ValueError: something else packed it.
@@ -72,7 +72,7 @@ def dequantized(weights: Weights, name: str) -> tuple[Tensor, str | None]:
 
 
 def unpack_weight(packed: Any) -> Tensor:
-    """The numbers of a packed weight, (out × in), in fp32."""
+    """Return a packed weight as (out × in) in fp32."""
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(packed.data, packed.quant_state).float()

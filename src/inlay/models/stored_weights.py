@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils import cached_file
@@ -18,28 +18,25 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from inlay.files.untrusted import DamagedFileError
 from inlay.messages import first_line
-from inlay.models.loading import resolve
-from inlay.models.meta import meta_model
 
 ONE, MANY = "model.safetensors", "model.safetensors.index.json"
 
 
 class Weights:
-    """The stored tensors of a model (hub id, folder or builtin), by name.
+    """The stored tensors of a model by name; `BaseModel.weights` opens them.
+
+    Args:
+        model: the model's name, for error messages.
+        where: its folder or hub id.
+        revision: of a hub model.
+        blank: builds the model on the meta device, for the names that it gives to its tensors.
 
     Raises:
         ValueError: the model has no safetensors files, or they cannot be read.
     """
 
-    def __init__(
-        self,
-        model: str,
-        revision: str | None = None,
-        trust_remote_code: bool = False,
-        auto: Any = AutoModelForCausalLM,
-    ) -> None:
-        self.model, self.revision, self.trust_remote_code, self.auto = model, revision, trust_remote_code, auto
-        where = resolve(model)
+    def __init__(self, model: str, where: str, revision: str | None, blank: Callable[[], PreTrainedModel]) -> None:
+        self.model, self.blank = model, blank
         try:
             one = cached_file(where, ONE, revision=revision, _raise_exceptions_for_missing_entries=False)
             index = None if one else cached_file(where, MANY, revision=revision)
@@ -53,30 +50,33 @@ class Weights:
             raise DamagedFileError(f"the weights of {model!r} cannot be read{hint}: {first_line(error)}") from None
 
     def names(self) -> list[str]:
-        """The stored names of all tensors, sorted."""
+        """Return the stored names of all tensors, sorted."""
         return sorted(self._files)
 
     @functools.cached_property
     def stored(self) -> dict[str, str]:
-        """The stored name of every tensor that the model holds as it is stored, by the model's own name: checkpoints
-        leave out a leading module, or keep the names of an older release."""
-        trust = self.trust_remote_code
-        blank = meta_model(self.model, torch.float32, trust, auto=self.auto, revision=self.revision)
+        """The stored name of every tensor that is stored as the model holds it, by the model's own name.
+
+        Checkpoints leave out a leading module, or keep the names of an older release.
+        """
+        blank = self.blank()
         conversions = get_model_conversion_mapping(blank)
         names = [c for c in conversions if isinstance(c, WeightRenaming)]
         layouts: Any = [c for c in conversions if not isinstance(c, WeightRenaming)]
-        there, found = blank.state_dict(), {}
+        state = blank.state_dict()
+        stored: dict[str, str] = {}
         for key in self._files:
-            name, converted = rename_source_key(key, names, layouts, blank.base_model_prefix, there)
-            found |= {name: key} if converted is None else {}
-        return found
+            name, converted = rename_source_key(key, names, layouts, blank.base_model_prefix, state)
+            if converted is None:
+                stored[name] = key
+        return stored
 
     def key(self, name: str) -> str | None:
-        """The stored name of a tensor of the model."""
+        """Return the stored name of a tensor of the model; None where it is not stored."""
         return name if name in self._files else self.stored.get(name)
 
     def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU, in the dtype it is stored in.
+        """Read one tensor onto the CPU, in the dtype it is stored in.
 
         Raises:
             ValueError: the checkpoint does not store it (under another name, or not at all: tied weights).
@@ -94,21 +94,21 @@ class Weights:
             raise DamagedFileError(f"{self._files[key]} cannot be read: {first_line(error)}") from None
 
     def beside(self, name: str) -> dict[str, str]:
-        """The stored names of what a quantiser put beside a weight, by their ends; empty where it is stored plainly."""
+        """Return the stored names of what a quantiser put beside a weight, by their ends; none if it is not packed."""
         weight = self.key(name) or name
         module = weight.removesuffix("weight")
         return {k.removeprefix(module).removeprefix("weight."): k for k in self._beside.get(weight, [])}
 
     @functools.cached_property
     def _beside(self) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {}
+        owned: dict[str, list[str]] = {}
         for key in self._files:
             if owner := self.owner(key):
-                found.setdefault(owner, []).append(key)
-        return found
+                owned.setdefault(owner, []).append(key)
+        return owned
 
     def owner(self, key: str) -> str | None:
-        """The stored name of the weight whose scales and codes a stored tensor is a part of, if it is."""
+        """Return the stored name of the weight that a tensor belongs to as its scales or codes; None for any other."""
         module, _, end = key.partition(".weight.")
         module = module if end else key.removesuffix(".SCB").removesuffix(".weight_format")
         return f"{module}.weight" if module != key and f"{module}.weight" in self._files else None

@@ -1,1 +1,1 @@
-"""Numerics on torch alone: decompositions, tensor trains, autograd functions, optimisers."""
+"""Provide numerics on torch alone: decompositions, tensor trains, autograd functions, optimisers."""

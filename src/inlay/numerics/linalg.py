@@ -1,15 +1,15 @@
-"""A few singular triplets of a weight, from either end of its spectrum, without paying for all of them.
+"""Compute a few singular triplets of a weight, from either end of its spectrum, without a full decomposition.
 
 The top r come from block Golub-Kahan-Lanczos with full reorthogonalisation (Golub, Luk and Overton 1981). The minor r
 come from the same iteration on the inverse, W⁻¹ = V Σ⁻¹ Uᵀ, whose top triplets they are; one LU factorisation applies
 it and its adjoint. A rectangular W goes through its short-side Gram matrix while its condition number allows, else
 through a QR of its long side. A Gram matrix of a square W, or "W minus its top", would lose the minor triplets to
-rounding. Every answer is checked against W, and replaced by a full SVD if it fails: so it goes for the minor side of
+rounding. Every answer is checked against W, and replaced by a full SVD if it fails: this happens for the minor side of
 most singular weights (pruned ones, with rows of zeros), and for the top r of a weight whose rank is below r.
 
-What is aimed at on each side: the subspace to a sine of 1e-3 where the singular values on either side of the cut
-differ by more than 1 %, otherwise (real spectra are dense) its energy Σσ² to 1e-3. Rounding limits both as it does a
-full SVD in fp32: σ is known to about 1e-6 ‖W‖, the sine to about that over the gap.
+The aim on each side: the subspace to a sine of 1e-3 where the singular values on either side of the cut differ by more
+than 1 %, otherwise (real spectra are dense) its energy Σσ² to 1e-3. Rounding limits both as it does a full SVD in fp32:
+σ is known to about 1e-6 ‖W‖, the sine to about that over the gap.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Side = Literal["top", "minor", "middle", "random"]
 Triplets = tuple[Tensor, Tensor, Tensor]
 Map = Callable[[Tensor], Tensor]
 
-SEED = 0  # of our own generator: the same W gives the same factors whatever the global seed
+SEED = 0  # of a generator of this file's own: the same W gives the same factors whatever the global seed
 SMALL = 384  # a full SVD is as fast up to this short side, and for more than a twelfth of the triplets
 BLOCK = 16  # vectors in a Krylov block; more would reach the same accuracy with a larger basis
 BASIS = 640  # least number of Krylov vectors after which to stop
@@ -34,11 +34,11 @@ ANGLE = 3e-4  # error bound on the sine to reach where there is a gap
 GAP = 0.01  # relative gap below which only energy is meaningful
 ENERGY = 1e-3  # error bound on the relative energy
 TINY = 1e-7  # least pivot of an LU factorisation of a matrix with entries up to 1
-ROUNDING = 1e-6  # what fp32 products of W do to a unit vector, relative to the Frobenius norm ‖W‖
+ROUNDING = 1e-6  # error of fp32 products of W with a unit vector, relative to the Frobenius norm ‖W‖
 
 
 class Route(NamedTuple):
-    """What a route found: k > r triplets of A (m, n), so that the gap at r is known, and a test for better ones."""
+    """Hold what a route found: k > r triplets of A (m, n), to know the gap at r, and a test for better ones."""
 
     U: Tensor  # (m, k)
     S: Tensor  # (k,), descending
@@ -47,12 +47,19 @@ class Route(NamedTuple):
 
 
 def svd(W: Tensor, r: int, side: Side) -> Triplets:
-    """r singular triplets of W (m, n) from one side of its spectrum: U (m, r), S (r,) descending, Vh (r, n).
+    """Return r singular triplets of W (m, n) from one side of its spectrum: U (m, r), S (r,) descending, Vh (r, n).
 
-    They are fp32, on W's device, and repeatable; the entry of largest magnitude in each column of U is positive. "top"
-    and "minor" are fast. "middle" (centred in the spectrum) and "random" (drawn by our own generator) are ablations of
-    MiLoRA and take a full SVD. A W on the meta device gives meta tensors of the right shapes.
-    Raises ValueError for an unknown side, r outside [1, min(m, n)], or a W that is not a finite matrix.
+    They are fp32, on W's device, and repeatable; the entry of largest magnitude in each column of U is positive. A W on
+    the meta device gives meta tensors of the right shapes.
+
+    Args:
+        W: the weight.
+        r: how many triplets.
+        side: "top" and "minor" are fast. "middle" (centred in the spectrum) and "random" (drawn by a generator of this
+            file's own) are ablations of MiLoRA and take a full SVD.
+
+    Raises:
+        ValueError: an unknown side, r outside [1, min(m, n)], or a W that is not a finite matrix.
     """
     _check_arguments(W, r, side)
     if W.is_meta:
@@ -69,15 +76,15 @@ def svd(W: Tensor, r: int, side: Side) -> Triplets:
 
 
 def top_svd(W: Tensor, r: int) -> Triplets:
-    """The r largest triplets of W (m, n): U (m, r), S (r,) descending, Vh (r, n). See `svd`."""
+    """Return the r largest triplets of W (m, n): U (m, r), S (r,) descending, Vh (r, n). See `svd`."""
     return svd(W, r, "top")
 
 
 def sketched_svd(W: Tensor, r: int, rounds: int = 3) -> Triplets:
-    """About the r largest triplets of W (m, n), as `top_svd`, at a fixed and low price: block power iteration.
+    """Return about the r largest triplets of W (m, n), as `top_svd`, at a fixed low cost: block power iteration.
 
-    For what is itself an estimate. Directions whose singular values are near the r-th are found least exactly; ask for
-    more than are needed. Repeatable: it starts from our own `noise`.
+    This is for a W that is itself an estimate. Directions whose singular values are near the r-th are the least exact,
+    so request more than are needed. Repeatable: it starts from `uniform_noise`.
     """
     width = min(r + 8, *W.shape)
     with full_precision(W.device):
@@ -90,9 +97,10 @@ def sketched_svd(W: Tensor, r: int, rounds: int = 3) -> Triplets:
 
 
 def compress(B: Tensor, A: Tensor) -> Triplets:
-    """The singular triplets of B A, B (m, k), A (k, n), k small: U (m, t), S (t,) descending, Vh (t, n), t its rank.
+    """Return the singular triplets of B A: U (m, t), S (t,) descending, Vh (t, n), t its rank.
 
-    By QR of both factors and the SVD of a k × k matrix, in fp64: B A, (m, n), is never formed.
+    B is (m, k), A (k, n), k small. By QR of both factors and the SVD of a k × k matrix, in fp64: B A, (m, n), is never
+    formed.
     """
     with torch.no_grad():
         Q, R = torch.linalg.qr(B.double())
@@ -103,7 +111,7 @@ def compress(B: Tensor, A: Tensor) -> Triplets:
 
 
 def qr(W: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """The first r columns Q (m, r) and rows R (r, n) of the thin factorisation W = Q R, fp32, on W's device.
+    """Return the first r columns Q (m, r) and rows R (r, n) of the thin factorisation W = Q R, fp32, on W's device.
 
     Householder's Q_r depends on the first r columns of W alone, and R_r is Q_rᵀ W: the rest is never computed.
     """
@@ -116,7 +124,7 @@ def qr(W: Tensor, r: int) -> tuple[Tensor, Tensor]:
 
 
 def ldu(W: Tensor, r: int) -> Triplets:
-    """P L (m, r), the diagonal d (r,) and U (r, n): the first r columns and rows of W = P L diag(d) U, fp32.
+    """Return P L (m, r), the diagonal d (r,) and U (r, n), the first r columns and rows of W = P L diag(d) U, fp32.
 
     Rows are pivoted, L and U have unit diagonals. Only the first r columns of W decide on pivots and L; U follows by
     substitution. A row whose pivot is rounding (W's first columns depend on each other) is left undivided, with d ≈ 0.
@@ -139,9 +147,9 @@ def ldu(W: Tensor, r: int) -> Triplets:
 
 
 def uniform_noise(rows: int, columns: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Random numbers (rows, columns), uniform with variance 1: for one seed the same on every machine and release.
+    """Return random numbers (rows, columns), uniform with variance 1, by the seed, on every machine and release.
 
-    Kept for all who ask again, so never write to it. They come from splitmix64 (Steele, Lea and Flood 2014), which is
+    The result is cached, so never write to it. The numbers come from splitmix64 (Steele, Lea and Flood 2014), which is
     integer arithmetic; torch promises its own generators for one release only.
     """
     key = rows, columns, seed, dtype, device
@@ -161,7 +169,7 @@ def _splitmix(count: int, seed: int, device: torch.device) -> Tensor:
 
 
 def _signed(word: int) -> int:
-    """The same 64 bits as torch's integers read them."""
+    """Return the 64 bits of `word` as torch's signed integers read them."""
     return word - (1 << 64) if word >> 63 else word
 
 
@@ -181,7 +189,7 @@ def _check_arguments(W: Tensor, r: int, side: str) -> None:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """No gradients, and fp32 products that are fp32: training often allows TF32 or bf16, which have 3 digits."""
+    """Turn off gradients, and keep fp32 products in fp32: training often allows TF32 or bf16, which have 3 digits."""
     backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # pyright: ignore
     before = [backend.fp32_precision for backend in backends]
     try:
@@ -195,7 +203,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 def _scaled(W: Tensor) -> tuple[Tensor, Tensor]:
-    """W / max|W| in fp32, and max|W| (1 for zeros), so that squares neither overflow nor vanish."""
+    """Return W / max|W| in fp32, and max|W| (1 for zeros), so that squares neither overflow nor vanish."""
     A = W if W.dtype == torch.float64 else W.float()
     low, high = A.aminmax()
     scale = torch.maximum(-low, high)
@@ -206,14 +214,14 @@ def _scaled(W: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _tall_svd(A: Tensor, r: int, side: str) -> Triplets:
-    """`svd` of a finite fp32 A (m, n), m >= n: U (m, r), S (r,), V (n, r), with signs as they come."""
+    """Return the triplets of `svd` for a finite fp32 A (m, n), m >= n: U (m, r), S (r,), V (n, r), of any sign."""
     n = A.shape[1]
     if side in ("top", "minor") and n > SMALL and n >= 12 * r:
         wanted, routes = (slice(r), _top(A, r)) if side == "top" else (slice(-r, None), _minor(A, r))
         with suppress(torch.linalg.LinAlgError):  # pyright: ignore (the inverse of a singular A may overflow)
-            for found in routes:
-                if _is_right(A, found, wanted):
-                    return found.U[:, wanted], found.S[wanted], found.V[:, wanted]
+            for route in routes:
+                if _is_right(A, route, wanted):
+                    return route.U[:, wanted], route.S[wanted], route.V[:, wanted]
     U, S, Vh = torch.linalg.svd(A, full_matrices=False)
     chosen = _indices(n, r, side).to(A.device)
     return U[:, chosen], S[chosen], Vh[chosen].mT
@@ -235,34 +243,37 @@ def _minor(A: Tensor, r: int) -> Iterator[Route]:
     if A.shape[0] > A.shape[1]:
         yield _minor_of_gram(A, r)
         Q, R = torch.linalg.qr(A)
-        found = _minor_of_square(R, r)
-        yield found._replace(U=Q @ found.U)
+        route = _minor_of_square(R, r)
+        yield route._replace(U=Q @ route.U)
     else:
         yield _minor_of_square(A, r)
 
 
 def _minor_of_gram(A: Tensor, r: int) -> Route:
-    """By inverse iteration on AᵀA. Its rounding is harmless while (σ_max / σ_min)² stays far below 1e7."""
+    """Find the minor triplets by inverse iteration on AᵀA, which is exact enough for (σ_max / σ_min)² far below 1e7."""
     solve, _ = _inverse(_gram(A))
     _, _, V = _krylov(solve, solve, A[: A.shape[1]], r)
-    V = torch.linalg.qr(solve(V)).Q  # the basis's errors along the top of the spectrum count σ_max / σ times: damp them
+    V = torch.linalg.qr(solve(V)).Q  # damps the basis's errors along the top of the spectrum, magnified by σ_max / σ
     U, R = torch.linalg.qr(_times(A, V).double())
     u, S, vh = torch.linalg.svd(R)
     return Route((U @ u).float(), S.float(), V @ vh.mT.float(), solve)
 
 
 def _minor_of_square(A: Tensor, r: int) -> Route:
-    """By two-sided inverse iteration. U is never taken as A v / σ, which magnifies the rounding of v by σ_max / σ."""
+    """Find the minor triplets by two-sided inverse iteration.
+
+    U is never taken as A v / σ, which magnifies the rounding of v by σ_max / σ.
+    """
     solve, solve_adjoint = _inverse(A)
     V, _, U = _krylov(solve, solve_adjoint, A, r)
-    # The basis has collected the rounding of many solves; after one plain round only that of the last remains.
+    # The basis holds the rounding of many solves; after one plain round only that of the last remains.
     U, V = torch.linalg.qr(solve_adjoint(V)).Q, torch.linalg.qr(solve(U)).Q
     u, S, vh = torch.linalg.svd((U.mT @ _times(A, V)).double())
     return Route(U @ u.float(), S.float(), V @ vh.mT.float(), lambda X: solve(solve_adjoint(X)))
 
 
 def _inverse(A: Tensor) -> tuple[Map, Map]:
-    """X -> A⁻¹ X and X -> A⁻ᵀ X for a square A, which may be singular: pivots are kept off zero."""
+    """Return X -> A⁻¹ X and X -> A⁻ᵀ X for a square A, which may be singular: pivots are kept off zero."""
     LU, pivots, _ = torch.linalg.lu_factor_ex(A.mT)  # a row-major A is Aᵀ to LAPACK: a third faster
     pivot = LU.diagonal()
     pivot[pivot.abs() < TINY] = TINY
@@ -270,7 +281,7 @@ def _inverse(A: Tensor) -> tuple[Map, Map]:
 
 
 def _gram(A: Tensor, width: int = 1024) -> Tensor:
-    """AᵀA (n, n), computing only the half below the diagonal."""
+    """Return AᵀA (n, n), computing only the half below the diagonal."""
     G = A.new_empty(A.shape[1], A.shape[1])
     for i in range(0, A.shape[1], width):
         block = A[:, i : i + width].mT @ A[:, : i + width]
@@ -280,28 +291,33 @@ def _gram(A: Tensor, width: int = 1024) -> Tensor:
 
 
 def _times(A: Tensor, X: Tensor) -> Tensor:
-    """A X for a narrow X: a BLAS is up to 3 times faster when the large operand is row-major."""
+    """Return A X for a narrow X: a BLAS is up to 3 times faster when the large operand is row-major."""
     return A @ X if A.is_contiguous() else (X.mT @ A.mT).mT
 
 
 def _normal(rows: int, columns: int, like: Tensor) -> Tensor:
-    """Drawn on the CPU, so that every device starts from the same numbers."""
+    """Return Gaussian numbers drawn on the CPU, so that every device starts from the same ones."""
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(SEED), device="cpu").to(like)
 
 
 def _krylov(forward: Map, adjoint: Map, like: Tensor, r: int) -> Triplets:
-    """U (m, k), S (k,), V (n, k): the largest triplets of an operator with the shape (m, n) of `like`, k = r + block.
+    """Return the k = r + block largest triplets of an operator with the shape (m, n) of `like`: U, S, V (n, k).
 
     Bases U, V with forward(V) = U B and adjoint(U) = V Bᵀ + (new block) C grow by a block at a time until the triplets
     of the small B are triplets of the operator.
     """
     (m, n), b = like.shape, BLOCK
     limit = min(n - b, max(BASIS, 8 * r)) // b * b
-    U, V, B = like.new_empty(m, limit), like.new_empty(n, limit + b), like.new_zeros(limit, limit)
+    U = like.new_empty(m, limit)
+    V = like.new_empty(n, limit + b)
+    B = like.new_zeros(limit, limit)
     V[:, :b] = torch.linalg.qr(_normal(n, b, like)).Q
-    k, due, last = 0, r + 4 * b, (0, 0.0)
+    k = 0
+    due = r + 4 * b
+    last = (0, 0.0)
     while True:
-        old, new, k = slice(k), slice(k, k + b), k + b
+        old, new = slice(k), slice(k, k + b)
+        k += b
         U[:, new], B[:k, new] = _extend(U[:, old], forward(V[:, new]))
         V[:, k : k + b], C = _extend(V[:, :k], adjoint(U[:, new]))
         if k >= due or k == limit:
@@ -312,9 +328,10 @@ def _krylov(forward: Map, adjoint: Map, like: Tensor, r: int) -> Triplets:
 
 
 def _extend(basis: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
-    """Q (m, b), orthonormal and orthogonal to basis (m, k), and the coefficients (k + b, b) of X in [basis, Q].
+    """Return Q (m, b), orthonormal and orthogonal to basis (m, k), and the coefficients (k + b, b) of X in [basis, Q].
 
-    Twice is enough (Kahan and Parlett). An X that lies in the basis leaves rounding, from which new directions grow.
+    Orthogonalising twice is enough (Kahan and Parlett). An X that lies in the basis leaves rounding, from which new
+    directions grow.
     """
     first = basis.mT @ X
     Q, R = torch.linalg.qr(X - basis @ first)
@@ -324,7 +341,7 @@ def _extend(basis: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _ritz(B: Tensor, C: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor, float]:
-    """The SVD of B (k, k) as Y, S, X, and the residual of its top r triplets as a multiple of the acceptable one."""
+    """Return the SVD of B (k, k) as Y, S, X, and the residual of its top r triplets over the acceptable one."""
     Y, S, Xh = torch.linalg.svd(B.cpu().double())
     residual = torch.linalg.matrix_norm(C.cpu().double() @ Y[-len(C) :, :r])
     edge, gap = S[r - 1], S[r - 1] - S[r]
@@ -332,18 +349,20 @@ def _ritz(B: Tensor, C: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor, float]:
 
 
 def _next_check(k: int, excess: float, last_k: int, last_excess: float, b: int) -> float:
-    """The basis size at which to look again: the residual falls geometrically, or a little faster."""
+    """Return the basis size at which to check again: the residual falls geometrically, or a little faster."""
     if not 1 < excess < last_excess:
         return k + 2 * b
     more = 0.9 * (k - last_k) * math.log(excess) / math.log(last_excess / excess)
     return k + min(more, k)
 
 
-def _is_right(A: Tensor, found: Route, wanted: slice) -> bool:
-    """Whether the wanted triplets of A are orthonormal, satisfy A V = U S and Aᵀ U = V S, and are the extreme ones."""
-    U, S, V = found.U[:, wanted], found.S[wanted], found.V[:, wanted]
+def _is_right(A: Tensor, route: Route, wanted: slice) -> bool:
+    """Return whether the wanted triplets are orthonormal, satisfy A V = U S and Aᵀ U = V S, and are extreme."""
+    U = route.U[:, wanted]
+    S = route.S[wanted]
+    V = route.V[:, wanted]
     top = wanted.start is None
-    edge, beyond = (S[-1], found.S[len(S)]) if top else (S[0], found.S[-len(S) - 1])
+    edge, beyond = (S[-1], route.S[len(S)]) if top else (S[0], route.S[-len(S) - 1])
     gap = (edge - beyond).abs()
     rounding = ROUNDING * torch.linalg.matrix_norm(A)
     residual = torch.cat((_times(A, V) - U * S, _times(A.mT, U) - V * S)).norm(dim=0).sub(rounding).clamp(min=0)
@@ -351,7 +370,7 @@ def _is_right(A: Tensor, found: Route, wanted: slice) -> bool:
     right = _skew(U) <= 1e-5 and _skew(V) <= 1e-5 and (S * residual).sum() <= ENERGY * S.square().sum()
     if not right or (gap > GAP * edge and residual.norm() > 3 * ANGLE * gap):
         return False
-    best = _best_elsewhere(A, found.step, V, top)
+    best = _best_elsewhere(A, route.step, V, top)
     return bool(best <= edge * (1 + GAP) + rounding if top else best >= edge * (1 - GAP) - rounding)
 
 
@@ -360,7 +379,7 @@ def _skew(U: Tensor) -> Tensor:
 
 
 def _best_elsewhere(A: Tensor, step: Map, V: Tensor, top: bool) -> Tensor:
-    """The most extreme ‖A x‖ that two rounds of power iteration find among unit x orthogonal to V."""
+    """Return the most extreme ‖A x‖ that two rounds of power iteration find among unit x orthogonal to V."""
     X = _normal(V.shape[0], 8, V)
     for _ in range(2):
         X = step(torch.linalg.qr(X - V @ (V.mT @ X)).Q)

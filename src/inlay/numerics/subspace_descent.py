@@ -1,13 +1,12 @@
-"""Online Subspace Descent: Adam on a projection of the gradient, and the projection follows it by steps of its own.
+"""Optimise by Online Subspace Descent: Adam on a projection of the gradient, which follows it by steps of its own.
 
     ΔW = −η P Adam(Pᵀ G),   ΔP = −α η Adam(∇_P L),   L(P) = ‖P Pᵀ g − g‖² + λ ‖Pᵀ P − I‖²,   g = G / ‖G‖
 
 Liang, Liu, Chen, Liu 2024, "Memory-Efficient LLM Training with Online Subspace Descent", arXiv 2408.12857: GaLore
 (arXiv 2403.03507) without its SVD every few hundred steps. G (short × long) is the gradient, transposed where the
-weight is the other way round, P (short × rank). Weight decay is the same on W and P, as recommended there. P begins as
-the first singular vectors of the first gradient that is not zero, and rests in that step, as in the published code.
-[ours]: λ = 0.1; every matrix whose short side is above `rank` is projected, embeddings too, and all else gets plain
-AdamW.
+weight is tall, P (short × rank). Weight decay is the same on W and P, as recommended there. P begins as the first
+singular vectors of the first gradient that is not zero, and stays in that step, as in the published code. [ours]: λ =
+0.1; every matrix whose short side is above `rank` is projected, embeddings too, and everything else gets plain AdamW.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from inlay.numerics import linalg
 
 
 class SubspaceDescent(Optimizer):
-    """Adam's two moments are (rank × long), and P has two of its own (short × rank).
+    """Optimise with Adam's two moments in the subspace (rank × long), and two moments for P (short × rank).
 
     Args:
         params: as of any optimiser.
@@ -52,12 +51,12 @@ class SubspaceDescent(Optimizer):
         for name, value in (("lr", lr), ("alpha", alpha), ("penalty", penalty), ("weight_decay", weight_decay)):
             if value < 0:
                 raise ValueError(f"{name}={value} is below 0")
-        own = {"rank": rank, "alpha": alpha, "penalty": penalty}
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **own})
+        adamw = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**adamw, "rank": rank, "alpha": alpha, "penalty": penalty})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step of W along P, and one of P."""
+        """Take one step of W along P, and one of P."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -68,27 +67,28 @@ class SubspaceDescent(Optimizer):
         return loss
 
     def _move(self, p: Tensor, G: Tensor, group: dict[str, Any]) -> None:
-        state, lr, decay = self.state[p], group["lr"], group["weight_decay"]
+        state = self.state[p]
+        lr, decay = group["lr"], group["weight_decay"]
         if p.ndim != 2 or min(p.shape) <= group["rank"]:
             direction = adam(state, "", G, group)
         else:
             G, back = (G.T, True) if p.shape[0] > p.shape[1] else (G, False)
             begins = "P" not in state
             if begins:
-                if not G.any():  # it has no directions yet, as that of an A whose B is zero
+                if not G.any():  # no directions yet, as for an A whose B is zero
                     return
                 state["P"] = linalg.top_svd(G, group["rank"])[0].to(p.dtype)
             P = state["P"]
             direction = P @ adam(state, "", P.T @ G, group)
             direction = direction.T if back else direction
-            if not begins:  # where L has its minimum already, and Adam would make a step of rounding errors
+            if not begins:  # else L is at its minimum already, and Adam would step along rounding errors
                 slope = pca_slope(P, G / G.norm().clamp_min(torch.finfo(G.dtype).tiny), group["penalty"])
                 P.add_(adam(state, "P_", slope, group) + decay * P, alpha=-group["alpha"] * lr)
         p.add_(direction + decay * p, alpha=-lr)
 
 
 def adam(state: dict[str, Any], name: str, g: Tensor, group: dict[str, Any]) -> Tensor:
-    """Adam's direction for a gradient, with its moments in `state` under names that begin with `name`."""
+    """Return Adam's direction for a gradient, with its moments in `state` under names that begin with `name`."""
     if f"{name}mean" not in state:
         state |= {
             f"{name}step": torch.zeros(()),
@@ -103,7 +103,7 @@ def adam(state: dict[str, Any], name: str, g: Tensor, group: dict[str, Any]) -> 
 
 
 def pca_slope(P: Tensor, g: Tensor, penalty: float) -> Tensor:
-    """∇_P of ‖P Pᵀ g − g‖² + λ ‖Pᵀ P − I‖², (short × rank), in products no larger than g's."""
+    """Return ∇_P of ‖P Pᵀ g − g‖² + λ ‖Pᵀ P − I‖², (short × rank), by products no larger than g's."""
     A = g.T @ P
     gA, rest = g @ A, P.T @ P - torch.eye(P.shape[1], dtype=P.dtype, device=P.device)
     return 2 * (P @ (A.T @ A) - gA + gA @ rest) + 4 * penalty * P @ rest

@@ -1,19 +1,18 @@
-"""Tensor trains over a matrix: MPO(T1..TN)[o, i] = T1[o_1, i_1] T2[o_2, i_2] ... TN[o_N, i_N].
+"""Decompose a matrix into a tensor train: MPO(T1..TN)[o, i] = T1[o_1, i_1] T2[o_2, i_2] ... TN[o_N, i_N].
 
-The rows m = Π o_k and the columns n = Π i_k are split into N factors each, and core T_k has the shape
-(d_{k-1}, o_k, i_k, d_k) with d_0 = d_N = 1. The bond d_k is at most min(Π_{l<=k} o_l i_l, Π_{l>k} o_l i_l): there the
-train holds any matrix exactly. A train is a list of its cores.
+The rows m = Π o_k and the columns n = Π i_k are split into N factors each, and core T_k has the shape (d_{k-1}, o_k,
+i_k, d_k) with d_0 = d_N = 1. The bond d_k is at most min(Π_{l<=k} o_l i_l, Π_{l>k} o_l i_l): there the train holds any
+matrix exactly. A train is a list of its cores.
 
-A matrix is cut from left to right (Oseledets 2011, "Tensor-Train Decomposition", theorem 2.2: the error is at most the
-root of the sum of the squares of what the bonds cut off). A wide unfolding goes through its short side; its Gram matrix
-is summed in fp64, so that nothing above the rounding of an fp32 weight is lost.
+A matrix is decomposed from left to right (Oseledets 2011, "Tensor-Train Decomposition", theorem 2.2: the error is at
+most the root of the sum of the squares of what the bonds truncate). A wide unfolding goes through its short side; its
+Gram matrix is summed in fp64, so that nothing above the rounding of an fp32 weight is lost.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,14 +21,15 @@ from inlay.numerics import linalg, ops
 
 Train = list[Tensor]
 Shape = tuple[int, int, int, int]
+ByHand = list[list[int]] | dict[str, list[int]] | None  # factors of (rows, columns), or by dimension
 
-SMALL = 1024  # up to this short side a full eigendecomposition is as fast as a few triplets
+SMALL = 1024  # short side up to which a full eigendecomposition is as fast as a few triplets
 STRIP = 1 << 14  # columns of an unfolding in fp64 at a time
 NOTHING = 1e-12  # a singular value this far below the largest is rounding
 
 
 def factorise(dimension: int, cores: int) -> list[int]:
-    """As many factors of a dimension as there are cores, as equal as its primes allow, the largest in the middle.
+    """Factorise a dimension into as many factors as cores, as equal as its primes allow, the largest in the middle.
 
     Each prime, largest first, goes to the smallest factor so far; factors fall off from the middle, to the right first.
     """
@@ -41,49 +41,62 @@ def factorise(dimension: int, cores: int) -> list[int]:
 
 
 def _primes(number: int) -> list[int]:
-    found, divisor = [], 2
+    primes: list[int] = []
+    divisor = 2
     while divisor * divisor <= number:
         while number % divisor == 0:
-            found.append(divisor)
+            primes.append(divisor)
             number //= divisor
         divisor += 1
-    return [*found, number] if number > 1 else found
+    return [*primes, number] if number > 1 else primes
 
 
-def read_factors(owner: str, given: Any, cores: int) -> Any:
-    """Factors given by hand, as JSON keeps them: [[o_1..o_N], [i_1..i_N]], {"dimension": factors}, or None.
+def read_factors(owner: str, by_hand: object, cores: int) -> ByHand:
+    """Check factors given by hand, and return them as JSON keeps them.
+
+    Args:
+        owner: the method, for messages.
+        by_hand: [[o_1..o_N], [i_1..i_N]], {"dimension": factors}, or None.
+        cores: N.
 
     Raises:
         ValueError: not of that form, not as many as there are cores, or not factors of their dimension.
     """
-    if given is None:
+    if by_hand is None:
         return None
-    if isinstance(given, Mapping):
-        if bad := [key for key in given if not str(key).isdecimal() or int(key) < 1]:
-            raise ValueError(f"{owner}: shapes={given!r}: {bad[0]!r} is not a dimension; use whole numbers as keys")
-        return {str(int(k)): _check_factors(owner, v, cores, int(k)) for k, v in given.items()}
-    if not isinstance(given, (list, tuple)) or len(given) != 2:
+    if isinstance(by_hand, Mapping):
+        if bad := [key for key in by_hand if not str(key).isdecimal() or int(key) < 1]:
+            raise ValueError(f"{owner}: shapes={by_hand!r}: {bad[0]!r} is not a dimension; use whole numbers as keys")
+        return {str(int(k)): _check_factors(owner, v, cores, int(k)) for k, v in by_hand.items()}
+    if not isinstance(by_hand, (list, tuple)) or len(by_hand) != 2:
         raise ValueError(
-            f"{owner}: shapes={given!r} is neither a pair [[o_1..o_N], [i_1..i_N]] nor a mapping {{dimension: factors}}"
+            f"{owner}: shapes={by_hand!r} is neither a pair [[o_1..o_N], [i_1..i_N]] nor a mapping "
+            "{dimension: factors}"
         )
-    return [_check_factors(owner, factors, cores) for factors in given]
+    return [_check_factors(owner, factors, cores) for factors in by_hand]
 
 
-def choose_factors(owner: str, given: Any, cores: int, W: Tensor) -> tuple[list[int], list[int]]:
-    """The factors of the rows and of the columns of W: those `read_factors` returned, else `factorise`.
+def choose_factors(owner: str, by_hand: ByHand, cores: int, W: Tensor) -> tuple[list[int], list[int]]:
+    """Return the factors of the rows and of the columns of W: those given by hand, else by `factorise`.
+
+    Args:
+        owner: the method, for messages.
+        by_hand: as `read_factors` returns them.
+        cores: N.
+        W: the weight.
 
     Raises:
         ValueError: a given pair does not multiply to the shape of W.
     """
     out, inp = W.shape
-    if isinstance(given, list):
-        return _check_factors(owner, given[0], cores, out), _check_factors(owner, given[1], cores, inp)
-    known = given or {}
-    rows, columns = (known.get(str(d)) or factorise(d, cores) for d in (out, inp))
+    if isinstance(by_hand, list):
+        return _check_factors(owner, by_hand[0], cores, out), _check_factors(owner, by_hand[1], cores, inp)
+    factors = by_hand or {}
+    rows, columns = (factors.get(str(d)) or factorise(d, cores) for d in (out, inp))
     return rows, columns
 
 
-def _check_factors(owner: str, factors: Any, cores: int, dimension: int | None = None) -> list[int]:
+def _check_factors(owner: str, factors: object, cores: int, dimension: int | None = None) -> list[int]:
     if not isinstance(factors, (list, tuple)) or not all(type(f) is int and f >= 1 for f in factors):
         raise ValueError(f"{owner}: shapes: {factors!r} is not a list of whole numbers from 1 on")
     if len(factors) != cores:
@@ -100,7 +113,7 @@ def _check_factors(owner: str, factors: Any, cores: int, dimension: int | None =
 
 
 def shapes(rows: list[int], columns: list[int], bond: int) -> list[Shape]:
-    """The shapes of the cores, with every bond min(bond, full bond)."""
+    """Return the shapes of the cores, with every bond min(bond, full bond)."""
     pairs = [o * i for o, i in zip(rows, columns, strict=True)]
     bonds = [min(bond, math.prod(pairs[:k]), math.prod(pairs[k:])) for k in range(len(pairs) + 1)]
     return list(zip(bonds, rows, columns, bonds[1:], strict=False))
@@ -108,9 +121,9 @@ def shapes(rows: list[int], columns: list[int], bond: int) -> list[Shape]:
 
 @torch.no_grad()
 def decompose(W: Tensor, cores: list[Shape]) -> Train:
-    """The train of these shapes cut from W (m × n): fp64, on W's device, every core but the last orthonormal.
+    """Return the train of these shapes truncated from W (m × n): fp64, every core but the last orthonormal.
 
-    Its norm is therefore that of the last core. A zero or rank-deficient W is welcome.
+    So its norm is that of the last core. W may be zero or rank-deficient; the train is on its device.
 
     Raises:
         ValueError: W is not finite.
@@ -123,7 +136,7 @@ def decompose(W: Tensor, cores: list[Shape]) -> Train:
     train = []
     for shape in cores[:-1]:
         rest = rest.reshape(math.prod(shape[:3]), -1)
-        if shape[3] == len(rest):  # nothing is cut off here
+        if shape[3] == len(rest):  # nothing is truncated here
             U = torch.eye(len(rest), dtype=torch.float64, device=W.device)
         else:
             U = _leading(rest, shape[3])
@@ -133,7 +146,7 @@ def decompose(W: Tensor, cores: list[Shape]) -> Train:
 
 
 def _leading(A: Tensor, d: int) -> Tensor:
-    """An orthonormal basis (rows × d), fp64, of the d leading left singular directions of A."""
+    """Return an orthonormal basis (rows × d), fp64, of the d leading left singular directions of A."""
     wide = A.shape[0] <= A.shape[1]
     if min(A.shape) > SMALL:
         U, _, _ = linalg.top_svd(A, d)
@@ -145,9 +158,10 @@ def _leading(A: Tensor, d: int) -> Tensor:
 
 @torch.no_grad()
 def balance(train: Train) -> Train:
-    """The same matrix with the root of each bond's singular values on both sides and all cores of one norm, fp32.
+    """Return the train of the same matrix with balanced bonds and all cores of one norm, fp32.
 
-    Takes what `decompose` gives. What a bond does not use (its singular value is zero) becomes zero on both sides.
+    The root of each bond's singular values is on both sides. It takes what `decompose` returns. What a bond does not
+    use (its singular value is zero) becomes zero on both sides.
     """
     train, scales = list(train), []
     for k in range(len(train) - 1, 0, -1):
@@ -166,7 +180,7 @@ def balance(train: Train) -> Train:
 
 
 def gaussian(train: Train) -> Train:
-    """Normal cores of the shapes of a decomposed train, from the global generator, fp32.
+    """Return Gaussian cores of the shapes of a decomposed train, from the global generator, fp32.
 
     Each core has the same expected squared norm, and the product that of the train.
     """
@@ -177,15 +191,16 @@ def gaussian(train: Train) -> Train:
 
 
 def middle(train: Sequence[Tensor]) -> int:
-    """How many cores belong to the left half of a train, for `halves`: so that the two are small."""
+    """Return how many cores belong to the left half of a train, for `halves`, so that both halves are small."""
     sizes = [core.shape[1] * core.shape[2] for core in train]
     smaller = [min(math.prod(sizes[:k]), math.prod(sizes[k:])) for k in range(len(train) + 1)]
     return smaller.index(max(smaller))
 
 
 def halves(train: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """A train contracted from both ends to the bond in its middle: (o, i, d) and (d, o', i')."""
-    left, right, k = train[0].new_ones(1, 1, 1), train[0].new_ones(1, 1, 1), middle(train)
+    """Contract a train from both ends to the bond in its middle: (o, i, d) and (d, o', i')."""
+    left, right = train[0].new_ones(1, 1, 1), train[0].new_ones(1, 1, 1)
+    k = middle(train)
     for core in train[:k]:
         left = torch.tensordot(left, core, 1).transpose(1, 2).flatten(2, 3).flatten(0, 1)
     for core in reversed(train[k:]):
@@ -194,25 +209,25 @@ def halves(train: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def rows(i: int, j: int, left: Tensor, right: Tensor) -> Tensor:
-    """Rows i to j, multiples of o', of the matrix (o o' × i i') that two halves stand for."""
+    """Return rows i to j, multiples of o', of the matrix (o o' × i i') that two halves stand for."""
     part = left[i // right.shape[1] : j // right.shape[1]]
     if part.dtype != torch.float64 and (kernels := ops.fused(part, right)) is not None:
         return kernels.train_rows(part, right)
-    # Rows and columns are sorted on the two halves, which are small; the product is only transposed once.
+    # Rows and columns are ordered on the two halves, which are small; the product is transposed only once.
     return torch.tensordot(part, right, 1).transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
 
 def contract(train: Sequence[Tensor]) -> Tensor:
-    """The matrix (Π o_k × Π i_k) of a train, differentiable."""
+    """Return the matrix (Π o_k × Π i_k) of a train, differentiable."""
     left, right = halves(train)
     return rows(0, len(left) * right.shape[1], left, right)
 
 
 def difference(train: Sequence[Tensor], start: Sequence[Tensor] | None, factor: float = 1.0) -> Train:
-    """The train of factor (train − start): nothing large cancels, and equals give exactly zero. Without a start nothing
-    is subtracted.
+    """Return the train of factor (train − start), exactly zero for equal trains; without a start, of the train.
 
-    Σ_k S_1..S_{k-1} (T_k − S_k) T_{k+1}..T_N is itself a train of twice the bonds, with the cores [[S, T − S], [0, T]].
+    Nothing large cancels. Σ_k S_1..S_{k-1} (T_k − S_k) T_{k+1}..T_N is itself a train of twice the bonds, with the
+    cores [[S, T − S], [0, T]].
     """
     if start is None:
         return [factor * train[0], *train[1:]]

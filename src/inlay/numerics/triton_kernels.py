@@ -1,6 +1,6 @@
-"""The Triton kernel that paid (docs/log.md): the rows of a tensor train, which plain torch makes in several passes.
+"""Build the rows of a tensor train by a Triton kernel, in one pass where torch takes several (docs/log.md).
 
-Imported where CUDA tensors come to it; INLAY_TRITON=0 leaves it to torch. tests/numerics/test_kernels.py runs it in
+Imported where CUDA tensors reach it; INLAY_TRITON=0 leaves the work to torch. tests/numerics/test_kernels.py runs it in
 Triton's interpreter where there is no GPU.
 """
 
@@ -12,14 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # where a product of bf16 comes out wrong
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # where bf16 products are wrong
 
 
 @triton.jit
 def _train_rows(
     left, right, out, o, i, i2, rank, X: tl.constexpr, Y: tl.constexpr, K: tl.constexpr, wide: tl.constexpr
 ):
-    """One tile of a row of blocks: out[a o + b, x i2 + y] = Σ_k left[a, x, k] right[k, b, y]."""
+    """Compute one tile of a row of blocks: out[a o + b, x i2 + y] = Σ_k left[a, x, k] right[k, b, y]."""
     row = tl.program_id(0)
     a, b = row // o, row % o
     tiles = tl.cdiv(i2, Y)
@@ -28,10 +28,10 @@ def _train_rows(
     total = tl.zeros((X, Y), tl.float32)
     for start in range(0, rank, K):
         k = start + tl.arange(0, K)
-        known = (x[:, None] < i) & (k[None, :] < rank)
-        L = tl.load(left + (a * i + x[:, None]) * rank + k[None, :], mask=known, other=0.0)
-        known = (k[:, None] < rank) & (y[None, :] < i2)
-        R = tl.load(right + (k[:, None] * o + b) * i2 + y[None, :], mask=known, other=0.0)
+        inside = (x[:, None] < i) & (k[None, :] < rank)
+        L = tl.load(left + (a * i + x[:, None]) * rank + k[None, :], mask=inside, other=0.0)
+        inside = (k[:, None] < rank) & (y[None, :] < i2)
+        R = tl.load(right + (k[:, None] * o + b) * i2 + y[None, :], mask=inside, other=0.0)
         if wide:
             L, R = L.to(tl.float32), R.to(tl.float32)
         total += tl.dot(L, R, input_precision="ieee")
@@ -40,7 +40,7 @@ def _train_rows(
 
 
 def train_rows(left: Tensor, right: Tensor) -> Tensor:
-    """The matrix (a o × i i2) of two halves (a, i, d) and (d, o, i2): written once, in its order; sums are in fp32.
+    """Return the matrix (a o × i i2) of two halves (a, i, d) and (d, o, i2), written once, in order, summed in fp32.
 
     torch multiplies in another order and sorts in a second pass.
     """

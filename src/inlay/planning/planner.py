@@ -26,8 +26,9 @@ from inlay.host.layer import adapted
 from inlay.messages import first_line
 from inlay.method import Base, Drop, Method, Params, keep
 from inlay.methods import find
-from inlay.models.meta import count_trainable, layers_of, meta_model, repeated_depths
+from inlay.models.base import BaseModel
 from inlay.models.quantized import pack_linears
+from inlay.models.sizes import count_trainable, layers_of, repeated_depths
 from inlay.planning.step_simulator import Step, simulate
 
 UNEVEN = ("patterns", "layers_to_transform", "rank_pattern", "alpha_pattern")  # config fields that make layers differ
@@ -61,25 +62,23 @@ class PlannedRun:
     """Predict a run of `inlay train`: its steps, its parameters, and the largest batch or rank within a budget.
 
     Attributes:
-        model: hub id, local folder, or builtin.
+        base: the model.
         config: of the adapter; None: the whole model is trained.
         dtype: of the base.
         quantize: as in a recipe; "none" for a base as it is.
         checkpointing: whether activations are recomputed.
         device: "cpu" or "cuda".
-        trust_remote_code: let the model's repository run its own code.
 
     Raises (from any method):
         ValueError: the config does not fit the model, or the model cannot be simulated without its weights.
     """
 
-    model: str
+    base: BaseModel
     config: PeftConfig | None
     dtype: torch.dtype = torch.bfloat16
     quantize: str = "none"
     checkpointing: bool = False
     device: str = "cuda"
-    trust_remote_code: bool = False
 
     @cached_property
     def parts(self) -> list[nn.Module]:
@@ -95,7 +94,7 @@ class PlannedRun:
         return (len(layers_of(self.blank())) - few) / (more - few) if more > few else 0.0
 
     def blank(self, layers: int | None = None) -> PreTrainedModel:
-        return meta_model(self.model, self.dtype, self.trust_remote_code, layers)
+        return self.base.meta(self.dtype, layers)
 
     def build(self, layers: int | None) -> nn.Module:
         base = self.blank(layers)
@@ -121,7 +120,7 @@ class PlannedRun:
             try:
                 steps = [simulate(model, batch, length, self.device) for model in self.parts]
             except (RuntimeError, TypeError, AttributeError) as error:
-                what = f"a step of {self.model} cannot be simulated without its weights"
+                what = f"a step of {self.base.name} cannot be simulated without its weights"
                 raise ValueError(f"{what}: {first_line(error)}") from error
             self.steps[batch, length] = steps[0].towards(steps[-1], self.share)
         return self.steps[batch, length]

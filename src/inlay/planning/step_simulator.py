@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from inlay.host.slot import Slot
-from inlay.models.meta import count_trainable, layers_of
+from inlay.models.sizes import count_trainable, layers_of
 
 ATEN = torch.ops.aten
 FLOPS = {

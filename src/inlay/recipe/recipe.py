@@ -14,6 +14,7 @@ from peft import PeftConfig
 
 from inlay.host.config import InlayConfig
 from inlay.methods import find
+from inlay.models.base import BaseModel
 from inlay.models.model_classes import find_model_class
 from inlay.numerics.zeroth_order import ZerothOrder
 from inlay.recipe.optimizers import check_optimizer
@@ -222,6 +223,10 @@ class Recipe:
             values = {"rank": 8, **values}
         return ZerothOrder(**values, seed=self.seed) if hints else None
 
+    def base_model(self) -> BaseModel:
+        """Return the base model that the run trains or adapts."""
+        return BaseModel(self.model, self.revision, self.trust_remote_code)
+
     @property
     def kept(self) -> str:
         """Return the name of the subfolder, within the run folder, that holds what was trained."""
@@ -303,10 +308,10 @@ def check_task(recipe: Recipe) -> None:
         check_group_by_length(recipe)
     if recipe.packing and recipe.task != "instruction":
         raise ValueError(f"packing is for task instruction, not {recipe.task}; leave it out")
-    given = sources(recipe)
-    if any(one.system is not None for one in given) and recipe.task in ("classification", "language_modelling"):
+    every = sources(recipe)
+    if any(source.system is not None for source in every) and recipe.task in ("classification", "language_modelling"):
         raise ValueError(f"system: task {recipe.task} has no prompt for a system message; leave it out")
-    if any(one.path == "builtin" for one in given) and recipe.task not in ("instruction", "seq2seq"):
+    if any(source.path == "builtin" for source in every) and recipe.task not in ("instruction", "seq2seq"):
         raise ValueError(f"data: the built-in slice of E2E is not for task {recipe.task}; name a file")
     check_chat(recipe)
     if recipe.task == "instruction":
@@ -324,6 +329,31 @@ def check_task(recipe: Recipe) -> None:
         raise ValueError(f"allocate: ranks from spectra are for causal language models, not task {recipe.task}")
 
 
+PREPARED = {  # keys of trl's SFTConfig for data that trl prepares; here it gets tokens and labels
+    "completion_only_loss": "only answers are learned; task language_modelling learns all of a text",
+    "assistant_only_loss": "only answers are learned",
+    "chat_template_path": "use chat_template",
+    "truncation_mode": "rows are truncated at their end; shorten them in the data",
+    "dataset_text_field": "use columns: {text: ...}",
+    "dataset_kwargs": "the data is prepared already",
+}
+
+
+def check_chat(recipe: Recipe) -> None:
+    """Refuse settings of conversations for tasks without any, and keys by which trl would change the prepared data."""
+    tasks = {
+        "answers": ("instruction",),
+        "chat_template": ("instruction", "preference"),
+        "chat_template_kwargs": ("instruction", "preference"),
+    }
+    for f in fields(recipe):
+        if recipe.task not in tasks.get(f.name, (recipe.task,)) and vars(recipe)[f.name] != default_of(f):
+            raise ValueError(f"{f.name} is for task {' or '.join(tasks[f.name])}, not {recipe.task}; leave it out")
+    for key, hint in PREPARED.items():
+        if key in recipe.trainer and recipe.task in ("instruction", "language_modelling", "preference"):
+            raise ValueError(f"trainer: {key} has no effect; {hint}")
+
+
 def check_group_by_length(recipe: Recipe) -> None:
     """Refuse batches of similar lengths where lengths are all the same, or not known."""
     reasons = {
@@ -335,31 +365,6 @@ def check_group_by_length(recipe: Recipe) -> None:
     for reason, holds in reasons.items():
         if holds:
             raise ValueError(f"group_by_length: {reason}; leave it out")
-
-
-PREPARED = {  # keys of trl's SFTConfig for data that it prepares; here it is given tokens and labels
-    "completion_only_loss": "only answers are learned; task language_modelling learns all of a text",
-    "assistant_only_loss": "only answers are learned",
-    "chat_template_path": "use chat_template",
-    "truncation_mode": "rows are cut at their end; shorten them in the data",
-    "dataset_text_field": "use columns: {text: ...}",
-    "dataset_kwargs": "the data is prepared already",
-}
-
-
-def check_chat(recipe: Recipe) -> None:
-    """Refuse what is said of conversations where there are none, and what trl would do to them."""
-    tasks = {
-        "answers": ("instruction",),
-        "chat_template": ("instruction", "preference"),
-        "chat_template_kwargs": ("instruction", "preference"),
-    }
-    for f in fields(recipe):
-        if recipe.task not in tasks.get(f.name, (recipe.task,)) and getattr(recipe, f.name) != default_of(f):
-            raise ValueError(f"{f.name} is for task {' or '.join(tasks[f.name])}, not {recipe.task}; leave it out")
-    for key, way in PREPARED.items():
-        if key in recipe.trainer and recipe.task in ("instruction", "language_modelling", "preference"):
-            raise ValueError(f"trainer: {key} has no effect; {way}")
 
 
 def check_allocate(recipe: Recipe) -> None:

@@ -1,26 +1,27 @@
-"""Where a run's records come from: one source, or a mixture of several with weights of their own."""
+"""Define where a run's records come from: one source, or a mixture of several with weights of their own."""
 
 from __future__ import annotations
 
-import codecs
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from inlay.messages import did_you_mean
 from inlay.recipe.schema import conform_all, field_of
 
-MOST = 1000.0  # of a weight
+MOST = 1000.0  # the largest weight
 
 
 @dataclass
 class Source:
-    """One file, folder or hub data set of a mixture. What it does not say itself, the recipe says for it."""
+    """Describe one file, folder or hub data set of a mixture; the recipe's fields are its defaults."""
 
     path: str = field_of("", "file, folder or hub data set")
-    weight: float = field_of(1.0, "how often an epoch has each of its rows: 2 twice, 0.5 half of them, drawn by seed")
+    weight: float = field_of(
+        1.0, "how often an epoch has each of its rows: 2: twice; 0.5: half of them, drawn by the seed"
+    )
     split: str | None = field_of(None, "split of a folder or hub data set")
-    columns: dict = field_of(dict, "which column plays which role")
-    system: str | None = field_of(None, "system message put before every example")
+    columns: dict = field_of(dict, "the column of each role")
+    system: str | None = field_of(None, "system message before every example")
 
     def __post_init__(self) -> None:
         conform_all(self)
@@ -33,47 +34,45 @@ class Source:
 
 
 def sources(recipe: Any) -> list[Source]:
-    """The sources of a recipe, in its order.
+    """Return the sources of a recipe, in order.
 
     Raises:
         ValueError: `data` is an empty list, or an entry of it has an unknown key or a value that does not fit.
     """
-    given = recipe.data if isinstance(recipe.data, list) else [recipe.data]
-    if not given:
+    entries = recipe.data if isinstance(recipe.data, list) else [recipe.data]
+    if not entries:
         raise ValueError("data: an empty list; give a file, a folder or a hub data set")
-    return [_source(entry, recipe) for entry in given]
+    return [_source(entry, recipe) for entry in entries]
 
 
 def _source(entry: Any, recipe: Any) -> Source:
     values: Any = {"path": entry} if isinstance(entry, str) else entry
-    known = [f.name for f in fields(Source)]
+    names = [f.name for f in fields(Source)]
     if not isinstance(values, dict):
-        raise ValueError(f"data: {entry!r:.100} is not a path, or a mapping of {', '.join(known)}")
+        raise ValueError(f"data: {entry!r:.100} is not a path, or a mapping of {', '.join(names)}")
     for key in values:
-        if key not in known:
-            raise ValueError(f"data: a source has no {key!r}; {did_you_mean(key, known)}")
+        if key not in names:
+            raise ValueError(f"data: a source has no {key!r}; {did_you_mean(key, names)}")
     try:
-        made = Source(**values)
+        source = Source(**values)
     except ValueError as error:
         raise ValueError(f"data: {entry!r:.100}: {error}") from None
-    own = {"split": made.split or recipe.split, "columns": made.columns or recipe.columns}
-    return replace(made, **own, system=recipe.system if made.system is None else made.system)
+    system = recipe.system if source.system is None else source.system
+    return replace(source, split=source.split or recipe.split, columns=source.columns or recipe.columns, system=system)
 
 
 def source_names(recipe: Any) -> str:
-    """The sources of a recipe in one line, with their weights where they have any."""
+    """Return the sources of a recipe in one line, with their weights where these are not 1."""
     names = [one.path + ("" if one.weight == 1 else f" ×{one.weight:g}") for one in sources(recipe)]
     return ", ".join(names)
 
 
 def check_sources(recipe: Any) -> None:
-    """Refuse what cannot be read so, before anything is read."""
-    found = sources(recipe)
-    if recipe.streaming and (len(found) > 1 or found[0].weight != 1):
+    """Refuse sources that cannot be read as the recipe says, before anything is read."""
+    every = sources(recipe)
+    if recipe.streaming and (len(every) > 1 or every[0].weight != 1):
         raise ValueError("streaming takes one source without a weight; put its files into one folder, or name a glob")
     try:
-        text = codecs.lookup(recipe.encoding)._is_text_encoding
+        "".encode(recipe.encoding)
     except (LookupError, ValueError):
-        text = False
-    if not text:
-        raise ValueError(f"encoding: {recipe.encoding!r} is no text encoding; utf-8, cp1252, utf-16, ... are")
+        raise ValueError(f"encoding: {recipe.encoding!r} is no text encoding; utf-8, cp1252, utf-16, ... are") from None

@@ -8,15 +8,16 @@ from rich.console import Console
 
 from inlay.inspection.ranks import allocated_ranks, inspection, patterns, rank_cost
 from inlay.inspection.singular_values import target_weights, weight_spectra
+from inlay.models.base import BaseModel
 from inlay.numerics.rank_allocation import Direction, by_threshold
 from inlay.recipe.recipe import Recipe
 
 
-def thresholded(recipe: Recipe, console: Console) -> dict[str, int]:
+def thresholded(recipe: Recipe, base: BaseModel, console: Console) -> dict[str, int]:
     """Return WeLore's ranks of a recipe's modules."""
     config = recipe.config()
-    shapes = target_weights(recipe.model, config, recipe.trust_remote_code)
-    values = weight_spectra(recipe.model, shapes, recipe.revision, recipe.trust_remote_code)
+    shapes = target_weights(base, config)
+    values = weight_spectra(base, shapes)
     r, cost = allocated_ranks(config), rank_cost(config, shapes)
     ranks = by_threshold(values, r, cost)
     parameters = sum(cost(name, rank) for name, rank in ranks.items())
@@ -28,7 +29,7 @@ def thresholded(recipe: Recipe, console: Console) -> dict[str, int]:
     return ranks
 
 
-def settle_ranks(recipe: Recipe, console: Console) -> Recipe:
+def settle_ranks(recipe: Recipe, base: BaseModel, console: Console) -> Recipe:
     """Return the recipe with its ranks allocated, written out in `patterns`.
 
     So it runs again, and its adapter loads, without any spectra.
@@ -39,8 +40,8 @@ def settle_ranks(recipe: Recipe, console: Console) -> Recipe:
     if recipe.allocate in ("none", "variance", "blocks"):  # these need data: `calibration.settle_calibration`
         return recipe
     if recipe.allocate == "welore":
-        return replace(recipe, allocate="none", patterns=patterns(thresholded(recipe, console)))
+        return replace(recipe, allocate="none", patterns=patterns(thresholded(recipe, base, console)))
     direction: Direction = "peaked" if recipe.allocate == "energy_peaked" else "flat"
-    spectra = inspection(recipe.model, recipe.config(), direction, recipe.revision, recipe.trust_remote_code)
+    spectra = inspection(base, recipe.config(), direction)
     console.print(spectra.summary())
     return replace(recipe, allocate="none", patterns=patterns(spectra.ranks))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from inlay.models.base import BaseModel
 from inlay.models.folded import fold_at
-from inlay.models.meta import free_memory
+from inlay.models.sizes import free_memory
 from inlay.planning.planner import PlannedRun
 from inlay.recipe.peft_methods import FULL, without_start
 from inlay.recipe.recipe import Recipe
@@ -17,13 +18,13 @@ def largest_useful_batch(rows: Examples, processes: int = 1) -> int:
     return min(64, 1 << max(0, (len(rows.train) // processes // 8).bit_length() - 1))
 
 
-def planned_step(recipe: Recipe, rows: Examples, dtype: torch.dtype) -> tuple[PlannedRun, int]:
+def planned_step(recipe: Recipe, base: BaseModel, rows: Examples, dtype: torch.dtype) -> tuple[PlannedRun, int]:
     """Return the planner's run as it will train on this machine, and the length of its longest sequence."""
     dtype = torch.float32 if recipe.method == FULL else dtype
     run = PlannedRun(
-        recipe.model, without_start(recipe.adapter()), dtype,
+        base, without_start(recipe.adapter()), dtype,
         "nf4" if fold_at(recipe.model) else recipe.quantize,
-        recipe.gradient_checkpointing, "cuda" if torch.cuda.is_available() else "cpu", recipe.trust_remote_code,
+        recipe.gradient_checkpointing, "cuda" if torch.cuda.is_available() else "cpu",
     )  # fmt: skip
     return run, min(recipe.max_length, rows.audit.longest)
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
 
 from inlay.host.calibrate import calibrate, gather_statistics
 from inlay.host.layer import InlayLinear
@@ -18,38 +16,36 @@ from inlay.inspection.ranks import allocated_ranks, patterns, rank_cost
 from inlay.inspection.singular_values import target_weights
 from inlay.method import Method
 from inlay.methods.eva import EVA
-from inlay.numerics.rank_allocation import blocks, by_variance
+from inlay.numerics.rank_allocation import allocate_blocks, by_variance
 from inlay.recipe.recipe import Recipe
 from inlay.training.base_model import load_training_model
-from inlay.training.examples import Examples
+from inlay.training.prepared import Prepared
 from inlay.training.tasks import TASKS
 
 RHO = 2  # EVA's ρ: a layer's rank is at most ρ r
 
 
-def calibration_batches(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: Examples
-) -> Iterator[dict[str, torch.Tensor]]:
+def calibration_batches(prepared: Prepared) -> Iterator[dict[str, torch.Tensor]]:
     """Yield at most `calibration` batches of training examples, drawn by the seed, as the task's model takes them."""
+    recipe, rows = prepared.recipe, prepared.rows
     generator = torch.Generator().manual_seed(recipe.seed)
     order = torch.randperm(len(rows.train), generator=generator).tolist()
     size = 8 if recipe.batch_size == "auto" else recipe.batch_size
     for i in range(0, min(len(order), size * recipe.calibration), size):
-        batch = TASKS[recipe.task].batch([rows.train[j] for j in order[i : i + size]], tokenizer, recipe)
+        batch = TASKS[recipe.task].batch([rows.train[j] for j in order[i : i + size]], prepared.tokenizer, recipe)
         if batch is not None:
             yield batch
 
 
-def start_from_data(
-    recipe: Recipe, model: Any, tokenizer: PreTrainedTokenizerBase, rows: Examples, console: Console
-) -> None:
+def start_from_data(prepared: Prepared, model: Any) -> None:
     """Compute the start of an adapter whose method starts from data, unless it has one."""
     waiting = [m for m in model.modules() if isinstance(m, InlayLinear) and waits_for_data(m)]
     if waiting:
+        recipe = prepared.recipe
         loss = TASKS[recipe.task].loss(recipe)
-        result = calibrate(model, calibration_batches(recipe, tokenizer, rows), most=recipe.calibration, loss=loss)
-        console.print(f"{recipe.method} starts from {result.batches} batches of the training data")
-        report_unsettled(result.unsettled, len(waiting), console)
+        result = calibrate(model, calibration_batches(prepared), most=recipe.calibration, loss=loss)
+        prepared.console.print(f"{recipe.method} starts from {result.batches} batches of the training data")
+        report_unsettled(result.unsettled, len(waiting), prepared.console)
 
 
 def waits_for_data(layer: InlayLinear) -> bool:
@@ -68,10 +64,7 @@ def report_unsettled(unsettled: list[str], total: int, console: Console) -> None
         )
 
 
-def settle_calibration(
-    recipe: Recipe, dtype: torch.dtype, folder: Path, tokenizer: PreTrainedTokenizerBase, rows: Examples,
-    console: Console,
-) -> Recipe:  # fmt: skip
+def settle_calibration(prepared: Prepared) -> Recipe:
     """Return the recipe with what data allocates, written out in `patterns`.
 
     These are ranks by the explained variance of each layer's inputs, or SMT's blocks by the model's largest scores.
@@ -79,22 +72,23 @@ def settle_calibration(
     Raises:
         ValueError: the model or the data cannot be used.
     """
+    recipe, console = prepared.recipe, prepared.console
     if recipe.allocate not in ("variance", "blocks"):
         return recipe
     config = recipe.config()
-    shapes = target_weights(recipe.model, config, recipe.trust_remote_code)
+    shapes = target_weights(prepared.base, config)
     method = config.build()
     watched: dict[str, Method] = dict.fromkeys(shapes, method)
     if recipe.allocate == "variance":
         watched = {name: EVA(r=min(math.ceil(RHO * allocated_ranks(config)), *shape)) for name, shape in shapes.items()}
     quantize = "none" if recipe.quantize == "nf4" else recipe.quantize  # the fold comes later, with these ranks
-    base = load_training_model(replace(recipe, allocate="none", quantize=quantize), dtype, folder, console)
-    batches = calibration_batches(recipe, tokenizer, rows)
+    base = load_training_model(replace(prepared, recipe=replace(recipe, allocate="none", quantize=quantize)))
+    batches = calibration_batches(prepared)
     gathered = gather_statistics(base, watched, batches, recipe.calibration, TASKS[recipe.task].loss(recipe))
     report_unsettled(gathered.unsettled, len(watched), console)
     if recipe.allocate == "blocks":
         budget = sum(len(method.start(torch.empty(shape, device="meta"))["D"]) for shape in shapes.values())
-        shares = blocks({name: stats["score"] for name, stats in gathered.stats.items()}, budget)
+        shares = allocate_blocks({name: stats["score"] for name, stats in gathered.stats.items()}, budget)
         console.print(
             f"blocks by gradient: {min(shares.values())} to {max(shares.values())} a weight, {budget} in total"
         )

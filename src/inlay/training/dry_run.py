@@ -8,8 +8,8 @@ from inlay.files.atomic import check_free
 from inlay.messages import dtype_name, gib
 from inlay.models.folded import fold_at
 from inlay.models.loading import dtype_for
-from inlay.models.meta import count_parameters
 from inlay.models.model_classes import find_model_class
+from inlay.models.sizes import count_parameters
 from inlay.recipe.peft_methods import without_start
 from inlay.recipe.recipe import Recipe
 from inlay.training.allocate_ranks import settle_ranks
@@ -17,12 +17,11 @@ from inlay.training.base_model import check_fold
 from inlay.training.batch_size import fitting_batch, largest_useful_batch, planned_step
 from inlay.training.examples import TOKENS
 from inlay.training.run_folder import MARK
+from inlay.training.tasks import TASKS
 
 
 def dry_run(recipe: Recipe, console: Console) -> None:
     """Show what a run would do: recipe, first example with its answer marked, parameters, memory. Load no weights."""
-    from inlay.training.tasks import TASKS  # which import this room
-
     check_free(recipe.run_folder(), recipe.overwrite, MARK)
     if adapter := fold_at(recipe.model):
         check_fold(recipe, adapter)
@@ -30,25 +29,24 @@ def dry_run(recipe: Recipe, console: Console) -> None:
     task = TASKS[recipe.task]
     kind = find_model_class(recipe.task)
     tokenizer = task.processor(recipe)
+    base = recipe.base_model()
     rows = task.examples(recipe, tokenizer, console)
-    recipe = settle_ranks(recipe, console)
+    recipe = settle_ranks(recipe, base, console)
     batch = recipe.batch_size
     if batch == "auto":
-        batch = fitting_batch(*planned_step(recipe, rows, dtype), largest_useful_batch(rows), loaded=False)
+        batch = fitting_batch(*planned_step(recipe, base, rows, dtype), largest_useful_batch(rows), loaded=False)
     recipe = recipe.resolved(dtype=dtype_name(dtype), eval_size=rows.eval_size, batch_size=batch)
     console.print(recipe.to_yaml().rstrip(), soft_wrap=True)
     console.print("\nfirst example, the learned part in ⟦⟧:" if not kind.causal else TOKENS)
     console.print(task.shown(rows.train[0], tokenizer, recipe), soft_wrap=True)
     if not kind.causal or recipe.task == "preference":
         config = without_start(recipe.adapter())
-        trained = count_parameters(
-            recipe.model, config, recipe.trust_remote_code, kind.auto, **task.model_settings(rows)
-        )
+        trained = count_parameters(base, config, kind.auto, **task.model_settings(rows))
         console.print(
             f"\n{trained:,} trainable parameters; memory is predicted for tasks instruction, language_modelling"
         )
         return
-    run, length = planned_step(recipe, rows, dtype)
+    run, length = planned_step(recipe, base, rows, dtype)
     need = run.step(batch, length)
     console.print(f"\n{need.parameters:,.0f} trainable parameters; batch {batch} × {length} tokens")
     training = need.trained + need.gradients + need.optimizer

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any, cast
 
 from peft import PeftModel
-from rich.console import Console
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 
 from inlay.files.atomic import write_text
@@ -19,17 +17,17 @@ from inlay.host.schedule import Schedule
 from inlay.messages import duration, gib
 from inlay.models import builtin
 from inlay.models.loading import dtype_for
-from inlay.models.meta import count_trained_and_base
+from inlay.models.sizes import count_trained_and_base
 from inlay.recipe.optimizers import check_shapes, own_optimizer
 from inlay.recipe.peft_methods import is_inlay
-from inlay.recipe.recipe import Recipe
 from inlay.reports.result import Result, environment
 from inlay.training import checkpoints
 from inlay.training.arguments import optimizer_steps, settle_steps, training_arguments
 from inlay.training.batch_size import fitting_batch, largest_useful_batch, planned_step
 from inlay.training.checkpoints import Checkpoint
-from inlay.training.examples import Examples, training_set
+from inlay.training.examples import training_set
 from inlay.training.peft_extras import complete_peft_method
+from inlay.training.prepared import Prepared
 from inlay.training.progress import RunProgress, peak_memory
 from inlay.training.tasks import TASKS
 from inlay.training.trainer import Trainer
@@ -37,25 +35,17 @@ from inlay.training.trainer import Trainer
 BEFORE = ".before.json"  # the answers before training, until the samples are written
 
 
-def fit(
-    recipe: Recipe,
-    trainer: Trainer,
-    tokenizer: Any,
-    rows: Examples,
-    console: Console,
-    checkpoint: Checkpoint | None = None,
-) -> Result:
+def fit(prepared: Prepared, trainer: Trainer, checkpoint: Checkpoint | None = None) -> Result:
     """Evaluate, train and evaluate again, writing the metrics into the run folder on the way.
 
     Args:
-        recipe: of the run, settled.
-        trainer: from `build_trainer`.
-        tokenizer: or processor, of the task.
-        rows: the examples.
-        console: for messages.
+        prepared: the run or trial, with its recipe settled.
+        trainer: from `settle`.
         checkpoint: the one to resume from.
     """
-    folder = Path(str(recipe.output))
+    recipe, rows = prepared.recipe, prepared.rows
+    console = prepared.console
+    folder, tokenizer = prepared.folder, prepared.tokenizer
     model = cast(Any, trainer.model)
     trainer.run = {
         "recipe": checkpoints.learning_settings(recipe),
@@ -114,12 +104,13 @@ def fit(
     )  # fmt: skip
 
 
-def predicted_memory(recipe: Recipe, rows: Examples, trainer: Trainer) -> dict[str, float]:
+def predicted_memory(prepared: Prepared, trainer: Trainer) -> dict[str, float]:
     """Return the predicted bytes at the peak of a step, by part; nothing where the model cannot be simulated."""
+    recipe = prepared.recipe
     if recipe.task not in ("instruction", "language_modelling"):
         return {}
     try:
-        run, length = planned_step(recipe, rows, dtype_for(recipe.dtype))
+        run, length = planned_step(recipe, prepared.base, prepared.rows, dtype_for(recipe.dtype))
         need = run.step(trainer.args.per_device_train_batch_size, length)
     except ValueError:
         return {}
@@ -131,22 +122,20 @@ def predicted_memory(recipe: Recipe, rows: Examples, trainer: Trainer) -> dict[s
     return {**parts, "for a moment": max(0.0, need.peak - sum(parts.values()))}
 
 
-def build_trainer(recipe: Recipe, base: Any, tokenizer, rows: Examples, folder: Path) -> Trainer:
+def build_trainer(prepared: Prepared, base: Any) -> Trainer:
     """Return the trainer for a recipe, and adapt its base unless it is adapted already.
 
     Args:
-        recipe: of the run; `batch_size: auto` is settled here.
+        prepared: the run or trial; `batch_size: auto` is settled here.
         base: the model.
-        tokenizer: or processor, of the task.
-        rows: the examples.
-        folder: of the run.
     """
+    recipe, rows = prepared.recipe, prepared.rows
+    tokenizer = prepared.tokenizer
     batch = recipe.batch_size
     if batch == "auto":
         most = largest_useful_batch(rows, distributed.process_count())
-        batch = min(
-            distributed.gather_values(fitting_batch(*planned_step(recipe, rows, base.dtype), most, loaded=True))
-        )
+        step = planned_step(recipe, prepared.base, rows, base.dtype)
+        batch = min(distributed.gather_values(fitting_batch(*step, most, loaded=True)))
     steps = optimizer_steps(recipe, len(rows.train), batch)
     stop: list[TrainerCallback] = [EarlyStoppingCallback(recipe.early_stopping)] if recipe.early_stopping else []
     adapter = None if isinstance(base, PeftModel) else recipe.adapter(steps)
@@ -159,7 +148,7 @@ def build_trainer(recipe: Recipe, base: Any, tokenizer, rows: Examples, folder: 
     with shared_starts():
         trainer = task.trainer(
             base,
-            args=training_arguments(recipe, folder, batch, steps, dtype_for(recipe.dtype)),
+            args=training_arguments(recipe, prepared.folder, batch, steps, dtype_for(recipe.dtype)),
             train_dataset=training_set(rows, tokenizer) if rows.stream else task.dataset(rows.train, tokenizer, recipe),
             eval_dataset=task.dataset(rows.heldout, tokenizer, recipe),
             processing_class=tokenizer,

@@ -19,7 +19,7 @@ from inlay.files.atomic import write_text
 from inlay.files.untrusted import DamagedFileError
 from inlay.host import distributed
 from inlay.messages import duration, gib, loading
-from inlay.models.meta import count_trainable
+from inlay.models.sizes import count_trainable
 from inlay.training.checkpoints import METRICS
 
 

@@ -13,6 +13,7 @@ from inlay.host.config import InlayConfig
 from inlay.inspection.change_plots import draw_change_plots
 from inlay.inspection.changes import CHANGES, WeightChange, changes, changes_as_data
 from inlay.inspection.inspect_adapter import changes_of_fold
+from inlay.models.base import BaseModel
 from inlay.models.model_classes import SEQUENCE, find_model_class
 from inlay.models.stored_weights import Weights
 from inlay.recipe.recipe import Recipe
@@ -25,10 +26,16 @@ from inlay.training.tasks import TASKS
 PAGE = "report.html"  # written last
 
 
-def write_run(result: Result, model: PeftModel | PreTrainedModel, state: dict[str, Tensor] | None = None) -> None:
+def write_run(
+    result: Result, base: BaseModel, model: PeftModel | PreTrainedModel, state: dict[str, Tensor] | None = None
+) -> None:
     """Write the adapter (or the whole model) with its card, the samples, the plots and the report.
 
-    `state` is the state dict to save of a model that is sharded.
+    Args:
+        result: of the run.
+        base: of the run.
+        model: that was trained.
+        state: the state dict to save of a model that is sharded.
     """
     kept = result.folder / result.recipe.kept
     marker = "adapter_config.json" if isinstance(model, PeftModel) else "config.json"
@@ -49,7 +56,7 @@ def write_run(result: Result, model: PeftModel | PreTrainedModel, state: dict[st
     if isinstance(config, InlayConfig) and config.folded:
         changed = changes_of_fold(kept)
     elif state is None:  # a sharded model has no whole weights to compare
-        changed = changes(model, lambda: weights_of(result.recipe))
+        changed = changes(model, lambda: weights_of(result.recipe, base))
     plots = draw_change_plots(run_figures(result, changed, page_title(result)), result.folder / "plots")
     if changed:
         write_text(result.folder / CHANGES, json.dumps(changes_as_data(changed), indent=1))
@@ -57,6 +64,6 @@ def write_run(result: Result, model: PeftModel | PreTrainedModel, state: dict[st
     write_text(result.folder / PAGE, run_page(result, plots, changed))
 
 
-def weights_of(recipe: Recipe) -> Weights:
+def weights_of(recipe: Recipe, base: BaseModel) -> Weights:
     """Return what the checkpoint of a recipe's model stores."""
-    return Weights(recipe.model, recipe.revision, recipe.trust_remote_code, find_model_class(recipe.task).auto)
+    return base.weights(find_model_class(recipe.task).auto)

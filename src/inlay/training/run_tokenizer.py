@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,8 +12,6 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from inlay.data.chat_templates import mentions, read_template, template_text
 from inlay.data.chats import template_arguments
 from inlay.messages import did_you_mean
-from inlay.models.loading import load_config, load_tokenizer, resolve
-from inlay.models.meta import meta_model
 from inlay.models.model_classes import find_model_class
 from inlay.recipe.recipe import Recipe
 
@@ -23,7 +22,7 @@ def run_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: it has no end token, the template cannot be read, or does not read an argument it is given.
     """
-    tokenizer = load_tokenizer(recipe.model, recipe.revision, recipe.trust_remote_code)
+    tokenizer = recipe.base_model().tokenizer()
     if end := recipe.trainer.get("eos_token"):
         if end not in tokenizer.get_vocab():
             raise ValueError(f"trainer: eos_token {end!r} is not a token of {recipe.model}'s tokenizer")
@@ -47,8 +46,8 @@ def run_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 def answer_ends(recipe: Recipe) -> frozenset[int]:
     """The tokens at which a recipe's model stops by its own generation settings."""
     try:
-        where = resolve(recipe.model)
-        ends = GenerationConfig.from_pretrained(where, revision=recipe.revision).eos_token_id
+        base = recipe.base_model()
+        ends = GenerationConfig.from_pretrained(base.resolved, revision=base.revision or "main").eos_token_id
     except (OSError, ValueError):  # it has none
         return frozenset()
     return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
@@ -61,10 +60,10 @@ def check_limits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, largest: in
         ValueError: the tokenizer has more tokens than the embedding and the data has them, or rows are longer than the
             positions that the model learned.
     """
-    config = load_config(recipe.model, recipe.trust_remote_code, recipe.revision)
+    config = recipe.base_model().config()
     rows = getattr(config.get_text_config(), "vocab_size", None)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    last = max(largest, pad or 0)
+    pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    last: int = max(largest, pad or 0)
     if rows is not None and last >= rows:
         raise ValueError(
             f"the tokenizer of {recipe.model} has {len(tokenizer):,} tokens, its embedding {rows:,} rows and none for "
@@ -80,9 +79,7 @@ def check_limits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, largest: in
 
 def learned_positions(recipe: Recipe) -> int | None:
     """How many positions a model has an embedding for; None where it computes them."""
-    model = meta_model(
-        recipe.model, torch.float32, recipe.trust_remote_code, 1, find_model_class(recipe.task).auto, recipe.revision
-    )
+    model = recipe.base_model().meta(torch.float32, 1, find_model_class(recipe.task).auto)
     found = [
         module.num_embeddings
         - int(getattr(module, "offset", 0))

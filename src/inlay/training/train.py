@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from rich.console import Console
-from transformers import set_seed
 
 from inlay.files.atomic import check_free, locked, put_back, write_text
 from inlay.host import distributed
@@ -19,17 +19,15 @@ from inlay.recipe.reading import load_recipe
 from inlay.recipe.recipe import Recipe
 from inlay.reports.result import Result
 from inlay.training import checkpoints
-from inlay.training.allocate_ranks import settle_ranks
 from inlay.training.arguments import NO_WAY_BACK, check_tracker
-from inlay.training.base_model import load_training_model
-from inlay.training.calibration import calibration_batches, settle_calibration, start_from_data
 from inlay.training.checkpoints import Checkpoint
 from inlay.training.deepspeed_zero3 import check_zero3
-from inlay.training.examples import Examples
-from inlay.training.fit import BEFORE, build_trainer, fit, predicted_memory
+from inlay.training.fit import BEFORE, fit, predicted_memory
 from inlay.training.hub import claim_repository, upload_run
+from inlay.training.prepared import Prepared
 from inlay.training.run_files import PAGE, write_run
 from inlay.training.run_folder import MARK, give_up, start_folder, tidy
+from inlay.training.settle import settle
 from inlay.training.tasks import TASKS
 from inlay.training.trainer import Trainer
 
@@ -51,25 +49,15 @@ def train(recipe: Recipe, console: Console | None = None, resume: bool = False) 
     folder = distributed.from_first(recipe.run_folder)
     with locked(folder) if distributed.is_first() else nullcontext():
         checkpoint = distributed.from_first(lambda: begin(recipe, folder, console, resume))
-        dtype = dtype_for(recipe.dtype)
         task = TASKS[recipe.task]
         tokenizer = task.processor(recipe)
         rows = distributed.in_turn(lambda: task.examples(recipe, tokenizer, console))
+        dtype = dtype_for(recipe.dtype)
+        prepared = Prepared(recipe, recipe.base_model(), dtype, folder, tokenizer, rows, console)
         distributed.from_first(lambda: None if checkpoint else start_folder(folder, recipe))
         try:
-            recipe = distributed.from_first(lambda recipe=recipe: settle_ranks(recipe, console))
-            recipe = distributed.from_first(
-                lambda recipe=recipe: settle_calibration(recipe, dtype, folder, tokenizer, rows, console)
-            )
-            set_seed(recipe.seed)
-            batches = calibration_batches(recipe, tokenizer, rows)
-            base = load_training_model(recipe, dtype, folder, console, checkpoint, batches, **task.model_settings(rows))
-            base_checksum = checkpoints.base_mark(base)  # before some of PEFT's starts change the base itself
-            trainer = build_trainer(recipe, base, tokenizer, rows, folder)
-            trainer.base = base_checksum
-            if checkpoint is None:
-                start_from_data(recipe, trainer.model, tokenizer, rows, console)
-            recipe = recipe.resolved(
+            prepared, trainer = settle(prepared, checkpoint)
+            recipe = prepared.recipe.resolved(
                 dtype=dtype_name(dtype),
                 eval_size=rows.eval_size,
                 batch_size=trainer.args.per_device_train_batch_size,
@@ -77,7 +65,7 @@ def train(recipe: Recipe, console: Console | None = None, resume: bool = False) 
             )
             if distributed.is_first():
                 write_text(folder / "recipe.yaml", recipe.to_yaml())
-            result = fit_and_write(recipe, trainer, tokenizer, rows, console, checkpoint)
+            result = fit_and_write(replace(prepared, recipe=recipe), trainer, checkpoint)
         except BaseException:
             if distributed.is_first() and give_up(folder):
                 hint = "" if recipe.method == ADALORA else f"; to resume it: inlay train --resume {folder}"
@@ -160,21 +148,14 @@ def unfinished(folder: Path, changed: dict[str, Any]) -> Recipe | None:
     return None
 
 
-def fit_and_write(
-    recipe: Recipe,
-    trainer: Trainer,
-    tokenizer: Any,
-    rows: Examples,
-    console: Console,
-    checkpoint: Checkpoint | None = None,
-) -> Result:
-    """Train, and write everything into the run folder."""
-    result = fit(recipe, trainer, tokenizer, rows, console, checkpoint)
-    result.memory_planned = predicted_memory(recipe, rows, trainer)
+def fit_and_write(prepared: Prepared, trainer: Trainer, checkpoint: Checkpoint | None = None) -> Result:
+    """Fit, and write everything into the run folder."""
+    result = fit(prepared, trainer, checkpoint)
+    result.memory_planned = predicted_memory(prepared, trainer)
     model = cast(Any, trainer.model)
     state = distributed.whole_state(model) if trainer.sharded else None
     if distributed.is_first():
-        write_run(result, model, state)
+        write_run(result, prepared.base, model, state)
     return result
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from inlay.experiments.compare.spec import Entry
 from inlay.inspection.singular_values import target_weights
 from inlay.models.loading import dtype_for
-from inlay.models.meta import count_parameters
+from inlay.models.sizes import count_parameters
 from inlay.planning.planner import size_name, takes
 from inlay.recipe.peft_methods import FULL, is_inlay, peft_size_field, without_start
 from inlay.recipe.recipe import Recipe
@@ -23,10 +23,10 @@ Cost = Callable[[Recipe], float]
 def budget_cost(kind: str, rows: Examples) -> Cost:
     """Return a function for a recipe's cost: its trained parameters, or the GiB at the peak of a step."""
     if kind == "parameters":
-        return lambda recipe: count_parameters(recipe.model, without_start(recipe.adapter()))
+        return lambda recipe: count_parameters(recipe.base_model(), without_start(recipe.adapter()))
 
     def peak(recipe: Recipe) -> float:
-        run, length = planned_step(recipe, rows, dtype_for(recipe.dtype))
+        run, length = planned_step(recipe, recipe.base_model(), rows, dtype_for(recipe.dtype))
         return run.step(int(recipe.batch_size), length).peak / 2**30
 
     return peak
@@ -65,7 +65,7 @@ def method_size_field(method: str) -> str | None:
 def possible_sizes(recipe: Recipe, name: str) -> Sequence[int]:
     """Return the sizes that a method can have on the weights it adapts."""
     where = replace(recipe, method="lora", args={"r": 1}, patterns={}, allocate="none").config()
-    shapes = set(target_weights(recipe.model, where, recipe.trust_remote_code).values())
+    shapes = set(target_weights(recipe.base_model(), where).values())
     options = range(1, min(min(shape) for shape in shapes) + 1)
     if not is_inlay(recipe.method):
         return options

@@ -1,4 +1,4 @@
-"""Bat's product: one block per block of inputs, around the layer's own product."""
+"""Compute Bat's product: one block per block of inputs, around the layer's own product."""
 
 from __future__ import annotations
 
@@ -7,26 +7,29 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from inlay.numerics.ops import shared
 from inlay.numerics.ops.dropout import Dropout, keep
-from inlay.numerics.ops.shared import Linear, add_blocks, block_sum, tiles
+from inlay.numerics.ops.shared import Linear, add_blocks, block_sum, differentiable_gradients, takes_reference, tiles
 
 
 def bat(x: Tensor, linear: Linear, B: Tensor) -> Tensor:
-    """W (x + t) + tile(Σ_b t_b) + bias, (..., out), with t = blockdiag(B) x; B (in/r × r × r). x and B are kept.
+    """Return W (x + t) + tile(Σ_b t_b) + bias, (..., out), with t = blockdiag(B) x; B (in/r × r × r).
 
-    Blocks are multiplied a few at once, as the diagonal of a larger one: an r × r product is too small to be fast.
+    x and B are kept. Blocks are multiplied a few at once, as the diagonal of a larger one: an r × r product is too
+    small to be fast.
     """
+    if takes_reference():
+        return bat_reference(x, lambda x: F.linear(x, *linear), B)
     return _Bat.apply(x, *linear, B)
 
 
 def bat_reference(x: Tensor, base: Callable[[Tensor], Tensor], B: Tensor, drop: Dropout = keep) -> Tensor:
-    """What `bat` computes, over any layer."""
+    """Return what `bat` computes, over any layer."""
     t = torch.einsum("...bp,bqp->...bq", drop(x).unflatten(-1, (-1, B.shape[1])), B.to(x.dtype))
     y = base(x + t.flatten(-2))
-    return y + t.sum(-2).repeat(*[1] * (t.dim() - 2), y.shape[-1] // B.shape[1])
+    total = t.sum(-2).to(y.dtype)  # which autocast sums in fp32
+    return y + total.repeat(*[1] * (t.dim() - 2), y.shape[-1] // B.shape[1])
 
 
 class _Bat(torch.autograd.Function):
@@ -43,14 +46,21 @@ class _Bat(torch.autograd.Function):
             total[rows] = block_sum(t.sum(0, dtype=torch.promote_types(t.dtype, torch.float32)), r)
         y = F.linear(z, W, bias)
         right = tiles(r, len(W), y)
-        add_blocks(y, total) if right is None else y.addmm_(total, right)
+        if right is None:
+            add_blocks(y, total)
+        else:
+            y.addmm_(total, right)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g: Tensor):
         x, W, B = ctx.saved_tensors
-        g, flat, r = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1]), B.shape[1]
+        if torch.is_grad_enabled():  # create_graph=True
+            function = lambda x, B: bat_reference(x, lambda x: F.linear(x, W), B)  # noqa: E731
+            dx, dB = differentiable_gradients(function, [x, B], [ctx.needs_input_grad[0], ctx.needs_input_grad[3]], g)
+            return dx, None, None, dB
+        g, flat = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
+        r = B.shape[1]
         E = diagonal(B.to(x.dtype))
         dx, right = g @ W, tiles(r, len(W), g)
         total = (block_sum(g, r) if right is None else g @ right.T).to(g.dtype).repeat(1, E.shape[1] // r)
@@ -65,14 +75,14 @@ class _Bat(torch.autograd.Function):
 
 
 def row_strips(x: Tensor) -> Iterator[slice]:
-    """Groups of rows that fit a CPU's cache; on a GPU all of them."""
+    """Yield groups of rows that fit a CPU's cache; on a GPU all of them."""
     height = max(1, len(x) if x.is_cuda else (shared.SCRATCH >> 3) // x.shape[1])
     for i in range(0, len(x), height):
         yield slice(i, min(i + height, len(x)))
 
 
 def diagonal(B: Tensor) -> Tensor:
-    """Blocks (n × r × r) joined to fewer, block-diagonal ones, (n/m × mr × mr)."""
+    """Join blocks (n × r × r) to fewer, block-diagonal ones, (n/m × mr × mr)."""
     n, r, _ = B.shape
     m = next(m for m in range(max(1, (32 if B.element_size() >= 4 else 64) // r), 0, -1) if n % m == 0)
     E = B.new_zeros(n // m, m, r, m, r)

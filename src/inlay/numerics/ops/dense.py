@@ -1,4 +1,4 @@
-"""Changes ΔW that are built a few rows at a time, in both passes."""
+"""Apply changes ΔW that are built a few rows at a time, in both passes."""
 
 from __future__ import annotations
 
@@ -10,18 +10,28 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from inlay.numerics.ops import shared
-from inlay.numerics.ops.shared import Linear, holds_changes, leaves_of, own_precision, product_dtype, pull, scratch
+from inlay.numerics.ops.shared import (
+    Linear,
+    differentiable_gradients,
+    holds_changes,
+    leaves_of,
+    own_precision,
+    product_dtype,
+    pull,
+    scratch,
+    takes_reference,
+)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A matrix D (out × in) that is built a few rows at a time: D[i:j] = rows(i, j, *build(*tensors)).
+    """Build a matrix D (out × in) a few rows at a time: D[i:j] = rows(i, j, *build(*tensors)).
 
-    i and j are multiples of `step`, and `rows` gives a tensor of its own, not a view. A step of 0: `build` gives D
-    itself. In bf16 the parts that `build` gives are rounded and the rows built of them, else the rows are rounded.
+    i and j are multiples of `step`, and `rows` returns a tensor of its own, not a view. With a step of 0, `build`
+    returns D itself. In bf16 the parts that `build` returns are rounded and the rows built of them, else the rows are
+    rounded.
     """
 
     build: Callable[..., tuple[Tensor, ...]]
@@ -34,7 +44,7 @@ class Rows:
         return [t.to(dtype) if narrow else t for t in self.build(*tensors)]
 
     def strips(self, parts: Sequence[Tensor], inp: int) -> list[tuple[int, int]]:
-        """The borders of groups of rows that fit the scratch size."""
+        """Return the borders of groups of rows that fit the scratch size."""
         if not self.step:
             return [(0, len(parts[0]))]
         height = -(-max(shared.TALL, scratch(parts[0]) // inp) // self.step) * self.step
@@ -42,24 +52,27 @@ class Rows:
 
 
 def begun(x: Tensor, bias: Tensor | None, out: int) -> Tensor:
-    """A (rows of x × out) tensor for products to be added to: with the bias in it first, as nn.Linear does, or one
-    rounding would differ; without one, with nothing."""
+    """Return a (rows of x × out) tensor to which products are added, filled with the bias if there is one.
+
+    The bias comes first, as in nn.Linear, or one rounding would differ.
+    """
     return x.new_empty(len(x), out) if bias is None else bias.expand(len(x), -1).clone()
 
 
 def dense(x: Tensor, linear: Linear | None, D: Rows, *p: Tensor) -> Tensor:
-    """x Wᵀ + bias + x Dᵀ, (..., out). x and p are kept; D's rows live for a moment, and so do those of gᵀx.
+    """Return x Wᵀ + bias + x Dᵀ, (..., out).
 
-    In fp32 and wider W + D is multiplied at once: three products of the size of a layer in all, the floor of a dense
-    update, where a second product beside the layer's own makes five. In bf16 or TF32 that would round a small D away.
+    x and p are kept; D's rows are temporary, and so are those of gᵀx. In fp32 and wider W + D is multiplied at once:
+    three products of the size of a layer in all, the floor of a dense update, where a second product beside the layer's
+    own makes five. In bf16 or TF32 that would round a small D away.
     """
-    if torch.compiler.is_compiling():
+    if takes_reference():
         return dense_reference(x, linear, D, *p)
     return _Dense.apply(x, *(linear or (None, None)), D, *p)
 
 
 def dense_reference(x: Tensor, linear: Linear | None, D: Rows, *p: Tensor) -> Tensor:
-    """What `dense` computes."""
+    """Return what `dense` computes."""
     parts = D.build(*p)
     y = F.linear(x, D.rows(0, D.out or len(parts[0]), *parts).to(x.dtype))
     return y if linear is None else F.linear(x, *linear) + y
@@ -84,10 +97,16 @@ class _Dense(torch.autograd.Function):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g: Tensor):
         x, W, *p = ctx.saved_tensors
-        D, inp, g = ctx.D, x.shape[-1], g.reshape(-1, g.shape[-1])
+        D, inp = ctx.D, x.shape[-1]
+        g = g.reshape(-1, g.shape[-1])
+        if torch.is_grad_enabled():  # create_graph=True
+            needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]]
+            linear = None if W is None else (W, None)
+            function = lambda x, *p: dense_reference(x.reshape(-1, inp).to(g.dtype), linear, D, *p)  # noqa: E731
+            dx, *grads = differentiable_gradients(function, [x, *p], needs, g)
+            return dx, None, None, None, *grads
         with own_precision(g.device.type):
             leaves, flat = leaves_of(p, ctx.needs_input_grad[4:]), x.reshape(-1, inp).to(g.dtype)
             with torch.enable_grad():
@@ -102,8 +121,8 @@ class _Dense(torch.autograd.Function):
                 with torch.enable_grad():
                     rows = D.rows(i, j, *ends)
                 if dx is not None:
-                    own = rows.detach().to(g.dtype)
-                    dx.addmm_(g[:, i:j], own if W is None or ctx.beside else own + W[i:j])
+                    values = rows.detach().to(g.dtype)
+                    dx.addmm_(g[:, i:j], values if W is None or ctx.beside else values + W[i:j])
                 if wanted:
                     slope = (g[:, i:j].T @ flat).to(rows.dtype)
                     new = torch.autograd.grad(rows, wanted, slope)
@@ -113,14 +132,22 @@ class _Dense(torch.autograd.Function):
 
 
 def watched(D: Tensor, look: Callable[[Tensor], None]) -> Tensor:
-    """D, whose gradient `look` is shown in a backward pass: not if that is compiled, or on the meta device."""
+    """Return D, whose gradient is passed to `look` in a backward pass that is not compiled nor on the meta device.
+
+    Gradients that are to be differentiated again are not passed: they are no gradients of what is minimised.
+    """
+
+    def show(slope: Tensor) -> None:
+        if not torch.is_grad_enabled():
+            look(slope)
+
     if D.requires_grad and not D.is_meta and not torch.compiler.is_compiling():
-        D.register_hook(look)
+        D.register_hook(show)
     return D
 
 
 def bat_col_delta(W: Tensor, B: Tensor) -> Tensor:
-    """ΔW_ab = W_ab B_a + B_a for W (out × in) and B (out/r × r × r), in B's dtype."""
+    """Return ΔW_ab = W_ab B_a + B_a for W (out × in) and B (out/r × r × r), in B's dtype."""
     a, r, _ = B.shape
     blocks = W.to(B.dtype).reshape(a, -1, r) @ B
     return (blocks.unflatten(1, (r, -1)) + B[:, :, None]).flatten(2).flatten(0, 1)

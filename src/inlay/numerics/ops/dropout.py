@@ -1,4 +1,4 @@
-"""Dropout whose mask is drawn again from its seed in the backward pass."""
+"""Drop out with a mask that is drawn again from its seed in the backward pass."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from inlay.numerics.ops.shared import scratch
 
 @dataclass(frozen=True)
 class Dropout:
-    """Dropout of this step; a p of 0 is none. `saver`: how `low_rank` keeps x where A is trained (see `SAVERS`)."""
+    """Apply this step's dropout with probability p; `saver` is how `low_rank` keeps x where A is trained (`SAVERS`)."""
 
     p: float = 0.0
     saver: str = "none"
@@ -28,7 +28,7 @@ keep = Dropout()
 
 
 def masks(shape: Sequence[int], like: Tensor, p: float, seed: int) -> Iterator[tuple[slice, Tensor]]:
-    """The dropout mask of a seed for a (rows × width) tensor, scaled, in strips of rows; p to the nearest of 2⁻¹⁶."""
+    """Yield a seed's scaled dropout mask for a (rows × width) tensor in strips of rows; p is rounded to 2⁻¹⁶."""
     generator = None if like.is_meta else torch.Generator(like.device).manual_seed(seed)
     size = scratch(like) if like.is_cuda else shared.SCRATCH >> 2  # less memory on a CPU, in about the same time
     height, dropped = max(1, size // shape[1]), min(round(p * 65536), 65535)
@@ -38,8 +38,10 @@ def masks(shape: Sequence[int], like: Tensor, p: float, seed: int) -> Iterator[t
 
 
 def draw_mask(out: Tensor, dropped: int, generator: torch.Generator | None) -> Tensor:
-    """`out`, filled: an entry is 0 with a probability of dropped / 65536. One random number of 64 bits serves four
-    entries, as torch's own Bernoulli takes six times as long on many CPUs."""
+    """Fill `out` with a mask whose entries are 0 with a probability of dropped / 65536.
+
+    One random number of 64 bits serves four entries, as torch's own Bernoulli takes six times as long on many CPUs.
+    """
     drawn = out.new_empty(-(-out.numel() // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
     bits = drawn.view(torch.int16)[: out.numel()].view(out.shape)
     return torch.ge(bits, dropped - 32768, out=out).mul_(65536 / (65536 - dropped))

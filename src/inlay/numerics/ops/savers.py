@@ -1,4 +1,4 @@
-"""Compressed and sampled forms of x that are kept for the gradient of A."""
+"""Keep compressed or sampled forms of x for the gradient of A."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from torch import Tensor
 
 
 class Velora:
-    """Each token in 32 (or fewer) parts, of each part its length along one direction v, the mean part of this batch:
-    x̂ = (x v) vᵀ, and dA = gᵀ x̂. Miles, Reddy, Elezi, Deng 2024, "VeLoRA: Memory Efficient Training using Rank-1
-    Sub-Token Projections", arXiv 2405.17991. Biased: what of x is orthogonal to v is lost, in every step. [ours]: v is
-    of each batch, where the paper keeps that of the first; so there is no state."""
+    """Keep of each token's parts only their lengths along one direction v (VeLoRA): x̂ = (x v) vᵀ, and dA = gᵀ x̂.
+
+    A token has 32 (or fewer) parts, and v is the mean part of this batch. Miles, Reddy, Elezi, Deng 2024, "VeLoRA:
+    Memory Efficient Training using Rank-1 Sub-Token Projections", arXiv 2405.17991. Biased: what of x is orthogonal to
+    v is lost, in every step. [ours]: v is of each batch, where the paper keeps that of the first; so there is no state.
+    """
 
     @staticmethod
     def keep(x: Tensor) -> tuple[Tensor, ...]:
@@ -27,17 +29,20 @@ class Velora:
 
 
 class WTACRS:
-    """k = 0.3 T of the T tokens: the c longest ones as they are, and k − c drawn from the rest by their lengths,
-    weighted so that the mean of dA is gᵀ x. Liu et al. 2023, "Winner-Take-All Column Row Sampling for Memory Efficient
-    Adaptation of Language Model", arXiv 2305.15265. c gives the least bound on the variance, (1 − P) / (k − c) with P
-    the share of the longest. [ours]: shares by ‖x_i‖ alone; the paper also uses the norms of earlier gradients."""
+    """Keep k = 0.3 T of the T tokens, the c longest as they are and the rest sampled (WTA-CRS), so that E[dA] = gᵀ x.
+
+    k − c tokens are drawn from the rest by their lengths, and weighted. Liu et al. 2023, "Winner-Take-All Column Row
+    Sampling for Memory Efficient Adaptation of Language Model", arXiv 2305.15265. c gives the least bound on the
+    variance, (1 − P) / (k − c) with P the share of the longest. [ours]: shares by ‖x_i‖ alone; the paper also uses the
+    norms of earlier gradients.
+    """
 
     @staticmethod
     def keep(x: Tensor) -> tuple[Tensor, ...]:
         k = max(1, math.ceil(0.3 * len(x)))
         share, order = x.norm(dim=1, dtype=torch.promote_types(x.dtype, torch.float32)).sort(descending=True)
         share = share / share.sum().clamp_min(torch.finfo(share.dtype).tiny)
-        rest = 1 - F.pad(share.cumsum(0)[: k - 1], (1, 0))  # what is left when c = 0, 1, ... k - 1 are taken
+        rest = 1 - F.pad(share.cumsum(0)[: k - 1], (1, 0))  # the share that is left when c = 0, 1, ... k - 1 are taken
         c = int((rest / torch.arange(k, 0, -1, device=x.device)).argmin())
         left = share[c:].clamp_min(torch.finfo(share.dtype).tiny)
         drawn = torch.multinomial(left, k - c, replacement=True)
@@ -50,4 +55,4 @@ class WTACRS:
         return (g[chosen] * weight[:, None]).T @ x
 
 
-SAVERS = {"velora": Velora, "wta_crs": WTACRS}  # what of x (T × in) is kept, and gᵀ x, (r × in), from it and g (T × r)
+SAVERS = {"velora": Velora, "wta_crs": WTACRS}  # `keep` a form of x (T × in); estimate gᵀ x from it and g (T × r)

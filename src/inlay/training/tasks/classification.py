@@ -16,6 +16,7 @@ from inlay.evaluation.label_metrics import classified, correlated
 from inlay.recipe.recipe import Recipe
 from inlay.training.examples import Examples, announce, measured
 from inlay.training.mixture import say, train_and_heldout
+from inlay.training.run_tokenizer import check_limits
 from inlay.training.tasks.instruction import Task
 from inlay.training.trainer import PlainTrainer
 
@@ -55,7 +56,9 @@ class Classification(Task):
             raise ValueError(f"label: every example has {values.pop()!r}; there have to be two labels at least")
         for row in (*train, *held):
             row["labels"] = labels.index(row["label"]) if labels else float(row["label"])
-        audit = measured([encoded_length(row, tokenizer) for row in train], recipe)
+        ids = [tokenizer(row["text"], row["pair"])["input_ids"] for row in train]
+        audit = measured(list(map(len, ids)), recipe)
+        check_limits(recipe, tokenizer, max(map(max, ids)), min(audit.longest, recipe.max_length))
         made = Examples(train, held, audit, labels, padding=tokenizer.pad_token_id)
         announce(made, recipe, console)
         return made
@@ -130,11 +133,6 @@ def ordered_labels(values: set[str]) -> list[str] | None:
     except ValueError:
         return sorted(values)
     return sorted(values, key=lambda v: numbers[v]) if all(n.is_integer() for n in numbers.values()) else None
-
-
-def encoded_length(row: Row, tokenizer: Any) -> int:
-    """An example's length in tokens."""
-    return len(tokenizer(row["text"], row["pair"])["input_ids"])
 
 
 def joined_texts(row: Row) -> str:

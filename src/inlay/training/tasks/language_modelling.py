@@ -15,6 +15,7 @@ from inlay.data.records import Record
 from inlay.recipe.recipe import Recipe
 from inlay.training.examples import Examples, announce, measured
 from inlay.training.mixture import train_and_heldout
+from inlay.training.run_tokenizer import check_limits
 from inlay.training.tasks.instruction import Task
 
 JOIN = "\n\n"  # between the records: paragraphs of a file, lines of WikiText
@@ -29,6 +30,8 @@ class LanguageModelling(Task):
             return text_blocks(records, rules, tokenizer, recipe.max_length)
 
         blocks, held = train_and_heldout(recipe, convert, console, cut=lambda parts: last_blocks(parts, recipe))
+        largest = max(max(row["ids"]) for row in (*blocks, *held))
+        check_limits(recipe, tokenizer, largest, recipe.max_length)
         made = Examples(blocks, held, measured([recipe.max_length] * len(blocks), recipe))
         announce(made, recipe, console)
         return made

@@ -16,7 +16,8 @@ from inlay.data.records import Record
 from inlay.evaluation.generate import answer
 from inlay.recipe.recipe import Recipe
 from inlay.training.examples import Examples, announce, measured
-from inlay.training.mixture import rules_of, train_and_heldout
+from inlay.training.mixture import train_and_heldout
+from inlay.training.run_tokenizer import check_limits
 from inlay.training.tasks.instruction import Task
 from inlay.training.trainer import TargetTrainer
 
@@ -35,11 +36,11 @@ class Seq2Seq(Task):
     trainer, arguments = TargetTrainer, TrainingArguments
 
     def examples(self, recipe: Recipe, tokenizer: Any, console: Console) -> Examples:
-        train, held = train_and_heldout(
-            recipe, lambda records, rules: seq2seq_examples(records, recipe, rules), console, lambda row: row["source"]
-        )
-        lengths = [max(len(tokenizer(row[side])["input_ids"]) for side in ("source", "target")) for row in train]
-        made = Examples(train, held, measured(lengths, recipe))
+        train, held = train_and_heldout(recipe, seq2seq_examples, console, lambda row: row["source"])
+        ids = [[tokenizer(row[side])["input_ids"] for side in ("source", "target")] for row in train]
+        made = Examples(train, held, measured([max(map(len, sides)) for sides in ids], recipe))
+        largest = max(max(side) for sides in ids for side in sides)
+        check_limits(recipe, tokenizer, largest, min(made.audit.longest, recipe.max_length))
         announce(made, recipe, console)
         return made
 
@@ -76,9 +77,8 @@ class Seq2Seq(Task):
         return f"{row['source']} ⟦{row['target']}⟧"
 
 
-def seq2seq_examples(records: list[Record], recipe: Recipe, rules: Rules | None = None) -> list[Row]:
+def seq2seq_examples(records: list[Record], rules: Rules) -> list[Row]:
     """Records as {"source", "target"}, with their system message, or the recipe's, before the source."""
-    rules = rules or rules_of(recipe)
 
     def row(record: Record, roles: dict[str, str]) -> list[Row]:
         cells = {role: record[column] for role, column in roles.items()}

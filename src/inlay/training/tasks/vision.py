@@ -16,7 +16,6 @@ from inlay.data.chats import chat_cell, conversation, text_cell, turn_by_turn, w
 from inlay.data.formats import Row, Rules, convert_all, earlier_turns, question_of
 from inlay.data.records import Record
 from inlay.messages import loading, short
-from inlay.models.loading import resolve
 from inlay.recipe.recipe import Recipe
 from inlay.training.examples import Examples, announce, measured
 from inlay.training.mixture import train_and_heldout
@@ -42,9 +41,11 @@ class Vision(Task):
     none, so an example longer than `max_length` fails, saying so."""
 
     def processor(self, recipe: Recipe) -> Any:
-        where, options = resolve(recipe.model), {"revision": recipe.revision}
-        with loading(f"the processor of {recipe.model!r}"):
-            made = AutoProcessor.from_pretrained(where, trust_remote_code=recipe.trust_remote_code, **options)
+        base = recipe.base_model()
+        with loading(f"the processor of {base.name!r}"):
+            made = AutoProcessor.from_pretrained(
+                base.resolved, revision=base.revision, trust_remote_code=base.trust_remote_code
+            )
         if not hasattr(made, "image_processor"):
             raise ValueError(f"task vision needs a model that sees; {recipe.model!r} has no image processor")
         return made

@@ -1,0 +1,67 @@
+"""How strongly an adapter is applied at inference: a factor on its change, 1 as it was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import nn
+
+from inlay.host.adapter_state import wrapped_keys
+from inlay.host.layer import InlayLinear
+
+
+def set_scale(model: nn.Module, scale: float | Mapping[str, float]) -> None:
+    """Set the strength at which `model` applies its adapters: y = W x + scale · s (ΔW(θ) − ΔW(θ₀)) x.
+
+    0 is the base alone, 1 the adapter as it was trained, and values beside are allowed. Several active adapters add up,
+    each at its own scale. Merging takes the scales into the weights; `save_pretrained` does not store them.
+
+    Args:
+        model: adapted.
+        scale: of all adapters, or of each by its name.
+
+    Raises:
+        ValueError: no such adapter, a scale that is no finite number, a merged adapter, or one that also trained
+            modules, tokens or biases whole, which have no strength.
+    """
+    layers = [module for module in model.modules() if isinstance(module, InlayLinear)]
+    names = {name for layer in layers for name in layer.cuts}
+    scales = dict(scale) if isinstance(scale, Mapping) else dict.fromkeys(sorted(names), scale)
+    if unknown := sorted(scales.keys() - names):
+        raise ValueError(
+            f"no adapter of Inlay's is called {unknown[0]!r}; there are {', '.join(sorted(names)) or 'none'}"
+        )
+    if not scales:
+        raise ValueError("the model has no adapter of Inlay's, so there is nothing to scale")
+    for name, value in scales.items():
+        check_scalable(model, name, value)
+    for layer in layers:
+        for name, value in scales.items():
+            layer.set_scale(name, value)
+
+
+def check_scalable(model: nn.Module, name: str, scale: float) -> None:
+    """Raise a ValueError where the adapter `name` also trained what a `scale` other than 1 has no meaning for."""
+    if scale == 1:
+        return
+    if whole := wrapped_keys(model, name):
+        raise ValueError(
+            f"the adapter {name!r} also trained {next(iter(whole))} whole or some of its tokens, which have no "
+            "strength; leave its scale at 1, or switch the adapter off with disable_adapter()"
+        )
+    config = getattr(model, "peft_config", {}).get(name)
+    if config is not None and config.bias != "none":
+        raise ValueError(f"the adapter {name!r} also trained biases, which have no strength; leave its scale at 1")
+
+
+@contextmanager
+def scaled(model: nn.Module, scale: float | Mapping[str, float]) -> Iterator[None]:
+    """In its block, apply the adapters of `model` at other strengths (see `set_scale`), and as before after it."""
+    before = [(m, dict(m.scaling)) for m in model.modules() if isinstance(m, InlayLinear)]
+    set_scale(model, scale)
+    try:
+        yield
+    finally:
+        for layer, scales in before:
+            layer.scaling.update(scales)

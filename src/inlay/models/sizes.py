@@ -1,0 +1,64 @@
+"""Sizes of models: their layers, how many parameters they have and train, and the memory that is free for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psutil
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from inlay.host.slot import trained_numbers
+from inlay.models.base import BaseModel
+
+
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    """Return a model's decoder layers: its longest list of modules (empty where it has none)."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    return max(lists, key=len, default=nn.ModuleList())
+
+
+def repeated_depths(model: PreTrainedModel) -> tuple[int, int] | None:
+    """Return two small numbers of layers from which all that is affine in their number follows for the whole model;
+    None where its layers are few, or do not repeat."""
+    layers = layers_of(model)
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or [None] * len(layers)
+    marks = [[kind, *((n, p.shape) for n, p in m.named_parameters())] for kind, m in zip(kinds, layers, strict=False)]
+    periods = (p for p in range(1, len(marks) // 2 + 1) if marks[p:] == marks[:-p])
+    period = next(periods, None)
+    if period is None or len(marks) != len(layers):
+        return None
+    few = len(layers) % period + period * (1 if len(layers) % period + period >= 2 else 2)
+    return (few, few + period) if few + period < len(layers) else None
+
+
+def count_parameters(
+    base: BaseModel, config: PeftConfig | None, auto: Any = AutoModelForCausalLM, **settings: Any
+) -> int:
+    """Count the parameters that an adapter of `config` trains on a base; without a config, all of the base.
+
+    Raises:
+        ValueError: the config does not fit the model.
+    """
+    model = base.meta(torch.float32, auto=auto, **settings)
+    return count_trainable(model if config is None else get_peft_model(model, config))
+
+
+def count_trainable(model: nn.Module) -> int:
+    """Count the parameters that a model trains."""
+    return trained_numbers(model)
+
+
+def count_trained_and_base(model: nn.Module) -> tuple[int, int]:
+    """Count the parameters that are trained, and those of the base model."""
+    if not isinstance(model, PeftModel):
+        return count_trainable(model), sum(p.numel() for p in model.parameters())
+    trained, everything = model.get_nb_trainable_parameters()
+    return trained, everything - trained
+
+
+def free_memory() -> int:
+    """Return the free bytes of the GPU or, without one, of the machine, which kills a process that takes too much."""
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available

@@ -1,0 +1,43 @@
+"""Settle a prepared run: decide what the recipe leaves to the model and the data, and build the trainer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from transformers import set_seed
+
+from inlay.host import distributed
+from inlay.training import checkpoints
+from inlay.training.allocate_ranks import settle_ranks
+from inlay.training.base_model import load_training_model
+from inlay.training.calibration import calibration_batches, settle_calibration, start_from_data
+from inlay.training.checkpoints import Checkpoint
+from inlay.training.fit import build_trainer
+from inlay.training.prepared import Prepared
+from inlay.training.trainer import Trainer
+
+
+def settle(prepared: Prepared, checkpoint: Checkpoint | None = None) -> tuple[Prepared, Trainer]:
+    """Allocate ranks, load the base and adapt it, for a run and for a trial alike.
+
+    Args:
+        prepared: the run or trial.
+        checkpoint: the one that a run resumes from.
+
+    Returns:
+        The run with its recipe settled, and the trainer, whose adapter has its start.
+
+    Raises:
+        ValueError: the model or the data cannot be used.
+    """
+    ranked = distributed.from_first(lambda: settle_ranks(prepared.recipe, prepared.base, prepared.console))
+    ranked = replace(prepared, recipe=ranked)
+    settled = replace(ranked, recipe=distributed.from_first(lambda: settle_calibration(ranked)))
+    set_seed(settled.recipe.seed)
+    base = load_training_model(settled, checkpoint, calibration_batches(settled))
+    checksum = checkpoints.base_mark(base)  # before some of PEFT's starts change the base itself
+    trainer = build_trainer(settled, base)
+    trainer.base = checksum
+    if checkpoint is None:
+        start_from_data(settled, trainer.model)
+    return settled, trainer
