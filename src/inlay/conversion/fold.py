@@ -75,6 +75,8 @@ def fold(
             weighs errors (LQ-LoRA: by sensitivity).
         batches: for methods that start from data, as in `inlay.calibrate`; all are used. The model is then first loaded
             whole, in the dtype it is stored in.
+        revision: of the model on a hub.
+        trust_remote_code: let the model's repository run its own code.
         overwrite: replace an earlier fold at `out`.
         done: called with the name of each weight that is finished.
 

@@ -56,8 +56,9 @@ def audit_examples(
     max_length: int | None,
     stops: frozenset[int] = frozenset(),
 ) -> Audit:
-    """Render all examples, count, and compare what is learned with what the records say; `stops`: the tokens that end
-    the model's answers, beside the tokenizer's end token.
+    """Render all examples, count them, and compare what is learned with what the records say.
+
+    `stops` are the tokens that end the model's answers, beside the tokenizer's end token.
 
     Raises:
         ValueError: tools, their calls or their answers are not in what the chat template makes.

@@ -32,8 +32,11 @@ def templated(tokenizer: Any, chat: list[Message], **options: Any) -> Any:
 
 
 def for_template(chat: list[Message], template: str) -> list[Message]:
-    """Messages as a template takes them: without marks of ours, a developer's as the system's and an answer's reasoning
-    under another name where it does not know theirs."""
+    """Return the messages of `chat` as the template takes them.
+
+    Inlay's own marks are removed. A developer's message becomes the system's, and an answer's reasoning gets another
+    name, where the template does not know theirs.
+    """
     made: list[Message] = []
     for message in chat:
         message = {key: value for key, value in message.items() if key != "weight"}

@@ -234,8 +234,9 @@ def conversation(
     arguments: dict[str, Any] | None = None,
     last: bool = False,
 ) -> Example:
-    """A chat as an example, with `system` in front unless it has a system message; `last`: of its answers only the last
-    is learned. Answers to nothing are context.
+    """Return a chat as an example, with `system` in front unless it has a system message of its own.
+
+    With `last`, only the last of its answers is learned. Answers to nothing are context.
 
     Raises:
         ValueError: no answer is left to learn.

@@ -18,8 +18,9 @@ Lines = Iterator[tuple[int, str]]
 def json_records(
     path: Path, lines: Lines, one_a_line: bool, notes: list[str], whole: bool = True
 ) -> tuple[str, Numbered]:
-    """The records of a JSON file, whichever of the forms it has, with the line that each begins at or its number in a
-    list; before them, which of both it is.
+    """Yield the records of a JSON file in any of its forms, each with the line it begins at or its number in a list.
+
+    Before them comes which of the two it is.
 
     `one_a_line` says what its name promises, .jsonl. Unless the file may be held in memory (`whole`), a list
     is refused.

@@ -92,8 +92,10 @@ def side_messages(cell: Any, name: str) -> list[Message]:
 
 
 def dialogue(text: str) -> list[Message]:
-    """The turns of a text in the form of Anthropic's HH, where "Human:" and "Assistant:" begin paragraphs; empty where
-    it is none. The last may wait for its answer."""
+    """Return the turns of a text in the form of Anthropic's HH; none where `text` has another form.
+
+    "Human:" and "Assistant:" begin paragraphs there. The last turn may wait for its answer.
+    """
     parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text.strip())
     if parts[0].strip() or len(parts) < 3 or parts[1] != "Human" or "Assistant" not in parts[1::2]:
         return []

@@ -95,8 +95,11 @@ def encode_example(example: Example, tokenizer: PreTrainedTokenizerBase) -> Sequ
 
 
 def sequences(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """A conversation as it is learned: whole, where all its answers can be learned in one sequence exactly as each
-    alone would be; else turn by turn. Any other example is one sequence."""
+    """Return the sequences that an example is learned as.
+
+    A conversation is one sequence where all its answers can be learned in it exactly as each alone would be; otherwise
+    it is learned turn by turn. Any other example is one sequence.
+    """
     if "text" in example or isinstance(example["prompt"], str) or len(learned_turns(example)) == 1:
         return [example]
     whole = tokenizer.chat_template is not None and in_one_sequence(example, tokenizer) is not None
@@ -178,8 +181,11 @@ def stable_spans(turns: list[Turn]) -> list[Span] | None:
 def marked_answers(
     example: Example, tokenizer: PreTrainedTokenizerBase, template: Any, answers: list[list[int]]
 ) -> tuple[list[int], list[Span]] | None:
-    """The tokens of a conversation and the spans of its answers as a template marks them; None unless they are the
-    given answers, but for whitespace before them and for what only the end of a chat has after them."""
+    """Return the tokens of a conversation and the spans of its answers as the template marks them.
+
+    None is returned unless the spans are the given answers, apart from whitespace before them and from what only the
+    end of a chat has after them.
+    """
     chat, ends = example["prompt"] + example["completion"], learned_turns(example)
     chat = chat[: ends[-1] + 1]
     try:
@@ -243,8 +249,11 @@ def as_plain_text(example: Example) -> Example:
 
 
 def prompt_ids(prompt: str | list[Message] | Example, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """A prompt as `render` has it before its answer: with what the tokenizer or the chat template puts before it, and
-    without the end that some tokenizers put after every text. An example is one with its tools and the rest."""
+    """Return the tokens of a prompt as `render` has them before its answer.
+
+    They begin with what the tokenizer or the chat template puts before a prompt, and lack the end that some tokenizers
+    put after every text. `prompt` may be an example, with its tools and the rest.
+    """
     about: Example = {} if isinstance(prompt, str | list) else prompt
     given: str | list[Message] = prompt if isinstance(prompt, str | list) else prompt["prompt"]
     if isinstance(given, list) and tokenizer.chat_template is not None:

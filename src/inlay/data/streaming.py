@@ -30,8 +30,10 @@ GUESSED_BY = 1000  # records that the roles are first assigned by
 
 @dataclass
 class Stream:
-    """The examples of all shards, how many there are, how many of them are held out as well, and each shard's name,
-    size and digest."""
+    """Hold the examples of all shards and what was found about them.
+
+    That is how many there are, how many of them are held out as well, and each shard's name, size and digest.
+    """
 
     examples: IterableDataset
     count: int

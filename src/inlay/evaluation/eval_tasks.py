@@ -35,8 +35,10 @@ class Question:
 
 
 def choice(text: str, options: Sequence[str] = ()) -> str:
-    """What LLM-Adapters (arXiv 2304.01933) reads: the first of the question's options; where those are not known, the
-    first of true, false, answerN, optionN, endingN, solutionN."""
+    """Return the first of the question's options that `text` names, as LLM-Adapters (arXiv 2304.01933) reads answers.
+
+    Where the options are not known, it is the first of true, false, answerN, optionN, endingN, solutionN.
+    """
     found = re.search("|".join(map(re.escape, options)) or CHOICES, text)
     return found.group() if found else ""
 

@@ -18,9 +18,11 @@ Chat = list[Message]
 def answer(
     model: Any, tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat | Example], tokens: int = 64, **options: Any
 ) -> list[str]:
-    """The model's answers to several conversations at once, greedy unless `options` of `generate` say otherwise. They
-    begin with the very tokens that training showed it; an encoder reads the text alone, as task seq2seq has it. An
-    example is its prompt, with its tools and the rest."""
+    """Return the model's answers to several conversations at once, greedy unless `options` of `generate` say otherwise.
+
+    Prompts have exactly the tokens that training used; an encoder reads the text alone, as task seq2seq has it. An
+    example stands for its prompt, with its tools and the rest.
+    """
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.is_encoder_decoder:

@@ -9,8 +9,11 @@ from scipy import stats
 
 
 def classified(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Accuracy; F1 of the second of two labels (as GLUE has it), of more the mean over them; Matthews' correlation, of
-    more than two labels Gorodkin's R_k (2004)."""
+    """Return accuracy, F1 and Matthews' correlation of `logits` (rows × labels) against `labels` (rows,).
+
+    F1 is that of the second of two labels, as in GLUE, and the mean over labels where there are more. Matthews'
+    correlation of more than two labels is Gorodkin's R_k (2004).
+    """
     size, found = logits.shape[1], logits.argmax(1)
     table = np.zeros((size, size))  # true label × predicted label
     np.add.at(table, (labels, found), 1)

@@ -1,5 +1,7 @@
-"""Tasks of lm-evaluation-harness (Gao et al., doi:10.5281/zenodo.10256836) through its Python API: those that come with
-it, whose data a hub has, and YAML files of one's own, which work offline where their data is local.
+"""Tasks of lm-evaluation-harness (Gao et al., doi:10.5281/zenodo.10256836) through its Python API.
+
+They are those that come with it, whose data a hub has, and YAML files of one's own, which work offline where their data
+is local.
 
 Prompts, few-shot examples and metrics are the task's; no chat template is applied, as the harness has it by default. A
 YAML file may name Python functions beside it: their code is run, as with `--metric`.
@@ -21,8 +23,9 @@ Results = dict[str, Any]
 
 
 def load_lm_eval(name: str, limit: int | None, size: int) -> Callable[[Any, Any], Results]:
-    """What the harness finds of (model, tokenizer) on a task of its own by name, or on that of a YAML file, or on all
-    of a folder of them; the data is loaded at once.
+    """Load a task of the harness by name, that of a YAML file, or all of a folder; return what scores a model on it.
+
+    The data is loaded at once.
 
     Raises:
         ValueError: lm-eval is not installed, or the task or its data cannot be loaded.

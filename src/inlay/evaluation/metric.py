@@ -1,5 +1,8 @@
-"""What a model is judged by beside its loss: a task of `inlay eval`, one of lm-evaluation-harness, or a user's own
-function. `inlay eval`, `inlay compare` and `inlay tune` ask for it alike."""
+"""The metric by which a model is evaluated beside its loss.
+
+It is a task of `inlay eval`, one of lm-evaluation-harness, or a user's own function; `inlay eval`, `inlay compare` and
+`inlay tune` all take it in the same form.
+"""
 
 from __future__ import annotations
 

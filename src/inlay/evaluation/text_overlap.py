@@ -27,8 +27,10 @@ def sacre(name: str) -> Measure:
 
 
 def rouge(name: str) -> Measure:
-    """The mean F-measure of ROUGE (Lin 2004) of the best reference, in percent, by rouge-score with its stemmer, as
-    transformers' summarisation examples have it."""
+    """Return a measure: the mean F-measure of ROUGE (Lin 2004) of the best reference, in percent.
+
+    It is rouge-score's, with its stemmer, as in transformers' summarisation examples.
+    """
 
     def measure(said: Texts, wanted: list[Texts]) -> Corpus:
         from rouge_score.rouge_scorer import RougeScorer

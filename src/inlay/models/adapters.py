@@ -202,8 +202,9 @@ class Adapter:
         return self.attach(self.base.meta(torch.float32, auto=auto, **self.settings), light=True)
 
     def attach(self, model: PreTrainedModel, trainable: bool = False, light: bool = False) -> PeftModel:
-        """Put the adapter on its loaded base and check that it fits; `light`: on a base without memory, where θ alone
-        is filled.
+        """Put the adapter on its loaded base and check that it fits.
+
+        With `light`, the base has no memory and θ alone is filled.
 
         Raises:
             ValueError: a file is missing or damaged, or the tensors do not fit the model.

@@ -88,8 +88,10 @@ class BaseModel:
         return auto_class(self.config(**settings), task_type)
 
     def evaluated_auto_class(self) -> Any:
-        """Return the class that loads this model for evaluation: as a classifier or an encoder-decoder where its
-        configuration says that it is one."""
+        """Return the class that loads this model for evaluation.
+
+        It is a classifier or an encoder-decoder where the configuration says so.
+        """
         config = self.config()
         if any(str(head).endswith("ForSequenceClassification") for head in config.architectures or []):
             return auto_class(config, SEQUENCE)

@@ -38,8 +38,10 @@ def resolve(name: str) -> str:
 
 
 def dtype_for(name: str) -> torch.dtype:
-    """Return the dtype to compute in. `auto` is bf16 where the hardware multiplies it (other CPUs take 2.7 times as
-    long)."""
+    """Return the dtype that `name` stands for.
+
+    `auto` is bf16 where the hardware multiplies it (other CPUs take 2.7 times as long).
+    """
     if name != "auto":
         return DTYPES[name]
     if torch.cuda.is_available():

@@ -21,8 +21,10 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
 
 
 def repeated_depths(model: PreTrainedModel) -> tuple[int, int] | None:
-    """Return two small numbers of layers from which all that is affine in their number follows for the whole model;
-    None where its layers are few, or do not repeat."""
+    """Return two small numbers of layers, from which what is affine in their number follows for the whole model.
+
+    None is returned where its layers are few, or do not repeat.
+    """
     layers = layers_of(model)
     kinds = getattr(model.config.get_text_config(), "layer_types", None) or [None] * len(layers)
     marks = [[kind, *((n, p.shape) for n, p in m.named_parameters())] for kind, m in zip(kinds, layers, strict=False)]

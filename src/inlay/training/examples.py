@@ -23,8 +23,10 @@ TOKENS = "\nfirst example, the tokens that are learned from in ⟦⟧:"
 
 @dataclass
 class Examples:
-    """Training and held-out examples, and what was found about them. Of a `stream`, `train` is the beginning, and
-    `shards` its files with their sizes and digests."""
+    """Hold training and held-out examples, and what was found about them.
+
+    Of a `stream`, `train` is the beginning, and `shards` are its files with their sizes and digests.
+    """
 
     train: list[dict]
     heldout: list[dict]

@@ -57,8 +57,9 @@ def train_and_heldout(
     key: Callable[[dict], str] | None = None,
     cut: Callable[[list[list[dict]]], tuple[list[list[dict]], list[dict]]] | None = None,
 ) -> tuple[list[dict], list[dict]]:
-    """A recipe's training and held-out examples, by `convert`; `key`: see `split_examples`; `cut` holds some of the
-    sources' examples out in a way of its own.
+    """Return a recipe's training and held-out examples, which `convert` makes of records.
+
+    `key` is that of `split_examples`; `cut` holds some of the sources' examples out in a way of its own.
 
     Held out is `eval_data`, else what a source holds out itself, else a part of all sources. The rows of a source stand
     in the training examples as often as its weight says.

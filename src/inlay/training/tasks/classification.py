@@ -22,8 +22,10 @@ from inlay.training.trainers.trainer import PlainTrainer
 
 
 class Classification(Task):
-    """Encoders and decoders with a new head of one output a label, which is trained whole; cross-entropy, or squared
-    error where the labels are numbers with fractions."""
+    """Train encoders and decoders with a new head of one output per label, which is trained whole.
+
+    The loss is cross-entropy, or squared error where the labels are numbers with fractions.
+    """
 
     trainer, arguments = PlainTrainer, TrainingArguments
     metrics = ("accuracy", "f1", "matthews", "pearson", "spearman")

@@ -22,8 +22,10 @@ JOIN = "\n\n"  # between the records: paragraphs of a file, lines of WikiText
 
 
 class LanguageModelling(Task):
-    """Causal language models learn every token of blocks of `max_length`; a last, shorter block is left out. Held out
-    are the last blocks (`eval_size` of them), or `eval_data`."""
+    """Train causal language models on every token of blocks of `max_length`; a last, shorter block is left out.
+
+    The last blocks are held out (`eval_size` of them), or `eval_data` is.
+    """
 
     def examples(self, recipe: Recipe, tokenizer: Any, console: Console) -> Examples:
         def convert(records: list[Record], rules: Rules) -> list[Row]:

@@ -26,8 +26,11 @@ from inlay.training.trainers.trainer import PreferenceTrainer
 
 
 class Preference(Task):
-    """Through trl's DPOTrainer. The reference is the model without its adapter; where all of it is trained, its own
-    log-probabilities from before. DPO's β and variants go under `trainer`: {beta: 0.1}."""
+    """Train by preferences, through trl's DPOTrainer.
+
+    The reference is the model without its adapter or, where all of it is trained, its own log-probabilities from
+    before. DPO's β and variants go under `trainer`: {beta: 0.1}.
+    """
 
     trainer, arguments = PreferenceTrainer, DPOConfig
     metrics = ("rewards/accuracies", "rewards/margins")

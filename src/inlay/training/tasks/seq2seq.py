@@ -30,8 +30,10 @@ SEQ2SEQ_FORMATS = {
 
 
 class Seq2Seq(Task):
-    """The source goes into the encoder, cut at `max_length`; the loss is over the target. `system` is put before every
-    source: T5's "summarize: "."""
+    """Train encoder-decoders: the source goes into the encoder, and the loss is over the target.
+
+    The source is truncated at `max_length`. `system` is put before every source, as T5's "summarize: ".
+    """
 
     trainer, arguments = TargetTrainer, TrainingArguments
 

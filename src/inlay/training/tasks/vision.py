@@ -37,8 +37,10 @@ MARK = "<image>"  # where LLaVA's texts have the image; trl puts its own before 
 
 
 class Vision(Task):
-    """Images are files, beside the data unless their paths are absolute. Nothing is cut: half an image's tokens are
-    none, so an example longer than `max_length` fails, saying so."""
+    """Train models that see images, which are files beside the data unless their paths are absolute.
+
+    Nothing is truncated: half of an image's tokens are no image, so an example longer than `max_length` is refused.
+    """
 
     def processor(self, recipe: Recipe) -> Any:
         base = recipe.base_model()
