@@ -42,7 +42,7 @@ from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerState
 
 from inlay.conversion.gguf_model import write_model
-from inlay.conversion.merged_weights import New
+from inlay.conversion.merge_weights import New
 from inlay.conversion.peft_folder import read_peft_folder
 from inlay.data.formats import convert_records
 from inlay.data.readers import read_records

@@ -1,6 +1,8 @@
 """The workbench and the command line: recipes, a run and its folder, errors a user can act on."""
 
 import json
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -185,14 +187,21 @@ def test_every_method_has_a_dry_run(method, tiny, records, tmp_path, capsys):
 
 def test_dry_run_shows_and_writes_nothing(tiny, records, tmp_path, capsys):
     out = tmp_path / "run"
-    main(["train", "--model", tiny, "--data", records, "--method", "lora", "--r", "4", "--output", str(out),
-          "--dry-run"])  # fmt: skip
+    flags = ["--data", records, "--method", "lora", "--r", "4", "--output", str(out), "--batch-size", "3"]
+    main(["train", "--model", tiny, *flags, "--dry-run"])
     said = capsys.readouterr().out
-    config = yaml.safe_load(said[said.index("model:") : said.index("first example")])
+    order = ["examples to train on", "of them learned; ", "trainable parameters", "peak of a step", "⟦It is", "recipe"]
+    assert [said.index(part) for part in order] == sorted(said.index(part) for part in order)
+    examples = int(re.search(r"(\d+) examples to train on", said)[1])
+    assert f" {math.ceil(examples / 3)} optimizer steps of 3 × 1 examples" in said
+    shown = yaml.safe_load(said[said.index("\nargs:") :])
+    assert shown["args"] == {"r": 4}
+    assert "max_length" not in shown
+    main(["train", "--model", tiny, *flags, "--dry-run", "--verbose"])
+    said = capsys.readouterr().out
+    config = yaml.safe_load(said[said.index("\nmodel:") :])
     assert config["args"] == {"r": 4, "alpha": None}
-    assert "⟦It is" in said
-    assert "trainable parameters" in said
-    assert "peak of a step" in said
+    assert config["max_length"] == 512
     assert not out.exists()
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 import inlay
 from inlay.cli import main
 from inlay.conversion.gguf_model import pre_tokenizer
-from inlay.conversion.merged_weights import load_merged
+from inlay.conversion.merge_weights import load_merged
 from inlay.models import builtin
 
 SIZE = {

@@ -387,7 +387,7 @@ def test_a_recipe_allocates_trains_reloads_and_runs_again(
 
 def test_a_dry_run_and_an_automatic_batch_see_the_ranks(uneven, records, tmp_path, capsys):
     start = ["train", "--model", uneven, "--data", records, "--method", "lamda", "--r", "8", "--batch-size", "auto"]
-    main([*start, "--allocate", "energy", "--output", str(tmp_path / "r"), "--dry-run"])
+    main([*start, "--allocate", "energy", "--output", str(tmp_path / "r"), "--dry-run", "--verbose"])
     said = capsys.readouterr().out
     found = inlay.inspect(uneven, "lamda", 8)
     assert f"{sum(w.numbers for w in found.weights.values()):,} trainable parameters" in said

@@ -22,7 +22,7 @@ def train_command(options: argparse.Namespace) -> None:
     from inlay.training.train import train, unfinished
 
     quiet()
-    own = ("verb", "run", "recipe", "dry_run", "resume", "num_processes", "launch_config", "arguments")
+    own = ("verb", "run", "recipe", "dry_run", "verbose", "resume", "num_processes", "launch_config", "arguments")
     given = {k: v for k, v in vars(options).items() if k not in own}
     flags = {k: from_flag(k, v) if isinstance(v, str) else v for k, v in given.items()}
     console = terminal()
@@ -35,7 +35,7 @@ def train_command(options: argparse.Namespace) -> None:
     if resolved is None:
         print(f"{options.resume} is finished")
     elif options.dry_run:
-        dry_run(resolved, console)
+        dry_run(resolved, console, options.verbose)
     elif options.num_processes > 1:
         raise SystemExit(launch(options.arguments, options.num_processes, options.launch_config))
     elif options.launch_config:
@@ -59,7 +59,8 @@ def train_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--launch-config", metavar="FILE", help="accelerate's, as recipes/distributed/fsdp2.yaml (none: DDP)"
     )
-    verb.add_argument("--dry-run", action="store_true", help="show recipe, first example, parameters and memory; stop")
+    verb.add_argument("--dry-run", action="store_true", help="show tokens, steps, memory, first example, recipe; stop")
+    verb.add_argument("--verbose", action="store_true", help="with --dry-run: every field of the recipe")
     names = [f.name for f in fields(Recipe)] + list(hyperparameters())
     rest = [name for name in names if name not in COMMON]
     add_fields(verb, COMMON)

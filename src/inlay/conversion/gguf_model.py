@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import ROPE_INIT_FUNCTIONS, PreTrainedTokenizerBase
 
 from inlay.conversion.gguf_lora import ARCHITECTURES, close_writer, interleaved
-from inlay.conversion.merged_weights import New
+from inlay.conversion.merge_weights import New
 
 FILE = "model.gguf"
 MODELS = ("llama", "mistral", "qwen2", "qwen3")

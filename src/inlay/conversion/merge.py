@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from inlay.conversion.gguf_model import write_merged
-from inlay.conversion.merged_weights import (
+from inlay.conversion.merge_weights import (
     merge_dtype,
     merged_tensors,
     parse_size,

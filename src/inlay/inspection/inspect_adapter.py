@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import Conv1D
 
 from inlay.conversion.import_adapter import import_opened
-from inlay.conversion.merged_weights import read_weight
+from inlay.conversion.merge_weights import read_weight
 from inlay.conversion.peft_folder import read_peft_folder
 from inlay.files.atomic import check_free, new_folder, write_text
 from inlay.files.untrusted import DamagedFileError

@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from rich.console import Console
 
 from inlay.files.atomic import check_free
-from inlay.messages import dtype_name, gib
+from inlay.messages import dtype_name, first_line, gib
 from inlay.models.folded import fold_at
 from inlay.models.loading import dtype_for
 from inlay.models.model_classes import find_model_class
 from inlay.models.sizes import count_parameters
+from inlay.planning.planner import PlannedRun
 from inlay.recipe.peft_methods import without_start
 from inlay.recipe.recipe import Recipe
 from inlay.training.allocate_ranks import settle_ranks
+from inlay.training.arguments import optimizer_steps
 from inlay.training.base_model import check_fold
 from inlay.training.batch_size import fitting_batch, largest_useful_batch, planned_step
-from inlay.training.examples import TOKENS
+from inlay.training.examples import TOKENS, Examples
 from inlay.training.run_folder import MARK
 from inlay.training.tasks import TASKS
 
+PLANNED = "instruction, language_modelling"  # the tasks whose memory is predicted
 
-def dry_run(recipe: Recipe, console: Console) -> None:
-    """Show what a run would do: recipe, first example with its answer marked, parameters, memory. Load no weights."""
+
+def dry_run(recipe: Recipe, console: Console, verbose: bool = False) -> None:
+    """Show what a run would do: rows, steps, parameters, memory, the first example, the recipe. Load no weights.
+
+    Args:
+        recipe: of the run.
+        console: where it is shown.
+        verbose: show every field of the recipe, and not only those that differ from the defaults.
+
+    Raises:
+        ValueError: the recipe or its data cannot be used.
+    """
     check_free(recipe.run_folder(), recipe.overwrite, MARK)
     if adapter := fold_at(recipe.model):
         check_fold(recipe, adapter)
@@ -35,20 +50,40 @@ def dry_run(recipe: Recipe, console: Console) -> None:
     batch = recipe.batch_size
     if batch == "auto":
         batch = fitting_batch(*planned_step(recipe, base, rows, dtype), largest_useful_batch(rows), loaded=False)
-    recipe = recipe.resolved(dtype=dtype_name(dtype), eval_size=rows.eval_size, batch_size=batch)
-    console.print(recipe.to_yaml().rstrip(), soft_wrap=True)
+    resolved = recipe.resolved(dtype=dtype_name(dtype), eval_size=rows.eval_size, batch_size=batch)
+    show_amount(resolved, rows, console)
+    if kind.causal and recipe.task != "preference":
+        show_memory(resolved, *planned_step(resolved, base, rows, dtype), console)
+    else:
+        trained = count_parameters(base, without_start(recipe.adapter()), kind.auto, **task.model_settings(rows))
+        console.print(f"{trained:,} trainable parameters; memory is predicted for tasks {PLANNED}")
     console.print("\nfirst example, the learned part in ⟦⟧:" if not kind.causal else TOKENS)
-    console.print(task.shown(rows.train[0], tokenizer, recipe), soft_wrap=True)
-    if not kind.causal or recipe.task == "preference":
-        config = without_start(recipe.adapter())
-        trained = count_parameters(base, config, kind.auto, **task.model_settings(rows))
-        console.print(
-            f"\n{trained:,} trainable parameters; memory is predicted for tasks instruction, language_modelling"
-        )
+    console.print(task.shown(rows.train[0], tokenizer, resolved), soft_wrap=True)
+    console.print(
+        "\nrecipe:" if verbose else "\nrecipe, where it differs from the defaults (--verbose shows all of it):"
+    )
+    console.print((resolved.to_yaml() if verbose else recipe.differences()).rstrip(), soft_wrap=True)
+
+
+def show_amount(recipe: Recipe, rows: Examples, console: Console) -> None:
+    """Print the tokens of an epoch and the optimizer steps of the run; of a stream, those of the first examples."""
+    audit = rows.audit
+    tokens = f"{audit.mean_tokens * audit.total:,.0f} tokens in {audit.total:,} sequences"
+    learned = f", {audit.answer_tokens:,} of them learned" if audit.answer_tokens else ""
+    steps = "at most " if recipe.packing and not recipe.steps else ""
+    steps += f"{optimizer_steps(recipe, len(rows.train), cast(int, recipe.batch_size)):,} optimizer steps"
+    console.print(f"{tokens}{learned}; {steps} of {recipe.batch_size} × {recipe.accumulation} examples")
+
+
+def show_memory(recipe: Recipe, run: PlannedRun, length: int, console: Console) -> None:
+    """Print the trained parameters and the predicted memory of a step, or why it cannot be predicted."""
+    batch = cast(int, recipe.batch_size)
+    try:
+        need = run.step(batch, length)
+    except (RuntimeError, NotImplementedError) as error:  # of operations that the meta device has not, as of experts
+        console.print(f"memory is not predicted: {first_line(error)[:200]}", style="yellow", markup=False)
         return
-    run, length = planned_step(recipe, base, rows, dtype)
-    need = run.step(batch, length)
-    console.print(f"\n{need.parameters:,.0f} trainable parameters; batch {batch} × {length} tokens")
+    console.print(f"{need.parameters:,.0f} trainable parameters; batch {batch} × {length} tokens")
     training = need.trained + need.gradients + need.optimizer
     console.print(
         f"memory at the peak of a step: {gib(need.peak)}, of which weights {gib(need.frozen)}, adapter with "
