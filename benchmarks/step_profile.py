@@ -40,6 +40,7 @@ from inlay.models.base import BaseModel
 from inlay.recipe.recipe import Recipe
 from inlay.training.base_model import load_training_model
 from inlay.training.fit import build_trainer
+from inlay.training.prepared import Prepared
 from inlay.training.tasks import TASKS
 
 SILENT = Console(quiet=True)
@@ -73,10 +74,11 @@ def trainer_of(data: Path, batch: int, way: str, method: str, rounds: int, folde
     task, tokenizer = TASKS[recipe.task], BaseModel(recipe.model).tokenizer()
     rows = task.examples(recipe, tokenizer, SILENT)
     set_seed(0)
-    base = load_training_model(recipe, torch.float32, folder, SILENT, None, None)
+    prepared = Prepared(recipe, recipe.base_model(), torch.float32, folder, tokenizer, rows, SILENT)
+    base = load_training_model(prepared)
     as_trl = patch("inlay.training.trainers.trainer.score_labelled_positions", lambda causal: None)
     with as_trl if way == WAYS[0] else nullcontext():
-        return build_trainer(recipe, base, tokenizer, rows, folder)
+        return build_trainer(prepared, base)
 
 
 def parts_of_step(trainers: dict[str, Any], batch: dict[str, torch.Tensor]) -> dict[str, float]:

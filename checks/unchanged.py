@@ -129,6 +129,8 @@ def driver(here: Path, source: Path, asked: str) -> None:
 
 MEASURED = {"seconds", "memory", "seconds_per_step", "eval_runtime", "eval_samples_per_second"}
 MEASURED |= {"eval_steps_per_second", "eval_model_preparation_time"}
+MEASURED |= {"eval_num_tokens"}  # trl counts it from the start of the process, so a resumed run has another
+WORDS = {"reason"}  # sentences in JSON
 PLOTS = {"memory", "seconds", "stack"}
 TEXT, DRAWN = {".md", ".html", ".txt", ".out", ".err"}, {".png", ".svg"}
 MEASURED_PLOT = re.compile(r'<svg [^>]*aria-label="[^"]*(?:[Mm]emory|time).*?</svg>', re.DOTALL)
@@ -140,6 +142,8 @@ def exact(path: Path) -> bytes:
     if path.suffix in (".json", ".jsonl"):
         lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
         return json.dumps([unmeasured(json.loads(line), path) for line in lines]).encode()
+    if path.suffix == ".yaml":
+        return re.sub(r"(?m)^#.*", lambda line: " ".join(numbers(line[0].encode())), path.read_text()).encode()
     if path.name == "results.csv":
         rows = list(csv.DictReader(path.read_text().splitlines()))
         return json.dumps([unmeasured(row, path) for row in rows]).encode()
@@ -157,7 +161,11 @@ def unmeasured(value: Any, path: Path) -> Any:
         return [unmeasured(item, path) for item in value]
     if not isinstance(value, dict):
         return value
-    gone = MEASURED | ({"seal", "metrics.jsonl", "trainer_state.json"} if path.name == "manifest.json" else set())
+    gone = (
+        MEASURED
+        | WORDS
+        | ({"seal", "metrics.jsonl", "trainer_state.json", "README.md"} if path.name == "manifest.json" else set())
+    )
     return {key: unmeasured(item, path) for key, item in value.items() if key not in gone}
 
 

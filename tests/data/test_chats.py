@@ -12,6 +12,7 @@ from inlay.data.chats import (
     template_arguments,
     tools_cell,
     turn_by_turn,
+    with_system,
 )
 
 ASK = {"role": "user", "content": "2 + 2?"}
@@ -168,3 +169,10 @@ def test_an_answer_to_nothing_is_context():
 def test_tools_in_the_system_message_are_the_conversations():
     example = conversation(said(RULE | {"tools": [TOOL]}, ASK, SAY))
     assert (example["prompt"][0], example["tools"]) == (RULE, [TOOL])
+
+
+def test_a_system_column_of_numbers_beside_a_chat():
+    chat = [{"role": "system", "content": "7"}, {"role": "user", "content": "a"}]
+    assert with_system(chat, 7, "system") == chat
+    with pytest.raises(ValueError, match="message 1 is another system message"):
+        with_system(chat, 8, "system")

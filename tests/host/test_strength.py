@@ -198,3 +198,14 @@ def test_hyperparameters_are_bounded_by_the_weight(name, args, llama):
     with pytest.raises(ValueError, match=f"{name}.*(is more than|would hold|is above|allows|choose|does not divide)"):
         get_peft_model(llama, InlayConfig(method=name, args=args, target_modules=WHERE))
     assert not layers(llama)
+
+
+def test_a_scale_that_is_refused_leaves_the_others_as_they_were(llama):
+    model = get_peft_model(llama, config("lora"))
+    model.add_adapter("other", config("bone"))
+    with pytest.raises(ValueError, match="scale=inf is not a finite number"):
+        inlay.set_scale(model, {"default": 0.5, "other": float("inf")})
+    with pytest.raises(ValueError, match="not a finite"), inlay.scaled(model, {"default": 0.5, "other": float("nan")}):
+        pass
+    layers = [module for module in model.modules() if isinstance(module, InlayLinear)]
+    assert all(value == 1 for layer in layers for value in layer.scaling.values())

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import Conv1D
 
 from inlay.host import seal
+from inlay.host.adapter_state import ROOT
 from inlay.host.config import InlayConfig
 from inlay.host.layer import PREFIX, START, InlayLinear, adapted
 from inlay.method import LowRank
@@ -201,7 +202,7 @@ def write_lora(
     for delta in deltas:
         B, A = widened_to_rank(delta, r)
         for kind, value in (("lora_A", A), ("lora_B", B)):
-            name, rounded = f"base_model.model.{delta.module}.{kind}.weight", value.to(dtype).contiguous()
+            name, rounded = f"{ROOT}{delta.module}.{kind}.weight", value.to(dtype).contiguous()
             if not rounded.isfinite().all():
                 raise ValueError(f"{name} does not fit {dtype}; choose the dtype bfloat16 or float32")
             tensors[name] = rounded

@@ -19,11 +19,11 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from inlay.files.untrusted import DamagedFileError
+from inlay.host.adapter_state import ROOT
 from inlay.messages import first_line
 from inlay.models.adapters import CONFIG, INLAY, WEIGHTS, Adapter
 from inlay.models.base import BaseModel
 
-ROOT = "base_model.model."
 KINDS = ("LORA", "MISS", "BONE")
 WHERE = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias"}
 KEPT = {

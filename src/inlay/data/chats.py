@@ -270,7 +270,7 @@ def with_system(chat: list[Message], cell: Any, name: str) -> list[Message]:
     if cell is None or cell == "":
         return chat
     message = {"role": "system", "content": text_cell(cell, name)}
-    if chat and chat[0]["role"] == "system" and chat[0]["content"].strip() != cell.strip():
+    if chat and chat[0]["role"] == "system" and chat[0]["content"].strip() != message["content"].strip():
         raise ValueError(f"{name} is {short(cell)}, and message 1 is another system message; accepted: one of them")
     return [message, *(chat[1:] if chat and chat[0]["role"] == "system" else chat)]
 

@@ -31,7 +31,7 @@ ANSWERS = ("answer", "chosen", "rejected", "label")  # roles without which nothi
 # What changes the meaning of a row. A column or message key of these names, if nothing uses it, is refused: where it
 # says anything; where it is other than 1 or true; where it is 0 or false.
 MEANING = ("tools", "functions", "tool_calls", "function_call", "history", "system", "system_prompt")
-WEIGHTS = ("weight", "weights", "loss", "loss_weight", "train", "trainable", "mask", "masked",
+WEIGHTS = ("weight", "weights", "loss", "loss_weight", "train", "trainable", "training", "mask", "masked",
            "loss_mask", "train_detail", "training_detail")  # fmt: skip
 VERDICTS = ("label",)
 TRUE, FALSE = ("1", "1.0", "true"), ("0", "0.0", "false")

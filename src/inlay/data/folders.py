@@ -18,6 +18,7 @@ SPLITS = {  # the words by which the names of files and folders tell a split, as
 # What lies beside data without being any: hidden files, Spark's marks, texts about it, what `datasets` writes.
 BESIDE = r"\..*|_(SUCCESS|metadata|common_metadata|started.*|committed.*)|dataset_(infos?|dict)\.json|state\.json"
 ABOUT = r"(readme|licen[cs]e|citation|changelog|notice|requirements)\b.*"
+TEXT = (".jsonl", ".json", ".csv", ".tsv", ".txt")  # may be packed, as .jsonl.gz
 
 
 @dataclass
@@ -89,15 +90,17 @@ def _data_files(folder: Path, kinds: str) -> tuple[list[Path], list[str]]:
         if path.is_dir() and (path.name == "data" or split_of(Path(path.name))):
             inner, more = _data_files(path, kinds)
             files, others = files + inner, others + [f"{path.name}/{name}" for name in more]
-        elif not path.is_dir() and _kind(path.name) in kinds.split() and (listed is None or path.name in listed):
+        elif not path.is_dir() and kind_of(path) in kinds.split() and (listed is None or path.name in listed):
             files.append(path)
         else:
             others.append(path.name + ("/" if path.is_dir() else ""))
     return files, others
 
 
-def _kind(name: str) -> str:
-    return Path(name.lower().removesuffix(".gz")).suffix
+def kind_of(path: Path) -> str:
+    """Return a file's suffix, without the .gz of a text file that is packed."""
+    unpacked = Path(path.name.lower().removesuffix(".gz")).suffix
+    return unpacked if unpacked in TEXT else path.suffix.lower()
 
 
 def _saved_files(folder: Path) -> set[str] | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from inlay.data.columnar import columnar_records
-from inlay.data.folders import Parts, folder_parts, short_list
+from inlay.data.folders import Parts, folder_parts, kind_of, short_list
 from inlay.data.json_files import json_records
 from inlay.data.records import Numbered, Record, Records, refusal
 from inlay.data.tables import table_records
@@ -82,12 +82,6 @@ def read_splits(source: str, split: str | None = None, reading: Reading | None =
     close = difflib.get_close_matches(path.name, names, cutoff=0.5)
     hint = f" (did you mean {', '.join(close)}?)" if close else ""
     raise refusal(path, f"no such file{hint}", f"builtin, {KINDS}, a folder of these, or a hub's owner/name")
-
-
-def kind_of(path: Path) -> str:
-    """A file's suffix, without the .gz of one that is packed."""
-    packed = Path(path.name.lower().removesuffix(".gz")).suffix
-    return packed if packed in TEXT else path.suffix.lower()
 
 
 def _read_folder(parts: Parts, reading: Reading) -> dict[str, Records]:
@@ -268,4 +262,3 @@ READERS: dict[str, Callable[[Path, Reading, bool], Numbered]] = {
     ".arrow": _columnar,
 }
 KINDS = " ".join(READERS)
-TEXT = (".jsonl", ".json", ".csv", ".tsv", ".txt")  # may be packed, as .jsonl.gz

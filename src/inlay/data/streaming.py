@@ -18,9 +18,9 @@ from datasets import IterableDataset
 
 from inlay.data.chats import Example
 from inlay.data.columns import Survey
-from inlay.data.folders import Parts, folder_parts
+from inlay.data.folders import Parts, folder_parts, kind_of
 from inlay.data.formats import FORMATS, Conversion, Faults, Rules, example_key, instruction_converter
-from inlay.data.readers import KINDS, Reading, file_records, kind_of
+from inlay.data.readers import KINDS, Reading, file_records
 from inlay.data.records import Record
 
 STREAMED_KINDS = (".jsonl", ".parquet", ".arrow")

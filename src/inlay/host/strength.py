@@ -36,9 +36,15 @@ def set_scale(model: nn.Module, scale: float | Mapping[str, float]) -> None:
         raise ValueError("the model has no adapter of Inlay's, so there is nothing to scale")
     for name, value in scales.items():
         check_scalable(model, name, value)
-    for layer in layers:
-        for name, value in scales.items():
-            layer.set_scale(name, value)
+    before = [dict(layer.scaling) for layer in layers]
+    try:
+        for layer in layers:
+            for name, value in scales.items():
+                layer.set_scale(name, value)
+    except ValueError:  # the layers before the one at fault, too
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling.update(scaling)
+        raise
 
 
 def check_scalable(model: nn.Module, name: str, scale: float) -> None:
@@ -59,8 +65,8 @@ def check_scalable(model: nn.Module, name: str, scale: float) -> None:
 def scaled(model: nn.Module, scale: float | Mapping[str, float]) -> Iterator[None]:
     """In its block, apply the adapters of `model` at other strengths (see `set_scale`), and as before after it."""
     before = [(m, dict(m.scaling)) for m in model.modules() if isinstance(m, InlayLinear)]
-    set_scale(model, scale)
     try:
+        set_scale(model, scale)
         yield
     finally:
         for layer, scales in before:

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import Conv1D
 
+from inlay.host.adapter_state import ROOT
 from inlay.host.layer import InlayLinear, adapted
 from inlay.host.module_names import layer_index, part_of
 from inlay.inspection.noise_edge import effective_rank, stable_rank
@@ -119,7 +120,7 @@ def of_inlay(layer: InlayLinear, W: Tensor | None = None, first: InlayLinear | N
 def of_others(model: Any, base: Callable[[], Weights]) -> dict[str, TrainedWeight]:
     """Return the trained weights of PEFT's layers, if they can be merged, or of a model that was trained whole."""
     kind = BaseTunerLayer if isinstance(model, PeftModel) else nn.Linear | Conv1D
-    named = {name.removeprefix("base_model.model."): m for name, m in model.named_modules() if isinstance(m, kind)}
+    named = {name.removeprefix(ROOT): m for name, m in model.named_modules() if isinstance(m, kind)}
     linear = {
         name: m for name, m in named.items() if isinstance(unwrapped(m), nn.Linear | Conv1D) and layer_index(name) >= 0
     }

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from inlay.files.untrusted import LENGTH, DamagedFileError, from_json
-from inlay.host.config import check_imports
+from inlay.host.config import INLAY, check_imports
 from inlay.messages import first_line, loading
 from inlay.models.base import BaseModel, read_tokenizer
 from inlay.models.folded import FOLDED
@@ -25,7 +25,6 @@ from inlay.models.stored_weights import Weights
 from inlay.models.vocabulary import fit_vocabulary
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-INLAY = "INLAY"  # PEFT's type of Inlay's adapters
 
 
 def adapter_folder(path: str | Path) -> Path:

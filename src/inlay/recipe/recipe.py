@@ -57,7 +57,7 @@ class Recipe:
         None, "split of a folder or hub data set (default: train, with validation held out if there is one)"
     )
     streaming: bool = field_of(
-        False, "read data (JSONL or Parquet: a file, folder or glob) that exceeds memory; needs steps"
+        False, "read data (JSONL, Parquet or Arrow: a file, folder or glob) that exceeds memory; needs steps"
     )
     eval_data: str | None = field_of(None, "held-out data (default: split off data)")
     eval_size: int | float | None = field_of(

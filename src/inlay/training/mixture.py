@@ -40,8 +40,9 @@ def streamed(recipe: Recipe, console: Console) -> tuple[list[dict], list[dict], 
 def own_heldout(recipe: Recipe, source: Source, reading: Reading, rules: Rules) -> list[dict]:
     """The examples of a stream's `eval_data`, or of the part of its folder that is named as held out."""
     if recipe.eval_data:
+        source = Source(recipe.eval_data, columns=recipe.columns, system=recipe.system)
         records = read_records(recipe.eval_data, None, reading, one_split=True)
-        return at_most_eval_size(convert_records(records, rules=rules), recipe)
+        return at_most_eval_size(convert_records(records, rules=rules_of(recipe, source, rules.found)), recipe)
     folder = Path(source.path).expanduser()
     parts = folder_parts(folder, None, KINDS) if folder.is_dir() and any(folder.iterdir()) else None
     if parts is None or "validation" not in parts.files:
