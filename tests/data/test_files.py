@@ -194,11 +194,19 @@ def test_a_name_tells_its_split_by_whole_words(name, split, tmp_path):
 def test_a_folder_with_splits_trains_on_train_holds_out_validation_and_leaves_test(write, tmp_path):
     for name in ("train-2", "train-1", "validation", "test", "more"):
         write(f"{name}.jsonl", lines(name))
-    for name in (".hidden.jsonl", "_SUCCESS", "README.md", "LICENSE.txt", "dataset_info.json", "notes.docx"):
+    for name in (
+        ".hidden.jsonl",
+        "_SUCCESS",
+        "README.md",
+        "LICENSE.txt",
+        "dataset_info.json",
+        "notes.docx",
+        "x.parquet.gz",
+    ):
         write(name, "{")
     found, notes = parts_of(tmp_path)
     assert found == {"train": ["train-1", "train-2"], "validation": ["validation"]}
-    assert notes[0].endswith("passed over notes.docx")
+    assert notes[0].endswith("passed over notes.docx, x.parquet.gz")
     assert "trained on train-1.jsonl, train-2.jsonl, held out validation.jsonl, left more.jsonl, test.jsonl" in notes[1]
     assert parts_of(tmp_path, "test") == ({"train": ["test"]}, notes[:1])
     assert parts_of(tmp_path, "dev")[0] == {"train": ["validation"]}
