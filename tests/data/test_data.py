@@ -435,7 +435,7 @@ REAL = {
     "gsm8k/test.jsonl": 1319,
     "commonsense/boolq/train.json": 9427,
     "commonsense/openbookqa/test.json": 500,
-    "commonsense/arc_easy": 2251 + 2376,
+    "commonsense/arc_easy": 2251,  # its train.json: of a folder with splits, test.json is left
     "math/svamp_test.json": 1000,
     "text/tinyshakespeare.txt": 7222,
 }
