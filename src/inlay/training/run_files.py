@@ -13,6 +13,7 @@ from inlay.host.config import InlayConfig
 from inlay.inspection.change_plots import draw_change_plots
 from inlay.inspection.changes import CHANGES, WeightChange, changes, changes_as_data
 from inlay.inspection.inspect_adapter import changes_of_fold
+from inlay.messages import first_line
 from inlay.models.base import BaseModel
 from inlay.models.model_classes import SEQUENCE, find_model_class
 from inlay.models.stored_weights import Weights
@@ -50,14 +51,32 @@ def write_run(
         if find_model_class(result.recipe.task).peft == SEQUENCE:
             model.config.save_pretrained(str(part))  # holds the labels
         (part / "README.md").write_text(model_card(result), encoding="utf-8")
+    try:
+        write_page(result, base, model, whole=state is None)
+    except Exception as error:
+        raise ValueError(
+            f"{kept} is trained and saved; its plots or its report could not be written: {first_line(error)}"
+        ) from error
+
+
+def write_page(result: Result, base: BaseModel, model: PeftModel | PreTrainedModel, whole: bool) -> None:
+    """Write the samples, the plots and the report of a run whose adapter is saved.
+
+    Args:
+        result: of the run.
+        base: of the run.
+        model: that was trained.
+        whole: whether this process holds whole weights, which are compared with the base's.
+    """
     (result.folder / "plots").mkdir(exist_ok=True)
     changed: dict[str, WeightChange] = {}
     config = model.peft_config["default"] if isinstance(model, PeftModel) else None
     if isinstance(config, InlayConfig) and config.folded:
-        changed = changes_of_fold(kept)
-    elif state is None:  # a sharded model has no whole weights to compare
+        changed = changes_of_fold(result.folder / result.recipe.kept)
+    elif whole:
         changed = changes(model, lambda: weights_of(result.recipe, base))
-    plots = draw_change_plots(run_figures(result, changed, page_title(result)), result.folder / "plots")
+    title = page_title(result).replace("$", r"\$")  # which plots read as a formula
+    plots = draw_change_plots(run_figures(result, changed, title), result.folder / "plots")
     if changed:
         write_text(result.folder / CHANGES, json.dumps(changes_as_data(changed), indent=1))
     write_text(result.folder / "samples.md", samples_text(result))

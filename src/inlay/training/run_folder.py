@@ -9,6 +9,7 @@ from inlay.files.atomic import put_back, remove_siblings, staged, write_text
 from inlay.recipe.recipe import Recipe
 from inlay.training import checkpoints
 
+KEPT = ("adapter", "model")  # where a run leaves what it trained, see `Recipe.kept`
 MARK = ".inlay-run"  # marks a folder as a run of Inlay's, which --overwrite may replace
 
 
@@ -23,9 +24,14 @@ def start_folder(folder: Path, recipe: Recipe) -> None:
 
 
 def give_up(folder: Path) -> bool:
-    """Return, after a failure, whether the folder is kept for its checkpoints; else restore what was there before."""
+    """Return, after a failure, whether the folder is kept for its checkpoints; else restore what was there before.
+
+    A folder that holds a trained adapter or model is never removed.
+    """
     if checkpoints.checkpoint_steps(folder / checkpoints.FOLDER):
         return True
+    if any((folder / kept).is_dir() for kept in KEPT):
+        return False
     shutil.rmtree(folder, ignore_errors=True)
     put_back(folder)
     return False
