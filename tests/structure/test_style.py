@@ -16,6 +16,7 @@ BOUNDS = {  # lower one where the count has fallen; never raise one
     "a loop over `xs if c else ()`": 1,
     "an assignment of three or more values": 1,
 }
+NO_VERB = "A About All An As At By For How In Its One Some The These This Two What When Where Whether Which".split()
 PROTOCOLS: dict[str, str] = {}  # public names that stand in two rooms, each with its reason
 
 
@@ -75,3 +76,15 @@ def test_a_public_name_stands_in_one_room():
                 rooms[node.name].add(file.split("/")[0])
     twice = {name: sorted(where) for name, where in rooms.items() if len(where) > 1}
     assert twice.keys() == PROTOCOLS.keys(), twice
+
+
+def test_a_docstring_begins_with_a_verb():
+    """Ruff's D401 knows the moods of verbs, not sentences that have none. Titles of modules are left out."""
+    titles = [
+        f"{file}:{node.lineno} {text.splitlines()[0]}"
+        for file, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and (text := ast.get_docstring(node))
+        if text.split()[0] in NO_VERB or text.split()[0].endswith("'s")
+    ]
+    assert not titles, titles

@@ -86,7 +86,7 @@ def ui_arguments(verb: argparse.ArgumentParser) -> None:
 
 
 def add_cluster(verb: argparse.ArgumentParser) -> None:
-    """Where trials run, and with what."""
+    """Add the flags that say where trials run, and with what."""
     verb.add_argument("--ray", nargs="?", const="", metavar="ADDRESS", help="run them on a Ray cluster (none: here)")
     verb.add_argument("--cpus", type=whole_number, help="cores of a trial there (default 1)")
     verb.add_argument("--gpus", type=float, help="GPUs of a trial there, or a part of one (default 1, if it has any)")

@@ -20,7 +20,7 @@ EXPORTED = "export.json"  # in a LoRA folder: rank and error of every weight
 
 @dataclass(frozen=True)
 class Exported:
-    """A LoRA folder, its rank, each weight's relative error (0: exact), and what more its rounding to 16 bits lost."""
+    """Hold a LoRA folder, its rank, each weight's relative error (0: exact), and what rounding to 16 bits lost."""
 
     folder: Path
     rank: int

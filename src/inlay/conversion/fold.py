@@ -32,7 +32,7 @@ from inlay.models.folded import FOLDED
 
 @dataclass(frozen=True)
 class Folded:
-    """What a fold made: a 4-bit base and its adapter, and the error of each weight against plain NF4."""
+    """Hold what a fold made: a 4-bit base and its adapter, and the error of each weight against plain NF4."""
 
     folder: Path
     errors: list[FoldError]

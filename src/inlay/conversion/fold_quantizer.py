@@ -29,7 +29,7 @@ NAME = "inlay_fold"
 
 @dataclass(frozen=True)
 class FoldError:
-    """The relative errors of one weight, ‖W' − W‖ / ‖W‖, in plain NF4 and in the folded base with its adapter.
+    """Hold one weight's relative errors ‖W' − W‖ / ‖W‖, in plain NF4 and in the folded base with its adapter.
 
     Both are weighted where the method weighs errors.
     """
@@ -42,7 +42,7 @@ class FoldError:
 
 @dataclass
 class FoldPlan:
-    """Which piece is taken out of which weight, and the errors and starts that result."""
+    """Hold which piece is taken out of which weight, and the errors and starts that result."""
 
     methods: dict[str, Method]
     rounds: int
@@ -95,7 +95,7 @@ def finish_fold(model: Any) -> None:
 
 @register_quantizer(NAME)
 class FoldingQuantizer(Bnb4BitHfQuantizer):
-    """bitsandbytes' 4-bit quantiser, applied to what a method leaves of each weight."""
+    """Apply bitsandbytes' 4-bit quantiser to what a method leaves of each weight."""
 
     def get_quantize_ops(self) -> Any:
         from transformers.integrations import Bnb4bitQuantize  # it needs bitsandbytes, which is optional

@@ -16,7 +16,7 @@ IMPORTED = "imported.json"  # in the folder: where it came from, and what was no
 
 @dataclass(frozen=True)
 class Imported:
-    """An adapter made from one of PEFT's: its folder, its method, how many weights it changes, and what to know."""
+    """Hold an adapter made from one of PEFT's: its folder, its method, how many weights it changes, and notes."""
 
     folder: Path
     method: str

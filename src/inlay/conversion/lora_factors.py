@@ -32,7 +32,7 @@ SIZES = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the ranks vLLM serves
 
 @dataclass(frozen=True)
 class LoraDelta:
-    """The change of one weight as B A, its scale included, and how far that is from the change itself.
+    """Hold the change of one weight as B A, its scale included, and how far that is from the change itself.
 
     Attributes:
         module: the weight's module.

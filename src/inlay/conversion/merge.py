@@ -27,7 +27,7 @@ MERGED = "merged_from.json"  # in the checkpoint: from what it was made, and by 
 
 @dataclass(frozen=True)
 class Merged:
-    """A merged checkpoint.
+    """Hold what a merge wrote: the folder of a merged checkpoint and what is known of it.
 
     Attributes:
         folder: where it is.

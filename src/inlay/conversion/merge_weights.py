@@ -41,7 +41,7 @@ TOKENS = ".token_adapter.trainable_tokens_delta"
 
 @dataclass(frozen=True)
 class New:
-    """A tensor of the merged model.
+    """Hold a tensor of the merged model.
 
     Attributes:
         key: its stored name.

@@ -47,7 +47,7 @@ WHY = {
 
 @dataclass(frozen=True)
 class PeftFolder:
-    """A PEFT adapter as it lies in its folder, and the base that it is read against."""
+    """Hold a PEFT adapter as it lies in its folder, and the base that it is read against."""
 
     folder: Path
     config: dict[str, Any]
@@ -56,7 +56,7 @@ class PeftFolder:
 
     @property
     def kind(self) -> str:
-        """PEFT's type of the adapter."""
+        """Return PEFT's type of the adapter."""
         return str(self.config.get("peft_type"))
 
 

@@ -44,7 +44,7 @@ from inlay.numerics import linalg
 
 @dataclass
 class Translation:
-    """An adapter in Inlay's terms: the hyperparameters of each module, and θ, θ₀ by their names in a file."""
+    """Hold an adapter in Inlay's terms: hyperparameters of each module, and θ, θ₀ by their names in a file."""
 
     method: str
     dropout: float

@@ -22,7 +22,7 @@ TRIED = 50  # conversations in which a key may show that the template reads it
 
 @dataclass
 class Audit:
-    """What a tokenizer and a `max_length` make of a data set; `cut` counts the `masked` ones too."""
+    """Hold what a tokenizer and a `max_length` make of a data set; `cut` counts the `masked` ones too."""
 
     total: int  # sequences
     cut: int  # answers that lose tokens
@@ -78,7 +78,7 @@ def audit_examples(
 
 
 class Findings:
-    """What a chat template does to conversations, counted."""
+    """Count what a chat template does to conversations."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: frozenset[int]) -> None:
         self.tokenizer, self.template = tokenizer, template_text(tokenizer.chat_template)
@@ -112,7 +112,7 @@ class Findings:
         self.look_at_context(parts[-1], encoded[-1])
 
     def look_at_answer(self, ids: list[int], span: Span, message: Message) -> None:
-        """Whether all of an answer is in the tokens that are learned, and one end after it."""
+        """Count whether all of an answer is in the tokens that are learned, and one end after it."""
         learned = ids[slice(*span)]
         text = squeezed(decoded(learned, self.tokenizer))
         self.answers += 1
@@ -129,7 +129,7 @@ class Findings:
             self.strange_end = self.strange_end or decoded(words[-1:], self.tokenizer)
 
     def look_at_context(self, example: Example, one: Sequence) -> None:
-        """Whether what is not learned is there: messages, calls, tools, and what else the template is given."""
+        """Count whether what is not learned is there: messages, calls, tools, and what else the template is given."""
         chat = (example["prompt"] + example["completion"])[: learned_turns(example)[-1] + 1]
         text = squeezed(decoded(one.ids, self.tokenizer))
         for role in ("system", "user", "tool"):
@@ -159,7 +159,7 @@ class Findings:
         self.read[key] = without != self.text(example, chat)
 
     def text(self, example: Example, chat: list[Message]) -> str | None:
-        """Messages in the template, and their prompt alone; None where it fails."""
+        """Return messages in the template, and their prompt alone; None where it fails."""
         about = {"tokenize": False, "tools": example.get("tools"), **(example.get("chat_template_kwargs") or {})}
         try:
             whole = templated(self.tokenizer, chat, **about)
@@ -168,19 +168,19 @@ class Findings:
             return None
 
     def holds(self, text: str, piece: str) -> bool:
-        """Whether a text has a piece, but for whitespace and for what the tokenizer makes of the piece."""
+        """Return whether a text has a piece, but for whitespace and for what the tokenizer makes of the piece."""
         if squeezed(piece) in text:
             return True
         ids = self.tokenizer(text=piece, add_special_tokens=False)["input_ids"]
         return squeezed(decoded(ids, self.tokenizer)) in text
 
     def holds_json(self, text: str, piece: str) -> bool:
-        """Whether a text has a piece as it is, or as JSON writes it."""
+        """Return whether a text has a piece as it is, or as JSON writes it."""
         written = [json.dumps(piece, ensure_ascii=ascii)[1:-1] for ascii in (False, True)]
         return any(squeezed(one) in text for one in written) or self.holds(text, piece)
 
     def notes(self) -> list[str]:
-        """What was found, a line each, with the way out.
+        """Return what was found, a line each, with the way out.
 
         Raises:
             ValueError: tools, their calls or their answers are lost.
@@ -227,7 +227,7 @@ class Findings:
 
 
 def shape(chat: list[Message], last: int) -> list[str]:
-    """What is odd in the order of messages, of which the one at `last` is the last that is learned."""
+    """Return what is odd in the order of messages, of which the one at `last` is the last that is learned."""
     roles = [message["role"] for message in chat]
     found = ["users"] if ("user", "user") in pairwise(roles) else []
     found += ["first"] if next(role for role in roles if role not in ("system", "developer")) == "assistant" else []
@@ -235,19 +235,19 @@ def shape(chat: list[Message], last: int) -> list[str]:
 
 
 def pieces(message: Message) -> Iterator[str]:
-    """The texts that an answer is made of, its calls apart."""
+    """Yield the texts that an answer is made of, its calls apart."""
     yield from (str(message[key]) for key in ("content", *REASONING) if message.get(key))
 
 
 def call_pieces(message: Message) -> Iterator[str]:
-    """The names, keys and texts of a message's calls."""
+    """Yield the names, keys and texts of a message's calls."""
     for call in message.get("tool_calls", []):
         yield call["function"]["name"]
         yield from leaves(call["function"]["arguments"])
 
 
 def leaves(value: Any) -> Iterator[str]:
-    """The keys and the texts and numbers of a value, as JSON has them."""
+    """Yield the keys and the texts and numbers of a value, as JSON has them."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield key
@@ -260,5 +260,5 @@ def leaves(value: Any) -> Iterator[str]:
 
 
 def squeezed(text: str) -> str:
-    """A text without whitespace."""
+    """Return a text without whitespace."""
     return "".join(text.split())

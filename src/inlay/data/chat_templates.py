@@ -20,7 +20,7 @@ OWN_TEMPLATE = "chat_template: FILE gives it one of your own"
 
 
 def templated(tokenizer: Any, chat: list[Message], **options: Any) -> Any:
-    """A conversation in the model's chat template, which is a program and fails as programs do."""
+    """Return a conversation in the model's chat template, which is a program and fails as programs do."""
     chat = for_template(chat, template_text(options.get("chat_template") or tokenizer.chat_template))
     try:
         try:
@@ -53,7 +53,7 @@ def for_template(chat: list[Message], template: str) -> list[Message]:
 
 
 def with_text_arguments(message: Message) -> Message:
-    """A message whose calls have their arguments as JSON text."""
+    """Return a message whose calls have their arguments as JSON text."""
     if "tool_calls" not in message:
         return message
     functions = [call["function"] for call in message["tool_calls"]]
@@ -63,18 +63,18 @@ def with_text_arguments(message: Message) -> Message:
 
 
 def template_text(template: Any) -> str:
-    """A chat template's text; of one with named variants, all of them."""
+    """Return a chat template's text; of one with named variants, all of them."""
     return "\n".join(template.values()) if isinstance(template, dict) else str(template)
 
 
 @functools.lru_cache(maxsize=256)
 def mentions(template: str, word: str) -> bool:
-    """Whether a chat template has a word, and so may read a key of that name."""
+    """Return whether a chat template has a word, and so may read a key of that name."""
     return re.search(rf"\b{re.escape(word)}\b", template) is not None
 
 
 def read_template(source: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat template in a file; by the name "training" the one that trl has for training a tokenizer's family.
+    """Return the chat template in a file, or, by the name "training", trl's for training a tokenizer's family.
 
     Raises:
         ValueError: there is none, or it is too long.
@@ -99,7 +99,7 @@ def read_template(source: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The template that trl has for training the family of a tokenizer's, if it has one."""
+    """Return the template that trl has for training the family of a tokenizer's, if it has one."""
     if tokenizer.chat_template is None:
         return None
     return _training_template(tokenizer, template_text(tokenizer.chat_template))

@@ -37,11 +37,11 @@ OWN_ARGUMENTS = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).p
 
 
 class EmptyAnswerError(ValueError):
-    """A row has nothing to learn from, which a run may say to skip."""
+    """Say that a row has nothing to learn from; a run may skip such rows."""
 
 
 def text_cell(cell: Any, name: str) -> str:
-    """A cell that has to be text, or what has only one way to be written as text: a whole number, a date.
+    """Return a cell that has to be text, or what has only one way to be written as text: a whole number, a date.
 
     Raises:
         ValueError: it is neither; the message says what it is.
@@ -57,7 +57,7 @@ def text_cell(cell: Any, name: str) -> str:
 
 
 def whole_characters(text: str, name: str) -> str:
-    """The text, unless it holds half of a surrogate pair, which JSON can write and no tokenizer reads."""
+    """Return the text, unless it holds half of a surrogate pair, which JSON can write and no tokenizer reads."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -66,7 +66,7 @@ def whole_characters(text: str, name: str) -> str:
 
 
 def chat_cell(cell: Any, name: str) -> list[Message]:
-    """The messages of a cell that has to be a chat, each with a role that chat templates know; else a ValueError."""
+    """Return the messages of a cell that has to be a chat, each with a known role; raise a ValueError otherwise."""
     cell = parsed(cell)
     if not isinstance(cell, list) or not all(isinstance(turn, dict) for turn in cell):
         advice = ", or such a list as JSON (json.dumps writes it)" if isinstance(cell, str) else ""
@@ -82,7 +82,7 @@ def chat_cell(cell: Any, name: str) -> list[Message]:
 
 
 def parsed(cell: Any) -> Any:
-    """A list or a mapping that a column of text holds as JSON; any other cell as it is."""
+    """Return a list or a mapping that a column of text holds as JSON; any other cell as it is."""
     if isinstance(cell, str) and cell.lstrip()[:1] in ("[", "{"):
         try:
             return load_json(cell)
@@ -92,7 +92,7 @@ def parsed(cell: Any) -> Any:
 
 
 def read_message(turn: dict[str, Any], place: int) -> Message:
-    """One message of a record, with its content as text and its calls as OpenAI has them.
+    """Return one message of a record, with its content as text and its calls as OpenAI has them.
 
     Raises:
         ValueError: its speaker is unknown, it is empty, or it holds what is no text and no call.
@@ -117,13 +117,13 @@ def read_message(turn: dict[str, Any], place: int) -> Message:
 
 
 def role_of(turn: dict[str, Any]) -> str | None:
-    """Whose message it is, of the roles that chat templates know; None where it names none of them."""
+    """Return whose message it is, of the roles that chat templates know; None where it names none of them."""
     speaker = turn.get("role") or turn.get("from")
     return ROLES.get(speaker.strip().lower()) if isinstance(speaker, str) else None
 
 
 def read_switches(more: dict[str, Any], place: int, role: str) -> bool:
-    """Whether a message is to be learned; takes the keys that say so out of `more`.
+    """Return whether a message is to be learned; takes the keys that say so out of `more`.
 
     Raises:
         ValueError: a key is no switch, two say different things, or what is not the assistant's is to be learned.
@@ -145,7 +145,7 @@ def read_switches(more: dict[str, Any], place: int, role: str) -> bool:
 
 
 def content_of(content: Any, role: str, name: str) -> str:
-    """The text of a message, whose content may be a list of parts; a tool's answer may be any JSON."""
+    """Return the text of a message, whose content may be a list of parts; a tool's answer may be any JSON."""
     if content is None:
         return ""
     if isinstance(content, str):
@@ -163,7 +163,7 @@ def content_of(content: Any, role: str, name: str) -> str:
 
 
 def read_calls(cell: Any, place: int) -> list[dict[str, Any]]:
-    """The calls of a message, as {"type": "function", "function": {"name", "arguments": a mapping}}."""
+    """Return the calls of a message, as {"type": "function", "function": {"name", "arguments": a mapping}}."""
     cell = parsed(cell)
     made = []
     for call in cell if isinstance(cell, list) else [cell]:
@@ -182,7 +182,7 @@ def read_calls(cell: Any, place: int) -> list[dict[str, Any]]:
 
 
 def with_calls(first: Message, second: Message, place: int) -> Message:
-    """Two messages of the assistant as one, where the second is its calls.
+    """Return two messages of the assistant as one, where the second is its calls.
 
     Raises:
         ValueError: the second is text, or only one of them is learned.
@@ -193,7 +193,7 @@ def with_calls(first: Message, second: Message, place: int) -> Message:
 
 
 def tools_cell(cell: Any, name: str) -> list[dict[str, Any]] | None:
-    """The tool definitions of a cell, as JSON schemas in OpenAI's form; None where it is empty."""
+    """Return the tool definitions of a cell, as JSON schemas in OpenAI's form; None where it is empty."""
     found = parsed(cell)
     if found is None or found in ("", [], {}):
         return None
@@ -209,14 +209,14 @@ def tools_cell(cell: Any, name: str) -> list[dict[str, Any]] | None:
 
 
 def without_null(value: Any) -> Any:
-    """A value without the keys that are null, at any depth: Parquet has the keys of all rows in each."""
+    """Return a value without the keys that are null, at any depth: Parquet has the keys of all rows in each."""
     if isinstance(value, dict):
         return {key: without_null(inner) for key, inner in value.items() if inner is not None}
     return list(map(without_null, value)) if isinstance(value, list) else value
 
 
 def template_arguments(cell: Any, name: str) -> dict[str, Any]:
-    """What a chat template gets beside the messages, from a cell or a recipe."""
+    """Return what a chat template gets beside the messages, from a cell or a recipe."""
     found = parsed(cell)
     if found is None or found == "":
         return {}
@@ -257,12 +257,12 @@ def conversation(
 
 
 def is_learned(message: Message) -> bool:
-    """Whether a message is an answer to learn."""
+    """Return whether a message is an answer to learn."""
     return message["role"] == "assistant" and message.get("weight") != 0
 
 
 def with_system(chat: list[Message], cell: Any, name: str) -> list[Message]:
-    """A chat with the system message of a record's own column in front.
+    """Return a chat with the system message of a record's own column in front.
 
     Raises:
         ValueError: the chat has another one.
@@ -276,19 +276,19 @@ def with_system(chat: list[Message], cell: Any, name: str) -> list[Message]:
 
 
 def learned_turns(example: Example) -> list[int]:
-    """The places, among all messages of a conversation, of the answers that are learned."""
+    """Return the places, among all messages of a conversation, of the answers that are learned."""
     first = len(example["prompt"])
     return [first + i for i, message in enumerate(example["completion"]) if is_learned(message)]
 
 
 def turn_by_turn(example: Example) -> list[Example]:
-    """A conversation as one example for each of its answers, which ends with it."""
+    """Return a conversation as one example for each of its answers, which ends with it."""
     chat = example["prompt"] + example["completion"]
     about = {key: value for key, value in example.items() if key not in ("prompt", "completion")}
     return [{"prompt": chat[:i], "completion": [chat[i]], **about} for i in learned_turns(example)]
 
 
 def answer_text(message: Message) -> str:
-    """What an answer says, for people: its text and its calls."""
+    """Return what an answer says, for people: its text and its calls."""
     calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", [])]
     return "\n".join(filter(None, [message["content"], *calls]))

@@ -28,7 +28,7 @@ TROUBLE = (pyarrow.ArrowException, ValueError, OverflowError, KeyError, NotImple
 
 
 def columnar_records(path: Path, whole: bool = True) -> Iterator[tuple[int, Record]]:
-    """The records of a Parquet or Arrow file, with their numbers.
+    """Yield the records of a Parquet or Arrow file, with their numbers.
 
     With `whole` nothing is handed on before all of the file is known to fit; else one batch is decoded at a time.
 
@@ -46,7 +46,7 @@ def columnar_records(path: Path, whole: bool = True) -> Iterator[tuple[int, Reco
 
 
 def _bounded(path: Path, batches: Iterator[pyarrow.RecordBatch], whole: bool) -> Iterator[Sized]:
-    """The batches of a file with their decoded sizes, until what they would be as Python objects passes its bound."""
+    """Yield the batches of a file with their decoded sizes, until their size as Python objects passes its bound."""
     size = 0
     values = 0
     most = max(LEAST, FACTOR * path.stat().st_size)
@@ -78,7 +78,7 @@ def _too_large(path: Path, size: float) -> Exception:
 
 
 def _parquet_batches(path: Path, whole: bool) -> Iterator[pyarrow.RecordBatch]:
-    """Batches of rows, text as dictionaries: a value that many rows share is then decoded once."""
+    """Yield batches of rows, text as dictionaries: a value that many rows share is then decoded once."""
     allowed = max(LEAST, FACTOR * path.stat().st_size)
     chunks = list(chunk_sizes(path))
     for chunk in chunks:
@@ -96,7 +96,7 @@ def _parquet_batches(path: Path, whole: bool) -> Iterator[pyarrow.RecordBatch]:
 
 
 def _arrow_batches(path: Path) -> Iterator[pyarrow.RecordBatch]:
-    """Batches of an Arrow file: the stream that `datasets` saves, or the format with a footer."""
+    """Yield batches of an Arrow file: the stream that `datasets` saves, or the format with a footer."""
     with pyarrow.memory_map(str(path)) as source:
         is_stream = source.read(6) != b"ARROW1"
         source.seek(0)
@@ -108,7 +108,7 @@ def _arrow_batches(path: Path) -> Iterator[pyarrow.RecordBatch]:
 
 
 def decoded_size(values: pyarrow.Array) -> int:
-    """About how many bytes an array takes once every row is a value of its own.
+    """Return roughly how many bytes an array takes once every row is a value of its own.
 
     Raises:
         NotImplementedError: its type lets rows share what they hold in ways that are not counted here.
@@ -132,7 +132,7 @@ def decoded_size(values: pyarrow.Array) -> int:
 
 
 def _sizes(dictionary: pyarrow.Array) -> pyarrow.Array:
-    """The decoded size of each value of a dictionary."""
+    """Return the decoded size of each value of a dictionary."""
     if _is_text(dictionary.type):
         return _compute.binary_length(dictionary)
     return pyarrow.array([decoded_size(dictionary.slice(i, 1)) for i in range(len(dictionary))], pyarrow.int64())
@@ -147,7 +147,7 @@ def _total(lengths: pyarrow.Array) -> int:
 
 
 def _records(path: Path, batch: pyarrow.RecordBatch, size: int) -> Iterator[Record]:
-    """The rows of a batch, so few at a time that they take little memory."""
+    """Yield the rows of a batch, so few at a time that they take little memory."""
     step = max(1, min(batch.num_rows, batch.num_rows * SLICE // max(1, size)))
     for start in range(0, batch.num_rows, step):
         try:

@@ -39,7 +39,7 @@ TRUE, FALSE = ("1", "1.0", "true"), ("0", "0.0", "false")
 
 @dataclass
 class Column:
-    """What was seen in one column, or under one key of its messages: cells that are empty count as absent."""
+    """Hold what was seen in one column, or under one key of its messages: cells that are empty count as absent."""
 
     kind: Literal["text", "number", "chat", "other"]
     neutral: bool = True  # all are 1 or true
@@ -52,7 +52,7 @@ class Column:
         self.negative = self.negative or text in FALSE
 
     def matters(self, name: str, answered: bool) -> bool:
-        """Whether leaving it out would change what a row means, which may be `answered` or plain text."""
+        """Return whether leaving the column out would change what a row means (`answered`, or plain text)."""
         name = name.strip().lower()
         judged = answered and name in VERDICTS and self.negative
         return name in MEANING or (name in WEIGHTS and not self.neutral) or judged
@@ -60,7 +60,7 @@ class Column:
 
 @dataclass
 class Survey:
-    """All columns of some records in the order they come in, what they hold, and the keys of the chats in them."""
+    """Hold all columns of some records in their order, what they hold, and the keys of the chats in them."""
 
     names: dict[str, None] = field(default_factory=dict)
     columns: dict[str, Column] = field(default_factory=dict)
@@ -80,7 +80,7 @@ class Survey:
                 self._add_message(name, message)
 
     def without(self, ignore: Iterable[str]) -> Survey:
-        """The same, but for columns that are not to be used."""
+        """Return the survey without the columns that are not to be used."""
         return Survey({name: None for name in self.names if name not in ignore}, self.columns, self.keys)
 
     def _add_message(self, name: str, message: dict[str, Any]) -> None:
@@ -91,7 +91,7 @@ class Survey:
 
 
 def survey(records: Iterable[Record]) -> Survey:
-    """What all of these records hold."""
+    """Return what all of these records hold."""
     made = Survey()
     for record in records:
         made.add(record)
@@ -107,7 +107,7 @@ def _kind(cell: Any, chat: list | None) -> Literal["text", "number", "chat", "ot
 
 
 def is_empty(cell: Any) -> bool:
-    """Whether a cell says nothing: null, NaN, no text that could be seen, a list or an object of nothing."""
+    """Return whether a cell says nothing: null, NaN, no text that could be seen, a list or an object of nothing."""
     if isinstance(cell, str):
         return not cell[:1].isalnum() and not any(map(_visible, cell))
     return (
@@ -122,7 +122,7 @@ def _visible(character: str) -> bool:
 
 
 def as_chat(cell: Any) -> list[dict[str, Any]] | None:
-    """A cell as a list of messages, read from JSON where it is a string; None where it is no such list."""
+    """Return a cell as a list of messages, read from JSON where it is a string; None where it is no such list."""
     if isinstance(cell, str) and cell.lstrip().startswith("[") and ("role" in cell or "from" in cell):
         try:
             cell = load_json(cell)
@@ -137,7 +137,7 @@ def as_chat(cell: Any) -> list[dict[str, Any]] | None:
 
 
 def assign_roles(seen: Survey, mapped: Roles, formats: Formats) -> Roles:
-    """Role -> column by the first format that fits, the user's mapping laid over it.
+    """Return role -> column by the first format that fits, the user's mapping laid over it.
 
     Raises:
         ValueError: a mapped role or column does not exist, or no format fits; with a mapping that would.
@@ -160,7 +160,7 @@ def assign_roles(seen: Survey, mapped: Roles, formats: Formats) -> Roles:
 
 
 def _fitting(format: dict[str, tuple[str, ...]], seen: Survey, mapped: Roles) -> Roles | None:
-    """The roles of one format, or None where a column is missing; a mapped prompt is the whole prompt."""
+    """Return the roles of one format, or None where a column is missing; a mapped prompt is the whole prompt."""
     names = format | {role: (column,) for role, column in mapped.items()}
     if "prompt" in mapped and "input" not in mapped:
         names.pop("input", None)
@@ -173,14 +173,14 @@ def _fitting(format: dict[str, tuple[str, ...]], seen: Survey, mapped: Roles) ->
 
 
 def _column(candidates: tuple[str, ...], seen: Survey) -> str | None:
-    """The column of the first name that there is, spelled so, or else in other capitals or with spaces around it."""
+    """Return the first of the names that is a column, spelled so, or else in other capitals or with spaces around."""
     spelled = {name.strip().lower(): name for name in reversed(seen.names)}
     exact = next((name for name in candidates if name in seen.names), None)
     return exact or next((spelled[name] for name in candidates if name in spelled), None)
 
 
 def accepted(formats: Formats) -> str:
-    """The record formats in one line, for error messages and docs; brackets hold what is optional."""
+    """Return the record formats in one line, for error messages and docs; brackets hold what is optional."""
     shown = {
         name: [role for role in roles if role == "input" or role not in OPTIONAL] for name, roles in formats.items()
     }
@@ -192,7 +192,7 @@ def accepted(formats: Formats) -> str:
 
 
 def _mapping(seen: Survey, mapped: Roles, formats: Formats) -> str:
-    """A value of --columns for these columns, to be pasted: what plays a role by name does, the rest in their order."""
+    """Return a value of --columns to be pasted: roles by name where names fit, the other columns in their order."""
     guesses = [guess for format in formats.values() if (guess := _guess(format, seen, mapped))]
     if guesses:
         roles = max(guesses, key=lambda guess: guess[:2])[2]
@@ -203,7 +203,7 @@ def _mapping(seen: Survey, mapped: Roles, formats: Formats) -> str:
 
 
 def _guess(format: dict[str, tuple[str, ...]], seen: Survey, mapped: Roles) -> tuple[int, int, Roles] | None:
-    """A mapping to one format with how many roles are played by name, and by any column; None where one is missing."""
+    """Return a mapping to one format, and how many roles it fills by name and by any column; None if one is missing."""
     roles = {role: column for role, candidates in format.items() if (column := _column(candidates, seen))} | mapped
     by_name = len(roles)
     for role in format:
@@ -223,7 +223,7 @@ def _guess(format: dict[str, tuple[str, ...]], seen: Survey, mapped: Roles) -> t
 
 @dataclass
 class Unused:
-    """Columns that hold something and play no role, over all sources of a run."""
+    """Collect columns that hold something and play no role, over all sources of a run."""
 
     columns: dict[str, None] = field(default_factory=dict)
 
@@ -233,7 +233,7 @@ class Unused:
 
 
 def check_unused(seen: Survey, roles: Roles, used_keys: Iterable[str], ignore: Iterable[str]) -> Unused:
-    """The columns that play no role.
+    """Return the columns that play no role.
 
     Raises:
         ValueError: one does, or a key of the messages, that changes what a row means and that no one said to ignore.

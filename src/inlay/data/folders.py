@@ -23,7 +23,7 @@ TEXT = (".jsonl", ".json", ".csv", ".tsv", ".txt")  # may be packed, as .jsonl.g
 
 @dataclass
 class Parts:
-    """The files of a folder by what they are for: "train", and "validation" where the folder has its own."""
+    """Hold the files of a folder by what they are for: "train", and "validation" where the folder has its own."""
 
     folder: Path
     files: dict[str, list[Path]]
@@ -31,13 +31,13 @@ class Parts:
     left: list[Path] = field(default_factory=list)
 
     def by_split(self) -> dict[str, list[str]]:
-        """The names of all data files by their split, those for a test first."""
+        """Return the names of all data files by their split, those for a test first."""
         parts = {"test": self.left, **dict(reversed(self.files.items()))}
         return {name: [str(file.relative_to(self.folder)) for file in files] for name, files in parts.items() if files}
 
 
 def folder_parts(folder: Path, split: str | None, kinds: str) -> Parts:
-    """The files to read of a folder: those of one `split`, or those to train on and those to hold out.
+    """Return the files to read of a folder: those of one `split`, or those to train on and those to hold out.
 
     Raises:
         ValueError: no file is of a kind that is read, or of the split; or the splits are such that none is trained on.
@@ -70,7 +70,7 @@ def folder_parts(folder: Path, split: str | None, kinds: str) -> Parts:
 
 
 def split_of(path: Path, folder: Path | None = None) -> str | None:
-    """The split that the name of a file, or of a folder above it, tells; None where it tells none or several."""
+    """Return the split that the name of a file, or of a folder above it, tells; None where it tells none or several."""
     names = path.relative_to(folder).parts if folder else path.parts
     for name in reversed(names):
         words = re.split(r"[^a-z]+", name.lower())
@@ -81,7 +81,7 @@ def split_of(path: Path, folder: Path | None = None) -> str | None:
 
 
 def _data_files(folder: Path, kinds: str) -> tuple[list[Path], list[str]]:
-    """The data files of a folder and of its subfolders `data` and those named as splits, in order; and what is not."""
+    """Return the data files of a folder, of its subfolder `data` and of those named as splits, and the other files."""
     files, others = [], []
     listed = _saved_files(folder)
     for path in sorted(folder.iterdir()):
@@ -104,7 +104,7 @@ def kind_of(path: Path) -> str:
 
 
 def _saved_files(folder: Path) -> set[str] | None:
-    """The names of the files that `Dataset.save_to_disk` has put into a folder; None where it did not write it."""
+    """Return the names of the files that `Dataset.save_to_disk` put into a folder; None if it did not write it."""
     state = folder / "state.json"
     if not state.is_file():
         return None
@@ -123,5 +123,5 @@ def _relative(files: list[Path], folder: Path) -> list[str]:
 
 
 def short_list(names: list[str]) -> str:
-    """Some names, and how many more there are."""
+    """Return some names, and how many more there are."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

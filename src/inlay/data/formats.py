@@ -86,7 +86,7 @@ SUMMARIES: Formats = {
 
 @dataclass
 class Findings:
-    """What converting records has brought to light, over all sources of a run."""
+    """Collect what converting records has brought to light, over all sources of a run."""
 
     unused: Unused = field(default_factory=Unused)
     skipped: int = 0  # rows without an answer
@@ -97,7 +97,7 @@ class Findings:
         self.skipped += other.skipped
 
     def lines(self) -> list[str]:
-        """What a person should read before training."""
+        """Return what a person should read before training."""
         said = {
             str(self.unused): True,
             f"rows without an answer, skipped: {self.skipped}": self.skipped,
@@ -107,7 +107,7 @@ class Findings:
 
 @dataclass
 class Rules:
-    """What a run says of its records: roles and their columns, a system message, and what becomes of the rest."""
+    """Hold what a run says of its records: roles and columns, a system message, and what becomes of the rest."""
 
     columns: Roles = field(default_factory=dict)
     system: str | None = None
@@ -129,7 +129,7 @@ def convert_records(
     arguments: dict[str, Any] | None = None,
     last: bool = False,
 ) -> list[Example]:
-    """Records of one format as conversations (see `chats`), or as {"text": ...} for plain text.
+    """Return records of one format as conversations (see `chats`), or as {"text": ...} for plain text.
 
     `columns` maps roles (prompt, input, answer, messages, text) to columns, over the recognised ones; a mapped prompt
     is the whole prompt, unless an input is mapped too. `arguments` are the chat template's, below a record's own;
@@ -141,12 +141,12 @@ def convert_records(
 
 
 def example_key(example: Example) -> str:
-    """A text that two examples share if they are the same."""
+    """Return a text that two examples share if they are the same."""
     return json.dumps(example, sort_keys=True, default=str)
 
 
 def instruction_converter(rules: Rules) -> Convert:
-    """How one record becomes a conversation to learn from, or plain text."""
+    """Return how one record becomes a conversation to learn from, or plain text."""
 
     def convert(record: Record, roles: Roles) -> list[Example]:
         if rules.system is not None and "text" in roles:
@@ -157,7 +157,7 @@ def instruction_converter(rules: Rules) -> Convert:
 
 
 class Conversion:
-    """Turns records into examples by roles that hold for all of them, and counts what it comes upon.
+    """Turn records into examples by roles that hold for all of them, and count what is found.
 
     Raises:
         ValueError: no format fits the records, or something that matters would not be used.
@@ -173,7 +173,7 @@ class Conversion:
             self.found.unused = check_unused(seen, self.roles, USED_KEYS, rules.ignore)
 
     def __call__(self, record: Record) -> list[Example]:
-        """The examples of one record; of one without an answer, none where such rows are skipped."""
+        """Return the examples of one record; of one without an answer, none where such rows are skipped."""
         try:
             cells = self._cells(record)
             _check_answered(cells, self.roles)
@@ -185,7 +185,7 @@ class Conversion:
             return []
 
     def _cells(self, record: Record) -> Record:
-        """The cells that play a role, by column: None for an empty one, and chats read from JSON."""
+        """Return the cells that play a role, by column: None for an empty one, and chats read from JSON."""
         cells: Record = {}
         for role, column in self.roles.items():
             if column not in record and role not in OPTIONAL and not (role == "prompt" and "chosen" in self.roles):
@@ -221,7 +221,7 @@ def _says_nothing(message: dict[str, Any]) -> bool:
 
 
 class Faults:
-    """Rows that cannot be converted: the first two, and how many there are."""
+    """Count rows that cannot be converted, and keep the first two."""
 
     def __init__(self, rules: Rules) -> None:
         self.said: list[str] = []
@@ -229,7 +229,7 @@ class Faults:
         self.count = self.empty = 0
 
     def attempt(self, conversion: Conversion, record: Record, place: Callable[[], str]) -> list[Example]:
-        """The examples of a record; none, and one fault more, where it has one."""
+        """Return the examples of a record; none, and one fault more, where it has one."""
         try:
             return conversion(record)
         except ValueError as error:
@@ -253,7 +253,7 @@ class Faults:
 
 
 def convert_all(records: list[Record], rules: Rules, formats: Formats, convert: Convert) -> list[Example]:
-    """Records of one of some formats, each by `convert`, which also gets role -> column.
+    """Return records of one of some formats, each by `convert`, which also gets role -> column.
 
     Raises:
         ValueError: there are none, no format fits them, or rows are at fault: the first two, and how many.
@@ -296,19 +296,19 @@ def _convert(record: Record, roles: Roles, rules: Rules) -> Example:
 
 
 def as_context(turn: Any) -> Any:
-    """A message that is not learned, whoever wrote it."""
+    """Return a message that is not learned, whoever wrote it."""
     return {**turn, "weight": 0} if isinstance(turn, dict) and role_of(turn) == "assistant" else turn
 
 
 def question_of(cells: dict[str, Any], roles: Roles) -> str:
-    """The prompt of a record, with its input below where it has one."""
+    """Return the prompt of a record, with its input below where it has one."""
     question = text_cell(cells["prompt"], roles["prompt"])
     extra = cells.get("input")
     return question if extra is None else question + "\n\n" + text_cell(extra, roles["input"])
 
 
 def earlier_turns(cells: dict[str, Any], roles: Roles) -> list[Message]:
-    """The turns that a record's history holds: pairs of a question and its answer, or messages."""
+    """Return the turns that a record's history holds: pairs of a question and its answer, or messages."""
     history, name = parsed(cells.get("history")), roles.get("history", "history")
     if history is None:
         return []

@@ -57,7 +57,7 @@ def _by_line(path: Path, lines: Lines) -> Iterator[tuple[int, Record]]:
 
 
 def _listed(value: Any, path: Path, notes: list[str]) -> list[Record]:
-    """A JSON value as records: the list itself, or the only list of records in an object around it."""
+    """Return a JSON value as records: the list itself, or the only list of records in an object around it."""
     if isinstance(value, dict):
         lists = {key: inner for key, inner in value.items() if _records(inner)}
         if len(lists) == 1:
@@ -74,7 +74,7 @@ def _listed(value: Any, path: Path, notes: list[str]) -> list[Record]:
 
 
 def _records(value: Any) -> bool:
-    """Whether a value is a list of records; a chat's messages are not."""
+    """Return whether a value is a list of records; a chat's messages are not."""
     return (
         isinstance(value, list)
         and bool(value)
@@ -92,7 +92,7 @@ def _advice(value: dict[str, Any], lists: list[str], path: Path) -> str:
 
 
 def load_json(text: str) -> Any:
-    """What a JSON text holds.
+    """Return what a JSON text holds.
 
     Raises:
         ValueError: it is no JSON, is nested too deeply, or an object names a key twice, of which one would be lost.
@@ -128,7 +128,7 @@ def _parse(text: str, path: Path, line: int, wanted: str) -> Any:
 
 
 def _around(text: str, error: json.JSONDecodeError) -> str:
-    """The faulty line, or of a long one what stands around the fault."""
+    """Return the faulty line, or of a long one what stands around the fault."""
     culprit = text.split("\n")[error.lineno - 1]
     if len(culprit) > 57 and error.colno > 40:
         culprit = "..." + culprit[error.colno - 25 : error.colno + 20]

@@ -22,7 +22,7 @@ LABELLED_FORMATS = {
 
 
 def labelled_examples(records: list[Record], rules: Rules | None = None) -> list[Row]:
-    """Records as {"text", "pair" (or None), "label"}; a label as the text of it.
+    """Return records as {"text", "pair" (or None), "label"}; a label as the text of it.
 
     A label of -1 stands, by the custom of data sets on the Hub, for a row without one, unless labels are scores.
     """
@@ -45,7 +45,7 @@ def labelled_examples(records: list[Record], rules: Rules | None = None) -> list
 
 
 def label_text(cell: Any, name: str) -> str:
-    """A label as text: 1, 1.0, "1" and "1.0" are one label, and so are true, "true" and "True".
+    """Return a label as text: 1, 1.0, "1" and "1.0" are one label, and so are true, "true" and "True".
 
     Raises:
         ValueError: it is no single value.
@@ -66,13 +66,13 @@ def _has_fraction(cell: Any) -> bool:
 
 
 def one_label(label: str, labels: Iterable[str]) -> str:
-    """The name that a label has among others: of true and false, 1 and 0 where these are among them."""
+    """Return the name that a label has among others: of true and false, 1 and 0 where these are among them."""
     number = {"True": "1", "False": "0"}.get(label, label)
     return number if number in labels else label
 
 
 def alike(labels: Iterable[str]) -> list[str]:
-    """Labels that differ in capitals alone, in groups as text."""
+    """Return labels that differ in capitals alone, in groups as text."""
     groups: dict[str, list[str]] = {}
     for label in sorted(labels):
         groups.setdefault(label.lower(), []).append(label)

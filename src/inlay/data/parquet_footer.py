@@ -19,14 +19,14 @@ DEPTH = 32  # of structs in structs
 
 @dataclass(frozen=True)
 class ChunkSize:
-    """A column of one row group: how many values its pages hold, and their bytes once decompressed."""
+    """Hold how many values a column of one row group has, and their bytes once decompressed."""
 
     values: int
     size: int
 
 
 def chunk_sizes(path: Path) -> Iterator[ChunkSize]:
-    """The sizes of every column chunk of a Parquet file.
+    """Yield the sizes of every column chunk of a Parquet file.
 
     Raises:
         ValueError: the file is no Parquet, or its footer or a page header cannot be read.
@@ -65,7 +65,7 @@ def _chunk(data: mmap.mmap, about: dict[int, Any]) -> ChunkSize:
 
 
 class Thrift:
-    """A reader of Thrift's compact protocol: structs become mappings from field number to value."""
+    """Read Thrift's compact protocol: structs become mappings from field number to value."""
 
     def __init__(self, data: Any, place: int) -> None:
         if place < 0:
@@ -98,7 +98,7 @@ class Thrift:
         return self.data[self.place - count : self.place]
 
     def struct(self, depth: int = 0) -> dict[int, Any]:
-        """All fields up to the stop; raises a ValueError where the bytes are no struct."""
+        """Return all fields up to the stop; raises a ValueError where the bytes are no struct."""
         fields: dict[int, Any] = {}
         number = 0
         while head := self.byte():
@@ -108,7 +108,7 @@ class Thrift:
         return fields
 
     def value(self, kind: int, depth: int) -> Any:
-        """A value of one of the protocol's types, as it stands in a list or after a field's head."""
+        """Return a value of one of the protocol's types, as it stands in a list or after a field's head."""
         if depth > DEPTH:
             raise ValueError("nested too deeply")
         if kind in (1, 2, 3):

@@ -39,7 +39,7 @@ def preference_examples(
     arguments: dict[str, Any] | None = None,
     rules: Rules | None = None,
 ) -> list[Example]:
-    """Records as {"prompt", "chosen", "rejected"}: the messages that both sides share, and the answer of each.
+    """Return records as {"prompt", "chosen", "rejected"}: the messages that both sides share, and the answer of each.
 
     A side is text, a message, or a whole chat; a prompt that the chats repeat is there once. Without a prompt column
     it is what the chats share. Text may be a dialogue in the form of Anthropic's HH (see `dialogue`).
@@ -63,7 +63,7 @@ def preference_examples(
 
 
 def prompt_and_sides(cells: dict[str, Any], roles: dict[str, str]) -> tuple[list[Message], list[list[Message]]]:
-    """The prompt and both sides of a record as messages; the prompt is empty where it has no column."""
+    """Return the prompt and both sides of a record as messages; the prompt is empty where it has no column."""
     prompt, column = cells.get("prompt"), roles.get("prompt", "prompt")
     sides = [side_messages(cells[side], side) for side in SIDES]
     if prompt is None and (
@@ -80,7 +80,7 @@ def prompt_and_sides(cells: dict[str, Any], roles: dict[str, str]) -> tuple[list
 
 
 def side_messages(cell: Any, name: str) -> list[Message]:
-    """One side of a record as messages."""
+    """Return one side of a record as messages."""
     if isinstance(cell, dict):
         cell = [cell]
     if isinstance(cell, list):
@@ -105,7 +105,7 @@ def dialogue(text: str) -> list[Message]:
 
 
 def whole_chat(prompt: list[Message], side: list[Message], name: str) -> list[Message]:
-    """A side with its prompt before it, unless it is a chat that has it already.
+    """Return a side with its prompt before it, unless it is a chat that has it already.
 
     Raises:
         ValueError: it is a chat with other questions.
@@ -124,13 +124,13 @@ def whole_chat(prompt: list[Message], side: list[Message], name: str) -> list[Me
 
 
 def alike(first: list[Message], second: list[Message]) -> bool:
-    """Whether two chats say the same, but for whitespace."""
+    """Return whether two chats say the same, but for whitespace."""
     texts = [[(m["role"], m["content"].split(), m.get("tool_calls")) for m in chat] for chat in (first, second)]
     return texts[0] == texts[1]
 
 
 def shared_prompt(chosen: list[Message], rejected: list[Message]) -> Example:
-    """Two chats as their prompt and two answers.
+    """Return two chats as their prompt and two answers.
 
     Raises:
         ValueError: they differ before their last message, not at all, or do not end with an answer.

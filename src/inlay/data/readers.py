@@ -30,7 +30,7 @@ UNPACK = {".zip": "unzip", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "zstd -d", 
 
 @dataclass
 class Reading:
-    """How files are read, and what was noticed; `unit` is what the numbers of the last file's records count."""
+    """Hold how files are read, and what was noticed; `unit` is what the numbers of the last file's records count."""
 
     encoding: str = "utf-8"
     tsv_quotes: str = "auto"
@@ -41,7 +41,7 @@ class Reading:
 def read_records(
     source: str, split: str | None = None, reading: Reading | None = None, one_split: bool = False
 ) -> Records:
-    """Records from "builtin", a local file or folder, or a hub data set: "owner/name" or "owner/name:config".
+    """Return records from "builtin", a local file or folder, or a hub data set: "owner/name" or "owner/name:config".
 
     Of a source with several splits these are the ones to train on, unless `split` names others.
 
@@ -56,7 +56,7 @@ def read_records(
 
 
 def read_splits(source: str, split: str | None = None, reading: Reading | None = None) -> dict[str, Records]:
-    """The records to train on, as "train", and those that the source holds out itself, as "validation".
+    """Return the records to train on, as "train", and those that the source holds out itself, as "validation".
 
     `split` names one part of a folder or a hub data set, which is then all that is read. A hub is contacted only for
     what cannot be a local path.
@@ -90,7 +90,7 @@ def _read_folder(parts: Parts, reading: Reading) -> dict[str, Records]:
 
 
 def read_files(files: list[Path], folder: Path, reading: Reading) -> Records:
-    """The records of some files of a folder, one file after the other."""
+    """Return the records of some files of a folder, one file after the other."""
     records = Records()
     for path in files:
         before = len(records)
@@ -102,7 +102,7 @@ def read_files(files: list[Path], folder: Path, reading: Reading) -> Records:
 
 
 def file_records(path: Path, reading: Reading, whole: bool = True) -> Iterator[tuple[int, Record]]:
-    """The records of one file with their lines or rows; unless `whole`, without ever holding the file in memory.
+    """Yield the records of one file with their lines or rows; unless `whole`, without ever holding the file in memory.
 
     Raises:
         ValueError: the file cannot be read, or is not what its name says.
@@ -148,14 +148,14 @@ def _read_hub(source: str, split: str | None, reading: Reading) -> dict[str, Rec
 
 
 def open_bytes(path: Path) -> IO[bytes]:
-    """A file's bytes, unpacked where it ends in .gz, up to a bound on what comes out."""
+    """Return a file's bytes, unpacked where it ends in .gz, up to a bound on what comes out."""
     if path.suffix.lower() != ".gz":
         return path.open("rb")
     return io.BufferedReader(Unpacked(path), 1 << 16)
 
 
 class Unpacked(io.RawIOBase):
-    """A gzip file that is refused where a few bytes unpack without end."""
+    """Read a gzip file, and refuse one where a few bytes unpack without end."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.count = path, 0
@@ -183,7 +183,7 @@ class Unpacked(io.RawIOBase):
 
 
 def text_lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
-    """The lines of a text file with their numbers, one at a time; a mark of the byte order is left out."""
+    """Yield the lines of a text file with their numbers, one at a time; a mark of the byte order is left out."""
     with open_bytes(path) as file:
         if codecs.lookup(encoding).name != "utf-8":
             for number, line in enumerate(_decoded(path, file.read(), encoding).split("\n"), start=1):
@@ -198,7 +198,7 @@ def text_lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
 
 
 def read_text(path: Path, encoding: str) -> str:
-    """A text file as a whole."""
+    """Return a text file as a whole."""
     with open_bytes(path) as file:
         return _decoded(path, file.read(), "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding)
 
@@ -216,7 +216,7 @@ def _decoded(path: Path, raw: bytes, encoding: str, line: int = 1) -> str:
 
 
 def _guesses(raw: bytes) -> Iterator[str]:
-    """Encodings that a text which is no UTF-8 may well have: Excel's Unicode text, and Windows' western one."""
+    """Yield encodings that a text which is no UTF-8 may well have: Excel's Unicode text, and Windows' western one."""
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         yield "utf-16"
     for name in ("cp1252", "latin-1"):

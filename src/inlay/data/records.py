@@ -15,7 +15,7 @@ Numbered = Iterable[tuple[int, Record]]  # a record and the line (or row) it beg
 
 
 class Records(list[Record]):
-    """Records of one source, which remember the file and the line that each was read from."""
+    """Hold records of one source, and the file and the line that each was read from."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Records(list[Record]):
         self._files[-1] = (name, unit, numbers)
 
     def place(self, index: int) -> str:
-        """Where the record at `index` stands, as in "train.jsonl, line 4"."""
+        """Return where the record at `index` stands, as in "train.jsonl, line 4"."""
         if not self._starts:
             return f"row {index + 1}"
         file = bisect_right(self._starts, index) - 1
@@ -46,10 +46,10 @@ class Records(list[Record]):
 
 
 def place_of(records: list[Record], index: int) -> str:
-    """Where a record stands in its file, or its number where no file is known."""
+    """Return where a record stands in its file, or its number where no file is known."""
     return records.place(index) if isinstance(records, Records) else f"row {index + 1}"
 
 
 def refusal(where: Path | str, found: str, wanted: str) -> DamagedFileError:
-    """The error for a file that cannot be read: what was found in it, and what is accepted."""
+    """Return the error for a file that cannot be read: what was found in it, and what is accepted."""
     return DamagedFileError(f"{where}: found {found}; accepted: {wanted}")

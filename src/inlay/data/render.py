@@ -20,7 +20,7 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Sequence:
-    """An example as tokens, and the spans of them that are learned."""
+    """Hold an example as tokens, and the spans of them that are learned."""
 
     ids: list[int]
     spans: list[Span]
@@ -31,7 +31,7 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Rendered:
-    """One example as the model is trained on it, cut at `max_length`."""
+    """Hold one example as the model is trained on it, truncated at `max_length`."""
 
     ids: list[int]
     labels: list[int]  # the ids that are learned, IGNORED for the rest
@@ -42,16 +42,16 @@ class Rendered:
 
     @property
     def prompt_ids(self) -> list[int]:
-        """The tokens before the first answer."""
+        """Return the tokens before the first answer."""
         return self.ids[: self.spans[0][0]]
 
     @property
     def answer_ids(self) -> list[int]:
-        """The tokens that are learned."""
+        """Return the tokens that are learned."""
         return [token for token in self.labels if token != IGNORED]
 
     def marked(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """The text, with what is learned in ⟦⟧."""
+        """Return the text, with what is learned in ⟦⟧."""
         parts, end = [], 0
         for start, stop in self.spans:
             parts += [decoded(self.ids[end:start], tokenizer), f"⟦{decoded(self.ids[start:stop], tokenizer).rstrip()}⟧"]
@@ -60,7 +60,7 @@ class Rendered:
 
 
 def render(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Rendered:
-    """An example as the model is trained on it; as `encode_example`."""
+    """Return an example as the model is trained on it; as `encode_example`."""
     found = encode_example(example, tokenizer)
     end = len(found.ids) if max_length is None else min(max_length, len(found.ids))
     labels = [IGNORED] * len(found.ids)
@@ -71,7 +71,7 @@ def render(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int
 
 
 def encode_example(example: Example, tokenizer: PreTrainedTokenizerBase) -> Sequence:
-    """An example as tokens. An answer starts where the tokens of its prompt alone and of the whole differ.
+    """Return an example as tokens. An answer starts where the tokens of its prompt alone and of the whole differ.
 
     Where the tokenizer has no chat template, conversations are rendered as `as_plain_text` writes them.
 
@@ -107,7 +107,7 @@ def sequences(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[Exam
 
 
 def in_one_sequence(example: Example, tokenizer: PreTrainedTokenizerBase) -> Sequence | None:
-    """A conversation up to its last answer, with all its answers.
+    """Return a conversation up to its last answer, with all its answers.
 
     Each answer is compared with what it is alone, at the end of the turns so far. None where no template gives all of
     them: neither the tokenizer's own, whose earlier turns stay as they are while the chat goes on, or which marks the
@@ -135,7 +135,7 @@ def in_one_sequence(example: Example, tokenizer: PreTrainedTokenizerBase) -> Seq
 
 @dataclass(frozen=True)
 class Turn:
-    """A chat up to one of its answers, as tokens."""
+    """Hold a chat up to one of its answers, as tokens."""
 
     ids: list[int]
     start: int  # of the answer
@@ -143,19 +143,19 @@ class Turn:
 
     @property
     def answer(self) -> list[int]:
-        """The tokens of the answer."""
+        """Return the tokens of the answer."""
         return self.ids[self.start :]
 
 
 def encode_turn(encode: Encode, chat: list[Message], end: int) -> Turn:
-    """A chat up to the answer at `end`, which starts where its tokens and those of its prompt alone differ."""
+    """Return a chat up to the answer at `end`, which starts where its tokens and those of its prompt alone differ."""
     before, ids = encode(chat[:end], add_generation_prompt=True), encode(chat[: end + 1])
     start = common(before, ids)
     return Turn(ids, start, before[start:])
 
 
 def prompt_ends(turns: list[Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[bool, str]:
-    """Whether a prompt's last tokens merge with its answer's first, and what else a prompt alone ends with."""
+    """Return whether a prompt's last tokens merge with its answer's first, and what else a prompt alone ends with."""
     shifted, reworded = False, ""
     for turn in turns:
         if turn.lost:
@@ -166,7 +166,7 @@ def prompt_ends(turns: list[Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[
 
 
 def stable_spans(turns: list[Turn]) -> list[Span] | None:
-    """The spans of answers in the tokens up to the last one; None unless those of every turn are their beginning."""
+    """Return the spans of answers up to the last one; None unless the tokens of every turn begin those of the next."""
     whole = turns[-1].ids
     spans = []
     end = 0
@@ -208,18 +208,18 @@ def marked_answers(
 
 
 def runs_of(mask: list[int]) -> list[Span]:
-    """The runs of ones in a mask."""
+    """Return the runs of ones in a mask."""
     edges = [i for i, (a, b) in enumerate(zip([0, *mask], [*mask, 0], strict=True)) if a != b]
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def first_word(ids: list[int], start: int, stop: int, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The place of the first token that is no whitespace."""
+    """Return the place of the first token that is no whitespace."""
     return next((i for i in range(start, stop) if decoded(ids[i : i + 1], tokenizer).strip()), stop)
 
 
 def encoder(example: Example, tokenizer: PreTrainedTokenizerBase, template: Any = None, **options: Any) -> Encode:
-    """What puts messages of an example into tokens, with its tools and its arguments of the chat template."""
+    """Return what puts messages of an example into tokens, with its tools and its arguments of the chat template."""
     about = {"tools": example.get("tools"), **(example.get("chat_template_kwargs") or {})}
     if template is not None:
         about["chat_template"] = template
@@ -232,7 +232,7 @@ def encoder(example: Example, tokenizer: PreTrainedTokenizerBase, template: Any 
 
 
 def as_plain_text(example: Example) -> Example:
-    r"""As strings, for a tokenizer without a chat template: "### Instruction:\n{prompt}\n\n### Response:\n", answer.
+    r"""Return "### Instruction:\n{prompt}\n\n### Response:\n" and the answer, for a tokenizer without a chat template.
 
     Raises:
         ValueError: it has tools or calls, which only a template can show.
@@ -268,7 +268,7 @@ def prompt_ids(prompt: str | list[Message] | Example, tokenizer: PreTrainedToken
 
 
 def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """A text to learn as tokens, with one end, which it may have already."""
+    """Return a text to learn as tokens, with one end, which it may have already."""
     end, bare = str(tokenizer.eos_token), text.rstrip()
     ids = encode(text if bare.endswith(end) else text + end, tokenizer)
     again = bare.endswith(end) and bare != text and ids[-1] == tokenizer.eos_token_id
@@ -276,7 +276,7 @@ def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """A text as tokens. Where it begins or ends with what the tokenizer puts there, that is there once."""
+    """Return a text as tokens. Where it begins or ends with what the tokenizer puts there, that is there once."""
     ids = list(tokenizer(text=text)["input_ids"])
     first, last = tokenizer.bos_token_id, tokenizer.eos_token_id
     while len(ids) > 1 and ids[0] == ids[1] == first:
@@ -287,10 +287,10 @@ def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def decoded(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Tokens as text, as they are."""
+    """Return tokens as text, as they are."""
     return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
 def common(first: list[int], second: list[int]) -> int:
-    """How many tokens two sequences begin with alike."""
+    """Return how many tokens two sequences begin with alike."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))

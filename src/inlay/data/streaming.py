@@ -42,7 +42,7 @@ class Stream:
 
 
 def shards(source: str, reading: Reading | None = None) -> list[Path]:
-    """The files to train on that a path, a folder or a glob names, in the order of their names.
+    """Return the files to train on that a path, a folder or a glob names, in the order of their names.
 
     Raises:
         ValueError: there are none, or they are not all JSONL, all Parquet or all Arrow.
@@ -103,7 +103,7 @@ def open_stream(
 
 
 def _guess(files: list[Path], rules: Rules, reading: Reading) -> Conversion | None:
-    """A conversion by the first records, which is that of all records unless others have more columns."""
+    """Return a conversion by the first records, which is that of all records unless others have more columns."""
     seen = Survey()
     for _, record in islice(_placed(files, reading), GUESSED_BY):
         seen.add(record)
@@ -114,7 +114,7 @@ def _guess(files: list[Path], rules: Rules, reading: Reading) -> Conversion | No
 
 
 def _placed(files: list[Path], reading: Reading) -> Iterator[tuple[str, Record]]:
-    """The records of all files, and where each stands."""
+    """Yield the records of all files, and where each stands."""
     for file in files:
         for number, record in file_records(file, reading, whole=False):
             yield f"{file.name}, {reading.unit} {number}", record
@@ -139,5 +139,5 @@ def _digest(file: Path) -> str:
 
 
 def first_examples(stream: IterableDataset, count: int) -> list[Example]:
-    """The first examples."""
+    """Return the first examples."""
     return list(islice(stream, count))

@@ -17,7 +17,7 @@ NUMBER = r"[\s\d.-]*"
 
 
 def table_records(path: Path, text: str, tsv: bool, tsv_quotes: str, notes: list[str]) -> Iterator[tuple[int, Record]]:
-    """The records below a header line, with the line that each begins at."""
+    """Yield the records below a header line, with the line that each begins at."""
     first_line = 1
     if not tsv and re.match(r"sep=.\r?\n", text, re.IGNORECASE):  # Excel's own way to name the delimiter
         delimiter, (_, _, text), first_line = text[4], text.partition("\n"), 2
@@ -40,7 +40,7 @@ def table_records(path: Path, text: str, tsv: bool, tsv_quotes: str, notes: list
 
 
 def _header(path: Path, rows: Rows, notes: list[str]) -> list[str | None]:
-    """The names of the columns; None for one that is left out, as it holds nothing or only counts rows."""
+    """Return the names of the columns; None for one that is left out, as it holds nothing or only counts rows."""
     line, header = rows[0]
     names: list[str | None] = [name.strip() for name in header]
     for place, name in enumerate(names):
@@ -72,7 +72,7 @@ def _unnamed(path: Path, rows: Rows, place: int, notes: list[str]) -> str | None
 
 
 def _csv_rows(text: str, path: Path) -> tuple[str, Rows]:
-    """The delimiter and the rows of a CSV file: commas, unless only another delimiter makes columns of it."""
+    """Return the delimiter and the rows of a CSV file: commas, unless only another delimiter makes columns of it."""
     line = text.partition("\n")[0]
     found = [d for d in ",;\t|" if len(next(csv.reader([line], delimiter=d), [])) > 1] or [","]
     tried = [(d, _rows_or_none(text, d, path)) for d in found]
@@ -83,7 +83,7 @@ def _csv_rows(text: str, path: Path) -> tuple[str, Rows]:
 
 
 def _fits(rows: Rows) -> bool:
-    """Whether every row has as many fields as the header."""
+    """Return whether every row has as many fields as the header."""
     return len({len(row) for _, row in rows if any(row)}) == 1
 
 
@@ -95,12 +95,12 @@ def _rows_or_none(text: str, delimiter: str, path: Path) -> Rows | None:
 
 
 def _quoted_rows(text: str, delimiter: str, path: Path, first_line: int = 1) -> Rows:
-    """Rows by RFC 4180: a quoted field may hold delimiters, newlines and doubled quotation marks."""
+    """Return rows by RFC 4180: a quoted field may hold delimiters, newlines and doubled quotation marks."""
     return _parsed(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), path, first_line)
 
 
 def _plain_rows(text: str, path: Path) -> Rows:
-    """Rows of a TSV in which a quotation mark is a character like any other, as in GLUE's files."""
+    """Return rows of a TSV in which a quotation mark is a character like any other, as in GLUE's files."""
     return _parsed(csv.reader(io.StringIO(text, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE), path, 1)
 
 
@@ -124,7 +124,7 @@ def _parsed(reader, path: Path, first_line: int) -> Rows:
 
 
 def _tsv_rows(text: str, path: Path, quotes: str) -> Rows:
-    """Rows of a TSV, whose quotation marks are RFC 4180's (pandas, spreadsheets) or plain characters (GLUE)."""
+    """Return rows of a TSV, whose quotation marks are RFC 4180's (pandas, spreadsheets) or plain characters (GLUE)."""
     if quotes == "plain" or (quotes == "auto" and '"' not in text):
         return _plain_rows(text, path)
     if quotes == "quoted":
@@ -156,7 +156,7 @@ QUOTED_BY: dict[str, Callable[[str], bool]] = {
 
 
 def _written(rows: Rows, quoted: Callable[[str], bool] | None) -> list[str]:
-    """The lines of a TSV with these rows, in which the fields are quoted that the rule names."""
+    """Return the lines of a TSV with these rows, in which the fields are quoted that the rule names."""
 
     def field(cell: str) -> str:
         return '"' + cell.replace('"', '""') + '"' if quoted and quoted(cell) else cell
@@ -165,5 +165,5 @@ def _written(rows: Rows, quoted: Callable[[str], bool] | None) -> list[str]:
 
 
 def _mostly_open(plain: Rows) -> bool:
-    """Whether most lines have an odd number of quotation marks: they are parts of fields that span lines."""
+    """Return whether most lines have an odd number of quotation marks: they are parts of fields that span lines."""
     return 2 * sum("".join(row).count('"') % 2 for _, row in plain) > len(plain)

@@ -21,7 +21,7 @@ CHOICES = r"true|false|(?:answer|option|ending|solution)[1-9]"
 
 @dataclass(frozen=True)
 class Question:
-    """One thing to ask: a conversation, what counts as right, and the options there are, if any."""
+    """Hold one thing to ask: a conversation, what counts as right, and the options there are, if any."""
 
     chat: Chat
     wanted: list[str]
@@ -30,7 +30,7 @@ class Question:
 
     @property
     def asked(self) -> Example:
-        """The prompt with all that the chat template gets."""
+        """Return the prompt with all that the chat template gets."""
         return {"prompt": self.chat, **self.about}
 
 
@@ -68,7 +68,7 @@ def exact(text: str) -> str:
 
 @dataclass(frozen=True)
 class EvalTask:
-    """How records become questions, how answers are read, and how long they may be."""
+    """Define how records become questions, how answers are read, and how long they may be."""
 
     name: str
     title: str
@@ -80,7 +80,7 @@ class EvalTask:
 
     @property
     def figures(self) -> tuple[str, ...]:
-        """The names of the task's scores."""
+        """Return the names of the task's scores."""
         return (*self.read, *self.whole)
 
 

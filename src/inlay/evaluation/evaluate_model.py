@@ -23,7 +23,7 @@ from inlay.models.loading import dtype_for
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores of a model, and those of its base where these were asked for.
+    """Hold the scores of a model, and those of its base where these were requested.
 
     Attributes:
         folder: where the scores and every example's part in them are written.

@@ -32,7 +32,7 @@ def classified(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 
 def correlated(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Pearson's and Spearman's correlation; 0 where one side does not vary."""
+    """Return Pearson's and Spearman's correlation; 0 where one side does not vary."""
     scores = scores.reshape(-1)
     if np.ptp(scores) == 0 or np.ptp(labels) == 0:
         return {"pearson": 0.0, "spearman": 0.0}

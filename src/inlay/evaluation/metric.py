@@ -37,7 +37,7 @@ METRIC_HELP = (
 
 @dataclass
 class OnTask:
-    """A task of `inlay eval`; the fields are the flags there."""
+    """Name a task of `inlay eval`; the fields are the flags there."""
 
     task: str = field_of("", "the task, or lm-eval:NAME")
     data: str = field_of("", "a file or data set, as for train; none for lm-eval:")
@@ -61,12 +61,12 @@ class OnTask:
 
     @property
     def foreign(self) -> bool:
-        """Whether the task is one of lm-evaluation-harness."""
+        """Return whether the task is one of lm-evaluation-harness."""
         return self.task.startswith(PREFIX)
 
     @property
     def title(self) -> str:
-        """The name of the task's score in a table."""
+        """Return the name of the task's score in a table."""
         return self.figure or (self.task if self.foreign else find_eval_task(self.task).figures[0])
 
     def load(self, console: Console | None = None) -> Run:

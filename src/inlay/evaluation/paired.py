@@ -12,7 +12,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Difference:
-    """The mean of paired differences and its confidence interval.
+    """Hold the mean of paired differences and its confidence interval.
 
     The interval is NaN for a single pair, and for pairs that all differ by the same.
     """

@@ -20,7 +20,7 @@ Scores = list[float]
 
 @dataclass(frozen=True)
 class Score:
-    """A score with its 95 % interval and the number of examples, both None for a user's own metric."""
+    """Hold a score, its 95 % interval and the number of examples (both None for a user's own metric)."""
 
     name: str
     value: float

@@ -43,7 +43,7 @@ def rouge(name: str) -> Measure:
 
 
 def nist(said: Texts, wanted: list[Texts]) -> Corpus:
-    """NIST (Doddington 2002) up to 5-grams by nltk, of lower-case words as mteval-v13a has them."""
+    """Return NIST (Doddington 2002) up to 5-grams by nltk, of lower-case words as mteval-v13a has them."""
     from nltk.translate.nist_score import corpus_nist
     from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 

@@ -63,7 +63,7 @@ def check_scalable(model: nn.Module, name: str, scale: float) -> None:
 
 @contextmanager
 def scaled(model: nn.Module, scale: float | Mapping[str, float]) -> Iterator[None]:
-    """In its block, apply the adapters of `model` at other strengths (see `set_scale`), and as before after it."""
+    """Apply the adapters of `model` at other strengths in a `with` block (see `set_scale`), and as before after it."""
     before = [(m, dict(m.scaling)) for m in model.modules() if isinstance(m, InlayLinear)]
     try:
         set_scale(model, scale)

@@ -41,7 +41,7 @@ def adapter_folder(path: str | Path) -> Path:
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """An adapter in its folder, Inlay's or PEFT's, and its base model. Each of its files is read once, when needed.
+    """Open an adapter in its folder, Inlay's or PEFT's, and its base model; each file is read once, when needed.
 
     Attributes:
         folder: the adapter's folder.
@@ -92,7 +92,7 @@ class Adapter:
 
     @cached_property
     def config(self) -> PeftConfig:
-        """PEFT's configuration of the adapter.
+        """Return PEFT's configuration of the adapter.
 
         Raises:
             ValueError: adapter_config.json does not describe an adapter of a known type.
@@ -106,22 +106,22 @@ class Adapter:
 
     @property
     def is_inlay(self) -> bool:
-        """Whether the adapter is one of Inlay's, not of PEFT's."""
+        """Return whether the adapter is one of Inlay's, not of PEFT's."""
         return self.config.peft_type == INLAY
 
     @property
     def folded(self) -> bool:
-        """Whether the adapter was cut out of its base by a fold."""
+        """Return whether the adapter was cut out of its base by a fold."""
         return bool(self.raw.get("folded"))
 
     @property
     def may_modify_base(self) -> bool:
-        """Whether loading this adapter may modify the base weights (folds, and PEFT starts such as PiSSA)."""
+        """Return whether loading this adapter may modify the base weights (folds, and PEFT starts such as PiSSA)."""
         return not self.is_inlay or self.folded
 
     @cached_property
     def saved_config(self) -> PretrainedConfig | None:
-        """The model configuration beside a classification's adapter, which holds its labels; None for other tasks.
+        """Return the model configuration beside a classification's adapter (it holds the labels); None for other tasks.
 
         Raises:
             ValueError: the adapter is of a classification and its labels are missing or damaged.
@@ -138,7 +138,7 @@ class Adapter:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The values of the base's configuration that the adapter sets: the labels of a classification."""
+        """Return the values of the base's configuration that the adapter sets: the labels of a classification."""
         if self.saved_config is None:
             return {}
         names = ("num_labels", "id2label", "label2id", "problem_type")
@@ -146,7 +146,7 @@ class Adapter:
 
     @property
     def auto_class(self) -> Any:
-        """The transformers class that loads the base for the adapter's task.
+        """Return the transformers class that loads the base for the adapter's task.
 
         Raises:
             ValueError: the task is not handled here, or a configuration cannot be read.
@@ -155,7 +155,7 @@ class Adapter:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """The saved tensors by name; treat them as read-only.
+        """Return the saved tensors by name; treat them as read-only.
 
         Raises:
             ValueError: the file is damaged.

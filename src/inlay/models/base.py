@@ -23,7 +23,7 @@ from inlay.models.stored_weights import Weights
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A base model by name, which opens its configuration and its tokenizer once each.
+    """Name a base model, and open its configuration and its tokenizer once each.
 
     Attributes:
         name: a hub id, a folder, or builtin.
@@ -38,7 +38,7 @@ class BaseModel:
 
     @cached_property
     def resolved(self) -> str:
-        """The model's folder or hub id (see `resolve`)."""
+        """Return the model's folder or hub id (see `resolve`)."""
         return resolve(self.name)
 
     def config(self, **settings: Any) -> Any:
@@ -63,7 +63,7 @@ class BaseModel:
 
     @cached_property
     def stored_dtype(self) -> torch.dtype:
-        """The dtype that the checkpoint is stored in."""
+        """Return the dtype that the checkpoint is stored in."""
         dtype = self._any_config().get_text_config().dtype
         return dtype if isinstance(dtype, torch.dtype) else DTYPES.get(str(dtype), torch.float32)
 

@@ -20,7 +20,7 @@ from transformers import (
 
 @dataclass(frozen=True)
 class ModelClass:
-    """A task's name, PEFT's name for it, the class that loads its models, the hub's tag, and what its loss is."""
+    """Hold a task's name, PEFT's name for it, the class that loads its models, the hub's tag, and its loss."""
 
     name: str
     peft: str
@@ -30,7 +30,7 @@ class ModelClass:
 
     @property
     def causal(self) -> bool:
-        """Whether its models are causal language models, which are planned, folded, exported and compared."""
+        """Return whether the task's models are causal, and so can be planned, folded, exported and compared."""
         return self.auto is AutoModelForCausalLM
 
 

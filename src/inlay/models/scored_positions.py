@@ -17,7 +17,7 @@ def base_model_of(model: Any) -> Any:
 
 @contextmanager
 def only_at(model: Any, chosen: Tensor) -> Iterator[None]:
-    """In its block, `model` computes logits at the chosen positions alone, in one row: (1, count, vocabulary).
+    """Let `model` compute logits at the chosen positions alone in a `with` block: (1, count, vocabulary).
 
     The backbone is followed by a hook that keeps these positions of the last hidden state, so that whatever the model's
     own forward pass does after it (a head, a scale, soft-capping) is done for them, and for no others.

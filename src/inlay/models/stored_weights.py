@@ -23,7 +23,7 @@ ONE, MANY = "model.safetensors", "model.safetensors.index.json"
 
 
 class Weights:
-    """The stored tensors of a model by name; `BaseModel.weights` opens them.
+    """Read the stored tensors of a model by name; `BaseModel.weights` opens them.
 
     Args:
         model: the model's name, for error messages.
@@ -55,7 +55,7 @@ class Weights:
 
     @functools.cached_property
     def stored(self) -> dict[str, str]:
-        """The stored name of every tensor that is stored as the model holds it, by the model's own name.
+        """Return the stored name of every tensor that is stored as the model holds it, by the model's own name.
 
         Checkpoints leave out a leading module, or keep the names of an older release.
         """

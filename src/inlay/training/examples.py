@@ -39,7 +39,7 @@ class Examples:
 
     @property
     def eval_size(self) -> int:
-        """How many examples were held out: what a recipe says to hold out the same again."""
+        """Return how many examples were held out: what a recipe says to hold out the same again."""
         return len(self.heldout) if self.conversations is None else self.conversations
 
 
@@ -82,7 +82,7 @@ def load_examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: C
 
 
 def measured(lengths: list[int], recipe: Recipe) -> Audit:
-    """An audit of examples that are cut without losing their answer."""
+    """Return an audit of examples that are cut without losing their answer."""
     cut = sum(n > recipe.max_length for n in lengths)
     return Audit(len(lengths), cut, 0, 0, max(lengths), sum(lengths) / len(lengths), 0)
 
@@ -98,7 +98,7 @@ def announce(rows: Examples, recipe: Recipe, console: Console) -> None:
 
 
 def token_dataset(rows: list[Example], tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Examples as trl takes them: tokens, and as labels those that are learned. trl cuts or packs them."""
+    """Return examples as trl takes them: tokens, and as labels those that are learned. trl cuts or packs them."""
     shown = (render(row, tokenizer, None) for row in rows)
     columns = [(np.array(one.ids, np.int32), np.array(one.labels, np.int32)) for one in shown]
     ids, labels = zip(*columns, strict=True)
@@ -106,7 +106,7 @@ def token_dataset(rows: list[Example], tokenizer: PreTrainedTokenizerBase) -> Da
 
 
 def training_set(rows: Examples, tokenizer: PreTrainedTokenizerBase) -> Dataset | IterableDataset:
-    """What a run trains on, as trl takes it."""
+    """Return what a run trains on, as trl takes it."""
     if rows.stream is None:
         return token_dataset(rows.train, tokenizer)
 

@@ -23,7 +23,7 @@ Convert = Callable[[list[Record], Rules], list[dict]]
 
 
 def streamed(recipe: Recipe, console: Console) -> tuple[list[dict], list[dict], Stream]:
-    """The examples of a stream that are looked at, the held-out ones, and the stream to train on."""
+    """Return the examples of a stream that are looked at, the held-out ones, and the stream to train on."""
     (source,), reading = sources(recipe), reading_of(recipe)
     rules, size = rules_of(recipe, source), int(recipe.eval_size or 100)
     held = own_heldout(recipe, source, reading, rules)
@@ -38,7 +38,7 @@ def streamed(recipe: Recipe, console: Console) -> tuple[list[dict], list[dict], 
 
 
 def own_heldout(recipe: Recipe, source: Source, reading: Reading, rules: Rules) -> list[dict]:
-    """The examples of a stream's `eval_data`, or of the part of its folder that is named as held out."""
+    """Return the examples of a stream's `eval_data`, or of the part of its folder that is named as held out."""
     if recipe.eval_data:
         source = Source(recipe.eval_data, columns=recipe.columns, system=recipe.system)
         records = read_records(recipe.eval_data, None, reading, one_split=True)
@@ -85,7 +85,7 @@ def train_and_heldout(
 def read_sources(
     recipe: Recipe, given: list[Source], convert: Convert, reading: Reading, found: Findings
 ) -> tuple[list[list[dict]], list[dict]]:
-    """The examples of each source, and those that are held out apart from them: `eval_data`, or parts of sources."""
+    """Return the examples of each source, and those held out apart from them: `eval_data`, or parts of sources."""
     parts, held = [], []
     for source in given:
         rules = rules_of(recipe, source, found)
@@ -100,7 +100,7 @@ def read_sources(
 
 
 def rules_of(recipe: Recipe, source: Source | None = None, found: Findings | None = None) -> Rules:
-    """What a recipe says of the records of one of its sources."""
+    """Return what a recipe says of the records of one of its sources."""
     source = source or sources(recipe)[0]
     skip = recipe.empty_answers == "skip"
     return Rules(
@@ -116,12 +116,12 @@ def rules_of(recipe: Recipe, source: Source | None = None, found: Findings | Non
 
 
 def reading_of(recipe: Recipe) -> Reading:
-    """How a recipe's files are read."""
+    """Return how a recipe's files are read."""
     return Reading(recipe.encoding, recipe.tsv_quotes)
 
 
 def at_most_eval_size(held: list[dict], recipe: Recipe) -> list[dict]:
-    """The first of the held-out examples, as many as `eval_size` says."""
+    """Return the first of the held-out examples, as many as `eval_size` says."""
     size = recipe.eval_size or len(held)
     return held[: max(1, round(size * len(held)) if size < 1 else int(size))]
 
@@ -138,7 +138,7 @@ def check_one_kind(parts: list[list[dict]], given: list[Source]) -> None:
 def cut_heldout(
     recipe: Recipe, parts: list[list[dict]], key: Callable[[dict], str] | None
 ) -> tuple[list[list[dict]], list[dict]]:
-    """The sources' examples without those that are held out, and these, drawn from all sources alike."""
+    """Return the sources' examples without those that are held out, and these, drawn from all sources alike."""
     made = [row for part in parts for row in part]
     builtin = recipe.data == "builtin"  # its file says which rows are held out: the last 100
     size = recipe.eval_size or (100 if builtin else min(100, max(1, len(made) // 10)))
@@ -148,19 +148,19 @@ def cut_heldout(
 
 
 def weigh(parts: list[list[dict]], given: list[Source], seed: int) -> list[list[dict]]:
-    """The examples of an epoch by source: each as often as the source's weight says."""
+    """Return the examples of an epoch by source: each as often as the source's weight says."""
     return [weighted(part, source.weight, seed, i) for i, (part, source) in enumerate(zip(parts, given, strict=True))]
 
 
 def weighted(rows: list[dict], weight: float, seed: int, number: int) -> list[dict]:
-    """Each row as often as the whole part of `weight` says, and once more the share of them that its fraction is."""
+    """Return each row as often as the whole part of `weight` says, and a share of them, its fraction, once more."""
     whole, extra = int(weight), round((weight - int(weight)) * len(rows))
     drawn = sorted(random.Random(f"{seed} {number}").sample(range(len(rows)), extra))
     return rows * whole + [rows[i] for i in drawn]
 
 
 def shares(given: list[Source], parts: list[list[dict]], train: list[list[dict]]) -> list[str]:
-    """What each source of a mixture contributes to an epoch."""
+    """Return what each source of a mixture contributes to an epoch."""
     total = sum(map(len, train))
     if total == 0:
         raise ValueError("the weights of data leave no example to train on; raise them")
@@ -174,7 +174,7 @@ def shares(given: list[Source], parts: list[list[dict]], train: list[list[dict]]
 
 
 def overlap(count: int, total: int) -> list[str]:
-    """A line where `count` of the held-out examples are training examples too."""
+    """Return a line where `count` of the held-out examples are training examples too."""
     return [f"{count} of {total} held-out examples are training examples too; their loss says less"] if count else []
 
 

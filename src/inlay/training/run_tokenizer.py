@@ -17,7 +17,7 @@ from inlay.recipe.recipe import Recipe
 
 
 def run_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The tokenizer of a recipe's model, with the chat template and the end token that the recipe gives it.
+    """Return the tokenizer of a recipe's model, with the chat template and the end token that the recipe gives it.
 
     Raises:
         ValueError: it has no end token, the template cannot be read, or does not read an argument it is given.
@@ -44,7 +44,7 @@ def run_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 
 def answer_ends(recipe: Recipe) -> frozenset[int]:
-    """The tokens at which a recipe's model stops by its own generation settings."""
+    """Return the tokens at which a recipe's model stops by its own generation settings."""
     try:
         base = recipe.base_model()
         ends = GenerationConfig.from_pretrained(base.resolved, revision=base.revision or "main").eos_token_id
@@ -78,7 +78,7 @@ def check_limits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, largest: in
 
 
 def learned_positions(recipe: Recipe) -> int | None:
-    """How many positions a model has an embedding for; None where it computes them."""
+    """Return how many positions a model has an embedding for; None where it computes them."""
     model = recipe.base_model().meta(torch.float32, 1, find_model_class(recipe.task).auto)
     found = [
         module.num_embeddings

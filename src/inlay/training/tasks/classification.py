@@ -31,7 +31,7 @@ class Classification(Task):
     metrics = ("accuracy", "f1", "matthews", "pearson", "spearman")
 
     def processor(self, recipe: Recipe) -> Any:
-        """A tokenizer that pads, as decoders' often do not: with the end token, as in instruction tuning.
+        """Return a tokenizer that pads, as decoders' often do not: with the end token, as in instruction tuning.
 
         Raises:
             ValueError: it has no end token either.
@@ -46,7 +46,7 @@ class Classification(Task):
         return tokenizer
 
     def examples(self, recipe: Recipe, tokenizer: Any, console: Console) -> Examples:
-        """As of any task; a label is what stands in its column, and labels are ordered by value."""
+        """Return examples as any task does; a label is what stands in its column, and labels are ordered by value."""
         train, held = train_and_heldout(recipe, labelled_examples, console, lambda row: row["text"])
         known = {row["label"] for row in (*train, *held)}
         for row in (*train, *held):
@@ -116,7 +116,7 @@ class Classification(Task):
 
 
 def label_notes(train: list[Row], held: list[Row], labels: list[str] | None) -> list[str]:
-    """What a person should know of the labels: those that are never learned, and those that may be meant as one."""
+    """Return what a person should know of the labels: those never learned, and those that may be meant as one."""
     learned = {row["label"] for row in train}
     unseen = sorted({row["label"] for row in held} - learned) if labels else []
     notes = [f"only held-out rows have the label {', '.join(unseen[:10])}: it is not learned"] if unseen else []
@@ -129,7 +129,7 @@ def label_notes(train: list[Row], held: list[Row], labels: list[str] | None) -> 
 
 
 def ordered_labels(values: set[str]) -> list[str] | None:
-    """Labels by value: as whole numbers where all are, else as text; None where they are numbers with fractions."""
+    """Return labels by value: as whole numbers where all are, else as text; None if they are fractional numbers."""
     try:
         numbers = {value: float(value) for value in values}
     except ValueError:
@@ -138,5 +138,5 @@ def ordered_labels(values: set[str]) -> list[str] | None:
 
 
 def joined_texts(row: Row) -> str:
-    """Both texts of a pair."""
+    """Return both texts of a pair."""
     return row["text"] if row["pair"] is None else f"{row['text']} | {row['pair']}"

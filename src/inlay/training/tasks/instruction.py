@@ -22,14 +22,14 @@ from inlay.training.trainers.trainer import Trainer
 
 
 class Task:
-    """Causal language models learn answers to prompts, through trl's SFTTrainer."""
+    """Train causal language models on answers to prompts, through trl's SFTTrainer."""
 
     trainer: type = Trainer
     arguments: type = SFTConfig
     metrics: tuple[str, ...] = ()  # what evaluation gives beside the loss
 
     def processor(self, recipe: Recipe) -> Any:
-        """What makes numbers of the data: a tokenizer."""
+        """Return what turns the data into numbers: a tokenizer."""
         return run_tokenizer(recipe)
 
     def examples(self, recipe: Recipe, tokenizer: Any, console: Console) -> Examples:
@@ -37,36 +37,36 @@ class Task:
         return load_examples(recipe, tokenizer, console)
 
     def model_settings(self, rows: Examples) -> dict[str, Any]:
-        """What of the model's configuration depends on the data."""
+        """Return what of the model's configuration depends on the data."""
         return {}
 
     def settings(self, recipe: Recipe) -> dict[str, Any]:
-        """The trainer's arguments that are not transformers' own."""
+        """Return the trainer's arguments that are not transformers' own."""
         return {"max_length": recipe.max_length, "packing": recipe.packing, "eval_packing": False}
 
     def dataset(self, rows: list[Row], tokenizer: Any, recipe: Recipe) -> Dataset:
-        """Examples as the trainer takes them."""
+        """Return examples as the trainer takes them."""
         return token_dataset(rows, tokenizer)
 
     def batch(self, rows: list[Row], tokenizer: Any, recipe: Recipe) -> dict[str, Tensor] | None:
-        """Examples as the model and `loss` take them, for starts from data; None where nothing is learned from them."""
+        """Return examples as the model and `loss` take them, for starts from data; None if nothing is learned."""
         shown = [render(row, tokenizer, recipe.max_length) for row in rows]
         return collate([(one.ids, one.labels) for one in shown if one.answer_ids], tokenizer)
 
     def loss(self, recipe: Recipe) -> Callable[[Any, Any], Tensor] | None:
-        """What of (model, batch) such starts differentiate; None: the model's own loss."""
+        """Return what of (model, batch) such starts differentiate; None: the model's own loss."""
         return None
 
     def parts(self, tokenizer: Any, rows: Examples) -> dict[str, Any]:
-        """Arguments of the trainer itself: a collator, metrics."""
+        """Return arguments of the trainer itself: a collator, metrics."""
         return {}
 
     def scores(self, row: dict[str, Any]) -> dict[str, float]:
-        """The metrics in a row of an evaluation."""
+        """Return the metrics in a row of an evaluation."""
         return {name: row[f"eval_{name}"] for name in self.metrics if f"eval_{name}" in row}
 
     def questions(self, rows: list[Row], count: int) -> list[Row]:
-        """Held-out examples to answer before and after: "input" for `answers`; "prompt" and "reference" to show."""
+        """Return held-out examples to answer before and after: "input" for `answers`; "prompt", "reference" to show."""
         asked = [row for row in rows if "prompt" in row][:count]
         return [
             {"input": row, "prompt": row["prompt"][-1]["content"], "reference": answer_text(row["completion"][0])}
@@ -74,16 +74,16 @@ class Task:
         ]
 
     def answers(self, model: Any, tokenizer: Any, inputs: list[Any]) -> list[str]:
-        """The model's answers to the "input" of questions."""
+        """Return the model's answers to the "input" of questions."""
         return answer(model, tokenizer, inputs)
 
     def shown(self, row: Row, tokenizer: Any, recipe: Recipe) -> str:
-        """An example as text, what is learned from in ⟦⟧."""
+        """Return an example as text, what is learned from in ⟦⟧."""
         return render(row, tokenizer, recipe.max_length).marked(tokenizer)
 
 
 def collate(rows: list[tuple[list[int], list[int]]], tokenizer: Any) -> dict[str, Tensor] | None:
-    """Tokens and labels of rows as one batch, filled up on the right."""
+    """Return tokens and labels of rows as one batch, filled up on the right."""
     if not rows:
         return None
     length, pad = max(len(ids) for ids, _ in rows), tokenizer.pad_token_id or 0

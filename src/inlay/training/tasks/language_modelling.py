@@ -59,7 +59,7 @@ class LanguageModelling(Task):
 
 
 def text_blocks(records: list[Record], rules: Rules, tokenizer: Any, length: int) -> list[Row]:
-    """A text as blocks of `length` token ids.
+    """Return a text as blocks of `length` token ids.
 
     Raises:
         ValueError: it has no text column, or not a block of text.
@@ -78,7 +78,7 @@ def text_blocks(records: list[Record], rules: Rules, tokenizer: Any, length: int
 
 
 def last_blocks(parts: list[list[Row]], recipe: Recipe) -> tuple[list[list[Row]], list[Row]]:
-    """The blocks of all sources without those held out, and these: the last of each, by its share of all."""
+    """Return the blocks of all sources without those held out, and these: the last of each, by its share of all."""
     total = sum(map(len, parts))
     size = recipe.eval_size or min(100, max(1, total // 10))
     count = max(1, round(size * total) if size < 1 else int(size))

@@ -58,7 +58,7 @@ class Preference(Task):
         return Dataset.from_list([encode_pair(row, tokenizer) for row in rows])
 
     def batch(self, rows: list[Row], tokenizer: Any, recipe: Recipe) -> dict[str, Tensor] | None:
-        """The chosen answers, then the rejected ones."""
+        """Return the chosen answers, then the rejected ones."""
         pairs = [encode_pair(row, tokenizer) for row in rows]
         pairs = [pair for pair in pairs if len(pair["prompt_ids"]) < recipe.max_length]
         found = []
@@ -84,18 +84,18 @@ class Preference(Task):
 
 
 def first_question(row: Row) -> str:
-    """What pairs of one prompt share, so that none is on both sides of a split."""
+    """Return what pairs of one prompt share, so that none is on both sides of a split."""
     return next(message["content"] for message in row["prompt"] if message["role"] == "user")
 
 
 def side_of(row: Row, side: str) -> Example:
-    """One side of a pair as an example."""
+    """Return one side of a pair as an example."""
     about = {key: value for key, value in row.items() if key not in ("prompt", *SIDES)}
     return {"prompt": row["prompt"], "completion": row[side], **about}
 
 
 def encode_pair(row: Row, tokenizer: Any) -> dict[str, list[int]]:
-    """A pair as trl's trainer takes it; both answers start where their tokens and those of the prompt alone differ."""
+    """Return a pair as trl's trainer takes it; both answers start where tokens differ from the prompt's alone."""
     chosen, rejected = (encode_example(side_of(row, side), tokenizer) for side in SIDES)
     start = min(chosen.spans[0][0], rejected.spans[0][0], common(chosen.ids, rejected.ids))
     return {
@@ -106,7 +106,7 @@ def encode_pair(row: Row, tokenizer: Any) -> dict[str, list[int]]:
 
 
 def with_room(rows: list[Row], tokenizer: Any, recipe: Recipe, console: Console) -> list[Row]:
-    """The pairs whose prompt leaves room for an answer; how many do not is said.
+    """Return the pairs whose prompt leaves room for an answer; how many do not is said.
 
     Raises:
         ValueError: none does.
@@ -124,7 +124,7 @@ def with_room(rows: list[Row], tokenizer: Any, recipe: Recipe, console: Console)
 
 
 def first_loss(model: Any, batch: dict[str, Tensor], beta: float) -> Tensor:
-    """DPO's loss where the policy is its own reference: log 2, with the slope −β/2 in each pair's margin."""
+    """Return DPO's loss where the policy is its own reference: log 2, with slope −β/2 in each pair's margin."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     logits, labels = model(**inputs).logits[:, :-1], batch["labels"][:, 1:]
     scores = (

@@ -60,7 +60,7 @@ class Seq2Seq(Task):
         return Dataset.from_list([{**s, "labels": t} for s, t in zip(sources, targets, strict=True)])
 
     def batch(self, rows: list[Row], tokenizer: Any, recipe: Recipe) -> dict[str, torch.Tensor]:
-        """The masks of both sides tell padding by their lengths, which are therefore made to differ."""
+        """Return one batch of both sides; masks tell padding by lengths, which are therefore made to differ."""
         made = dict(DataCollatorForSeq2Seq(tokenizer)(list(self.dataset(rows, tokenizer, recipe))))
         if made["labels"].shape == made["input_ids"].shape:
             made["labels"] = F.pad(made["labels"], (0, 1), value=-100)
@@ -80,7 +80,7 @@ class Seq2Seq(Task):
 
 
 def seq2seq_examples(records: list[Record], rules: Rules) -> list[Row]:
-    """Records as {"source", "target"}, with their system message, or the recipe's, before the source."""
+    """Return records as {"source", "target"}, with their system message, or the recipe's, before the source."""
 
     def row(record: Record, roles: dict[str, str]) -> list[Row]:
         cells = {role: record[column] for role, column in roles.items()}

@@ -84,7 +84,7 @@ class Vision(Task):
 
 
 def vision_examples(records: list[Record], rules: Rules) -> list[Row]:
-    """Records as {"prompt", "completion", "images"}: one example a turn of the assistant, all with the images."""
+    """Return records as {"prompt", "completion", "images"}: one example per assistant turn, all with the images."""
     source = Path(rules.source).expanduser()
     folders = (source, source.parent) if source.is_dir() else (source.parent,)
 
@@ -111,12 +111,12 @@ def vision_examples(records: list[Record], rules: Rules) -> list[Row]:
 
 
 def question(row: Row) -> str:
-    """The last question of a prompt."""
+    """Return the last question of a prompt."""
     return row["prompt"][-1]["content"]
 
 
 def seen(row: Row) -> list[dict[str, Any]]:
-    """The prompt as templates of vision models take it: the images before the first question."""
+    """Return the prompt as templates of vision models take it: the images before the first question."""
     made, images = [], [{"type": "image"} for _ in row["images"]]
     for turn in row["prompt"]:
         first, images = (images, []) if turn["role"] == "user" else ([], images)
@@ -125,5 +125,5 @@ def seen(row: Row) -> list[dict[str, Any]]:
 
 
 def length(row: Row, tokenizer: Any) -> int:
-    """An example's text in tokens; what its images add depends on the model."""
+    """Return an example's text in tokens; what its images add depends on the model."""
     return len(tokenizer.tokenizer(" ".join(t["content"] for t in (*row["prompt"], *row["completion"])))["input_ids"])

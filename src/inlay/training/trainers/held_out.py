@@ -17,7 +17,7 @@ Base = transformers.Trainer if TYPE_CHECKING else object
 
 
 class HeldOutTokens(Base):
-    """A trainer whose evaluations sum the scores of tokens over all rows, and divide by the number of tokens.
+    """Evaluate as the sum of the tokens' scores over all rows, divided by the number of tokens.
 
     No label smoothing, auxiliary loss or other form of the training loss is in them.
     """

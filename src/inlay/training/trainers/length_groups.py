@@ -20,7 +20,7 @@ def token_counts(dataset: Dataset) -> list[int]:
 
 
 class LengthGroups(Sampler[int]):
-    """Draws examples in groups of similar length, as transformers does, which is whole again after a stop.
+    """Draw examples in groups of similar length, as transformers does; the order is whole again after a stop.
 
     transformers' own sampler takes its order from torch's generator, whose state at the start of an epoch no
     checkpoint holds.

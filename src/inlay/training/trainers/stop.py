@@ -14,7 +14,7 @@ from inlay.training import checkpoints
 
 
 class Stop(TrainerCallback):
-    """In its block, Ctrl-C and SIGTERM end a run after the step it is in, with a checkpoint; a second one at once."""
+    """End a run on Ctrl-C or SIGTERM after its step, with a checkpoint; at once on a second one."""
 
     asked = False
 

@@ -45,7 +45,7 @@ FOR_LOSS = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")  # what
 
 
 class Safe(Base):
-    """A trainer whose checkpoints are whole, and which takes no step on NaN or Inf.
+    """Extend a trainer: its checkpoints are whole, and it takes no step on NaN or Inf.
 
     Args:
         skips: how many steps with NaN or Inf are passed over before one ends the run.
@@ -93,7 +93,7 @@ class Safe(Base):
 
     @property
     def sharded(self) -> bool:
-        """Whether FSDP2 or ZeRO-3 holds what is trained."""
+        """Return whether FSDP2 or ZeRO-3 holds what is trained."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -302,7 +302,7 @@ class Safe(Base):
 
 
 class CausalTrainer(Safe):
-    """A trainer of trl's, whose fused head sees labelled positions alone."""
+    """Extend a trainer of trl's: its fused head sees labelled positions alone."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -311,7 +311,7 @@ class CausalTrainer(Safe):
 
 
 class Trainer(HeldOutTokens, CausalTrainer, SFTTrainer):
-    """trl's SFTTrainer, for instructions, plain text and images."""
+    """Extend trl's SFTTrainer, for instructions, plain text and images."""
 
     token_metrics = ("loss", "mean_token_accuracy", "entropy")
 
@@ -322,14 +322,14 @@ class Trainer(HeldOutTokens, CausalTrainer, SFTTrainer):
 
 
 class PreferenceTrainer(CausalTrainer, DPOTrainer):
-    """trl's DPOTrainer, for preferences that are tokens already."""
+    """Extend trl's DPOTrainer, for preferences that are tokens already."""
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset
 
 
 class PlainTrainer(Safe, transformers.Trainer):
-    """transformers' own trainer, which takes an adapter as trl's do."""
+    """Extend transformers' own trainer, so that it takes an adapter as trl's do."""
 
     def __init__(self, model: Any, *args: Any, peft_config: PeftConfig | None = None, **kwargs: Any) -> None:
         model = get_peft_model(model, peft_config) if peft_config is not None else model
@@ -339,7 +339,7 @@ class PlainTrainer(Safe, transformers.Trainer):
 
 
 class TargetTrainer(HeldOutTokens, PlainTrainer):
-    """transformers' own trainer, for models whose every label is a token of a target text."""
+    """Extend transformers' own trainer, for models whose every label is a token of a target text."""
 
     def token_scores(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
         """Return which tokens are no padding, and each one's loss."""
@@ -349,7 +349,7 @@ class TargetTrainer(HeldOutTokens, PlainTrainer):
 
 
 def state_of(found: Checkpoint) -> TrainerState:
-    """What transformers keeps of a run in its checkpoint.
+    """Return what transformers keeps of a run in its checkpoint.
 
     Raises:
         ValueError: it is none.
