@@ -115,11 +115,12 @@ def test_eva_is_the_svd_of_the_centred_inputs_without_padding(llama):
 
 def test_eva_finds_the_vectors_of_pefts_incremental_svd(llama):
     data = batches(6, rows=8)
-    theirs = IncrementalPCA(n_components=8, copy=True, lowrank=False)
+    theirs = IncrementalPCA(n_components=16, copy=True, lowrank=False)  # ρ r, as its EVA has it
     for x in inputs(llama, PATH, data):
         theirs.partial_fit(x)
     found = gather_statistics(llama, {PATH: EVA(r=8, tau=1.0)}, data).stats[PATH]
-    assert same_space(found["V"], theirs.components_) > 0.99
+    assert found["V"].shape == theirs.components_.shape
+    assert same_space(found["V"][:8], theirs.components_[:8]) > 0.999
 
 
 def test_layers_that_read_the_same_input_share_one_svd(llama):

@@ -183,7 +183,9 @@ CONTRACT = {
     "pissa": Row(PiSSA(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
     "milora": Row(MiLoRA(r=8), (40, 24), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
     "milora middle": Row(MiLoRA(r=8, side="middle"), (24, 24), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
-    "milora random": Row(MiLoRA(r=8, side="random"), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
+    "milora random": Row(
+        MiLoRA(r=8, side="random"), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank, seeded=True
+    ),
     "olora": Row(OLoRA(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
     "svfit": Row(SVFit(r=8), (40, 24), {"sigma"}, lambda m, n: 8, diagonal),
     "loldu": Row(LoLDU(r=8), (24, 40), {"z"}, lambda m, n: 8, diagonal),

@@ -5,7 +5,8 @@
 Paischer et al. 2024, "One Initialization to Rule them All: Fine-tuning via Explained Variance Adaptation", arXiv
 2410.07170. X comes in batches, and its vectors are kept up to date by incremental SVD (Ross et al. 2008). A layer has
 seen enough when each of its r vectors has a cosine of at least τ with itself one batch earlier; layers that do not
-reach this within the batches are reported. The global ranks are `allocate: variance`.
+reach this within the batches are reported. From batch to batch 2 r vectors are kept, as in the published code (ρ r, ρ =
+2), or the last of the r would be those that truncation spoils. The global ranks are `allocate: variance`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from inlay.method import LowRank, Params, check_rank, check_seen
 from inlay.numerics import linalg
+
+KEPT = 2  # times r
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +35,7 @@ class EVA(LowRank):
     tau: float = field(default=0.99, metadata={"help": "cosine τ from which EVA's vectors count as settled", "max": 1})
 
     def observe(self, stats: Params, seen: Tensor) -> Params:
-        """Return V (k × in) and S (k,) of all inputs so far, k <= r, their mean, scatter and number; `cosine`."""
+        """Return V (k × in) and S (k,) of all inputs so far, k <= 2 r, their mean, scatter and number; `cosine`."""
         n, mean = len(seen), seen.mean(0)
         X = seen - mean
         total, count = X.square().sum(), torch.tensor(float(n))
@@ -43,13 +46,14 @@ class EVA(LowRank):
             rows = torch.cat([stats["S"][:, None] * stats["V"], X, shift[None]])
             total = stats["total"] + total + shift.square().sum()
             mean = stats["mean"] + (mean - stats["mean"]) * (n / count.item())
-        _, S, V = linalg.top_svd(rows, min(self.r, *rows.shape))
+        _, S, V = linalg.top_svd(rows, min(KEPT * self.r, *rows.shape))
         k = len(stats.get("V", ()))
         cosine = torch.cosine_similarity(V[:k], stats["V"]).abs() if k else V.new_zeros(0)
         return {"V": V, "S": S, "mean": mean, "total": total, "tokens": count, "cosine": cosine}
 
     def settled(self, stats: Params) -> bool:
-        return len(stats["cosine"]) == self.r and bool((stats["cosine"] >= self.tau).all())
+        cosine = stats["cosine"][: self.r]
+        return len(cosine) == self.r and bool((cosine >= self.tau).all())
 
     def start(self, W: Tensor, stats: Params | None = None) -> Params:
         check_rank(self, self.r, W)

@@ -5,7 +5,8 @@
 Wang et al. 2024, "MiLoRA: Harnessing Minor Singular Components for Parameter-Efficient LLM Finetuning", arXiv
 2406.09044, section 3. Only the start is constrained, not the training. It needs LoRA-like learning rates (3e-4 at r 32
 to 64; PiSSA's 2e-5 is too small) and gives no benefit to quantisation: the minor part carries no energy.
-`side="middle"` and `"random"` are the paper's ablations (they need a full SVD); the principal side is PiSSA.
+`side="middle"` and `"random"` are the paper's ablations (they need a full SVD; the random one draws for each weight);
+the principal side is PiSSA.
 """
 
 from __future__ import annotations
@@ -28,8 +29,11 @@ class MiLoRA(LowRank):
     trains = "A (r × in), B (out × r)"
 
     side: Literal["minor", "middle", "random"] = field(
-        default="minor", metadata={"help": "which singular triplets", "choices": ("minor", "middle", "random")}
-    )
+        default="minor",
+        metadata={
+            "help": "which singular triplets", "choices": ("minor", "middle", "random"), "draws": ("random",)
+        },
+    )  # fmt: skip
 
     def start(self, W: Tensor, stats: Params | None = None) -> Params:
         check_rank(self, self.r, W)

@@ -49,14 +49,14 @@ class Route(NamedTuple):
 def svd(W: Tensor, r: int, side: Side) -> Triplets:
     """Return r singular triplets of W (m, n) from one side of its spectrum: U (m, r), S (r,) descending, Vh (r, n).
 
-    They are fp32, on W's device, and repeatable; the entry of largest magnitude in each column of U is positive. A W on
-    the meta device gives meta tensors of the right shapes.
+    They are fp32, on W's device, and repeatable, but for what "random" draws; the entry of largest magnitude in each
+    column of U is positive. A W on the meta device gives meta tensors of the right shapes.
 
     Args:
         W: the weight.
         r: how many triplets.
-        side: "top" and "minor" are fast. "middle" (centred in the spectrum) and "random" (drawn by a generator of this
-            file's own) are ablations of MiLoRA and take a full SVD.
+        side: "top" and "minor" are fast. "middle" (centred in the spectrum) and "random" (drawn from torch's
+            generator) are ablations of MiLoRA and take a full SVD.
 
     Raises:
         ValueError: an unknown side, r outside [1, min(m, n)], or a W that is not a finite matrix.
@@ -229,7 +229,7 @@ def _tall_svd(A: Tensor, r: int, side: str) -> Triplets:
 
 def _indices(n: int, r: int, side: str) -> Tensor:
     if side == "random":
-        return torch.randperm(n, generator=torch.Generator().manual_seed(SEED), device="cpu")[:r].sort().values
+        return torch.randperm(n, device="cpu")[:r].sort().values
     start = {"top": 0, "middle": (n - r) // 2, "minor": n - r}[side]
     return torch.arange(start, start + r)
 

@@ -94,7 +94,9 @@ def settle_calibration(prepared: Prepared) -> Recipe:
         )
         return replace(recipe, allocate="none", patterns=patterns(shares, "blocks"))
     r = allocated_ranks(config)
-    ratios = {name: stats["S"].square() / stats["total"] for name, stats in gathered.stats.items()}
+    ratios = {
+        name: stats["S"][: math.ceil(RHO * r)].square() / stats["total"] for name, stats in gathered.stats.items()
+    }
     ranks = by_variance(ratios, r, rank_cost(config, shapes))
     console.print(f"ranks by explained variance: {min(ranks.values())} to {max(ranks.values())}, {r} on average")
     return replace(recipe, allocate="none", patterns=patterns(ranks))
