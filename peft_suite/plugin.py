@@ -6,14 +6,30 @@ import re
 from collections import Counter, defaultdict
 
 import pytest
+import torch
 from _pytest.mark import Mark
 
+from inlay.host.layer import InlayLinear
 from peft_suite import known
 from peft_suite.cases import LISTS, WRITTEN_OUT, InPlaceOfLora
 
 ours: set[str] = set()  # tests that got our configs
 counts: defaultdict[str, Counter[str]] = defaultdict(Counter)  # per file, how many tests went how
 reasons: Counter[str] = Counter()
+
+jobs = InlayLinear.jobs
+
+
+def jobs_with_data(layer: InlayLinear, name: str, like: str | None = None, stats: dict | None = None):
+    """What is to be computed for a start. PEFT's tests give data to none of its methods that want some before the first
+    use, and take its weights alone; ours has nothing to fall back on, so it sees random numbers.
+    """
+    method = layer.cuts[name].method
+    if method.needs and not stats:
+        rows = layer.out_features if method.needs == "gradients" else 64
+        drawn = torch.randn(rows, layer.in_features, generator=torch.Generator().manual_seed(0))
+        stats = method.observe({}, drawn.to(layer.get_base_layer().weight.device))
+    return jobs(layer, name, like, stats)
 
 
 class Everything(defaultdict):
@@ -26,6 +42,7 @@ class Everything(defaultdict):
 def pytest_collection(session: pytest.Session) -> None:
     from tests import testing_common, testing_utils  # PEFT's: we run in a folder that has them
 
+    InlayLinear.jobs = jobs_with_data
     testing_utils._HUB_MODEL_ACCESSES = Everything(int)
     testing_common._skip_if_conv1d_not_supported = lambda *_: None  # asks for PEFT's types by name; ours supports it
 

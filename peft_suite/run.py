@@ -1,5 +1,7 @@
 """Run PEFT's own tests on our configs: `python -m peft_suite.run [files] [-k ...]`, or `make peft-suite` for all.
 
+`PEFT_SUITE_METHODS="snell lorta"` takes these methods alone.
+
 The tests are those of the PEFT that is installed, from its source distribution on the package index; the models they
 ask a hub for are made here. Everything lies in `.cache/peft-suite`.
 """
@@ -14,10 +16,13 @@ import tarfile
 from importlib.metadata import version
 from pathlib import Path
 
-from peft_suite.cases import LISTS, WRITTEN_OUT
 from peft_suite.models import write
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(1, str(ROOT / "tests"))  # for `sizes`
+
+from peft_suite.cases import LISTS, WRITTEN_OUT  # noqa: E402
+
 CACHE = ROOT / ".cache" / "peft-suite"
 MARKERS = ("single_gpu_tests", "multi_gpu_tests", "regression", "bitsandbytes")
 
@@ -50,7 +55,7 @@ def main(arguments: list[str]) -> int:
     files = [a for a in arguments if a.endswith(".py")] or [*LISTS, *WRITTEN_OUT]
     options = [a for a in arguments if a not in files]
     offline = {"HF_HUB_CACHE": str(CACHE / "hub"), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
     pytest = [sys.executable, "-m", "pytest", "-q", "--disable-warnings", "-p", "peft_suite.plugin"]
     command = [*pytest, *options, *(f"tests/{f}" for f in files)]
     return subprocess.run(command, cwd=work, env={**os.environ, **offline, "PYTHONPATH": path}, check=False).returncode

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from inlay.cli.parser import WHAT_AND_WHERE, add_fields, terminal
+from inlay.cli.parser import SCALE, WHAT_AND_WHERE, add_fields, terminal
 
 
 def fold_command(options: argparse.Namespace) -> None:
@@ -60,7 +60,7 @@ def export_command(options: argparse.Namespace) -> None:
     from inlay.messages import quiet
 
     quiet()
-    adapters = {options.adapter: options.weight}
+    adapters = {options.adapter: options.scale}
     for path, weight in map(path_and_weight, options.add):
         adapters[path] = adapters.get(path, 0.0) + weight
     done = export_lora(
@@ -85,7 +85,7 @@ def export_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--to", default="lora", choices=("lora", "gguf"), help="lora (default): for PEFT and vLLM")
     verb.add_argument("--rank", type=int, help="at most so many ranks (DoTA, Bat: needed, or --energy)")
     verb.add_argument("--energy", type=float, help="as many ranks as keep this share of the change, 0 to 1")
-    verb.add_argument("--weight", type=float, default=1.0, help="factor on the change (default 1)")
+    verb.add_argument("--scale", "--weight", type=float, default=1.0, help=SCALE)
     verb.add_argument("--add", action="append", default=[], metavar="ADAPTER=WEIGHT", help="and so much of another one")
     verb.add_argument("--no-pad", action="store_true", help="do not fill up to a rank that vLLM serves")
     verb.add_argument("--model", help="base model (default: the one the adapter names)")
@@ -140,7 +140,7 @@ def merge_command(options: argparse.Namespace) -> None:
     quiet()
     done = merge(
         options.adapter, options.out, options.model, options.dtype, options.overwrite,
-        to=options.to, shard=options.shard, probe=not options.no_probe,
+        to=options.to, shard=options.shard, probe=not options.no_probe, scale=options.scale,
         revision=options.revision, trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
     mean, most = sum(done.lost.values()) / max(1, len(done.lost)), max(done.lost.values(), default=0.0)
@@ -160,6 +160,7 @@ def merge_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--to", default="safetensors", choices=("safetensors", "gguf"), help="gguf: for llama.cpp, Ollama"
     )
+    verb.add_argument("--scale", type=float, default=1.0, help=SCALE)
     verb.add_argument("--shard", default="4GB", help="at most so large a file, as 500MB (default 4GB)")
     verb.add_argument("--no-probe", action="store_true", help="do not compare its logits with the adapter's")
     verb.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")

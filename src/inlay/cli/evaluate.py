@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from inlay.cli.parser import terminal
+from inlay.cli.parser import SCALE, terminal
 
 
 def eval_command(options: argparse.Namespace) -> None:
@@ -31,6 +31,7 @@ def eval_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--data", help="a file or data set, as for train (lm-eval tasks bring theirs)")
     verb.add_argument("--by", choices=("generation", "likelihood"), default="generation", help="how options are chosen")
     verb.add_argument("--base", action="store_true", help="evaluate the base too, and say what the adapter changed")
+    verb.add_argument("--scale", type=float, default=1.0, help=SCALE)
     verb.add_argument("--merged", action="store_true", help="evaluate the adapter merged into the base")
     verb.add_argument("--limit", type=int, help="the first so many records")
     verb.add_argument("--batch-size", type=int, default=8, help="questions at a time (default 8)")
@@ -55,7 +56,11 @@ def generate_command(options: argparse.Namespace) -> None:
     quiet()
     dtype = dtype_for(options.dtype)
     if options.adapter:
-        model, tokenizer = Adapter.open(options.adapter, options.model).load(dtype)
+        model, tokenizer = Adapter.open(options.adapter, options.model).load(dtype, scale=options.scale)
+    elif options.scale != 1:
+        raise ValueError(
+            f"--scale {options.scale}: there is no adapter; name one, as in inlay generate runs/mine --scale 0.5"
+        )
     else:
         base = BaseModel(options.model or "builtin")
         tokenizer = base.tokenizer()
@@ -79,6 +84,7 @@ def generate_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--prompt", help="one prompt; without it, converse")
     verb.add_argument("--model", help="base model (default: the adapter's, or builtin)")
     verb.add_argument("--system", help="system message")
+    verb.add_argument("--scale", type=float, default=1.0, help=SCALE)
     verb.add_argument("--tokens", type=int, default=128, help="at most so many new tokens (default 128)")
     verb.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
     verb.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))

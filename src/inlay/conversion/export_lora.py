@@ -75,6 +75,12 @@ def export_lora(
     weights = adapter if isinstance(adapter, Mapping) else {str(adapter): 1.0}
     adapters = on_one_base(weights, model, revision, trust_remote_code)
     first, base = adapters[0][1], adapters[0][1].base
+    total = sum(weight for weight, _ in adapters)
+    if abs(total - 1) > 1e-6 and any(one.folded for _, one in adapters):
+        raise ValueError(
+            f"{first.folder} was cut out of its base by a fold, which is not whole without all of it: weights must add "
+            f"up to 1, not {total:g}"
+        )
     config = base.config(**first.settings)
     if to == "gguf":
         check_lora_architecture(config, str(out))

@@ -17,7 +17,7 @@ from inlay.conversion.merge_weights import (
     write_shards,
 )
 from inlay.files.atomic import new_folder
-from inlay.host.strength import set_scale
+from inlay.host.strength import check_config_scalable, set_scale
 from inlay.models.adapters import Adapter
 from inlay.models.loading import DTYPES
 from inlay.models.model_classes import find_model_class
@@ -83,6 +83,7 @@ def merge(
         raise ValueError(f"to={to!r} is not one of safetensors, gguf")
     limit = parse_size(shard)
     source = Adapter.open(adapter, model, revision, trust_remote_code)
+    check_config_scalable(source.config, str(source.folder), scale)
     for used in (source.folder, Path(source.base.resolved)):
         if used.exists() and used.resolve().is_relative_to(Path(out).resolve()):
             raise ValueError(f"{out} holds {used}, which the merge reads; choose another output")

@@ -49,6 +49,7 @@ def evaluate_model(
     by: str = "generation",
     base: bool = False,
     merged: bool = False,
+    scale: float = 1.0,
     limit: int | None = None,
     batch_size: int = 8,
     tokens: int | None = None,
@@ -69,6 +70,7 @@ def evaluate_model(
         by: how options are chosen, "generation" or "likelihood".
         base: evaluate the base without the adapter too, and what the adapter changed.
         merged: merge the adapter into the base first.
+        scale: the strength of the adapter (see `inlay.set_scale`).
         limit: take the first so many records.
         batch_size: questions at a time.
         tokens: the longest answer; None: the task's.
@@ -83,8 +85,8 @@ def evaluate_model(
         The scores, which are in `output` as JSON too.
 
     Raises:
-        ValueError: not exactly one of task and metric is given, the data or the model cannot be used, or `base` or
-            `merged` is asked of what is no adapter.
+        ValueError: not exactly one of task and metric is given, the data or the model cannot be used, or `base`,
+            `merged` or a `scale` is asked of what is no adapter.
     """
     if (task is None) == (metric is None):
         raise ValueError("--task or --metric says what is asked, one of the two")
@@ -96,19 +98,19 @@ def evaluate_model(
     adapter = None
     if (Path(model) / CONFIG).is_file() or (Path(model) / "adapter").is_dir():
         adapter = Adapter.open(model, None, revision, trust_remote_code)
-    if (base or merged) and adapter is None:
-        raise ValueError(f"{model} is no adapter: --base and --merged are for one")
+    if (base or merged or scale != 1) and adapter is None:
+        raise ValueError(f"{model} is no adapter: --base, --merged and --scale are for one")
     if base and merged:
         raise ValueError("--merged leaves no base to compare with; leave out one of the two")
     computed = dtype_for(dtype)
     if adapter is None:
         loaded, tokenizer = load_evaluated(BaseModel(model, revision, trust_remote_code), computed)
     else:
-        loaded, tokenizer = adapter.load(computed)
+        loaded, tokenizer = adapter.load(computed, scale=scale)
     loaded = cast(Any, loaded).merge_and_unload() if merged else loaded
     folder = scores_folder(model, adapter, output)
-    name = scores_name(metric or str(task), data, by, merged)
-    about = {"model": model, "data": data, "by": by, "limit": limit, "tokens": tokens, "merged": merged}
+    name = scores_name(metric or str(task), data, by, merged, scale)
+    about = {"model": model, "data": data, "by": by, "limit": limit, "tokens": tokens, "merged": merged, "scale": scale}
     about |= {"adapter": str(adapter.folder) if adapter else None, "dtype": dtype_name(computed)}
     scores, rows = run_metric(run, loaded, tokenizer)
     write_scores(folder, name, scores, rows, about)
@@ -147,8 +149,9 @@ def scores_folder(model: str, adapter: Adapter | None, output: str | Path | None
     return (where if in_run else Path()) / "eval"
 
 
-def scores_name(what: str, data: str | None, by: str, merged: bool) -> str:
+def scores_name(what: str, data: str | None, by: str, merged: bool, scale: float = 1.0) -> str:
     """Return the name of the files: the task or metric, the data, and what is not as usual."""
     file = Path(data or "")
     parts = (what, file.parent.name, file.stem, by if by == "likelihood" else "", "merged" if merged else "")
+    parts += () if scale == 1 else (f"scale {scale:g}".replace("-", "minus "),)
     return "-".join(re.sub(r"\W+", "-", part).strip("-") for part in parts if part)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+from peft import PeftConfig
 from torch import nn
 
 from inlay.host.adapter_state import wrapped_keys
+from inlay.host.config import InlayConfig
 from inlay.host.layer import InlayLinear
 
 
@@ -22,8 +25,8 @@ def set_scale(model: nn.Module, scale: float | Mapping[str, float]) -> None:
         scale: of all adapters, or of each by its name.
 
     Raises:
-        ValueError: no such adapter, a scale that is no finite number, a merged adapter, or one that also trained
-            modules, tokens or biases whole, which have no strength.
+        ValueError: no such adapter, a scale that is no finite number, a merged adapter, one that also trained
+            modules, tokens or biases whole, which have no strength, or one that was cut out of its base by a fold.
     """
     layers = [module for module in model.modules() if isinstance(module, InlayLinear)]
     names = {name for layer in layers for name in layer.cuts}
@@ -57,8 +60,30 @@ def check_scalable(model: nn.Module, name: str, scale: float) -> None:
             "strength; leave its scale at 1, or switch the adapter off with disable_adapter()"
         )
     config = getattr(model, "peft_config", {}).get(name)
-    if config is not None and config.bias != "none":
+    if config is not None:
+        check_config_scalable(config, name, scale)
+
+
+def check_config_scalable(config: PeftConfig, name: str, scale: float) -> None:
+    """Raise a ValueError where the configuration tells that the adapter `name` cannot be used at `scale`."""
+    if not math.isfinite(scale):
+        raise ValueError(f"scale={scale} is not a finite number")
+    if scale == 1:
+        return
+    if not isinstance(config, InlayConfig):
+        raise ValueError(f"the adapter {name!r} is one of PEFT's own, which have no scale here; leave it at 1")
+    if config.bias != "none":
         raise ValueError(f"the adapter {name!r} also trained biases, which have no strength; leave its scale at 1")
+    if config.folded:
+        raise ValueError(
+            f"the adapter {name!r} was cut out of its base by a fold, which is not whole without all of it; leave its "
+            "scale at 1"
+        )
+    if config.modules_to_save or config.trainable_token_indices:
+        what = config.modules_to_save or "tokens"
+        raise ValueError(
+            f"the adapter {name!r} also trained {what} whole, which have no strength; leave its scale at 1"
+        )
 
 
 @contextmanager

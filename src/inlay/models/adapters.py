@@ -17,6 +17,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrain
 
 from inlay.files.untrusted import LENGTH, DamagedFileError, from_json
 from inlay.host.config import INLAY, check_imports
+from inlay.host.strength import check_config_scalable, set_scale
 from inlay.messages import first_line, loading
 from inlay.models.base import BaseModel, read_tokenizer
 from inlay.models.folded import FOLDED
@@ -174,12 +175,14 @@ class Adapter:
         return self.base.weights(self.auto_class, **self.settings)
 
     def load(
-        self, dtype: torch.dtype | None = None, trainable: bool = False
+        self, dtype: torch.dtype | None = None, trainable: bool = False, scale: float = 1.0
     ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
         """Load the adapter on its base, and the base's tokenizer with the adapter's chat template, if it has one.
 
-        Without a dtype, the base is loaded in the one it is stored in.
+        Without a dtype, the base is loaded in the one it is stored in. `scale` is the adapter's strength (see
+        `inlay.set_scale`).
         """
+        check_config_scalable(self.config, str(self.folder), scale)
         auto = self.auto_class
         dtype = dtype or self.base.stored_dtype
         tokenizer = self.base.tokenizer()
@@ -189,6 +192,8 @@ class Adapter:
         base = self.base.load(dtype, folded=True, auto=auto, **self.settings)
         model = self.attach(base, trainable)
         model.peft_config["default"].base_model_name_or_path = self.base.resolved
+        if scale != 1:
+            set_scale(model, scale)
         return model, tokenizer
 
     def load_blank(self) -> PeftModel:
