@@ -74,7 +74,7 @@ def trainer_of(data: Path, batch: int, way: str, method: str, rounds: int, folde
     task, tokenizer = TASKS[recipe.task], BaseModel(recipe.model).tokenizer()
     rows = task.examples(recipe, tokenizer, SILENT)
     set_seed(0)
-    prepared = Prepared(recipe, recipe.base_model(), torch.float32, folder, tokenizer, rows, SILENT)
+    prepared = Prepared(recipe, recipe.base_model, torch.float32, folder, tokenizer, rows, SILENT)
     base = load_training_model(prepared)
     as_trl = patch("inlay.training.trainers.trainer.score_labelled_positions", lambda causal: None)
     with as_trl if way == WAYS[0] else nullcontext():

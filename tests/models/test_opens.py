@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 from peft import LoraConfig, get_peft_model
+from rich.console import Console
 from transformers import AutoModelForSequenceClassification
 
 import inlay
@@ -17,6 +18,9 @@ from inlay.evaluation.evaluate_model import evaluate_model
 from inlay.host.config import InlayConfig
 from inlay.inspection.joint_factors import joint_groups
 from inlay.models.base import BaseModel
+from inlay.recipe.recipe import Recipe
+from inlay.training.dry_run import dry_run
+from inlay.training.train import train
 
 # What a library opens by itself each time, and cannot be handed: the most often in one command, and why.
 LIBRARIES = {
@@ -97,6 +101,17 @@ def test_each_file_of_an_adapter_and_of_its_base_is_opened_once(command, folders
     assert {name: opened[name] for name in known} == dict.fromkeys(known, 1)
     for name, count in opened.items():
         assert count <= LIBRARIES.get(name, (1,))[0], name
+
+
+@pytest.mark.parametrize(("run", "saves"), [(dry_run, 0), (train, 2)])
+def test_training_opens_the_configuration_of_its_base_once(run, saves, tiny, opened, records, tmp_path):
+    recipe = Recipe(
+        model=tiny, data=records, method="pissa", args={"r": 2}, steps=1, batch_size=2,
+        max_length=64, dtype="float32", output=str(tmp_path / "run"),
+    )  # fmt: skip
+    run(recipe, Console(quiet=True))
+    assert opened["base/config.json"] == 1 + saves  # PEFT reads it whenever it saves: the checkpoint, the adapter
+    assert opened["base/tokenizer.json"] == 1
 
 
 def test_the_spectra_of_a_model_open_its_configuration_once(tiny, opened):

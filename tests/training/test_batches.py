@@ -45,7 +45,7 @@ def settled(recipe: Recipe, folder):
     """The trainer of a recipe."""
     task, tokenizer = TASKS[recipe.task], BaseModel(recipe.model).tokenizer()
     rows = task.examples(recipe, tokenizer, SILENT)
-    prepared = Prepared(recipe, recipe.base_model(), torch.float32, folder, tokenizer, rows, SILENT)
+    prepared = Prepared(recipe, recipe.base_model, torch.float32, folder, tokenizer, rows, SILENT)
     return build_trainer(prepared, load_training_model(prepared))
 
 

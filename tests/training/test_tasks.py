@@ -190,7 +190,7 @@ def examples(asked: Recipe):
 
 
 def prepare(asked: Recipe, folder: Path) -> Prepared:
-    return Prepared(asked, asked.base_model(), torch.float32, folder, *examples(asked), SILENT)
+    return Prepared(asked, asked.base_model, torch.float32, folder, *examples(asked), SILENT)
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------

@@ -168,7 +168,7 @@ def run_trial(folder: Path) -> None:
     tokenizer = run_tokenizer(recipe)
     rows, texts = trial_examples(trial, tokenizer, console), unrelated(trial.unrelated)
     dtype = dtype_for(recipe.dtype)
-    prepared = Prepared(recipe, recipe.base_model(), dtype, folder, tokenizer, rows, console)
+    prepared = Prepared(recipe, recipe.base_model, dtype, folder, tokenizer, rows, console)
     prepared, trainer = settle(prepared)
     trainer.add_callback(Prefix(trial.stop))
     recipe = prepared.recipe.resolved(dtype=dtype_name(dtype))

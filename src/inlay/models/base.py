@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from inlay.host import distributed
 from inlay.host.bitsandbytes_guard import readable
@@ -66,6 +73,14 @@ class BaseModel:
         """Return the dtype that the checkpoint is stored in."""
         dtype = self._any_config().get_text_config().dtype
         return dtype if isinstance(dtype, torch.dtype) else DTYPES.get(str(dtype), torch.float32)
+
+    @cached_property
+    def generation_config(self) -> GenerationConfig:
+        """Return the model's own generation settings; those of transformers where it has none."""
+        try:
+            return GenerationConfig.from_pretrained(self.resolved, revision=self.revision or "main")
+        except (OSError, ValueError):
+            return GenerationConfig()
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the model's tokenizer; every call returns the same object.

@@ -6,6 +6,7 @@ import itertools
 import re
 import typing
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -223,8 +224,9 @@ class Recipe:
             values = {"rank": 8, **values}
         return ZerothOrder(**values, seed=self.seed) if hints else None
 
+    @cached_property
     def base_model(self) -> BaseModel:
-        """Return the base model that the run trains or adapts."""
+        """Return the base model that the run trains or adapts; what is read of it is read once."""
         return BaseModel(self.model, self.revision, self.trust_remote_code)
 
     @property
@@ -255,7 +257,7 @@ class Recipe:
     def differences(self) -> str:
         """Return the fields that differ from the defaults, as YAML."""
         defaults = {f.name: default_of(f) for f in fields(self)}
-        return yaml.safe_dump({name: value for name, value in vars(self).items() if value != defaults[name]})
+        return yaml.safe_dump({name: vars(self)[name] for name in defaults if vars(self)[name] != defaults[name]})
 
 
 def check_inlay_only(recipe: Recipe) -> None:

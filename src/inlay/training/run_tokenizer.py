@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from inlay.data.chat_templates import mentions, read_template, template_text
 from inlay.data.chats import template_arguments
@@ -22,7 +23,9 @@ def run_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: it has no end token, the template cannot be read, or does not read an argument it is given.
     """
-    tokenizer = recipe.base_model().tokenizer()
+    tokenizer = recipe.base_model.tokenizer()
+    if recipe.trainer.get("eos_token") or recipe.chat_template is not None:
+        tokenizer = copy.deepcopy(tokenizer)  # the base model's own stays as it was read
     if end := recipe.trainer.get("eos_token"):
         if end not in tokenizer.get_vocab():
             raise ValueError(f"trainer: eos_token {end!r} is not a token of {recipe.model}'s tokenizer")
@@ -45,11 +48,7 @@ def run_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 def answer_ends(recipe: Recipe) -> frozenset[int]:
     """Return the tokens at which a recipe's model stops by its own generation settings."""
-    try:
-        base = recipe.base_model()
-        ends = GenerationConfig.from_pretrained(base.resolved, revision=base.revision or "main").eos_token_id
-    except (OSError, ValueError):  # it has none
-        return frozenset()
+    ends = recipe.base_model.generation_config.eos_token_id
     return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
 
 
@@ -60,7 +59,7 @@ def check_limits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, largest: in
         ValueError: the tokenizer has more tokens than the embedding and the data has them, or rows are longer than the
             positions that the model learned.
     """
-    config = recipe.base_model().config()
+    config = recipe.base_model.config()
     rows = getattr(config.get_text_config(), "vocab_size", None)
     pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     last: int = max(largest, pad or 0)
@@ -79,7 +78,7 @@ def check_limits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, largest: in
 
 def learned_positions(recipe: Recipe) -> int | None:
     """Return how many positions a model has an embedding for; None where it computes them."""
-    model = recipe.base_model().meta(torch.float32, 1, find_model_class(recipe.task).auto)
+    model = recipe.base_model.meta(torch.float32, 1, find_model_class(recipe.task).auto)
     found = [
         module.num_embeddings
         - int(getattr(module, "offset", 0))

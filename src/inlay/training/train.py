@@ -53,7 +53,7 @@ def train(recipe: Recipe, console: Console | None = None, resume: bool = False) 
         tokenizer = task.processor(recipe)
         rows = distributed.in_turn(lambda: task.examples(recipe, tokenizer, console))
         dtype = dtype_for(recipe.dtype)
-        prepared = Prepared(recipe, recipe.base_model(), dtype, folder, tokenizer, rows, console)
+        prepared = Prepared(recipe, recipe.base_model, dtype, folder, tokenizer, rows, console)
         distributed.from_first(lambda: None if checkpoint else start_folder(folder, recipe))
         try:
             prepared, trainer = settle(prepared, checkpoint)

@@ -23,10 +23,10 @@ Cost = Callable[[Recipe], float]
 def budget_cost(kind: str, rows: Examples) -> Cost:
     """Return a function for a recipe's cost: its trained parameters, or the GiB at the peak of a step."""
     if kind == "parameters":
-        return lambda recipe: count_parameters(recipe.base_model(), without_start(recipe.adapter()))
+        return lambda recipe: count_parameters(recipe.base_model, without_start(recipe.adapter()))
 
     def peak(recipe: Recipe) -> float:
-        run, length = planned_step(recipe, recipe.base_model(), rows, dtype_for(recipe.dtype))
+        run, length = planned_step(recipe, recipe.base_model, rows, dtype_for(recipe.dtype))
         return run.step(int(recipe.batch_size), length).peak / 2**30
 
     return peak
@@ -65,7 +65,7 @@ def method_size_field(method: str) -> str | None:
 def possible_sizes(recipe: Recipe, name: str) -> Sequence[int]:
     """Return the sizes that a method can have on the weights it adapts."""
     where = replace(recipe, method="lora", args={"r": 1}, patterns={}, allocate="none").config()
-    shapes = set(target_weights(recipe.base_model(), where).values())
+    shapes = set(target_weights(recipe.base_model, where).values())
     options = range(1, min(min(shape) for shape in shapes) + 1)
     if not is_inlay(recipe.method):
         return options

@@ -43,7 +43,7 @@ class Vision(Task):
     """
 
     def processor(self, recipe: Recipe) -> Any:
-        base = recipe.base_model()
+        base = recipe.base_model
         with loading(f"the processor of {base.name!r}"):
             made = AutoProcessor.from_pretrained(
                 base.resolved, revision=base.revision, trust_remote_code=base.trust_remote_code
