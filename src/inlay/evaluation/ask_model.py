@@ -26,24 +26,26 @@ def similar_batches(sizes: list[int], size: int, what: str, console: Console) ->
     yield from track(parts, what, console=console, disable=not console.is_terminal)
 
 
-def generated(model: Any, tokenizer: Any, asked: list[Question], tokens: int, size: int, console: Console) -> list[str]:
+def generated(
+    model: Any, tokenizer: Any, questions: list[Question], tokens: int, size: int, console: Console
+) -> list[str]:
     """Return the model's answer to each question."""
-    said = [""] * len(asked)
-    for places in similar_batches([len(str(q.chat)) for q in asked], size, "answers", console):
-        answers = answer(model, tokenizer, [asked[i].asked for i in places], tokens)
-        for i, text in zip(places, answers, strict=True):
-            said[i] = text
-    return said
+    answers = [""] * len(questions)
+    for places in similar_batches([len(str(q.chat)) for q in questions], size, "answers", console):
+        batch = answer(model, tokenizer, [questions[i].prompt for i in places], tokens)
+        for i, text in zip(places, batch, strict=True):
+            answers[i] = text
+    return answers
 
 
-def likeliest(model: Any, tokenizer: Any, asked: list[Question], size: int, console: Console) -> list[str]:
+def likeliest(model: Any, tokenizer: Any, questions: list[Question], size: int, console: Console) -> list[str]:
     """Return the option of each question whose words the model finds likeliest, by their mean log-likelihood."""
-    texts = [(i, q.asked, f"the correct answer is {o}") for i, q in enumerate(asked) for o in q.options]
-    found = token_losses(model, tokenizer, [(chat, said) for _, chat, said in texts], size, console)
+    texts = [(i, q.prompt, f"the correct answer is {o}") for i, q in enumerate(questions) for o in q.options]
+    losses = token_losses(model, tokenizer, [(prompt, text) for _, prompt, text in texts], size, console)
     best: dict[int, tuple[float, str]] = {}
-    for (i, _, said), (total, count) in zip(texts, found, strict=True):
-        best[i] = min(best.get(i, (math.inf, "")), (total / count, said.rpartition(" ")[2]))
-    return [best[i][1] for i in range(len(asked))]
+    for (i, _, text), (total, count) in zip(texts, losses, strict=True):
+        best[i] = min(best.get(i, (math.inf, "")), (total / count, text.rpartition(" ")[2]))
+    return [best[i][1] for i in range(len(questions))]
 
 
 @torch.no_grad()
@@ -63,15 +65,15 @@ def token_losses(
     rows = []
     for prompt, text in pairs:
         before = prompt_ids(prompt, tokenizer)
-        own = tokenizer(text=text, add_special_tokens=False)["input_ids"]
-        ids = [*before, *own][-most:]
-        rows.append((ids, min(len(own), len(ids) - 1)))
+        after = tokenizer(text=text, add_special_tokens=False)["input_ids"]
+        ids = [*before, *after][-most:]
+        rows.append((ids, min(len(after), len(ids) - 1)))
     passes: dict[tuple[int, ...], list[int]] = {}
     for i, (ids, count) in enumerate(rows):
         if count > 0:
             passes.setdefault(tuple(ids[:-1]), []).append(i)
     heads = list(passes)
-    found: list[tuple[float, int]] = [(0.0, 0)] * len(rows)
+    losses: list[tuple[float, int]] = [(0.0, 0)] * len(rows)
     for places in similar_batches([len(head) for head in heads], size, "losses", console):
         longest = max(len(heads[i]) for i in places)
         ids, mask, scored = (torch.zeros(len(places), longest, dtype=torch.long) for _ in range(3))
@@ -80,12 +82,12 @@ def token_losses(
             scored[k, len(heads[i]) - max(rows[j][1] for j in passes[heads[i]]) : len(heads[i])] = 1
         inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
         logits = logits_at(model, scored.bool(), **inputs)
-        for i, own_logits in zip(places, logits.split(scored.sum(1).tolist()), strict=True):
+        for i, row_logits in zip(places, logits.split(scored.sum(1).tolist()), strict=True):
             for j in passes[heads[i]]:
-                own, count = rows[j]
-                want = torch.tensor(own[len(own) - count :], dtype=torch.long, device=logits.device)
-                found[j] = cross_entropy(own_logits[-count:].float(), want, reduction="sum").item(), count
-    return found
+                ids, count = rows[j]
+                want = torch.tensor(ids[len(ids) - count :], dtype=torch.long, device=logits.device)
+                losses[j] = cross_entropy(row_logits[-count:].float(), want, reduction="sum").item(), count
+    return losses
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ class Question:
     about: Example = field(default_factory=dict)  # tools and arguments of the chat template
 
     @property
-    def asked(self) -> Example:
+    def prompt(self) -> Example:
         """Return the prompt with all that the chat template gets."""
         return {"prompt": self.chat, **self.about}
 
@@ -39,20 +39,20 @@ def choice(text: str, options: Sequence[str] = ()) -> str:
 
     Where the options are not known, it is the first of true, false, answerN, optionN, endingN, solutionN.
     """
-    found = re.search("|".join(map(re.escape, options)) or CHOICES, text)
-    return found.group() if found else ""
+    match = re.search("|".join(map(re.escape, options)) or CHOICES, text)
+    return match.group() if match else ""
 
 
 def strict_number(text: str) -> str:
     """Return the number after ####, GSM8K's own form."""
-    found = re.search(rf"####\s*({NUMBER})", text)
-    return plain_number(found.group(1)) if found else ""
+    match = re.search(rf"####\s*({NUMBER})", text)
+    return plain_number(match.group(1)) if match else ""
 
 
 def last_number(text: str) -> str:
     """Return the last number in a text, whatever stands around it."""
-    found = re.findall(NUMBER, text)
-    return plain_number(found[-1]) if found else ""
+    numbers = re.findall(NUMBER, text)
+    return plain_number(numbers[-1]) if numbers else ""
 
 
 def plain_number(text: str) -> str:
@@ -86,45 +86,45 @@ class EvalTask:
 
 def commonsense(records: list[Record]) -> list[Question]:
     """Read LLM-Adapters' form: instruction, input, output, and the right option under `answer`."""
-    found = []
+    questions = []
     for number, row in enumerate(records, 1):
         if not {"instruction", "answer"} <= row.keys():
             raise ValueError(f"row {number}: commonsense needs instruction and answer, not {', '.join(row)}")
-        asked = str(row["instruction"]) + (f"\n\n{row['input']}" if row.get("input") else "")
-        last = asked.rpartition("Answer format:")[2]
-        options = tuple(dict.fromkeys(re.findall(CHOICES, last)))
-        found.append(Question([{"role": "user", "content": asked}], [str(row["answer"])], options))
-    return found
+        text = str(row["instruction"]) + (f"\n\n{row['input']}" if row.get("input") else "")
+        options = tuple(dict.fromkeys(re.findall(CHOICES, text.rpartition("Answer format:")[2])))
+        questions.append(Question([{"role": "user", "content": text}], [str(row["answer"])], options))
+    return questions
 
 
 def gsm8k(records: list[Record]) -> list[Question]:
     """Read GSM8K's form: question, and an answer that ends in #### and a number."""
-    found = []
+    questions = []
     for number, row in enumerate(records, 1):
         wanted = strict_number(str(row.get("answer", "")))
         if "question" not in row or not wanted:
             raise ValueError(f"row {number}: gsm8k needs question, and an answer that ends in #### and a number")
-        found.append(Question([{"role": "user", "content": str(row["question"])}], [wanted]))
-    return found
+        questions.append(Question([{"role": "user", "content": str(row["question"])}], [wanted]))
+    return questions
 
 
 def general(records: list[Record]) -> list[Question]:
     """Read any form that `inlay train` reads, and summaries; rows with one prompt are references of one question."""
-    found: dict[str, Question] = {}
+    questions: dict[str, Question] = {}
     for example in convert_records(records, formats={**SUMMARIES, **FORMATS}):
         if "prompt" not in example:
             raise ValueError("the data has no prompts; --task perplexity is for plain text")
         for row in turn_by_turn(example):
             about = {key: value for key, value in row.items() if key not in ("prompt", "completion")}
-            asked = found.setdefault(json.dumps([row["prompt"], about]), Question(row["prompt"], [], about=about))
-            asked.wanted.append(answer_text(row["completion"][-1]))
-    return list(found.values())
+            key = json.dumps([row["prompt"], about])
+            question = questions.setdefault(key, Question(row["prompt"], [], about=about))
+            question.wanted.append(answer_text(row["completion"][-1]))
+    return list(questions.values())
 
 
 def texts_or_answers(records: list[Record]) -> list[Example]:
     """Read any form that `inlay train` reads, a chat turn by turn."""
-    found = convert_records(records)
-    return [part for one in found for part in ([one] if "text" in one else turn_by_turn(one))]
+    examples = convert_records(records)
+    return [part for example in examples for part in ([example] if "text" in example else turn_by_turn(example))]
 
 
 def labelled(records: list[Record]) -> list[dict[str, Any]]:
@@ -159,10 +159,10 @@ def questions_for(task: EvalTask, records: list[Record], by: str) -> list[Any]:
     Raises:
         ValueError: the records are not of the task's form, or have no options to choose from by likelihood.
     """
-    found = task.questions(records)
+    questions = task.questions(records)
     if by == "likelihood":
         if task.name != "commonsense":
             raise ValueError(f"--by likelihood is for questions with options, not for task {task.name}")
-        if bare := [i for i, question in enumerate(found, 1) if len(question.options) < 2]:
+        if bare := [i for i, question in enumerate(questions, 1) if len(question.options) < 2]:
             raise ValueError(f"row {bare[0]} names no options after 'Answer format:'; leave out --by likelihood")
-    return found
+    return questions

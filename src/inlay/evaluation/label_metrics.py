@@ -14,16 +14,16 @@ def classified(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     F1 is that of the second of two labels, as in GLUE, and the mean over labels where there are more. Matthews'
     correlation of more than two labels is Gorodkin's R_k (2004).
     """
-    size, found = logits.shape[1], logits.argmax(1)
+    size, predicted = logits.shape[1], logits.argmax(1)
     table = np.zeros((size, size))  # true label × predicted label
-    np.add.at(table, (labels, found), 1)
+    np.add.at(table, (labels, predicted), 1)
     right = table.diagonal()
-    true = table.sum(1)
-    said = table.sum(0)
+    of_label = table.sum(1)
+    of_prediction = table.sum(0)
     total = len(labels)
-    f1 = 2 * right / np.maximum(true + said, 1)
-    spread = np.sqrt(total**2 - (true @ true)) * np.sqrt(total**2 - (said @ said))
-    matthews = (right.sum() * total - true @ said) / spread if spread else 0.0
+    f1 = 2 * right / np.maximum(of_label + of_prediction, 1)
+    spread = np.sqrt(total**2 - (of_label @ of_label)) * np.sqrt(total**2 - (of_prediction @ of_prediction))
+    matthews = (right.sum() * total - of_label @ of_prediction) / spread if spread else 0.0
     return {
         "accuracy": float(right.sum() / total),
         "f1": float(f1[1] if size == 2 else f1.mean()),
@@ -36,5 +36,6 @@ def correlated(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     scores = scores.reshape(-1)
     if np.ptp(scores) == 0 or np.ptp(labels) == 0:
         return {"pearson": 0.0, "spearman": 0.0}
-    made: list[Any] = [stats.pearsonr(scores, labels), stats.spearmanr(scores, labels)]
-    return {"pearson": float(made[0].statistic), "spearman": float(made[1].statistic)}
+    pearson: Any = stats.pearsonr(scores, labels)
+    spearman: Any = stats.spearmanr(scores, labels)
+    return {"pearson": float(pearson.statistic), "spearman": float(spearman.statistic)}

@@ -53,9 +53,9 @@ def load_lm_eval(name: str, limit: int | None, size: int) -> Callable[[Any, Any]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of its own libraries
             wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size)
-            found = lm_eval.simple_evaluate(wrapped, tasks=names, task_manager=manager, limit=limit)
-        assert found is not None  # of processes, only the first gets results
-        return dict(found)
+            results = lm_eval.simple_evaluate(wrapped, tasks=names, task_manager=manager, limit=limit)
+        assert results is not None  # of processes, only the first gets results
+        return dict(results)
 
     return run
 
@@ -66,20 +66,20 @@ def task_names(path: Path, tasks: list[str]) -> list[str]:
         return list(tasks)
     text = path.read_text(encoding="utf-8")  # which plain YAML does not read: it has tags of the harness's own
     for key in ("task", "group"):
-        if found := re.search(rf"""^{key}:[ \t]*["']?([\w.-]+)""", text, re.MULTILINE):
-            return [found[1]]
+        if match := re.search(rf"""^{key}:[ \t]*["']?([\w.-]+)""", text, re.MULTILINE):
+            return [match[1]]
     raise ValueError("the file has no task: NAME")
 
 
-def lm_eval_values(found: Results) -> Iterator[tuple[str, str, str, float, float | None, int | None]]:
+def lm_eval_values(results: Results) -> Iterator[tuple[str, str, str, float, float | None, int | None]]:
     """Yield each score: task or group, metric, filter, value, standard error if there is one, number of examples."""
-    for task, row in {**found["results"], **found.get("groups", {})}.items():
+    for task, row in {**results["results"], **results.get("groups", {})}.items():
         for key, value in row.items():
             metric, _, kind = key.partition(",")
             if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             error = row.get(f"{metric}_stderr,{kind}")
-            count = found.get("n-samples", {}).get(task, {}).get("effective")
+            count = results.get("n-samples", {}).get(task, {}).get("effective")
             yield task, metric, kind, float(value), error if isinstance(error, int | float) else None, count
 
 
@@ -88,12 +88,12 @@ def lm_eval_title(task: str, metric: str, kind: str) -> str:
     return f"{task}, {metric}" + ("" if kind == "none" else f" ({kind})")
 
 
-def lm_eval_examples(found: Results) -> list[dict[str, Any]]:
+def lm_eval_examples(results: Results) -> list[dict[str, Any]]:
     """Return each example's prompt and answers, and its part in every score."""
     rows = []
-    for task, samples in found.get("samples", {}).items():
-        for one in samples:
-            kept = {key: one[key] for key in ("doc_id", "doc", "target", "resps", "filtered_resps", "filter")}
-            scores = {lm_eval_title(task, metric, one["filter"]): one[metric] for metric in one["metrics"]}
+    for task, samples in results.get("samples", {}).items():
+        for sample in samples:
+            kept = {key: sample[key] for key in ("doc_id", "doc", "target", "resps", "filtered_resps", "filter")}
+            scores = {lm_eval_title(task, metric, sample["filter"]): sample[metric] for metric in sample["metrics"]}
             rows.append({"task": task, **kept, **scores})
     return rows

@@ -49,7 +49,7 @@ class OnTask:
 
     def __post_init__(self) -> None:
         conform_all(self)
-        if self.foreign:
+        if self.is_lm_eval:
             if self.data:
                 raise ValueError(f"task {self.task} brings its own data; leave out data {self.data}")
             return
@@ -60,14 +60,14 @@ class OnTask:
             raise ValueError(f"task {self.task} has no data: give it a file or a data set")
 
     @property
-    def foreign(self) -> bool:
+    def is_lm_eval(self) -> bool:
         """Return whether the task is one of lm-evaluation-harness."""
         return self.task.startswith(PREFIX)
 
     @property
     def title(self) -> str:
         """Return the name of the task's score in a table."""
-        return self.figure or (self.task if self.foreign else find_eval_task(self.task).figures[0])
+        return self.figure or (self.task if self.is_lm_eval else find_eval_task(self.task).figures[0])
 
     def load(self, console: Console | None = None) -> Run:
         """Read the data, check its form, and return the function that measures a model.
@@ -75,7 +75,7 @@ class OnTask:
         Raises:
             ValueError: the data cannot be read, is not of the task's form, or a library is missing.
         """
-        if self.foreign:
+        if self.is_lm_eval:
             measure = load_lm_eval(self.task.removeprefix(PREFIX), self.limit, self.batch_size)
             return lambda model, tokenizer: lm_eval_scores(measure(model, tokenizer))
         task, records = find_eval_task(self.task), read_records(self.data, one_split=True)[: self.limit]
@@ -87,13 +87,13 @@ class OnTask:
         )
 
 
-def lm_eval_scores(found: Results) -> tuple[list[Score], Rows]:
+def lm_eval_scores(results: Results) -> tuple[list[Score], Rows]:
     """Return the scores of lm-evaluation-harness, with intervals of 1.96 of its standard errors to either side."""
     figures = []
-    for task, name, kind, value, error, count in lm_eval_values(found):
+    for task, name, kind, value, error, count in lm_eval_values(results):
         low, high = (value - 1.96 * error, value + 1.96 * error) if error else (None, None)
         figures.append(Score(lm_eval_title(task, name, kind), value, low, high, count))
-    return figures, lm_eval_examples(found)
+    return figures, lm_eval_examples(results)
 
 
 def on_task(given: dict[str, Any]) -> OnTask:
@@ -119,8 +119,10 @@ def metric_title(given: Asked) -> str:
 
 def less_is_better(given: Asked) -> bool:
     """Return whether less of a metric is better, which is known of Inlay's own tasks alone."""
-    asked = None if isinstance(given, str) else on_task(given)
-    return asked is not None and not asked.foreign and find_eval_task(asked.task).less
+    if isinstance(given, str):
+        return False
+    metric = on_task(given)
+    return not metric.is_lm_eval and find_eval_task(metric.task).less
 
 
 def load_metric(given: Asked) -> Run:
@@ -130,9 +132,9 @@ def load_metric(given: Asked) -> Run:
         ValueError: there is no such task, data or function, or the data is not of the task's form.
     """
     if not isinstance(given, str):
-        asked = on_task(given)
+        metric = on_task(given)
         try:
-            return asked.load()
+            return metric.load()
         except ValueError as error:
             raise ValueError(f"metric: {error}") from None
     module, _, function = given.partition(":")
@@ -144,14 +146,14 @@ def load_metric(given: Asked) -> Run:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        found: Any = getattr(importlib.import_module(module), function)
+        measure: Any = getattr(importlib.import_module(module), function)
     except Exception as error:  # a module of the user's fails in its own ways
         raise ValueError(f"metric: {given} cannot be imported: {type(error).__name__}: {error}") from None
-    if not callable(found):
+    if not callable(measure):
         raise ValueError(f"metric: {given} is no function of (model, tokenizer)")
 
     def run(model: Any, tokenizer: Any) -> tuple[list[Score], Rows]:
-        value: Any = found(model, tokenizer)
+        value: Any = measure(model, tokenizer)
         if not isinstance(value, int | float):
             raise ValueError(f"metric: {given} gave {value!r}, which is no number")
         return [Score(given, float(value))], []
@@ -159,12 +161,12 @@ def load_metric(given: Asked) -> Run:
     return run
 
 
-def run_metric(asked: Run, model: Any, tokenizer: Any) -> tuple[list[Score], Rows]:
+def run_metric(metric: Run, model: Any, tokenizer: Any) -> tuple[list[Score], Rows]:
     """Measure a model by a metric, in evaluation mode."""
     was_training = model.training
     model.eval()
     try:
-        return asked(model, tokenizer)
+        return metric(model, tokenizer)
     finally:
         model.train(was_training)
 
@@ -176,10 +178,10 @@ def metric_score(given: Asked, model: Any, tokenizer: Any) -> float:
         ValueError: it cannot be loaded, does not say this figure, or gives no finite number.
     """
     figures, _ = run_metric(load_metric(given), model, tokenizer)
-    found = {figure.name: figure.value for figure in figures}
+    values = {figure.name: figure.value for figure in figures}
     name = metric_title(given) if isinstance(given, str) or given.get("figure") else figures[0].name
-    if name not in found:
-        raise ValueError(f"metric: the task says {', '.join(found)}, and not {name}")
-    if not math.isfinite(found[name]):
-        raise ValueError(f"metric: {name} is {found[name]}, which is no finite number")
-    return found[name]
+    if name not in values:
+        raise ValueError(f"metric: the task gives {', '.join(values)}, and not {name}")
+    if not math.isfinite(values[name]):
+        raise ValueError(f"metric: {name} is {values[name]}, which is no finite number")
+    return values[name]

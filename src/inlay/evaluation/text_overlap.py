@@ -15,13 +15,13 @@ Measure = Callable[[Texts, list[Texts]], Corpus]  # of texts, and of each one's 
 def sacre(name: str) -> Measure:
     """Return the measure of corpus BLEU or chrF against all references, by sacrebleu (Post 2018)."""
 
-    def measure(said: Texts, wanted: list[Texts]) -> Corpus:
+    def measure(answers: Texts, wanted: list[Texts]) -> Corpus:
         import sacrebleu
 
         corpus: Callable[..., Any] = getattr(sacrebleu, name)
         most = max(map(len, wanted))
-        rows = [[own[k] if k < len(own) else None for own in wanted] for k in range(most)]
-        return lambda places: corpus([said[i] for i in places], [[row[i] for i in places] for row in rows]).score
+        rows = [[texts[k] if k < len(texts) else None for texts in wanted] for k in range(most)]
+        return lambda places: corpus([answers[i] for i in places], [[row[i] for i in places] for row in rows]).score
 
     return measure
 
@@ -32,24 +32,25 @@ def rouge(name: str) -> Measure:
     It is rouge-score's, with its stemmer, as in transformers' summarisation examples.
     """
 
-    def measure(said: Texts, wanted: list[Texts]) -> Corpus:
+    def measure(answers: Texts, wanted: list[Texts]) -> Corpus:
         from rouge_score.rouge_scorer import RougeScorer
 
         scorer: Any = RougeScorer([name], use_stemmer=True)
-        found = [100 * scorer.score_multi(own, text)[name].fmeasure for own, text in zip(wanted, said, strict=True)]
-        return lambda places: statistics.fmean(found[i] for i in places)
+        pairs = zip(wanted, answers, strict=True)
+        scores = [100 * scorer.score_multi(texts, answer)[name].fmeasure for texts, answer in pairs]
+        return lambda places: statistics.fmean(scores[i] for i in places)
 
     return measure
 
 
-def nist(said: Texts, wanted: list[Texts]) -> Corpus:
+def nist(answers: Texts, wanted: list[Texts]) -> Corpus:
     """Return NIST (Doddington 2002) up to 5-grams by nltk, of lower-case words as mteval-v13a has them."""
     from nltk.translate.nist_score import corpus_nist
     from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
     words = Tokenizer13a()
-    tokens = [words(text.lower()).split() for text in said]
-    references = [[words(text.lower()).split() for text in own] for own in wanted]
+    tokens = [words(text.lower()).split() for text in answers]
+    references = [[words(text.lower()).split() for text in texts] for texts in wanted]
 
     def corpus(places: list[int]) -> float:
         try:

@@ -16,7 +16,7 @@ from inlay.training import checkpoints
 class Stop(TrainerCallback):
     """End a run on Ctrl-C or SIGTERM after its step, with a checkpoint; at once on a second one."""
 
-    asked = False
+    requested = False
 
     def __enter__(self) -> Stop:
         here = threading.current_thread() is threading.main_thread()  # elsewhere Python takes no handlers
@@ -28,9 +28,9 @@ class Stop(TrainerCallback):
             signal.signal(number, handler)
 
     def _hear(self, number: int, frame: Any) -> None:
-        if self.asked:
+        if self.requested:
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Find the best checkpoint where the run folder is now."""
@@ -39,11 +39,11 @@ class Stop(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Request a checkpoint if any process was told to stop."""
-        self.asked = distributed.in_any(self.asked)  # or one would wait for the others in what they do not do
-        control.should_save = control.should_save or self.asked
+        self.requested = distributed.in_any(self.requested)  # or one would wait for the others in what they do not do
+        control.should_save = control.should_save or self.requested
         control.should_log = control.should_log or control.should_save  # so that no mean over steps is cut in two
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the run that was told to stop, now that its checkpoint is written."""
-        if self.asked:
+        if self.requested:
             raise KeyboardInterrupt

@@ -203,7 +203,7 @@ class Safe(Base):
                 cast(PeftModel, self.model).load_adapter(str(found.path), "default", is_trainable=True)
             if found is None or state is None or not found.over or not isinstance(self.model, PeftModel):
                 self.train(resume_from_checkpoint=str(found.path) if found else None)
-                if distributed.in_any(self.stop.asked):  # after the last step, which may write no checkpoint
+                if distributed.in_any(self.stop.requested):  # after the last step, which may write no checkpoint
                     raise KeyboardInterrupt
                 return
         self.state = state
