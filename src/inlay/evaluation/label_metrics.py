@@ -36,6 +36,5 @@ def correlated(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     scores = scores.reshape(-1)
     if np.ptp(scores) == 0 or np.ptp(labels) == 0:
         return {"pearson": 0.0, "spearman": 0.0}
-    pearson: Any = stats.pearsonr(scores, labels)
-    spearman: Any = stats.spearmanr(scores, labels)
-    return {"pearson": float(pearson.statistic), "spearman": float(spearman.statistic)}
+    measures: dict[str, Any] = {"pearson": stats.pearsonr, "spearman": stats.spearmanr}
+    return {name: float(measure(scores, labels).statistic) for name, measure in measures.items()}
