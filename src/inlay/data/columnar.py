@@ -13,7 +13,7 @@ from pyarrow import types
 
 from inlay.data.parquet_footer import chunk_sizes
 from inlay.data.records import Record, refusal
-from inlay.files.untrusted import DamagedFileError
+from inlay.files.untrusted import DamagedFileError, regular_file
 from inlay.messages import gib, short
 
 _compute: Any = pyarrow.compute  # its functions are made when it is imported
@@ -97,7 +97,7 @@ def _parquet_batches(path: Path, whole: bool) -> Iterator[pyarrow.RecordBatch]:
 
 def _arrow_batches(path: Path) -> Iterator[pyarrow.RecordBatch]:
     """Yield batches of an Arrow file: the stream that `datasets` saves, or the format with a footer."""
-    with pyarrow.memory_map(str(path)) as source:
+    with pyarrow.memory_map(str(regular_file(path))) as source:
         is_stream = source.read(6) != b"ARROW1"
         source.seek(0)
         if is_stream:

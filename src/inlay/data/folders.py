@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from inlay.data.records import refusal
-from inlay.files.untrusted import from_json
+from inlay.files.untrusted import from_json, read_regular
 from inlay.messages import short
 
 SPLITS = {  # the words by which the names of files and folders tell a split, as data sets of the Hub have them
@@ -109,7 +109,7 @@ def _saved_files(folder: Path) -> set[str] | None:
     if not state.is_file():
         return None
     try:
-        return {str(file["filename"]) for file in from_json(state.read_text(encoding="utf-8"))["_data_files"]}
+        return {str(file["filename"]) for file in from_json(read_regular(state))["_data_files"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise refusal(state, short(str(error)), "what datasets' save_to_disk writes") from error
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from inlay.data.records import refusal
+from inlay.files.untrusted import regular_file
 
 DEPTH = 32  # of structs in structs
 
@@ -32,7 +33,7 @@ def chunk_sizes(path: Path) -> Iterator[ChunkSize]:
         ValueError: the file is no Parquet, or its footer or a page header cannot be read.
     """
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with regular_file(path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             if data[-4:] != b"PAR1":
                 raise ValueError("no footer")
             footer = Thrift(data, len(data) - 8 - int.from_bytes(data[-8:-4], "little")).struct()

@@ -18,7 +18,7 @@ from inlay.data.folders import Parts, folder_parts, kind_of, short_list
 from inlay.data.json_files import json_records
 from inlay.data.records import Numbered, Record, Records, refusal
 from inlay.data.tables import table_records
-from inlay.files.untrusted import DamagedFileError
+from inlay.files.untrusted import DamagedFileError, regular_file
 from inlay.messages import gib
 from inlay.models import builtin
 
@@ -65,7 +65,7 @@ def read_splits(source: str, split: str | None = None, reading: Reading | None =
         ValueError: there is no such source or split, or a file of it cannot be read.
     """
     reading = reading or Reading()
-    path = builtin.data_path() if source == builtin.MODEL else Path(source).expanduser()
+    path = builtin.data_path() if source == builtin.MODEL else regular_file(Path(source).expanduser())
     if path.is_dir():
         return _read_folder(folder_parts(path, split, KINDS), reading)
     if path.is_file():
@@ -150,7 +150,7 @@ def _read_hub(source: str, split: str | None, reading: Reading) -> dict[str, Rec
 def open_bytes(path: Path) -> IO[bytes]:
     """Return a file's bytes, unpacked where it ends in .gz, up to a bound on what comes out."""
     if path.suffix.lower() != ".gz":
-        return path.open("rb")
+        return regular_file(path).open("rb")
     return io.BufferedReader(Unpacked(path), 1 << 16)
 
 
@@ -160,7 +160,7 @@ class Unpacked(io.RawIOBase):
     def __init__(self, path: Path) -> None:
         self.path, self.count = path, 0
         self.most = max(LEAST, FACTOR * path.stat().st_size)
-        self.source = gzip.open(path, "rb")  # noqa: SIM115 - closed with this object
+        self.source = gzip.open(regular_file(path), "rb")  # noqa: SIM115 - closed with this object
 
     def readable(self) -> bool:
         return True

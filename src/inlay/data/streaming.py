@@ -22,6 +22,7 @@ from inlay.data.folders import Parts, folder_parts, kind_of
 from inlay.data.formats import FORMATS, Conversion, Faults, Rules, example_key, instruction_converter
 from inlay.data.readers import KINDS, Reading, file_records
 from inlay.data.records import Record
+from inlay.files.untrusted import regular_file
 
 STREAMED_KINDS = (".jsonl", ".parquet", ".arrow")
 EXAMPLE_COLUMNS = ("text", "prompt", "completion", "tools", "chat_template_kwargs")  # what an example may hold
@@ -47,7 +48,7 @@ def shards(source: str, reading: Reading | None = None) -> list[Path]:
     Raises:
         ValueError: there are none, or they are not all JSONL, all Parquet or all Arrow.
     """
-    path = Path(source).expanduser()
+    path = regular_file(Path(source).expanduser())
     if path.is_dir():
         parts = folder_parts(path, None, KINDS) if any(path.iterdir()) else Parts(path, {"train": []})
         files = parts.files["train"]
@@ -134,7 +135,7 @@ def _examples(files: list[str], conversion: Conversion, encoding: str) -> Iterat
 
 
 def _digest(file: Path) -> str:
-    with file.open("rb") as opened:
+    with regular_file(file).open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from inlay.evaluation.metric import OnTask, Rows, load_metric, run_metric
 from inlay.evaluation.scores import Score, score_difference, write_scores
+from inlay.files.atomic import find_again
 from inlay.messages import dtype_name
 from inlay.models.adapters import CONFIG, Adapter
 from inlay.models.base import BaseModel
@@ -96,7 +97,7 @@ def evaluate_model(
         given: dict[str, Any] = {"task": task, "data": data or "", "limit": limit, "by": by, "tokens": tokens}
         run = OnTask(**given, batch_size=batch_size).load(console)
     adapter = None
-    if (Path(model) / CONFIG).is_file() or (Path(model) / "adapter").is_dir():
+    if (find_again(Path(model)) / CONFIG).exists() or (Path(model) / "adapter").is_dir():
         adapter = Adapter.open(model, None, revision, trust_remote_code)
     if (base or merged or scale != 1) and adapter is None:
         raise ValueError(f"{model} is no adapter: --base, --merged and --scale are for one")

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from inlay.files.untrusted import read_regular, regular_file, regular_files
 from inlay.messages import first_line
 
 PREFIX = "lm-eval:"
@@ -38,7 +39,7 @@ def load_lm_eval(name: str, limit: int | None, size: int) -> Callable[[Any, Any]
         raise ValueError(f"task {PREFIX}{name} needs lm-eval ({error}); pip install 'inlay[harness]'") from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     path = Path(name).expanduser()
-    local = path.exists()
+    local = regular_files(regular_file(path)).exists()
     if not local and (path.suffix in (".yaml", ".yml") or len(path.parts) > 1):
         raise ValueError(f"task {PREFIX}{name}: there is no such file or folder")
     try:
@@ -64,7 +65,7 @@ def task_names(path: Path, tasks: list[str]) -> list[str]:
     """Return the tasks of a folder, or the one of a file."""
     if path.is_dir():
         return list(tasks)
-    text = path.read_text(encoding="utf-8")  # which plain YAML does not read: it has tags of the harness's own
+    text = read_regular(path)  # which plain YAML does not read: it has tags of the harness's own
     for key in ("task", "group"):
         if match := re.search(rf"""^{key}:[ \t]*["']?([\w.-]+)""", text, re.MULTILINE):
             return [match[1]]

@@ -8,8 +8,9 @@ import math
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -19,8 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from inlay.experiments import trial as trial_module
 from inlay.experiments.trial import LOG, TRIAL, Trial, trial_process
-from inlay.files.atomic import check_free, write_text
-from inlay.files.untrusted import from_json
+from inlay.files.atomic import check_free, put_back, remove_siblings, siblings, staged, write_text
+from inlay.files.untrusted import from_json, read_regular, regular_file
 from inlay.models.loading import resolve
 from inlay.recipe.recipe import Recipe
 from inlay.training.checkpoints import METRICS
@@ -49,14 +50,15 @@ def origin(recipe: Recipe, rows: Examples) -> dict[str, str]:
     for path in sorted(Path(resolve(recipe.model)).glob("*.safetensors")):
         size = path.stat().st_size
         model.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
+        with regular_file(path).open("rb") as file:
             for part in range(SAMPLES):
                 file.seek(size * part // SAMPLES)
                 model.update(file.read(4096))
     return {"data": data.hexdigest(), "model": model.hexdigest()}
 
 
-def open_folder(
+@contextmanager
+def experiment_folder(
     folder: Path,
     plan: Path,
     text: str,
@@ -64,11 +66,13 @@ def open_folder(
     overwrite: bool,
     what: str,
     same: Callable[[str, str], bool] = str.__eq__,
-) -> None:
+) -> Iterator[None]:
     """Create a folder for a plan, or accept one that was started for the same plan and the same `origin`.
 
+    What it replaces is kept beside it until the block ends, and is put back where the block ends before any run begins.
+
     Args:
-        folder: of the experiment.
+        folder: of the experiment, which is locked.
         plan: the file in it that holds the plan.
         text: the plan.
         checksums: from `origin`.
@@ -79,9 +83,32 @@ def open_folder(
     Raises:
         ValueError: the folder holds something else.
     """
+    put_back(folder)
+    remove_siblings(folder, "part")
+    start_experiment(folder, plan, text, checksums, overwrite, what, same)
+    try:
+        yield
+    except BaseException:
+        if siblings(folder, "old") and not any(folder.rglob(TRIAL)):
+            shutil.rmtree(folder, ignore_errors=True)
+            put_back(folder)
+        raise
+    remove_siblings(folder, "old")
+
+
+def start_experiment(
+    folder: Path,
+    plan: Path,
+    text: str,
+    checksums: dict[str, str],
+    overwrite: bool,
+    what: str,
+    same: Callable[[str, str], bool],
+) -> None:
+    """Put a folder with a plan and its `origin` in place, unless there is one, as `experiment_folder` says."""
     origin_file = folder / ORIGIN
-    if plan.is_file() and same(plan.read_text(encoding="utf-8"), text):
-        before = from_json(origin_file.read_text(encoding="utf-8")) if origin_file.is_file() else {}
+    if plan.is_file() and same(read_regular(plan), text):
+        before = from_json(read_regular(origin_file)) if origin_file.is_file() else {}
         changed = [name for name, checksum in checksums.items() if before.get(name, checksum) != checksum]
         if not changed:
             write_text(plan, text)
@@ -94,11 +121,10 @@ def open_folder(
     elif plan.is_file() and not overwrite:
         raise ValueError(f"{folder} holds another {what}, see {plan}; choose another output, or pass --overwrite")
     check_free(folder, overwrite, plan.name)
-    shutil.rmtree(folder, ignore_errors=True)
     try:
-        folder.mkdir(parents=True)
-        write_text(origin_file, json.dumps(checksums))
-        write_text(plan, text)
+        with staged(folder) as part:
+            write_text(part / origin_file.name, json.dumps(checksums))
+            write_text(part / plan.name, text)
     except OSError as error:
         raise ValueError(f"{folder} cannot be written: {error.strerror}") from None
 
@@ -259,6 +285,8 @@ class Runner:
 
 def last_line(log: Path, code: int | None) -> str:
     """Explain why a process ended, from the last line of its log and its exit code."""
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    lines = [
+        line for line in regular_file(log).read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
+    ]
     why = "killed, perhaps out of memory" if code == -9 else (lines or ["it printed nothing"])[-1]
     return f"{why.strip()[:200]} (exit code {code}; see {log})"

@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import os
 import sys
+import threading
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from inlay.data.split import split_examples
 from inlay.evaluation.ask_model import mean_token_loss
 from inlay.evaluation.metric import Asked, metric_score
 from inlay.files.atomic import write_text
+from inlay.files.untrusted import read_regular
 from inlay.inspection.changes import changes, changes_as_data
 from inlay.messages import dtype_name, quiet, slug
 from inlay.models.loading import dtype_for
@@ -99,31 +101,25 @@ class Trial:
         file = folder / RESULT
         with suppress(TypeError):  # a trial of another version, with other fields
             if file.is_file() and read_trial(folder) == self:
-                return json.loads(file.read_text(encoding="utf-8"))
+                return json.loads(read_regular(file))
         return None
 
 
 def read_trial(folder: Path) -> Trial:
     """Read the trial that a folder is for."""
-    values = json.loads((folder / TRIAL).read_text(encoding="utf-8"))
+    values = json.loads(read_regular(folder / TRIAL))
     return Trial(**{**values, "recipe": Recipe(**values["recipe"])})
 
 
 class Prefix(TrainerCallback):
-    """Stop the training after its first steps, with the schedules of the whole run.
-
-    It also stops when the parent process has died, since nobody waits for the result any more.
-    """
+    """Stop the training after its first steps, with the schedules of the whole run."""
 
     def __init__(self, stop: int) -> None:
         self.stop = stop
-        self.parent = multiprocessing.parent_process()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        if self.parent is not None and not self.parent.is_alive():
-            raise SystemExit("the comparison has ended")
         control.should_training_stop |= state.global_step >= self.stop
 
 
@@ -200,8 +196,16 @@ def run_trial(folder: Path) -> None:
     write_text(folder / RESULT, json.dumps(result))
 
 
+def end_with_parent() -> None:
+    """End this process at once when the one that started it is dead, which then may start the trial anew."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
+
+
 def trial_process(folder: Path, threads: int) -> None:
     """Run a trial as the body of a process, with its output in the trial's log."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
     log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(log, sys.stdout.fileno())
     os.dup2(log, sys.stderr.fileno())

@@ -1,7 +1,4 @@
-"""Write files and folders whole or not at all: under a temporary name, then one rename, by one process at a time.
-
-And reading what anybody may have written: JSON and YAML that is nested or grows without end is refused, not followed.
-"""
+"""Write files and folders whole or not at all: under a temporary name, then one rename, by one process at a time."""
 
 from __future__ import annotations
 
@@ -42,14 +39,18 @@ def sync_all(folder: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, wait: bool = False) -> Iterator[None]:
     """Hold a lock on `path` against other processes until the block ends.
 
-    The system releases the lock of a process that dies. Parent folders created for the lock are removed again if they
-    stay empty.
+    The system releases the lock of a process that dies, also where processes that it forked live on. Parent folders
+    created for the lock are removed again if they stay empty.
+
+    Args:
+        path: what is locked, whether it exists or not.
+        wait: until another process releases the lock.
 
     Raises:
-        ValueError: another process holds the lock, or the parent folder cannot be written.
+        ValueError: another process holds the lock and `wait` is not given, or the parent folder cannot be written.
     """
     real = path.resolve()  # one lock, whatever path leads there
     missing = [parent for parent in real.parents if not parent.exists()]
@@ -57,30 +58,55 @@ def locked(path: Path) -> Iterator[None]:
     try:
         try:
             real.parent.mkdir(parents=True, exist_ok=True)
-            file = lock.open("a")
+            file = open_locked(lock, wait)
+        except BlockingIOError:
+            raise ValueError(
+                f"{path} is in use by another process; wait for it to end, or choose another output"
+            ) from None
         except OSError as error:
             raise ValueError(f"{path} cannot be written: {error.strerror}") from None
         with file:
-            take_lock(file, path)
+            _locks.add(file)
             try:
                 yield
             finally:
-                lock.unlink(missing_ok=True)
+                _locks.discard(file)
+                if not file.closed:  # as it is in a process that was forked
+                    lock.unlink(missing_ok=True)
     finally:
         for parent in missing:
             with suppress(OSError):
                 parent.rmdir()
 
 
-def take_lock(lock: IO[str], path: Path) -> None:
-    """Lock an open file for this process alone, or raise the ValueError that `locked` documents."""
+def open_locked(lock: Path, wait: bool) -> IO[str]:
+    """Open a file and lock it for this process alone; raise a BlockingIOError where another one holds it."""
     import fcntl  # Unix only; most users of this module do not lock
 
-    with suppress(BlockingIOError):
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(lock.fileno()).st_nlink:  # without a link, its last holder has just removed it
-            return
-    raise ValueError(f"{path} is in use by another process; wait for it to end, or choose another output")
+    while True:
+        file = lock.open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BaseException:
+            file.close()
+            raise
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()  # its last holder has just removed it
+
+
+_locks: set[IO[str]] = set()  # the open files of the locks that this process holds
+
+
+def _close_locks() -> None:
+    """Close the files of locks in a process that was forked, which would hold them when its parent is dead."""
+    for file in _locks:
+        file.close()
+    _locks.clear()
+
+
+if os.name == "posix":
+    os.register_at_fork(after_in_child=_close_locks)
 
 
 @contextmanager
@@ -128,6 +154,22 @@ def staged(path: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def find_again(path: Path) -> Path:
+    """Return `path`, where what a dead process had set aside to replace it is first put back.
+
+    It may have set aside a folder around `path` too. Whatever cannot be put back stays where it is: another process
+    holds the lock, or the disk cannot be written.
+    """
+    first = path
+    with suppress(ValueError, OSError):
+        while not first.parent.exists():
+            first = first.parent
+        if not first.exists() and siblings(first, "old"):
+            with locked(first):
+                put_back(first)
+    return path
 
 
 def siblings(path: Path, end: str) -> list[Path]:

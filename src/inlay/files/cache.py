@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from inlay.files.untrusted import regular_file
+
 DAY = 86_400  # seconds
 LIMIT = 10 << 30  # bytes per kind; the least recently used entries are deleted first
 CHUNK = 1 << 26  # bytes hashed at a time, so that a tensor on a GPU is never copied whole
@@ -49,7 +51,7 @@ def load(kind: str, key: str) -> dict[str, Tensor] | None:
     """Return the tensors that `store` kept as `kind` and `key`, in order and on the CPU; None if missing or damaged."""
     path = cache_folder() / kind / f"{key}.safetensors"
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(regular_file(path), "pt") as file:
             fingerprints = dict(json.loads((file.metadata() or {})["fingerprints"]))
             tensors = {name: file.get_tensor(name) for name in fingerprints}
         os.utime(path)

@@ -1,8 +1,10 @@
-"""Read untrusted JSON and YAML files, with bounds on depth, size and kinds of values."""
+"""Open files that anybody may have written, and read JSON and YAML with bounds on depth, size and kinds of values."""
 
 from __future__ import annotations
 
 import json
+import stat
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -15,6 +17,41 @@ LENGTH = 1_000_000
 
 class DamagedFileError(ValueError):
     """Report a file that is incomplete, or not what its name says."""
+
+
+def regular_file(path: Path) -> Path:
+    """Return `path`; whatever reads a file of a user's asks for it here, as a pipe blocks and a device never ends.
+
+    A file that is missing is for the reader to report, and so is a folder.
+
+    Raises:
+        ValueError: the path leads to a pipe, a device or a socket.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # it is missing, or no name of a file
+        return path
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise DamagedFileError(f"{path} is a pipe, a device or a socket, which are not read; give a regular file")
+    return path
+
+
+def regular_files(folder: Path) -> Path:
+    """Return `folder` for a library that reads files in it; refuse it where `regular_file` refuses one of them."""
+    for path in folder.rglob("*"):
+        regular_file(path)
+    return folder
+
+
+def read_regular(path: Path, most: int = -1) -> str:
+    """Return the UTF-8 text of a file, or its first `most` characters.
+
+    Raises:
+        ValueError: it is no `regular_file`, or not UTF-8.
+        OSError: it cannot be read.
+    """
+    with regular_file(path).open(encoding="utf-8") as file:
+        return file.read(most)
 
 
 def from_json(text: str) -> Any:

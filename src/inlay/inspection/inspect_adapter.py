@@ -94,6 +94,8 @@ def is_adapter(name: str) -> bool:
     """Return whether `name` is the folder of an adapter, or of a run that left one."""
     try:
         return bool(adapter_folder(name))
+    except DamagedFileError:
+        raise
     except ValueError:
         return False
 

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from inlay.files.untrusted import LENGTH, DamagedFileError, from_json
+from inlay.files.atomic import find_again
+from inlay.files.untrusted import LENGTH, DamagedFileError, from_json, read_regular, regular_file, regular_files
 from inlay.host.config import INLAY, check_imports
 from inlay.host.strength import check_config_scalable, set_scale
 from inlay.messages import first_line, loading
@@ -34,8 +35,8 @@ def adapter_folder(path: str | Path) -> Path:
     Raises:
         ValueError: there is no adapter.
     """
-    for folder in (Path(path), Path(path) / "adapter"):
-        if (folder / CONFIG).is_file():
+    for folder in (find_again(Path(path)), Path(path) / "adapter"):
+        if regular_file(folder / CONFIG).is_file():
             return folder
     raise ValueError(f"{path} holds no adapter: neither {path}/{CONFIG} nor {path}/adapter/ is there")
 
@@ -73,9 +74,9 @@ class Adapter:
         Raises:
             ValueError: there is no adapter, its adapter_config.json is damaged, or no base is given or named.
         """
-        folder = adapter_folder(path)
+        folder = regular_files(adapter_folder(path))
         try:
-            raw = from_json((folder / CONFIG).read_text(encoding="utf-8"))
+            raw = from_json(read_regular(folder / CONFIG))
             if not isinstance(raw, dict):
                 raise TypeError("it holds no mapping")
             name = base or raw["base_model_name_or_path"]
@@ -162,7 +163,7 @@ class Adapter:
             ValueError: the file is damaged.
         """
         try:
-            return load_file(self.folder / WEIGHTS)
+            return load_file(regular_file(self.folder / WEIGHTS))
         except (OSError, SafetensorError) as error:
             raise DamagedFileError(f"{self.folder / WEIGHTS} cannot be read: {first_line(error)}") from None
 
@@ -187,8 +188,7 @@ class Adapter:
         dtype = dtype or self.base.stored_dtype
         tokenizer = self.base.tokenizer()
         if (template := self.folder / "chat_template.jinja").is_file():
-            with template.open(encoding="utf-8") as file:
-                tokenizer.chat_template = file.read(LENGTH)
+            tokenizer.chat_template = read_regular(template, LENGTH)
         base = self.base.load(dtype, folded=True, auto=auto, **self.settings)
         model = self.attach(base, trainable)
         model.peft_config["default"].base_model_name_or_path = self.base.resolved
@@ -235,7 +235,7 @@ class Adapter:
         base = self.base
         if self.folded:
             try:
-                name = from_json((Path(base.name) / FOLDED).read_text(encoding="utf-8"))["model"]
+                name = from_json(read_regular(Path(base.name) / FOLDED))["model"]
             except (OSError, ValueError, KeyError, TypeError):
                 raise ValueError(f"{base.name} does not say which model was folded into it; leave out --base") from None
             base = replace(base, name=name)

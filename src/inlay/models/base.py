@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from inlay.files.untrusted import regular_files
 from inlay.host import distributed
 from inlay.host.bitsandbytes_guard import readable
 from inlay.messages import loading
@@ -185,6 +186,7 @@ def read_tokenizer(where: str, config: Any, name: str, **hub: Any) -> PreTrained
     Raises:
         ValueError: the tokenizer cannot be loaded.
     """
+    regular_files(Path(where))
     with loading(f"the tokenizer of {name!r}"):
         return AutoTokenizer.from_pretrained(where, config=config, **hub)
 

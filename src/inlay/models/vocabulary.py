@@ -9,6 +9,7 @@ from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 
+from inlay.files.untrusted import regular_file
 from inlay.host.adapter_state import ROOT
 
 COPY = (
@@ -34,7 +35,7 @@ def fit_vocabulary(model: PreTrainedModel, adapter: Path) -> bool:
         ValueError: the file does not hold all of the embeddings that grew.
     """
     try:
-        with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+        with safe_open(regular_file(adapter / "adapter_model.safetensors"), "pt") as file:
             sizes = {stored_name(key): file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
     except SafetensorError:  # whoever loads it says what is wrong
         return False

@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from inlay.files.untrusted import LENGTH, DamagedFileError, from_yaml
+from inlay.files.atomic import find_again
+from inlay.files.untrusted import LENGTH, DamagedFileError, from_yaml, read_regular, regular_file
 from inlay.messages import did_you_mean
 from inlay.methods import METHODS
 from inlay.recipe.recipe import Recipe
@@ -57,9 +58,9 @@ def from_values(values: dict[str, Any], overrides: dict[str, Any], path: str | N
 
 def read_yaml(path: str) -> dict[str, Any]:
     """Read a YAML mapping from the file `path`."""
+    file = regular_file(find_again(Path(path)))
     try:
-        with Path(path).open(encoding="utf-8") as file:
-            values = from_yaml(file.read(LENGTH + 1))  # a device such as /dev/zero never ends
+        values = from_yaml(read_regular(file, LENGTH + 1))
     except FileNotFoundError:
         raise ValueError(f"recipe {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from inlay.files.atomic import sync, sync_all
-from inlay.files.untrusted import DamagedFileError
+from inlay.files.untrusted import DamagedFileError, read_regular, regular_file
 from inlay.host import distributed, seal
 from inlay.host.layer import PREFIX, InlayLinear
 from inlay.messages import first_line, gib, short
@@ -121,7 +121,7 @@ def digests(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
     sums: dict[str, str] = {}
     for path in files:
-        with path.open("rb") as file:
+        with regular_file(path).open("rb") as file:
             sums[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
     return sums
 
@@ -135,7 +135,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         if not (path / MANIFEST).is_file():  # a device would never end
             raise ValueError
-        about = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        about = json.loads(read_regular(path / MANIFEST))
         written_seal = about.pop("seal")
         if written_seal != seal.of_values(about) or about["format"] != FORMAT:
             raise ValueError

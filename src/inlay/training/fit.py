@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 
 from inlay.files.atomic import write_text
+from inlay.files.untrusted import read_regular
 from inlay.host import distributed
 from inlay.host.compute_starts import shared_starts
 from inlay.host.flat_lora import Flat
@@ -94,7 +95,7 @@ def fit(prepared: Prepared, trainer: Trainer, checkpoint: Checkpoint | None = No
     then, now = task.scores(first), task.scores(last)
     for name, score in now.items():
         console.print(f"{name}: {then[name]:.3f} before, {score:.3f} after")
-    answers = [distributed.from_first(lambda: json.loads((folder / BEFORE).read_text(encoding="utf-8")))]
+    answers = [distributed.from_first(lambda: json.loads(read_regular(folder / BEFORE)))]
     if prompts:
         answers.append(task.answers(model, tokenizer, prompts))
     return Result(

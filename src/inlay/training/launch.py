@@ -13,6 +13,8 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from inlay.files.untrusted import regular_file
+
 PLAIN = "{compute_environment: LOCAL_MACHINE, distributed_type: MULTI_GPU, num_machines: 1, mixed_precision: 'no'}\n"
 
 
@@ -29,7 +31,7 @@ def launch(arguments: Sequence[str], count: int, config: str | None) -> int:
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
 
-    if config is not None and not Path(config).is_file():
+    if config is not None and not regular_file(Path(config)).is_file():
         raise ValueError(f"launch_config {config} does not exist; recipes/distributed has some to start from")
     launcher_flags = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     for flag in ("--num-processes", "--launch-config"):

@@ -18,6 +18,8 @@ from typing import Any
 
 from rich.console import Console
 
+from inlay.files.atomic import find_again
+from inlay.files.untrusted import read_regular, regular_file
 from inlay.training.checkpoints import METRICS
 
 HOST = "127.0.0.1"
@@ -66,7 +68,7 @@ class WatchedRun:
             self.file = status.st_ino
             self.read = 0
             self.seconds = 0.0
-        with self.metrics.open("rb") as file:
+        with regular_file(self.metrics).open("rb") as file:
             file.seek(self.read)
             text, end, _ = file.read().rpartition(b"\n")
         self.read += len(text) + len(end)
@@ -99,11 +101,11 @@ class Follower(threading.Thread):
 
         for metrics in sorted(self.runs.rglob(METRICS)):
             recipe = metrics.parent / "recipe.yaml"
-            if not recipe.is_file():  # a checkpoint's copy, or not a run yet
+            if not recipe.is_file() or not metrics.is_file():  # a checkpoint's copy, not a run yet, or a pipe
                 continue
             if metrics not in self.known:
                 writer = SummaryWriter(str(self.events / metrics.parent.relative_to(self.runs)))
-                writer.add_text("recipe", "```\n" + recipe.read_text(encoding="utf-8") + "```")
+                writer.add_text("recipe", "```\n" + read_regular(recipe) + "```")
                 self.known[metrics] = WatchedRun(metrics, writer)
             with suppress(FileNotFoundError):  # it is being replaced
                 self.known[metrics].follow()
@@ -126,7 +128,9 @@ def serve(folder: str, port: int = 6006, console: Console | None = None) -> None
     Raises:
         ValueError: there is no such folder, the port is taken, or TensorBoard is not installed.
     """
-    runs = Path(folder).expanduser()
+    runs = find_again(Path(folder).expanduser())
+    for old in runs.rglob(".?*.????????.old"):  # runs that were to be replaced when a process died
+        find_again(old.parent / old.name[1 : -len(".????????.old")])
     program = board()
     if not runs.is_dir():
         raise ValueError(f"{runs} is not a folder; give the one that holds the runs, as in inlay ui runs")

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 from inlay.files.atomic import write_text
-from inlay.files.untrusted import DamagedFileError
+from inlay.files.untrusted import DamagedFileError, read_regular
 from inlay.host import distributed
 from inlay.messages import duration, gib, loading
 from inlay.models.sizes import count_trainable
@@ -51,7 +51,7 @@ class RunProgress(TrainerCallback):
             ValueError: its metrics cannot be read.
         """
         with loading(f"{checkpoint / METRICS}", DamagedFileError):
-            text = (checkpoint / METRICS).read_text(encoding="utf-8")
+            text = read_regular(checkpoint / METRICS)
             rows = [json.loads(line) for line in text.splitlines()]
             self.evaluated = [row for row in rows if "eval_loss" in row]
             if not all(isinstance(row["eval_loss"], float) for row in self.evaluated or [{"eval_loss": None}]):
@@ -126,7 +126,7 @@ class RunProgress(TrainerCallback):
 
 def read_history(metrics: Path) -> list[dict[str, Any]]:
     """Return the complete rows of a metrics.jsonl, which may still be written."""
-    text = metrics.read_text(encoding="utf-8") if metrics.is_file() else ""
+    text = read_regular(metrics) if metrics.is_file() else ""
     return [json.loads(line) for line in text.split("\n")[:-1]]
 
 

@@ -10,7 +10,8 @@ from typing import Any, cast
 
 from rich.console import Console
 
-from inlay.files.atomic import check_free, locked, put_back, write_text
+from inlay.files.atomic import check_free, find_again, locked, put_back, write_text
+from inlay.files.untrusted import regular_files
 from inlay.host import distributed
 from inlay.messages import dtype_name
 from inlay.models.loading import dtype_for
@@ -130,7 +131,7 @@ def unfinished(folder: Path, changed: dict[str, Any]) -> Recipe | None:
         ValueError: there is no run, it is of another method (whose hyperparameters have other names), or it holds a
             link, through which it would write elsewhere.
     """
-    folder = folder.resolve()
+    folder = regular_files(find_again(folder.resolve()))
     if not (folder / MARK).exists() or not (folder / "recipe.yaml").exists():
         raise ValueError(f"{folder} holds no run to resume: it has no recipe.yaml of one")
     before = load_recipe(str(folder / "recipe.yaml"), {}).method

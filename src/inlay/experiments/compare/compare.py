@@ -22,7 +22,7 @@ from inlay.experiments.compare.outcome import Outcome, Sweep, with_size
 from inlay.experiments.compare.result_files import write_comparison
 from inlay.experiments.compare.spec import BUDGETS, ComparisonPlan, Entry, load_comparison
 from inlay.experiments.ray_cluster import Cluster
-from inlay.experiments.runner import Runner, open_folder, origin, steps_of
+from inlay.experiments.runner import Runner, experiment_folder, origin, steps_of
 from inlay.experiments.trial import Trial, unrelated
 from inlay.files.atomic import locked
 from inlay.training.examples import Examples, load_examples
@@ -61,13 +61,13 @@ def compare(
         rows = shared_examples(plan, console)
         plan, shares = settle_sizes(plan, rows, console)
         checksums = origin(plan.recipe, rows)
-        open_folder(folder, folder / PLAN, plan.to_yaml(), checksums, overwrite, "comparison")
         steps = steps_of(plan.recipe, len(rows.train) - plan.spec.selection)
-        with Runner(folder, workers, console) as runner:
-            lengths = timed(runner, plan, steps)
-            sweeps = sweep_rates(runner, plan, lengths)
-            finals = final_runs(runner, plan, lengths, sweeps)
-        write_comparison(Outcome(plan, folder, lengths, sweeps, finals, shares), console)
+        with experiment_folder(folder, folder / PLAN, plan.to_yaml(), checksums, overwrite, "comparison"):
+            with Runner(folder, workers, console) as runner:
+                lengths = timed(runner, plan, steps)
+                sweeps = sweep_rates(runner, plan, lengths)
+                finals = final_runs(runner, plan, lengths, sweeps)
+            write_comparison(Outcome(plan, folder, lengths, sweeps, finals, shares), console)
     return folder
 
 

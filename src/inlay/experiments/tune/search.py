@@ -20,7 +20,7 @@ from rich.console import Console
 from inlay.evaluation.metric import load_metric
 from inlay.experiments import ray_cluster
 from inlay.experiments.ray_cluster import Cluster
-from inlay.experiments.runner import Runner, Workers, open_folder, origin, steps_of
+from inlay.experiments.runner import Runner, Workers, experiment_folder, origin, steps_of
 from inlay.experiments.trial import Trial
 from inlay.experiments.tune.nomad import import_nomad, minimise
 from inlay.experiments.tune.spec import Range, SearchPlan, lay_over, load_search, same_values
@@ -76,14 +76,15 @@ def tune(
     if plan.spec.selection >= len(rows.train):
         raise ValueError(f"selection: {plan.spec.selection} of {len(rows.train)} examples leave none to train on")
     with ray_cluster.workers(jobs, cluster, console) as workers, locked(folder):
-        open_folder(folder, folder / PLAN, plan.to_yaml(), origin(recipe, rows), overwrite, "search", same_values)
-        with SearchRun(plan, folder, len(rows.train) - plan.spec.selection, workers, console) as search:
-            search.run()
-            outcome = search.rescore()
-        from inlay.experiments.tune.report import write_search  # matplotlib takes a second
+        opened = (folder, folder / PLAN, plan.to_yaml(), origin(recipe, rows), overwrite, "search", same_values)
+        with experiment_folder(*opened):
+            with SearchRun(plan, folder, len(rows.train) - plan.spec.selection, workers, console) as search:
+                search.run()
+                outcome = search.rescore()
+            from inlay.experiments.tune.report import write_search  # matplotlib takes a second
 
-        write_text(folder / BEST, best_recipe(outcome))
-        write_search(outcome, console)
+            write_text(folder / BEST, best_recipe(outcome))
+            write_search(outcome, console)
     return folder
 
 

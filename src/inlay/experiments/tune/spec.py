@@ -12,6 +12,7 @@ import yaml
 
 from inlay.evaluation.metric import METRIC_HELP, less_is_better
 from inlay.experiments.recipe_block import ELSEWHERE, check_held_whole, read_block
+from inlay.files.untrusted import from_yaml
 from inlay.messages import did_you_mean
 from inlay.methods import METHODS
 from inlay.recipe.reading import from_values, hyperparameters, non_defaults
@@ -111,9 +112,12 @@ class SearchPlan:
 
 def same_values(old: str, new: str) -> bool:
     """Return whether two `SearchPlan.to_yaml` are one search: trials may be added and `rescore` may differ."""
-    searches = [yaml.safe_load(text) for text in (old, new)]
-    for search in searches:
-        search["tune"] = {key: value for key, value in search["tune"].items() if key not in ("trials", "rescore")}
+    try:
+        searches = [from_yaml(text) for text in (old, new)]
+        for search in searches:
+            search["tune"] = {key: value for key, value in search["tune"].items() if key not in ("trials", "rescore")}
+    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError):
+        return False  # somebody changed the file
     return searches[0] == searches[1]
 
 

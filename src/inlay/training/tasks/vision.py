@@ -15,6 +15,7 @@ from inlay.data.chat_templates import templated
 from inlay.data.chats import chat_cell, conversation, text_cell, turn_by_turn, with_system
 from inlay.data.formats import Row, Rules, convert_all, earlier_turns, question_of
 from inlay.data.records import Record
+from inlay.files.untrusted import regular_file
 from inlay.messages import loading, short
 from inlay.recipe.recipe import Recipe
 from inlay.training.examples import Examples, announce, measured
@@ -73,7 +74,8 @@ class Vision(Task):
         model.eval()
         for row in inputs:
             text = templated(tokenizer, seen(row), tokenize=False, add_generation_prompt=True)
-            with_images = tokenizer(images=[Picture.open(p) for p in row["images"]], text=[text], return_tensors="pt")
+            pictures = [Picture.open(regular_file(Path(p))) for p in row["images"]]
+            with_images = tokenizer(images=pictures, text=[text], return_tensors="pt")
             out = model.generate(**with_images.to(model.device), do_sample=False, max_new_tokens=64)
             said += tokenizer.batch_decode(out[:, with_images["input_ids"].shape[1] :], skip_special_tokens=True)
         model.train(was_training)
