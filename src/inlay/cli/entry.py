@@ -1,6 +1,6 @@
 """The command line. A verb is a function: its docstring is its help, its arguments are declared beside it.
 
-Exit codes: 0 done, 2 the user's mistake (one line), 1 ours (a traceback), 130 interrupted (and how to go on).
+Exit codes: 0 done, 2 the user's mistake (one line), 1 ours (a traceback), 130 interrupted (and how to resume).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from inlay.cli.convert import (
     merge_arguments,
     merge_command,
 )
+from inlay.cli.environment import env_arguments, env_command, schema_arguments, schema_command
 from inlay.cli.evaluate import eval_arguments, eval_command, generate_arguments, generate_command
 from inlay.cli.experiments import (
     compare_arguments,
@@ -53,6 +54,8 @@ VERBS = (
     (merge_command, merge_arguments),
     (inspect_command, inspect_arguments),
     (plan_command, plan_arguments),
+    (schema_command, schema_arguments),
+    (env_command, env_arguments),
 )
 
 
