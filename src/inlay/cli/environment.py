@@ -7,7 +7,6 @@ import json
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 PACKAGES = """torch transformers peft trl accelerate datasets safetensors tokenizers bitsandbytes triton optuna ray
 deepspeed gguf lm-eval""".split()
@@ -20,14 +19,13 @@ def env_command(options: argparse.Namespace) -> None:
 
     example: inlay env
     """
-    facts = environment()
+    facts = machine_facts()
     if options.json:
         print(json.dumps(facts, indent=1))
         return
-    rows = {**facts, **facts["packages"], **facts["variables"]}
-    for name, value in rows.items():
-        if not isinstance(value, dict):
-            print(f"{name:<24}{value}")
+    for name, value in facts.items():
+        for row in value.items() if isinstance(value, dict) else [(name, value)]:
+            print(f"{row[0]:<24}{row[1]}")
 
 
 def env_arguments(verb: argparse.ArgumentParser) -> None:
@@ -35,7 +33,7 @@ def env_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--json", action="store_true", help="print JSON")
 
 
-def environment() -> dict[str, Any]:
+def machine_facts() -> dict[str, object]:
     """Return versions, device, memory in GiB, the cache folder with its size in GiB, and environment variables."""
     import torch
 

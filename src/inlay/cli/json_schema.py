@@ -15,7 +15,7 @@ from inlay.recipe.schema import default_of
 
 Schema = dict[str, Any]
 KINDS = ("recipe", "compare", "tune")
-TYPES: dict[Any, Schema] = {
+TYPES: dict[object, Schema] = {
     bool: {"type": "boolean"},
     int: {"type": "integer"},
     str: {"type": "string"},
@@ -73,7 +73,7 @@ def fields_schema(cls: type) -> Schema:
     }
 
 
-def field_schema(f: Field, hint: Any) -> Schema:
+def field_schema(f: Field, hint: object) -> Schema:
     """Return the schema of one field: its types, its choices, its bound, its default and its help."""
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     kinds = [type_schema(option) for option in (typing.get_args(hint) if union else (hint,))]
@@ -83,7 +83,7 @@ def field_schema(f: Field, hint: Any) -> Schema:
     return {**schema, "default": default_of(f), "description": f.metadata["help"]}
 
 
-def type_schema(option: Any) -> Schema:
+def type_schema(option: object) -> Schema:
     """Return the schema of one type of a field."""
     if typing.get_origin(option) is Literal:
         return {"enum": list(typing.get_args(option))}

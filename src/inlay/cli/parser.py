@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, NoReturn
 
 COMMON = """data output method r scale target_modules learning_rate steps epochs batch_size max_length dtype
 eval_size gradient_checkpointing seed samples model overwrite""".split()
@@ -31,11 +31,11 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"formatter_class": Help, "allow_abbrev": False, **kwargs})
 
-    def error(self, message: str) -> Any:
+    def error(self, message: str) -> NoReturn:
         fail(f"{message}; see {self.prog} --help")
 
 
-def fail(message: str) -> Any:
+def fail(message: str) -> NoReturn:
     """End with the user's mistake on one line, in which nothing steers the terminal."""
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
     print(f"inlay: {line}", file=sys.stderr)
