@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import fields
 from typing import Any
+
+import torch
 
 from inlay.methods import METHODS, find
 
@@ -14,7 +17,16 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def sized(name: str, size: int) -> dict[str, Any]:
-    """The same hyperparameters with another size, or with the least that the method takes."""
-    least = {f.name: f.metadata.get("min", size) for f in fields(find(name))}
-    return {key: max(size, least[key]) for key in SIZES[name]}
+def fitting(name: str, size: int, *shapes: tuple[int, int]) -> dict[str, Any] | None:
+    """The same hyperparameters with the largest size up to `size`, or the least there is above it, that fits weights of
+    all these shapes; None where none does.
+    """
+    method = find(name)
+    least = {f.name: f.metadata.get("min", 1) for f in fields(method)}
+    for asked in range(size, 0, -1):
+        args = {key: max(asked, least[key]) for key in SIZES[name]}
+        with suppress(ValueError):
+            for shape in shapes:
+                method(**args).start(torch.empty(shape, device="meta"))
+            return args
+    return None
