@@ -4,17 +4,22 @@
 
 Files of every kind that Inlay reads are damaged at random: cut short, bits flipped, pieces moved, doubled and swapped
 between files, and filled with what breaks parsers (NUL bytes, deep nesting, numbers beyond all types, lines of 100 kB,
-aliases that multiply, pickles, names that leave the folder). A case is unhandled if anything but a ValueError comes
-out, if what is read is not what was written, where that can be told, if it takes longer than 20 seconds or over 2 GiB,
-or if something runs or is written outside its folder. A case can be redone by its seed.
+aliases that multiply, pickles, names that leave the folder). In the configurations of adapters values are replaced: by
+huge numbers, and names of modules to import. Some data files unpack to a thousand times their size. A case is unhandled
+if anything but a ValueError comes out, if what is read is not what was written, where that can be told, if it takes
+longer than 20 seconds or asks for over 4 GiB, or if something runs or is written outside its folder. At the end the
+process may not have held over 2 GiB. A case can be redone by its seed.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import gzip
+import io
 import json
+import math
 import os
 import pickle
 import random
@@ -27,14 +32,14 @@ import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, get_peft_model
 from rich.console import Console
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
@@ -46,21 +51,25 @@ from inlay.conversion.merge_weights import New
 from inlay.conversion.peft_folder import read_peft_folder
 from inlay.data.formats import convert_records
 from inlay.data.readers import read_records
-from inlay.data.render import prompt_ids
+from inlay.data.render import encode_example, prompt_ids
 from inlay.experiments.compare.spec import load_comparison
 from inlay.files import cache
 from inlay.host.config import InlayConfig
 from inlay.messages import quiet
+from inlay.methods import METHODS
 from inlay.models import builtin
 from inlay.models.adapters import Adapter
 from inlay.models.base import BaseModel
 from inlay.recipe.reading import load_recipe
-from inlay.training import checkpoints
+from inlay.training import checkpoints, mixture
+from inlay.training.live_page import Follower
 from inlay.training.progress import RunProgress
+from inlay.training.run_tokenizer import read_template
 from inlay.training.trainers.trainer import state_of
 
-SECONDS, MEMORY = 20, 2 << 30
+SECONDS, MEMORY, ALLOCATED = 20, 2 << 30, 4 << 30
 RAN = f"inlay-payload-ran-{os.getpid()}"
+MODULE = "inlay_payload"  # which shows that it was imported
 IDS = torch.arange(8)[None]
 RECIPE = b"""model: builtin
 data: builtin
@@ -73,6 +82,21 @@ trainer: {adam_beta2: 0.99}
 """
 
 
+MIXTURE = b"""model: builtin
+data:
+- a.jsonl
+- {path: b.csv, weight: 2, system: "Be short."}
+- {path: c.json, weight: 0.5, columns: {prompt: question, answer: answer}}
+eval_size: 1
+"""
+CHATML = b"""{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+INSTRUCT = b"""{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% else %}
+{% set loop_messages = messages %}{% endif %}{% for m in loop_messages %}{% if (m['role'] == 'user') != (loop.index0 % 2
+== 0) %}{{ raise_exception('Roles must alternate') }}{% endif %}{% if m['role'] == 'user' %}{{ '[INST] ' +
+m['content'].strip() + ' [/INST]' }}{% else %}{% generation %}{{ m['content'] | tojson }}{% endgeneration %}{% endif %}
+{% endfor %}"""
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% endfor %}"
 
 
@@ -120,12 +144,87 @@ NASTY = [
 ]
 
 
+VALUES: list[Any] = [
+    *(
+        10**9,
+        1e9,
+        2**63,
+        10**400,
+        -1,
+        0,
+        0.5,
+        -1e300,
+        True,
+        None,
+        "",
+        "x",
+        "all-linear",
+        "\0",
+        "\ud800",
+        "[",
+        "a" * 10_000,
+    ),
+    *(MODULE, f"{MODULE}:run", f"{MODULE}.core", [MODULE], {MODULE: MODULE}, {"trust_remote_code": True}),
+    *([], {}, [[]], [1, 2], {"a": 1}, {".*": 10**9}, {".*": {"r": 10**9}}, {"emb": [10**9]}, [-1], [10**9], [None]),
+]
+
+
 @dataclass(frozen=True)
 class Target:
-    """A reader, and the files that it reads, by their name in its folder."""
+    """A reader, the files that it reads, by name, how one of them is changed, and its share of the cases."""
 
     read: Callable[[Path], object]
     files: dict[str, bytes]
+    change: Callable[[bytes, list[bytes], random.Random], bytes] | None = None
+    share: float = 1.0
+
+
+def edited(names: list[str], kinds: dict[str, list[str]]) -> Callable[[bytes, list[bytes], random.Random], bytes]:
+    """What changes one to three values of an adapter's configuration, of the keys `names` or those it has already.
+
+    Args:
+        names: the keys that its classes know.
+        kinds: of keys that say what kind of adapter it is, the values that are known.
+    """
+
+    def change(good: bytes, others: list[bytes], draw: random.Random) -> bytes:
+        try:
+            values = json.loads(good)
+        except ValueError:  # the file of the tensors
+            return damaged(good, others, draw)
+        for _ in range(draw.randint(1, 3)):
+            inner = values.get("args")
+            where = inner if inner and draw.random() < 0.5 else values
+            key = draw.choice([*names, *where, *kinds])
+            where[key] = draw.choice(kinds.get(key, VALUES))
+        return json.dumps(values).encode()
+
+    return change
+
+
+def bombs() -> dict[str, bytes]:
+    """Small files that hold gigabytes once they are unpacked."""
+    text = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 30_000, pyarrow.int32()), ["x" * 65_536])
+    zeros = pyarrow.repeat(pyarrow.scalar(0, pyarrow.int8()), 40_000_000)
+    held = {
+        "dictionary": pyarrow.table({"text": text}),
+        "list": pyarrow.table({"text": pyarrow.ListArray.from_arrays([0, len(zeros)], zeros)}),
+        "rows": pyarrow.table({"text": zeros}),
+    }
+    made = {}
+    for name, table in held.items():
+        file = io.BytesIO()
+        pyarrow.parquet.write_table(table, file, compression="zstd", data_page_size=1 << 16)
+        made[f"{name}.parquet"] = file.getvalue()
+        if name == "dictionary":
+            with pyarrow.ipc.new_file(arrow := io.BytesIO(), table.schema) as stream:
+                stream.write_table(table)
+            made["dictionary.arrow"] = arrow.getvalue()
+    line, blank = gzip.compress(b"x" * (1 << 20)), gzip.compress(b"\n" * (1 << 20))
+    return made | {
+        "line.jsonl.gz": gzip.compress(b'{"text": "') + line * 1500 + gzip.compress(b'"}'),
+        "blank.csv.gz": blank * 1500,
+    }
 
 
 def damaged(good: bytes, others: list[bytes], draw: random.Random) -> bytes:
@@ -218,6 +317,15 @@ def targets(scratch: Path) -> dict[str, Target]:
     tensors = [New("", name, p.detach(), 0) for name, p in base.named_parameters()]
     write_model(scratch / "m.gguf", base.config, scratch, "gpt-2", tensors)
     quiet = Console(file=(scratch / "said").open("w"))
+    (scratch / "modules").mkdir()
+    payload = f"import pathlib, tempfile\npathlib.Path(tempfile.gettempdir(), {RAN!r}).touch()\ncore = run = None\n"
+    (scratch / "modules" / f"{MODULE}.py").write_text(payload)
+    sys.path.insert(0, str(scratch / "modules"))
+    known_words = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="?")
+    keys = {f.name for kind in PEFT_TYPE_TO_CONFIG_MAPPING.values() for f in fields(kind)}
+    of_peft = edited(sorted(keys), {"peft_type": sorted(PEFT_TYPE_TO_CONFIG_MAPPING)})
+    own = sorted({f.name for method in METHODS for f in fields(method)} | {f.name for f in fields(InlayConfig)})
+    of_inlay = edited(own, {"method": [method.name for method in METHODS]})
 
     def records(path: Path) -> object:
         return convert_records(read_records(str(next(path.iterdir()))))
@@ -226,6 +334,49 @@ def targets(scratch: Path) -> dict[str, Target]:
         found = Adapter.open(path, "tiny").attach(tiny())
         assert torch.equal(found(input_ids=IDS).logits, known), "it was read as something else"
         return found
+
+    def unsealed(path: Path) -> object:
+        with suppress(ValueError, OSError):
+            config = path / "adapter_config.json"
+            values = json.loads(config.read_text())
+            config.write_text(json.dumps({**values, "seals": None, "hyperparameters": None}))
+        return Adapter.open(path, "tiny").attach(tiny())
+
+    def adapter_of_peft(path: Path) -> object:
+        found = Adapter.open(path, "tiny")
+        with suppress(ValueError):
+            read_peft_folder(found)
+        return found.attach(tiny())
+
+    def mixed(path: Path) -> object:
+        with contextlib.chdir(path):
+            return mixture.train_and_heldout(
+                load_recipe("r.yaml", {}), lambda rows, rules: convert_records(rows, rules=rules), quiet
+            )
+
+    def template(path: Path) -> object:
+        known_words.chat_template = read_template(str(path / "t.jinja"), known_words)
+        turns = [{"role": role, "content": "a b"} for role in ("user", "assistant", "user")]
+        example = {"prompt": turns, "completion": [{"role": "assistant", "content": "b"}]}
+        return encode_example(example, known_words), prompt_ids(turns, known_words)
+
+    def page(path: Path) -> object:
+        good = path / "runs" / "good"
+        good.mkdir()
+        (good / "recipe.yaml").write_bytes(RECIPE)
+        (good / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+        follower = Follower(path / "runs", path / "events")
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                follower.look()
+            shown = {run.metrics.parent.name for run in follower.known.values() if run.read}
+            assert shown >= {"good"}, "one run hides another"
+        except ValueError as error:
+            raise AssertionError("a run ends the page") from error
+        finally:
+            for run in follower.known.values():
+                run.writer.close()
+        return shown
 
     def stored(path: Path) -> object:
         weights = BaseModel(str(path)).weights()
@@ -270,6 +421,28 @@ def targets(scratch: Path) -> dict[str, Target]:
                 "quoted.tsv": table.replace('",', '"\t').replace("mr,", "mr\t").encode(),
             }.items()
         },
+        **{
+            f"unpacked {name}": Target(records, {f"d.{name}": content}, share=0.02)
+            for name, content in bombs().items()
+        },
+        "mixture": Target(
+            mixed,
+            {
+                "r.yaml": MIXTURE, "a.jsonl": text.encode(), "b.csv": table.encode(),
+                "c.json": json.dumps([{"question": f"{i}?", "answer": f"{i}."} for i in range(9)]).encode(),
+            },
+        ),
+        "template": Target(template, {"t.jinja": CHATML}),
+        "template of instructions": Target(template, {"t.jinja": INSTRUCT}),
+        "page of runs": Target(
+            page,
+            {
+                "runs/bad/metrics.jsonl": b'{"step": 1, "loss": 2.0, "seconds": 0.5}\n{"step": 2, "eval_loss": 1.0}\n',
+                "runs/bad/recipe.yaml": RECIPE,
+            },
+        ),
+        "configuration of PEFT": Target(adapter_of_peft, contents(scratch / "lora"), of_peft),
+        "configuration without seals": Target(unsealed, contents(scratch / "adapter"), of_inlay),
         "checkpoint": Target(checkpoint, contents(point)),
         "resealed": Target(resealed, contents(point)),
         "model": Target(model, contents(scratch / "model")),
@@ -288,7 +461,8 @@ def attempt(target: Target, seed: str, folder: Path) -> str:
     others = [content for content in target.files.values() if content] + NASTY
     for path, content in target.files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_bytes(damaged(content, others, draw) if path == name else content)
+        change = target.change or damaged
+        (folder / path).write_bytes(change(content, others, draw) if path == name else content)
     signal.alarm(SECONDS)
     try:
         target.read(folder)
@@ -306,12 +480,13 @@ def attempt(target: Target, seed: str, folder: Path) -> str:
 def run(count: int, seed: int, only: str, scratch: Path) -> int:
     """Print a line for each reader; gives the number of unhandled cases."""
     made = {name: target for name, target in targets(scratch).items() if only in name}
+    shares = sum(target.share for target in made.values())
     unhandled, outside = 0, Path(tempfile.gettempdir(), RAN)
     outside.unlink(missing_ok=True)
     for name, target in made.items():
         began, ends, faults = time.perf_counter(), collections.Counter(), {}
         around = set(scratch.iterdir())
-        for i in range(-(-count // len(made))):
+        for i in range(math.ceil(count * target.share / shares)):
             with tempfile.TemporaryDirectory(dir=scratch) as folder:
                 end = attempt(target, f"{seed} {name} {i}", Path(folder))
             ends[end if end in ("read", "refused") else "unhandled"] += 1
@@ -346,6 +521,7 @@ def main() -> None:
 
     signal.signal(signal.SIGALRM, late)
     torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_DATA, (ALLOCATED, resource.getrlimit(resource.RLIMIT_DATA)[1]))
     with tempfile.TemporaryDirectory() as folder:
         unhandled = run(asked.count, asked.seed, asked.only, Path(folder))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

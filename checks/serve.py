@@ -8,6 +8,7 @@ llama.cpp rounds activations to 8 bits, twice the difference that its base has w
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -62,8 +63,8 @@ def greedy(model: torch.nn.Module, ids: list[int]) -> list[int]:
     return made[0, len(ids) :].tolist()
 
 
-def main(python: str) -> int:
-    """Make the files, let the server answer, compare."""
+def main(python: str, methods: list[str], written: Path) -> int:
+    """Make the files, let the server answer, compare, and write the table."""
     quiet()
     ids = builtin.load_builtin_tokenizer().encode(PROMPT)
     rows: list[Row] = []
@@ -75,7 +76,7 @@ def main(python: str) -> int:
         bases = {"fp32": folder / "base" / "model.gguf", "4 bits, as published": builtin.gguf_path()}
         for name, file in bases.items():
             rows.append(compare(name, "none", serve(python, file, None, ids), start, text, start))
-        for method in METHODS:
+        for method in methods:
             ours = adapted(method, folder / method)
             mine, text = logits(ours, ids), greedy(ours, ids)
             if method in LORA:
@@ -92,7 +93,7 @@ def main(python: str) -> int:
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     lines += [str(row) for row in rows]
     about = "llama.cpp against us on the built-in model; updates of 3 % of each weight's norm. `make serve-check`"
-    (Path(__file__).parent / "serve.md").write_text("\n".join([about, "", *lines, ""]))
+    written.write_text("\n".join([about, "", *lines, ""]))
     print("\n".join(lines))
     print(f"{len(rows)} rows, {len(failed)} out of bounds", *failed, sep="\n")
     return int(bool(failed))
@@ -134,4 +135,9 @@ def serve(python: str, model: Path, lora: Path | None, ids: list[int]) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    options.add_argument("python", help="of the environment that has llama-cpp-python")
+    options.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    options.add_argument("--out", type=Path, default=Path(__file__).parent / "serve.md")
+    asked = options.parse_args()
+    sys.exit(main(asked.python, asked.methods, asked.out))
