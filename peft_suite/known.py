@@ -40,6 +40,11 @@ FAILS = [
         "PEFT's own test passes over those that it knows (VBLoRA, VeRA, UniLora)",
     ),
     Entry(
+        r"test_merge_layers_multi\[svfit-.*GPTJ",
+        "asks that two adapters merged differ from one by more than 1e-4; what init_weights=False moves of a weight is "
+        "two numbers in SVFit with r = 2, by 0.02",
+    ),
+    Entry(
         r"fsdp_wrapped_learnable_bias\[bias_peft_method_only-bat_col the other",
         "compares log-probabilities near 0 to a hundred-thousandth of themselves, with and without FSDP: under it W x "
         "and ΔW x are added, else (W + ΔW) x is one product, and one rounding of logits of about 10 is more than that",
