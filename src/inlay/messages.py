@@ -13,6 +13,10 @@ from contextlib import contextmanager
 import torch
 
 
+class AfterTrainingError(ValueError):
+    """Report that a run is trained and saved, and that something after it failed, as its report or its upload."""
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Return the end of an error's line: the choice that `name` probably means, or all `choices`."""
     close = difflib.get_close_matches(name, choices := sorted(choices), 1)

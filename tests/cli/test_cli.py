@@ -352,7 +352,7 @@ def test_overwriting_replaces_a_run_and_a_failure_brings_it_back(tiny, records, 
                   save_every=0)  # fmt: skip
     train(made, SILENT)
     (tmp_path / "r" / "note").write_text("first")
-    monkeypatch.setattr("inlay.training.train.write_run", lambda *_: 1 / 0)
+    monkeypatch.setattr("inlay.training.train.write_trained", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(made, SILENT)
     assert (tmp_path / "r" / "note").read_text() == "first"

@@ -22,10 +22,11 @@ from safetensors.torch import load_file, save_file
 from inlay.cli import main
 from inlay.files import atomic
 from inlay.files.atomic import locked, new_folder, set_aside, write_text
+from inlay.models.base import BaseModel
 from inlay.recipe.reading import load_recipe
 from inlay.recipe.recipe import Recipe
 from inlay.reports.result import environment
-from inlay.training import calibration, checkpoints
+from inlay.training import calibration, checkpoints, mixture
 from inlay.training.progress import RunProgress
 from inlay.training.train import train, unfinished
 from inlay.training.trainers.faults import bad_gradients
@@ -198,7 +199,7 @@ def test_a_stopped_run_ends_as_one_left_alone(options, tiny, records, tmp_path, 
     shutil.rmtree(tmp_path / "run")
     stopped(recipe, monkeypatch, 4).rename(tmp_path / "moved")
     with monkeypatch.context() as patch:
-        patch.setattr("inlay.training.train.write_run", lambda *_: 1 / 0)
+        patch.setattr("inlay.training.train.write_trained", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             resume(tmp_path / "moved")
     resume(tmp_path / "moved")
@@ -334,6 +335,19 @@ def test_a_run_goes_on_from_the_older_checkpoint(cut, whole, monkeypatch):
     assert checkpoints.read_checkpoint(cut / "checkpoints" / "checkpoint-6").over
 
 
+def test_two_checkpoints_stay_where_a_process_was_killed_before_it_removed_the_third(cut, whole):
+    """Also where the last one ended the training, after which none is written."""
+    for run, steps in ((cut, [6, 4]), (Path(shutil.copytree(whole, cut.parent / "over")), [6, 4])):
+        last = run / "checkpoints" / f"checkpoint-{checkpoints.checkpoint_steps(run / 'checkpoints')[1]}"
+        for step in (1, 2):
+            shutil.copytree(last, run / "checkpoints" / f"checkpoint-{step}")  # of which the first is half removed
+        (run / "checkpoints" / "checkpoint-1" / "optimizer.pt").unlink()
+        (run / "report.html").unlink(missing_ok=True)
+        resume(run)
+        assert checkpoints.checkpoint_steps(run / "checkpoints") == steps
+        assert outcome(run) == outcome(whole)
+
+
 def test_a_checkpoint_that_cannot_be_read_is_passed_over(cut, monkeypatch):
     def failing(folder):
         if folder.name == "checkpoint-5":
@@ -466,6 +480,49 @@ def test_another_base_under_the_same_name_is_refused(tensor, cut, tiny, capsys):
     finally:
         file.write_bytes(data)
     assert checkpoints.checkpoint_steps(cut / "checkpoints") == [5, 4]
+
+
+def test_another_configuration_of_the_base_is_refused(cut, tiny, capsys):
+    """By what changed; a checkpoint of before that was looked at, or of another release, is still gone on with."""
+    file = Path(tiny) / "config.json"
+    text = file.read_text()
+    about = json.loads(text)
+    changed = {"rms_norm_eps": 1e-5, "rope_parameters": {**about["rope_parameters"], "rope_theta": 5.0}, "new": 1}
+    try:
+        file.write_text(json.dumps({**about, **changed}))
+        said = fails(capsys, "train", "--resume", str(cut))
+    finally:
+        file.write_text(text)
+    assert "checkpoint-5 is of another run: the base's rms_norm_eps was 1e-06 and is 1e-05; " in said
+    assert (
+        "the base's rope_parameters was {'rope_theta': 10000.0, 'rope_type': 'default'} and is {'rope_theta': 5.0"
+        in said
+    )
+    now = checkpoints.configuration(BaseModel(tiny))
+    checkpoint = checkpoints.newest(cut / "checkpoints", SILENT)
+    assert checkpoint.run["configuration"] == now
+    del checkpoint.run["configuration"]["the base's hidden_act"]
+    checkpoints.check_same(checkpoint, "configuration", {**now, "the base's newer field": 1})
+    del checkpoint.run["configuration"]
+    checkpoints.check_same(checkpoint, "configuration", now)
+
+
+@pytest.mark.parametrize("row", [3, 25, 33])  # learned already, looked at or not; and not yet
+def test_another_row_of_a_stream_is_refused(row, tiny, tmp_path, monkeypatch):
+    """Any of them, however far behind those that are looked at before training."""
+    monkeypatch.setattr(mixture, "LOOKED_AT", 10)
+    rows = [{"question": f"What is {i} plus one?", "answer": f"It is {i + 1}."} for i in range(34)]
+    for name, part in (("a", rows[:20]), ("b", rows[20:])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
+    recipe = made(tiny, str(tmp_path / "*.jsonl"), tmp_path / "run", streaming=True, batch_size=8, steps=6)
+    run = stopped(recipe, monkeypatch)
+    file = tmp_path / ("a.jsonl" if row < 20 else "b.jsonl")
+    text = file.read_text()
+    file.write_text(text.replace(f"It is {row + 1}.", f"It is {row + 2}."))
+    with pytest.raises(ValueError, match="data was"):
+        resume(run)
+    file.write_text(text)
+    assert resume(run).history[-1]["step"] == 6
 
 
 @pytest.mark.parametrize("method", ["peft:lora", "full"])

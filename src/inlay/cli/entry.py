@@ -1,6 +1,7 @@
 """The command line. A verb is a function: its docstring is its help, its arguments are declared beside it.
 
-Exit codes: 0 done, 2 the user's mistake (one line), 1 ours (a traceback), 130 interrupted (and how to resume).
+Exit codes: 0 done, 2 the user's mistake (one line), 1 ours (a traceback), 130 interrupted (and how to resume), 3 it is
+trained and saved, and something after that failed (one line).
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run a verb; a mistake of the user's is one line and exit code 2."""
 
     from inlay.host.distributed import Elsewhere
-    from inlay.messages import out_of_memory
+    from inlay.messages import AfterTrainingError, out_of_memory
 
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
@@ -79,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("INLAY_DEBUG"):
             raise
-        fail(str(error))
+        fail(str(error), 3 if isinstance(error, AfterTrainingError) else 2)
     except Exception as error:
         if not out_of_memory(error):
             raise

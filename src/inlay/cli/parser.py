@@ -35,11 +35,11 @@ class Parser(argparse.ArgumentParser):
         fail(f"{message}; see {self.prog} --help")
 
 
-def fail(message: str) -> NoReturn:
-    """End with the user's mistake on one line, in which nothing steers the terminal."""
+def fail(message: str, code: int = 2) -> NoReturn:
+    """End with the user's mistake on one line, in which nothing steers the terminal, and an exit `code`."""
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
     print(f"inlay: {line}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 def whole_numbers(flag: str, text: str) -> list[int]:

@@ -28,6 +28,7 @@ from inlay.files.untrusted import DamagedFileError, read_regular, regular_file
 from inlay.host import distributed, seal
 from inlay.host.layer import PREFIX, InlayLinear
 from inlay.messages import first_line, gib, short
+from inlay.models.base import BaseModel
 from inlay.recipe.recipe import Recipe
 from inlay.reports.result import environment
 
@@ -142,6 +143,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         files = about["files"]
         checkpoint = Checkpoint(path, about["step"], about["over"], about["run"])
         parts = [files, *(checkpoint.run[part] for part in ("recipe", "identity", "versions"))]
+        parts.append(checkpoint.run.get("configuration", {}))  # which older checkpoints do not have
         if path.name != f"checkpoint-{checkpoint.step!r}" or not all(isinstance(part, dict) for part in parts):
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -178,6 +180,15 @@ def base_mark(base: nn.Module) -> str:
     return seal.of_values({n: [*kept[n].shape, digest] for n, digest in sums.items()})
 
 
+def configuration(base: BaseModel) -> dict[str, Any]:
+    """Return the configuration of a base as JSON gives it back, by names that say that it is the base's.
+
+    It is without what every release of transformers writes anew.
+    """
+    values = json.loads(base.config().to_json_string(use_diff=False))
+    return {f"the base's {k}": v for k, v in values.items() if k not in ("transformers_version", "_name_or_path")}
+
+
 def run_identity(trainer: Any, rows: Any) -> dict[str, Any]:
     """Return what a recipe names but does not hold: the data, the base's weights, the batch over all devices."""
     digest = hashlib.sha256()
@@ -196,8 +207,13 @@ def run_identity(trainer: Any, rows: Any) -> dict[str, Any]:
 
 
 def check_same(checkpoint: Checkpoint, part: str, now: dict[str, Any]) -> None:
-    """Raise a ValueError that names the differences between a checkpoint's run and the current one."""
-    then = {key: value for key, value in checkpoint.run[part].items() if key not in divided_batch(checkpoint)}
+    """Raise a ValueError that names the differences between a checkpoint's run and the current one.
+
+    A configuration is compared by what both releases of transformers know of it, if these differ.
+    """
+    then = {key: value for key, value in checkpoint.run.get(part, {}).items() if key not in divided_batch(checkpoint)}
+    if part == "configuration":
+        then = {key: then[key] for key in sorted(then.keys() & now.keys())}
     changed = [f"{key} was {then[key]!r} and is {now.get(key)!r}" for key in then if then[key] != now.get(key)]
     if changed:
         fix = "start a new run for that"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any, cast
 
 from peft import PeftModel
@@ -36,6 +37,15 @@ from inlay.training.trainers.trainer import Trainer
 BEFORE = ".before.json"  # the answers before training, until the samples are written
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """Hold what is known of a run that has taken its steps: its metrics, and the numbers trained and in the base."""
+
+    progress: RunProgress
+    parameters: int
+    base_parameters: int
+
+
 def fit(prepared: Prepared, trainer: Trainer, checkpoint: Checkpoint | None = None) -> Result:
     """Evaluate, train and evaluate again, writing the metrics into the run folder on the way.
 
@@ -44,6 +54,11 @@ def fit(prepared: Prepared, trainer: Trainer, checkpoint: Checkpoint | None = No
         trainer: from `settle`.
         checkpoint: the one to resume from.
     """
+    return measure(prepared, trainer, fit_steps(prepared, trainer, checkpoint))
+
+
+def fit_steps(prepared: Prepared, trainer: Trainer, checkpoint: Checkpoint | None = None) -> Fitted:
+    """Evaluate and train, as `fit` does."""
     recipe, rows = prepared.recipe, prepared.rows
     console = prepared.console
     folder, tokenizer = prepared.folder, prepared.tokenizer
@@ -52,6 +67,7 @@ def fit(prepared: Prepared, trainer: Trainer, checkpoint: Checkpoint | None = No
         "recipe": checkpoints.learning_settings(recipe),
         "identity": checkpoints.run_identity(trainer, rows),
         "versions": environment(),
+        "configuration": checkpoints.configuration(prepared.base),
     }
     task = TASKS[recipe.task]
     progress = RunProgress(folder, console, task.metrics)
@@ -74,8 +90,7 @@ def fit(prepared: Prepared, trainer: Trainer, checkpoint: Checkpoint | None = No
         trainer.args.eval_on_start = True  # a model that is evaluated before training would silently stay unwrapped
     else:
         trainer.evaluate()
-    questions = task.questions(rows.heldout, recipe.samples)
-    prompts = [row["input"] for row in questions]
+    prompts = [row["input"] for row in task.questions(rows.heldout, recipe.samples)]
     if not distributed.from_first((folder / BEFORE).exists):
         texts = task.answers(model, tokenizer, prompts) if prompts else []
         if distributed.is_first():
@@ -88,6 +103,14 @@ def fit(prepared: Prepared, trainer: Trainer, checkpoint: Checkpoint | None = No
     finally:
         progress.bar.stop()
     trainer.check_finite()
+    return Fitted(progress, parameters, base)
+
+
+def measure(prepared: Prepared, trainer: Trainer, fitted: Fitted) -> Result:
+    """Evaluate what `fit_steps` trained, and let it answer."""
+    recipe, rows = prepared.recipe, prepared.rows
+    model, console = cast(Any, trainer.model), prepared.console
+    task, progress = TASKS[recipe.task], fitted.progress
     seconds = progress.seconds
     first, last = progress.evaluated[0], trainer.evaluate()
     before, after = first["eval_loss"], last["eval_loss"]
@@ -95,12 +118,14 @@ def fit(prepared: Prepared, trainer: Trainer, checkpoint: Checkpoint | None = No
     then, now = task.scores(first), task.scores(last)
     for name, score in now.items():
         console.print(f"{name}: {then[name]:.3f} before, {score:.3f} after")
-    answers = [distributed.from_first(lambda: json.loads(read_regular(folder / BEFORE)))]
-    if prompts:
-        answers.append(task.answers(model, tokenizer, prompts))
+    answers = [distributed.from_first(lambda: json.loads(read_regular(prepared.folder / BEFORE)))]
+    questions = task.questions(rows.heldout, recipe.samples)
+    if questions:
+        answers.append(task.answers(model, prepared.tokenizer, [row["input"] for row in questions]))
+    scores = {name: (then[name], score) for name, score in now.items()}
     return Result(
-        recipe, folder, parameters, base, before, after, seconds, progress.tokens, peak_memory(), progress.history,
-        write_samples(questions, answers), {name: (then[name], score) for name, score in now.items()},
+        recipe, prepared.folder, fitted.parameters, fitted.base_parameters, before, after, seconds, progress.tokens,
+        peak_memory(), progress.history, write_samples(questions, answers), scores,
         len(rows.labels or ()) or None,
     )  # fmt: skip
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from inlay.messages import first_line
+from inlay.messages import AfterTrainingError, first_line
 
 
 def claim_repository(repository: str) -> None:
@@ -24,4 +24,6 @@ def upload_run(folder: Path, repository: str) -> None:
     try:
         HfApi().upload_folder(repo_id=repository, folder_path=str(folder))
     except Exception as error:  # network, rights and names fail in many ways, none of them worth losing the run for
-        raise ValueError(f"upload to {repository} failed (the run is in {folder}): {first_line(error)}") from None
+        raise AfterTrainingError(
+            f"upload to {repository} failed (the run is in {folder}): {first_line(error)}"
+        ) from None

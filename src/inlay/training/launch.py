@@ -60,7 +60,7 @@ def failed(failures: dict[int, ProcessFailure]) -> int:
     rank, first = next(iter((signalled or failures).items()))
     if not signalled:
         codes = {failure.exitcode for failure in failures.values()}
-        return next((code for code in (2, 130, 1) if code in codes), first.exitcode)
+        return next((code for code in (2, 130, 3, 1) if code in codes), first.exitcode)
     hint = "a run that has checkpoints can be resumed with inlay train --resume RUN"
     print(f"inlay: process {rank} was ended by {first.signal_name()}, and the others with it; {hint}", file=sys.stderr)
     return 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from peft import PeftModel
 from torch import Tensor
@@ -13,7 +14,6 @@ from inlay.host.config import InlayConfig
 from inlay.inspection.change_plots import draw_change_plots
 from inlay.inspection.changes import CHANGES, WeightChange, changes, changes_as_data
 from inlay.inspection.inspect_adapter import changes_of_fold
-from inlay.messages import first_line
 from inlay.models.base import BaseModel
 from inlay.models.model_classes import SEQUENCE, find_model_class
 from inlay.models.stored_weights import Weights
@@ -25,42 +25,33 @@ from inlay.reports.run_plots import run_figures
 from inlay.training.tasks import TASKS
 
 PAGE = "report.html"  # written last
+State = dict[str, Tensor]
 
 
-def write_run(
-    result: Result, base: BaseModel, model: PeftModel | PreTrainedModel, state: dict[str, Tensor] | None = None
-) -> None:
-    """Write the adapter (or the whole model) with its card, the samples, the plots and the report.
+def write_trained(recipe: Recipe, folder: Path, model: PeftModel | PreTrainedModel, state: State | None) -> None:
+    """Write the adapter (or the whole model) into a run folder, as soon as it is trained.
 
     Args:
-        result: of the run.
-        base: of the run.
+        recipe: of the run.
+        folder: of the run.
         model: that was trained.
         state: the state dict to save of a model that is sharded.
     """
-    kept = result.folder / result.recipe.kept
     marker = "adapter_config.json" if isinstance(model, PeftModel) else "config.json"
-    with new_folder(kept, overwrite=True, marker=marker) as part:
+    with new_folder(folder / recipe.kept, overwrite=True, marker=marker) as part:
         if isinstance(model, PeftModel):  # DPO may hold another adapter as the reference
             model.save_pretrained(str(part), state_dict=state, selected_adapters=["default"])
-            if result.recipe.chat_template is not None:
-                TASKS[result.recipe.task].processor(result.recipe).save_pretrained(str(part))
+            if recipe.chat_template is not None:
+                TASKS[recipe.task].processor(recipe).save_pretrained(str(part))
         else:
             model.save_pretrained(str(part), state_dict=state)
-            TASKS[result.recipe.task].processor(result.recipe).save_pretrained(str(part))
-        if find_model_class(result.recipe.task).peft == SEQUENCE:
+            TASKS[recipe.task].processor(recipe).save_pretrained(str(part))
+        if find_model_class(recipe.task).peft == SEQUENCE:
             model.config.save_pretrained(str(part))  # holds the labels
-        (part / "README.md").write_text(model_card(result), encoding="utf-8")
-    try:
-        write_page(result, base, model, whole=state is None)
-    except Exception as error:
-        raise ValueError(
-            f"{kept} is trained and saved; its plots or its report could not be written: {first_line(error)}"
-        ) from error
 
 
 def write_page(result: Result, base: BaseModel, model: PeftModel | PreTrainedModel, whole: bool) -> None:
-    """Write the samples, the plots and the report of a run whose adapter is saved.
+    """Write the model card, the samples, the plots and the report of a run whose adapter is saved.
 
     Args:
         result: of the run.
@@ -68,6 +59,7 @@ def write_page(result: Result, base: BaseModel, model: PeftModel | PreTrainedMod
         model: that was trained.
         whole: whether this process holds whole weights, which are compared with the base's.
     """
+    write_text(result.folder / result.recipe.kept / "README.md", model_card(result))
     (result.folder / "plots").mkdir(exist_ok=True)
     changed: dict[str, WeightChange] = {}
     config = model.peft_config["default"] if isinstance(model, PeftModel) else None

@@ -13,7 +13,7 @@ from rich.console import Console
 from inlay.files.atomic import check_free, find_again, locked, put_back, write_text
 from inlay.files.untrusted import regular_files
 from inlay.host import distributed
-from inlay.messages import dtype_name
+from inlay.messages import AfterTrainingError, dtype_name, first_line
 from inlay.models.loading import dtype_for
 from inlay.recipe.peft_methods import ADALORA, FULL
 from inlay.recipe.reading import load_recipe
@@ -22,10 +22,10 @@ from inlay.reports.result import Result
 from inlay.training import checkpoints
 from inlay.training.arguments import NO_WAY_BACK, check_tracker
 from inlay.training.checkpoints import Checkpoint
-from inlay.training.fit import BEFORE, fit, predicted_memory
+from inlay.training.fit import BEFORE, fit_steps, measure, predicted_memory
 from inlay.training.hub import claim_repository, upload_run
 from inlay.training.prepared import Prepared
-from inlay.training.run_files import PAGE, write_run
+from inlay.training.run_files import PAGE, write_page, write_trained
 from inlay.training.run_folder import MARK, give_up, start_folder, tidy
 from inlay.training.settle import settle
 from inlay.training.tasks import TASKS
@@ -44,6 +44,7 @@ def train(recipe: Recipe, console: Console | None = None, resume: bool = False) 
     Raises:
         ValueError: the recipe, the data or the output folder cannot be used, and nothing is then written; the run was
             made with something else; or it met NaN, Inf or a full disk, and can be resumed from its last checkpoint.
+        AfterTrainingError: what was trained is saved, and something failed after that.
     """
     console = console or Console()
     console = console if distributed.is_first() else Console(quiet=True)
@@ -88,7 +89,13 @@ def begin(recipe: Recipe, folder: Path, console: Console, resume: bool) -> Check
     checkpoint = checkpoints.newest(folder / checkpoints.FOLDER, console) if resume else None
     if checkpoint:
         checkpoints.check_same(checkpoint, "recipe", checkpoints.learning_settings(recipe))
+        checkpoints.check_same(checkpoint, "configuration", checkpoints.configuration(recipe.base_model))
         console.print(f"resuming from {checkpoint.path}")
+    elif resume and (folder / recipe.kept).is_dir():
+        raise ValueError(
+            f"{folder / recipe.kept} is trained and saved, and there is no checkpoint to go on from; use it as it "
+            "is, or start again with --overwrite"
+        )
     check_tracker(recipe.report_to)
     if recipe.push_to_hub:
         claim_repository(recipe.push_to_hub)
@@ -150,13 +157,28 @@ def unfinished(folder: Path, changed: dict[str, Any]) -> Recipe | None:
 
 
 def fit_and_write(prepared: Prepared, trainer: Trainer, checkpoint: Checkpoint | None = None) -> Result:
-    """Fit, and write everything into the run folder."""
-    result = fit(prepared, trainer, checkpoint)
-    result.memory_planned = predicted_memory(prepared, trainer)
+    """Fit, and write everything into the run folder: first what was trained, then what is said of it.
+
+    Raises:
+        AfterTrainingError: what was trained is saved, and something failed after that.
+    """
+    fitted = fit_steps(prepared, trainer, checkpoint)
     model = cast(Any, trainer.model)
     state = distributed.whole_state(model) if trainer.sharded else None
     if distributed.is_first():
-        write_run(result, prepared.base, model, state)
+        write_trained(prepared.recipe, prepared.folder, model, state)
+    try:
+        result = measure(prepared, trainer, fitted)
+        result.memory_planned = predicted_memory(prepared, trainer)
+        if distributed.is_first():
+            write_page(result, prepared.base, model, whole=state is None)
+    except Exception as error:
+        if distributed.lost(error) or isinstance(error, distributed.Elsewhere):
+            raise
+        kept = prepared.folder / prepared.recipe.kept
+        raise AfterTrainingError(
+            f"{kept} is trained and saved; its samples, its plots or its report could not be made: {first_line(error)}"
+        ) from error
     return result
 
 

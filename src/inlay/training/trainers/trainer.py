@@ -198,6 +198,8 @@ class Safe(Base):
         ):  # what was passed over is no checkpoint, of those that are kept
             for step in (step for step in checkpoints.checkpoint_steps(found.path.parent) if step > found.step):
                 shutil.rmtree(checkpoints.path_of(found.path.parent, step), ignore_errors=True)
+            best = state.best_global_step if state else None  # a process that was killed may have kept one more
+            checkpoints.rotate(found.path.parent, found.step, self.args.save_total_limit, best)
         with self.stop:
             if found is not None and self.sharded:
                 cast(PeftModel, self.model).load_adapter(str(found.path), "default", is_trainable=True)
