@@ -11,7 +11,7 @@ PACKAGE = Path(inlay.__file__).parent
 TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text("utf-8")) for path in PACKAGE.rglob("*.py")}
 BOUNDS = {  # lower one where the count has fallen; never raise one
     "hasattr or getattr": 66,
-    "Any in an annotation": 580,
+    "Any in an annotation": 560,
     "a statement `f(x) if c else None`": 0,
     "a loop over `xs if c else ()`": 1,
     "an assignment of three or more values": 1,

@@ -27,7 +27,7 @@ def similar_batches(sizes: list[int], size: int, what: str, console: Console) ->
 
 
 def generated(
-    model: Any, tokenizer: Any, questions: list[Question], tokens: int, size: int, console: Console
+    model: Any, tokenizer: PreTrainedTokenizerBase, questions: list[Question], tokens: int, size: int, console: Console
 ) -> list[str]:
     """Return the model's answer to each question."""
     answers = [""] * len(questions)
@@ -38,7 +38,9 @@ def generated(
     return answers
 
 
-def likeliest(model: Any, tokenizer: Any, questions: list[Question], size: int, console: Console) -> list[str]:
+def likeliest(
+    model: Any, tokenizer: PreTrainedTokenizerBase, questions: list[Question], size: int, console: Console
+) -> list[str]:
     """Return the option of each question whose words the model finds likeliest, by their mean log-likelihood."""
     texts = [(i, q.prompt, f"the correct answer is {o}") for i, q in enumerate(questions) for o in q.options]
     losses = token_losses(model, tokenizer, [(prompt, text) for _, prompt, text in texts], size, console)
@@ -51,7 +53,7 @@ def likeliest(model: Any, tokenizer: Any, questions: list[Question], size: int, 
 @torch.no_grad()
 def token_losses(
     model: Any,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[tuple[Chat | Example | str, str]],
     size: int,
     console: Console,

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from rich.console import Console
-from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForImageTextToText
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForImageTextToText, PreTrainedTokenizerBase
 
 from inlay.data.chats import answer_text
 from inlay.data.labelled import one_label
@@ -25,8 +25,8 @@ from inlay.models.model_classes import auto_class
 
 
 def evaluate(
-    model: Any, tokenizer: Any, task: EvalTask, records: list[Record], by: str = "generation", size: int = 8,
-    tokens: int | None = None, console: Console | None = None,
+    model: Any, tokenizer: PreTrainedTokenizerBase, task: EvalTask, records: list[Record], by: str = "generation",
+    size: int = 8, tokens: int | None = None, console: Console | None = None,
 ) -> tuple[list[Score], list[dict[str, Any]]]:  # fmt: skip
     """Score a model on a task; returns the scores and each example's part in them.
 
@@ -68,7 +68,7 @@ def evaluate(
 
 
 def perplexity(
-    model: Any, tokenizer: Any, examples: list[Record], size: int, console: Console
+    model: Any, tokenizer: PreTrainedTokenizerBase, examples: list[Record], size: int, console: Console
 ) -> tuple[list[Score], list[dict[str, Any]]]:
     """Compute exp of the mean loss over all tokens of plain text, or over those of the answers."""
     pairs = [("", row["text"]) if "text" in row else (row, answer_text(row["completion"][-1])) for row in examples]
@@ -95,7 +95,7 @@ def is_classifier(model: Any) -> bool:
 
 @torch.no_grad()
 def evaluate_classifier(
-    model: Any, tokenizer: Any, examples: list[dict[str, Any]], size: int, console: Console
+    model: Any, tokenizer: PreTrainedTokenizerBase, examples: list[dict[str, Any]], size: int, console: Console
 ) -> tuple[list[Score], list[dict[str, Any]]]:
     """Score a classifier by the labels it was trained on: accuracy, F1 and Matthews' correlation, as GLUE has them.
 
@@ -124,8 +124,8 @@ def evaluate_classifier(
     ):
         pairs = [(examples[i]["text"], examples[i]["pair"]) for i in places]
         texts, seconds = zip(*pairs, strict=True)
-        both = (list(texts),) if seconds[0] is None else (list(texts), list(seconds))
-        inputs = tokenizer(*both, truncation=True, padding=True, return_tensors="pt").to(model.device)
+        pair = None if seconds[0] is None else list(seconds)
+        inputs = tokenizer(list(texts), pair, truncation=True, padding=True, return_tensors="pt").to(model.device)
         logits[places] = model(**inputs).logits.float().cpu().numpy()
     measure = correlated if scores else classified
     figures = [

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from inlay.files.untrusted import read_regular, regular_file, regular_files
 from inlay.messages import first_line
 
@@ -50,7 +52,7 @@ def load_lm_eval(name: str, limit: int | None, size: int) -> Callable[[Any, Any]
     except Exception as error:  # the harness, datasets and the hub each raise their own kinds
         raise ValueError(f"task {PREFIX}{name} cannot be loaded: {first_line(error)}") from None
 
-    def run(model: Any, tokenizer: Any) -> Results:
+    def run(model: Any, tokenizer: PreTrainedTokenizerBase) -> Results:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of its own libraries
             wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
 from inlay.data.readers import read_records
 from inlay.evaluation.eval_tasks import find_eval_task, questions_for
@@ -152,7 +153,7 @@ def load_metric(given: Asked) -> Run:
     if not callable(measure):
         raise ValueError(f"metric: {given} is no function of (model, tokenizer)")
 
-    def run(model: Any, tokenizer: Any) -> tuple[list[Score], Rows]:
+    def run(model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Score], Rows]:
         value: Any = measure(model, tokenizer)
         if not isinstance(value, int | float):
             raise ValueError(f"metric: {given} gave {value!r}, which is no number")
@@ -161,7 +162,7 @@ def load_metric(given: Asked) -> Run:
     return run
 
 
-def run_metric(metric: Run, model: Any, tokenizer: Any) -> tuple[list[Score], Rows]:
+def run_metric(metric: Run, model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Score], Rows]:
     """Measure a model by a metric, in evaluation mode."""
     was_training = model.training
     model.eval()
@@ -171,7 +172,7 @@ def run_metric(metric: Run, model: Any, tokenizer: Any) -> tuple[list[Score], Ro
         model.train(was_training)
 
 
-def metric_score(given: Asked, model: Any, tokenizer: Any) -> float:
+def metric_score(given: Asked, model: Any, tokenizer: PreTrainedTokenizerBase) -> float:
     """Return the one score that a metric stands for.
 
     Raises:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from rich.console import Console
-from transformers import DataCollatorWithPadding, TrainingArguments
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, TrainingArguments
 
 from inlay.data.formats import Row
 from inlay.data.labelled import alike, labelled_examples, one_label
@@ -45,7 +45,7 @@ class Classification(Task):
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         return tokenizer
 
-    def examples(self, recipe: Recipe, tokenizer: Any, console: Console) -> Examples:
+    def examples(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Console) -> Examples:
         """Return examples as any task does; a label is what stands in its column, and labels are ordered by value."""
         train, held = train_and_heldout(recipe, labelled_examples, console, lambda row: row["text"])
         known = {row["label"] for row in (*train, *held)}
@@ -61,7 +61,7 @@ class Classification(Task):
         ids = [tokenizer(row["text"], row["pair"])["input_ids"] for row in train]
         audit = measured(list(map(len, ids)), recipe)
         check_limits(recipe, tokenizer, max(map(max, ids)), min(audit.longest, recipe.max_length))
-        made = Examples(train, held, audit, labels, padding=tokenizer.pad_token_id)
+        made = Examples(train, held, audit, labels, padding=cast("int", tokenizer.pad_token_id))
         announce(made, recipe, console)
         return made
 
@@ -80,14 +80,14 @@ class Classification(Task):
     def settings(self, recipe: Recipe) -> dict[str, Any]:
         return {"include_num_input_tokens_seen": "non_padding", "label_names": ["labels"]}
 
-    def dataset(self, rows: list[Row], tokenizer: Any, recipe: Recipe) -> Dataset:
+    def dataset(self, rows: list[Row], tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Dataset:
         cut = [tokenizer(row["text"], row["pair"], truncation=True, max_length=recipe.max_length) for row in rows]
         return Dataset.from_list([{**one, "labels": row["labels"]} for one, row in zip(cut, rows, strict=True)])
 
-    def batch(self, rows: list[Row], tokenizer: Any, recipe: Recipe) -> dict[str, torch.Tensor]:
+    def batch(self, rows: list[Row], tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> dict[str, torch.Tensor]:
         return dict(DataCollatorWithPadding(tokenizer)(cast(Any, list(self.dataset(rows, tokenizer, recipe)))))
 
-    def parts(self, tokenizer: Any, rows: Examples) -> dict[str, Any]:
+    def parts(self, tokenizer: PreTrainedTokenizerBase, rows: Examples) -> dict[str, Any]:
         made = classified if rows.labels else correlated
         return {
             "data_collator": DataCollatorWithPadding(tokenizer),
@@ -101,7 +101,7 @@ class Classification(Task):
         ]
 
     @torch.no_grad()
-    def answers(self, model: Any, tokenizer: Any, inputs: list[Any]) -> list[str]:
+    def answers(self, model: Any, tokenizer: PreTrainedTokenizerBase, inputs: list[Any]) -> list[str]:
         was_training, said = model.training, []
         model.eval()
         for text, pair in inputs:
@@ -111,7 +111,7 @@ class Classification(Task):
         model.train(was_training)
         return said
 
-    def shown(self, row: Row, tokenizer: Any, recipe: Recipe) -> str:
+    def shown(self, row: Row, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> str:
         return f"{joined_texts(row)} ⟦{row['label']}⟧"
 
 

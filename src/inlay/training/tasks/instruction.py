@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
 from rich.console import Console
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from inlay.data.chats import answer_text
@@ -32,7 +33,7 @@ class Task:
         """Return what turns the data into numbers: a tokenizer."""
         return run_tokenizer(recipe)
 
-    def examples(self, recipe: Recipe, tokenizer: Any, console: Console) -> Examples:
+    def examples(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Console) -> Examples:
         """Read, split and audit a recipe's data."""
         return load_examples(recipe, tokenizer, console)
 
@@ -44,11 +45,11 @@ class Task:
         """Return the trainer's arguments that are not transformers' own."""
         return {"max_length": recipe.max_length, "packing": recipe.packing, "eval_packing": False}
 
-    def dataset(self, rows: list[Row], tokenizer: Any, recipe: Recipe) -> Dataset:
+    def dataset(self, rows: list[Row], tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Dataset:
         """Return examples as the trainer takes them."""
         return token_dataset(rows, tokenizer)
 
-    def batch(self, rows: list[Row], tokenizer: Any, recipe: Recipe) -> dict[str, Tensor] | None:
+    def batch(self, rows: list[Row], tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> dict[str, Tensor] | None:
         """Return examples as the model and `loss` take them, for starts from data; None if nothing is learned."""
         shown = [render(row, tokenizer, recipe.max_length) for row in rows]
         return collate([(one.ids, one.labels) for one in shown if one.answer_ids], tokenizer)
@@ -57,7 +58,7 @@ class Task:
         """Return what of (model, batch) such starts differentiate; None: the model's own loss."""
         return None
 
-    def parts(self, tokenizer: Any, rows: Examples) -> dict[str, Any]:
+    def parts(self, tokenizer: PreTrainedTokenizerBase, rows: Examples) -> dict[str, Any]:
         """Return arguments of the trainer itself: a collator, metrics."""
         return {}
 
@@ -73,20 +74,20 @@ class Task:
             for row in asked
         ]
 
-    def answers(self, model: Any, tokenizer: Any, inputs: list[Any]) -> list[str]:
+    def answers(self, model: Any, tokenizer: PreTrainedTokenizerBase, inputs: list[Any]) -> list[str]:
         """Return the model's answers to the "input" of questions."""
         return answer(model, tokenizer, inputs)
 
-    def shown(self, row: Row, tokenizer: Any, recipe: Recipe) -> str:
+    def shown(self, row: Row, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> str:
         """Return an example as text, what is learned from in ⟦⟧."""
         return render(row, tokenizer, recipe.max_length).marked(tokenizer)
 
 
-def collate(rows: list[tuple[list[int], list[int]]], tokenizer: Any) -> dict[str, Tensor] | None:
+def collate(rows: list[tuple[list[int], list[int]]], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor] | None:
     """Return tokens and labels of rows as one batch, filled up on the right."""
     if not rows:
         return None
-    length, pad = max(len(ids) for ids, _ in rows), tokenizer.pad_token_id or 0
+    length, pad = max(len(ids) for ids, _ in rows), cast("int", tokenizer.pad_token_id or 0)
     columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
     for ids, labels in rows:
         rest = length - len(ids)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
 from inlay.data.formats import Row, Rules, convert_all, text_cell
 from inlay.data.records import Record
@@ -27,7 +28,7 @@ class LanguageModelling(Task):
     The last blocks are held out (`eval_size` of them), or `eval_data` is.
     """
 
-    def examples(self, recipe: Recipe, tokenizer: Any, console: Console) -> Examples:
+    def examples(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Console) -> Examples:
         def convert(records: list[Record], rules: Rules) -> list[Row]:
             return text_blocks(records, rules, tokenizer, recipe.max_length)
 
@@ -41,10 +42,10 @@ class LanguageModelling(Task):
     def settings(self, recipe: Recipe) -> dict[str, Any]:
         return {"max_length": recipe.max_length, "packing": False, "eval_packing": False}
 
-    def dataset(self, rows: list[Row], tokenizer: Any, recipe: Recipe) -> Dataset:
+    def dataset(self, rows: list[Row], tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Dataset:
         return Dataset.from_list([{"input_ids": row["ids"], "labels": row["ids"]} for row in rows])
 
-    def batch(self, rows: list[Row], tokenizer: Any, recipe: Recipe) -> dict[str, torch.Tensor]:
+    def batch(self, rows: list[Row], tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> dict[str, torch.Tensor]:
         ids = torch.tensor([row["ids"] for row in rows])
         return {"input_ids": ids, "labels": ids}
 
@@ -54,11 +55,11 @@ class LanguageModelling(Task):
     def questions(self, rows: list[Row], count: int) -> list[Row]:
         return []
 
-    def shown(self, row: Row, tokenizer: Any, recipe: Recipe) -> str:
+    def shown(self, row: Row, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> str:
         return f"⟦{tokenizer.decode(row['ids'])}⟧"
 
 
-def text_blocks(records: list[Record], rules: Rules, tokenizer: Any, length: int) -> list[Row]:
+def text_blocks(records: list[Record], rules: Rules, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Row]:
     """Return a text as blocks of `length` token ids.
 
     Raises:

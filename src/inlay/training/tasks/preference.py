@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from rich.console import Console
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig
 
 from inlay.data.audit import Audit, audit_examples
@@ -35,7 +36,7 @@ class Preference(Task):
     trainer, arguments = PreferenceTrainer, DPOConfig
     metrics = ("rewards/accuracies", "rewards/margins")
 
-    def examples(self, recipe: Recipe, tokenizer: Any, console: Console) -> Examples:
+    def examples(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Console) -> Examples:
         train, held = train_and_heldout(
             recipe, lambda records, rules: preference_examples(records, rules=rules), console, first_question
         )
@@ -54,10 +55,10 @@ class Preference(Task):
     def settings(self, recipe: Recipe) -> dict[str, Any]:
         return {"max_length": recipe.max_length, "precompute_ref_log_probs": recipe.method == FULL}
 
-    def dataset(self, rows: list[Row], tokenizer: Any, recipe: Recipe) -> Dataset:
+    def dataset(self, rows: list[Row], tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Dataset:
         return Dataset.from_list([encode_pair(row, tokenizer) for row in rows])
 
-    def batch(self, rows: list[Row], tokenizer: Any, recipe: Recipe) -> dict[str, Tensor] | None:
+    def batch(self, rows: list[Row], tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> dict[str, Tensor] | None:
         """Return the chosen answers, then the rejected ones."""
         pairs = [encode_pair(row, tokenizer) for row in rows]
         pairs = [pair for pair in pairs if len(pair["prompt_ids"]) < recipe.max_length]
@@ -79,7 +80,7 @@ class Preference(Task):
             for r in rows[:count]
         ]
 
-    def shown(self, row: Row, tokenizer: Any, recipe: Recipe) -> str:
+    def shown(self, row: Row, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> str:
         return "\n".join(Task.shown(self, side_of(row, side), tokenizer, recipe) for side in SIDES)
 
 
@@ -94,7 +95,7 @@ def side_of(row: Row, side: str) -> Example:
     return {"prompt": row["prompt"], "completion": row[side], **about}
 
 
-def encode_pair(row: Row, tokenizer: Any) -> dict[str, list[int]]:
+def encode_pair(row: Row, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
     """Return a pair as trl's trainer takes it; both answers start where tokens differ from the prompt's alone."""
     chosen, rejected = (encode_example(side_of(row, side), tokenizer) for side in SIDES)
     start = min(chosen.spans[0][0], rejected.spans[0][0], common(chosen.ids, rejected.ids))
@@ -105,7 +106,7 @@ def encode_pair(row: Row, tokenizer: Any) -> dict[str, list[int]]:
     }
 
 
-def with_room(rows: list[Row], tokenizer: Any, recipe: Recipe, console: Console) -> list[Row]:
+def with_room(rows: list[Row], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, console: Console) -> list[Row]:
     """Return the pairs whose prompt leaves room for an answer; how many do not is said.
 
     Raises:

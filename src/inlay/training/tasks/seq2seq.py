@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from rich.console import Console
-from transformers import DataCollatorForSeq2Seq, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, TrainingArguments
 
 from inlay.data.chats import text_cell
 from inlay.data.formats import FORMATS, SUMMARIES, Row, Rules, convert_all, question_of
@@ -37,7 +37,7 @@ class Seq2Seq(Task):
 
     trainer, arguments = TargetTrainer, TrainingArguments
 
-    def examples(self, recipe: Recipe, tokenizer: Any, console: Console) -> Examples:
+    def examples(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Console) -> Examples:
         train, held = train_and_heldout(recipe, seq2seq_examples, console, lambda row: row["source"])
         ids = [[tokenizer(row[side])["input_ids"] for side in ("source", "target")] for row in train]
         made = Examples(train, held, measured([max(map(len, sides)) for sides in ids], recipe))
@@ -53,29 +53,29 @@ class Seq2Seq(Task):
             "prediction_loss_only": True,
         }
 
-    def dataset(self, rows: list[Row], tokenizer: Any, recipe: Recipe) -> Dataset:
+    def dataset(self, rows: list[Row], tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Dataset:
         limit = {"truncation": True, "max_length": recipe.max_length}
         sources = [tokenizer(row["source"], **limit) for row in rows]
         targets = [tokenizer(text_target=row["target"], **limit)["input_ids"] for row in rows]
         return Dataset.from_list([{**s, "labels": t} for s, t in zip(sources, targets, strict=True)])
 
-    def batch(self, rows: list[Row], tokenizer: Any, recipe: Recipe) -> dict[str, torch.Tensor]:
+    def batch(self, rows: list[Row], tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> dict[str, torch.Tensor]:
         """Return one batch of both sides; masks tell padding by lengths, which are therefore made to differ."""
         made = dict(DataCollatorForSeq2Seq(tokenizer)(list(self.dataset(rows, tokenizer, recipe))))
         if made["labels"].shape == made["input_ids"].shape:
             made["labels"] = F.pad(made["labels"], (0, 1), value=-100)
         return {**made, "decoder_attention_mask": (made["labels"] != -100).long()}
 
-    def parts(self, tokenizer: Any, rows: Examples) -> dict[str, Any]:
+    def parts(self, tokenizer: PreTrainedTokenizerBase, rows: Examples) -> dict[str, Any]:
         return {"data_collator": DataCollatorForSeq2Seq(tokenizer)}
 
     def questions(self, rows: list[Row], count: int) -> list[Row]:
         return [{"input": r["source"], "prompt": r["source"], "reference": r["target"]} for r in rows[:count]]
 
-    def answers(self, model: Any, tokenizer: Any, inputs: list[Any]) -> list[str]:
+    def answers(self, model: Any, tokenizer: PreTrainedTokenizerBase, inputs: list[Any]) -> list[str]:
         return answer(model, tokenizer, [[{"role": "user", "content": text}] for text in inputs])
 
-    def shown(self, row: Row, tokenizer: Any, recipe: Recipe) -> str:
+    def shown(self, row: Row, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> str:
         return f"{row['source']} ⟦{row['target']}⟧"
 
 
