@@ -23,6 +23,7 @@ from inlay.messages import first_line, loading
 from inlay.models.base import BaseModel, read_tokenizer
 from inlay.models.folded import FOLDED
 from inlay.models.model_classes import SEQUENCE
+from inlay.models.peft_sizes import check_sizes
 from inlay.models.stored_weights import Weights
 from inlay.models.vocabulary import fit_vocabulary
 
@@ -217,6 +218,8 @@ class Adapter:
             raise ValueError(f"{self.folder} has no {WEIGHTS}")
         config = copy.deepcopy(self.config)  # PEFT writes what it finds into it
         fit_vocabulary(model, self.folder)
+        if not self.is_inlay and not light:
+            check_sizes(config, model, self.tensors, str(self.folder))
         with loading(f"adapter {self.folder}", DamagedFileError):
             return PeftModel.from_pretrained(
                 model,
