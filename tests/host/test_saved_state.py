@@ -1,6 +1,7 @@
 """An adapter is saved whole or not at all, whatever is around it, and what PEFT saves along loads again."""
 
 import copy
+import json
 import warnings
 
 import pytest
@@ -291,3 +292,23 @@ def test_tokens_beyond_the_vocabulary_are_refused_with_the_fix(tiny_folders):
     base = AutoModelForCausalLM.from_pretrained(tiny_folders[False])
     with pytest.raises(ValueError, match=r"96 is beyond the 96 tokens.*resize_token_embeddings\(98\)"):
         get_peft_model(base, config(task_type="CAUSAL_LM", trainable_token_indices=[96, 97]))
+
+
+def test_an_adapter_from_before_a_start_was_redefined_is_the_same(llama, llama_original, tmp_path):
+    """LaMDA's "svd" was what "svd_core" is now: what is saved are tensors, and no start is computed at a load."""
+    method = {"method": "lamda", "target_modules": ["q_proj", "down_proj"]}
+    model = trained(get_peft_model(llama, InlayConfig(args={"r": 4, "init": "svd_core"}, **method)))
+    after = logits(model)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    told = json.loads(file.read_text())
+    older = InlayConfig(args={"r": 4, "init": "svd"}, **method).to_dict()
+    told |= {key: older[key] for key in ("args", "hyperparameters")}
+    file.write_text(json.dumps(told))
+    again = PeftModel.from_pretrained(copy.deepcopy(llama_original), tmp_path, is_trainable=True)
+    assert again.peft_config["default"].args["init"] == "svd"
+    assert torch.equal(logits(again), after)
+    again.save_pretrained(tmp_path / "again")
+    kept, saved = (load_file(f / "adapter_model.safetensors") for f in (tmp_path, tmp_path / "again"))
+    assert kept.keys() == saved.keys()
+    assert all(torch.equal(kept[name], saved[name]) for name in kept)

@@ -106,7 +106,7 @@ def test_methods_without_a_schedule_are_left_alone(llama):
 
 
 @pytest.mark.parametrize("order", ["largest", "smallest"])
-@pytest.mark.parametrize("init", ["svd", "svd_zero", "kaiming"])
+@pytest.mark.parametrize("init", ["svd", "svd_core", "svd_zero", "kaiming"])
 @pytest.mark.parametrize("pieces", [1, 2], ids=["plain", "accumulated"])
 def test_frozen_columns_stay_bit_equal_and_lose_their_state(init, order, pieces, llama):
     model = adapt(llama, LaMDA(r=8, stages=4, eta=0.5, init=init, freeze_order=order))

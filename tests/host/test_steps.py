@@ -97,11 +97,27 @@ def test_where_there_is_no_pair_a_ratio_is_refused(method, llama):
         inlay.parameter_groups(adapt(llama, method), lr=1e-3, lr_ratio=16)
 
 
+def test_cores_have_a_rate_of_their_own(llama):
+    model = adapt(llama, LaMDA(r=4))
+    outer, core = inlay.parameter_groups(model, lr=1e-3, core_ratio=30)
+    assert (outer["lr"], core["lr"]) == (1e-3, pytest.approx(3e-2))
+    names = {p: name.split(".")[-3] for name, p in model.named_parameters()}
+    assert {names[p] for p in core["params"]} == {"inlay_S"}
+    assert {names[p] for p in outer["params"]} == {f"inlay_B_{i}" for i in range(1, 5)}
+    assert len(outer["params"]) == 4 * len(core["params"]) == 4 * 14
+
+
+@pytest.mark.parametrize("method", [Bone(r=4), LoRA(r=4)], ids=lambda m: m.name)
+def test_where_all_or_none_are_cores_their_ratio_is_refused(method, llama):
+    with pytest.raises(ValueError, match="core_ratio=30 is between a core and an outer factor, and this model"):
+        inlay.parameter_groups(adapt(llama, method), lr=1e-3, core_ratio=30)
+
+
 def test_the_trainer_keeps_its_groups_and_splits_their_rates(llama):
     model = adapt(llama, PiSSA(r=4))
     trained = [p for p in model.parameters() if p.requires_grad]
     adam = torch.optim.AdamW([{"params": trained[:5], "weight_decay": 0.1}, {"params": trained[5:]}], lr=1e-3)
-    adam.param_groups[:] = raised(adam.param_groups, model, 4.0)
+    adam.param_groups[:] = raised(adam.param_groups, model, {"out": 4.0})
     assert [(g["weight_decay"], g["lr"]) for g in adam.param_groups] == [
         (0.1, 1e-3), (0.1, 4e-3), (0.01, 1e-3), (0.01, 4e-3)
     ]  # fmt: skip
@@ -377,6 +393,8 @@ def test_subspace_descent_waits_for_a_gradient_and_is_adamw_where_a_matrix_is_na
         ({"step": "mezo", "saver": "velora", "method": "lora"}, "no backward pass"),
         ({"lr_ratio": 0}, "not above 0"),
         ({"lr_ratio": 4, "method": "full"}, "not for method full"),
+        ({"core_ratio": -1}, "core_ratio: -1.0 is not above 0"),
+        ({"core_ratio": 4, "method": "peft:dora"}, "not for method peft:dora"),
         ({"saver": "wta_crs", "method": "peft:dora"}, "not for method peft:dora"),
         ({"flat_noise": -1}, "below 0"),
     ],

@@ -190,6 +190,9 @@ CONTRACT = {
     "svfit": Row(SVFit(r=8), (40, 24), {"sigma"}, lambda m, n: 8, diagonal),
     "loldu": Row(LoLDU(r=8), (24, 40), {"z"}, lambda m, n: 8, diagonal),
     "lamda": Row(LaMDA(r=8, stages=4), (24, 40), LAMDA, lambda m, n: 64 + 8 * m, lamda),
+    "lamda svd_core": Row(
+        LaMDA(r=8, stages=4, init="svd_core"), (24, 40), LAMDA, lambda m, n: 64 + 8 * m, lamda
+    ),
     "lamda svd_zero": Row(
         LaMDA(r=8, stages=4, init="svd_zero"), (40, 24), LAMDA, lambda m, n: 64 + 8 * m, lamda
     ),

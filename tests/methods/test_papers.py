@@ -247,19 +247,21 @@ def test_milora_of_a_bf16_weight_starts_exactly():
 # LaMDA
 
 
+@pytest.mark.parametrize("init", ["svd", "svd_core"])
 @pytest.mark.parametrize("scale", [None, 0.25])
 @pytest.mark.parametrize(("out", "inp"), [(48, 80), (80, 48), (64, 64)])
-def test_lamda_starts_between_the_first_singular_vectors(out, inp, scale):
+def test_lamda_starts_between_the_first_singular_vectors(out, inp, scale, init):
     W = torch.randn(out, inp)
-    method = LaMDA(r=10, stages=4, scale=scale)
+    method = LaMDA(r=10, stages=4, scale=scale, init=init)
     p = {k: v.double() for k, v in method.start(W).items()}
     B, S, A = torch.cat([p[f"B_{i}"] for i in (1, 2, 3, 4)], 1), p["S"], p["A"]
     assert [p[f"B_{i}"].shape[1] for i in (1, 2, 3, 4)] == [3, 3, 2, 2]
     U, sigma, Vh = torch.linalg.svd(W.double(), full_matrices=False)
-    eye = torch.eye(10, dtype=torch.float64)
-    torch.testing.assert_close(B.T @ B, eye, rtol=0, atol=1e-5)
-    torch.testing.assert_close(A @ A.T, eye, rtol=0, atol=1e-5)
-    torch.testing.assert_close(method.s * S, torch.diag(sigma[:10]), rtol=1e-5, atol=1e-5)
+    eye, values = torch.eye(10, dtype=torch.float64), torch.diag(sigma[:10]) / method.s
+    outside, inside = (values, eye) if init == "svd" else (eye, values)
+    torch.testing.assert_close(B.T @ B, outside, rtol=0, atol=1e-4)
+    torch.testing.assert_close(A @ A.T, outside, rtol=0, atol=1e-4)
+    torch.testing.assert_close(S, inside, rtol=1e-5, atol=1e-5)
     assert distance(method.s * B @ S @ A, U[:, :10] * sigma[:10] @ Vh[:10]) < 1e-5
 
 

@@ -139,6 +139,24 @@ def test_every_recipe_is_valid(path):
     loaders[kind](str(path)) if kind else load_recipe(str(path), {})
 
 
+def recipes_of(path: Path) -> list[Recipe]:
+    """Return the recipe of a run, or those of a comparison's methods."""
+    values = read_yaml(str(path))
+    if "tune" in values:
+        return []
+    return (
+        [e.recipe for e in load_comparison(str(path)).entries] if "compare" in values else [load_recipe(str(path), {})]
+    )
+
+
+def test_no_recipe_decays_a_pretrained_weight():
+    """Where the start holds a part of W, weight decay would pull that to 0."""
+    decayed = [recipe for path in ROOT.rglob("recipes/**/*.yaml") if path.parent.name != "distributed"
+               for recipe in recipes_of(path) if recipe.weight_decay]  # fmt: skip
+    assert {(recipe.method, recipe.args.get("init")) for recipe in decayed} == {("lamda", "kaiming")}
+    assert all(recipe.config().build().zero_init for recipe in decayed)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "papers").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_of_a_paper_names_its_twins(path):
     """What of it runs on two cores; or why nothing does."""

@@ -138,7 +138,10 @@ def start_of(method: Method, W: Tensor, stats: Params | None = None) -> Params:
     """Return `method.start(W, stats)`, from the cache where it was computed of the same weight alone before."""
     if method.draws or stats:
         return method.start(W, stats)
-    about = f"{method!r} {method.place if method.shared else None} {W.device.type} {__version__} {torch.__version__}"
+    code = type(method).start.__code__  # two revisions of one version may start differently
+    formula = hashlib.sha256(f"{code.co_code.hex()} {code.co_names}".encode()).hexdigest()
+    place = method.place if method.shared else None
+    about = f"{method!r} {formula} {place} {W.device.type} {__version__} {torch.__version__}"
     key = f"{hashlib.sha256(about.encode()).hexdigest()[:16]}-{cache.fingerprint(W)}"
     if (cached := cache.load("starts", key)) is not None:
         return {name: tensor.to(W.device) for name, tensor in cached.items()}

@@ -2,18 +2,16 @@
 
     ΔW = B S A,   A (r × in) frozen,   S (r × r) trained,   B (out × r) trained at first, frozen in blocks of columns
 
-Azizi, Kundu, Pedram 2024, arXiv 2406.12832 (in rows: Y = X W + α X A S B). After a share `eta` of the steps only the r²
-entries of S are trained. The paper leaves open, and [ours] is: `init="svd"`, A = V_rᵀ, S = Σ_r / s, B = U_r in the
-offset form; `"svd_zero"`, S = 0, where B moves only after S has. `"kaiming"` is the published code's start, with its s
-= 16 / r. That code forgot a factor r: it freezes at most 3 of 64 columns, and weight decay moves those. [ours] is the
-evident intention: after a fraction t of the steps, ⌊r t / eta⌋ columns, down to a border of the `stages` blocks.
+Azizi, Kundu, Pedram 2024, arXiv 2406.12832 (in rows: Y = X W + α X A S B). What the paper leaves open is [ours]: `init=
+"svd"`, A = √(Σ_r/s) V_rᵀ, S = I, B = U_r √(Σ_r/s), offset; `"svd_core"`, A = V_rᵀ, S = Σ_r/s, B = U_r ("svd" of older
+adapters); `"svd_zero"`, S = 0 there. `"kaiming"` is the published code's start, with its s = 16/r, and the only one for
+weight decay. After a fraction t of the steps ⌊r t/eta⌋ columns are frozen, to a border of `stages` blocks.
 """
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Literal
 
 import torch
@@ -32,8 +30,9 @@ class LaMDA(LowRank):
     trains = "S (r × r); B (out × r) until frozen"
     frozen = frozenset({"A"})
 
-    init: Literal["svd", "svd_zero", "kaiming"] = field(
-        default="svd", metadata={"help": "start", "choices": ("svd", "svd_zero", "kaiming"), "draws": ("kaiming",)}
+    init: Literal["svd", "svd_core", "svd_zero", "kaiming"] = field(
+        default="svd",
+        metadata={"help": "start", "choices": ("svd", "svd_core", "svd_zero", "kaiming"), "draws": ("kaiming",)},
     )
     eta: float = field(default=0.3, metadata={"help": "share of the steps in which B freezes", "above": 0, "max": 1})
     stages: int = field(default=8, metadata={"help": "blocks in which B freezes (at most r)", "min": 1})
@@ -43,23 +42,24 @@ class LaMDA(LowRank):
 
     @property
     def zero_init(self) -> bool:  # type: ignore[override]
-        return self.init != "svd"
+        return self.init in ("svd_zero", "kaiming")
 
     @property
     def factor(self) -> float:
         return self.scale or (16 / self.r if self.init == "kaiming" else 1.0)
 
     def start(self, W: Tensor, stats: Params | None = None) -> Params:
-        check_rank(self, self.r, W)
+        check_rank(self, r := self.r, W)
         if self.init == "kaiming":
-            draw = partial(torch.nn.init.kaiming_uniform_, a=5**0.5)
-            S, A = (draw(torch.empty(self.r, n, device=W.device)) for n in (self.r, W.shape[1]))
-            B = torch.zeros(W.shape[0], self.r, device=W.device)
+            B, S, A = (torch.zeros(shape, device=W.device) for shape in ((W.shape[0], r), (r, r), (r, W.shape[1])))
+            S, A = (torch.nn.init.kaiming_uniform_(t, a=5**0.5) for t in (S, A))
         else:
             B, sigma, A = linalg.top_svd(W, self.r)
-            S = torch.diag(sigma / self.s if self.init == "svd" else 0 * sigma)
-        blocks = B.tensor_split(min(self.stages, self.r), 1)
-        return {"A": A, "S": S, **{f"B_{i}": block.clone() for i, block in enumerate(blocks, 1)}}
+            sigma, share = sigma / self.s, {"svd": 0.5}.get(self.init, 0.0)  # the share of Σ in A, and in B
+            core = 0 * sigma if self.init == "svd_zero" else sigma ** (1 - 2 * share)
+            A, S, B = sigma[:, None] ** share * A, torch.diag(core), B * sigma**share
+        blocks = enumerate(B.tensor_split(min(self.stages, self.r), 1), 1)
+        return {"A": A, "S": S, **{f"B_{i}": block.clone() for i, block in blocks}}
 
     def factors(self, p: Params, W: Tensor) -> tuple[Tensor, Tensor]:
         return self.pair(p, None, W)

@@ -126,6 +126,9 @@ class Recipe:
     lr_ratio: float | None = field_of(
         None, "LoRA+: learning rate of the outer factors (B) over that of all others; 16 is usual"
     )
+    core_ratio: float | None = field_of(
+        None, "learning rate of cores between two factors (LaMDA's S) over that of all others"
+    )
     step: Literal["backward", "mezo", "subzero"] = field_of(
         "backward", "source of the gradients; mezo and subzero use losses alone, in the memory of inference"
     )
@@ -265,7 +268,7 @@ def check_inlay_only(recipe: Recipe) -> None:
     if is_inlay(recipe.method):
         return
     full = recipe.method == FULL
-    names = ["scale", "dropout", "patterns", "bias", "saver", "lr_ratio", "flat_noise"]
+    names = ["scale", "dropout", "patterns", "bias", "saver", "lr_ratio", "core_ratio", "flat_noise"]
     if full:
         names += ["args", "modules_to_save"]
     for f in fields(recipe):
@@ -300,8 +303,9 @@ def check_step(recipe: Recipe) -> None:
     alone = recipe.task in ("instruction", "language_modelling") and not recipe.packing
     if recipe.step_args.get("batched") and not alone:
         raise ValueError("step_args: batched is for tasks instruction and language_modelling without packing")
-    if recipe.lr_ratio is not None and recipe.lr_ratio <= 0:
-        raise ValueError(f"lr_ratio: {recipe.lr_ratio} is not above 0")
+    for name in ("lr_ratio", "core_ratio"):
+        if (ratio := vars(recipe)[name]) is not None and ratio <= 0:
+            raise ValueError(f"{name}: {ratio} is not above 0")
 
 
 def check_task(recipe: Recipe) -> None:

@@ -14,7 +14,7 @@ from inlay.files.untrusted import read_regular
 from inlay.host import distributed
 from inlay.host.compute_starts import shared_starts
 from inlay.host.flat_lora import Flat
-from inlay.host.lora_plus import raised
+from inlay.host.lora_plus import raised, role_ratios
 from inlay.host.schedule import Schedule
 from inlay.messages import duration, gib
 from inlay.models import builtin
@@ -181,7 +181,7 @@ def build_trainer(prepared: Prepared, base: Any) -> Trainer:
             peft_config=adapter,
             callbacks=[Schedule(), *([Flat(recipe.flat_noise, recipe.seed)] if recipe.flat_noise else []), *stop],
             skips=recipe.skip_nan,
-            lr_ratio=recipe.lr_ratio,
+            ratios=role_ratios(recipe.lr_ratio, recipe.core_ratio),
             zeroth=recipe.zeroth(),
             **({} if optimizer is None else {"optimizer_cls_and_kwargs": optimizer}),
             **task.parts(tokenizer, rows),
@@ -191,8 +191,7 @@ def build_trainer(prepared: Prepared, base: Any) -> Trainer:
     if adapter is not None and not is_inlay(recipe.method):
         complete_peft_method(trainer)
     check_shapes(recipe.optim, cast(Any, trainer.model))
-    if recipe.lr_ratio is not None:
-        raised([], cast(Any, trainer.model), recipe.lr_ratio)  # refuses a model without pairs of factors
+    raised([], cast(Any, trainer.model), trainer.ratios)  # refuses a model without pairs of what ratios are between
     return trainer
 
 

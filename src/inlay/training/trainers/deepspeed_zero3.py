@@ -53,7 +53,7 @@ def check_zero3(recipe: Recipe) -> None:
         raise ValueError(
             f"dtype: DeepSpeed would round trained parameters as it rounds the base; float32 is exact, or {use}"
         )
-    unsupported = [name for name in ("flat_noise", "lr_ratio", "skip_nan") if vars(recipe)[name]]
+    unsupported = [name for name in ("flat_noise", "lr_ratio", "core_ratio", "skip_nan") if vars(recipe)[name]]
     if recipe.step != "backward":
         unsupported.append("step")
     if recipe.optim != "adamw_torch":

