@@ -20,6 +20,7 @@ from inlay.cli import main
 from inlay.methods import METHODS
 from inlay.models.adapters import Adapter
 from inlay.models.sizes import count_trainable
+from inlay.recipe.rates import RATES
 from inlay.recipe.reading import from_flag, load_recipe
 from inlay.recipe.recipe import Recipe
 from inlay.reports.result import Result
@@ -55,6 +56,30 @@ def test_flags_override_the_file_and_hyperparameters_go_to_args(tmp_path):
 
 def test_resolving_leaves_no_hyperparameter_to_a_default():
     assert Recipe(method="milora").resolved(dtype="float32").args == {"r": 8, "side": "minor"}
+
+
+def test_auto_is_the_rate_of_the_method():
+    for method in ("milora", "lamda", "peft:dora", "full"):
+        assert Recipe(method=method).rate == Recipe(method=method).resolved().learning_rate == RATES[method].value
+    assert Recipe(method="milora", learning_rate="1e-4").resolved().learning_rate == 1e-4
+    assert Recipe(method="peft:ia3").rate == 5e-4  # not in the table
+    for other in ({"step": "mezo"}, {"optimizer": "muon"}):  # the table is for AdamW
+        assert Recipe(method="lora", **other).rate == 5e-4
+    with pytest.raises(ValueError, match="learning_rate: 'fast' is not a number or one of auto"):
+        Recipe(learning_rate="fast")
+
+
+def test_papers_as_bibtex(capsys):
+    """An entry for every paper that a method names, once, with its number and all methods of it."""
+    main(["methods", "--bibtex"])
+    told = capsys.readouterr().out
+    numbers = {re.search(r"arXiv ([\d.]+)", method.paper)[1].rstrip(".") for method in METHODS}
+    assert sorted(re.findall(r"eprint = \{(.*)\}", told)) == sorted(numbers)
+    named = ", ".join(re.findall(r"note = \{Inlay: (.*)\}", told)).split(", ")
+    assert sorted(named) == sorted(method.name for method in METHODS)
+    assert "author = {Meng and Wang and Zhang}" in told
+    assert "author = {Paischer and others}" in told
+    assert "title = {{Bone: Block-Affine Adaptation of Large Language Models}}" in told
 
 
 @pytest.mark.parametrize(

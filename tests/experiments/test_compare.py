@@ -25,15 +25,16 @@ from safetensors.torch import load_file, save_file
 
 from inlay.cli import main
 from inlay.evaluation.ask_model import mean_token_loss
-from inlay.evaluation.paired import paired
+from inlay.evaluation.paired import Difference, holm, paired
 from inlay.experiments import trial
 from inlay.experiments.compare import compare as compare_module
 from inlay.experiments.compare.budget import budget_cost, largest_within, method_size_field, solve_size
 from inlay.experiments.compare.compare import compare, shared_examples, sweep_rates
-from inlay.experiments.compare.halving import pareto, rungs, survivors
-from inlay.experiments.compare.outcome import Outcome, Sweep
+from inlay.experiments.compare.halving import pareto, row_noise, rungs, survivors
+from inlay.experiments.compare.outcome import Outcome
 from inlay.experiments.compare.plots import allocated, comparison_figures, memory_stack, ranks_plot, spectra_of
 from inlay.experiments.compare.spec import Entry, load_comparison
+from inlay.experiments.compare.sweep import Sweep
 from inlay.experiments.runner import Runner, origin
 from inlay.experiments.trial import LOG, SAMPLES, read_trial, run_trial, unrelated
 from inlay.files.atomic import locked
@@ -58,7 +59,25 @@ def test_the_interval_is_students():
     found = paired([1.1, 2.2, 3.3], [1.0, 2.0, 3.0])
     half = 4.302653 * 0.1 / math.sqrt(3)
     assert (found.mean, found.low, found.high) == pytest.approx((0.2, 0.2 - half, 0.2 + half), abs=1e-6)
-    assert found.verdict("lora") == "no difference beyond noise"
+    assert found.error == pytest.approx(0.1 / math.sqrt(3))
+    assert found.detectable == pytest.approx(half + 1.060660 * 0.1 / math.sqrt(3), abs=1e-6)  # t at 80 %
+    assert found.verdict("lora") == f"cannot tell from lora: these runs would show {found.detectable:.3f}"
+    assert found.verdict("lora", margin=0.5) == "equivalent to lora within 0.5"
+    assert found.verdict("lora", margin=0.4).startswith("cannot tell")  # 0.2 + half is .448
+
+
+def test_intervals_of_many_methods_hold_together():
+    """Holm by hand: of three p-values the smallest is judged at α / 3, the next at α / 2; it fails, as do the rest."""
+    one = Difference(-1.0, 0, 0, 0.1, 5)  # t = -10, p = .00056
+    two = Difference(0.3, 0, 0, 0.1, 5)  # t = 3, p = .0399: alone it would be a difference
+    three = Difference(0.25, 0, 0, 0.1, 5)  # t = 2.5, p = .0668
+    assert two.at(0.95).low > 0
+    found = holm({"three": three, "one": one, "two": two, "none": paired([1.0], [2.0])})
+    assert [found[k].confidence for k in ("one", "two", "three")] == pytest.approx([1 - 0.05 / 3, 0.975, 0.975])
+    assert found["one"].verdict("lora") == "better than lora by 1.000"
+    assert found["two"].verdict("lora").startswith("cannot tell from lora")
+    assert found["two"].low == pytest.approx(0.3 - 0.1 * 3.495406, abs=1e-6)  # t at 98.75 % with 4 degrees
+    assert math.isnan(found["none"].low)
 
 
 def test_pairs_take_away_what_seeds_share():
@@ -71,8 +90,8 @@ def test_pairs_take_away_what_seeds_share():
 
 def test_what_cannot_be_compared_is_not():
     assert paired([1.0], [2.0]).verdict("lora") == paired([1.0] * 3, [1.001] * 3).verdict("lora")
-    assert paired([1.0], [2.0]).verdict("lora").startswith("noise is not known")
-    assert paired([1.0] * 3, [1.0] * 3).verdict("lora") == "no difference beyond noise"
+    assert paired([1.0], [2.0]).verdict("lora").startswith("cannot tell: noise is not known")
+    assert paired([1.0] * 3, [1.0] * 3).verdict("lora", 0.01) == "equivalent to lora within 0.01"
     assert paired([1.0, INF], [1.0, 1.0]).verdict("lora") == "no comparison: a run failed or diverged"
     assert math.isnan(paired([1.0, 2.0], []).mean)
 
@@ -96,6 +115,67 @@ def test_survivors_are_the_best_that_did_not_diverge():
     assert survivors(losses, 2) == [1e-3, 1e-2]
     assert survivors(losses, 9) == [1e-3, 1e-2, 1e-4]
     assert survivors({1e-1: INF}, 1) == []
+    assert survivors({1e-3: 2.0, 1e-2: 2.1, 1e-1: 2.5}, 1, {1e-2: 0.15, 1e-1: 0.15}) == [1e-3, 1e-2]
+
+
+def swept(loss, rates, steps=90, rows=None, **more) -> Sweep:
+    """A sweep of rates whose loss after so many steps is loss(rate, steps)."""
+    sweep = Sweep(list(rates), rungs(len(rates), steps, 3), **more)
+    while due := sweep.due():
+        sweep.take({rate: {"after": loss(rate, at), "rows": rows and rows(rate)} for at, rate in due})
+    return sweep
+
+
+def valley(rate, steps) -> float:
+    """Lowest at 1e-2, everywhere more than any noise apart."""
+    return abs(math.log10(rate) + 2)
+
+
+def test_a_best_rate_at_an_end_extends_the_grid_until_it_is_inside():
+    sweep = swept(valley, [1e-5, 1e-4, 1e-3], extend=4)
+    assert sweep.rates == [1e-2]
+    assert sweep.tried == [1e-5, 1e-4, 1e-3, 1e-2, 1e-1]
+    assert (sweep.edge, sweep.untuned) == ("", "")
+    low = swept(valley, [1e-1, 3e-1, 9e-1], extend=9)
+    assert low.tried[:4] == pytest.approx([0.00370, 0.0111, 0.0333, 0.1], rel=1e-2)
+    assert low.rates == [low.tried[1]]
+
+
+def test_a_best_rate_that_stays_at_an_end_is_not_tuned():
+    sweep = swept(valley, [1e-7, 1e-6, 1e-5], extend=2)
+    assert sweep.tried[-1] == 1e-3
+    assert sweep.untuned == "its rate is the highest tried"
+    assert swept(valley, [1e-2], extend=2).untuned == "one rate was tried"
+
+
+def test_a_grid_that_diverges_goes_down():
+    sweep = swept(lambda rate, steps: valley(rate, steps) if rate < 0.1 else INF, [0.1, 1, 10], extend=4)
+    assert sweep.rates == [1e-2]
+
+
+def test_no_rate_is_dropped_on_a_difference_within_noise():
+    """Two rates whose losses differ by .01, each example's by .01 ± .05: both run on, and the later loss decides."""
+    signs = [1, -1] * 8
+
+    def rows(rate):
+        return [[1.0, 1 + (0.01 + 0.05 * sign if rate == 1e-2 else 0)] for sign in signs]
+
+    def loss(rate, steps):
+        return {1e-3: 1.0 + (steps == 90), 1e-2: 1.01, 1e-1: 3.0, 1e-4: 3.0}[rate]
+
+    sweep = swept(loss, [1e-3, 1e-2, 1e-1, 1e-4][:4], rows=rows, extend=1)
+    assert [sorted(losses) for _, losses in sweep.rungs] == [[1e-4, 1e-3, 1e-2, 1e-1], [1e-3, 1e-2], [1e-3, 1e-2]]
+    assert [steps for steps, _ in sweep.rungs] == [10, 30, 90]
+    assert sweep.rates == [1e-2]
+    sure = swept(loss, [1e-3, 1e-2, 1e-1], noise=0.001)  # no rows: the noise that is given
+    assert sure.rates == [1e-3]
+
+
+def test_the_noise_of_rows_is_that_of_paired_means():
+    """By hand, for rows of one token: the standard deviation of the differences over √n."""
+    a, b = [[1, 1.0], [1, 2.0], [1, 4.0]], [[1, 1.5], [1, 2.0], [1, 3.0]]
+    assert row_noise(a, b) == pytest.approx(statistics.stdev([-0.5, 0.0, 1.0]) / math.sqrt(3))
+    assert row_noise([[2, 2.0], [6, 9.0]], [[2, 1.0], [6, 6.0]]) == pytest.approx(0.0)  # .5 a token in both
 
 
 def test_the_front_is_what_nothing_beats():
@@ -176,6 +256,9 @@ def test_a_recipe_without_a_block_compares_the_usual_methods(tmp_path):
     (tmp_path / "r.yaml").write_text("steps: 3")
     names = [e.name for e in load_comparison(str(tmp_path / "r.yaml")).entries]
     assert names == ["lora", "pissa", "milora", "lamda", "dota", "bone", "bat", "peft:dora"]
+    rates = {e.name: e.rates for e in load_comparison(str(tmp_path / "r.yaml")).entries}
+    assert rates["lora"] == (1e-3, 3e-3, 9e-3)  # a third, once and three times its default
+    assert rates["bone"] == (1.7e-4, 5e-4, 1.5e-3)
 
 
 def test_train_does_not_take_a_comparison(tmp_path, capsys):
@@ -366,11 +449,16 @@ def outcome(folder: Path, asked: Path) -> Outcome:
 def test_every_method_gets_the_rate_that_did_best(compared):
     found = results(compared)
     rows = table(compared)
+    sweeps = json.loads((compared / "results.json").read_text())["sweeps"]
     for method in ("bone", "lora"):
-        rung = {rate: found[f"{method}/lr-{rate:g}-seed-3-2-of-6"]["after"] for rate in (1e-3, 1e-2, 1e-1)}
-        assert float(rows[method]["learning_rate"]) == min(rung, key=rung.get)
+        assert {1e-3, 1e-2, 1e-1} <= set(map(float, sweeps[method][0]["losses"]))
+        for rung in sweeps[method]:
+            told = {rate: f"{method}/lr-{float(rate)}-seed-3-{rung['steps']}-of-6" for rate in rung["losses"]}
+            assert rung["losses"] == {rate: found[name]["after"] for rate, name in told.items()}
+        last = sweeps[method][-1]["losses"]
+        assert float(rows[method]["learning_rate"]) == float(min(last, key=last.get))
     assert float(rows["full"]["learning_rate"]) == 1e-3
-    assert len(found) == 2 * 3 + 3 * 2
+    assert len(found) == sum(len(rung["losses"]) for rungs in sweeps.values() for rung in rungs) + 3 * 2
 
 
 def test_a_rung_is_the_beginning_of_the_whole_run(compared):
@@ -392,10 +480,10 @@ def test_the_results_are_those_of_the_runs(compared):
         assert row["forgetting"] == pytest.approx(sum(r["forgetting"] for r in finals) / 2)
         assert all(r["steps"] == 6 and r["memory"] > 2**20 for r in finals)
     apart = [b - a for a, b in zip(rows["lora"]["losses"], rows["bone"]["losses"], strict=True)]
-    half = 12.706205 * abs(apart[0] - apart[1]) / 2  # t with one degree; s / √2 of two values
+    half = 25.451700 * abs(apart[0] - apart[1]) / 2  # t with one degree at α / 2; s / √2 of two values
     assert rows["bone"]["difference_low"] == pytest.approx(sum(apart) / 2 - half, rel=1e-5)
     assert rows["lora"]["verdict"].startswith("the reference")
-    assert rows["full"]["verdict"].endswith("times the budget")
+    assert re.fullmatch(r"not tuned: one rate was tried; [\d.]+ times the budget", rows["full"]["verdict"])
     assert rows["lora"]["size"] == "r=4"
     assert rows["lora"]["budget_share"] == pytest.approx(8192 / 9000)
 
@@ -440,7 +528,7 @@ def test_final_runs_are_scored_by_a_metric(compared, records, tiny, at_once, tmp
     told, page = out.export_text(), (folder / "report.html").read_text()
     assert "perplexity" in next(line for line in told.splitlines() if "− lora" in line)
     assert "bone: " in told
-    assert "; perplexity: " in told
+    assert "bone: not tuned: one rate was tried" in told
     assert "<button>perplexity</button>" in page
     assert f"{statistics.fmean(scores['lora']):.3f} ± " in page
     for path in ("compare.yaml", "results.csv", "results.json", "report.html"):
@@ -693,9 +781,8 @@ def test_a_rate_whose_run_failed_and_an_edge_of_the_reference_are_said(compared,
     made = Outcome(plan, compared, lengths, sweeps, {e.name: [result] for e in plan.entries}, {})
     found = {row.method: row.verdict for row in made.standings()}
     assert "; failed at rate 0.1" in found["bone"]
-    assert "; the rate of lora is the highest tried" in found["bone"]
-    assert "failed" not in found["lora"]
-    assert "the rate of" not in found["lora"]
+    assert "no verdict: lora is not tuned" in found["bone"]
+    assert found["lora"] == "the reference; not tuned: its rate is the highest tried"
 
 
 # -- for real ---------------------------------------------------------------------------------------------------------

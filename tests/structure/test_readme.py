@@ -20,6 +20,7 @@ from inlay.experiments.compare.spec import load_comparison
 from inlay.experiments.tune.spec import load_search
 from inlay.host.config import InlayConfig
 from inlay.methods.lamda import LaMDA
+from inlay.recipe.rates import RATES, rates_table
 from inlay.recipe.reading import load_recipe, read_yaml
 from inlay.recipe.recipe import Recipe
 
@@ -191,6 +192,12 @@ def test_the_method_of_contributing_trains_saves_reloads_and_merges(tmp_path, mo
     expected = nn.functional.linear(x, W + gains[:, None] * W, b)
     torch.testing.assert_close(model.base_model.model[0](x), expected)
     torch.testing.assert_close(model.merge_and_unload()[0](x), expected)
+
+
+def test_the_default_rates_in_the_docs_are_those_of_the_table():
+    assert rates_table() in (ROOT / "docs" / "methods.md").read_text()
+    assert {m.name for m in methods.METHODS} < set(RATES)
+    assert {"full", "peft:lora", "peft:dora"} < set(RATES)
 
 
 def test_the_recipe_reference_is_the_recipe():

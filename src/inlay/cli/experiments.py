@@ -5,26 +5,48 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from inlay.cli.parser import terminal, whole_number
+from inlay.cli.parser import add_fields, terminal, whole_number
+
+OF_DATA = ["data", "model", "task", "columns", "batch_size", "max_length", "eval_size", "target_modules", "dtype"]
 
 
 def compare_command(options: argparse.Namespace) -> None:
     """Compare methods on one task under one budget: each at its own learning rate, over seeds, with a verdict.
 
-    The recipe says under `compare:` which methods, rates, seeds and budget. The same command goes on where it was.
+    The recipe says under `compare:` which methods, rates, seeds and budget; or --data and --minutes choose them. The
+    same command goes on where it was.
 
     example:  inlay compare recipes/compare_e2e_small.yaml --output runs/compare
+              inlay compare --data mine.jsonl --minutes 30
     """
     from inlay.experiments.compare.compare import compare
     from inlay.messages import quiet
 
     quiet()
+    given = {name: value for name, value in vars(options).items() if name in OF_DATA}
+    if options.recipe is None:
+        if "data" not in given or options.minutes is None:
+            raise ValueError("give a recipe, or --data and --minutes: inlay compare --data mine.jsonl --minutes 30")
+        if options.jobs is not None or options.ray is not None:
+            raise ValueError("--jobs and --ray are for a recipe: --minutes counts on one run at a time")
+        from inlay.experiments.compare.in_minutes import compare_in_minutes
+        from inlay.recipe.reading import from_flag, from_values
+
+        values = {name: from_flag(name, text) for name, text in given.items()}
+        recipe = from_values({**values, "output": options.output, "overwrite": options.overwrite}, {})
+        compare_in_minutes(recipe, options.minutes, terminal())
+        return
+    if given or options.minutes is not None:
+        flag = next(iter(given), "minutes").replace("_", "-")
+        raise ValueError(f"--{flag} is for a comparison without a recipe; write it in {options.recipe}")
     compare(options.recipe, options.jobs, options.output, options.overwrite, terminal(), cluster(options))
 
 
 def compare_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the arguments of `inlay compare`."""
-    verb.add_argument("recipe", help="YAML file: what all runs share, and under compare what differs")
+    verb.add_argument("recipe", nargs="?", help="YAML file: what all runs share, and under compare what differs")
+    verb.add_argument("--minutes", type=float, help="without a recipe: choose methods, steps and seeds for so long")
+    add_fields(verb, OF_DATA)
     verb.add_argument("--jobs", type=int, help="runs at a time (default 1, seconds then say less; with --ray: all)")
     add_cluster(verb)
     verb.add_argument("--output", help="folder (default: the recipe's output, or runs/<name of the recipe>)")

@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from inlay.cli.citations import bibtex
 from inlay.cli.parser import WHAT_AND_WHERE, add_fields, terminal, whole_number, whole_numbers
 
 
@@ -20,7 +21,11 @@ def methods_command(options: argparse.Namespace) -> None:
     from inlay.messages import quiet
     from inlay.methods import METHODS
     from inlay.models.base import BaseModel
+    from inlay.recipe.rates import default_rate
 
+    if options.bibtex:
+        print(bibtex(METHODS))
+        return
     quiet()
     base = BaseModel(options.model or "builtin")
     try:
@@ -31,11 +36,12 @@ def methods_command(options: argparse.Namespace) -> None:
             raise
         caption = f"no parameter counts: {error}"
     table = Table(title=caption, title_justify="left")
-    for column in ("method", "equation", "trains", "parameters", "paper"):
-        table.add_column(column, no_wrap=column in ("method", "parameters"), justify="left")
+    for column in ("method", "equation", "trains", "parameters", "rate", "paper"):
+        table.add_column(column, no_wrap=column in ("method", "parameters", "rate"), justify="left")
     for method in METHODS:
         numbers = "" if caption.startswith("no ") else count(method, base, options.r)
-        table.add_row(method.name, method.equation, method.trains, numbers, method.paper)
+        rate = f"{default_rate(method.name).value:g}"
+        table.add_row(method.name, method.equation, method.trains, numbers, rate, method.paper)
     terminal().print(table)
 
 
@@ -43,6 +49,7 @@ def methods_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the arguments of `inlay methods`."""
     verb.add_argument("--model", help="hub id, folder or builtin (default)")
     verb.add_argument("--r", type=int, default=16, help="rank or block size (default 16)")
+    verb.add_argument("--bibtex", action="store_true", help="print their papers as BibTeX instead")
 
 
 def count(method: Any, base: Any, r: int) -> str:

@@ -30,20 +30,21 @@ from inlay.data.formats import convert_records
 from inlay.data.readers import read_records
 from inlay.data.split import split_examples
 from inlay.evaluation.ask_model import mean_token_loss
-from inlay.evaluation.metric import Asked, metric_score
+from inlay.evaluation.metric import Asked, metric_score, metric_title
 from inlay.files.atomic import write_text
 from inlay.files.untrusted import read_regular
 from inlay.inspection.changes import changes, changes_as_data
 from inlay.messages import dtype_name, quiet, slug
 from inlay.models.loading import dtype_for
+from inlay.models.model_classes import find_model_class
 from inlay.recipe.recipe import Recipe
 from inlay.reports.result import Result
-from inlay.training.examples import Examples, load_examples
+from inlay.training.examples import Examples
 from inlay.training.fit import fit, predicted_memory
 from inlay.training.prepared import Prepared
 from inlay.training.run_files import weights_of
-from inlay.training.run_tokenizer import run_tokenizer
 from inlay.training.settle import settle
+from inlay.training.tasks import TASKS
 from inlay.training.trainers.trainer import Trainer
 
 TRIAL = "trial.json"
@@ -66,7 +67,7 @@ class Trial:
         split_seed: draws both, alike for all trials of an experiment.
         unrelated: text on which forgetting is measured.
         label: the trial's folder, where rate and seed do not tell it from others.
-        metric: measured beside the loss, see `load_metric`.
+        metric: measured beside the loss: a figure of the task's own (its first, if None), or see `load_metric`.
     """
 
     method: str
@@ -125,11 +126,13 @@ class Prefix(TrainerCallback):
 
 def trial_examples(trial: Trial, tokenizer: PreTrainedTokenizerBase, console: Console) -> Examples:
     """Return the examples to train on and to evaluate on, the same for every seed."""
-    rows = load_examples(replace(trial.recipe, seed=trial.split_seed), tokenizer, console)
+    task = trial.recipe.task
+    rows = TASKS[task].examples(replace(trial.recipe, seed=trial.split_seed), tokenizer, console)
     if rows.stream is not None:
         raise ValueError("streaming is for inlay train: trials draw their examples from the whole data set")
-    rest, chosen = split_examples(rows.train, trial.selection, trial.split_seed)
-    return Examples(rest, rows.heldout if trial.final else chosen, rows.audit)
+    key = None if task == "instruction" else lambda row: repr(next(iter(row.values())))  # its text, prompt or tokens
+    rest, chosen = split_examples(rows.train, trial.selection, trial.split_seed, key)
+    return replace(rows, train=rest, heldout=rows.heldout if trial.final else chosen)
 
 
 def unrelated(source: str | None) -> list[str]:
@@ -151,6 +154,17 @@ def details(result: Result, trainer: Trainer, prepared: Prepared) -> dict[str, A
     return {"changes": changes_as_data(changed, spectra=True), "memory_planned": planned, "samples": result.samples}
 
 
+def score_of(trial: Trial, run: Result, model: object, tokenizer: object) -> dict[str, object]:
+    """Return the score beside the loss and its name: the metric asked for, or else the task's first figure, if any."""
+    own = {name: now for name, (_, now) in run.scores.items()}
+    name = trial.metric or next(iter(own), None)
+    if name is None:
+        return {}
+    if isinstance(name, str) and name in own:
+        return {"metric": own[name], "metric_name": name}
+    return {"metric": metric_score(name, model, tokenizer), "metric_name": metric_title(name)}
+
+
 def finite_or_none(value: float) -> float | None:
     """Return a number for JSON; None for one that diverged."""
     return value if math.isfinite(value) else None
@@ -161,7 +175,7 @@ def run_trial(folder: Path) -> None:
     trial, console = read_trial(folder), Console(width=120)
     samples = min(SAMPLES, trial.recipe.samples) if trial.detailed else 0
     recipe = replace(trial.recipe, output=str(folder), samples=samples, save_every=0)
-    tokenizer = run_tokenizer(recipe)
+    tokenizer = TASKS[recipe.task].processor(recipe)
     rows, texts = trial_examples(trial, tokenizer, console), unrelated(trial.unrelated)
     dtype = dtype_for(recipe.dtype)
     prepared = Prepared(recipe, recipe.base_model, dtype, folder, tokenizer, rows, console)
@@ -171,16 +185,16 @@ def run_trial(folder: Path) -> None:
     prepared = replace(prepared, recipe=recipe)
     write_text(folder / "recipe.yaml", recipe.to_yaml())
     measure = (texts, trainer.model, tokenizer, recipe.max_length)
-    unrelated_before = mean_token_loss(*measure) if trial.final else 0.0
+    forgets = trial.final and find_model_class(recipe.task).causal  # other models have no loss over plain text
+    unrelated_before = mean_token_loss(*measure) if forgets else 0.0
     run = fit(prepared, trainer)
     steps = [row for row in run.history if "loss" in row]
-    metric = trial.metric if math.isfinite(run.after) else None
-    scored = {} if metric is None else {"metric": metric_score(metric, trainer.model, tokenizer)}
+    scored = score_of(trial, run, trainer.model, tokenizer) if trial.final and math.isfinite(run.after) else {}
     result = {
         **scored,
         "before": run.before,
         "after": finite_or_none(run.after),
-        "forgetting": finite_or_none(mean_token_loss(*measure) - unrelated_before) if trial.final else None,
+        "forgetting": finite_or_none(mean_token_loss(*measure) - unrelated_before) if forgets else None,
         "seconds": run.seconds,
         "seconds_per_step": (steps[-1]["seconds"] - steps[0]["seconds"]) / max(1, len(steps) - 1),
         "steps": trainer.state.global_step,
@@ -190,6 +204,7 @@ def run_trial(folder: Path) -> None:
         "parameters_last": steps[-1]["trained"],
         "base_parameters": run.base_parameters,
         **(details(run, trainer, prepared) if trial.detailed else {}),
+        **({} if trial.final else {"rows": [row[:2] for row in trainer.row_sums]}),
         "curve": [(row["step"], finite_or_none(row["loss"])) for row in steps],
         "heldout": [(row["step"], finite_or_none(row["eval_loss"])) for row in run.history if "eval_loss" in row],
     }

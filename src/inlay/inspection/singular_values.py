@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import get_peft_model
@@ -25,14 +26,19 @@ from inlay.models.base import BaseModel
 Shape = tuple[int, int]  # out, in
 
 
-def target_weights(base: BaseModel, config: InlayConfig) -> dict[str, Shape]:
+def target_weights(base: BaseModel, config: InlayConfig, **model: Any) -> dict[str, Shape]:
     """Return the modules of a model that a config adapts, in order, with their (out, in); no weights are read.
+
+    Args:
+        base: the model.
+        config: of the adapter.
+        model: further arguments of `BaseModel.meta`: its class, its settings.
 
     Raises:
         ValueError: the model or the config cannot be used, or they do not fit each other.
     """
     config = copy.deepcopy(config)  # PEFT writes what it finds into it
-    empty = get_peft_model(base.meta(torch.float32), config)
+    empty = get_peft_model(base.meta(torch.float32, **model), config)
     layers = adapted(empty, "default").values()
     return {layer.cuts["default"].module: (layer.out_features, layer.in_features) for layer in layers}
 

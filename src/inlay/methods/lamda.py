@@ -2,10 +2,10 @@
 
     ΔW = B S A,   A (r × in) frozen,   S (r × r) trained,   B (out × r) trained at first, frozen in blocks of columns
 
-Azizi, Kundu, Pedram 2024, arXiv 2406.12832 (in rows: Y = X W + α X A S B). What the paper leaves open is [ours]: `init=
-"svd"`, A = √(Σ_r/s) V_rᵀ, S = I, B = U_r √(Σ_r/s), offset; `"svd_core"`, A = V_rᵀ, S = Σ_r/s, B = U_r ("svd" of older
-adapters); `"svd_zero"`, S = 0 there. `"kaiming"` is the published code's start, with its s = 16/r, and the only one for
-weight decay. After a fraction t of the steps ⌊r t/eta⌋ columns are frozen, to a border of `stages` blocks.
+Azizi, Kundu, Pedram 2024, "LaMDA: Large Model Fine-Tuning via Spectrally Decomposed Low-Dimensional Adaptation", arXiv
+2406.12832. The start is open there, and [ours]: `init="svd"`, A = √(Σ_r/s) V_rᵀ, S = I, B = U_r √(Σ_r/s), offset;
+`"svd_core"`, A = V_rᵀ, S = Σ_r/s, B = U_r ("svd" of older adapters); `"svd_zero"`, S = 0 there; `"kaiming"`, the code's
+start, s = 16/r, the only one for weight decay. After a fraction t of the steps ⌊r t/eta⌋ columns of B are frozen.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ class LaMDA(LowRank):
         else:
             B, sigma, A = linalg.top_svd(W, self.r)
             sigma, share = sigma / self.s, {"svd": 0.5}.get(self.init, 0.0)  # the share of Σ in A, and in B
-            core = 0 * sigma if self.init == "svd_zero" else sigma ** (1 - 2 * share)
-            A, S, B = sigma[:, None] ** share * A, torch.diag(core), B * sigma**share
-        blocks = enumerate(B.tensor_split(min(self.stages, self.r), 1), 1)
-        return {"A": A, "S": S, **{f"B_{i}": block.clone() for i, block in blocks}}
+            S = torch.diag(0 * sigma if self.init == "svd_zero" else sigma ** (1 - 2 * share))
+            A, B = sigma[:, None] ** share * A, B * sigma**share
+        blocks = B.tensor_split(min(self.stages, r), 1)
+        return {"A": A, "S": S} | {f"B_{i}": block.clone() for i, block in enumerate(blocks, 1)}
 
     def factors(self, p: Params, W: Tensor) -> tuple[Tensor, Tensor]:
         return self.pair(p, None, W)

@@ -10,6 +10,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from inlay.host.layer import InlayLinear
 from inlay.host.slot import trained_numbers
 from inlay.models.base import BaseModel
 
@@ -37,15 +38,32 @@ def repeated_depths(model: PreTrainedModel) -> tuple[int, int] | None:
 
 
 def count_parameters(
-    base: BaseModel, config: PeftConfig | None, auto: Any = AutoModelForCausalLM, **settings: Any
+    base: BaseModel, config: PeftConfig | None, auto: Any = AutoModelForCausalLM, at: float = 0.0, **settings: Any
 ) -> int:
     """Count the parameters that an adapter of `config` trains on a base; without a config, all of the base.
+
+    Args:
+        base: the model.
+        config: of the adapter.
+        auto: the transformers class of the model.
+        at: the fraction of the training that is done; some methods freeze symbols on the way.
+        settings: values in place of those of the model's configuration.
 
     Raises:
         ValueError: the config does not fit the model.
     """
     model = base.meta(torch.float32, auto=auto, **settings)
-    return count_trainable(model if config is None else get_peft_model(model, config))
+    if config is None:
+        return count_trainable(model)
+    adapted = get_peft_model(model, config)
+    return count_trainable(adapted) - (resting_numbers(adapted, at) if at else 0)
+
+
+def resting_numbers(model: nn.Module, t: float) -> int:
+    """Count the entries of an adapted model's parameters that its methods leave untrained at t."""
+    layers = [(m, name) for m in model.modules() if isinstance(m, InlayLinear) for name in m.active_adapters]
+    thetas = [m.theta(name) for m, name in layers if name in m.cuts]
+    return sum(p[k].numel() for method, p, _ in thetas for k in method.schedule(p, t))
 
 
 def count_trainable(model: nn.Module) -> int:

@@ -20,6 +20,7 @@ from inlay.models.model_classes import find_model_class
 from inlay.numerics.zeroth_order import ZerothOrder
 from inlay.recipe.optimizers import check_optimizer
 from inlay.recipe.peft_methods import FULL, is_inlay, peft_config
+from inlay.recipe.rates import UNKNOWN, default_rate
 from inlay.recipe.schema import conform, conform_all, default_of, field_of
 from inlay.recipe.sources import check_sources, sources
 
@@ -106,7 +107,9 @@ class Recipe:
         "none", "keep less of a layer's input and estimate A's gradient: velora (biased), wta_crs (unbiased)"
     )
 
-    learning_rate: float = field_of(5e-4, "peak learning rate", min=0)
+    learning_rate: float | Literal["auto"] = field_of(
+        "auto", "peak learning rate; auto: the method's own, as inlay methods lists them (for AdamW)", min=0
+    )
     epochs: float = field_of(1.0, "passes over the data", min=0)
     steps: int | None = field_of(None, "optimiser steps, instead of epochs", min=1)
     batch_size: int | Literal["auto"] = field_of(
@@ -208,6 +211,14 @@ class Recipe:
         return values
 
     @property
+    def rate(self) -> float:
+        """Return the peak learning rate; for `auto` the method's default, and a careful one where no AdamW steps."""
+        if self.learning_rate != "auto":
+            return self.learning_rate
+        known = self.step == "backward" and self.optim.startswith("adam")
+        return (default_rate(self.method) if known else UNKNOWN).value
+
+    @property
     def optim(self) -> str:
         """Return the optimiser's name."""
         return self.optimizer or ("adamw_torch" if self.step == "backward" else "sgd")
@@ -247,6 +258,7 @@ class Recipe:
 
     def resolved(self, **settled: Any) -> Recipe:
         """Return this recipe with a method's defaults written out, and with the fields that the run `settled`."""
+        settled = {"learning_rate": self.rate, **settled}
         if not is_inlay(self.method):
             return replace(self, **settled)
         method = self.config().build()

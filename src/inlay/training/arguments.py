@@ -41,7 +41,7 @@ def training_arguments(recipe: Recipe, folder: Path, batch: int, steps: int, dty
     saving = steps_between_checkpoints(recipe, steps)
     values: dict[str, Any] = {
         "output_dir": str(folder / checkpoints.FOLDER),
-        "learning_rate": recipe.learning_rate,
+        "learning_rate": recipe.rate,
         "num_train_epochs": recipe.epochs,
         "max_steps": recipe.steps or -1,
         "per_device_train_batch_size": batch,

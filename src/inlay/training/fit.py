@@ -168,7 +168,7 @@ def build_trainer(prepared: Prepared, base: Any) -> Trainer:
     if adapter is not None:
         adapter.revision = recipe.revision  # of the base, for loading and merging
     task = TASKS[recipe.task]
-    optimizer = own_optimizer(recipe.optim, recipe.learning_rate, recipe.optimizer_args)
+    optimizer = own_optimizer(recipe.optim, recipe.rate, recipe.optimizer_args)
     if optimizer is not None and recipe.task == "preference":
         raise ValueError(f"optimizer: trl's DPO trainer takes only transformers' optimisers, not {recipe.optim}")
     with shared_starts():

@@ -10,20 +10,24 @@ from dataclasses import replace
 from inlay.experiments.compare.spec import Entry
 from inlay.inspection.singular_values import target_weights
 from inlay.models.loading import dtype_for
+from inlay.models.model_classes import find_model_class
 from inlay.models.sizes import count_parameters
 from inlay.planning.planner import size_name, takes
 from inlay.recipe.peft_methods import FULL, is_inlay, peft_size_field, without_start
 from inlay.recipe.recipe import Recipe
 from inlay.training.batch_size import planned_step
 from inlay.training.examples import Examples
+from inlay.training.tasks import TASKS
 
 Cost = Callable[[Recipe], float]
 
 
 def budget_cost(kind: str, rows: Examples) -> Cost:
-    """Return a function for a recipe's cost: its trained parameters, or the GiB at the peak of a step."""
+    """Return a function for a recipe's cost: the parameters it trains in the end, or the GiB at the peak of a step."""
     if kind == "parameters":
-        return lambda recipe: count_parameters(recipe.base_model, without_start(recipe.adapter()))
+        return lambda recipe: count_parameters(
+            recipe.base_model, without_start(recipe.adapter()), at=1.0, **model_of(recipe, rows)
+        )
 
     def peak(recipe: Recipe) -> float:
         run, length = planned_step(recipe, recipe.base_model, rows, dtype_for(recipe.dtype))
@@ -32,7 +36,13 @@ def budget_cost(kind: str, rows: Examples) -> Cost:
     return peak
 
 
-def solve_size(entry: Entry, cost: Cost, limit: float) -> Entry:
+def model_of(recipe: Recipe, rows: Examples | None) -> dict[str, object]:
+    """Return the class of a recipe's model as `auto`, and what of its configuration the examples settle."""
+    settings = {} if rows is None else TASKS[recipe.task].model_settings(rows)
+    return {"auto": find_model_class(recipe.task).auto, **settings}
+
+
+def solve_size(entry: Entry, cost: Cost, limit: float, rows: Examples | None = None) -> Entry:
     """Return the entry at its largest size that costs at most `limit`; unchanged where its method has no size.
 
     Raises:
@@ -47,7 +57,7 @@ def solve_size(entry: Entry, cost: Cost, limit: float) -> Entry:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about sizes that are only tried
-        options = possible_sizes(entry.recipe, name)
+        options = possible_sizes(entry.recipe, name, rows)
         best = largest_within(options, lambda size: cost(sized(size)), limit)
     if best is None:
         smallest = f"{name}={options[0]} costs {cost(sized(options[0])):g}"
@@ -62,10 +72,10 @@ def method_size_field(method: str) -> str | None:
     return None if method == FULL else peft_size_field(method)
 
 
-def possible_sizes(recipe: Recipe, name: str) -> Sequence[int]:
-    """Return the sizes that a method can have on the weights it adapts."""
+def possible_sizes(recipe: Recipe, name: str, rows: Examples | None = None) -> Sequence[int]:
+    """Return the sizes that a method can have on the weights it adapts, in a model for these examples."""
     where = replace(recipe, method="lora", args={"r": 1}, patterns={}, allocate="none").config()
-    shapes = set(target_weights(recipe.base_model, where).values())
+    shapes = set(target_weights(recipe.base_model, where, **model_of(recipe, rows)).values())
     options = range(1, min(min(shape) for shape in shapes) + 1)
     if not is_inlay(recipe.method):
         return options

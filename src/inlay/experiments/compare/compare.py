@@ -1,13 +1,12 @@
 """Compare methods × learning rates × seeds on one task under one budget (`inlay compare`).
 
-Each method's own learning rate is found by successive halving: every rung runs the first steps of the whole training
-with fewer rates, evaluated on examples used neither in training nor in the final losses; the rate that remains runs
-with all seeds. A run is a folder, finished once it has its result, so a stopped comparison can be resumed.
+Each method's own learning rate is found by successive halving (`sweep`): every rung runs the first steps of the whole
+training with fewer rates, evaluated on examples used neither in training nor in the final losses; the rate that remains
+runs with all seeds. A run is a folder, finished once it has its result, so a stopped comparison can be resumed.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,16 +16,17 @@ from rich.console import Console
 from inlay.evaluation.metric import load_metric
 from inlay.experiments import ray_cluster
 from inlay.experiments.compare.budget import budget_cost, solve_size
-from inlay.experiments.compare.halving import rungs, survivors
-from inlay.experiments.compare.outcome import Outcome, Sweep, with_size
+from inlay.experiments.compare.halving import rungs
+from inlay.experiments.compare.outcome import Outcome, with_size
 from inlay.experiments.compare.result_files import write_comparison
 from inlay.experiments.compare.spec import BUDGETS, ComparisonPlan, Entry, load_comparison
+from inlay.experiments.compare.sweep import Sweep
 from inlay.experiments.ray_cluster import Cluster
 from inlay.experiments.runner import Runner, experiment_folder, origin, steps_of
 from inlay.experiments.trial import Trial, unrelated
 from inlay.files.atomic import locked
-from inlay.training.examples import Examples, load_examples
-from inlay.training.run_tokenizer import run_tokenizer
+from inlay.training.examples import Examples
+from inlay.training.tasks import TASKS
 
 PLAN = "compare.yaml"  # also marks a folder as a comparison's
 PROBE = 4  # steps that are run to time a step
@@ -78,9 +78,10 @@ def shared_examples(plan: ComparisonPlan, console: Console) -> Examples:
         ValueError: the examples or the metric cannot be used, or no examples are left to train on.
     """
     first = replace(plan.recipe, seed=plan.spec.seeds[0])
-    rows = load_examples(first, run_tokenizer(first), console)
+    task = TASKS[first.task]
+    rows = task.examples(first, task.processor(first), console)
     unrelated(plan.spec.unrelated)
-    if plan.spec.metric:
+    if plan.spec.metric and plan.spec.metric not in task.metrics:
         load_metric(plan.spec.metric)
     if plan.spec.selection >= len(rows.train):
         raise ValueError(f"selection: {plan.spec.selection} of {len(rows.train)} examples leave none to train on")
@@ -96,7 +97,7 @@ def settle_sizes(plan: ComparisonPlan, rows: Examples, console: Console) -> tupl
     if kind == "time":
         return plan, {}
     cost = budget_cost(kind, rows)
-    plan = replace(plan, entries=tuple(solve_size(entry, cost, limit) for entry in plan.entries))
+    plan = replace(plan, entries=tuple(solve_size(entry, cost, limit, rows) for entry in plan.entries))
     shares = {entry.name: cost(entry.recipe) / limit for entry in plan.entries}
     for entry in plan.entries:
         size = with_size(entry) or "has no size to choose"
@@ -119,24 +120,17 @@ def timed(runner: Runner, plan: ComparisonPlan, steps: int) -> dict[str, int]:
 
 def sweep_rates(runner: Runner, plan: ComparisonPlan, lengths: dict[str, int]) -> dict[str, Sweep]:
     """Choose among each method's rates by successive halving."""
-    sweeps = {e.name: Sweep(list(e.rates)) for e in plan.entries}
-    for rung in range(max(len(rungs_of(plan, e, lengths)) for e in plan.entries) - 1):
-        entries = [e for e in plan.entries if rung < len(rungs_of(plan, e, lengths)) - 1]
-        pairs = [(e, rate) for e in entries for rate in sweeps[e.name].rates]
-        stops = {e.name: rungs_of(plan, e, lengths)[rung][1] for e in entries}
-        trials = [trial_of(plan, e, rate, plan.spec.seeds[0], lengths[e.name], stops[e.name]) for e, rate in pairs]
+    spec = plan.spec
+    ladders = {e.name: rungs(len(e.rates), lengths[e.name], spec.halving) for e in plan.entries}
+    sweeps = {e.name: Sweep(list(e.rates), ladders[e.name], spec.extend, spec.margin) for e in plan.entries}
+    while due := [(e, steps, rate) for e in plan.entries for steps, rate in sweeps[e.name].due()]:
+        trials = [trial_of(plan, e, rate, spec.seeds[0], lengths[e.name], steps) for e, steps, rate in due]
         results = runner.run(trials)
-        for e in entries:
-            by_rate = {rate: r for (entry, rate), r in zip(pairs, results, strict=True) if entry is e}
-            losses = {rate: loss_of(r) for rate, r in by_rate.items()}
-            sweeps[e.name].failed += [rate for rate, r in by_rate.items() if r is None]
-            sweeps[e.name].add(stops[e.name], losses, survivors(losses, rungs_of(plan, e, lengths)[rung + 1][0]))
+        for e in plan.entries:
+            own = {rate: r for (entry, _, rate), r in zip(due, results, strict=True) if entry is e}
+            if own:
+                sweeps[e.name].take(own)
     return sweeps
-
-
-def rungs_of(plan: ComparisonPlan, entry: Entry, lengths: dict[str, int]) -> list[tuple[int, int]]:
-    """Return the rungs of one method."""
-    return rungs(len(entry.rates), lengths[entry.name], plan.spec.halving)
 
 
 def final_runs(
@@ -149,11 +143,6 @@ def final_runs(
     ]
     results = runner.run(trials)
     return {e.name: [r for (entry, _), r in zip(pairs, results, strict=True) if entry is e] for e in plan.entries}
-
-
-def loss_of(result: dict[str, Any] | None) -> float:
-    """Return a run's loss; infinite where it failed or diverged."""
-    return math.inf if result is None or result["after"] is None else result["after"]
 
 
 def trial_of(

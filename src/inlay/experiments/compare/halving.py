@@ -19,10 +19,30 @@ def rungs(rates: int, steps: int, factor: int) -> list[tuple[int, int]]:
     return [(count, max(1, round(steps / factor ** (last - i)))) for i, count in enumerate(counts)]
 
 
-def survivors(losses: Mapping[float, float], count: int) -> list[float]:
-    """Return the `count` rates with the lowest losses, the smaller of equal ones; never one that diverged."""
-    finite = [rate for rate in losses if math.isfinite(losses[rate])]
-    return sorted(finite, key=lambda rate: (losses[rate], rate))[:count]
+def survivors(losses: Mapping[float, float], count: int, noise: Mapping[float, float] | None = None) -> list[float]:
+    """Return the `count` rates with the lowest losses, the smaller of equal ones; never one that diverged.
+
+    Args:
+        losses: by rate.
+        count: how many rates go on, where their losses differ by more than noise.
+        noise: by rate, how far its loss may lie above the lowest by chance; such a rate goes on too.
+    """
+    ranked = sorted((loss, rate) for rate, loss in losses.items() if math.isfinite(loss))
+    chance = noise or {}
+    return [r for n, (loss, r) in enumerate(ranked) if n < count or loss - ranked[0][0] <= chance.get(r, -1.0)]
+
+
+def row_noise(rows: Sequence[Sequence[float]], others: Sequence[Sequence[float]]) -> float:
+    """Return the standard error of the difference of two mean losses over the tokens of the same examples.
+
+    Args:
+        rows: of one run, each example's token count and summed loss.
+        others: of the other run; the counts are the same.
+    """
+    tokens = sum(row[0] for row in rows)
+    gaps = [(a[0], a[1] - b[1]) for a, b in zip(rows, others, strict=True)]
+    mean = sum(gap for _, gap in gaps) / tokens
+    return math.sqrt(sum((gap - mean * count) ** 2 for count, gap in gaps) * len(gaps) / max(1, len(gaps) - 1)) / tokens
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:

@@ -6,8 +6,8 @@ import math
 import os
 import platform
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,55 +15,36 @@ from typing import Any
 import torch
 
 from inlay.evaluation.metric import metric_title
-from inlay.evaluation.paired import CONFIDENCE, Difference, paired
+from inlay.evaluation.paired import CONFIDENCE, Difference, holm, paired
 from inlay.experiments.compare.budget import method_size_field
 from inlay.experiments.compare.spec import ComparisonPlan, Entry
+from inlay.experiments.compare.sweep import Sweep
 from inlay.inspection.changes import WeightChange, changes_from_data
+from inlay.models.model_classes import find_model_class
 from inlay.reports.result import environment
 
 Results = Mapping[str, list[dict[str, Any] | None]]  # of the last rung: by method, one per seed
-COLUMNS = """method verdict loss loss_sd difference difference_low difference_high forgetting forgetting_sd
+COLUMNS = """method verdict loss loss_sd difference difference_low difference_high detectable forgetting forgetting_sd
 learning_rate size budget_share parameters parameters_last seconds memory steps seeds failed""".split()
 DETAILS = ("changes", "memory_planned", "samples")  # kept of one run of each method
 SCORED = "metric metric_sd metric_difference metric_difference_low metric_difference_high".split()  # only with a metric
 
 
-@dataclass
-class Sweep:
-    """Hold the halving of one method.
-
-    Attributes:
-        rates: still in the sweep, the best first.
-        rungs: the steps and the losses by rate.
-        failed: rates of runs that failed, which tells nothing of the rate.
-    """
-
-    rates: list[float]
-    rungs: list[tuple[int, dict[float, float]]] = field(default_factory=list)
-    failed: list[float] = field(default_factory=list)
-
-    def add(self, steps: int, losses: dict[float, float], left: list[float]) -> None:
-        """Add a rung that was run, with the rates that are left."""
-        self.rungs.append((steps, losses))
-        self.rates = left
-
-    @property
-    def edge(self) -> str:
-        """Return which end of the swept range the chosen rate is, "lowest" or "highest", or an empty text."""
-        tried = sorted(self.rungs[0][1]) if self.rungs else []
-        if len(tried) < 2 or not self.rates or self.rates[0] not in (tried[0], tried[-1]):
-            return ""
-        return "lowest" if self.rates[0] == tried[0] else "highest"
+WORDS = ("better", "equivalent", "cannot tell", "worse", "not tuned", "no comparison")
 
 
 @dataclass(frozen=True)
 class Standing:
-    """Hold one method's row: means over its seeds, standard deviations of single runs, NaN where unknown."""
+    """Hold one method's row: means over its seeds, standard deviations of single runs, NaN where unknown.
+
+    The intervals of all rows' differences hold together (`holm`). `word` is the verdict in one of `WORDS`.
+    """
 
     method: str
     losses: list[float]
     difference: Difference
     verdict: str
+    word: str
     forgetting: list[float]
     learning_rate: float
     size: str
@@ -84,6 +65,7 @@ class Standing:
         flat |= {"loss": mean_of(self.losses), "loss_sd": spread_of(self.losses), "difference": self.difference.mean}
         flat |= {"forgetting": mean_of(self.forgetting), "forgetting_sd": spread_of(self.forgetting)}
         flat |= {"difference_low": low, "difference_high": high, "seeds": len(self.losses)}
+        flat |= {"detectable": self.difference.detectable}
         flat |= {
             "metric": mean_of(self.scores),
             "metric_sd": spread_of(self.scores),
@@ -115,7 +97,18 @@ class Outcome:
     @property
     def metric(self) -> str:
         """Return the title of the metric beside the loss; empty where there is none."""
-        return metric_title(self.plan.spec.metric) if self.plan.spec.metric else ""
+        found = (r["metric_name"] for results in self.finals.values() for r in results if r and "metric_name" in r)
+        return metric_title(self.plan.spec.metric) if self.plan.spec.metric else next(found, "")
+
+    @property
+    def unit(self) -> str:
+        """Return what a loss of the task is measured in: nats per answer token."""
+        return find_model_class(self.plan.recipe.task).loss.partition("(")[2].rstrip(")")
+
+    @property
+    def forgets(self) -> bool:
+        """Return whether what was forgotten of plain text was measured, as of causal language models."""
+        return any(r and r["forgetting"] is not None for results in self.finals.values() for r in results)
 
     def kept(self, what: str) -> dict[str, Any]:
         """Return one of DETAILS by method, from the runs with the first seed that have it."""
@@ -139,9 +132,26 @@ class Outcome:
 
     def metric_verdict(self, row: Standing) -> str:
         """Return the verdict on the metric, if there is one: whether it is lower or higher, not which is better."""
-        if not self.metric or row.method == self.plan.reference or not row.losses:
+        if not self.metric or row.method == self.plan.reference or row.word in ("not tuned", "no comparison"):
             return ""
-        return f"; {self.metric}: {row.score_difference.verdict(self.plan.reference, 'lower', 'higher')}"
+        words = row.score_difference.verdict(self.plan.reference, below="lower", above="higher")
+        return f"; {self.metric}: {words}"
+
+    @cached_property
+    def differences(self) -> dict[str, Difference]:
+        """Return each method's difference to the reference in the loss, with intervals that hold together."""
+        return self._corrected(losses_of)
+
+    @cached_property
+    def score_differences(self) -> dict[str, Difference]:
+        """Return the same of the metric."""
+        return self._corrected(scores_of)
+
+    def _corrected(self, values: Callable[[Sequence[dict[str, Any] | None]], list[float]]) -> dict[str, Difference]:
+        reference = self.plan.reference
+        others = {name: results for name, results in self.finals.items() if name != reference}
+        found = {name: paired(values(r), values(self.finals[reference] if r else [])) for name, r in others.items()}
+        return {reference: paired([], []), **holm(found)}
 
     def standings(self) -> list[Standing]:
         """Return the rows, the lowest loss first and methods that did not finish last."""
@@ -150,35 +160,41 @@ class Outcome:
 
     def standing(self, entry: Entry) -> Standing:
         """Return one method's row."""
-        name, reference = entry.name, self.plan.reference
-        results, sweep = self.finals[name], self.sweeps[name]
+        name, results = entry.name, self.finals[entry.name]
+        sweep = self.sweeps[name]
         done = [r for r in results if r and r["after"] is not None]
-        others = self.finals[reference] if results and name != reference else []
-        difference = paired(losses_of(results), losses_of(others))
-        verdict = "the reference" if name == reference else difference.verdict(reference)
-        if not done:
-            verdict = "failed" if sweep.rates else "diverged or failed at every rate"
-        elif sweep.edge:
-            verdict += f"; its rate is the {sweep.edge} tried"
-        if done and name != reference and (edge := self.sweeps[reference].edge):
-            verdict += f"; the rate of {reference} is the {edge} tried"
-        if done and sweep.failed:
-            verdict += f"; failed at rate {', '.join(f'{rate:g}' for rate in sorted(set(sweep.failed)))}"
         average = {
             key: mean_of([r[key] for r in done]) for key in ("parameters", "parameters_last", "seconds", "memory")
         }
         kind, limit = self.plan.spec.limit or ("", math.nan)
         share = average["seconds"] / limit if kind == "time" else self.shares.get(name, math.nan)
+        word, verdict = self.judged(name, bool(done))
+        if done and sweep.failed:
+            verdict += f"; failed at rate {', '.join(f'{rate:g}' for rate in sorted(set(sweep.failed)))}"
         if share > 1 and done and kind != "time":
             verdict += f"; {share:.3g} times the budget"
         return Standing(
-            method=name, losses=losses_of(done), difference=difference, verdict=verdict,
+            method=name, losses=losses_of(done), difference=self.differences[name], verdict=verdict, word=word,
             forgetting=[r["forgetting"] for r in done if r["forgetting"] is not None],
             learning_rate=sweep.rates[0] if sweep.rates else math.nan, size=with_size(entry), budget_share=share,
             steps=self.steps[name], failed=len(results) - len(done), **average,
             scores=[score for score in scores_of(results) if not math.isnan(score)],
-            score_difference=paired(scores_of(results), scores_of(others)),
+            score_difference=self.score_differences[name],
         )  # fmt: skip
+
+    def judged(self, name: str, finished: bool) -> tuple[str, str]:
+        """Return the verdict on a method as one of `WORDS` ("" for the reference) and in a sentence."""
+        reference, sweep = self.plan.reference, self.sweeps[name]
+        if not finished:
+            return "no comparison", "failed" if sweep.rates else "diverged or failed at every rate"
+        if name == reference:
+            return "", "the reference" + (f"; not tuned: {sweep.untuned}" if sweep.untuned else "")
+        if sweep.untuned:
+            return "not tuned", f"not tuned: {sweep.untuned}"
+        if self.sweeps[reference].untuned:
+            return "not tuned", f"no verdict: {reference} is not tuned"
+        text = self.differences[name].verdict(reference, self.plan.spec.margin)
+        return next(word for word in WORDS if text.startswith(word)), text
 
 
 def losses_of(results: Sequence[dict[str, Any] | None]) -> list[float]:

@@ -32,6 +32,7 @@ def comparison_figures(outcome: Outcome) -> Iterator[tuple[str, Figure]]:
     drawable = {
         "stack": bool(outcome.kept("memory_planned")),
         "rates": bool(swept(outcome)),
+        "forgetting": outcome.forgets,
         "subspaces": bool(outcome.changes),
         "maps": bool(outcome.changes),
         "ranks": bool(allocated(outcome)),
@@ -60,7 +61,7 @@ def finished(outcome: Outcome) -> list[Standing]:
 
 def curves_plot(outcome: Outcome) -> Figure:
     """Plot the training loss of each method, averaged over seeds, and its final held-out loss."""
-    figure, axes = new_plot("Loss", "optimiser step", "loss (nats per answer token)")
+    figure, axes = new_plot("Loss", "optimiser step", f"loss ({outcome.unit})")
     for row in finished(outcome):
         runs = [dict(r["curve"]) for r in outcome.finals[row.method] if r and r["after"] is not None]
         steps = [step for step in runs[0] if all(run.get(step) is not None for run in runs)]
@@ -74,7 +75,7 @@ def curves_plot(outcome: Outcome) -> Figure:
 
 def against(outcome: Outcome, title: str, x: str, value: Callable[[Standing], float], log: bool = False) -> Figure:
     """Plot quality against a cost, with a line through the Pareto front."""
-    figure, axes = new_plot(title, x, "held-out loss (nats per answer token)")
+    figure, axes = new_plot(title, x, f"held-out loss ({outcome.unit})")
     rows = finished(outcome)
     points = [(value(row), mean_of(row.losses)) for row in rows]
     front = sorted(point for point, best in zip(points, pareto(points), strict=True) if best)
@@ -112,7 +113,7 @@ def parameters_plot(outcome: Outcome) -> Figure:
 
 def forgetting_plot(outcome: Outcome) -> Figure:
     """Plot the loss gained on unrelated text against the loss won on the task."""
-    learned = "fall of the held-out loss (nats per answer token)"
+    learned = f"fall of the held-out loss ({outcome.unit})"
     forgotten = "rise of the loss on unrelated text\n(nats per token)"
     figure, axes = new_plot("Forgetting against learning", learned, forgotten)
     for row in finished(outcome):
@@ -158,7 +159,7 @@ def rates_plot(outcome: Outcome) -> Figure:
 def differences_plot(outcome: Outcome) -> Figure:
     """Plot each method's difference to the reference with its confidence interval."""
     reference = outcome.plan.reference
-    left = f"held-out loss − that of {reference}\n(nats per answer token; left is better)"
+    left = f"held-out loss − that of {reference}\n({outcome.unit}; left is better)"
     figure, axes = new_plot(f"Difference to {reference}", left, "")
     rows = [row for row in reversed(finished(outcome)) if not math.isnan(row.difference.mean)]
     for place, row in enumerate(rows):

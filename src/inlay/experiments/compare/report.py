@@ -92,20 +92,21 @@ def answers_table(outcome: Outcome) -> str:
 def verdict(outcome: Outcome) -> str:
     """Summarise the result in a few sentences."""
     reference, rows = outcome.plan.reference, outcome.standings()
-    others = [row for row in rows if row.method != reference]
-    groups = {
-        f"better than {reference} beyond noise": [r.method for r in others if r.difference.high < 0],
-        f"no different from {reference} beyond noise": [
-            r.method for r in others if r.difference.low <= 0 <= r.difference.high
-        ],
-        f"worse than {reference} beyond noise": [r.method for r in others if r.difference.low > 0],
-        "not compared": [r.method for r in others if math.isnan(r.difference.low)],
+    headings = {
+        "better": f"better than {reference}",
+        "equivalent": f"equivalent to {reference}",
+        "cannot tell": f"these runs cannot tell from {reference}",
+        "worse": f"worse than {reference}",
+        "not tuned": "no verdict, as a learning rate is not tuned",
+        "no comparison": "not compared",
     }
+    groups = {headings[word]: [r.method for r in rows if r.word == word] for word in headings}
     summary = "; ".join(f"{what}: {', '.join(names)}" for what, names in groups.items() if names)
-    best = rows[0]
-    return (
-        f"Held-out loss {outcome.before:.3f} before training. The lowest after training: {best.method}, "
-        f"{mean_of(best.losses):.3f}. " + (f"{summary[0].upper()}{summary[1:]}." if summary else "")
+    ranked = [row for row in rows if row.word in ("better", "equivalent", "cannot tell", "worse")]
+    best = min([r for r in rows if r.method == reference or r in ranked], key=lambda r: mean_of(r.losses))
+    lowest = f" The lowest after training: {best.method}, {mean_of(best.losses):.3f}." if ranked else ""
+    return f"Held-out loss {outcome.before:.3f} before training.{lowest}" + (
+        f" {summary[0].upper()}{summary[1:]}." if summary else ""
     )
 
 
@@ -117,20 +118,28 @@ def reading_guide(outcome: Outcome) -> list[str]:
     kind, limit = spec.limit or ("", 0)
     budget = {
         "": "Each method has the size that the recipe sets.",
-        "parameters": f"Sizes are the largest that train at most {limit:,.0f} parameters.",
+        "parameters": f"Sizes are the largest that train at most {limit:,.0f} parameters at the end of training.",
         "memory": f"Sizes are the largest whose step peaks at {limit:g} GiB or less (`inlay plan`).",
         "time": f"Steps are limited to {limit:g} seconds of training.",
     }[kind]
     return [
         f"{length} steps of {recipe.batch_size} × {recipe.accumulation} examples. {budget}",
         f"Each method's own learning rate: successive halving (one rate in {spec.halving} continues) with seed "
-        f"{spec.seeds[0]}, evaluated on {spec.selection} examples used neither in training nor in the final losses. A "
-        "verdict says where the rate is the lowest or the highest tried: a better one may lie beyond.",
+        f"{spec.seeds[0]}, evaluated on {spec.selection} examples used neither in training nor in the final losses. No "
+        "rate is dropped on a difference within noise (twice its standard error over those examples; where that is not "
+        f"known, {spec.margin:g}), and while the best is at an end of the grid up to {spec.extend} more "
+        "are tried beyond it. A method whose best rate is still at an end, or that had one rate only, is not ranked.",
         f"At that rate, seeds {', '.join(map(str, spec.seeds))}. Intervals: Student's t on the differences of runs "
-        f"with the same seed, {CONFIDENCE:.0%}, not corrected for the number of methods: of twenty that do not differ, "
-        "one will seem to. Losses are means over the answer tokens of the held-out examples.",
-        "Forgetting: the loss over unrelated text after training minus before.",
-    ] + ([f"{outcome.metric}: {spec.metric}, after training. {QUESTIONS}"] if outcome.metric else [])
+        "with the same seed, corrected for the number of methods (Holm), so that all hold together with "
+        f"{CONFIDENCE:.0%}. Equivalent: all of the interval lies within {spec.margin:g}. Cannot tell: it includes 0 "
+        "and more; the difference beside it is what so many seeds, as noisy as these, show four times in five. Losses "
+        f"are in {outcome.unit}, means over the held-out examples.",
+        *(["Forgetting: the loss over unrelated text after training minus before."] if outcome.forgets else []),
+    ] + (
+        [f"{outcome.metric}: {spec.metric or 'of the held-out examples'}, after training. {QUESTIONS}"]
+        if outcome.metric
+        else []
+    )
 
 
 def standings_table(outcome: Outcome) -> str:
@@ -143,7 +152,7 @@ def standings_table(outcome: Outcome) -> str:
         difference,
         *([outcome.metric, difference] if outcome.metric else []),
     )
-    heads += ("forgetting", "rate", "size", "trained")
+    heads += (*(["forgetting"] if outcome.forgets else []), "rate", "size", "trained")
     heads += ("of the model", *(["of the budget"] if outcome.plan.spec.budget else []), "time", "peak memory")
     return sortable_table(
         heads, "".join(f"<tr>{''.join(standing_cells(row, outcome))}</tr>" for row in outcome.standings())
@@ -167,16 +176,22 @@ def standing_cells(row: Standing, outcome: Outcome) -> list[str]:
         (f"{loss:.3f}" + plus_minus(row.losses), loss),
         (row.difference.shown(), row.difference.mean),
         *(metric if outcome.metric else []),
-        (f"{forgets:+.3f}" + plus_minus(row.forgetting), forgets),
+        *([(f"{forgets:+.3f}" + plus_minus(row.forgetting), forgets)] if outcome.forgets else []),
         (f"{row.learning_rate:g}", row.learning_rate),
         (row.size, row.size),
-        (f"{row.parameters:,.0f}", row.parameters),
-        (f"{row.parameters / base:.2%}", row.parameters),
+        (shown_parameters(row), row.parameters_last),
+        (f"{row.parameters_last / base:.2%}", row.parameters_last),
         *([(f"{row.budget_share:.1%}", row.budget_share)] if outcome.plan.spec.budget else []),
         (f"{row.seconds:.0f} s", row.seconds),
         ("" if math.isnan(row.memory) else gib(row.memory), row.memory),
     ]
     return [html_cell(text, value) for text, value in shown]
+
+
+def shown_parameters(row: Standing) -> str:
+    """Return how many parameters are trained: at first and in the end, where these differ."""
+    first, last = f"{row.parameters:,.0f}", f"{row.parameters_last:,.0f}"
+    return last if first == last or math.isnan(row.parameters) else f"{first} → {last}"
 
 
 def plus_minus(values: list[float]) -> str:

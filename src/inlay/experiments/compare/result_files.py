@@ -11,13 +11,16 @@ from rich.console import Console
 from rich.table import Table
 
 from inlay.experiments.compare.outcome import Outcome, Standing, json_value, losses_of, outcome_as_data
+from inlay.experiments.compare.tables import best_recipe, paper_latex, paper_markdown, runs_csv
 from inlay.files.atomic import write_text
 from inlay.inspection.changes import CHANGES, changes_as_data
 from inlay.messages import gib
 
+BEST = "best.yaml"
+
 
 def write_comparison(outcome: Outcome, console: Console) -> None:
-    """Write results.csv, results.json, the plots and the report, and print the table.
+    """Write results.csv, runs.csv, results.json, results.md, results.tex, the plots and the report; print the table.
 
     Raises:
         ValueError: not one run has a result.
@@ -35,11 +38,15 @@ def write_comparison(outcome: Outcome, console: Console) -> None:
     if outcome.changes:
         changes = {name: changes_as_data(weights) for name, weights in outcome.changes.items()}
         write_text(outcome.folder / CHANGES, json.dumps(changes) + "\n")
+    tables = {"runs.csv": runs_csv, "results.md": paper_markdown, "results.tex": paper_latex, BEST: best_recipe}
+    for name, made in tables.items():
+        write_text(outcome.folder / name, made(outcome))
     write_comparison_page(outcome)
     console.print(results_table(outcome))
     for row in outcome.standings():
         console.print(f"{row.method}: {row.verdict}{outcome.metric_verdict(row)}")
     console.print(f"report: {outcome.folder / 'report.html'}")
+    console.print(f"lowest loss: inlay train {outcome.folder / BEST}")
 
 
 def results_table(outcome: Outcome) -> Table:
@@ -63,5 +70,6 @@ def results_cells(row: Standing, scored: bool) -> list[str]:
     loss, noise, *more = ["" if math.isnan(part) else f"{part:.3f}" for part in parts]
     return [
         loss, noise, row.difference.shown(), *more, f"{row.learning_rate:g}",
-        f"{row.parameters:,.0f}", f"{row.seconds:.0f} s", gib(row.memory), f"{flat['forgetting']:+.3f}",
+        f"{row.parameters_last:,.0f}", f"{row.seconds:.0f} s", gib(row.memory),
+        "" if math.isnan(flat["forgetting"]) else f"{flat['forgetting']:+.3f}",
     ]  # fmt: skip

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from typing import Literal
 
 import yaml
 
 from inlay.evaluation.metric import METRIC_HELP, on_task
 from inlay.experiments.recipe_block import ELSEWHERE, check_held_whole, positive_numbers, read_block
 from inlay.messages import slug
+from inlay.models.model_classes import find_model_class
 from inlay.recipe.reading import from_values, non_defaults
 from inlay.recipe.recipe import Recipe
 from inlay.recipe.schema import conform, conform_all, field_of
@@ -30,7 +32,10 @@ class Comparison:
         "names (lora, peft:dora, full), or mappings of recipe fields in which methods may differ, with name and "
         "learning_rates: {method: milora, args: {side: minor}, learning_rates: [1e-3]}",
     )
-    learning_rates: list = field_of(lambda: [2e-4, 6e-4, 2e-3], "learning rates from which each method's own is chosen")
+    learning_rates: list | Literal["auto"] = field_of(
+        "auto",
+        "learning rates from which each method's own is chosen; auto: its default, a third and three times of it",
+    )
     seeds: list = field_of(lambda: [0, 1, 2], "seeds of the runs at the chosen rate; the rate is chosen with the first")
     budget: dict = field_of(
         dict,
@@ -39,19 +44,30 @@ class Comparison:
     halving: int = field_of(
         3, "factor of successive halving: one rate in so many continues, with so many times the steps", min=2
     )
+    extend: int = field_of(
+        4, "rates beyond its own that a method may be tried at, while its best is the lowest or the highest", min=0
+    )
+    margin: float = field_of(
+        0.02, "differences of the loss up to here do not matter: an interval within is called equivalent", min=0
+    )
     reference: str | None = field_of(None, "method that the others are compared with (default: lora, or the first)")
     selection: int = field_of(48, "training examples held out to choose rates on", min=1)
     unrelated: str | None = field_of(
         None, "text on which forgetting is measured (default: paragraphs that Inlay includes)"
     )
-    metric: str | dict | None = field_of(None, f"measured on the final runs, beside their loss: {METRIC_HELP}")
+    metric: str | dict | None = field_of(
+        None,
+        "measured on the final runs, beside their loss: a figure of the task (accuracy, f1, matthews; its first is the "
+        f"default), {METRIC_HELP}",
+    )
 
     def __post_init__(self) -> None:
         conform_all(self)
         for name in ("methods", "learning_rates", "seeds"):
             if not vars(self)[name]:
                 raise ValueError(f"compare: {name} is empty")
-        self.learning_rates = positive_numbers("learning_rates", self.learning_rates)
+        if self.learning_rates != "auto":
+            self.learning_rates = positive_numbers("learning_rates", self.learning_rates)
         self.seeds = [conform("seeds", int, seed) for seed in self.seeds]
         if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(
@@ -118,8 +134,13 @@ def plan_comparison(recipe: Recipe, spec: Comparison) -> ComparisonPlan:
                 f"{name} is for single runs; here all methods train equally long, and only results are kept"
             )
     check_held_whole(recipe)
-    if recipe.task != "instruction":
-        raise ValueError(f"task: {recipe.task} is for single runs; inlay compare compares on task instruction")
+    kind = find_model_class(recipe.task)
+    if recipe.task == "vision":
+        raise ValueError("task: vision is for single runs; inlay compare is for all other tasks")
+    if "memory" in spec.budget and (not kind.causal or recipe.task == "preference"):
+        raise ValueError(
+            f"budget: memory is not predicted for task {recipe.task}; give {{parameters: N}} or {{time: s}}"
+        )
     if recipe.batch_size == "auto":
         raise ValueError("batch_size: auto would give each method its own; give a number")
     entries = tuple(entry_of(recipe, spec, item) for item in spec.methods)
@@ -142,9 +163,8 @@ def entry_of(recipe: Recipe, spec: Comparison, item: object) -> Entry:
         raise ValueError(f"methods: {item!r} is neither a name nor a mapping with method")
     rates = values.get("learning_rates", spec.learning_rates)
     name = values.get("name", values["method"])
-    if not isinstance(rates, list) or not rates:
+    if rates != "auto" and (not isinstance(rates, list) or not rates):
         raise ValueError(f"methods: learning_rates of {name} must be a list with one or more, not {rates!r}")
-    rates = positive_numbers("learning_rates", rates)
     changed = {key: value for key, value in values.items() if key not in ("name", "learning_rates")}
     for key in changed:
         if key not in OF_METHOD:
@@ -152,4 +172,13 @@ def entry_of(recipe: Recipe, spec: Comparison, item: object) -> Entry:
     entry = replace(recipe, **{"args": {}, **changed})
     if "$" in str(name):
         raise ValueError(f"methods: name {name!r} has a $, which plots read as a formula; leave it out")
-    return Entry(conform("methods: name", str, name), entry, tuple(sorted(set(rates))))
+    if rates == "auto":
+        numbers = grid_around(replace(entry, learning_rate="auto").rate)
+    else:
+        numbers = positive_numbers("learning_rates", rates)
+    return Entry(conform("methods: name", str, name), entry, tuple(sorted(set(numbers))))
+
+
+def grid_around(rate: float) -> list[float]:
+    """Return a third, once and three times a rate."""
+    return [float(f"{rate * factor:.2g}") for factor in (1 / 3, 1, 3)]

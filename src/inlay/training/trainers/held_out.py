@@ -23,6 +23,7 @@ class HeldOutTokens(Base):
     """
 
     token_metrics: tuple[str, ...] = ("loss",)  # what `token_scores` gives, in its order
+    row_sums: list[list[float]]  # of the last evaluation, each row's count of tokens and its sums of their scores
 
     def token_scores(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
         """Return which tokens of a batch count (rows × tokens), and their scores, zero for the others."""
@@ -40,6 +41,7 @@ class HeldOutTokens(Base):
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Evaluate as transformers does, with the means over all tokens as metrics."""
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        self.row_sums = np.asarray(output.predictions, dtype=np.float64).round(4).tolist()
         count, *sums = np.asarray(output.predictions, dtype=np.float64).sum(0).tolist()
         means = {name: total / count for name, total in zip(self.token_metrics, sums, strict=True)}
         metrics = {f"{metric_key_prefix}_{name}": mean for name, mean in means.items()}

@@ -73,6 +73,7 @@ class Safe(Base):
         self.base: str | None = None  # a mark of all its weights before they were adapted
         self.ratios, self.zeroth = ratios or {}, zeroth
         self.fault: str | None = None
+        self.row_sums: list[list[float]] = []
         self.passed: dict[int, str] = {}  # steps that were passed over, and why
         super().__init__(*args, callbacks=[*(callbacks or []), self.stop], **kwargs)
         stage = cast(Any, self.accelerator.state).deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else 3

@@ -1,0 +1,83 @@
+"""Default learning rates: what `learning_rate: auto` stands for, by method.
+
+One table, which `inlay methods`, `train`, `compare` and the docs read. A rate is for AdamW and a method's usual size.
+Measured ones come from `benchmarks/default_rates.py` and the comparison in docs/results/e2e, of two tasks: E2E on the
+built-in model, TREC on a 22M encoder. The default is the lower of the two best rates, rounded to 1, 1.5, 2, 3, 5 or 7:
+above the best rate the loss rises steeply, below it slowly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class DefaultRate:
+    """Hold a method's default learning rate, and where it is from.
+
+    Attributes:
+        value: the rate.
+        e2e, trec: the best rates that were measured, where they lay inside their grid.
+        source: where the rate is from, if it was not measured so.
+    """
+
+    value: float
+    e2e: float | None = None
+    trec: float | None = None
+    source: str = ""
+
+    @property
+    def origin(self) -> str:
+        """Return in words where the rate is from."""
+        measured = {"E2E": self.e2e, "TREC": self.trec}
+        return self.source or ", ".join(f"{task} {rate:.2g}" for task, rate in measured.items() if rate is not None)
+
+
+ONE_OF_TWO = "the better of two on E2E, not inside a grid"
+UNKNOWN = DefaultRate(5e-4, source="not measured")
+
+# fmt: off
+RATES = {
+    "lora": DefaultRate(3e-3, 2.7e-3, 3e-3),
+    "pissa": DefaultRate(5e-4, 4.7e-4, 2e-3),
+    "milora": DefaultRate(1.5e-3, 1.3e-3),
+    "olora": DefaultRate(5e-4, source=ONE_OF_TWO),
+    "svfit": DefaultRate(0.1, source=ONE_OF_TWO),
+    "loldu": DefaultRate(1e-2, source=ONE_OF_TWO),
+    "lamda": DefaultRate(1.5e-3, source="one rate on E2E, not inside a grid"),
+    "dota": DefaultRate(3e-4, 3.6e-4),
+    "bone": DefaultRate(5e-4, 4.5e-4),
+    "bat": DefaultRate(3e-4, 3.7e-4),
+    "bat_col": DefaultRate(3e-4, source="as bat, whose first step is as long"),
+    "mora": DefaultRate(5e-4, source=ONE_OF_TWO),
+    "mora_rope": DefaultRate(1.5e-3, source=ONE_OF_TWO),
+    "randlora": DefaultRate(1.5e-3, source=ONE_OF_TWO),
+    "peanut": DefaultRate(1.5e-3, source=ONE_OF_TWO),
+    "deep_lora": DefaultRate(1e-2, source=ONE_OF_TWO),
+    "snell": DefaultRate(1.5e-3, source=ONE_OF_TWO),
+    "lorta": DefaultRate(1e-2, source=ONE_OF_TWO),
+    "xgblora": DefaultRate(5e-3, source=ONE_OF_TWO),
+    "spiel": DefaultRate(1.5e-3, source=ONE_OF_TWO),
+    "eva": DefaultRate(1.5e-3, source=ONE_OF_TWO),
+    "lora_ga": DefaultRate(5e-4, source=ONE_OF_TWO),
+    "lq_lora": DefaultRate(5e-4, source=ONE_OF_TWO),
+    "smt": DefaultRate(1.5e-3, source=ONE_OF_TWO),
+    "full": DefaultRate(5e-5, source="one rate on E2E, not inside a grid"),
+    "peft:dora": DefaultRate(3e-3, 2.7e-3),
+    "peft:lora": DefaultRate(3e-3, source="as lora"),
+    "peft:pissa": DefaultRate(5e-4, source="as pissa"),
+    "peft:olora": DefaultRate(5e-4, source="as olora"),
+    "peft:miss": DefaultRate(5e-4, source="as bone"),
+}
+# fmt: on
+
+
+def default_rate(method: str) -> DefaultRate:
+    """Return the default learning rate of a recipe's method; of one that is not in the table, a careful one."""
+    return RATES.get(method, UNKNOWN)
+
+
+def rates_table() -> str:
+    """Return the table as Markdown, for docs/methods.md."""
+    rows = [f"| `{method}` | {rate.value:g} | {rate.origin} |" for method, rate in RATES.items()]
+    return "\n".join(["| method | rate | best measured, or where it is from |", "|---|---|---|", *rows])
