@@ -53,10 +53,10 @@ RECIPES = {
     "groups": "--method snell --r 4 --group-by-length --skip-nan 1",
     "full": "--method full --keep-best --eval-every 2",
     "dora": "--method peft:dora --args {r:\\ 4} --dropout 0.1",
-    "xgblora": "--method xgblora --warmup 0.1",
+    "xgblora": "--method xgblora --r 4 --warmup 0.1",
     "plus": "--method lora --r 4 --lr-ratio 4 --flat-noise 0.05",
-    "bat": "--method bat --weight-decay 0.1 --accumulation 3 --batch-size 1",
-    "ratio": "--method randlora --save-every 1",
+    "bat": "--method bat --r 16 --weight-decay 0.1 --accumulation 3 --batch-size 1",
+    "ratio": "--method randlora --r 16 --save-every 1",
     "overwrite": "--method lora --r 4 --overwrite",
     "two": "--method lora --r 4 --dropout 0.1 --num-processes 2 --batch-size 2",
 }  # fmt: skip
@@ -216,7 +216,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--more", default="", help="flags for inlay train")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--minutes", type=float, default=600, help="start no run after so many")
     asked = parser.parse_args()
+    over = time.monotonic() + 60 * asked.minutes
     kills: collections.Counter[str] = collections.Counter()
     draw, trials = random.Random(asked.seed), 0
     most = MOST if len(asked.recipes) > 1 else asked.kills
@@ -240,7 +242,7 @@ def main() -> None:
         references: dict[str, tuple[dict, float]] = {}
         tried: set[str] = set()
         places = {"model": model, "adapter": folder / "adapter", "out": folder / "out"}
-        while kills.total() < asked.kills:
+        while kills.total() < asked.kills and time.monotonic() < over:
             recipe = asked.recipes[trials % len(asked.recipes)]
             tried.add(recipe)
             common = (

@@ -61,6 +61,14 @@ def test_import_finds_it_too(aside, tmp_path, capsys):
     assert aside.exists()
 
 
+def test_a_run_that_has_begun_to_replace_another_says_where_that_is(aside, tmp_path, capsys):
+    """A process was killed after it had put the new run in its place, before it was trained."""
+    aside.mkdir()
+    (old,) = tmp_path.glob(".run.????????.old")
+    says = f"run/adapter/ is there; what it is to replace is in {old} until it is finished"
+    assert says in fails(capsys, "export", str(aside), str(tmp_path / "out"))
+
+
 def test_a_folder_of_full_fine_tuning_is_found_as_a_model(run, tiny, tmp_path, capsys):
     folder = Path(shutil.copytree(run, tmp_path / "run"))
     shutil.copytree(tiny, folder / "model")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from inlay.files.atomic import find_again
+from inlay.files.atomic import find_again, siblings
 from inlay.files.untrusted import LENGTH, DamagedFileError, from_json, read_regular, regular_file, regular_files
 from inlay.host.config import INLAY, check_imports
 from inlay.host.strength import check_config_scalable, set_scale
@@ -39,7 +39,9 @@ def adapter_folder(path: str | Path) -> Path:
     for folder in (find_again(Path(path)), Path(path) / "adapter"):
         if regular_file(folder / CONFIG).is_file():
             return folder
-    raise ValueError(f"{path} holds no adapter: neither {path}/{CONFIG} nor {path}/adapter/ is there")
+    replaced = siblings(Path(path), "old")
+    hint = f"; what it is to replace is in {replaced[-1]} until it is finished" if replaced else ""
+    raise ValueError(f"{path} holds no adapter: neither {path}/{CONFIG} nor {path}/adapter/ is there{hint}")
 
 
 @dataclass(frozen=True, eq=False)
