@@ -1,16 +1,111 @@
-"""Format what a person reads: one-line errors, sizes and durations, suggestions for names; silence noisy libraries."""
+"""Format what a person reads: one-line errors, sizes and durations, suggestions for names; silence noisy libraries.
+
+Everything that is printed passes `show_text` or a `Terminal`: nothing in data, names or answers steers a terminal.
+"""
 
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import logging
 import os
 import re
+import sys
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
-import torch
+from rich.console import Console
+from rich.text import Text
+
+if TYPE_CHECKING:  # help and mistakes in flags would wait seconds for it
+    import torch
+    from rich.progress import Progress, ProgressColumn
+
+# Control characters but for new line and tab, what turns the direction of writing, line separators, lone surrogates.
+STEERING = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ufff9-\ufffb\ud800-\udfff]"
+)
+
+
+def printable(text: str) -> str:
+    """Return `text` with every character that steers a terminal written out, as \\x1b for escape."""
+    return STEERING.sub(lambda found: ascii(found[0])[1:-1], text.replace("\r\n", "\n"))
+
+
+def one_line(text: str) -> str:
+    """Return `text` on one line, with every run of spaces and line breaks a space, and nothing that steers."""
+    return printable(" ".join(text.split()))
+
+
+def show_text(text: str, to_stderr: bool = False) -> None:
+    """Print `text` so that nothing in it steers the terminal."""
+    print(printable(text), file=sys.stderr if to_stderr else sys.stdout)
+
+
+class Terminal(Console):
+    """Print to people: nothing that is printed steers the terminal or counts as markup."""
+
+    def __init__(self, **settings: Any) -> None:
+        width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 110
+        super().__init__(**{"highlight": False, "markup": False, "emoji": False, "width": width, **settings})
+
+    def render_str(self, text: str, **settings: Any) -> Text:
+        """Make styled text of a string, as rich does of each that it prints, of cells and titles of tables too."""
+        return super().render_str(printable(text), **settings)
+
+
+def progress_bars(console: Console, time: ProgressColumn) -> Progress:
+    """Return bars with a count, a `time` and `now`, of which a narrow screen cuts the text and never the figures.
+
+    rich forgets a step after half a minute, so that slower ones would never show the time left; these remember a day.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.table import Column
+
+    return Progress(
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, ratio=2, max_width=40)),
+        BarColumn(None, table_column=Column(ratio=1, max_width=40)),
+        MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=7)),
+        time,
+        TextColumn("{task.fields[now]}", markup=False, table_column=Column(no_wrap=True, ratio=5)),
+        console=console, disable=not console.is_terminal, speed_estimate_period=86_400.0, expand=True,
+    )  # fmt: skip
+
+
+PACKAGES = {  # what a command needs beside Inlay's own requirements, by the name it is imported under
+    "PIL": "pillow",
+    "PyNomad": "'inlay[nomad]'",
+    "apollo_torch": "apollo-torch",
+    "bitsandbytes": "'inlay[quantized]'",
+    "galore_torch": "galore-torch",
+    "liger_kernel": "liger-kernel",
+    "lm_eval": "'inlay[harness]'",
+    "nltk": "'inlay[eval]'",
+    "optuna": "'inlay[tune]'",
+    "pytorch_optimizer": "pytorch-optimizer",
+    "ray": "'inlay[ray]'",
+    "rouge_score": "'inlay[eval]'",
+    "sacrebleu": "'inlay[eval]'",
+    "tensorboard": "'inlay[ui]'",
+}
+
+
+def installed(package: str) -> bool:
+    """Return whether a package can be imported, without importing it."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # what is None in sys.modules
+        return False
+
+
+def check_installed(what: str, *packages: str) -> None:
+    """Raise a ValueError, before `what` begins, where one of the `packages` that it needs is missing."""
+    for package in packages:
+        if not installed(package):
+            raise ValueError(f"{what} needs {package}; pip install {PACKAGES[package]}")
 
 
 class AfterTrainingError(ValueError):
@@ -65,6 +160,8 @@ def loading(what: str, kind: type[ValueError] = ValueError) -> Iterator[None]:
 
 def out_of_memory(error: BaseException) -> bool:
     """Return whether an exception reports that the memory of a GPU or of the machine is exhausted."""
+    import torch
+
     message = str(error) if isinstance(error, RuntimeError) else ""
     exhausted = "allocate memory" in message or "not enough memory" in message
     return exhausted or isinstance(error, (torch.OutOfMemoryError, MemoryError))
@@ -82,10 +179,13 @@ def quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import datasets
     import transformers
+    from tqdm import tqdm
+
+    tqdm.set_lock(threading.RLock())  # its own holds a semaphore of the system, which a killed trial would leave
 
     warnings.simplefilter("ignore", FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs every product that it rounds
-    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
+    warnings.formatwarning = lambda message, *_, **__: printable(f"note: {message}\n")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()

@@ -20,6 +20,7 @@ from inlay.cli import main
 from inlay.methods import METHODS
 from inlay.models.adapters import Adapter
 from inlay.models.sizes import count_trainable
+from inlay.planning.planner import PlannedRun
 from inlay.recipe.rates import RATES
 from inlay.recipe.reading import from_flag, load_recipe
 from inlay.recipe.recipe import Recipe
@@ -94,6 +95,15 @@ def test_papers_as_bibtex(capsys):
         ("early_stopping: 2", "needs eval_every"),
         ("method: dora", "unknown method 'dora'; choose one of lora, pissa, milora, olora"),
         ("args: {rank: 3}", "bone has no hyperparameter 'rank'; it has scale, dropout, r"),
+        (
+            "method: peft:lora\nargs: {alora_invocation_tokens: x}",
+            "alora_invocation_tokens: 'x' is not a list of entries, each a whole number or nothing",
+        ),
+        (
+            "method: peft:lora\nargs: {alora_invocation_tokens: [x]}",
+            "is not a list of entries, each a whole number or nothing",
+        ),
+        ("method: peft:lora\nargs: {r: big}", "peft:lora: r: 'big' is not a whole number"),
         ("[1, 2]", "must be a mapping"),
         ("a: [", "is not YAML"),
     ],
@@ -228,6 +238,19 @@ def test_dry_run_shows_and_writes_nothing(tiny, records, tmp_path, capsys):
     assert config["args"] == {"r": 4, "alpha": None}
     assert config["max_length"] == 512
     assert not out.exists()
+
+
+def test_dry_run_says_the_time_of_the_products(tiny, records, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("inlay.training.dry_run.product_rate", lambda dtype: 1e6)
+    flags = ["--data", records, "--method", "lora", "--r", "4", "--output", str(tmp_path / "run"), "--steps", "3"]
+    main(["train", "--model", tiny, *flags, "--accumulation", "2", "--dtype", "float32", "--dry-run"])
+    said = capsys.readouterr().out
+    recipe = load_recipe(None, {"model": tiny, "method": "lora", "r": 4})
+    length = int(re.search(r"longest (\d+) tokens", said)[1])
+    tokens, rows = (int(n.replace(",", "")) for n in re.search(r"([\d,]+) tokens in (\d+) sequences", said).groups())
+    flops = PlannedRun(recipe.base_model, recipe.config(), torch.float32, device="cpu").step(8, length).flops
+    minutes, seconds = re.search(r"about (\d+):(\d\d) \(m:ss\)", said).groups()
+    assert 60 * int(minutes) + int(seconds) == pytest.approx(6 * flops * tokens / rows / length / 1e6, rel=0.01)
 
 
 # -- mistakes ---------------------------------------------------------------------------------------------------------
@@ -430,6 +453,7 @@ def test_a_share_of_held_out_data_is_a_share(tiny, records, tmp_path):
 
 def test_upload_uses_the_hub_client(run, monkeypatch):
     calls = []
+    monkeypatch.setattr("inlay.training.hub.offline", lambda: False)
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, repo, **kw: calls.append(repo))
     monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda self, **kw: calls.append(kw["folder_path"]))
     claim_repository("me/adapter")

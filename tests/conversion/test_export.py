@@ -8,7 +8,8 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from helpers import fails
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from sizes import SIZES
 from transformers import AutoModelForCausalLM
@@ -289,3 +290,17 @@ def test_low_rank_methods_need_no_base_weights(tiny, tmp_path, monkeypatch):
     inlay.export_lora(tmp_path / "a", tmp_path / "l", model=str(tmp_path / "bare"))
     assert find("bat").reads_weight
     assert not find("lamda").reads_weight
+
+
+def test_an_adapter_of_pefts_is_sent_to_where_it_becomes_ours(tiny, tmp_path, capsys):
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    get_peft_model(base(tiny), config).save_pretrained(tmp_path / "lora")
+    for verb in ("export", "merge"):
+        said = fails(capsys, verb, str(tmp_path / "lora"), str(tmp_path / "out"))
+        assert "is a LORA of PEFT's; first make it Inlay's: inlay import " in said
+    main(["import", *said.partition("inlay import ")[2].split()[:1], str(tmp_path / "imported")])
+    main(["merge", str(tmp_path / "imported"), str(tmp_path / "merged")])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    lora = PeftModel.from_pretrained(base(tiny), str(tmp_path / "lora")).eval()
+    with torch.no_grad():
+        assert (merged(input_ids=IDS).logits - lora(input_ids=IDS).logits).abs().max() < 1e-4

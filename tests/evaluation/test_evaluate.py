@@ -20,7 +20,7 @@ from inlay.evaluation.evaluate import evaluate
 from inlay.evaluation.generate import answer
 from inlay.evaluation.metric import less_is_better, load_metric, metric_score, metric_title
 from inlay.evaluation.scores import Score, overlap_scores, resampled_score, score_difference, share_score
-from inlay.evaluation.text_overlap import MEASURES, installed
+from inlay.evaluation.text_overlap import MEASURES, installed_measures
 from inlay.models.base import BaseModel
 
 QUIET = Console(quiet=True)
@@ -187,7 +187,7 @@ def test_what_is_not_installed(monkeypatch):
     """sacrebleu is needed, the others are left out; the harness is named with its extra."""
     for package in ("nltk", "rouge_score"):
         monkeypatch.setitem(sys.modules, package, None)
-    assert list(installed()) == ["BLEU", "chrF"]
+    assert list(installed_measures()) == ["BLEU", "chrF"]
     with pytest.raises(ValueError, match=r"metric: NIST needs nltk; pip install 'inlay\[eval\]'"):
         load_metric({"task": "text", "data": "builtin", "limit": 2, "figure": "NIST"})
     monkeypatch.setitem(sys.modules, "sacrebleu", None)

@@ -36,7 +36,7 @@ def test_without_ray_a_line_says_what_to_install(asked, tmp_path, monkeypatch, c
     with pytest.raises(SystemExit) as end:
         main(["compare", asked, "--output", str(tmp_path / "out"), "--ray"])
     assert end.value.code == 2
-    assert capsys.readouterr().err == "inlay: --ray needs Ray; pip install 'inlay[ray]'\n"
+    assert capsys.readouterr().err == "inlay: --ray needs ray; pip install 'inlay[ray]'\n"
 
 
 @pytest.mark.parametrize("verb", ["compare", "tune"])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -258,3 +259,56 @@ def test_planning_leaves_bitsandbytes_as_it_was(small):
     name2qmap.pop("dynamic", None)
     PlannedRun(BaseModel(small), config("bone"), quantize="nf4").step(1, 8)
     quantize_blockwise(torch.randn(256))
+
+
+@pytest.fixture
+def no_bitsandbytes(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+
+
+@pytest.mark.parametrize("method", ["lora", "bone", "dota"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_four_bits_by_size_are_near_those_followed(trainable_model, method, checkpointing, monkeypatch):
+    run = PlannedRun(BaseModel(trainable_model), config(method), quantize="nf4", checkpointing=checkpointing)
+    followed = run.step(4, 192)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    by_size = PlannedRun(BaseModel(trainable_model), config(method), quantize="nf4", checkpointing=checkpointing)
+    step = by_size.step(4, 192)
+    assert (step.parameters, step.file, step.gradients) == (followed.parameters, followed.file, followed.gradients)
+    assert step.frozen == pytest.approx(followed.frozen, rel=0.02)
+    assert step.peak == pytest.approx(followed.peak, rel=0.05)
+
+
+def test_without_bitsandbytes_there_is_a_column_of_four_bits(small, no_bitsandbytes, capsys):
+    main(["plan", small, "--method", "bone", "--r", "8", "--length", "64", "--fits", "0.1"])
+    said = capsys.readouterr().out
+    assert "nf4" in said
+    assert "int8" not in said
+    assert "note: 8 bits are not planned without bitsandbytes: pip install" in said
+
+
+def test_what_fits_the_length_comes_before_what_shortens_it(small, tmp_path):
+    """In less than the weights take in 16 bits with the asked length, something still fits it."""
+    lengths = {}
+    for gigabytes in ("0.05", "0.1"):
+        file = tmp_path / f"{gigabytes}.json"
+        flags = ["--method", "bone", "--r", "8", "--length", "4096", "--fits", gigabytes]
+        main(["plan", small, *flags, "--json", str(file)])
+        lengths[gigabytes] = [row["length"] for row in json.loads(file.read_text()) if row["peak"]]
+    for found in lengths.values():
+        assert found == sorted(found, key=lambda length: length < 4096)
+    assert any(length < 4096 for found in lengths.values() for length in found)
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe"])
+def test_a_model_of_experts_is_planned_or_says_that_it_is_not(kind, tmp_path, capsys):
+    made = getattr(transformers, f"{kind}Config")(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=256, head_dim=16, **({"num_local_experts": 4} if kind == "Mixtral" else {"num_experts": 4}),
+    )  # fmt: skip
+    made.save_pretrained(tmp_path)
+    for more in ([], ["--fits", "1"]):
+        main(["plan", str(tmp_path), "--method", "lora", "--r", "4", "--length", "64", *more])
+        said = capsys.readouterr().out
+        assert "the experts of this model stay frozen" in said
+        assert "memory not planned: " in said or "PEFT LoRA" in said

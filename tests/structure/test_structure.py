@@ -109,3 +109,11 @@ def test_a_method_file_is_short(name):
 def test_method_files_are_sixty_lines_on_average():
     lengths = [len(FILES[name].read_text().splitlines()) for name in METHOD_FILES]
     assert sum(lengths) / len(lengths) <= 60
+
+
+def test_the_table_of_flags_is_that_of_the_fields():
+    """The command line reads it in place of the recipe and the methods, which would import torch."""
+    from inlay.cli.flags import FILE
+    from inlay.cli.recipe_reference import flag_table
+
+    assert FILE.read_text(encoding="utf-8") == flag_table(), "python -m inlay.cli.recipe_reference writes it anew"

@@ -1,10 +1,12 @@
 """The live page: what is read of runs that grow, and that it is served to this machine alone."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import psutil
 import pytest
 
 from inlay.cli import main
-from inlay.training.live_page import Follower
+from inlay.training.live_page import Follower, own_name_only
 
 pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
 
@@ -84,6 +86,65 @@ def test_a_damaged_line_is_said_and_left_out(tmp_path, capsys):
         run.writer.close()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_no_run_of_a_folder_ends_the_page(tmp_path, capsys):
+    """A number of 400 digits, deep JSON, a recipe that is no text, links, pipes: each run is there, with its error."""
+    runs, events = tmp_path / "runs", tmp_path / "events"
+    secret = tmp_path / "secret.yaml"
+    secret.write_text("token: 12345\n")
+    (tmp_path / "rows.jsonl").write_text('{"step": 1, "loss": 9.0}\n')
+    for name in ("digits", "deep", "bytes", "linked", "rows", "pipe", "good"):
+        grow(runs / name, {"step": 1, "loss": 3.0})
+    (runs / "digits" / "metrics.jsonl").write_text(
+        f'{{"step": {"9" * 400}, "loss": 1}}\n{{"step": 2, "loss": {"9" * 400}}}\n'
+    )
+    (runs / "deep" / "metrics.jsonl").write_text("[" * 100_000 + "\n")
+    (runs / "bytes" / "recipe.yaml").write_bytes(b"method: \xff\xfe\n")
+    for path, target in (
+        (runs / "linked" / "recipe.yaml", secret),
+        (runs / "rows" / "metrics.jsonl", tmp_path / "rows.jsonl"),
+    ):
+        path.unlink()
+        path.symlink_to(target)
+    (runs / "pipe" / "recipe.yaml").unlink()
+    os.mkfifo(runs / "pipe" / "recipe.yaml")
+    follower = Follower(runs, events)
+    follower.look()
+    follower.look()
+    said = capsys.readouterr().err
+    assert {p.parent.name for p in follower.known} == {"digits", "deep", "bytes", "linked", "rows", "pipe", "good"}
+    assert {p.parent.name for p, run in follower.known.items() if run.error} == {"bytes", "linked", "rows", "pipe"}
+    assert all(said.count(f"{runs}/{name} cannot be read") == 1 for name in ("bytes", "linked", "rows", "pipe"))
+    assert max(map(len, said.splitlines())) < 500
+    for name in ("good", "bytes", "linked"):
+        assert written(events, name) == [(1, 3.0)]
+    for run in follower.known.values():
+        run.writer.close()
+    kept = b"".join(path.read_bytes() for path in events.rglob("*") if path.is_file())
+    assert b"12345" not in kept
+    assert b"can't decode byte 0xff" in kept
+
+
+def test_the_page_answers_to_its_own_name_alone():
+    """Else a site whose name points to this machine could read the runs of who visits it."""
+    answered = []
+    app = own_name_only(lambda environ, start: answered.append(environ["HTTP_HOST"]) or [b"runs"])
+    heard = []
+    for host in (
+        "127.0.0.1:6006",
+        "localhost:6006",
+        "LOCALHOST:6006",
+        "evil.example:6006",
+        "127.0.0.1",
+        "127.0.0.1:80",
+        "",
+    ):
+        app({"HTTP_HOST": host, "SERVER_PORT": "6006"}, lambda status, headers: heard.append(status))
+    app({"SERVER_PORT": "6006"}, lambda status, headers: heard.append(status))
+    assert answered == ["127.0.0.1:6006", "localhost:6006", "LOCALHOST:6006"]
+    assert heard == ["403 Forbidden"] * 5
+
+
 def test_a_folder_that_is_not_there_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["ui", str(tmp_path / "none")])
@@ -105,6 +166,9 @@ def test_the_page_shows_a_run_that_grows_to_this_machine_alone(tmp_path):
     try:
         url = re.search(r"http://127\.0\.0\.1:\d+/", process.stdout.readline())[0]
         assert b"<title>" in get(url)
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            get(urllib.request.Request(url, headers={"Host": f"evil.example:{url.split(':')[2].strip('/')}"}))
+        assert refused.value.code == 403
         grow(runs / "old", {"step": 2, "loss": 2.0, "seconds": 2.0})
         grow(runs / "new", {"step": 1, "loss": 4.0, "seconds": 1.0})
         shown = {}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from inlay.cli.parser import SCALE, WHAT_AND_WHERE, add_fields, terminal
+from inlay.cli.parser import SCALE, WHAT_AND_WHERE, add_fields
+from inlay.messages import Terminal, gib, show_text
 
 
 def fold_command(options: argparse.Namespace) -> None:
@@ -18,7 +19,7 @@ def fold_command(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from inlay.conversion.fold import fold
-    from inlay.messages import gib, quiet
+    from inlay.messages import quiet
     from inlay.recipe.reading import from_flag, load_recipe
 
     quiet()
@@ -37,9 +38,9 @@ def fold_command(options: argparse.Namespace) -> None:
         groups.setdefault(error.module.rpartition(".")[2], []).append(error)
     for kind, errors in (*groups.items(), ("all", folded.errors)):
         table.add_row(kind, *(f"{statistics.mean(getattr(e, k) for e in errors):.4f}" for k in ("plain", "folded")))
-    terminal().print(table)
+    Terminal().print(table)
     size = sum(file.stat().st_size for file in folded.base.iterdir())
-    print(f"{folded.base} ({gib(size)}), {folded.adapter}; each weight's error: {folded.folder / 'errors.csv'}")
+    show_text(f"{folded.base} ({gib(size)}), {folded.adapter}; each weight's error: {folded.folder / 'errors.csv'}")
 
 
 def fold_arguments(verb: argparse.ArgumentParser) -> None:
@@ -71,11 +72,11 @@ def export_command(options: argparse.Namespace) -> None:
     worst = max(done.errors.values())
     if worst > 1e-5:
         for module, error in done.errors.items():
-            print(f"{module}: relative error {error:.2e}")
+            show_text(f"{module}: relative error {error:.2e}")
     lost = max(done.rounding.values())
     rounded = f"; rounding to {options.dtype} lost up to {lost:.1e} of a change" if lost else ""
     exact = "exact" if worst < 1e-5 else f"largest relative error {worst:.2e}"
-    print(f"{done.folder}: rank {done.rank}, {exact}{rounded}")
+    show_text(f"{done.folder}: rank {done.rank}, {exact}{rounded}")
 
 
 def export_arguments(verb: argparse.ArgumentParser) -> None:
@@ -107,8 +108,8 @@ def import_command(options: argparse.Namespace) -> None:
     given = {k: v for k, v in vars(options).items() if k not in ("verb", "run")}
     done = import_adapter(**given)
     for note in done.notes:
-        print(f"note: {note}")
-    print(f"{done.folder}: {done.method} on {done.weights} weights")
+        show_text(f"note: {note}")
+    show_text(f"{done.folder}: {done.method} on {done.weights} weights")
 
 
 def import_arguments(verb: argparse.ArgumentParser) -> None:
@@ -144,11 +145,11 @@ def merge_command(options: argparse.Namespace) -> None:
         revision=options.revision, trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
     mean, most = sum(done.lost.values()) / max(1, len(done.lost)), max(done.lost.values(), default=0.0)
-    print(f"{done.folder}: rounding lost {mean:.1e} of the change of a weight, at most {most:.1e}")
+    show_text(f"{done.folder}: rounding lost {mean:.1e} of the change of a weight, at most {most:.1e}")
     if mean > 0.1:
-        print("note: this dtype is too coarse for so small a change; merge with --dtype float32, or serve the adapter")
+        show_text("note: this dtype is too coarse for so small a change; use --dtype float32, or serve the adapter")
     if done.logit_error is not None:
-        print(f"largest logit difference to the adapter on a probe batch {done.logit_error:.2e}")
+        show_text(f"largest logit difference to the adapter on a probe batch {done.logit_error:.2e}")
 
 
 def merge_arguments(verb: argparse.ArgumentParser) -> None:

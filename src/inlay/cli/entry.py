@@ -40,6 +40,7 @@ from inlay.cli.inspect import (
 )
 from inlay.cli.parser import OUT_OF_MEMORY, Parser, add_verb, fail
 from inlay.cli.train import train_arguments, train_command
+from inlay.messages import show_text
 
 VERBS = (
     (train_command, train_arguments),
@@ -62,18 +63,18 @@ VERBS = (
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a verb; a mistake of the user's is one line and exit code 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parser().parse_arguments(arguments)
+    if options.verb == "train":
+        options.arguments = arguments  # for the processes that it starts
 
     from inlay.host.distributed import Elsewhere
     from inlay.messages import AfterTrainingError, out_of_memory
 
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = parser().parse_args(arguments)
-    if options.verb == "train":
-        options.arguments = arguments  # for the processes that it starts
     try:
         options.run(options)
     except KeyboardInterrupt:
-        print("inlay: interrupted", file=sys.stderr)
+        show_text("inlay: interrupted", to_stderr=True)
         raise SystemExit(130) from None
     except Elsewhere:  # which is said there
         raise SystemExit(1) from None
@@ -90,8 +91,9 @@ def main(arguments: list[str] | None = None) -> None:
 def parser() -> Parser:
     """Build the parser of all verbs with their flags."""
     top = Parser(prog="inlay", description="Fine-tune a large language model by re-cutting its own weights.")
-    top.add_argument("--version", action="version", version=f"inlay {__version__}")
+    top.add_argument("--version", action="version", version=f"inlay {__version__}", help="show the version and stop")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     for command, arguments in VERBS:
-        arguments(add_verb(verbs, command))
+        arguments(add_verb(top, verbs, command))
+    top.epilog = "inlay VERB --help says more."
     return top

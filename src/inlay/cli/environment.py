@@ -8,6 +8,8 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
+from inlay.messages import show_text
+
 PACKAGES = """torch transformers peft trl accelerate datasets safetensors tokenizers bitsandbytes triton optuna ray
 deepspeed gguf lm-eval""".split()
 VARIABLES = """INLAY_CACHE INLAY_DEBUG INLAY_TRITON HF_HOME HF_HUB_OFFLINE CUDA_VISIBLE_DEVICES OMP_NUM_THREADS
@@ -21,11 +23,11 @@ def env_command(options: argparse.Namespace) -> None:
     """
     facts = machine_facts()
     if options.json:
-        print(json.dumps(facts, indent=1))
+        show_text(json.dumps(facts, indent=1))
         return
     for name, value in facts.items():
         for row in value.items() if isinstance(value, dict) else [(name, value)]:
-            print(f"{row[0]:<24}{row[1]}")
+            show_text(f"{row[0]:<24}{row[1]}")
 
 
 def env_arguments(verb: argparse.ArgumentParser) -> None:
@@ -73,7 +75,7 @@ def schema_command(options: argparse.Namespace) -> None:
     """
     from inlay.cli.json_schema import json_schema
 
-    print(json.dumps(json_schema(options.kind), indent=1, ensure_ascii=False))
+    show_text(json.dumps(json_schema(options.kind), indent=1, ensure_ascii=False))
 
 
 def schema_arguments(verb: argparse.ArgumentParser) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
-from inlay.cli.parser import SCALE, terminal
+from inlay.cli.parser import SCALE
+from inlay.messages import Terminal, show_text
 
 
 def eval_command(options: argparse.Namespace) -> None:
@@ -18,8 +18,8 @@ def eval_command(options: argparse.Namespace) -> None:
 
     quiet()
     given = {key: value for key, value in vars(options).items() if key not in ("verb", "run")}
-    evaluation = evaluate_model(**given, console=terminal(), done=print)
-    print(f"written to {evaluation.folder}")
+    evaluation = evaluate_model(**given, console=Terminal(), done=show_text)
+    show_text(f"written to {evaluation.folder}")
 
 
 def eval_arguments(verb: argparse.ArgumentParser) -> None:
@@ -69,13 +69,13 @@ def generate_command(options: argparse.Namespace) -> None:
     extra = {"do_sample": True, "temperature": options.temperature} if options.temperature > 0 else {}
     chat = [{"role": "system", "content": options.system}] if options.system else []
     if options.prompt is not None:
-        print(answer(model, tokenizer, [[*chat, user(options.prompt)]], options.tokens, **extra)[0])
+        show_text(answer(model, tokenizer, [[*chat, user(options.prompt)]], options.tokens, **extra)[0])
         return
-    print("an empty line ends the conversation", file=sys.stderr)
+    show_text("an empty line ends the conversation", to_stderr=True)
     while line := read_line():
         chat.append(user(line))
         chat.append({"role": "assistant", "content": answer(model, tokenizer, [chat], options.tokens, **extra)[0]})
-        print(chat[-1]["content"])
+        show_text(chat[-1]["content"])
 
 
 def generate_arguments(verb: argparse.ArgumentParser) -> None:

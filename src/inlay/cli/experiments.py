@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from inlay.cli.parser import add_fields, terminal, whole_number
+from inlay.cli.parser import add_fields, whole_number
+from inlay.messages import Terminal
 
 OF_DATA = ["data", "model", "task", "columns", "batch_size", "max_length", "eval_size", "target_modules", "dtype"]
 
@@ -34,12 +35,12 @@ def compare_command(options: argparse.Namespace) -> None:
 
         values = {name: from_flag(name, text) for name, text in given.items()}
         recipe = from_values({**values, "output": options.output, "overwrite": options.overwrite}, {})
-        compare_in_minutes(recipe, options.minutes, terminal())
+        compare_in_minutes(recipe, options.minutes, Terminal())
         return
     if given or options.minutes is not None:
         flag = next(iter(given), "minutes").replace("_", "-")
         raise ValueError(f"--{flag} is for a comparison without a recipe; write it in {options.recipe}")
-    compare(options.recipe, options.jobs, options.output, options.overwrite, terminal(), cluster(options))
+    compare(options.recipe, options.jobs, options.output, options.overwrite, Terminal(), cluster(options))
 
 
 def compare_arguments(verb: argparse.ArgumentParser) -> None:
@@ -64,7 +65,7 @@ def tune_command(options: argparse.Namespace) -> None:
     from inlay.messages import quiet
 
     quiet()
-    tune(options.recipe, options.jobs, options.output, options.overwrite, terminal(), cluster(options))
+    tune(options.recipe, options.jobs, options.output, options.overwrite, Terminal(), cluster(options))
 
 
 def tune_arguments(verb: argparse.ArgumentParser) -> None:
@@ -98,7 +99,7 @@ def ui_command(options: argparse.Namespace) -> None:
     """
     from inlay.training.live_page import serve
 
-    serve(options.runs, options.port, terminal())
+    serve(options.runs, options.port, Terminal())
 
 
 def ui_arguments(verb: argparse.ArgumentParser) -> None:

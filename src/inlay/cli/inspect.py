@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from inlay.cli.citations import bibtex
-from inlay.cli.parser import WHAT_AND_WHERE, add_fields, terminal, whole_number, whole_numbers
+from inlay.cli.parser import WHAT_AND_WHERE, add_fields, whole_number, whole_numbers
+from inlay.messages import Terminal, progress_bars, show_text
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from inlay.planning.table import Fit, Row
 
 
 def methods_command(options: argparse.Namespace) -> None:
@@ -18,13 +25,14 @@ def methods_command(options: argparse.Namespace) -> None:
     """
     from rich.table import Table
 
+    from inlay.cli.citations import bibtex
     from inlay.messages import quiet
     from inlay.methods import METHODS
     from inlay.models.base import BaseModel
     from inlay.recipe.rates import default_rate
 
     if options.bibtex:
-        print(bibtex(METHODS))
+        show_text(bibtex(METHODS))
         return
     quiet()
     base = BaseModel(options.model or "builtin")
@@ -42,7 +50,7 @@ def methods_command(options: argparse.Namespace) -> None:
         numbers = "" if caption.startswith("no ") else count(method, base, options.r)
         rate = f"{default_rate(method.name).value:g}"
         table.add_row(method.name, method.equation, method.trains, numbers, rate, method.paper)
-    terminal().print(table)
+    Terminal().print(table)
 
 
 def methods_arguments(verb: argparse.ArgumentParser) -> None:
@@ -86,7 +94,7 @@ def inspect_command(options: argparse.Namespace) -> None:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
             raise ValueError(f"{options.model} is an adapter, and {flags} is asked of a model; leave it out")
         name, base = given.pop("model"), given.pop("base", None)
-        show_changes(inspect_adapter(name, model=base, **given), name, terminal())
+        show_changes(inspect_adapter(name, model=base, **given), name, Terminal())
     elif "base" in given:
         raise ValueError(f"{options.model} is a model, and --base is of an adapter; leave it out")
     else:
@@ -96,11 +104,11 @@ def inspect_command(options: argparse.Namespace) -> None:
             if wrong := sorted(given.keys() & {"method", "direction"}):
                 flags = ", ".join(f"--{name}" for name in wrong)
                 raise ValueError(f"--joint allocates no ranks, which {flags} is for; leave out one of the two")
-            show_joint(inspect_joint(**given), given.get("r", 16), terminal())
+            show_joint(inspect_joint(**given), given.get("r", 16), Terminal())
         else:
-            show_inspection(inspect(**given), terminal())
+            show_inspection(inspect(**given), Terminal())
     if "output" in given:
-        print(f"written to {options.output}")
+        show_text(f"written to {options.output}")
 
 
 def inspect_arguments(verb: argparse.ArgumentParser) -> None:
@@ -130,7 +138,8 @@ def plan_command(options: argparse.Namespace) -> None:
     from inlay.messages import quiet
     from inlay.models.base import BaseModel
     from inlay.models.loading import DTYPES
-    from inlay.planning.planner import PlannedRun
+    from inlay.models.sizes import frozen_experts
+    from inlay.planning.planner import NotPlannedError, PlannedRun
     from inlay.planning.table import SHARE, candidates, fits, plan_rows, show_fits, show_plan, widths, write_plan
     from inlay.recipe.reading import from_flag
 
@@ -144,16 +153,42 @@ def plan_command(options: argparse.Namespace) -> None:
     base = BaseModel(options.model, trust_remote_code=bool(flags.get("trust_remote_code")))
     of = PlannedRun(base, None, DTYPES[options.dtype], device=options.device)
     notes: list[str] = []
-    if options.fits is None:
-        found = plan_rows(of, made, widths(("none", "nf4"), notes), options.batch_size or 4, options.length, notes)
-        show_plan(found, terminal())
-    else:
-        budget, kinds = SHARE * options.fits * 2**30, widths(("none", "int8", "nf4"), notes)
-        found = fits(of, made, kinds, budget, options.batch_size, options.length, notes)
-        show_fits(found, options.fits, options.batch_size is not None, terminal())
+    found: Sequence[Row | Fit] = ()
+    if line := frozen_experts(of.blank().requires_grad_(False)):
+        notes.append(line)
+    console = Terminal()
+    kinds = widths(("none", "nf4") if options.fits is None else ("none", "int8", "nf4"), notes)
+    total = 2 * (len(kinds) * len(made[:-1]) + 1)
+    try:
+        if options.fits is None:
+            with counted(console, total) as done:
+                rows = plan_rows(of, made, kinds, options.batch_size or 4, options.length, notes, done)
+            show_plan(rows, console)
+            found = rows
+        else:
+            budget = SHARE * options.fits * 2**30
+            with counted(console, total) as done:
+                largest = fits(of, made, kinds, budget, options.batch_size, options.length, notes, done)
+            show_fits(largest, options.fits, options.batch_size is not None, console)
+            found = largest
+    except NotPlannedError as error:
+        show_text(f"memory not planned: {error}")
+        for name, config in made:
+            show_text(f"{name}: {replace(of, config=config).parameters:,} trained parameters")
     for text in notes:
-        print(f"note: {text}")
+        show_text(f"note: {text}")
     write_plan(found, options.json, options.csv)
+
+
+@contextmanager
+def counted(console: Console, total: int) -> Iterator[Callable[[str], None]]:
+    """Show a bar on a terminal until the block ends, and yield what counts one more of `total`, by its name."""
+    from rich.progress import TimeElapsedColumn
+
+    with progress_bars(console, TimeElapsedColumn()) as bars:
+        bar = bars.add_task("planning", total=total, now="")
+        yield lambda name: bars.update(bar, advance=1, now=name)
+        bars.update(bar, visible=False)
 
 
 def plan_arguments(verb: argparse.ArgumentParser) -> None:

@@ -1,12 +1,16 @@
-"""The argument parser of all verbs: flags from recipe fields, errors on one line."""
+"""The argument parser of all verbs: flags from recipe fields, help that fits the screen, errors on one line."""
 
 from __future__ import annotations
 
 import argparse
-import sys
+import re
+import shutil
+import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from typing import Any, NoReturn
+
+from inlay.cli.flags import flag_suggestion, recipe_flags
+from inlay.messages import did_you_mean, one_line, show_text
 
 COMMON = """data output method r scale target_modules learning_rate steps epochs batch_size max_length dtype
 eval_size gradient_checkpointing seed samples model overwrite""".split()
@@ -16,29 +20,140 @@ SCALE = "strength of the adapter: 0 is the base, 1 (default) as it was trained"
 OUT_OF_MEMORY = """out of memory. What helps, most first: --batch-size auto (or a smaller one, with --accumulation to
 make up for it), --gradient-checkpointing true, a smaller --max-length, --dtype bfloat16, a model quantised to 4 bits;
 inlay train --dry-run counts what a setting needs"""
-
-
-class Help(argparse.RawDescriptionHelpFormatter):
-    """Format help with a line per flag, on one screen."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=28, width=110)
+COLUMN = 27  # where the texts of flags begin
 
 
 class Parser(argparse.ArgumentParser):
-    """Report a mistake on one line with exit code 2, and accept no abbreviated flags."""
+    """Report a mistake on one line with exit code 2, accept no abbreviated flags, and write help for any width."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"formatter_class": Help, "allow_abbrev": False, **kwargs})
+        self.arguments: list[argparse.Action] = []
+        self.verbs: dict[str, Parser] = {}
+        self.example = ""
+        super().__init__(*args, **{"allow_abbrev": False, "add_help": False, **kwargs})
+        self.add_argument("--help", "-h", action="help", help="show this help and stop")
+
+    def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
+        """Add an argument, and keep it for the help."""
+        self.arguments.append(super().add_argument(*names, **settings))
+        return self.arguments[-1]
 
     def error(self, message: str) -> NoReturn:
+        """End with a mistake in the arguments."""
         fail(f"{message}; see {self.prog} --help")
+
+    def flags(self) -> list[str]:
+        """Return the long flags, without their dashes."""
+        return [text[2:] for action in self.arguments for text in action.option_strings if text.startswith("--")]
+
+    def spelled(self, arguments: Sequence[str]) -> list[str]:
+        """Return arguments with every flag as it is spelled here: --learning_rate is --learning-rate.
+
+        An unknown flag ends the program, with a suggestion.
+        """
+        if "--" in arguments:
+            end = list(arguments).index("--")
+            return [*self.spelled(arguments[:end]), *arguments[end:]]
+        known = self.flags()
+        every = {text for action in self.arguments for text in action.option_strings}
+        found = []
+        for text in arguments:
+            flag, equals, value = text.partition("=")
+            if re.match("-{1,2}[A-Za-z]", text) and flag not in every:
+                name = flag.lstrip("-").replace("_", "-")
+                if not (flag.startswith("--") and name in known):
+                    hint = flag_suggestion(name.lower(), known)
+                    self.error(f"unknown flag {flag}" + (f"; {hint}" if hint else ""))
+                text = f"--{name}{equals}{value}"
+            found.append(text)
+        return found
+
+    def parse_arguments(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Parse a verb and its arguments."""
+        verb = next((i for i, text in enumerate(arguments) if not text.startswith("-")), None)
+        if verb is None:
+            return self.parse_args(self.spelled(arguments))
+        name = arguments[verb]
+        if name not in self.verbs:
+            self.error(f"invalid choice {name!r}: {did_you_mean(name, self.verbs)}")
+        before, after = arguments[:verb], arguments[verb + 1 :]
+        return self.parse_args([*self.spelled(before), name, *self.verbs[name].spelled(after)])
+
+    def format_usage(self) -> str:
+        """Return the line that says what is given and in which order."""
+        given = [f"[{head(a)}]" if a.nargs == "?" else head(a) for a in self.arguments if not a.option_strings]
+        return f"usage: {' '.join([self.prog, *(['VERB'] if self.verbs else given), '[--FLAG VALUE ...]'])}\n"
+
+    def format_help(self) -> str:
+        """Return the help: usage, what the verb does, verbs or arguments with their defaults, an example."""
+        about = (self.description or "").split("\n\n")
+        parts = [self.format_usage(), *(line for text in about for line in (paragraph(text), ""))]
+        for name, verb in self.verbs.items():
+            parts += row(name, first_sentence(verb.description or ""))
+        shown = [action for action in self.arguments if action.help != argparse.SUPPRESS]
+        for action in sorted(
+            shown, key=lambda action: (bool(action.option_strings), "--help" in action.option_strings)
+        ):
+            parts += row(head(action), described(action))
+        if self.epilog:
+            parts += ["", paragraph(self.epilog)]
+        if self.example:
+            parts += ["", "example:", *map(command, self.example.strip().splitlines())]
+        return "\n".join(parts) + "\n"
+
+
+def screen() -> int:
+    """Return the columns that help takes: those of the terminal, at most 100."""
+    return min(100, shutil.get_terminal_size().columns)
+
+
+def paragraph(text: str, indent: int = 0) -> str:
+    """Return `text` in lines of the screen, broken only between words."""
+    width = screen() - 1 - indent
+    return textwrap.fill(" ".join(text.split()), width, break_long_words=False, break_on_hyphens=False)
+
+
+def row(name: str, text: str) -> list[str]:
+    """Return the lines of a table with the column of texts beside the names."""
+    lines = paragraph(text, COLUMN).splitlines()
+    if len(name) + 3 > COLUMN:
+        lines = ["", *lines]
+    return [f"  {name if i == 0 else '':<{COLUMN - 2}}{line}".rstrip() for i, line in enumerate(lines or [""])]
+
+
+def command(text: str) -> str:
+    """Return a command in lines of the screen that a shell reads as one."""
+    lines = paragraph(text, 6).splitlines()
+    return " \\\n".join(f"  {'  ' if i else ''}{line}" for i, line in enumerate(lines))
+
+
+def head(action: argparse.Action) -> str:
+    """Return how an argument is written: its flags and what follows them."""
+    value = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
+    if not action.option_strings:
+        return value
+    value = "" if action.nargs == 0 or not value else f" [{value}]" if action.nargs == "?" else f" {value}"
+    return ", ".join(action.option_strings) + value
+
+
+def described(action: argparse.Action) -> str:
+    """Return the help of an argument with its choices and its default."""
+    text = action.help or ""
+    choices = ", ".join(map(str, action.choices or ()))
+    if choices and not all(str(choice) in text for choice in action.choices or ()):
+        text = f"{text}; one of {choices}" if text else f"one of {choices}"
+    plain = action.default not in (None, False, argparse.SUPPRESS, [])
+    return f"{text} (default {action.default})" if plain and "default" not in text else text
+
+
+def first_sentence(text: str) -> str:
+    """Return the first sentence of `text`, whose end is a period before a space or at the end."""
+    return re.split(r"(?<=\.)\s", text.strip(), maxsplit=1)[0]
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
-    """End with the user's mistake on one line, in which nothing steers the terminal, and an exit `code`."""
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
-    print(f"inlay: {line}", file=sys.stderr)
+    """End with the user's mistake on one line, and an exit `code`."""
+    show_text(f"inlay: {one_line(message)}", to_stderr=True)
     raise SystemExit(code)
 
 
@@ -57,45 +172,35 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
-def add_verb(verbs: Any, function: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+def add_verb(top: Parser, verbs: Any, function: Callable[[argparse.Namespace], None]) -> Parser:
     """Add a subcommand: `NAME_command` is the verb NAME, and its docstring is the help."""
     text, _, example = (function.__doc__ or "").partition("example:")
-    verb = verbs.add_parser(
-        function.__name__.removesuffix("_command"),
-        help=text.split(".")[0],
-        description=text.strip(),
-        epilog=f"example: {example.rstrip()}",
-    )
+    name = function.__name__.removesuffix("_command")
+    verb = top.verbs[name] = verbs.add_parser(name, description=textwrap.dedent(text).strip())
+    verb.example = example
     verb.set_defaults(run=function)
     return verb
 
 
 def add_fields(verb: argparse.ArgumentParser, names: Sequence[str], hidden: bool = False) -> None:
     """Add recipe fields and hyperparameters as flags."""
-    from inlay.recipe.reading import hyperparameters
-    from inlay.recipe.recipe import Recipe
-
-    texts = {**{f.name: f.metadata["help"] for f in fields(Recipe)}, **hyperparameters()}
     for name in names:
-        kind = {"metavar": "VALUE", "default": argparse.SUPPRESS, "help": argparse.SUPPRESS if hidden else texts[name]}
-        switch = {"nargs": "?", "const": True} if name in SWITCHES else {}
-        verb.add_argument(f"--{name.replace('_', '-')}", dest=name, **kind, **switch)
+        flag = recipe_flags()[name]
+        text = argparse.SUPPRESS if hidden else flag_help(name)
+        switch = {"nargs": "?", "const": True, "metavar": ""} if flag.switch else {"metavar": "VALUE"}
+        verb.add_argument(f"--{name.replace('_', '-')}", dest=name, default=argparse.SUPPRESS, help=text, **switch)
 
 
-SWITCHES = (
-    "overwrite", "packing", "group_by_length", "streaming", "keep_best", "gradient_checkpointing", "trust_remote_code",
-)  # fmt: skip
+def flag_help(name: str) -> str:
+    """Return the help of a recipe field or hyperparameter, with its default."""
+    flag = recipe_flags()[name]
+    return flag.help if flag.default is None or "default" in flag.help else f"{flag.help} (default {flag.default})"
 
 
-def wrap(text: str) -> str:
-    """Wrap words into lines of a screen."""
-    import textwrap
+class HelpAll(argparse.Action):
+    """Show every field of a recipe and every hyperparameter with its default, and stop."""
 
-    return textwrap.fill(text, 108, break_on_hyphens=False, initial_indent="  ", subsequent_indent="  ")
-
-
-def terminal() -> Any:
-    """Return the console that people read."""
-    from rich.console import Console
-
-    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 110)
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        for name in recipe_flags():
+            show_text("\n".join(row(f"--{name.replace('_', '-')}", flag_help(name))))
+        parser.exit()

@@ -1,10 +1,17 @@
-"""Generate docs/recipe.md from the fields of a recipe."""
+"""Generate docs/recipe.md and resources/flags.json from the fields of a recipe and of the methods.
+
+python -m inlay.cli.recipe_reference
+"""
 
 from __future__ import annotations
 
 import json
+import typing
 from dataclasses import fields
+from pathlib import Path
 
+from inlay.cli.flags import FILE
+from inlay.methods import METHODS
 from inlay.recipe.reading import hyperparameters
 from inlay.recipe.recipe import Recipe
 from inlay.recipe.schema import default_of
@@ -44,3 +51,23 @@ def recipe_reference() -> str:
         *[row.replace("`", "`rescore.", 1) for row in rescore],
     ]
     return "\n".join(lines) + "\n"
+
+
+def flag_table() -> str:
+    """Return the text of resources/flags.json: what the command line says of fields and hyperparameters."""
+    hints = typing.get_type_hints(Recipe)
+    rows = {}
+    for f in fields(Recipe):
+        default = default_of(f)
+        text = None if default is None or default in ({}, []) else str(json.dumps(default)).strip('"')
+        rows[f.name] = {"help": f.metadata["help"], "default": text, "switch": hints[f.name] is bool}
+    for name, text in sorted(hyperparameters().items()):
+        defaults = {repr(f.default) for method in METHODS for f in fields(method) if f.name == name}
+        default = defaults.pop().strip("'") if len(defaults) == 1 else "the method's"
+        rows[name] = {"help": text, "default": None if default == "None" else default, "switch": False}
+    return json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    FILE.write_text(flag_table(), encoding="utf-8")
+    Path("docs/recipe.md").write_text(recipe_reference(), encoding="utf-8")

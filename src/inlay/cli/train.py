@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
 from pathlib import Path
 
-from inlay.cli.parser import COMMON, add_fields, terminal, whole_number, wrap
+from inlay.cli.flags import recipe_flags
+from inlay.cli.parser import COMMON, HelpAll, Parser, add_fields, whole_number
+from inlay.messages import Terminal, show_text
 
 
 def train_command(options: argparse.Namespace) -> None:
@@ -25,7 +26,7 @@ def train_command(options: argparse.Namespace) -> None:
     own = ("verb", "run", "recipe", "dry_run", "verbose", "resume", "num_processes", "launch_config", "arguments")
     given = {k: v for k, v in vars(options).items() if k not in own}
     flags = {k: from_flag(k, v) if isinstance(v, str) else v for k, v in given.items()}
-    console = terminal()
+    console = Terminal()
     if options.resume:
         if options.recipe or options.dry_run:
             raise ValueError("--resume RUN goes on with the recipe in the run folder; leave out RECIPE and --dry-run")
@@ -33,7 +34,7 @@ def train_command(options: argparse.Namespace) -> None:
     else:
         resolved = load_recipe(options.recipe, flags)
     if resolved is None:
-        print(f"{options.resume} is finished")
+        show_text(f"{options.resume} is finished")
     elif options.dry_run:
         dry_run(resolved, console, options.verbose)
     elif options.num_processes > 1:
@@ -45,25 +46,20 @@ def train_command(options: argparse.Namespace) -> None:
             train(resolved, console, resume=bool(options.resume))
 
 
-def train_arguments(verb: argparse.ArgumentParser) -> None:
-    """Add every recipe field and every hyperparameter as a flag; help shows the common ones and names the rest."""
-    from inlay.recipe.reading import hyperparameters
-    from inlay.recipe.recipe import Recipe
-
-    verb.usage = "inlay train [RECIPE] [--resume RUN] [--dry-run] [--FIELD VALUE ...]"
+def train_arguments(verb: Parser) -> None:
+    """Add every recipe field and every hyperparameter as a flag; help shows the common ones and where the rest is."""
     verb.add_argument("recipe", nargs="?", help="YAML file; flags override it")
     verb.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, from its last checkpoint")
-    verb.add_argument(
-        "--num-processes", type=whole_number, default=1, help="GPUs (or processes of a CPU) to train on together"
-    )
-    verb.add_argument(
-        "--launch-config", metavar="FILE", help="accelerate's, as recipes/distributed/fsdp2.yaml (none: DDP)"
-    )
     verb.add_argument("--dry-run", action="store_true", help="show tokens, steps, memory, first example, recipe; stop")
     verb.add_argument("--verbose", action="store_true", help="with --dry-run: every field of the recipe")
-    names = [f.name for f in fields(Recipe)] + list(hyperparameters())
-    rest = [name for name in names if name not in COMMON]
     add_fields(verb, COMMON)
+    rest = [name for name in recipe_flags() if name not in COMMON]
     add_fields(verb, rest, hidden=True)
-    flags = " ".join(f"--{name.replace('_', '-')}" for name in rest)
-    verb.epilog = f"also, each as in the recipe:\n{wrap(flags)}\n\n{verb.epilog}"
+    verb.add_argument(
+        "--num-processes", type=whole_number, default=1, metavar="N", help="GPUs (or processes) to train on together"
+    )
+    verb.add_argument(
+        "--launch-config", metavar="FILE", help="accelerate's, as recipes/distributed/fsdp2.yaml (default: DDP)"
+    )
+    text = f"show all {len(COMMON) + len(rest)} fields with their defaults, and stop"
+    verb.add_argument("--help-all", action=HelpAll, nargs=0, default=argparse.SUPPRESS, help=text)

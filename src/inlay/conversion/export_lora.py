@@ -125,6 +125,7 @@ def on_one_base(
         if not math.isfinite(weight):
             raise ValueError(f"the weight {weight} of {path} is not a finite number")
         opened = Adapter.open(adapter_folder(path).resolve(), model, revision, trust_remote_code)
+        opened.check_own()
         adapters.setdefault(opened.folder, opened)
         factors[opened.folder] = factors.get(opened.folder, 0.0) + float(weight)
     if not adapters:

@@ -26,6 +26,7 @@ from inlay.conversion.fold_quantizer import (
 from inlay.files.atomic import new_folder, write_text
 from inlay.host.calibrate import gather_statistics
 from inlay.host.config import InlayConfig
+from inlay.messages import check_installed
 from inlay.models.base import BaseModel
 from inlay.models.folded import FOLDED
 
@@ -86,6 +87,7 @@ def fold(
     """
     if quantization != "nf4":
         raise ValueError(f"quantization={quantization!r} is not one of nf4")
+    check_installed("a fold", "bitsandbytes")
     if type(rounds) is not int or rounds < 1:
         raise ValueError(f"rounds={rounds!r} is not a whole number from 1 up")
     if config.folded:

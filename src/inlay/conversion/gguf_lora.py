@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from inlay.conversion.lora_factors import LoraDelta, widened_to_rank
+from inlay.messages import one_line
 
 # transformers' model_type -> llama.cpp's architecture, and whether llama.cpp keeps the rows of q and k in its own order
 ARCHITECTURES = {
@@ -72,4 +73,4 @@ def close_writer(writer: gguf.GGUFWriter) -> None:
 
 def modelfile(base: str) -> str:
     """Return an Ollama Modelfile; the base must lie beside it as GGUF."""
-    return f"# The base as GGUF: {base}\nFROM ./base.gguf\nADAPTER ./{FILE}\n"
+    return f"# The base as GGUF: {one_line(base)}\nFROM ./base.gguf\nADAPTER ./{FILE}\n"

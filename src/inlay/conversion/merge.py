@@ -83,6 +83,7 @@ def merge(
         raise ValueError(f"to={to!r} is not one of safetensors, gguf")
     limit = parse_size(shard)
     source = Adapter.open(adapter, model, revision, trust_remote_code)
+    source.check_own()
     check_config_scalable(source.config, str(source.folder), scale)
     for used in (source.folder, Path(source.base.resolved)):
         if used.exists() and used.resolve().is_relative_to(Path(out).resolve()):

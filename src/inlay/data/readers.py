@@ -21,6 +21,7 @@ from inlay.data.tables import table_records
 from inlay.files.untrusted import DamagedFileError, regular_file
 from inlay.messages import gib
 from inlay.models import builtin
+from inlay.models.hub import offline, why_offline
 
 LEAST = 256 << 20  # bytes of an unpacked file, times its size packed; of one line
 FACTOR = 100
@@ -121,13 +122,16 @@ def file_records(path: Path, reading: Reading, whole: bool = True) -> Iterator[t
 
 
 def _read_hub(source: str, split: str | None, reading: Reading) -> dict[str, Records]:
-    import datasets
+    import datasets.config
 
     name, _, config = source.partition(":")
+    datasets.config.HF_HUB_OFFLINE = unreachable = offline()
     try:
         found = datasets.load_dataset(name, config or None, split=split)
     except Exception as error:  # of many kinds, from many libraries; each means that this data set did not come
         cause = " ".join(str(error).split())[:200]
+        if unreachable and isinstance(error, ConnectionError):
+            cause = why_offline()
         raise ValueError(f"{source}: no local file, and the hub data set did not load: {cause}") from error
     parts: dict[str, Any] = {"train": found}
     if isinstance(found, datasets.DatasetDict):

@@ -22,8 +22,8 @@ from inlay.evaluation.eval_tasks import find_eval_task, questions_for
 from inlay.evaluation.evaluate import evaluate
 from inlay.evaluation.lm_eval import PREFIX, Results, lm_eval_examples, lm_eval_title, lm_eval_values, load_lm_eval
 from inlay.evaluation.scores import Score
-from inlay.evaluation.text_overlap import MEASURES, installed
-from inlay.messages import did_you_mean
+from inlay.evaluation.text_overlap import MEASURES
+from inlay.messages import check_installed, did_you_mean
 from inlay.recipe.schema import conform_all, field_of
 
 Asked = str | dict[str, Any]  # as a recipe asks for one
@@ -79,10 +79,13 @@ class OnTask:
         if self.is_lm_eval:
             measure = load_lm_eval(self.task.removeprefix(PREFIX), self.limit, self.batch_size)
             return lambda model, tokenizer: lm_eval_scores(measure(model, tokenizer))
-        task, records = find_eval_task(self.task), read_records(self.data, one_split=True)[: self.limit]
+        task = find_eval_task(self.task)
+        if task.name == "text":
+            check_installed("task text", "sacrebleu")
+            if self.figure:
+                check_installed(self.figure, MEASURES[self.figure][0])
+        records = read_records(self.data, one_split=True)[: self.limit]
         questions_for(task, records, self.by)
-        if task.name == "text" and self.figure and self.figure not in installed():
-            raise ValueError(f"{self.figure} needs {MEASURES[self.figure][0]}; pip install 'inlay[eval]'")
         return lambda model, tokenizer: evaluate(
             model, tokenizer, task, records, self.by, self.batch_size, self.tokens, console
         )

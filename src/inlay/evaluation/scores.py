@@ -12,7 +12,7 @@ from typing import Any
 
 from inlay.evaluation.eval_tasks import EVAL_TASKS, Question
 from inlay.evaluation.paired import Difference, paired
-from inlay.evaluation.text_overlap import installed
+from inlay.evaluation.text_overlap import installed_measures
 from inlay.files.atomic import write_text
 
 Scores = list[float]
@@ -59,7 +59,9 @@ def bootstrap_interval(values: Iterable[float]) -> tuple[float, float]:
 def overlap_scores(answers: list[str], questions: list[Question]) -> list[Score]:
     """Score answers by their overlap with the references, by every measure that is installed."""
     wanted = [question.wanted for question in questions]
-    return [resampled_score(name, len(answers), measure(answers, wanted)) for name, measure in installed().items()]
+    return [
+        resampled_score(name, len(answers), measure(answers, wanted)) for name, measure in installed_measures().items()
+    ]
 
 
 def score_difference(was: Score, now: Score, its: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:

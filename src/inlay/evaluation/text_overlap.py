@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
+
+from inlay.messages import check_installed, installed
 
 Texts = list[str]
 Corpus = Callable[[list[int]], float]  # the value over some examples, by their places
@@ -71,20 +72,11 @@ MEASURES: dict[str, tuple[str, Measure]] = {  # the package each needs, and what
 }
 
 
-def installed() -> dict[str, Measure]:
+def installed_measures() -> dict[str, Measure]:
     """Return the measures whose package is installed.
 
     Raises:
         ValueError: sacrebleu is not.
     """
-    if not there("sacrebleu"):
-        raise ValueError("task text needs sacrebleu; pip install 'inlay[eval]'")
-    return {name: measure for name, (package, measure) in MEASURES.items() if there(package)}
-
-
-def there(package: str) -> bool:
-    """Return whether a package is installed."""
-    try:
-        return find_spec(package) is not None
-    except ValueError:  # what is None in sys.modules
-        return False
+    check_installed("task text", "sacrebleu")
+    return {name: measure for name, (package, measure) in MEASURES.items() if installed(package)}

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from inlay.experiments.runner import Processes, Workers
 from inlay.experiments.trial import LOG, TRIAL, trial_process
+from inlay.messages import check_installed
 
 RETRIES = 3  # how often a trial is started again
 
@@ -53,10 +54,8 @@ def workers(jobs: int | None, cluster: Cluster | None, console: Console) -> Iter
     if cluster is None:
         yield Processes(1 if jobs is None else jobs)
         return
-    try:
-        ray: Any = importlib.import_module("ray")
-    except ImportError:
-        raise ValueError("--ray needs Ray; pip install 'inlay[ray]'") from None
+    check_installed("--ray", "ray")
+    ray: Any = importlib.import_module("ray")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         ray.init(cluster.address or None, log_to_driver=False, logging_level="ERROR")

@@ -16,12 +16,13 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import TaskID, TimeElapsedColumn
 
 from inlay.experiments import trial as trial_module
 from inlay.experiments.trial import LOG, TRIAL, Trial, trial_process
 from inlay.files.atomic import check_free, put_back, remove_siblings, siblings, staged, write_text
 from inlay.files.untrusted import from_json, read_regular, regular_file
+from inlay.messages import progress_bars
 from inlay.models.loading import resolve
 from inlay.recipe.recipe import Recipe
 from inlay.training.checkpoints import METRICS
@@ -197,13 +198,7 @@ class Runner:
         self.live: set[Process] = set()
         self.pruned: set[Path] = set()
         self.ended = False
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[now]}"),
-        )
-        self.bars = Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal)
+        self.bars = progress_bars(console, TimeElapsedColumn())
         self.all = self.bars.add_task("all runs", total=0, now="")
 
     def __enter__(self) -> Runner:
@@ -226,8 +221,10 @@ class Runner:
         pool = ThreadPoolExecutor(self.workers.jobs)
         try:
             return list(pool.map(work, items))
-        except BaseException:
+        except BaseException as error:
             self.ended = True
+            if isinstance(error, KeyboardInterrupt):
+                self.console.print("stopping; trials that are running start again from their beginning")
             for process in list(self.live):  # else their threads would wait for them
                 process.kill()
             raise
@@ -238,7 +235,8 @@ class Runner:
         """Return the result of a trial, running it unless its result exists."""
         folder = self.folder / "runs" / trial.name
         result = trial.result(folder) or self.start(trial, folder)
-        self.bars.advance(self.all)
+        if not self.ended:  # a trial that was killed is none of those that are done
+            self.bars.advance(self.all)
         return result
 
     def start(self, trial: Trial, folder: Path) -> dict[str, Any] | None:

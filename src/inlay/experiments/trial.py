@@ -34,7 +34,7 @@ from inlay.evaluation.metric import Asked, metric_score, metric_title
 from inlay.files.atomic import write_text
 from inlay.files.untrusted import read_regular
 from inlay.inspection.changes import changes, changes_as_data
-from inlay.messages import dtype_name, quiet, slug
+from inlay.messages import Terminal, dtype_name, quiet, slug
 from inlay.models.loading import dtype_for
 from inlay.models.model_classes import find_model_class
 from inlay.recipe.recipe import Recipe
@@ -172,7 +172,7 @@ def finite_or_none(value: float) -> float | None:
 
 def run_trial(folder: Path) -> None:
     """Run the trial of a folder."""
-    trial, console = read_trial(folder), Console(width=120)
+    trial, console = read_trial(folder), Terminal(width=120)
     samples = min(SAMPLES, trial.recipe.samples) if trial.detailed else 0
     recipe = replace(trial.recipe, output=str(folder), samples=samples, save_every=0)
     tokenizer = TASKS[recipe.task].processor(recipe)

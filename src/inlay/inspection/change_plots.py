@@ -17,7 +17,7 @@ from matplotlib.image import AxesImage
 
 from inlay.host.module_names import layer_index, part_of
 from inlay.inspection.changes import Spectrum, WeightChange
-from inlay.inspection.figures import COLOURS, INK, LOOK, heat_map, inline_svg, save_figure, short_labels
+from inlay.inspection.figures import COLOURS, INK, LOOK, heat_map, inline_svg, plot_name, save_figure, short_labels
 
 Value = Callable[[WeightChange], float | None]
 Plot = tuple[str, Figure]
@@ -28,6 +28,7 @@ MAPS: tuple[tuple[str, str, str, Value], ...] = (
     ("ranks", "rank", ".4g", lambda c: c.rank),
 )
 
+PHONE = 5  # inches of a plot that is legible, whole, on the screen of a phone; wider ones scroll there
 BANDS = 64  # colours behind a spectrum
 POINTS = 160  # points of its curves
 TRAINED = LinearSegmentedColormap.from_list("trained", [(*to_rgb(COLOURS[1]), alpha) for alpha in (0.0, 1.0)])
@@ -39,8 +40,8 @@ def draw_change_plots(plots: Iterator[Plot], folder: Path) -> dict[str, str]:
     with matplotlib.rc_context(LOOK):
         for name, figure in plots:
             save_figure(figure, folder / f"{name}.png")
-            label = html.escape(figure.get_suptitle() or figure.axes[0].get_title())
-            wide = f' style="--inches: {figure.get_figwidth():g}"'
+            label, inches = html.escape(plot_name(figure)), figure.get_figwidth()
+            wide = f' style="--inches: {inches:g}; --least: {68 * inches if inches > PHONE else 0:g}px"'
             elements[name] = f"<figure{wide}>{inline_svg(name, figure, label)}</figure>"
     return elements
 

@@ -17,6 +17,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from inlay.host.module_names import last_part, layer_index, part_of
+from inlay.messages import one_line
+
+
+def plot_text(text: str) -> str:
+    """Return a name from outside as text of a plot: on one line, and $ as it is, not as the start of a formula."""
+    return one_line(text).replace("$", r"\$")
+
+
+def plot_name(figure: Figure) -> str:
+    """Return a plot's title as a page says it."""
+    return (figure.get_suptitle() or figure.axes[0].get_title()).replace(r"\$", "$")
 
 
 def new_plot(title: str, x: str, y: str) -> tuple[Figure, Axes]:
@@ -74,7 +85,7 @@ def inline_svg(name: str, figure: Figure, label: str) -> str:
 def short_labels(parts: list[str]) -> list[str]:
     """Return the last components of names, or the whole name where that is ambiguous."""
     ends = list(map(last_part, parts))
-    return [end if ends.count(end) == 1 else part for part, end in zip(parts, ends, strict=True)]
+    return [plot_text(end if ends.count(end) == 1 else part) for part, end in zip(parts, ends, strict=True)]
 
 
 def heat_map(values: Mapping[str, float], title: str, form: str) -> Figure:

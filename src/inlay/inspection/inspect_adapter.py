@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -207,9 +208,10 @@ def show_changes(changed: Mapping[str, WeightChange], adapter: str, console: Con
         f"singular vectors (random: {1 / PART:.3f})",
         title_justify="left",
         caption_justify="left",
+        box=box.SIMPLE_HEAD,
     )
     for column in ("module", *(head for _, head, _ in FIELDS), "trained"):
-        table.add_column(column, no_wrap=True, justify="left" if column == "module" else "right")
+        table.add_column(column.replace(" ", "\n"), no_wrap=True, justify="left" if column == "module" else "right")
     for kind, count, values, trained in by_type(changed):
         cells = ["" if v is None else f"{v:{form}}" for v, (_, _, form) in zip(values, FIELDS, strict=True)]
         table.add_row(f"{kind} ({count})", *cells, f"{trained:,}")

@@ -11,7 +11,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from inlay.host.module_names import layer_index
-from inlay.inspection.figures import heat_map, save_figure
+from inlay.inspection.figures import heat_map, plot_text, save_figure
 from inlay.inspection.ranks import Inspection, Weight
 from inlay.models.builtin import model_name
 
@@ -29,7 +29,7 @@ def draw_spectra(spectra: Inspection, folder: Path) -> None:
     )
     for name, title, form, value in maps:
         values = {module: value(weight) for module, weight in spectra.weights.items()}
-        save_figure(heat_map(values, f"{model_name(spectra.model)}\n{title}", form), folder / f"{name}.png")
+        save_figure(heat_map(values, f"{plot_text(model_name(spectra.model))}\n{title}", form), folder / f"{name}.png")
 
 
 def spectra_panels(spectra: Inspection) -> Figure:
@@ -52,7 +52,7 @@ def spectra_panels(spectra: Inspection) -> Figure:
         axis.set_axis_off()
     figure.supxlabel(f"index i (dashed: r = {spectra.r}; the last 2 % are left out)", fontsize=10)
     figure.supylabel("σᵢ / σ₁", fontsize=10)
-    figure.suptitle(f"Singular values of {model_name(spectra.model)}", fontsize=12)
+    figure.suptitle(f"Singular values of {plot_text(model_name(spectra.model))}", fontsize=12)
     if len({layer_index(name) for name in spectra.weights}) > 1:
         figure.colorbar(ScalarMappable(Normalize(0, deepest), DEPTH), ax=axes, label="layer", fraction=0.03, pad=0.01)
     return figure

@@ -114,6 +114,14 @@ class Adapter:
         """Return whether the adapter is one of Inlay's, not of PEFT's."""
         return self.config.peft_type == INLAY
 
+    def check_own(self) -> None:
+        """Raise a ValueError where the adapter is one of PEFT's, which `inlay import` makes one of Inlay's."""
+        if not self.is_inlay:
+            kind = self.raw["peft_type"]
+            raise ValueError(
+                f"{self.folder} is a {kind} of PEFT's; first make it Inlay's: inlay import {self.folder} imported"
+            )
+
     @property
     def folded(self) -> bool:
         """Return whether the adapter was cut out of its base by a fold."""

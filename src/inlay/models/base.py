@@ -24,6 +24,7 @@ from inlay.host import distributed
 from inlay.host.bitsandbytes_guard import readable
 from inlay.messages import loading
 from inlay.models.folded import FOLDED
+from inlay.models.hub import check_hub_model
 from inlay.models.loading import DTYPES, match_compute_dtype, resolve
 from inlay.models.model_classes import SEQ2SEQ, SEQUENCE, auto_class
 from inlay.models.stored_weights import Weights
@@ -46,8 +47,15 @@ class BaseModel:
 
     @cached_property
     def resolved(self) -> str:
-        """Return the model's folder or hub id (see `resolve`)."""
-        return resolve(self.name)
+        """Return the model's folder or hub id (see `resolve`).
+
+        Raises:
+            ValueError: nothing is there, and a hub cannot be asked.
+        """
+        found = resolve(self.name)
+        if not Path(found).exists():
+            check_hub_model(found, self.revision)
+        return found
 
     def config(self, **settings: Any) -> Any:
         """Return a copy of the model's configuration, with `settings` in place of its own values.

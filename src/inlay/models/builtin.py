@@ -11,7 +11,6 @@ import importlib.metadata
 import importlib.util
 import io
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
@@ -30,6 +29,7 @@ from transformers import (
 from inlay.files.atomic import locked, remove_siblings, staged
 from inlay.files.cache import cache_folder
 from inlay.files.untrusted import DamagedFileError
+from inlay.messages import show_text
 
 
 def model_name(name: str) -> str:
@@ -73,7 +73,7 @@ def model_dir() -> Path:
         with locked(final, wait=True):  # nobody ever sees half a model, and no two processes unpack it
             remove_siblings(final, "part")
             if not final.is_dir():
-                print(f"unpacking the built-in model, once, to {final} (540 MB)", file=sys.stderr)
+                show_text(f"unpacking the built-in model, once, to {final} (540 MB)", to_stderr=True)
                 with staged(final) as part:
                     _convert(gguf, part)
     except DamagedFileError:

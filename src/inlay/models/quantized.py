@@ -6,10 +6,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import BitsAndBytesConfig, PreTrainedModel, is_bitsandbytes_available
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from inlay.host import seal
+from inlay.messages import check_installed
 from inlay.models.stored_weights import Weights
 
 
@@ -19,8 +20,7 @@ def quantization_config(kind: str, dtype: torch.dtype = torch.bfloat16) -> BitsA
     Raises:
         ValueError: bitsandbytes is not installed.
     """
-    if not is_bitsandbytes_available():
-        raise ValueError("quantised bases need bitsandbytes; pip install 'bitsandbytes>=0.46'")
+    check_installed("a quantised base", "bitsandbytes")
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -51,6 +51,21 @@ def pack_linears(blank: PreTrainedModel, kind: str, dtype: torch.dtype) -> None:
             values, scales, _ = int8_vectorwise_quant(module.weight.data.half())
             module.weight = cast(Any, Int8Params)(values, CB=values, SCB=scales, requires_grad=False)
             module.state.threshold = 0.0  # which inputs are outliers is a matter of values
+
+
+def nf4_savings(blank: PreTrainedModel, dtype: torch.dtype) -> tuple[float, float]:
+    """Return what 4 bits save of a model's bytes, and how many a dequantised weight takes for a moment, at most.
+
+    By the sizes of NF4 in blocks of 64 with double quantisation, as bitsandbytes stores it, which need not be there.
+    """
+    kept = get_keys_to_not_convert(blank)
+    sizes = [
+        module.weight.numel()
+        for name, module in blank.named_modules()
+        if isinstance(module, torch.nn.Linear) and not any(name == key or name.startswith(f"{key}.") for key in kept)
+    ]
+    stored = sum(n / 2 + n / 64 + 4 * n / (64 * 256) for n in sizes)
+    return sum(sizes) * dtype.itemsize - stored, max(sizes, default=0) * (dtype.itemsize + 4 / 64)
 
 
 def dequantized(weights: Weights, name: str) -> tuple[Tensor, str | None]:

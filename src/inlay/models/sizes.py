@@ -79,6 +79,17 @@ def count_trained_and_base(model: nn.Module) -> tuple[int, int]:
     return trained, everything - trained
 
 
+def frozen_experts(model: nn.Module) -> str | None:
+    """Return a line on the experts of a model that stay as they are; None where it has none, or they are trained.
+
+    transformers keeps all experts of a layer in tensors of three dimensions, which are no linear layers to adapt.
+    """
+    experts = [p for name, p in model.named_parameters() if p.ndim == 3 and "experts" in name.split(".")]
+    if all(p.requires_grad for p in experts):
+        return None
+    return "the experts of this model stay frozen: they are no linear layers, which Inlay's methods adapt"
+
+
 def free_memory() -> int:
     """Return the free bytes of the GPU or, without one, of the machine, which kills a process that takes too much."""
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available

@@ -23,13 +23,13 @@ from transformers import PreTrainedModel
 
 from inlay.host.config import InlayConfig
 from inlay.host.layer import adapted
-from inlay.messages import first_line
+from inlay.messages import first_line, installed
 from inlay.method import Base, Drop, Method, Params, keep
 from inlay.methods import find
 from inlay.models.base import BaseModel
-from inlay.models.quantized import pack_linears
+from inlay.models.quantized import nf4_savings, pack_linears
 from inlay.models.sizes import count_trainable, layers_of, repeated_depths
-from inlay.planning.step_simulator import Step, simulate
+from inlay.planning.step_simulator import TILE, Step, simulate
 
 UNEVEN = ("patterns", "layers_to_transform", "rank_pattern", "alpha_pattern")  # config fields that make layers differ
 LARGEST = 1024  # rank that is tried
@@ -57,6 +57,10 @@ class FrozenLimit(Method):
         return base(x) + p["b"].to(x.dtype)
 
 
+class NotPlannedError(ValueError):
+    """Report a model of which a step cannot be simulated without its weights."""
+
+
 @dataclass(frozen=True, eq=False)
 class PlannedRun:
     """Predict a run of `inlay train`: its steps, its parameters, and the largest batch or rank within a budget.
@@ -68,6 +72,8 @@ class PlannedRun:
         quantize: as in a recipe; "none" for a base as it is.
         checkpointing: whether activations are recomputed.
         device: "cpu" or "cuda".
+        plain: the same run on an unquantised base; a 4-bit one is then planned by its steps and the sizes of the
+            weights, as it is without bitsandbytes.
 
     Raises (from any method):
         ValueError: the config does not fit the model, or the model cannot be simulated without its weights.
@@ -79,6 +85,7 @@ class PlannedRun:
     quantize: str = "none"
     checkpointing: bool = False
     device: str = "cuda"
+    plain: PlannedRun | None = None
 
     @cached_property
     def parts(self) -> list[nn.Module]:
@@ -111,17 +118,35 @@ class PlannedRun:
         return model
 
     @cached_property
+    def unpacked(self) -> PlannedRun | None:
+        """Return the same run on an unquantised base, by whose steps this one is planned, if it is."""
+        if not self.quantize.startswith("nf4"):
+            return None
+        return self.plain or (None if installed("bitsandbytes") else replace(self, quantize="none"))
+
+    @cached_property
+    def savings(self) -> tuple[float, float]:
+        return nf4_savings(self.blank(), self.dtype)
+
+    @cached_property
     def steps(self) -> dict[tuple[int, int], Step]:
         return {}
 
     def step(self, batch: int, length: int) -> Step:
-        """Simulate a step on `batch` sequences of `length` tokens."""
+        """Simulate a step on `batch` sequences of `length` tokens.
+
+        Where there is an unpacked run, a step on a 4-bit base is that run's less what 4 bits save.
+        """
+        if self.unpacked is not None:
+            step, (saved, moment) = self.unpacked.step(batch, length), self.savings
+            less = {name: vars(step)[name] - saved + moment for name in ("forward", "top", "bottom")}
+            return replace(step, frozen=step.frozen - saved, update=step.update - saved, **less)
         if (batch, length) not in self.steps:
             try:
                 steps = [simulate(model, batch, length, self.device) for model in self.parts]
-            except (RuntimeError, TypeError, AttributeError) as error:
+            except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
                 what = f"a step of {self.base.name} cannot be simulated without its weights"
-                raise ValueError(f"{what}: {first_line(error)}") from error
+                raise NotPlannedError(f"{what}: {first_line(error)[:200]}") from error
             self.steps[batch, length] = steps[0].towards(steps[-1], self.share)
         return self.steps[batch, length]
 
@@ -133,18 +158,22 @@ class PlannedRun:
 
     def largest_batch(self, length: int, budget: float) -> int:
         """Return the largest batch of sequences of `length` tokens whose step fits `budget` bytes, or 0."""
-        fits = 0
-        fails = MOST
-        guess = 1
-        points: list[tuple[int, float]] = [(0, 0.0)]
+        whole = -(-TILE[0] // max(1, length - 1))  # the smallest batch that fills a tile of the head
+        if self.step(whole, length).peak > budget:
+            return bisect.bisect_right(range(1, whole), budget, key=lambda n: self.step(n, length).peak)
+        first = self.step(whole, length)
+        points = [(whole, first.peak)]
+        fits, fails = whole, MOST
+        fixed = first.frozen + first.trained + first.optimizer  # whatever the batch
+        guess = int(min(max(reach((0, fixed), points[0], budget), whole + 1), MOST - 1))
         while fails - fits > 1:
             points.append((guess, self.step(guess, length).peak))
             fits, fails = (guess, fails) if points[-1][1] <= budget else (fits, guess)
-            # The peak is piecewise linear in the batch: a line through the last two points soon meets the budget.
-            (before, low), (last, high) = points[-2:]
-            slope = (high - low) / (last - before)
-            ahead = last + (budget - high) / slope if slope > 0 else MOST
-            guess = int(min(max(ahead, fits + 1), fails - 1)) if len(points) > 2 else 2
+            # The peak is the largest of lines: beyond two points it rises at least as fast as between them.
+            below = sorted(point for point in points if point[1] <= budget)[-2:]
+            if len(below) == 2 and self.dtype != torch.float32 and reach(below[0], below[1], budget) < fits + 1:
+                break  # in fp32 a method may take another way with more tokens
+            guess = int(min(max(reach(points[-2], points[-1], budget), fits + 1), fails - 1))
         return fits
 
     @property
@@ -157,10 +186,11 @@ class PlannedRun:
 
     def sized(self, size: int) -> PlannedRun:
         """Return this run with the rank, block size or bond `size`."""
+        plain = self.plain and self.plain.sized(size)
         if not isinstance(self.config, InlayConfig):
-            return replace(self, config=replace(self.config, r=size))  # type: ignore[type-var]
+            return replace(self, plain=plain, config=replace(self.config, r=size))  # type: ignore[type-var]
         args = {**self.config.args, size_name(str(self.config.method)): size}
-        return replace(self, config=replace(self.config, args=args))
+        return replace(self, plain=plain, config=replace(self.config, args=args))
 
     def sizes(self) -> list[int]:
         """Return the ranks, up to `LARGEST`, that every adapted weight accepts."""
@@ -187,6 +217,12 @@ class PlannedRun:
         sizes = self.sizes() if sizes is None else sizes
         fit = bisect.bisect_right(sizes, budget, key=lambda n: need(self.sized(n)))
         return sizes[fit - 1] if fit else None
+
+
+def reach(one: tuple[int, float], other: tuple[int, float], budget: float) -> float:
+    """Return where the line through two points, (batch, bytes) each, meets `budget`."""
+    slope = (other[1] - one[1]) / (other[0] - one[0])
+    return other[0] + (budget - other[1]) / slope if slope > 0 else MOST
 
 
 def size_name(method: str) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from typing import Any
@@ -88,6 +88,65 @@ class Step:
         return Step(*(a + share * (b - a) for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
+Form = tuple[torch.Size, tuple[int, ...], torch.dtype]  # all that a tensor on the meta device has, but for its memory
+PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+RESULTS: dict[tuple, tuple[type, list[Form]] | None] = {}  # what operations make, by their arguments; None: in place
+
+
+def form_of(t: Tensor) -> Form:
+    """Return all by which two tensors on the meta device differ, but for whose memory they stand."""
+    return t.shape, t.stride(), t.dtype
+
+
+def key_of(argument: object) -> tuple:
+    """Return what an argument of an operation contributes to its result.
+
+    Raises:
+        TypeError: that is not known.
+    """
+    if isinstance(argument, Tensor) and argument.is_meta:
+        return form_of(argument)
+    if isinstance(argument, tuple | list):
+        return (type(argument), *map(key_of, argument))
+    if isinstance(argument, PLAIN):
+        return type(argument), argument
+    raise TypeError(f"{type(argument)} is no argument by which a result is known")
+
+
+def result_of(func: Callable, args: tuple, kwargs: dict) -> object:
+    """Return what an operation gives on the meta device, whose kernels in Python take most of a simulation's time.
+
+    Layers repeat the same operations on the same shapes, so each is run once, and its results are then made by their
+    form. Views are always run: they cost little, and share memory.
+    """
+    try:
+        key = (func, *map(key_of, args), *((name, key_of(value)) for name, value in kwargs.items()))
+    except TypeError:
+        return func(*args, **kwargs)
+    if key not in RESULTS:
+        out = func(*args, **kwargs)
+        remember(key, args, kwargs, out)
+        return out
+    kind, forms = RESULTS[key] or (None, [])
+    if kind is None:
+        return args[0]
+    made = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in forms]
+    return made[0] if kind is Tensor else kind(made)
+
+
+def remember(key: tuple, args: tuple, kwargs: dict, out: object) -> None:
+    """Keep the form of an operation's results, where these are new tensors, or its first argument as it was."""
+    given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    parts = list(out) if isinstance(out, tuple | list) else [out]
+    made = [one for one in parts if isinstance(one, Tensor) and one.is_meta]
+    if not given or not made or len(made) < len(parts):
+        return
+    if args and out is args[0] and form_of(made[0]) == key[1]:
+        RESULTS[key] = None
+    elif not {id(t.untyped_storage()) for t in given} & {id(one.untyped_storage()) for one in made}:
+        RESULTS[key] = (Tensor if isinstance(out, Tensor) else type(out), list(map(form_of, made)))
+
+
 class Meter(TorchDispatchMode):
     """Count the bytes of all storages from their creation (or first `see`) to their deletion, and FLOPs."""
 
@@ -116,11 +175,11 @@ class Meter(TorchDispatchMode):
         return peak
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = result_of(func, args, kwargs or {})
         for leaf in [out] if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self.see(leaf)
-        if str(func) in WITHIN:
+        if func.namespace == "bitsandbytes" and str(func) in WITHIN:
             self.peak = max(self.peak, self.live + round(WITHIN[str(func)](out, *args)))
         if func.overloadpacket in FLOPS:
             self.flops += FLOPS[func.overloadpacket](*args, **(kwargs or {}), out_val=out)

@@ -6,7 +6,7 @@ import csv
 import io
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,12 @@ from peft import LoraConfig, PeftConfig
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from transformers import is_bitsandbytes_available
 
 from inlay.files.atomic import write_text
 from inlay.host.config import InlayConfig
-from inlay.messages import dtype_name, gib
+from inlay.messages import PACKAGES, dtype_name, gib, installed
 from inlay.methods import METHODS, find
-from inlay.planning.planner import FrozenLimit, PlannedRun, size_name
+from inlay.planning.planner import FrozenLimit, NotPlannedError, PlannedRun, size_name
 from inlay.planning.step_simulator import Step
 from inlay.recipe.reading import hyperparameters, load_recipe
 
@@ -101,11 +100,11 @@ def frozen_limit(compared: Sequence[Candidate]) -> InlayConfig:
 
 
 def widths(kinds: Sequence[str], notes: list[str]) -> list[str]:
-    """Return those of `kinds` of quantisation that can be planned here; add a note if some cannot."""
-    if is_bitsandbytes_available():
+    """Return those of `kinds` of quantisation that can be planned here; add a note on what is not followed, or not."""
+    if installed("bitsandbytes"):
         return list(kinds)
-    notes.append("bases of 8 and 4 bits need bitsandbytes: pip install 'bitsandbytes>=0.46'")
-    return ["none"]
+    notes.append(f"8 bits are not planned without bitsandbytes: pip install {PACKAGES['bitsandbytes']}")
+    return [kind for kind in kinds if kind != "int8"]
 
 
 def planned_runs(
@@ -117,13 +116,16 @@ def planned_runs(
     """
     for name, config in compared:
         widths_of = kinds if config is not None else ("none",)
-        for kind, checkpointing in itertools.product(widths_of, (False, True)):
-            yield name, replace(of, config=config, quantize=kind, checkpointing=checkpointing)
+        plain = {saving: replace(of, config=config, checkpointing=saving) for saving in (False, True)}
+        for kind, saving in itertools.product(widths_of, (False, True)):
+            run = plain[saving]
+            yield name, run if kind == "none" else replace(run, quantize=kind, plain=run)
 
 
 def plan_rows(
-    of: PlannedRun, compared: Sequence[Candidate], kinds: Sequence[str], batch: int, length: int, notes: list[str]
-) -> list[Row]:
+    of: PlannedRun, compared: Sequence[Candidate], kinds: Sequence[str], batch: int, length: int, notes: list[str],
+    done: Callable[[str], None] = lambda name: None,
+) -> list[Row]:  # fmt: skip
     """Return what each candidate needs; leave out, with a note, candidates that do not fit the model.
 
     Args:
@@ -133,11 +135,13 @@ def plan_rows(
         batch: sequences.
         length: tokens of each.
         notes: collects what is to be reported.
+        done: called with the name of each candidate that is about to be planned.
     """
     floor = replace(of, config=frozen_limit(compared)).step(batch, length).flops
     rows: list[Row] = []
     flops: dict[tuple[int, bool], float] = {}
     for name, run in planned_runs(of, compared, ["none", *(k for k in kinds if k != "none")]):
+        done(name)
         try:
             step = run.step(batch, length)
         except ValueError as error:
@@ -152,11 +156,12 @@ def plan_rows(
 
 def fits(
     of: PlannedRun, compared: Sequence[Candidate], kinds: Sequence[str], budget: float, batch: int | None, length: int,
-    notes: list[str],
+    notes: list[str], done: Callable[[str], None] = lambda name: None,
 ) -> list[Fit]:  # fmt: skip
     """Return the largest run of each candidate that fits, the most useful first.
 
-    Unquantised bases come before quantised ones, then runs without checkpointing, then those with most tokens.
+    Runs on sequences of `length` come before those that must shorten them, unquantised bases before quantised ones,
+    then runs without checkpointing, then those with most tokens.
 
     Args:
         of: the run to plan, whose config is replaced.
@@ -167,9 +172,11 @@ def fits(
             largest rank.
         length: tokens of each sequence.
         notes: collects what is to be reported.
+        done: called with the name of each candidate that is about to be planned.
     """
     results: list[Fit] = []
     for name, run in planned_runs(of, compared, kinds):
+        done(name)
         try:
             if batch is None:
                 results.append(largest_batch(name, run, budget, length))
@@ -184,15 +191,18 @@ def fits(
 
     def use(fit: Fit) -> tuple:
         amount = (fit.size or 0) if batch else (fit.batch_size or 0) * fit.length
-        return fit.peak is None, order.index(fit.base), fit.checkpointing, -amount
+        return fit.peak is None, fit.length < length, order.index(fit.base), fit.checkpointing, -amount
 
     return sorted(results, key=use)
 
 
 def largest_batch(name: str, run: PlannedRun, budget: float, length: int) -> Fit:
     """Return the largest batch of sequences of `length`, halved until one fits."""
+    shortest = min(length, SHORTEST)
     while True:
         batch = run.largest_batch(length, budget)
+        if not batch and run.step(1, shortest).peak > budget:
+            return Fit(name, run.size, base_name(run), run.checkpointing, None, shortest, None)
         if batch or length // 2 < SHORTEST:
             peak = round(run.step(batch, length).peak) if batch else None
             return Fit(name, run.size, base_name(run), run.checkpointing, batch or None, length, peak)
@@ -201,7 +211,7 @@ def largest_batch(name: str, run: PlannedRun, budget: float, length: int) -> Fit
 
 def note_or_raise(error: ValueError, compared: Sequence[Candidate], notes: list[str]) -> None:
     """Raise the error of the only method requested; with several, add it to the notes."""
-    if len({name for name, _ in compared} - {PEFT, FULL}) == 1 or "without its weights" in str(error):
+    if len({name for name, _ in compared} - {PEFT, FULL}) == 1 or isinstance(error, NotPlannedError):
         raise error
     text = str(error).partition(": ")[2] or str(error)
     if text not in notes:
@@ -218,7 +228,9 @@ def show_plan(rows: Sequence[Row], console: Console) -> None:
     for name in dict.fromkeys(row.base for row in rows):
         what = f"batch {rows[0].batch_size} × {rows[0].length} tokens, base in {name}"
         title = f"{what}; GiB; time over the frozen limit's; ckpt: gradient checkpointing"
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+        table = Table(
+            title=title, title_justify="left", box=None, padding=(0, 1), collapse_padding=True, pad_edge=False
+        )
         heads = "method|r|trained|file,\nMiB|frozen|grads,\nmoments|saved|peak|ckpt\npeak|time|ckpt\ntime"
         for head in heads.split("|"):
             table.add_column(head, justify="left" if head == "method" else "right", no_wrap=True)
@@ -227,10 +239,15 @@ def show_plan(rows: Sequence[Row], console: Console) -> None:
             step = row.step
             sizes = [step.frozen, step.gradients + step.optimizer, step.activations, step.peak, twin.step.peak]
             table.add_row(
-                row.method, str(row.size or ""), f"{step.parameters:,.0f}", f"{step.file / 2**20:,.1f}",
+                row.method, str(row.size or ""), amount(step.parameters), f"{step.file / 2**20:,.1f}",
                 *(f"{size / 2**30:.2f}" for size in sizes), f"{row.time:.2f}", f"{twin.time:.2f}",
             )  # fmt: skip
         console.print(table)
+
+
+def amount(number: float) -> str:
+    """Format a number of parameters in few characters."""
+    return f"{number:,.0f}" if number < 1e6 else f"{number / 1e6:,.2f} M" if number < 1e9 else f"{number / 1e9:,.2f} G"
 
 
 def show_fits(results: Sequence[Fit], gigabytes: float, by_rank: bool, console: Console) -> None:
@@ -246,24 +263,26 @@ def show_fits(results: Sequence[Fit], gigabytes: float, by_rank: bool, console: 
         f"batch {best.batch_size} × {best.length} tokens (peak {gib(best.peak)})"
     )
     kinds = list(dict.fromkeys((fit.base, fit.checkpointing) for fit in sorted(results, key=lambda f: f.base == "nf4")))
-    what = "largest rank" if by_rank else "largest batch × length"
+    length = max(fit.length for fit in results)
+    what = "largest rank" if by_rank else f"largest batch of {length:,} tokens (× length where only shorter ones fit)"
     title = f"{what}; ckpt: gradient checkpointing"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
     table.add_column("method", no_wrap=True)
     for kind, checkpointing in kinds:
         table.add_column(f"{kind}\nckpt" if checkpointing else kind, justify="right", no_wrap=True)
     names = dict.fromkeys((fit.method, None if by_rank else fit.size) for fit in results)
     for name, size in names:
         fits_of = [fit for fit in results if fit.method == name and (by_rank or fit.size == size)]
-        cells = {(fit.base, fit.checkpointing): fit_text(fit, by_rank) for fit in fits_of}
+        cells = {(fit.base, fit.checkpointing): fit_text(fit, by_rank, length) for fit in fits_of}
         table.add_row(f"{name}, r = {size}" if size else name, *(cells.get(kind, "") for kind in kinds))
     console.print(table)
 
 
-def fit_text(fit: Fit, by_rank: bool) -> str:
+def fit_text(fit: Fit, by_rank: bool, length: int) -> str:
+    """Return the largest rank or batch as text, with its length where that is not the one asked for."""
     if fit.peak is None:
         return "-"
-    return str(fit.size) if by_rank else f"{fit.batch_size} × {fit.length}"
+    return str(fit.size) if by_rank else f"{fit.batch_size}" + (f" × {fit.length}" if fit.length < length else "")
 
 
 def write_plan(rows: Sequence[Row | Fit], as_json: str | None, as_csv: str | None) -> None:
@@ -273,7 +292,7 @@ def write_plan(rows: Sequence[Row | Fit], as_json: str | None, as_csv: str | Non
         write_text(Path(as_json), json.dumps(records, indent=1) + "\n")
     if as_csv:
         text = io.StringIO()
-        writer = csv.DictWriter(text, list(records[0]))
+        writer = csv.DictWriter(text, list(records[0]) if records else [])
         writer.writeheader()
         writer.writerows(records)
         write_text(Path(as_csv), text.getvalue())

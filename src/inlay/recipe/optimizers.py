@@ -9,7 +9,6 @@ its rank, so it takes adapters too.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers.training_args import OptimizerNames
 
-from inlay.messages import did_you_mean
+from inlay.messages import check_installed, did_you_mean
 from inlay.numerics.subspace_descent import SubspaceDescent
 
 # The optimisers that transformers does not name, and how many dimensions a parameter of theirs may have; (): any.
@@ -51,8 +50,8 @@ def check_optimizer(name: str, full: bool, args: dict[str, Any]) -> None:
             f"optimizer: {name} projects the gradients of whole weights, so it is for method full; an adapter's "
             "gradients are small already"
         )
-    if kind in PACKAGES and find_spec(PACKAGES[kind]) is None:
-        raise ValueError(f"optimizer: {name} needs {PACKAGES[kind]}; pip install {PACKAGES[kind].replace('_', '-')}")
+    if kind in PACKAGES:
+        check_installed(f"optimizer: {name}", PACKAGES[kind])
 
 
 def optimizer_settings(name: str, args: dict[str, Any], targets: list[str] | str) -> dict[str, Any]:

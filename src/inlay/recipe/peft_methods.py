@@ -5,15 +5,18 @@
 
 from __future__ import annotations
 
+import types
+import typing
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, Literal, cast
 
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, AdaLoraConfig, LoraConfig, PeftConfig
 
 from inlay.host.config import check_where
 from inlay.messages import did_you_mean
+from inlay.recipe.schema import describe_type
 
 FULL = "full"
 PREFIX = "peft:"
@@ -61,6 +64,9 @@ def peft_config(
     for key in args:
         if key not in names:
             raise ValueError(f"{method}: {cls.__name__} has no {key!r}; {did_you_mean(key, names)}")
+    for key, hint in hints_of(cls).items():
+        if key in args and not is_of_type(hint, args[key]):
+            raise ValueError(f"{method}: {key}: {args[key]!r:.100} is not {kinds(hint)}")
     values = {**{k: v for k, v in where.items() if k in names}, **OF_LORA.get(name, {}), **args}
     if (start := values.get("init_lora_weights")) in OWN_STEPS:
         raise ValueError(f"{method}: init_lora_weights={start!r} needs a pass over data before the adapter is created")
@@ -77,6 +83,38 @@ def peft_config(
         raise ValueError(f"{method}: {' '.join(str(error).split())}") from None
     check_where(config)
     return config
+
+
+def hints_of(cls: type) -> dict[str, object]:
+    """Return the types of a config's fields; none where they name what is not imported."""
+    try:
+        return typing.get_type_hints(cls)
+    except NameError:
+        return {}
+
+
+def kinds(hint: object) -> str:
+    """Describe a type of a field of PEFT's in words."""
+    inner = typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(map(kinds, inner))
+    return f"a list of entries, each {kinds(inner[0])}" if typing.get_origin(hint) is list else describe_type(hint)
+
+
+def is_of_type(hint: object, value: object) -> bool:
+    """Return whether a `value` of YAML is of the type of a field of PEFT's, as far as that type is plain."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(is_of_type(option, value) for option in inner)
+    if origin is Literal:
+        return value in inner
+    if origin is list:
+        return isinstance(value, list) and all(is_of_type(inner[0], one) for one in value)
+    if hint in (int, float):  # PEFT takes fractions for some that it declares as whole, such as lora_alpha
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if origin is dict or hint in (str, bool, list, dict, type(None)):
+        return isinstance(value, cast(type, origin or hint))
+    return True
 
 
 def peft_config_class(method: str) -> type[PeftConfig]:

@@ -351,6 +351,7 @@ PREPARED = {  # keys of trl's SFTConfig for data that trl prepares; here it gets
     "completion_only_loss": "only answers are learned; task language_modelling learns all of a text",
     "assistant_only_loss": "only answers are learned",
     "chat_template_path": "use chat_template",
+    "padding_free": "use packing: true, which leaves no padding",
     "truncation_mode": "rows are truncated at their end; shorten them in the data",
     "dataset_text_field": "use columns: {text: ...}",
     "dataset_kwargs": "the data is prepared already",

@@ -6,6 +6,8 @@ import html
 import math
 from collections.abc import Sequence
 
+from inlay.messages import one_line
+
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
@@ -20,7 +22,7 @@ th, td { text-align: left; vertical-align: top; padding: .4rem .8rem .4rem 0; bo
 th button { font: inherit; font-weight: 600; color: inherit; background: none; border: 0; padding: 0; cursor: pointer; }
 th[aria-sort=ascending] button::after { content: " ▲"; } th[aria-sort=descending] button::after { content: " ▼"; }
 figure { margin: 1rem 0; overflow-x: auto; }
-figure svg { width: calc(var(--inches) * 96px); min-width: calc(var(--inches) * 68px); max-width: 100%; height: auto; }
+figure svg { width: calc(var(--inches) * 96px); min-width: var(--least); max-width: 100%; height: auto; }
 pre { overflow-x: auto; padding: 1rem; border: 1px solid var(--line); }
 """
 
@@ -54,7 +56,7 @@ def html_cell(text: str, value: str | float) -> str:
 
 def html_document(title: str, body: str, style: str = "") -> str:
     """Return a page with its `title` as the heading."""
-    name = html.escape(title)
+    name = html.escape(one_line(title))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{name}</title><style>{STYLE}{style}</style></head><body>

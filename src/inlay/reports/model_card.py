@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 
+from inlay.messages import one_line, printable
 from inlay.models.model_classes import SEQUENCE, find_model_class
 from inlay.recipe.peft_methods import FULL, is_inlay
 from inlay.reports.result import Result
 from inlay.reports.run_page import page_title, run_facts, versions
 
 MERGING = "\nTo serve it without Inlay, merge it first: `inlay merge path/to/this/folder merged/`.\n"
+
+
+def markdown(text: str) -> str:
+    """Return a text from outside as Markdown that shows it, on one line."""
+    return re.sub(r"([\\`*_\[\]<>|&#~])", r"\\\1", one_line(text))
+
+
+def fenced(text: str) -> str:
+    """Return a text as a block of code, whose fence is longer than any in it."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}yaml\n{printable(text).rstrip()}\n{fence}"
 
 
 def loader_of(result: Result) -> str:
@@ -23,8 +37,8 @@ def loader_of(result: Result) -> str:
 def model_card(result: Result) -> str:
     """Return the README, for a model hub, of what was trained."""
     name, method = result.recipe.model, result.recipe.method
-    base = f"base_model: {name}\n" if not os.path.exists(name) and "/" in name else ""
-    table = "\n".join(f"| {key} | {value} |" for key, value in run_facts(result).items())
+    base = f"base_model: {json.dumps(name)}\n" if not os.path.exists(name) and "/" in name else ""
+    table = "\n".join(f"| {markdown(key)} | {markdown(value)} |" for key, value in run_facts(result).items())
     kind = find_model_class(result.recipe.task)
     library, loader = "transformers" if method == FULL else "peft", loader_of(result)
     labelled = method != FULL and kind.peft == SEQUENCE
@@ -36,7 +50,7 @@ def model_card(result: Result) -> str:
 pipeline_tag: {kind.tag}
 tags: [inlay, "{method}"]
 ---
-# {page_title(result)}
+# {markdown(page_title(result))}
 
 | | |
 |---|---|
@@ -50,8 +64,7 @@ model = {loader}.from_pretrained("path/to/this/folder"{more})
 {merging}
 Recipe:
 
-```yaml
-{result.recipe.differences()}```
+{fenced(result.recipe.differences())}
 
 Versions: {", ".join(versions().splitlines())}
 """

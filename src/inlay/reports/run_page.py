@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from inlay._version import __version__
 from inlay.inspection.changes import FIELDS, WeightChange, by_type
-from inlay.messages import gib
+from inlay.messages import gib, one_line, printable
 from inlay.models.builtin import MODEL, model_name
 from inlay.recipe.peft_methods import is_inlay
 from inlay.recipe.recipe import Recipe
@@ -63,12 +63,12 @@ def about_method(recipe: Recipe) -> dict[str, str]:
 
 def samples_text(result: Result) -> str:
     """Return `samples.md`: held-out prompts with the answers before and after."""
-    lines = [f"# {page_title(result)}", "", "Held-out prompts, greedy answers.", ""]
+    lines = [f"# {one_line(page_title(result))}", "", "Held-out prompts, greedy answers.", ""]
     for row in result.samples:
         lines += [f"**Prompt** {row['prompt']}", ""]
         lines += [f"- **{name}** {' '.join(row[name].split())}" for name in ("before", "after", "reference")]
         lines += [""]
-    return "\n".join(lines)
+    return printable("\n".join(lines))
 
 
 def run_page(result: Result, pictures: Mapping[str, str], changed: Mapping[str, WeightChange]) -> str:

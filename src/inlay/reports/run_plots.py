@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from inlay.inspection.change_plots import Plot, change_figures
+from inlay.inspection.change_plots import PHONE, Plot, change_figures
 from inlay.inspection.changes import WeightChange
 from inlay.inspection.figures import COLOURS, smooth
 from inlay.models.model_classes import find_model_class
@@ -27,7 +27,7 @@ def run_figures(result: Result, changed: Mapping[str, WeightChange], title: str)
 
 def loss_plot(result: Result, title: str) -> Figure:
     """Plot the training loss per step with the held-out loss over it."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(PHONE, 3.6), layout="constrained")
     axes = figure.subplots()
     steps = [(row["step"], row["loss"]) for row in result.history if "loss" in row]
     held = [(row["step"], row["eval_loss"]) for row in result.history if "eval_loss" in row]
@@ -47,7 +47,7 @@ def loss_plot(result: Result, title: str) -> Figure:
 
 def planned_memory_stack(planned: Mapping[str, float], measured: float) -> Figure:
     """Plot the predicted memory in its parts, and the measured peak beside it, in GiB."""
-    figure = Figure(figsize=(6, 2.8), layout="constrained")
+    figure = Figure(figsize=(PHONE, 2.6), layout="constrained")
     axes = figure.subplots()
     memory_bars(axes, "predicted", planned)
     axes.barh("measured", measured / 2**30, color=COLOURS[7], label=MEASURED)

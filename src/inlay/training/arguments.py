@@ -11,7 +11,7 @@ import torch
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from inlay.host import distributed
-from inlay.messages import did_you_mean, first_line
+from inlay.messages import check_installed, did_you_mean, first_line
 from inlay.recipe.optimizers import optimizer_settings
 from inlay.recipe.peft_methods import ADALORA, FULL
 from inlay.recipe.recipe import Recipe
@@ -125,6 +125,20 @@ def settle_steps(recipe: Recipe, trainer: Any) -> None:
         schedule, settled = trainer.model.peft_config["default"], recipe.adapter(steps)
         for name in ("total_step", "tinit", "tfinal"):
             setattr(schedule, name, getattr(settled, name))
+
+
+def check_means(recipe: Recipe) -> None:
+    """Refuse what this machine has not the packages or the GPU for, before anything is read or loaded."""
+    if recipe.quantize != "none":
+        check_installed(f"quantize: {recipe.quantize}", "bitsandbytes")
+    if recipe.task == "vision":
+        check_installed("task: vision", "PIL")
+    if recipe.trainer.get("use_liger_kernel"):
+        check_installed("trainer: use_liger_kernel", "liger_kernel")
+    for key in ("use_liger_kernel", "activation_offloading"):
+        if recipe.trainer.get(key) and not torch.cuda.is_available():
+            raise ValueError(f"trainer: {key} is for a GPU, and this machine has none; leave it out")
+    check_tracker(recipe.report_to)
 
 
 def check_tracker(names: str) -> None:

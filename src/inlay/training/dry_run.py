@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from typing import cast
 
+import torch
 from rich.console import Console
 
 from inlay.files.atomic import check_free
-from inlay.messages import dtype_name, first_line, gib
+from inlay.messages import dtype_name, duration, gib
 from inlay.models.folded import fold_at
 from inlay.models.loading import dtype_for
 from inlay.models.model_classes import find_model_class
-from inlay.models.sizes import count_parameters
-from inlay.planning.planner import PlannedRun
+from inlay.models.sizes import count_parameters, frozen_experts
+from inlay.planning.planner import NotPlannedError, PlannedRun
 from inlay.recipe.peft_methods import without_start
 from inlay.recipe.recipe import Recipe
 from inlay.training.allocate_ranks import settle_ranks
-from inlay.training.arguments import optimizer_steps
+from inlay.training.arguments import check_means, optimizer_steps
 from inlay.training.base_model import check_fold
 from inlay.training.batch_size import fitting_batch, largest_useful_batch, planned_step
 from inlay.training.examples import TOKENS, Examples
@@ -38,6 +40,7 @@ def dry_run(recipe: Recipe, console: Console, verbose: bool = False) -> None:
         ValueError: the recipe or its data cannot be used.
     """
     check_free(recipe.run_folder(), recipe.overwrite, MARK)
+    check_means(recipe)
     if adapter := fold_at(recipe.model):
         check_fold(recipe, adapter)
     dtype = dtype_for(recipe.dtype)
@@ -53,7 +56,7 @@ def dry_run(recipe: Recipe, console: Console, verbose: bool = False) -> None:
     resolved = recipe.resolved(dtype=dtype_name(dtype), eval_size=rows.eval_size, batch_size=batch)
     show_amount(resolved, rows, console)
     if kind.causal and recipe.task != "preference":
-        show_memory(resolved, *planned_step(resolved, base, rows, dtype), console)
+        show_memory(resolved, rows, *planned_step(resolved, base, rows, dtype), console)
     else:
         trained = count_parameters(base, without_start(recipe.adapter()), kind.auto, **task.model_settings(rows))
         console.print(f"{trained:,} trainable parameters; memory is predicted for tasks {PLANNED}")
@@ -75,14 +78,17 @@ def show_amount(recipe: Recipe, rows: Examples, console: Console) -> None:
     console.print(f"{tokens}{learned}; {steps} of {recipe.batch_size} × {recipe.accumulation} examples")
 
 
-def show_memory(recipe: Recipe, run: PlannedRun, length: int, console: Console) -> None:
-    """Print the trained parameters and the predicted memory of a step, or why it cannot be predicted."""
+def show_memory(recipe: Recipe, rows: Examples, run: PlannedRun, length: int, console: Console) -> None:
+    """Print the trained parameters, the predicted memory of a step (or why there is none), and the time at least."""
     batch = cast(int, recipe.batch_size)
     try:
         need = run.step(batch, length)
-    except (RuntimeError, NotImplementedError) as error:  # of operations that the meta device has not, as of experts
-        console.print(f"memory is not predicted: {first_line(error)[:200]}", style="yellow", markup=False)
+    except NotPlannedError as error:  # of operations that the meta device has not, as of experts
+        console.print(f"{run.parameters:,} trainable parameters; memory not planned: {error}", style="yellow")
         return
+    finally:
+        if line := frozen_experts(run.parts[-1]):
+            console.print(line, style="yellow")
     console.print(f"{need.parameters:,.0f} trainable parameters; batch {batch} × {length} tokens")
     training = need.trained + need.gradients + need.optimizer
     console.print(
@@ -90,3 +96,23 @@ def show_memory(recipe: Recipe, run: PlannedRun, length: int, console: Console) 
         f"gradients and optimiser {gib(training)}, activations {gib(need.activations)}, the rest "
         "temporary; the libraries need more on top"
     )
+    if recipe.quantize == "none" and not fold_at(recipe.model):  # products of packed weights are not counted
+        steps = optimizer_steps(recipe, len(rows.train), batch) * recipe.accumulation
+        products = steps * need.flops * min(1.0, rows.audit.mean_tokens / length)
+        seconds = products / product_rate(run.dtype)
+        console.print(f"about {duration(seconds)} (m:ss) of matrix products on this machine; a run takes longer")
+
+
+def product_rate(dtype: torch.dtype, seconds: float = 0.2) -> float:
+    """Measure how many operations of matrix products this machine does in a second, in a fraction of one."""
+    cuda = torch.cuda.is_available()
+    n = 4096 if cuda else 1024
+    A = torch.randn(n, n, device="cuda" if cuda else "cpu").to(dtype)
+    count = -1  # the first one warms up
+    began = spent = 0.0
+    while spent < seconds:
+        (A @ A)[0, 0].item()  # which waits for a GPU
+        count += 1
+        began = began if count else time.perf_counter()
+        spent = time.perf_counter() - began
+    return 2 * n**3 * count / spent

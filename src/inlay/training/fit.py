@@ -19,7 +19,7 @@ from inlay.host.schedule import Schedule
 from inlay.messages import duration, gib
 from inlay.models import builtin
 from inlay.models.loading import dtype_for
-from inlay.models.sizes import count_trained_and_base
+from inlay.models.sizes import count_trained_and_base, frozen_experts
 from inlay.recipe.optimizers import check_shapes, own_optimizer
 from inlay.recipe.peft_methods import is_inlay
 from inlay.reports.result import Result, environment
@@ -78,6 +78,8 @@ def fit_steps(prepared: Prepared, trainer: Trainer, checkpoint: Checkpoint | Non
         f"{recipe.method} on {builtin.model_name(recipe.model)} in {recipe.dtype}: {parameters:,} of "
         f"{base:,} parameters are trained ({parameters / base:.2%})"
     )
+    if line := frozen_experts(model):
+        console.print(line, style="yellow")
     if checkpoint:
         checkpoints.check_same(checkpoint, "identity", trainer.run["identity"])
         for change in checkpoints.versions_changed(checkpoint):

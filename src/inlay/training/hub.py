@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from inlay.messages import AfterTrainingError, first_line
+from inlay.models.hub import offline, why_offline
 
 
 def claim_repository(repository: str) -> None:
     """Create the hub repository, or check that it can be written, before hours are spent."""
     from huggingface_hub import HfApi
 
+    if offline():
+        raise ValueError(f"push_to_hub: {repository} cannot be written: {why_offline()}")
     try:
         HfApi().create_repo(repository, exist_ok=True)
     except Exception as error:  # network, rights and names fail in many ways

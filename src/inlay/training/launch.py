@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from inlay.files.untrusted import regular_file
+from inlay.messages import show_text
 
 PLAIN = "{compute_environment: LOCAL_MACHINE, distributed_type: MULTI_GPU, num_machines: 1, mixed_precision: 'no'}\n"
 
@@ -62,5 +62,7 @@ def failed(failures: dict[int, ProcessFailure]) -> int:
         codes = {failure.exitcode for failure in failures.values()}
         return next((code for code in (2, 130, 3, 1) if code in codes), first.exitcode)
     hint = "a run that has checkpoints can be resumed with inlay train --resume RUN"
-    print(f"inlay: process {rank} was ended by {first.signal_name()}, and the others with it; {hint}", file=sys.stderr)
+    show_text(
+        f"inlay: process {rank} was ended by {first.signal_name()}, and the others with it; {hint}", to_stderr=True
+    )
     return 1

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import TimeRemainingColumn
 from transformers import TrainerCallback
 
 from inlay.files.atomic import write_text
 from inlay.files.untrusted import DamagedFileError, read_regular
 from inlay.host import distributed
-from inlay.messages import duration, gib, loading
+from inlay.messages import duration, gib, loading, progress_bars
 from inlay.models.sizes import count_trainable
 from inlay.training.checkpoints import METRICS
 
@@ -40,9 +40,8 @@ class RunProgress(TrainerCallback):
         self.tokens = 0
         self.passed: dict[int, str] = {}  # the steps that were skipped, and why
         self.spent, self.read = 0.0, 0  # seconds and tokens before the run was resumed
-        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[now]}"))
-        self.bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
-        self.task = self.bar.add_task("", total=None, now="")
+        self.bar = progress_bars(console, TimeRemainingColumn())
+        self.task = self.bar.add_task("training", total=None, now="")
 
     def restore(self, checkpoint: Path) -> None:
         """Continue where the metrics in a checkpoint end.

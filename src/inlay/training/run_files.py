@@ -13,6 +13,7 @@ from inlay.files.atomic import new_folder, write_text
 from inlay.host.config import InlayConfig
 from inlay.inspection.change_plots import draw_change_plots
 from inlay.inspection.changes import CHANGES, WeightChange, changes, changes_as_data
+from inlay.inspection.figures import plot_text
 from inlay.inspection.inspect_adapter import changes_of_fold
 from inlay.models.base import BaseModel
 from inlay.models.model_classes import SEQUENCE, find_model_class
@@ -67,8 +68,7 @@ def write_page(result: Result, base: BaseModel, model: PeftModel | PreTrainedMod
         changed = changes_of_fold(result.folder / result.recipe.kept)
     elif whole:
         changed = changes(model, lambda: weights_of(result.recipe, base))
-    title = page_title(result).replace("$", r"\$")  # which plots read as a formula
-    plots = draw_change_plots(run_figures(result, changed, title), result.folder / "plots")
+    plots = draw_change_plots(run_figures(result, changed, plot_text(page_title(result))), result.folder / "plots")
     if changed:
         write_text(result.folder / CHANGES, json.dumps(changes_as_data(changed), indent=1))
     write_text(result.folder / "samples.md", samples_text(result))

@@ -13,14 +13,14 @@ from rich.console import Console
 from inlay.files.atomic import check_free, find_again, locked, put_back, write_text
 from inlay.files.untrusted import regular_files
 from inlay.host import distributed
-from inlay.messages import AfterTrainingError, dtype_name, first_line
+from inlay.messages import AfterTrainingError, Terminal, dtype_name, first_line
 from inlay.models.loading import dtype_for
 from inlay.recipe.peft_methods import ADALORA, FULL
 from inlay.recipe.reading import load_recipe
 from inlay.recipe.recipe import Recipe
 from inlay.reports.result import Result
 from inlay.training import checkpoints
-from inlay.training.arguments import NO_WAY_BACK, check_tracker
+from inlay.training.arguments import NO_WAY_BACK, check_means
 from inlay.training.checkpoints import Checkpoint
 from inlay.training.fit import BEFORE, fit_steps, measure, predicted_memory
 from inlay.training.hub import claim_repository, upload_run
@@ -46,7 +46,7 @@ def train(recipe: Recipe, console: Console | None = None, resume: bool = False) 
             made with something else; or it met NaN, Inf or a full disk, and can be resumed from its last checkpoint.
         AfterTrainingError: what was trained is saved, and something failed after that.
     """
-    console = console or Console()
+    console = console or Terminal()
     console = console if distributed.is_first() else Console(quiet=True)
     folder = distributed.from_first(recipe.run_folder)
     with locked(folder) if distributed.is_first() else nullcontext():
@@ -96,7 +96,7 @@ def begin(recipe: Recipe, folder: Path, console: Console, resume: bool) -> Check
             f"{folder / recipe.kept} is trained and saved, and there is no checkpoint to go on from; use it as it "
             "is, or start again with --overwrite"
         )
-    check_tracker(recipe.report_to)
+    check_means(recipe)
     if recipe.push_to_hub:
         claim_repository(recipe.push_to_hub)
     return checkpoint
@@ -152,7 +152,7 @@ def unfinished(folder: Path, changed: dict[str, Any]) -> Recipe | None:
         return recipe
     if (folder / BEFORE).exists() and not int(os.environ.get("RANK", 0)):
         with locked(folder):
-            finish_run(recipe, folder, Console())
+            finish_run(recipe, folder, Terminal())
     return None
 
 

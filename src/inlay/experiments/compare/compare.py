@@ -25,6 +25,8 @@ from inlay.experiments.ray_cluster import Cluster
 from inlay.experiments.runner import Runner, experiment_folder, origin, steps_of
 from inlay.experiments.trial import Trial, unrelated
 from inlay.files.atomic import locked
+from inlay.messages import Terminal
+from inlay.training.arguments import check_means
 from inlay.training.examples import Examples
 from inlay.training.tasks import TASKS
 
@@ -54,8 +56,10 @@ def compare(
         ValueError: the recipe or the data cannot be used, the folder is in use or holds another comparison or one of
             other data, Ray is requested and not installed, or every run failed.
     """
-    console = console or Console()
+    console = console or Terminal()
     plan = load_comparison(path, output, overwrite)
+    for entry in plan.entries:
+        check_means(entry.recipe)
     folder = Path(plan.recipe.output or Path("runs") / Path(path).stem).expanduser()
     with ray_cluster.workers(jobs, cluster, console) as workers, locked(folder):
         rows = shared_examples(plan, console)

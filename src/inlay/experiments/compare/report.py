@@ -10,7 +10,7 @@ from inlay.evaluation.paired import CONFIDENCE
 from inlay.experiments.compare.outcome import Outcome, Standing, machine_name, mean_of, spread_of
 from inlay.experiments.compare.plots import comparison_figures
 from inlay.files.atomic import write_text
-from inlay.inspection.figures import inline_svg, save_figure
+from inlay.inspection.figures import inline_svg, plot_name, save_figure
 from inlay.messages import gib
 from inlay.models.builtin import model_name
 from inlay.reports.html import SORT, html_cell, html_document, sortable_table
@@ -48,7 +48,7 @@ def write_comparison_page(outcome: Outcome) -> None:
     pictures = []
     for name, figure in comparison_figures(outcome):
         save_figure(figure, folder / f"{name}.png")
-        label = html.escape(figure.get_suptitle() or figure.axes[0].get_title())
+        label = html.escape(plot_name(figure))
         svg = inline_svg(name, figure, label)
         inches = figure.get_figwidth()
         wide = f' style="--inches: {inches:g}"' if inches > 6 else ""

@@ -9,7 +9,7 @@ import yaml
 
 from inlay.evaluation.metric import METRIC_HELP, on_task
 from inlay.experiments.recipe_block import ELSEWHERE, check_held_whole, positive_numbers, read_block
-from inlay.messages import slug
+from inlay.messages import one_line, slug
 from inlay.models.model_classes import find_model_class
 from inlay.recipe.reading import from_values, non_defaults
 from inlay.recipe.recipe import Recipe
@@ -170,8 +170,10 @@ def entry_of(recipe: Recipe, spec: Comparison, item: object) -> Entry:
         if key not in OF_METHOD:
             raise ValueError(f"methods: {key!r} cannot differ between methods; these can: {', '.join(OF_METHOD)}")
     entry = replace(recipe, **{"args": {}, **changed})
-    if "$" in str(name):
-        raise ValueError(f"methods: name {name!r} has a $, which plots read as a formula; leave it out")
+    if "$" in str(name) or one_line(str(name)) != str(name):
+        raise ValueError(
+            f"methods: name {name!r} has a $, which plots read as a formula, or a line break; leave it out"
+        )
     if rates == "auto":
         numbers = grid_around(replace(entry, learning_rate="auto").rate)
     else:

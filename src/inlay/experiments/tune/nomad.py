@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from inlay.experiments.tune.spec import Range, SearchPlan
+from inlay.messages import check_installed
 
 
 def import_nomad() -> Any:
@@ -19,10 +20,9 @@ def import_nomad() -> Any:
     Raises:
         ValueError: it is not installed.
     """
-    try:
-        import PyNomad
-    except ImportError:
-        raise ValueError("sampler: nomad needs PyNomadBBO; pip install 'inlay[nomad]', or choose tpe") from None
+    check_installed("sampler: nomad", "PyNomad")
+    import PyNomad
+
     return PyNomad
 
 

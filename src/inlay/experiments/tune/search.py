@@ -37,6 +37,8 @@ from inlay.experiments.tune.study import (
     values_of,
 )
 from inlay.files.atomic import locked, write_text
+from inlay.messages import Terminal, check_installed
+from inlay.training.arguments import check_means
 from inlay.training.examples import load_examples
 from inlay.training.run_tokenizer import run_tokenizer
 
@@ -67,9 +69,10 @@ def tune(
         ValueError: the recipe or the data cannot be used, the folder holds something else, Optuna, NOMAD or Ray is not
             installed, or every trial failed.
     """
-    console = console or Console()
+    console = console or Terminal()
     plan = load_search(path, output, overwrite)
     check_trial(plan, jobs)
+    check_means(plan.recipe)
     folder = Path(plan.recipe.output or Path("runs") / Path(path).stem).expanduser()
     recipe = plan.recipe
     rows = load_examples(recipe, run_tokenizer(recipe), console)
@@ -94,10 +97,9 @@ def check_trial(plan: SearchPlan, jobs: int | None) -> None:
     Raises:
         ValueError: something is not installed, the metric cannot be imported, or NOMAD is combined with several jobs.
     """
-    try:
-        import optuna
-    except ImportError:
-        raise ValueError("inlay tune needs Optuna; pip install 'inlay[tune]'") from None
+    check_installed("inlay tune", "optuna")
+    import optuna
+
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if plan.spec.sampler == "nomad":
         import_nomad()

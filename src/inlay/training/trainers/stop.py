@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from pathlib import Path
@@ -11,6 +12,8 @@ from transformers import TrainerCallback
 
 from inlay.host import distributed
 from inlay.training import checkpoints
+
+HEARD = b"\ninlay: stopping after this step, with a checkpoint; press Ctrl-C again to stop now\n"
 
 
 class Stop(TrainerCallback):
@@ -31,6 +34,8 @@ class Stop(TrainerCallback):
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+        if distributed.is_first():  # by the system's own call: the handler may run within a print
+            os.write(2, HEARD)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Find the best checkpoint where the run folder is now."""

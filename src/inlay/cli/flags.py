@@ -1,0 +1,75 @@
+"""Read which flags stand for fields of a recipe and for hyperparameters, without importing what defines them.
+
+`resources/flags.json` is generated from the recipe and the methods by `python -m inlay.cli.recipe_reference`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from inlay.messages import did_you_mean
+
+FILE = Path(__file__).parent.parent / "resources" / "flags.json"
+
+# What other tools call a flag, and what it is called here.
+ELSEWHERE = {
+    "alpha": "alpha lora-alpha",
+    "accumulation": "gradient-accumulation-steps gradient-accumulation grad-accum accumulate",
+    "batch-size": "bs batch per-device-train-batch-size micro-batch-size train-batch-size",
+    "chat-template": "template",
+    "data": "dataset dataset-name dataset-path train-file datasets",
+    "dropout": "lora-dropout",
+    "dtype": "bf16 fp16 precision torch-dtype",
+    "epochs": "epoch num-epochs num-train-epochs n-epochs e",
+    "eval-every": "eval-steps eval-interval",
+    "gradient-checkpointing": "grad-checkpoint checkpointing use-gradient-checkpointing",
+    "learning-rate": "lr peak-lr",
+    "length": "max-length max-seq-length max-seq-len seq-len seq-length context-length",
+    "max-length": "length max-seq-length max-seq-len seq-len seq-length cutoff-len sequence-len context-length",
+    "method": "adapter finetuning-type peft peft-type fine-tune-type",
+    "model": "base base-model model-name model-name-or-path pretrained m",
+    "output": "out output-dir out-dir save-dir adapter-path o",
+    "overwrite": "force overwrite-output-dir f",
+    "quantize": "load-in-4bit load-in-8bit 4bit quant quantization qlora q",
+    "r": "rank lora-r lora-rank",
+    "report-to": "wandb use-wandb logger",
+    "resume": "resume-from-checkpoint continue",
+    "save-every": "save-steps save-interval",
+    "scheduler": "lr-scheduler lr-scheduler-type",
+    "steps": "max-steps iters num-steps",
+    "target-modules": "lora-target-modules lora-target modules targets",
+    "tokens": "max-tokens max-new-tokens n-predict",
+    "trainer": "args training-args",
+    "trust-remote-code": "allow-remote-code",
+    "version": "v",
+    "warmup": "warmup-ratio warmup-steps",
+}
+
+
+@dataclass(frozen=True)
+class Flag:
+    """Describe a field of a recipe or a hyperparameter: its help, its default as text, whether it is a switch."""
+
+    help: str
+    default: str | None
+    switch: bool
+
+
+@cache
+def recipe_flags() -> dict[str, Flag]:
+    """Return all fields of a recipe, then all hyperparameters, by name."""
+    return {name: Flag(**values) for name, values in json.loads(FILE.read_text(encoding="utf-8")).items()}
+
+
+def flag_suggestion(name: str, known: Iterable[str]) -> str:
+    """Return the end of an error's line on the flag `name`: the one of `known` that it probably means, if any."""
+    known = list(known)
+    meant = next((own for own, names in ELSEWHERE.items() if name in names.split() and own in known), None)
+    if meant is not None:
+        return f"here it is --{meant}"
+    close = did_you_mean(name, known)
+    return close.replace("'", "--", 1).replace("'", "") if close.startswith("did you mean") else ""

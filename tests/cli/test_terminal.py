@@ -1,0 +1,202 @@
+"""What a person meets at the terminal: help that fits, flags that are guessed, nothing that steers the screen."""
+
+import ast
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import fails
+from rich.table import Table
+
+import inlay
+from inlay.cli import main
+from inlay.cli.entry import parser
+from inlay.cli.flags import ELSEWHERE, recipe_flags
+from inlay.cli.parser import flag_help
+from inlay.evaluation.evaluate_model import evaluate_model
+from inlay.messages import PACKAGES, Terminal, one_line, printable, show_text
+from inlay.recipe.recipe import Recipe
+from inlay.training.arguments import check_means
+
+PACKAGE = Path(inlay.__file__).parent
+STEERING = "\x1b[2J\x1b]0;name\x07 \r\x08\x9b31m \u202eback\u2066 \u2028\x7f\ud800"
+VERBS = "train compare tune ui methods eval generate fold export import merge inspect plan schema env".split()
+
+
+# -- nothing steers the terminal --------------------------------------------------------------------------------------
+
+
+def test_what_steers_is_written_out():
+    assert printable("\x1b[31mred") == r"\x1b[31mred"
+    assert printable("a\rb\x9b\u202ec\ud800") == r"a\rb\x9b\u202ec\ud800"
+    assert printable("tab\tand\nline\r\nend") == "tab\tand\nline\nend"
+    whole = "naïve 日本語 \u200d👩‍🚀 \xa0⟦ΔW⟧ می‌خواهم"
+    assert printable(whole) == whole
+    assert one_line("two\nlines\t\x1b") == r"two lines \x1b"
+
+
+def test_nothing_that_is_printed_steers(capsys):
+    show_text(STEERING)
+    show_text(STEERING, to_stderr=True)
+    file = io.StringIO()
+    console = Terminal(file=file, width=200, color_system=None)
+    table = Table("a" + STEERING, title=STEERING)
+    table.add_row(STEERING)
+    console.print(STEERING, table)
+    console.print(STEERING, style="yellow", soft_wrap=True)
+    caught = capsys.readouterr()
+    for text in (caught.out, caught.err, file.getvalue()):
+        assert text
+        assert not set(text) & set(STEERING) - set("[]2J0;name 31mback")
+        assert r"\x1b[2J" in text
+
+
+def test_names_are_no_markup():
+    file = io.StringIO()
+    Terminal(file=file, width=80).print("runs/[red]x[/red] :smile: [/]")
+    assert file.getvalue() == "runs/[red]x[/red] :smile: [/]\n"
+
+
+def test_everything_is_printed_through_one_file():
+    calls = {
+        f"{path.relative_to(PACKAGE).as_posix()}: {node.func.id}"
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("print", "Console")
+    }
+    assert calls == {
+        "messages.py: print",
+        "evaluation/evaluate.py: Console",
+        "training/train.py: Console",
+    }  # both quiet
+
+
+def test_errors_are_one_line_without_control_characters(capsys, tmp_path):
+    said = fails(capsys, "train", "--data", str(tmp_path / "a\x1b[2J\n\rb.jsonl"))
+    assert r"\x1b[2J" in said
+    assert "\x1b" not in said
+
+
+# -- help -------------------------------------------------------------------------------------------------------------
+
+
+def shown(capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as end:
+        main(list(arguments))
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("columns", ["60", "80", "200"])
+def test_help_breaks_no_word_and_cuts_no_sentence(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", columns)
+    top = parser()
+    for name in ("", *VERBS):
+        said = shown(capsys, *filter(None, [name]), "--help")
+        verb = top.verbs[name] if name else top
+        assert max(map(len, said.splitlines())) <= min(100, int(columns)), name
+        words = " ".join(said.replace("\\\n", " ").split())
+        assert all(" ".join(text.split()) in words for text in ((verb.description or "").split("\n\n"))), name
+        assert " ".join(verb.example.split()) in words, name
+        assert all(flag in words for flag in verb.flags() if flag in recipe_flags()) or name == "train"
+    assert "(TensorBoard, 127.0.0.1)." in " ".join(shown(capsys, "--help").split())
+
+
+def test_help_of_train_shows_the_defaults_on_one_screen(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    said = shown(capsys, "train", "--help")
+    assert len(said.splitlines()) <= 50
+    words = " ".join(said.split())
+    for name in ("learning_rate", "batch_size", "epochs", "max_length", "method", "seed", "eval_size", "output"):
+        assert flag_help(name) in words
+    assert "examples per device and micro-batch, or auto: the largest that fits (default 8)" in words
+    every = " ".join(shown(capsys, "train", "--help-all").split())
+    assert all(f"--{name.replace('_', '-')} " in every and flag_help(name) in every for name in recipe_flags())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("train --lr 1e-3", "unknown flag --lr; here it is --learning-rate"),
+        ("train --bs 4", "here it is --batch-size"),
+        ("train --rank 8", "here it is --r;"),
+        ("train --lora_r 8", "here it is --r;"),
+        ("train --epoch 3", "here it is --epochs"),
+        ("train --max_steps=3", "here it is --steps"),
+        ("train --learning-rte 1", "did you mean --learning-rate?"),
+        ("train --zzz 1", "unknown flag --zzz; see inlay train --help"),
+        ("plan --seq-len 9", "here it is --length"),
+        ("generate --max-new-tokens 9", "here it is --tokens"),
+        ("eval x --lr 9", "unknown flag --lr; see inlay eval --help"),
+        ("trane", "invalid choice 'trane': did you mean 'train'?"),
+    ],
+)
+def test_an_unknown_flag_gets_a_suggestion(arguments, says, capsys):
+    assert says in fails(capsys, *arguments.split())
+
+
+def test_flags_have_two_spellings():
+    for spelling in (["--learning_rate", "1e-3"], ["--learning-rate", "1e-3"], ["--learning_rate=1e-3"]):
+        assert parser().parse_arguments(["train", *spelling]).learning_rate == "1e-3"
+    given = parser().parse_arguments(["generate", "run", "--prompt", "a_b", "--temperature", "-1"])
+    assert (given.prompt, given.temperature) == ("a_b", -1.0)
+
+
+def test_what_others_call_a_flag_names_one_of_ours():
+    top = parser()
+    flags = {flag for verb in (top, *top.verbs.values()) for flag in verb.flags()}
+    assert ELSEWHERE.keys() <= flags
+    names = [name for key in ELSEWHERE.keys() - {"length", "max-length"} for name in ELSEWHERE[key].split()]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [("--version", 0), ("--help", 0), ("train --help", 0), ("plan --help", 0), ("trane", 2), ("train --lr 1", 2)],
+)
+def test_help_and_mistakes_import_neither_torch_nor_peft(arguments, code):
+    command = [sys.executable, "-X", "importtime", "-m", "inlay", *arguments.split()]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == code
+    imported = {line.rpartition("|")[2].strip() for line in ended.stderr.splitlines()}
+    assert "inlay.cli.entry" in imported
+    assert not imported & {"torch", "peft", "transformers", "numpy", "datasets"}
+
+
+def test_importing_inlay_registers_with_peft():
+    code = "import inlay; from peft import PEFT_TYPE_TO_CONFIG_MAPPING as kinds; print([k.value for k in kinds][-1])"
+    ended = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == "INLAY"
+
+
+# -- packages ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_package_is_said_before_work_begins(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    with pytest.raises(ValueError, match=r"^task text needs sacrebleu; pip install 'inlay\[eval\]'$"):
+        evaluate_model("nowhere/at-all", task="text", data="nowhere.jsonl")
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ValueError, match=r"^quantize: int8 needs bitsandbytes; pip install 'inlay\[quantized\]'$"):
+        check_means(Recipe(quantize="int8"))
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    with pytest.raises(ValueError, match=r"^trainer: use_liger_kernel needs liger_kernel; pip install liger-kernel$"):
+        check_means(Recipe(trainer={"use_liger_kernel": True}))
+
+
+def test_what_only_a_gpu_can_is_refused_without_one(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match="activation_offloading is for a GPU, and this machine has none"):
+        check_means(Recipe(trainer={"activation_offloading": True}))
+    with pytest.raises(ValueError, match="padding_free has no effect; use packing: true"):
+        Recipe(trainer={"padding_free": True})
+
+
+def test_each_package_says_how_it_is_installed():
+    text = (PACKAGE.parents[1] / "pyproject.toml").read_text()
+    extras = {line.split(" = ")[0] for line in text.splitlines() if " = [" in line}
+    for requirement in PACKAGES.values():
+        if "[" in requirement:
+            assert requirement.split("[")[1].rstrip("]'") in extras
