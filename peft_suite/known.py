@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from bitsandbytes.functional import has_avx512bf16
+
 
 class Entry(NamedTuple):
     """Tests of which `file::class::name[parameters]` matches the regex `tests`."""
@@ -30,7 +32,7 @@ FAILS = [
         "loads an adapter on a base with other random weights, which we refuse by its seal",
     ),
     Entry(
-        r"test_parameters_after_loading_model\[(dota|lorta)",
+        r"test_parameters_after_loading_model\[(dota (?!layer norm|Conv1D|tokens)|lorta both)",
         "trains a product of five factors at a learning rate of 0.5 until it is NaN, which we refuse to load; for such "
         "methods of its own PEFT lowers the rate by their names",
     ),
@@ -49,12 +51,15 @@ FAILS = [
         "compares log-probabilities near 0 to a hundred-thousandth of themselves, with and without FSDP: under it W x "
         "and ΔW x are added, else (W + ΔW) x is one product, and one rounding of logits of about 10 is more than that",
     ),
-    Entry(
-        r"test_forward_changes_output\[inlay.*bnb_4bit",
-        "runs the 4-bit base before it is adapted: on a CPU with AVX-512 bf16 bitsandbytes repacks the weights then, "
-        "and no longer reads them back right, which we refuse",
-    ),
 ]
+if has_avx512bf16():
+    FAILS.append(
+        Entry(
+            r"test_forward_changes_output\[inlay.*bnb_4bit",
+            "runs the 4-bit base before it is adapted: on a CPU with AVX-512 bf16 bitsandbytes repacks the weights "
+            "then and no longer reads them back right, which we refuse",
+        )
+    )
 
 
 def find(table: list[Entry], nodeid: str) -> str | None:

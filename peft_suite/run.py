@@ -49,7 +49,7 @@ def prepare(sources: Path) -> Path:
     return work
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> None:
     work = prepare(fetch(f"peft-{version('peft')}"))
     write(CACHE / "hub")
     files = [a for a in arguments if a.endswith(".py")] or [*LISTS, *WRITTEN_OUT]
@@ -58,8 +58,9 @@ def main(arguments: list[str]) -> int:
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
     pytest = [sys.executable, "-m", "pytest", "-q", "--disable-warnings", "-p", "peft_suite.plugin"]
     command = [*pytest, *options, *(f"tests/{f}" for f in files)]
-    return subprocess.run(command, cwd=work, env={**os.environ, **offline, "PYTHONPATH": path}, check=False).returncode
+    os.chdir(work)
+    os.execve(command[0], command, {**os.environ, **offline, "PYTHONPATH": path})  # Ctrl-C still prints the table
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

@@ -154,7 +154,8 @@ def uniform_noise(rows: int, columns: int, seed: int, dtype: torch.dtype, device
     """
     key = rows, columns, seed, dtype, device
     if key not in _NOISE:  # functools.cache is not traced by torch.compile
-        _NOISE[key] = _splitmix(rows * columns, seed, device).to(dtype).view(rows, columns)
+        with torch.inference_mode(False):  # a training may use it next
+            _NOISE[key] = _splitmix(rows * columns, seed, device).to(dtype).view(rows, columns)
     return _NOISE[key]
 
 

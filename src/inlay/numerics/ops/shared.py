@@ -160,7 +160,8 @@ def tiles(r: int, inp: int, like: Tensor) -> Tensor | None:
 
 @functools.lru_cache(maxsize=64)
 def tiled(r: int, inp: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.eye(r, dtype=dtype, device=device).repeat(1, -(-inp // r))[:, :inp]
+    with torch.inference_mode(False):  # a training may use it next
+        return torch.eye(r, dtype=dtype, device=device).repeat(1, -(-inp // r))[:, :inp]
 
 
 def block_sum(x: Tensor, r: int) -> Tensor:
