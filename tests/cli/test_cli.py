@@ -64,7 +64,7 @@ def test_auto_is_the_rate_of_the_method():
         assert Recipe(method=method).rate == Recipe(method=method).resolved().learning_rate == RATES[method].value
     assert Recipe(method="milora", learning_rate="1e-4").resolved().learning_rate == 1e-4
     assert Recipe(method="peft:ia3").rate == 5e-4  # not in the table
-    for other in ({"step": "mezo"}, {"optimizer": "muon"}):  # the table is for AdamW
+    for other in ({"step": "mezo"}, {"optimizer": "muon"}, {"lr_ratio": 16}):  # the table is for AdamW at one rate
         assert Recipe(method="lora", **other).rate == 5e-4
     with pytest.raises(ValueError, match="learning_rate: 'fast' is not a number or one of auto"):
         Recipe(learning_rate="fast")

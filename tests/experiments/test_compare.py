@@ -304,6 +304,20 @@ def test_sizes_within_a_memory_budget(tiny, records):
     assert cost(replace(recipe, method="full")) > four
 
 
+def test_a_size_that_is_given_stays(tiny):
+    asked = entry(tiny, "lora", r=3)
+    assert solve_size(asked, budget_cost("parameters", None), 12000) is asked
+
+
+def test_a_budget_counts_what_is_trained_in_the_end(tiny):
+    """LaMDA's B is frozen by then: 14 weights with a core of r² each."""
+    cost = budget_cost("parameters", None)
+    assert cost(entry(tiny, "lamda", r=8).recipe) == 14 * 64
+    assert solve_size(entry(tiny, "lamda"), cost, 14 * 15**2 + 1).recipe.args == {"r": 15}
+    half = cost(entry(tiny, "xgblora", r=2).recipe)  # one of two layers is trained in any round
+    assert half == cost(entry(tiny, "lora", r=2).recipe) / 2
+
+
 def test_full_fine_tuning_has_no_size(tiny):
     asked = entry(tiny, "full")
     assert solve_size(asked, budget_cost("parameters", None), 1) is asked

@@ -212,10 +212,14 @@ class Recipe:
 
     @property
     def rate(self) -> float:
-        """Return the peak learning rate; for `auto` the method's default, and a careful one where no AdamW steps."""
+        """Return the peak learning rate; for `auto` the method's default.
+
+        A careful one stands for `auto` where no AdamW steps, or roles have rates of their own.
+        """
         if self.learning_rate != "auto":
             return self.learning_rate
-        known = self.step == "backward" and self.optim.startswith("adam")
+        one = self.lr_ratio is None and self.core_ratio is None
+        known = one and self.step == "backward" and self.optim.startswith("adam")
         return (default_rate(self.method) if known else UNKNOWN).value
 
     @property

@@ -43,13 +43,13 @@ def model_of(recipe: Recipe, rows: Examples | None) -> dict[str, object]:
 
 
 def solve_size(entry: Entry, cost: Cost, limit: float, rows: Examples | None = None) -> Entry:
-    """Return the entry at its largest size that costs at most `limit`; unchanged where its method has no size.
+    """Return the entry at its largest size that costs at most `limit`; unchanged where a size is given or it has none.
 
     Raises:
         ValueError: even the smallest size costs more.
     """
     name = method_size_field(entry.recipe.method)
-    if name is None:
+    if name is None or name in entry.recipe.args:
         return entry
 
     def sized(size: int) -> Recipe:

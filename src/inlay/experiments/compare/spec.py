@@ -39,7 +39,8 @@ class Comparison:
     seeds: list = field_of(lambda: [0, 1, 2], "seeds of the runs at the chosen rate; the rate is chosen with the first")
     budget: dict = field_of(
         dict,
-        "one of {parameters: N} and {memory: GiB}, for which sizes are solved, or {time: seconds}, which limits steps",
+        "one of {parameters: N} (in the end) and {memory: GiB}, for which sizes are solved that no method gives, or "
+        "{time: seconds}, which limits steps",
     )
     halving: int = field_of(
         3, "factor of successive halving: one rate in so many continues, with so many times the steps", min=2
