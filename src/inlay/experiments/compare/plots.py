@@ -168,7 +168,7 @@ def differences_plot(outcome: Outcome) -> Figure:
         bars: dict[str, Any] = {} if math.isnan(d.low) else {"xerr": [[d.mean - d.low], [d.high - d.mean]]}
         axes.errorbar(d.mean, place, capsize=4, **bars, **style)
     axes.errorbar([], [], xerr=[], color=INK, marker="o", capsize=4, linestyle="none",
-                  label=f"mean, {CONFIDENCE:.0%} interval, {len(outcome.plan.spec.seeds)} seeds")  # fmt: skip
+                  label=f"mean, joint {CONFIDENCE:.0%} interval, {len(outcome.plan.spec.seeds)} seeds")  # fmt: skip
     axes.axvline(0, color=INK, linewidth=1, alpha=0.6, label=reference)
     axes.set_yticks(range(len(rows)), labels=[row.method for row in rows])
     axes.set_ylim(-0.6, max(0, len(rows) - 1) + 0.6)

@@ -25,13 +25,13 @@ body { max-width: 84rem; } p, pre { max-width: 60rem; } pre { box-sizing: border
 small { opacity: .7; } pre { font-size: .85rem; } h3 { font-size: 1rem; max-width: 60rem; white-space: pre-line; }
 """
 CAPTIONS = {
-    "differences": "An interval that crosses the line is no difference beyond noise.",
+    "differences": "The intervals hold together; one that crosses the line cannot tell the two apart.",
     "curves": "Training loss, smoothed, averaged over seeds.",
     "parameters": "Bars: standard deviation over seeds. Ringed: no other method is better in both.",
     "memory": "Memory of the whole process, libraries included.",
     "seconds": "Wall time of training on the machine below.",
     "forgetting": "Right is more learned, down is less forgotten.",
-    "rates": "The first rung, one seed.",
+    "rates": "The first rung, one seed, with the rates that were tried beyond the grid.",
     "subspaces": "Medians over the weights, and quartiles; the run with the first seed.",
     "maps": "‖ΔW‖ / ‖W‖ in the run with the first seed. All maps share one logarithmic colour scale.",
     "stack": "Predicted as by <code>inlay plan</code>; only the measured peak of a process includes libraries.",
