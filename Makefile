@@ -12,7 +12,7 @@ TOOLS  := .venv-tools
 # A worker per core, each with one thread: small tensors are slower on two.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test test-all test-gpu lint bench serve-check peft-suite torture soak fuzz canary wheel sbom audit clean
+.PHONY: demo test test-all test-gpu lint docs-tables bench serve-check peft-suite torture soak fuzz canary wheel sbom audit clean
 
 demo: $(READY)  ## environment, install, and the main job: SmolLM2-135M learns E2E
 	$(BIN)/inlay train --output runs/demo --overwrite
@@ -32,6 +32,9 @@ lint: $(DEV) $(TRITON)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+docs-tables: $(DEV)  ## the tables that the package itself can tell: README, docs/papers.md, docs/recipe.md
+	$(BIN)/python checks/docs_tables.py
 
 bench: $(DEV)  ## the measurements behind benchmarks/results
 	$(BIN)/python benchmarks/decompose.py

@@ -10,23 +10,25 @@ import torch
 
 from inlay.methods import METHODS, find
 
-SIZES: dict[str, dict[str, Any]] = {
-    **{method.name: {"r": 4} for method in METHODS},
-    **{name: {"r": 16} for name in ("bat", "bat_col", "randlora")},
-    "dota": {"bond": 4},
-}
+
+def sized(name: str, size: int) -> dict[str, Any]:
+    """Hyperparameters of a method with a size, or with the least that it takes; none where it has no size."""
+    key = find(name).size
+    least = {f.name: f.metadata.get("min", size) for f in fields(find(name))}
+    return {} if key is None else {key: max(size, least[key])}
 
 
 def fitting(name: str, size: int, *shapes: tuple[int, int]) -> dict[str, Any] | None:
-    """The same hyperparameters with the largest size up to `size`, or the least there is above it, that fits weights of
-    all these shapes; None where none does.
+    """The same with the largest size up to `size`, or the least there is above it, that fits weights of all these
+    shapes; None where none does.
     """
-    method = find(name)
-    least = {f.name: f.metadata.get("min", 1) for f in fields(method)}
     for asked in range(size, 0, -1):
-        args = {key: max(asked, least[key]) for key in SIZES[name]}
+        args = sized(name, asked)
         with suppress(ValueError):
             for shape in shapes:
-                method(**args).start(torch.empty(shape, device="meta"))
+                find(name)(**args).start(torch.empty(shape, device="meta"))
             return args
     return None
+
+
+SIZES: dict[str, dict[str, Any]] = {method.name: sized(method.name, 4) for method in METHODS}

@@ -35,13 +35,17 @@ keep = ops.keep  # no dropout
 
 
 class Base(Protocol):
-    """Define the layer under the change: call it for its output; `weight` is its current (out × in) weight.
+    """Define the layer under the change: call it for its output.
 
-    A plain frozen nn.Linear may have an attribute `linear`, its (weight, bias), so that `ops` can join products.
+    `weight` is its current (out × in) weight, dequantised, and `bias` its bias (out), if it has one. A plain frozen
+    nn.Linear may have an attribute `linear`, its (weight, bias), so that `ops` can join products.
     """
 
     @property
     def weight(self) -> Tensor: ...
+
+    @property
+    def bias(self) -> Tensor | None: ...
 
     def __call__(self, x: Tensor, /) -> Tensor: ...
 
@@ -81,6 +85,7 @@ class Method(ABC):
         equation: ΔW in plain text.
         paper: authors, year, arXiv id.
         trains: the trained tensors and their shapes, in words.
+        size: the hyperparameter that says how much is trained, such as the rank; None where there is none.
         frozen: symbols of θ that are kept but never trained.
         shared: symbols of θ that a group of weights has in common (see `Place`): started and stored once, with its
             first weight. Only their shapes may depend on the place.
@@ -89,6 +94,9 @@ class Method(ABC):
         zero_init: whether ΔW(θ₀) = 0 for every W, so that θ₀ need not be stored; a property where it depends on a
             hyperparameter.
         reads_weight: whether ΔW depends on W, so that θ alone does not determine it.
+        linear: whether the change is a matrix ΔW. Where it depends on x in another way (routed experts, say), the
+            method writes `change` in place of `delta`, and cannot be merged, exported or folded.
+        scales: whether s may differ from 1; what is to stay orthogonal has to refuse it.
         roles: the part each trained symbol plays, for steps that treat them apart (LoRA+): it reads the layer's input
             ("in"), writes its output ("out"), or is a "magnitude"; any other symbol is a "core" between.
         needs: what a data-driven `start` must have seen first (None: the weight alone); `observe` sees it. A property
@@ -102,12 +110,15 @@ class Method(ABC):
     equation: ClassVar[str]
     paper: ClassVar[str]
     trains: ClassVar[str]
+    size: ClassVar[str | None] = None
     frozen: ClassVar[frozenset[str]] = frozenset()
     shared: ClassVar[frozenset[str]] = frozenset()
     place: ClassVar[Place] = Place()
     strength: ClassVar[float] = 1.0
     zero_init: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
+    linear: ClassVar[bool] = True
+    scales: ClassVar[bool] = True
     roles: ClassVar[dict[str, str]] = {}
     needs: ClassVar[Literal["activations", "gradients"] | None] = None
 
@@ -121,6 +132,8 @@ class Method(ABC):
             raise ValueError(f"{self.name}: dropout={self.dropout} is not in [0, 1)")
         if self.scale is not None and self.scale <= 0:
             raise ValueError(f"{self.name}: scale={self.scale} is not above 0")
+        if not self.scales and self.scale not in (None, 1):
+            raise ValueError(f"{self.name}: scale={self.scale} would undo its equation; leave scale out")
 
     @property
     def s(self) -> float:
@@ -198,9 +211,22 @@ class Method(ABC):
         """Return an error E of W (out × in), weighted as a fold is to keep it small: by default, as it is."""
         return E
 
-    @abstractmethod
     def delta(self, p: Params, W: Tensor) -> Tensor:
-        """Return ΔW(θ), (out × in), without s: the definition of the update, which merge, export and the tests use."""
+        """Return ΔW(θ), (out × in), without s: the definition of the update, which merge, export and the tests use.
+
+        Raises:
+            ValueError: the change is not `linear`.
+        """
+        if self.linear:
+            raise NotImplementedError(f"{self.name} has neither `delta` nor `factors`")
+        raise ValueError(
+            f"{self.name}: its change depends on the input, so there is no ΔW to merge, export or fold; use the "
+            "adapter as it is"
+        )
+
+    def change(self, p: Params, x: Tensor, base: Base) -> Tensor:
+        """Return what θ adds to the output for x (..., in), without s, where the method is not `linear`."""
+        return F.linear(x, self.delta(p, base.weight).to(x.dtype))
 
     def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
         """Return the adapted layer's output for x (..., in). Several adapters nest: each is the `base` of the next.
@@ -212,11 +238,21 @@ class Method(ABC):
             base: the layer below, which gives W x.
             drop: dropout for what the change reads.
         """
+        p = self.level(p)
+        if not self.linear:
+            y, z = base(x), drop(x)
+            change = self.change(p, z, base)
+            return y + (self.s * (change if p0 is None else change - self.change(like(p0, p), z, base))).to(y.dtype)
         if self.reads_weight and base.weight.requires_grad:  # the base holds a trained change, on which ΔW depends too
             return base(x) + F.linear(drop(x), (self.s * self.offset(p, p0, base.weight)).to(x.dtype))
         linear = None if drop.p else ops.plain_linear(base, x)
         change = ops.dense(drop(x), linear, self.rows(p, p0, base), *p.values())
         return base(x) + change if linear is None else change
+
+    def level(self, p: Params) -> Params:
+        """Return θ with what is frozen in the dtype of what is trained, which a trainer may cast alone."""
+        dtype = next(v.dtype for k, v in p.items() if k not in self.frozen)
+        return {k: v.to(dtype) if k in self.frozen and v.is_floating_point() else v for k, v in p.items()}
 
     def rows(self, p: Params, p0: Params | None, base: Base) -> ops.Rows:
         """Return s (ΔW(θ) − ΔW(θ₀)) for `ops.dense`, built from p's values: whole by default, else by rows."""
@@ -251,6 +287,7 @@ class Method(ABC):
 class LowRank(Method):
     """Define a method with ΔW = B A, B and A thin: it writes `factors`, and its export to LoRA is exact."""
 
+    size = "r"
     roles = {"A": "in", "B": "out"}
 
     r: int = field(default=8, metadata={"help": "rank", "min": 1})
@@ -288,6 +325,7 @@ class LowRank(Method):
         return ops.Pair(self.s, None if p0 is None else (p0["A"], p0["B"])), (p["A"], p["B"])
 
     def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
+        p = self.level(p)
         if self.reads_weight and base.weight.requires_grad:  # the base holds a trained change, on which ΔW depends too
             return super().apply(p, p0, x, base, drop)
         shape = x.new_empty(0, x.shape[-1])  # `build` keeps what it refers to until the backward pass: never x

@@ -13,6 +13,7 @@ import yaml
 from helpers import fails
 from peft import AutoPeftModelForCausalLM, PeftModel
 from rich.console import Console
+from sizes import SIZES
 from transformers import AutoModelForCausalLM
 
 import inlay
@@ -163,13 +164,13 @@ def test_the_adapter_loads_with_peft_alone(run):
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_every_method_trains_from_the_command_line(method, tiny, records, tmp_path, capsys):
     out = tmp_path / "run"
-    size = "bond" if method == "dota" else "r"
-    flags = f"--{size} 4 --steps 2 --batch-size 4 --eval-size 4 --samples 0 --save-every 0 --dtype float32".split()
+    flags = "--steps 2 --batch-size 4 --eval-size 4 --samples 0 --save-every 0 --dtype float32".split()
+    flags += ["--args", str(SIZES[method])]
     main(["train", "--model", tiny, "--data", records, "--method", method, "--output", str(out), *flags])
     assert "held-out loss after" in capsys.readouterr().out
     base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     adapted = Adapter.open(out).attach(base)
-    assert adapted.peft_config["default"].args[size] == 4
+    assert adapted.peft_config["default"].args.items() >= SIZES[method].items()
 
 
 def test_options_of_a_longer_run(tiny, records, tmp_path):
@@ -214,8 +215,8 @@ def test_a_held_out_answer_has_to_be_left(tiny, tmp_path):
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_every_method_has_a_dry_run(method, tiny, records, tmp_path, capsys):
     """It counts on the meta device, where not everything exists that a real device has (autocast, values)."""
-    size = "bond" if method == "dota" else "r"
-    flags = ["--data", records, "--method", method, f"--{size}", "4", "--output", str(tmp_path / "run")]
+    size = [word for key, value in SIZES[method].items() for word in (f"--{key}", str(value))]
+    flags = ["--data", records, "--method", method, *size, "--output", str(tmp_path / "run")]
     main(["train", "--model", tiny, *flags, "--dry-run"])
     assert "activations" in capsys.readouterr().out
 

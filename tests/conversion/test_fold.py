@@ -9,15 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from contract import BY_NAME
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from sizes import SIZES
+from sizes import SIZES, sized
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 import inlay
 from inlay.cli import main
+from inlay.conversion.fold import Folded
 from inlay.conversion.fold_quantizer import FoldPlan, cut_residual
 from inlay.host.config import InlayConfig
 from inlay.host.layer import InlayLinear
@@ -34,7 +36,6 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning")  # of weights this small it is large
 
 ARGS = {**SIZES, "pissa": {"r": 8}, "lamda": {"r": 8}, "dota": {"bond": 4, "cores": 3}}
-DRAWN = ("lora", "peanut", "deep_lora", "snell", "lorta", "xgblora", "spiel")  # starts that are drawn anew
 IDS = torch.arange(24)[None]
 
 
@@ -66,7 +67,7 @@ def folds(plain, tmp_path_factory):
     """Folds of every method, each made once."""
     made = {}
 
-    def get(method: str) -> inlay.conversion.fold.Folded:
+    def get(method: str) -> Folded:
         if method not in made:
             made[method] = inlay.fold(plain, tmp_path_factory.mktemp("fold") / method, config(method))
         return made[method]
@@ -118,7 +119,7 @@ def test_a_fold_is_the_quantised_residual_and_its_piece(method, folds, plain):
         start = find(method)(**ARGS[method]).start(W)
         cls, p, _ = layer.theta("default")
         for k, value in start.items():
-            if method not in DRAWN:  # of those the stored start counts
+            if not cls.draws:  # of one that is drawn anew the stored start counts
                 torch.testing.assert_close(p[k].detach(), value, rtol=1e-4, atol=1e-5)
         D = cls.s * cls.delta(p, W).detach()
         packed, state = quantize_4bit(W - D, quant_type="nf4", blocksize=64, compress_statistics=True)
@@ -138,7 +139,7 @@ def test_a_folded_start_is_no_worse_than_plain_nf4(method, folds):
     LoLDU, whose first rows and columns of P L D U are no part of W's energy."""
     found = folds(method).errors
     before, after = (sum(getattr(e, kind) for e in found) / len(found) for kind in ("plain", "folded"))
-    assert after <= before * {"pissa": 1, "dota": 1, "lamda": 1, "loldu": 1.25}.get(method, 1.01)
+    assert after <= before * BY_NAME[method].folds
     if find(method)(**ARGS[method]).zero_init:
         assert after == pytest.approx(before, rel=1e-6)
 
@@ -577,7 +578,7 @@ def test_known_errors_of_a_real_weight(method, args, error, real_model):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(
-    "method", [InlayConfig(method=m, args={"bond": 16} if m == "dota" else {"r": 16}) for m in NAMES],
+    "method", [InlayConfig(method=m, args=sized(m, 16)) for m in NAMES],
     ids=NAMES,
 )  # fmt: skip
 def test_the_real_model_folds(method, tmp_path):

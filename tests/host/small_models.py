@@ -1,9 +1,8 @@
 """Small adapted models and what is read off them, for the tests of this folder."""
 
-from dataclasses import fields
-
 import pytest
 import torch
+from sizes import sized
 from torch import Tensor, nn
 
 from inlay import methods
@@ -35,8 +34,7 @@ every_method, every_kind = pytest.mark.parametrize("name", NAMES), in_fast_suite
 
 def config(name="pissa", target_modules=LINEARS, r=8, **more) -> InlayConfig:
     """Of any method; `r` is its size, whatever the method calls that."""
-    size = next(f.name for f in fields(methods.find(name)) if f.name in ("r", "bond"))
-    return InlayConfig(method=name, args={size: r}, target_modules=target_modules, **more)
+    return InlayConfig(method=name, args=sized(name, r), target_modules=target_modules, **more)
 
 
 def logits(model: nn.Module, tokens: Tensor = TOKENS) -> Tensor:

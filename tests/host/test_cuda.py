@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from sizes import sized
 
 from inlay.host.config import InlayConfig
 from inlay.methods import METHODS
@@ -21,7 +22,7 @@ LINEARS = ["q_proj", "v_proj", "up_proj", "down_proj"]
 
 
 def config(name: str, **more) -> InlayConfig:
-    return InlayConfig(method=name, args={"bond" if name == "dota" else "r": 8}, target_modules=LINEARS, **more)
+    return InlayConfig(method=name, args=sized(name, 8), target_modules=LINEARS, **more)
 
 
 def losses(model, ids: torch.Tensor, steps: int = 4) -> list[float]:

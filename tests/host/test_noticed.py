@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from sizes import SIZES
 from torch import nn
 from transformers import AutoModelForCausalLM, WavLMConfig, WavLMModel
 
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning")
 
 
 def adapted(model: nn.Module, name="bone", where=("a",), **more) -> nn.Module:
-    args = more.pop("args", {"bond": 4} if name == "dota" else {"r": 4})
+    args = more.pop("args", SIZES[name])
     return get_peft_model(model, InlayConfig(method=name, args=args, target_modules=list(where), **more))
 
 

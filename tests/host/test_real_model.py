@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from contract import BY_NAME
 from peft import get_peft_model
 from small_models import (
     FIRST,
@@ -52,7 +53,7 @@ def test_a_real_model_starts_exactly(name, dtype, real_bases, text):
 def test_a_real_model_merges(name, real_bases, text):
     base, before = real_bases[torch.float32]
     model = get_peft_model(base, InlayConfig(method=name, target_modules=LINEARS, layers_to_transform=[15]))
-    wander(model, {"svfit": 0.1, "deep_lora": 0.03}.get(name, 1e-3))
+    wander(model, BY_NAME[name].stride)
     trained = logits(model, text)
     assert difference(trained, before) > 1e-3
     model.merge_adapter()

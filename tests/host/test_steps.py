@@ -3,14 +3,15 @@
 import copy
 import json
 import math
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from contract import BY_NAME
 from peft import get_peft_model
 from rich.console import Console
+from sizes import SIZES
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -38,11 +39,6 @@ from inlay.training.progress import RunProgress
 from inlay.training.train import train, unfinished
 
 SILENT = Console(quiet=True)
-ROLES = {
-    "lora": "in out", "pissa": "in out", "milora": "in out", "olora": "in out", "peanut": "in out", "snell": "in out",
-    "deep_lora": "core in out", "lamda": "core out", "bone": "out", "svfit": "magnitude", "loldu": "magnitude",
-    "randlora": "magnitude", "dota": "core", "mora": "core", "mora_rope": "core", "bat": "core", "bat_col": "core",
-}  # fmt: skip
 
 
 def adapt(model, method, **more):
@@ -67,12 +63,12 @@ def outcome(run: Path) -> tuple[list[dict], bytes]:
 @pytest.mark.parametrize("cls", [m for m in methods.METHODS if not m.needs], ids=lambda cls: cls.name)
 def test_every_trained_symbol_has_the_part_its_equation_gives_it(cls):
     """In ΔW = B A the outer factors make B and no A."""
-    method = cls(r=4) if "r" in {f.name for f in fields(cls)} else cls()
+    method = cls(**SIZES[cls.name])
     W = torch.randn(256, 256)
     p = method.start(W)
     parts = {method.role(k) for k in p if k not in method.frozen}
     assert parts <= {"in", "out", "core", "magnitude"}
-    assert parts == set(ROLES.get(cls.name, " ".join(parts)).split())
+    assert parts == set((BY_NAME[cls.name].parts or " ".join(parts)).split())
     if issubclass(cls, LowRank) and "out" in parts:
         q = {k: v * 3 if method.role(k) == "out" else v for k, v in p.items()}
         (B, A), (B3, A3) = method.factors(p, W), method.factors(q, W)

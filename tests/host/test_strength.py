@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
+from sizes import SIZES
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning")
 
 
 def config(name: str, **more) -> InlayConfig:
-    return InlayConfig(method=name, args={"bond": 4} if name == "dota" else {"r": 4}, target_modules=WHERE, **more)
+    return InlayConfig(method=name, args=SIZES[name], target_modules=WHERE, **more)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from sizes import sized
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, TorchAoConfig
 
 from inlay.host.config import InlayConfig
@@ -10,7 +11,7 @@ from inlay.methods import METHODS
 
 quantization = pytest.importorskip("torchao.quantization")
 
-ARGS = {name: {"bond": 4} if name == "dota" else {"r": 16} for name in (m.name for m in METHODS if not m.needs)}
+ARGS = {m.name: sized(m.name, 16) for m in METHODS if not m.needs}
 IDS = torch.arange(12)[None]
 
 

@@ -22,18 +22,23 @@ from inlay.methods.bone import Bone
 from inlay.methods.deep_lora import DeepLoRA
 from inlay.methods.dota import DoTA
 from inlay.methods.eva import EVA
+from inlay.methods.hira import HiRA
 from inlay.methods.lamda import LaMDA
 from inlay.methods.loldu import LoLDU
 from inlay.methods.lora import LoRA
 from inlay.methods.lora_ga import LoRAGA
+from inlay.methods.lora_xs import LoRAXS
 from inlay.methods.lorta import LoRTA
 from inlay.methods.lq_lora import LQLoRA
+from inlay.methods.mica import MiCA
 from inlay.methods.milora import MiLoRA
 from inlay.methods.mora import MoRA
 from inlay.methods.mora_rope import MoRARope
 from inlay.methods.olora import OLoRA
+from inlay.methods.oplora import OPLoRA
 from inlay.methods.peanut import PEANuT
 from inlay.methods.pissa import PiSSA
+from inlay.methods.psoft import PSOFT
 from inlay.methods.randlora import RandLoRA
 from inlay.methods.smt import SMT
 from inlay.methods.snell import SNELL
@@ -55,6 +60,32 @@ def diagonal(p: Params, W: Tensor) -> Tensor:
 def lamda(p: Params, W: Tensor) -> Tensor:
     B = torch.cat([p[k] for k in sorted(p) if k.startswith("B_")], dim=1)
     return torch.einsum("ok,kr,ri->oi", B, p["S"], p["A"])
+
+
+def lora_xs(p: Params, W: Tensor) -> Tensor:
+    return torch.einsum("oa,ab,bi->oi", p["B"], p["R"], p["A"])
+
+
+def psoft(p: Params, W: Tensor) -> Tensor:
+    r, q = len(p["a"]), iter(p["q"])
+    Q = torch.zeros(r, r, dtype=p["q"].dtype)
+    for i in range(r):
+        for j in range(i + 1, r):
+            entry = torch.zeros_like(Q)
+            entry[i, j], entry[j, i] = 1, -1
+            Q = Q + next(q) * entry
+    eye = torch.eye(r, dtype=Q.dtype)
+    R = (eye + Q) @ torch.linalg.inv(eye - Q)
+    return p["B"] @ (torch.diag(p["b"]) @ R @ torch.diag(p["a"]) - eye) @ p["A"]
+
+
+def oplora(p: Params, W: Tensor) -> Tensor:
+    left, right = (torch.eye(len(p[k]), dtype=W.dtype) - p[k] @ p[k].T for k in "UV")
+    return left @ (p["B"] @ p["A"]) @ right
+
+
+def hira(p: Params, W: Tensor) -> Tensor:
+    return torch.einsum("oi,or,ri->oi", W.to(p["A"].dtype), p["B"], p["A"])
 
 
 def bone(p: Params, W: Tensor) -> Tensor:
@@ -171,25 +202,44 @@ class Row:
     lora_exact: bool = True  # ΔW(θ) − ΔW(θ₀) is a product of thin factors
     rank: int | None = None  # that of ΔW, where it is not the method's r
     notes: frozenset[str] = frozenset()  # frozen symbols in which a pass notes what it has seen
+    parts: str | None = None  # what its symbols do (`Method.role`): of in, out, core and magnitude
+    stops: bool = False  # the paper stops a gradient, so that derivatives are not those of finite differences
+    keeps_x: bool = True  # a layer keeps its input for the backward pass
+    width: int = 4  # and so many numbers of each token beside it, in a layer of 24 × 40 at size 4
+    joins: bool | None = None  # multiplies with W + B A where that pays (None: if `lora_exact`)
+    grows: bool = True  # a larger size trains more numbers, so that ranks can be allocated
+    folds: float = 1.01  # the error of a fold to 4 bits against that of plain NF4, at most
+    stride: float = 1e-3  # how far to move its numbers for a model's answers to move as far
 
 
 LAMDA = {"S", "B_1", "B_2", "B_3", "B_4"}
 
 
 # fmt: off
-# fmt: off
 CONTRACT = {
-    "lora": Row(LoRA(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank, seeded=True),
-    "pissa": Row(PiSSA(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
-    "milora": Row(MiLoRA(r=8), (40, 24), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
+    "lora": Row(LoRA(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank, seeded=True, parts="in out"),
+    "pissa": Row(PiSSA(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank, parts="in out", folds=1),
+    "milora": Row(MiLoRA(r=8), (40, 24), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank, parts="in out"),
     "milora middle": Row(MiLoRA(r=8, side="middle"), (24, 24), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
     "milora random": Row(
         MiLoRA(r=8, side="random"), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank, seeded=True
     ),
-    "olora": Row(OLoRA(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
-    "svfit": Row(SVFit(r=8), (40, 24), {"sigma"}, lambda m, n: 8, diagonal),
-    "loldu": Row(LoLDU(r=8), (24, 40), {"z"}, lambda m, n: 8, diagonal),
-    "lamda": Row(LaMDA(r=8, stages=4), (24, 40), LAMDA, lambda m, n: 64 + 8 * m, lamda),
+    "olora": Row(OLoRA(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank, parts="in out"),
+    "mica": Row(MiCA(r=8), (40, 24), {"A"}, lambda m, n: 8 * n, low_rank, parts="in"),
+    "oplora": Row(
+        OPLoRA(r=8, k=4), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), oplora, seeded=True, parts="in out"
+    ),
+    "lora_xs": Row(LoRAXS(r=8), (24, 40), {"R"}, lambda m, n: 64, lora_xs, parts="core", keeps_x=False),
+    "psoft": Row(
+        PSOFT(r=8), (24, 40), {"q", "a", "b"}, lambda m, n: 28 + 16, psoft, parts="core magnitude", keeps_x=False
+    ),
+    "svfit": Row(
+        SVFit(r=8), (40, 24), {"sigma"}, lambda m, n: 8, diagonal, parts="magnitude", keeps_x=False, stride=0.1,
+    ),
+    "loldu": Row(LoLDU(r=8), (24, 40), {"z"}, lambda m, n: 8, diagonal, parts="magnitude", keeps_x=False, folds=1.25),
+    "lamda": Row(
+        LaMDA(r=8, stages=4), (24, 40), LAMDA, lambda m, n: 64 + 8 * m, lamda, parts="core out", keeps_x=False, folds=1,
+    ),
     "lamda svd_core": Row(
         LaMDA(r=8, stages=4, init="svd_core"), (24, 40), LAMDA, lambda m, n: 64 + 8 * m, lamda
     ),
@@ -199,14 +249,15 @@ CONTRACT = {
     "lamda kaiming": Row(
         LaMDA(r=7, stages=4, init="kaiming"), (24, 40), LAMDA, lambda m, n: 49 + 7 * m, lamda, seeded=True
     ),
-    "bone": Row(Bone(r=8), (24, 40), {"D"}, lambda m, n: 8 * m, bone),
+    "bone": Row(Bone(r=8), (24, 40), {"D"}, lambda m, n: 8 * m, bone, parts="out", keeps_x=False, width=5, joins=False),
     "bone short": Row(Bone(r=7), (24, 40), {"D"}, lambda m, n: 7 * m, bone),
-    "bat": Row(Bat(r=8), (24, 40), {"B"}, lambda m, n: 8 * n, bat, lora_exact=False),
-    "bat_col": Row(BatCol(r=8), (24, 40), {"B"}, lambda m, n: 8 * m, bat_col, lora_exact=False),
+    "bat": Row(Bat(r=8), (24, 40), {"B"}, lambda m, n: 8 * n, bat, lora_exact=False, parts="core", width=40),
+    "bat_col": Row(BatCol(r=8), (24, 40), {"B"}, lambda m, n: 8 * m, bat_col, lora_exact=False, parts="core"),
     # 24 = 2 · 4 · 3 and 40 = 2 · 5 · 4; 24 = 4 · 6 and 40 = 5 · 8
     "dota": Row(
         DoTA(bond=2, cores=3), (24, 40), {"T1", "T2", "T3"},
         lambda m, n: 2 * (2 * 2) + 2 * (4 * 5) * 2 + (3 * 4) * 2, mpo, lora_exact=False,
+        parts="core", folds=1,
     ),
     "dota random": Row(
         DoTA(bond=4, cores=2, init="random"), (24, 40), {"T1", "T2"},
@@ -217,35 +268,47 @@ CONTRACT = {
         lambda m, n: 13 * 3 + 3 * 7 * 3 + 3 * 6, mpo, lora_exact=False,
     ),
     # √((24 + 40) 2) = 11.3 and √((16 + 48) 4) = 16; even: 10, and √((50 + 26) 2) = 12.3
-    "mora": Row(MoRA(r=2), (24, 40), {"M"}, lambda m, n: 11**2, mora, rank=11),
+    "mora": Row(
+        MoRA(r=2), (24, 40), {"M"}, lambda m, n: 11**2, mora, rank=11,
+        parts="core", keeps_x=False, width=17, joins=False,
+    ),
     "mora even": Row(MoRA(r=4), (16, 48), {"M"}, lambda m, n: 16**2, mora, rank=16),
-    "mora_rope": Row(MoRARope(r=2), (24, 40), {"M"}, lambda m, n: 10**2, mora_rope, lora_exact=False),
+    "mora_rope": Row(
+        MoRARope(r=2), (24, 40), {"M"}, lambda m, n: 10**2, mora_rope, lora_exact=False, parts="core", width=18,
+    ),
     "mora_rope tiled": Row(MoRARope(r=2), (50, 26), {"M"}, lambda m, n: 12**2, mora_rope, lora_exact=False),
     "randlora": Row(
-        RandLoRA(r=5), (24, 40), {"lambda", "gamma"}, lambda m, n: 5 * (5 + m), randlora, lora_exact=False
+        RandLoRA(r=5), (24, 40), {"lambda", "gamma"}, lambda m, n: 5 * (5 + m), randlora, lora_exact=False,
+        parts="magnitude", keeps_x=False, width=24, joins=True, grows=False,
     ),
     "randlora tall": Row(
         RandLoRA(r=8), (40, 24), {"lambda", "gamma"}, lambda m, n: 3 * (8 + n), randlora, lora_exact=False
     ),
-    "peanut": Row(PEANuT(r=8), (24, 40), {"A", "B"}, lambda m, n: 16 * m, peanut, seeded=True),
+    "peanut": Row(PEANuT(r=8), (24, 40), {"A", "B"}, lambda m, n: 16 * m, peanut, seeded=True, parts="in out"),
+    "hira": Row(
+        HiRA(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), hira, seeded=True, lora_exact=False, parts="in out"
+    ),
     "deep_lora": Row(
-        DeepLoRA(r=8), (24, 40), {"W1", "W2", "W3"}, lambda m, n: 8 * (m + n + 8), deep, seeded=True
+        DeepLoRA(r=8), (24, 40), {"W1", "W2", "W3"}, lambda m, n: 8 * (m + n + 8), deep, seeded=True,
+        parts="core in out", width=8, stride=0.03,
     ),
     "snell": Row(
-        SNELL(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), snell, seeded=True, lora_exact=False
+        SNELL(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), snell, seeded=True, lora_exact=False,
+        parts="in out",
     ),
     "lorta": Row(
         LoRTA(r=8), (24, 40), {"A", "B", "C_L", "C_M", "C_H"}, lambda m, n: 8 * (m + n + 3), lorta, seeded=True
     ),
     "xgblora": Row(
-        XGBLoRA(r=2, rounds=3), (24, 40), {"A", "B"}, lambda m, n: 2 * (m + n), boosted, seeded=True
+        XGBLoRA(r=2, rounds=3), (24, 40), {"A", "B"}, lambda m, n: 2 * (m + n), boosted, seeded=True,
+        width=64,
     ),
     "spiel": Row(
         SpIEL(r=4), (24, 40), {"phi"}, lambda m, n: 4 * (m + n), spiel, seeded=True, lora_exact=False,
         notes=frozenset({"candidates", "g"}),
     ),
     # 24 × 40 in blocks of 8: 15, of which one reads fewer columns than there are, and the default, 8 (24 + 40) / 64
-    "smt": Row(SMT(r=8), (24, 40), {"D"}, lambda m, n: 8 * 64, smt, lora_exact=False),
+    "smt": Row(SMT(r=8), (24, 40), {"D"}, lambda m, n: 8 * 64, smt, lora_exact=False, grows=False),
     "smt few": Row(SMT(r=8, blocks=4), (24, 40), {"D"}, lambda m, n: 4 * 64, smt, lora_exact=False),
     "eva": Row(EVA(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
     "lora_ga": Row(LoRAGA(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
@@ -254,9 +317,6 @@ CONTRACT = {
         LQLoRA(r=8, weights="none"), (40, 24), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank
     ),
 }
-# fmt: on
-
-
 # fmt: on
 BY_NAME = {row.method.name: row for row in reversed(CONTRACT.values())}
 every_row = pytest.mark.parametrize("row", CONTRACT.values(), ids=CONTRACT)
@@ -349,9 +409,14 @@ def logits(model: nn.Module) -> Tensor:
         return model(torch.arange(24).view(2, 12)).logits
 
 
+def rescaled(method: Method, scale: float) -> Method:
+    """With another s, where the method takes one."""
+    return dataclasses.replace(method, scale=scale) if method.scales else method
+
+
 def theta(row: Row, W: Tensor, scale: float | None = None) -> tuple[Method, Params, Params]:
     """The method, random parameters away from the start, and the start, in W's dtype."""
-    method = row.method if scale is None else dataclasses.replace(row.method, scale=scale)
+    method = row.method if scale is None else rescaled(row.method, scale)
     p0 = {k: cast(v, W.dtype) for k, v in begin(method, W.float()).items()}
     p = {k: v if k in method.frozen else v + 0.3 * torch.randn_like(v) for k, v in p0.items()}
     return method, p, p0

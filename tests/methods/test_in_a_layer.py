@@ -19,6 +19,7 @@ from contract import (
     layers_of,
     logits,
     ready,
+    rescaled,
     theta,
     train,
     wander,
@@ -71,6 +72,19 @@ def test_training_under_autocast_works_with_fp32_parameters(row):
 
 
 @every_row
+def test_a_trainer_may_cast_what_is_trained_alone(row):
+    """As FSDP's mixed precision does: what is frozen is a buffer, and stays in fp32."""
+    net, x = Net(row.shape).bfloat16(), torch.randn(7, row.shape[1]).bfloat16()
+    before = net(x)
+    model = adapt(net, row.method)
+    for p in model.parameters():
+        p.data = p.data.bfloat16()
+    assert largest(model(x) - before) == 0
+    model(x).float().square().sum().backward()
+    assert all(p.grad.dtype == torch.bfloat16 for p in model.parameters() if p.grad is not None)
+
+
+@every_row
 def test_exactly_the_stated_symbols_train(row):
     model = adapt(Net(row.shape), row.method)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -111,11 +125,11 @@ def test_training_does_not_move_the_stored_start(row):
 def test_the_layer_is_the_base_plus_the_dense_equation(row):
     net = Net(row.shape)
     W, b = net.layer.weight.detach().clone(), net.layer.bias.detach().clone()
-    model = adapt(net, dataclasses.replace(row.method, scale=0.37))
+    model = adapt(net, rescaled(row.method, 0.37))
     wander(model)
     layer, x = layers_of(model)[0], torch.randn(2, 5, row.shape[1])
     _, p, p0 = layer.theta("default")
-    delta = 0.37 * (row.delta(p, W) - (0 if p0 is None else row.delta(p0, W)))
+    delta = layer.cuts["default"].method.s * (row.delta(p, W) - (0 if p0 is None else row.delta(p0, W)))
     torch.testing.assert_close(layer.get_delta_weight("default"), delta, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(layer(x), F.linear(x, W + delta, b), rtol=1e-4, atol=1e-5)
 

@@ -1,5 +1,6 @@
 """Every method against its row of the contract: shapes, starts, the equation, gradients."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -100,15 +101,14 @@ def test_apply_is_the_equation_with_its_gradients(row, bias, lead, scale):
     for leaf in leaves:
         leaf.requires_grad_()
     y = method.apply(p, given(method, p0), x, Under(W, b))
-    s = method.s if scale is None else scale
-    expected = F.linear(x, W, b) + s * F.linear(x, row.delta(p, W) - row.delta(p0, W))
+    expected = F.linear(x, W, b) + method.s * F.linear(x, row.delta(p, W) - row.delta(p0, W))
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
     for got, want in zip(torch.autograd.grad(y, leaves, g), torch.autograd.grad(expected, leaves, g), strict=True):
         assert largest(want) > 0
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
-@every_row
+@pytest.mark.parametrize("row", [pytest.param(r, id=name) for name, r in CONTRACT.items() if not r.stops])
 def test_gradcheck_of_apply(row):
     W = torch.randn(row.shape, dtype=torch.float64)
     method, p, p0 = theta(row, W, 0.5)
@@ -119,6 +119,33 @@ def test_gradcheck_of_apply(row):
 
     inputs = [torch.randn(2, row.shape[1], dtype=torch.float64), *(p[k] for k in names)]
     assert torch.autograd.gradcheck(layer, [i.detach().requires_grad_() for i in inputs])
+
+
+@every_row
+def test_the_change_depends_on_the_weight_exactly_where_it_says_so(row):
+    """Only then is ΔW built again, and its gradient right, where another adapter lies under this one."""
+    W = torch.randn(row.shape, dtype=torch.float64)
+    method, p, _ = theta(row, W)
+    assert torch.equal(method.delta(p, 2 * W), method.delta(p, W)) != method.reads_weight
+
+
+@every_method
+def test_the_size_is_a_hyperparameter_that_sets_how_much_is_trained(row):
+    method = row.method
+    names = {f.name for f in dataclasses.fields(method)}
+    assert method.size in (names | {None} if "r" not in names else {"r"})
+    if method.size is not None:
+        field = next(f for f in dataclasses.fields(method) if f.name == method.size)
+        assert (type(field.default), field.metadata["min"]) == (int, field.metadata["min"])
+
+
+@every_method
+def test_a_method_takes_a_scale_or_refuses_it_by_name(row):
+    if row.method.scales:
+        assert dataclasses.replace(row.method, scale=0.37).s == 0.37
+    else:
+        with pytest.raises(ValueError, match=f"{row.method.name}: scale=0.37 would undo its equation"):
+            dataclasses.replace(row.method, scale=0.37)
 
 
 @every_row

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from sizes import sized
 
 from inlay.cli import main
 from inlay.host.layer import PREFIX
@@ -21,7 +22,7 @@ every_method = pytest.mark.parametrize("method", [m.name for m in METHODS])
 
 
 def trained(method: str, out: Path, *more: str) -> Path:
-    size = ["--bond", "4"] if method == "dota" else ["--r", "8"]
+    size = [word for key, value in sized(method, 8).items() for word in (f"--{key}", str(value))]
     flags = [
         *ONE_LAYER.split(),
         *SHORT.split(),

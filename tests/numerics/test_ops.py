@@ -6,19 +6,20 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from contract import BY_NAME
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
+from sizes import SIZES, sized
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from inlay.host.config import InlayConfig
-from inlay.method import LowRank
-from inlay.methods import METHODS, find
+from inlay.methods import METHODS
 from inlay.numerics import linalg, ops
 from inlay.numerics.ops import shared
 
-ARGS = {"dota": {"bond": 4}, "bone": {"r": 5}}
+ARGS = {**SIZES, "bone": {"r": 5}}
 
 LOW_RANK = importlib.import_module("inlay.numerics.ops.low_rank")  # the file: `ops.low_rank` is the function
 
@@ -163,7 +164,7 @@ def test_half_precision_is_near_the_reference(method):
     """Products joined, rows built in bf16: as near fp64 as bf16 is."""
     torch.manual_seed(0)
     x, W = torch.randn(64, 48).bfloat16(), (0.2 * torch.randn(32, 48)).bfloat16()
-    cut = {m.name: m for m in METHODS}[method](**ARGS.get(method, {"r": 8}))
+    cut = {m.name: m for m in METHODS}[method](**sized(method, 8))
     p0 = cut.start(W.float())
     p = {k: (v + 0.1 * torch.randn_like(v)).requires_grad_() for k, v in p0.items()}
     found, known = [], []
@@ -199,7 +200,7 @@ def test_blocks_are_added_where_they_were_summed():
 
 def layer(method: str, **more):
     torch.manual_seed(0)
-    config = InlayConfig(method=method, args=ARGS.get(method, {"r": 4}), target_modules=["0"], **more)
+    config = InlayConfig(method=method, args=ARGS[method], target_modules=["0"], **more)
     model = get_peft_model(nn.Sequential(nn.Linear(40, 24)), config)
     with torch.no_grad():
         for p in model.parameters():
@@ -238,7 +239,8 @@ def test_many_tokens_are_a_few_at_a_time(method, monkeypatch):
     monkeypatch.setattr(LOW_RANK, "sum_pays", lambda *about, pays=ops.sum_pays: made.append(pays(*about)) or made[-1])
     model, x = layer(method), torch.randn(120, 40)
     together = step(model, x)
-    joins = method == "randlora" or (issubclass(find(method), LowRank) and method not in ("bone", "mora"))
+    row = BY_NAME[method]
+    joins = row.lora_exact if row.joins is None else row.joins
     assert made == [True] * joins
     apart = [step(model, part) for part in x.split(10)]
     assert not any(made[1:])
@@ -279,7 +281,7 @@ def test_a_layer_with_a_bias_starts_exactly(method, tokens, monkeypatch):
     base = nn.Sequential(nn.Linear(1504, 96))
     x = torch.randn(tokens, 1504)
     y = base(x)
-    config = InlayConfig(method=method, args={"bond" if method == "dota" else "r": 4}, target_modules=["0"])
+    config = InlayConfig(method=method, args=SIZES[method], target_modules=["0"])
     assert torch.equal(get_peft_model(base, config)(x), y)
 
 
@@ -304,7 +306,7 @@ def test_what_a_layer_keeps(method, joined, monkeypatch):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         model(x)
     held = kept.pop(x.untyped_storage().data_ptr(), None)
-    assert (held is not None) is (method not in ("lamda", "bone", "svfit", "loldu", "mora", "randlora"))
+    assert (held is not None) is BY_NAME[method].keeps_x
     inside = 2 * x  # as between two layers: alive only while something refers to it
     ref = weakref.ref(inside)
     y = model(inside)
@@ -313,10 +315,8 @@ def test_what_a_layer_keeps(method, joined, monkeypatch):
     assert y.requires_grad
     # MoRA is 16 wide here, and keeps s M; its turned blocks one that was filled up; RandLoRA's bases are 24 together,
     # XGBLoRA's rounds 64. PiSSA and the like, of twice the rank with their start, keep but half of it.
-    wide = {"bat": 40, "bone": 5, "deep_lora": 8, "mora": 17, "mora_rope": 18, "randlora": 24, "xgblora": 64}
-    width = wide.get(method, 4)
     built = 24 * 8  # B, where it is built from more than one tensor
-    assert sum(t.untyped_storage().nbytes() for t in kept.values()) <= (512 * width + built) * 4
+    assert sum(t.untyped_storage().nbytes() for t in kept.values()) <= (512 * BY_NAME[method].width + built) * 4
 
 
 def test_a_patched_or_watched_layer_is_called():

@@ -16,6 +16,7 @@ from peft import AutoPeftModelForSequenceClassification, get_peft_model
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
+from sizes import SIZES
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -181,7 +182,7 @@ def test_a_run_may_start_from_the_data_of_any_task(task, method, models_of, data
 
 
 def made(method: str, of: dict) -> Recipe:
-    return Recipe(**of, method=method, args={"bond": 4} if method == "dota" else {"r": 4})
+    return Recipe(**of, method=method, args=SIZES[method])
 
 
 def examples(asked: Recipe):

@@ -115,9 +115,11 @@ def lora_delta(parts: list[tuple[float, InlayLinear]], W: Tensor, rank: int | No
         factors = [factors_of(weight, layer, W) for weight, layer in parts]
         U, S, Vh = linalg.compress(torch.cat([B for B, _ in factors], 1), torch.cat([A for _, A in factors]))
     elif rank is None and energy is None:
-        name = next(m.name for _, layer in parts if not isinstance(m := layer.theta("default")[0], LowRank))
+        method = next(m for _, layer in parts if not isinstance(m := layer.theta("default")[0], LowRank))
+        if not method.linear:
+            method.delta({}, W)  # which refuses
         raise ValueError(
-            f"the change of a {name} adapter has full rank, so a LoRA only comes near it: say how near, with "
+            f"the change of a {method.name} adapter has full rank, so a LoRA only comes near it: say how near, with "
             "a rank or an energy (0.9, say); or merge the adapter, which is exact"
         )
     else:

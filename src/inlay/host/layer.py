@@ -146,6 +146,10 @@ class Frozen:
         whole = all(type(t) in (Tensor, nn.Parameter) for t in tensors) and not trained
         return (layer.weight, layer.bias) if whole else None
 
+    @property
+    def bias(self) -> Tensor | None:
+        return dict(self.layer.base_layer.named_parameters(recurse=False)).get("bias")
+
     def __call__(self, x: Tensor, /) -> Tensor:
         return self.layer.base_layer(x, *self.args, **self.kwargs)
 
@@ -161,6 +165,10 @@ class Adapted:
     @property
     def weight(self) -> Tensor:
         return self.base.weight + self.layer.change(self.name, self.base.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
 
     def __call__(self, x: Tensor, /) -> Tensor:
         method, p, p0 = self.layer.theta(self.name)

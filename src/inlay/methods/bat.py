@@ -30,6 +30,7 @@ class Bat(Method):
     equation = "ΔW_ab = W_ab B_b + B_b"
     paper = "Kang 2024, arXiv 2409.15371 v1-v3"
     trains = "B (in/r × r × r)"
+    size = "r"
     zero_init = True
     reads_weight = True
 

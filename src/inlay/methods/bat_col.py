@@ -26,6 +26,7 @@ class BatCol(Method):
     equation = "ΔW_ab = W_ab B_a + B_a"
     paper = "Kang 2024, arXiv 2409.15371 v1-v3"
     trains = "B (out/r × r × r)"
+    size = "r"
     zero_init = True
     reads_weight = True
 

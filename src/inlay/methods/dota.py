@@ -34,6 +34,7 @@ class DoTA(Method):
     equation = "ΔW = MPO(T1..TN) from the truncated tensor train of W"
     paper = "Hu et al. 2024, arXiv 2412.20891"
     trains = "T1..TN (d × o × i × d)"
+    size = "bond"
 
     bond: int = field(default=16, metadata={"help": "largest bond dimension R", "min": 1})
     cores: int = field(default=5, metadata={"help": "number N of cores", "min": 1, "max": 64})

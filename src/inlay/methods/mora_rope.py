@@ -27,6 +27,7 @@ class MoRARope(Method):
     equation = "ΔW = diag(M R_0, M R_1, ...), cut or tiled to the outputs"
     paper = "Jiang et al. 2024, arXiv 2405.12130, type 6"
     trains = "M (k × k), k = √((out + in) r), even"
+    size = "r"
     zero_init = True
 
     r: int = field(default=8, metadata={"help": "rank of the LoRA with as many parameters", "min": 1})

@@ -29,6 +29,7 @@ class RandLoRA(Method):
     equation = "ΔW = 2/√N Σ_j B_j diag(λ_j) A diag(γ_j)"
     paper = "Albert et al. 2025, arXiv 2502.00987"
     trains = "λ (N × r), γ (N × short), N = ⌈short / r⌉"
+    size = "r"
     zero_init = True
     roles = {"lambda": "magnitude", "gamma": "magnitude"}
 

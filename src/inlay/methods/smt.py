@@ -28,6 +28,7 @@ class SMT(Method):
     equation = "ΔW[rows_b, cols_b] = D_b"
     paper = "He et al. 2024, arXiv 2405.15525"
     trains = "D (blocks × r × r)"
+    size = "r"
     frozen = frozenset({"rows", "cols"})
     zero_init = True
     needs = "gradients"

@@ -28,6 +28,7 @@ class SNELL(Method):
     equation = "ΔW = the largest entries of κ(B, A)"
     paper = "Shen et al. 2024, arXiv 2411.01800"
     trains = "A (2 × in × r/2), B (2 × out × r/2)"
+    size = "r"
     roles = {"A": "in", "B": "out"}
     draws = True  # type: ignore[assignment]
 

@@ -11,7 +11,6 @@ entries have no moments. ΔW and its gradient are dense, never kept. Processes s
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,6 +26,7 @@ class SpIEL(Method):
     equation = "ΔW = scatter(η, φ)"
     paper = "Ansell et al. 2024, arXiv 2401.16405"
     trains = "φ (k), k = r (out + in)"
+    size = "r"
     frozen = frozenset({"eta", "candidates", "g", "round"})
     zero_init = True
     draws = True  # type: ignore[assignment]
@@ -51,7 +51,7 @@ class SpIEL(Method):
         W = torch.empty(len(p["phi"]) // self.r - x.shape[-1], x.shape[-1], device="meta")
 
         def build(phi: Tensor) -> tuple[Tensor]:
-            return (ops.watched(self.s * self.delta({**p, "phi": phi}, W), partial(self.look, p)),)
+            return (ops.watched(self.s * self.delta({**p, "phi": phi}, W), lambda slope: self.look(p, slope)),)
 
         change = ops.dense(drop(x), linear, ops.Rows(build), p["phi"])
         return base(x) + change if linear is None else change

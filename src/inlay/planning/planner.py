@@ -12,7 +12,7 @@ from __future__ import annotations
 import bisect
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -181,22 +181,29 @@ class PlannedRun:
         """Return the rank, the block size or the bond of the run's method; None if it has none."""
         if self.config is None:
             return None
-        values = vars(self.config.build() if isinstance(self.config, InlayConfig) else self.config)
-        return values.get("bond", values.get("r"))
+        if not isinstance(self.config, InlayConfig):
+            return vars(self.config).get("r")
+        method = self.config.build()
+        return None if method.size is None else vars(method)[method.size]
 
     def sized(self, size: int) -> PlannedRun:
-        """Return this run with the rank, block size or bond `size`."""
+        """Return this run with the rank, block size or bond `size`, or as it is where its method has none."""
         plain = self.plain and self.plain.sized(size)
         if not isinstance(self.config, InlayConfig):
             return replace(self, plain=plain, config=replace(self.config, r=size))  # type: ignore[type-var]
-        args = {**self.config.args, size_name(str(self.config.method)): size}
+        name = size_name(str(self.config.method))
+        if name is None:
+            return self
+        args = {**self.config.args, name: size}
         return replace(self, plain=plain, config=replace(self.config, args=args))
 
     def sizes(self) -> list[int]:
-        """Return the ranks, up to `LARGEST`, that every adapted weight accepts."""
+        """Return the ranks, up to `LARGEST`, that every adapted weight accepts; 1 alone where there is none."""
         ranks = range(1, LARGEST + 1)
         if not isinstance(self.config, InlayConfig):
             return list(ranks)
+        if self.size is None:
+            return [1]
         layers = adapted(self.sized(1).parts[0], "default").values()
         shapes = {(layer.out_features, layer.in_features) for layer in layers}
         return [n for n in ranks if all(takes(self.sized(n).config, shape) for shape in shapes)]
@@ -225,9 +232,9 @@ def reach(one: tuple[int, float], other: tuple[int, float], budget: float) -> fl
     return other[0] + (budget - other[1]) / slope if slope > 0 else MOST
 
 
-def size_name(method: str) -> str:
-    """Return the name of the hyperparameter that sets a method's size."""
-    return next(f.name for f in fields(find(method)) if f.name in ("r", "bond"))
+def size_name(method: str) -> str | None:
+    """Return the name of the hyperparameter that sets a method's size; None if it has none."""
+    return find(method).size
 
 
 def takes(config: Any, shape: tuple[int, int]) -> bool:

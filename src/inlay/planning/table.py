@@ -81,9 +81,12 @@ def candidates(flags: dict[str, Any], sizes: Sequence[int]) -> list[Candidate]:
     for size in sizes:
         config = None
         for name in [method] if method else [m.name for m in METHODS]:
-            names = {f.name for f in fields(find(name))}
+            names, field = {f.name for f in fields(find(name))}, size_name(name)
+            if field is None and size != sizes[0]:
+                continue
             settings = {k: v for k, v in flags.items() if method or k not in hyperparameters() or k in names}
-            config = load_recipe(None, {size_name(name): size, **settings, "method": name}).config()
+            own = {} if field is None else {field: size}
+            config = load_recipe(None, {**own, **settings, "method": name}).config()
             compared.append((name, config))
         compared.append((PEFT, LoraConfig(r=size, task_type="CAUSAL_LM", **where_of(config))))
     return [*compared, (FULL, None)]
@@ -183,8 +186,10 @@ def fits(
             elif run.config is not None:
                 sizes = [n for n in run.sizes() if n & (n - 1) == 0]
                 size = run.largest_size(lambda r: r.step(batch, length).peak, budget, sizes)
-                peak = None if size is None else round(run.sized(size).step(batch, length).peak)
-                results.append(Fit(name, size, base_name(run), run.checkpointing, batch, length, peak))
+                best = None if size is None else run.sized(size)
+                peak = None if best is None else round(best.step(batch, length).peak)
+                own = None if best is None else best.size
+                results.append(Fit(name, own, base_name(run), run.checkpointing, batch, length, peak))
         except ValueError as error:
             note_or_raise(error, compared, notes)
     order = [base_name(replace(of, quantize=kind)) for kind in kinds]
