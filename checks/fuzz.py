@@ -62,6 +62,7 @@ from inlay.models.adapters import Adapter
 from inlay.models.base import BaseModel
 from inlay.recipe.reading import load_recipe
 from inlay.training import checkpoints, mixture
+from inlay.training.live_page import Follower
 from inlay.training.progress import RunProgress
 from inlay.training.run_tokenizer import read_template
 from inlay.training.trainers.trainer import state_of
@@ -359,6 +360,24 @@ def targets(scratch: Path) -> dict[str, Target]:
         example = {"prompt": turns, "completion": [{"role": "assistant", "content": "b"}]}
         return encode_example(example, known_words), prompt_ids(turns, known_words)
 
+    def page(path: Path) -> object:
+        good = path / "runs" / "good"
+        good.mkdir()
+        (good / "recipe.yaml").write_bytes(RECIPE)
+        (good / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+        follower = Follower(path / "runs", path / "events")
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                follower.look()
+            shown = {run.metrics.parent.name for run in follower.known.values() if run.read}
+            assert shown >= {"good"}, "one run hides another"
+        except ValueError as error:
+            raise AssertionError("a run ends the page") from error
+        finally:
+            for run in follower.known.values():
+                run.writer.close()
+        return shown
+
     def stored(path: Path) -> object:
         weights = BaseModel(str(path)).weights()
         return [weights.read(name) for name in weights.names()]
@@ -415,6 +434,13 @@ def targets(scratch: Path) -> dict[str, Target]:
         ),
         "template": Target(template, {"t.jinja": CHATML}),
         "template of instructions": Target(template, {"t.jinja": INSTRUCT}),
+        "page of runs": Target(
+            page,
+            {
+                "runs/bad/metrics.jsonl": b'{"step": 1, "loss": 2.0, "seconds": 0.5}\n{"step": 2, "eval_loss": 1.0}\n',
+                "runs/bad/recipe.yaml": RECIPE,
+            },
+        ),
         "configuration of PEFT": Target(adapter_of_peft, contents(scratch / "lora"), of_peft),
         "configuration without seals": Target(unsealed, contents(scratch / "adapter"), of_inlay),
         "checkpoint": Target(checkpoint, contents(point)),
