@@ -4,7 +4,7 @@ import csv
 import importlib.util
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -263,20 +263,20 @@ def test_planning_leaves_bitsandbytes_as_it_was(small):
 
 @pytest.fixture
 def no_bitsandbytes(monkeypatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    for module in ("planner", "table"):
+        monkeypatch.setattr(f"inlay.planning.{module}.installed", lambda name: name != "bitsandbytes")
 
 
+@pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning")
 @pytest.mark.parametrize("method", ["lora", "bone", "dota"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_four_bits_by_size_are_near_those_followed(trainable_model, method, checkpointing, monkeypatch):
-    run = PlannedRun(BaseModel(trainable_model), config(method), quantize="nf4", checkpointing=checkpointing)
-    followed = run.step(4, 192)
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    by_size = PlannedRun(BaseModel(trainable_model), config(method), quantize="nf4", checkpointing=checkpointing)
-    step = by_size.step(4, 192)
+def test_four_bits_by_size_are_near_those_followed(trainable_model, method, checkpointing):
+    plain = PlannedRun(BaseModel(trainable_model), config(method), checkpointing=checkpointing)
+    run = replace(plain, quantize="nf4")
+    followed, step = run.step(4, 192), replace(run, plain=plain).step(4, 192)
     assert (step.parameters, step.file, step.gradients) == (followed.parameters, followed.file, followed.gradients)
     assert step.frozen == pytest.approx(followed.frozen, rel=0.02)
-    assert step.peak == pytest.approx(followed.peak, rel=0.05)
+    assert step.peak == pytest.approx(followed.peak, rel=0.08)
 
 
 def test_without_bitsandbytes_there_is_a_column_of_four_bits(small, no_bitsandbytes, capsys):
@@ -285,6 +285,8 @@ def test_without_bitsandbytes_there_is_a_column_of_four_bits(small, no_bitsandby
     assert "nf4" in said
     assert "int8" not in said
     assert "note: 8 bits are not planned without bitsandbytes: pip install" in said
+    main(["plan", small, "--method", "bone", "--length", "64", "--batch-size", "2", "--fits", "0.1"])
+    assert "largest rank" in capsys.readouterr().out
 
 
 def test_what_fits_the_length_comes_before_what_shortens_it(small, tmp_path):

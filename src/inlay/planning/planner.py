@@ -89,7 +89,12 @@ class PlannedRun:
 
     @cached_property
     def parts(self) -> list[nn.Module]:
-        """Build the adapted model at two depths, or whole where it cannot be extrapolated from shorter ones."""
+        """Build the adapted model at two depths, or whole where it cannot be extrapolated from shorter ones.
+
+        Where there is an unpacked run, its models are those.
+        """
+        if self.unpacked is not None:
+            return self.unpacked.parts
         uneven = self.config is not None and any(vars(self.config).get(name) for name in UNEVEN)
         depths = None if uneven else repeated_depths(self.blank())
         return [self.build(depth) for depth in depths or (None,)]
