@@ -190,3 +190,64 @@ def test_what_is_counted(real_tokenizer):
     assert found.shifted == 1  # the answer that begins with spaces
     assert found.largest_token == max(token for row in rows for token in render(row, real_tokenizer, None).ids)
     assert audit_examples(rows, real_tokenizer, None).cut == 0
+
+
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% if loop.index0 % 2 != (m.role == 'assistant') | int %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+SYSTEM_LAST = (  # as Mistral's: in the last question, while there is no answer
+    "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}[INST] "
+    "{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content }}\n\n{% endif %}{{ m.content }} [/INST]"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def with_template(tokenizer, template):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def chat(*turns):
+    return conversation(chat_cell([{"role": role, "content": text} for role, text in turns], "messages"))
+
+
+def test_a_system_message_is_in_the_users_where_the_template_has_no_such_role(real_tokenizer):
+    tokenizer = with_template(real_tokenizer, NO_SYSTEM)
+    for role in ("system", "developer"):
+        audit = audit_examples([chat((role, "Be brief."), ("user", "hi"), ("assistant", "yo"))], tokenizer, None)
+        text = render(audit.sequences[0], tokenizer, None).marked(tokenizer)
+        assert text == "<user>Be brief.\n\nhi<|im_end|><assistant>⟦yo<|im_end|>⟧"
+        assert "the system message begins the first user's in 1 of 1 conversations" in audit.notes[0]
+
+
+def test_what_a_template_refuses_is_counted_and_shown(real_tokenizer):
+    fine, odd = chat(("user", "hi"), ("assistant", "yo")), chat(("user", "one"), ("user", "two"), ("assistant", "yo"))
+    with pytest.raises(
+        ValueError, match="2 of 3 conversations cannot be rendered, first the one that begins with 'one'"
+    ):
+        audit_examples([fine, odd, odd], with_template(real_tokenizer, NO_SYSTEM), None)
+
+
+def test_no_question_is_learned_where_the_template_moves_the_system_message(real_tokenizer):
+    tokenizer = with_template(real_tokenizer, SYSTEM_LAST)
+    turns = [("system", "Be brief."), ("user", "1 + 1?"), ("assistant", "2"), ("user", "2 + 2?"), ("assistant", "4")]
+    audit = audit_examples([chat(*turns)], tokenizer, None)
+    found = [render(part, tokenizer, None) for part in audit.sequences]
+    learned = [tokenizer.decode(one.ids[start:stop]) for one in found for start, stop in one.spans]
+    assert learned == [" 2<|im_end|>", " 4<|im_end|>"]
+    assert any("leaves out the system message in 1 of 1" in note for note in audit.notes)
+
+
+def test_a_thought_that_the_prompt_begins_is_not_missed(real_tokenizer):
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+    template += "{% if add_generation_prompt %}<assistant><think>\n{% endif %}"
+    tokenizer = with_template(real_tokenizer, template)
+    whole = chat(("user", "hi"), ("assistant", "<think>\nhm\n</think>\nyo"))
+    audit = audit_examples([whole], tokenizer, None)
+    text = render(whole, tokenizer, None).marked(tokenizer)
+    assert text.startswith("<user>hi<|im_end|><assistant><think>")
+    assert "⟦" in text.partition("<think>")[2]
+    assert not any("drops part" in note for note in audit.notes)

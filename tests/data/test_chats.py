@@ -106,14 +106,14 @@ def test_an_answer_that_is_not_to_be_learned_is_context(key, value):
 @pytest.mark.parametrize(
     ("turns", "found"),
     [
-        ([ASK, SAY | {"weight": 0.5}], "message 2: weight is 0.5; accepted: 0 or 1"),
+        ([ASK, SAY | {"weight": -0.5}], "message 2: weight is -0.5; accepted: a number from 0 to 1000"),
         ([ASK, SAY | {"loss": "no"}], "message 2: loss is 'no'"),
         ([ASK, SAY | {"weight": 1, "train": False}], "message 2: weight and train say different things"),
         ([ASK | {"train": True}, SAY], "message 1 is by user, with train: True; only the assistant's are learned"),
         ([ASK, SAY | {"label": False}], "message 2 has 'label', which is not handled"),
         ([ASK, SAY | {"train_detail": [{"begin_offset": 0}]}], "'train_detail', which is not handled"),
         ([{"role": "critic", "content": "x"}], "message 1 is by 'critic'; accepted: system, developer, user"),
-        ([{"content": "x"}], "message 1 is by None"),
+        ([{"content": "x"}], "message 1 has 'content'; accepted: role and content, or from and value"),
         ([ASK, {"role": "assistant", "content": ""}], "message 2 is empty"),
         ([ASK, {"role": "assistant", "content": None, "tool_calls": []}], "message 2 is empty"),
         ([ASK, SAY, SAY], "message 3 is by assistant, after assistant"),

@@ -241,3 +241,18 @@ def test_a_pair_may_lack_its_second_text():
     rows = [{"sentence1": "a", "sentence2": "b", "label": 1}, {"sentence1": "a", "sentence2": None, "label": 0}]
     assert [row["pair"] for row in labelled_examples(rows)] == ["b", None]
     assert set(LABELLED_FORMATS) == {"pair", "sentence"}
+
+
+def test_which_label_stands_for_none_is_told_by_the_others_or_by_the_run():
+    assert labels(-1, 1, "1.0") == ["-1", "1", "1"]
+    assert "--unlabelled none makes -1 a class" in fault(labels, -1, 0, 1)
+    assert labels(-1, 0, 1, unlabelled="") == ["-1", "0", "1"]
+    assert labels(0, 1, 99, -1, unlabelled="99", skip_empty=True) == ["0", "1", "-1"]
+
+
+def test_words_that_may_be_meant_as_nothing_are_named():
+    rows = [{"prompt": "a", "completion": word, "note": "NA"} for word in ("NA", "None", "NA", "no")]
+    found, said = converted(*rows)
+    assert [one["completion"][0]["content"] for one in found] == ["NA", "None", "NA", "no"]
+    named = "'completion': 2 × NA, 1 × None, which are text; a cell that says nothing has to be empty"
+    assert said == ["not used: columns note", named]

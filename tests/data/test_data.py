@@ -170,7 +170,7 @@ def test_a_faulty_row_is_named(record, found):
         ([ASK, SAY, SAY], "message 3 is by assistant, after assistant"),
         ([ASK, {"role": "tool", "content": "4"}], "no assistant message"),
         ([ASK, {"role": ["user"], "content": "4"}], "message 2 is by ['user']"),
-        ([ASK, {"content": "4"}], "message 2 is by None"),
+        ([ASK, {"content": "4"}], "message 2 has 'content'; accepted: role and content"),
         ([ASK, {"role": "assistant", "content": ""}], "message 2 is empty"),
         ([ASK, {"role": "assistant", "content": [{"type": "audio", "text": "4"}]}], "a part of type 'audio'"),
         ([ASK, {"role": "assistant"}], "message 2 is empty"),
@@ -241,7 +241,7 @@ FILES = {
     "utf16.csv": ("mr,ref\n".encode("utf-16"), ["line 1: found byte 0xff"]),
     "not.parquet": ("PAR?", ["a Parquet file"]),
     "table.xlsx": ("x", ["found the suffix '.xlsx'", ".jsonl .json .csv .tsv .parquet .txt"]),
-    "plain": ("x", ["found the suffix ''"]),
+    "plain": ("x", ["found a name without a suffix"]),
 }
 
 
@@ -280,12 +280,13 @@ def test_a_hub_data_set(monkeypatch):
 
     def load(name, config, split):
         asked.append((name, config, split))
-        return whole[split] if split else whole
+        return whole[split.partition("[")[0]] if split else whole
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert read_records("owner/name") == [{"text": "train"}]
     assert read_records("owner/name:main", "test") == [{"text": "test"}]
-    assert asked == [("owner/name", None, None), ("owner/name", "main", "test")]
+    assert read_records("owner/name", "test[:80%]") == [{"text": "test"}]
+    assert asked == [("owner/name", None, None), ("owner/name", "main", "test"), ("owner/name", None, "test[:80%]")]
     del whole["train"]
     assert "found the splits test, validation" in fault(read_records, "owner/name")
     assert "owner/name: no local file, and the hub data set did not load: 'dev'" in fault(

@@ -237,6 +237,11 @@ def test_splits_of_which_none_is_trained_on_are_refused(write, tmp_path):
     )
 
 
+def test_a_part_of_a_split_is_drawn_by_weight(write, tmp_path):
+    write("train.jsonl", lines("train"))
+    assert "a part of it is drawn by weight: 0.8 in data" in fault(read_records, str(tmp_path), "train[:80%]")
+
+
 def test_folders_of_save_to_disk(tmp_path):
     made = datasets.Dataset.from_list(ROWS)
     made.save_to_disk(tmp_path / "one", num_shards=2)

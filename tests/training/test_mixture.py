@@ -117,7 +117,8 @@ def test_mistakes_in_a_mixture(data, said):
 
 
 def test_what_does_not_go_with_a_mixture():
-    assert "streaming takes one source" in fault(Recipe, data=["a.jsonl", "b.jsonl"], streaming=True, steps=1)
+    named = [{"path": "a.jsonl", "split": "dev"}]
+    assert "streaming takes no split, as 'dev' of a.jsonl" in fault(Recipe, data=named, streaming=True, steps=1)
     assert "encoding: 'zip' is no text encoding" in fault(Recipe, encoding="zip")
     assert "encoding: 'none-such' is no text encoding" in fault(Recipe, encoding="none-such")
     assert Recipe(encoding="cp1252").encoding == "cp1252"
@@ -210,3 +211,19 @@ def test_labels_are_the_same_in_all_files(write, small_tokenizer):
 
 def test_a_source_is_a_path_with_defaults():
     assert Source("a.jsonl") == Source("a.jsonl", 1.0, None, {}, None)
+
+
+def test_streams_are_mixed_with_what_each_source_says(write):
+    write("a.jsonl", pairs("a", 6))
+    write("b.jsonl", pairs("b", 4))
+    write("held.jsonl", pairs("h", 3))
+    data = ["a.jsonl", {"path": "b.jsonl", "weight": 0.5, "system": "B."}]
+    values = {"data": data, "streaming": True, "steps": 1}
+    out = io.StringIO()
+    train, held, stream = streamed(Recipe(**values, eval_data="held.jsonl"), Console(file=out, width=200))
+    asked = [(one["prompt"][0]["role"], one["prompt"][-1]["content"]) for one in stream.examples]
+    assert Counter(role for role, _ in asked) == {"user": 6, "system": 2}
+    assert [one["prompt"][-1]["content"] for one in train] == [question for _, question in asked]
+    assert len(held) == 3
+    assert "b.jsonl: 4 examples, weight 0.5: 2 of 8 an epoch (25%)" in out.getvalue()
+    assert "holds nothing out itself; give eval_data" in fault(streamed, Recipe(**values), Console(quiet=True))

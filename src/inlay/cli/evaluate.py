@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 from inlay.cli.parser import SCALE
 from inlay.messages import Terminal, show_text
@@ -48,6 +49,7 @@ def generate_command(options: argparse.Namespace) -> None:
     example:  inlay generate runs/builtin-bone --prompt "name[Blue Spice], eatType[pub], area[riverside]"
     """
     from inlay.evaluation.generate import answer
+    from inlay.evaluation.run_settings import chat_settings
     from inlay.messages import quiet
     from inlay.models.adapters import Adapter
     from inlay.models.base import BaseModel
@@ -67,15 +69,20 @@ def generate_command(options: argparse.Namespace) -> None:
         model = base.load(dtype)
     model.eval()
     extra = {"do_sample": True, "temperature": options.temperature} if options.temperature > 0 else {}
-    chat = [{"role": "system", "content": options.system}] if options.system else []
+    settings = chat_settings(options.adapter or options.model or "")
+    if options.system is not None:
+        settings = replace(settings, system=options.system or None)
+    chat = settings.chat([])
     if options.prompt is not None:
-        show_text(answer(model, tokenizer, [[*chat, user(options.prompt)]], options.tokens, **extra)[0])
+        asked = settings.example({"prompt": [*chat, user(options.prompt)]})
+        show_text(answer(model, tokenizer, [asked], options.tokens, **extra)[0])
         return
     show_text("an empty line ends the conversation", to_stderr=True)
     while line := read_line():
         chat.append(user(line))
-        chat.append({"role": "assistant", "content": answer(model, tokenizer, [chat], options.tokens, **extra)[0]})
-        show_text(chat[-1]["content"])
+        said = answer(model, tokenizer, [settings.example({"prompt": chat})], options.tokens, **extra)[0]
+        chat.append({"role": "assistant", "content": said})
+        show_text(said)
 
 
 def generate_arguments(verb: argparse.ArgumentParser) -> None:
@@ -83,7 +90,7 @@ def generate_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("adapter", nargs="?", help="run folder or adapter folder (none: the base alone)")
     verb.add_argument("--prompt", help="one prompt; without it, converse")
     verb.add_argument("--model", help="base model (default: the adapter's, or builtin)")
-    verb.add_argument("--system", help="system message")
+    verb.add_argument("--system", help="system message (default: that of the run; '' for none)")
     verb.add_argument("--scale", type=float, default=1.0, help=SCALE)
     verb.add_argument("--tokens", type=int, default=128, help="at most so many new tokens (default 128)")
     verb.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")

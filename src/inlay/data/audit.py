@@ -11,12 +11,23 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from inlay.data.chat_templates import OWN_TEMPLATE, REASONING, mentions, template_text, templated, training_template
+from inlay.data.chat_templates import (
+    OWN_TEMPLATE,
+    REASONING,
+    TemplateError,
+    mentions,
+    refuses_system,
+    template_text,
+    templated,
+    training_template,
+)
 from inlay.data.chats import Example, Message, is_learned, learned_turns
 from inlay.data.render import Sequence, Span, decoded, encode_example, sequences
 from inlay.messages import short
 
 KNOWN_KEYS = {"role", "content", "tool_calls", "weight", *REASONING}  # of messages; what becomes of others is tried
+THOUGHT = "<think>"
+SYSTEM_FIRST = (["system", "user"], ["developer", "user"])
 TRIED = 50  # conversations in which a key may show that the template reads it
 
 
@@ -65,8 +76,12 @@ def audit_examples(
     """
     findings, found = Findings(tokenizer, stops), Audit(0, 0, 0, 0, 0, 0.0, 0)
     for example in examples:
-        parts = sequences(example, tokenizer)
-        encoded = [encode_example(part, tokenizer) for part in parts]
+        try:
+            parts = sequences(example, tokenizer)
+            encoded = [encode_example(part, tokenizer) for part in parts]
+        except TemplateError as error:
+            findings.refuse(example, error)
+            continue
         if isinstance(example.get("prompt"), list):
             findings.look_at(example, parts, encoded)
         found.sequences += parts
@@ -84,13 +99,20 @@ class Findings:
         self.tokenizer, self.template = tokenizer, template_text(tokenizer.chat_template)
         self.counts: Counter[str] = Counter()
         self.conversations = self.answers = self.shifted = 0
-        self.dropped = self.strange_end = self.reworded = ""  # the first of each
+        self.dropped = self.strange_end = self.reworded = self.refused = ""  # the first of each
         self.tried: Counter[str] = Counter()
         self.read: dict[str, bool] = {}  # keys of messages and arguments of the template: whether it reads them
         added = tokenizer.added_tokens_decoder
         end: Any = tokenizer.eos_token_id
         self.stops = stops | {end}
         self.ends = {i for i, token in added.items() if token.special} | self.stops
+
+    def refuse(self, example: Example, error: TemplateError) -> None:
+        """Count a conversation for which the chat template fails."""
+        self.conversations += 1
+        self.counts["refused"] += 1
+        begins = next((m["content"] for m in example["prompt"] if m["role"] == "user"), "")
+        self.refused = self.refused or f"the one that begins with {short(begins)}: {error}"
 
     def look_at(self, example: Example, parts: list[Example], encoded: list[Sequence]) -> None:
         """Compare a conversation with the sequences that are made of it."""
@@ -99,6 +121,10 @@ class Findings:
         self.counts.update(shape(chat, learned_turns(example)[-1]))
         self.counts["turn by turn"] += len(parts) > 1
         self.counts["training template"] += encoded[0].trained
+        self.counts["reworded"] += any(one.reworded for one in encoded)
+        self.counts["system first"] += [m["role"] for m in chat[:2]] in SYSTEM_FIRST and refuses_system(
+            self.tokenizer, self.template
+        )
         self.counts["developer"] += any(m["role"] == "developer" for m in chat) and not mentions(
             self.template, "developer"
         )
@@ -107,7 +133,6 @@ class Findings:
             for span, place in zip(one.spans, learned_turns(part), strict=True):
                 self.look_at_answer(one.ids, span, (part["prompt"] + part["completion"])[place])
             self.shifted += one.shifted and self.counts["dropped"] > before
-            self.counts["reworded"] += bool(one.reworded)
             self.reworded = self.reworded or one.reworded
         self.look_at_context(parts[-1], encoded[-1])
 
@@ -115,6 +140,8 @@ class Findings:
         """Count whether all of an answer is in the tokens that are learned, and one end after it."""
         learned = ids[slice(*span)]
         text = squeezed(decoded(learned, self.tokenizer))
+        if decoded(ids[: span[0]][-8:], self.tokenizer).rstrip().endswith(THOUGHT):
+            text = THOUGHT + text  # with which some templates end a prompt
         self.answers += 1
         missing = next((piece for piece in pieces(message) if not self.holds(text, piece)), None)
         if missing is not None:
@@ -189,6 +216,8 @@ class Findings:
         own = OWN_TEMPLATE
         if training_template(self.tokenizer) is not None:
             own += "; chat_template: training is trl's for this model"
+        if self.refused:
+            raise ValueError(f"{n['refused']} {all_} cannot be rendered, first {self.refused}; {own}")
         for what, key in (("tools", "tools"), ("calls of tools", "calls"), ("answers of tools", "tool")):
             if n[key]:
                 less = "; --ignore tools trains without them" if key == "tools" else ""
@@ -216,6 +245,8 @@ class Findings:
             "before the learned answer; chat_template_kwargs or reasoning_content in the records may change that",
             "system": "the chat template " + kept.format("system message", n["system"]),
             "user": "the chat template " + kept.format("user's message", n["user"]),
+            "system first": f"the system message begins the first user's in {n['system first']} {all_}: the chat "
+            "template takes none of its own",
             "developer": f"the developer's message is the system message in {n['developer']} {all_}: the chat template "
             "has no such role",
             "users": f"in {n['users']} {all_} two user messages follow each other; both are kept",

@@ -19,16 +19,44 @@ REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of an answer'
 OWN_TEMPLATE = "chat_template: FILE gives it one of your own"
 
 
+class TemplateError(ValueError):
+    """Report a chat template, which is a program, that fails for a conversation."""
+
+
 def templated(tokenizer: Any, chat: list[Message], **options: Any) -> Any:
-    """Return a conversation in the model's chat template, which is a program and fails as programs do."""
-    chat = for_template(chat, template_text(options.get("chat_template") or tokenizer.chat_template))
+    """Return a conversation in the model's chat template.
+
+    Raises:
+        TemplateError: the template fails.
+    """
+    template = template_text(options.get("chat_template") or tokenizer.chat_template)
+    chat = for_template(chat, template)
+    if [message["role"] for message in chat[:2]] == ["system", "user"] and refuses_system(tokenizer, template):
+        chat = [{**chat[1], "content": f"{chat[0]['content']}\n\n{chat[1]['content']}"}, *chat[2:]]
     try:
         try:
             return tokenizer.apply_chat_template(chat, **options)
         except TypeError:  # templates that join arguments to text (DeepSeek-V3's) take them as text only
             return tokenizer.apply_chat_template(list(map(with_text_arguments, chat)), **options)
     except Exception as error:
-        raise ValueError(f"the model's chat template does not take this example: {first_line(error)}") from error
+        raise TemplateError(f"the model's chat template does not take this example: {first_line(error)}") from error
+
+
+@functools.lru_cache(maxsize=16)
+def refuses_system(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    """Return whether a chat template fails for a system message before a user's, as Gemma's, and not for the latter."""
+    user = {"role": "user", "content": "x"}
+    try:
+        tokenizer.apply_chat_template([user], chat_template=template, tokenize=False)
+    except Exception:  # it fails for another reason, of which there are as many as templates
+        return False
+    try:
+        tokenizer.apply_chat_template(
+            [{"role": "system", "content": "y"}, user], chat_template=template, tokenize=False
+        )
+    except Exception:  # as its `raise_exception` says
+        return True
+    return False
 
 
 def for_template(chat: list[Message], template: str) -> list[Message]:

@@ -30,6 +30,8 @@ ROLES = {  # as records name them: OpenAI, ShareGPT, LLaMA-Factory, Llama 3, Gem
 }
 CALLERS = ("function_call", "tool_call")  # ShareGPT's speakers whose text is a call
 SWITCHES = ("weight", "train", "trainable", "training", "loss")  # whether an answer is learned
+NUMBERS = ("weight", "loss")  # those of them that may say how much it counts
+MOST_WEIGHT = 1000
 UNKNOWN_SWITCHES = ("label", "train_detail", "training_detail", "mask", "loss_mask", "loss_weight")
 TEXT_PARTS = (None, "text", "input_text", "output_text")
 # What `apply_chat_template` takes itself cannot be handed to the template.
@@ -46,6 +48,8 @@ def text_cell(cell: Any, name: str) -> str:
     Raises:
         ValueError: it is neither; the message says what it is.
     """
+    if isinstance(cell, dict) and cell.keys() == {"text", "answer_start"}:
+        cell = cell["text"]  # SQuAD's, with the place in the context where it was found
     if isinstance(cell, list) and len(cell) == 1 and isinstance(cell[0], str):
         cell = cell[0]  # as of data sets that list all answers that count as right
     if isinstance(cell, (int, decimal.Decimal, datetime.date, datetime.time)) and not isinstance(cell, bool):
@@ -99,21 +103,27 @@ def read_message(turn: dict[str, Any], place: int) -> Message:
     """
     said = {key: value for key, value in turn.items() if value is not None}  # a column of all rows is null in some
     speaker, role = said.get("role") or said.get("from"), role_of(said)
+    if speaker is None:
+        raise ValueError(
+            f"message {place} has {', '.join(map(short, turn)) or 'nothing'}; accepted: role and content, or from and "
+            "value"
+        )
     if role is None:
         raise ValueError(f"message {place} is by {speaker!r}; accepted: {', '.join(ROLES)}")
     content = said.get("content", said.get("value"))
     more = {key: value for key, value in said.items() if key not in ("role", "from", "content", "value")}
-    learned = read_switches(more, place, role)
+    weight = weight_of_message(more, place, role)
     message: Message = {"role": role, "content": content_of(content, role, f"message {place}")}
     if str(speaker).strip().lower() in CALLERS:
         message |= {"content": "", "tool_calls": read_calls(content, place)}
     elif calls := more.pop("tool_calls", None) or more.pop("function_call", None):
         message["tool_calls"] = read_calls(calls, place)
     if is_empty(message["content"]) and role in ("user", "assistant") and "tool_calls" not in message:
-        raise ValueError(f"message {place} is empty; accepted: text")
+        kind = EmptyAnswerError if role == "assistant" else ValueError
+        raise kind(f"message {place} is empty; accepted: text")
     if role == "assistant":  # newlines around an answer would merge with the template's own
         message["content"] = message["content"].strip("\r\n")
-    return message | more | ({} if learned else {"weight": 0})
+    return message | more | ({} if weight == 1 else {"weight": weight})
 
 
 def role_of(turn: dict[str, Any]) -> str | None:
@@ -122,7 +132,7 @@ def role_of(turn: dict[str, Any]) -> str | None:
     return ROLES.get(speaker.strip().lower()) if isinstance(speaker, str) else None
 
 
-def read_switches(more: dict[str, Any], place: int, role: str) -> bool:
+def weight_of_message(more: dict[str, Any], place: int, role: str) -> float:
     """Return whether a message is to be learned; takes the keys that say so out of `more`.
 
     Raises:
@@ -135,13 +145,16 @@ def read_switches(more: dict[str, Any], place: int, role: str) -> bool:
         )
     switches = {key: more.pop(key) for key in SWITCHES if key in more}
     for key, value in switches.items():
-        if value not in (0, 1):
-            raise ValueError(f"message {place}: {key} is {short(value)}; accepted: 0 or 1, false or true")
+        number = isinstance(value, int | float) and 0 <= value <= MOST_WEIGHT
+        if not number or (key not in NUMBERS and value not in (0, 1)):
+            wanted = f"a number from 0 to {MOST_WEIGHT}" if key in NUMBERS else "0 or 1, false or true"
+            raise ValueError(f"message {place}: {key} is {short(value)}; accepted: {wanted}")
         if value and role != "assistant":
             raise ValueError(f"message {place} is by {role}, with {key}: {value}; only the assistant's are learned")
-    if len(set(map(bool, switches.values()))) > 1:
+    if len(set(map(float, switches.values()))) > 1:
         raise ValueError(f"message {place}: {' and '.join(switches)} say different things; give one of them")
-    return all(switches.values())
+    weight = float(next(iter(switches.values()), 1))
+    return weight or 0
 
 
 def content_of(content: Any, role: str, name: str) -> str:
@@ -187,7 +200,7 @@ def with_calls(first: Message, second: Message, place: int) -> Message:
     Raises:
         ValueError: the second is text, or only one of them is learned.
     """
-    if "tool_calls" not in second or second["content"] or ("weight" in first) != ("weight" in second):
+    if "tool_calls" not in second or second["content"] or first.get("weight") != second.get("weight"):
         raise ValueError(f"message {place} is by assistant, after assistant; accepted: assistant after user or tool")
     return first | {"tool_calls": [*first.get("tool_calls", []), *second["tool_calls"]]}
 

@@ -30,10 +30,14 @@ ANSWERS = ("answer", "chosen", "rejected", "label")  # roles without which nothi
 
 # What changes the meaning of a row. A column or message key of these names, if nothing uses it, is refused: where it
 # says anything; where it is other than 1 or true; where it is 0 or false.
-MEANING = ("tools", "functions", "tool_calls", "function_call", "history", "system", "system_prompt")
+MEANING = ("tools", "functions", "available_tools", "tool_calls", "function_call", "history", "chat_history",
+           "conversation_history", "system", "system_prompt", "system_message", "image", "images", "audio", "audios",
+           "video", "videos")  # fmt: skip
 WEIGHTS = ("weight", "weights", "loss", "loss_weight", "train", "trainable", "training", "mask", "masked",
            "loss_mask", "train_detail", "training_detail")  # fmt: skip
-VERDICTS = ("label",)
+VERDICTS = ("label", "is_correct", "correct", "accepted", "approved")
+MESSAGE = ({"role", "content"}, {"from", "value"})  # columns of files with one message a row
+NOTHINGS = ("NA", "N/A", "n/a", "<NA>", "NaN", "nan", "NULL", "null", "None", "#N/A")
 TRUE, FALSE = ("1", "1.0", "true"), ("0", "0.0", "false")
 
 
@@ -44,16 +48,19 @@ class Column:
     kind: Literal["text", "number", "chat", "other"]
     neutral: bool = True  # all are 1 or true
     negative: bool = False  # some are 0 or false
+    nothings: dict[str, int] = field(default_factory=dict)  # words such as NA that may be meant as no text
 
     def add(self, cell: Any) -> None:
         """Count in one more cell."""
+        if isinstance(cell, str) and cell in NOTHINGS:
+            self.nothings[cell] = self.nothings.get(cell, 0) + 1
         text = str(cell).strip().lower() if not isinstance(cell, str) or len(cell) < 10 else ""
         self.neutral = self.neutral and text in TRUE
         self.negative = self.negative or text in FALSE
 
     def matters(self, name: str, answered: bool) -> bool:
-        """Return whether leaving the column out would change what a row means (`answered`, or plain text)."""
-        name = name.strip().lower()
+        """Return whether leaving it out would change what a row means, which may be `answered` or plain text."""
+        name = plain_name(name)
         judged = answered and name in VERDICTS and self.negative
         return name in MEANING or (name in WEIGHTS and not self.neutral) or judged
 
@@ -152,6 +159,12 @@ def assign_roles(seen: Survey, mapped: Roles, formats: Formats) -> Roles:
     for format in formats.values():
         if roles := _fitting(format, seen, mapped):
             return roles
+    if messages := next((keys for keys in MESSAGE if seen.names and keys <= set(map(plain_name, seen.names))), None):
+        shown = " and ".join(sorted(messages, reverse=True))
+        raise ValueError(
+            f"the rows are messages ({listed}); accepted: a row for each chat, which holds its messages, with {shown}, "
+            "in a list under messages"
+        )
     pairs = {"chosen", "rejected"} <= seen.names.keys() and "chosen" not in known
     raise ValueError(
         f"no record format fits the columns {listed}; accepted: {accepted(formats)}; or map them: "
@@ -173,10 +186,15 @@ def _fitting(format: dict[str, tuple[str, ...]], seen: Survey, mapped: Roles) ->
 
 
 def _column(candidates: tuple[str, ...], seen: Survey) -> str | None:
-    """Return the first of the names that is a column, spelled so, or else in other capitals or with spaces around."""
-    spelled = {name.strip().lower(): name for name in reversed(seen.names)}
+    """Return the column of the first name that there is, spelled so, or else in other capitals or with other spaces."""
+    spelled = {plain_name(name): name for name in reversed(seen.names)}
     exact = next((name for name in candidates if name in seen.names), None)
     return exact or next((spelled[name] for name in candidates if name in spelled), None)
+
+
+def plain_name(name: str) -> str:
+    """Return the name of a column in small letters, with underscores for the spaces and hyphens in it."""
+    return re.sub(r"[\s-]+", "_", name.strip().lower())
 
 
 def accepted(formats: Formats) -> str:
@@ -232,6 +250,17 @@ class Unused:
         return f"not used: columns {', '.join(names)}" if names else ""
 
 
+def words_for_nothing(seen: Survey, roles: Roles) -> list[str]:
+    """Return a line for each column of a role whose cells are words that may be meant as no text."""
+    found = {name: seen.columns[name].nothings for name in roles.values() if name in seen.columns}
+    return [
+        f"{short(name)}: {', '.join(f'{count} × {word}' for word, count in words.items())}, which are text; a cell "
+        "that says nothing has to be empty"
+        for name, words in found.items()
+        if words
+    ]
+
+
 def check_unused(seen: Survey, roles: Roles, used_keys: Iterable[str], ignore: Iterable[str]) -> Unused:
     """Return the columns that play no role.
 
@@ -250,7 +279,7 @@ def check_unused(seen: Survey, roles: Roles, used_keys: Iterable[str], ignore: I
 
 
 def _reason(what: str, name: str) -> str:
-    if name.strip().lower() in VERDICTS:
+    if plain_name(name) in VERDICTS:
         return (
             f"{what} {name!r} says of some rows that their answer is a bad one (0 or false), and all answers would be "
             f"learned; leave those rows out (jq -c 'select(.{name})' in.jsonl > out.jsonl)"

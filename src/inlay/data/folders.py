@@ -42,6 +42,10 @@ def folder_parts(folder: Path, split: str | None, kinds: str) -> Parts:
     Raises:
         ValueError: no file is of a kind that is read, or of the split; or the splits are such that none is trained on.
     """
+    if split is not None and "[" in split:
+        raise refusal(
+            folder, f"the split {split!r}", "the name of a split; a part of it is drawn by weight: 0.8 in data"
+        )
     files, others = _data_files(folder, kinds)
     notes = [f"{folder.name}: passed over {short_list(others)}"] if others else []
     if split is not None:
@@ -98,8 +102,9 @@ def _data_files(folder: Path, kinds: str) -> tuple[list[Path], list[str]]:
 
 
 def kind_of(path: Path) -> str:
-    """Return a file's suffix, without the .gz of a text file that is packed."""
+    """Return a file's suffix, without the .gz of a text file that is packed; .jsonl for its other names."""
     unpacked = Path(path.name.lower().removesuffix(".gz")).suffix
+    unpacked = ".jsonl" if unpacked in (".ndjson", ".jsonlines") else unpacked
     return unpacked if unpacked in TEXT else path.suffix.lower()
 
 

@@ -39,6 +39,7 @@ from inlay.data.columns import (
     check_unused,
     is_empty,
     survey,
+    words_for_nothing,
 )
 from inlay.data.records import Record, place_of
 from inlay.messages import short
@@ -47,11 +48,11 @@ Convert = Callable[[Record, Roles], list[Example]]
 
 # What a row may have beside its prompt and answer, or its messages, in every format that has these.
 CHAT: dict[str, tuple[str, ...]] = {
-    "system": ("system", "system_prompt"),
-    "tools": ("tools", "functions"),
+    "system": ("system", "system_prompt", "system_message"),
+    "tools": ("tools", "functions", "available_tools"),
     "chat_template_kwargs": ("chat_template_kwargs",),
 }
-BESIDE = {**CHAT, "history": ("history",)}
+BESIDE = {**CHAT, "history": ("history", "chat_history", "conversation_history")}
 # Of messages; what becomes of the other keys, the audit says.
 USED_KEYS = (*SWITCHES, "tool_calls", "function_call", "tools")
 # Format -> role -> the columns that can play it, the preferred one first; of the formats the first that fits is taken.
@@ -71,7 +72,12 @@ FORMATS: Formats = {
         "answer": ("completion", "response", "answer"),
         **BESIDE,
     },
-    "question-answer": {"prompt": ("question",), "input": ("input", "context"), "answer": ("answer",), **BESIDE},
+    "question-answer": {
+        "prompt": ("question",),
+        "input": ("input", "context"),
+        "answer": ("answer", "answers", "response"),
+        **BESIDE,
+    },
     "query-response": {"prompt": ("query",), "answer": ("response",), **BESIDE},
     "input-output": {"prompt": ("input",), "answer": ("output",), **BESIDE},
     "E2E": {"prompt": ("mr",), "answer": ("ref",), **CHAT},
@@ -90,11 +96,13 @@ class Findings:
 
     unused: Unused = field(default_factory=Unused)
     skipped: int = 0  # rows without an answer
+    nothings: list[str] = field(default_factory=list)  # lines on words such as NA
 
     def add(self, other: Findings) -> None:
         """Count in what was found in another source."""
         self.unused.columns |= other.unused.columns
         self.skipped += other.skipped
+        self.nothings += other.nothings
 
     def lines(self) -> list[str]:
         """Return what a person should read before training."""
@@ -102,7 +110,7 @@ class Findings:
             str(self.unused): True,
             f"rows without an answer, skipped: {self.skipped}": self.skipped,
         }
-        return [line for line, holds in said.items() if line and holds]
+        return [*(line for line, holds in said.items() if line and holds), *dict.fromkeys(self.nothings)]
 
 
 @dataclass
@@ -115,6 +123,7 @@ class Rules:
     ignore: tuple[str, ...] = ()
     arguments: dict[str, Any] = field(default_factory=dict)  # of the chat template, below a record's own
     last: bool = False  # of a conversation's answers only the last is learned
+    unlabelled: str = "-1"  # the label that stands for none
     strict: bool = True  # refuse what would change what a row means and is not used; only evaluation does not ask
     source: str = ""
     found: Findings = field(default_factory=Findings)
@@ -171,6 +180,7 @@ class Conversion:
         self.found = Findings()
         if rules.strict:
             self.found.unused = check_unused(seen, self.roles, USED_KEYS, rules.ignore)
+            self.found.nothings = words_for_nothing(seen, self.roles)
 
     def __call__(self, record: Record) -> list[Example]:
         """Return the examples of one record; of one without an answer, none where such rows are skipped."""
@@ -236,7 +246,8 @@ class Faults:
             self.count += 1
             self.empty += isinstance(error, EmptyAnswerError)
             if len(self.said) < 2:
-                self.said.append(f"{place()}: {error}")
+                again = self.said and self.said[0].endswith(f": {error}")
+                self.said.append(place() if again else f"{place()}: {error}")
             return []
 
     def check(self) -> None:
@@ -279,7 +290,8 @@ def _convert(record: Record, roles: Roles, rules: Rules) -> Example:
         chat = chat_cell(cells["messages"], roles["messages"])
     elif isinstance(cells["prompt"], list):  # trl's own form: the turns so far, which are context, and the next
         answer = cells["answer"]
-        tail = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
+        tail = answer if isinstance(answer, list) else [answer]
+        tail = [turn if isinstance(turn, dict) else {"role": "assistant", "content": turn} for turn in tail]
         turns = chat_cell([*map(as_context, cells["prompt"]), *tail], roles["prompt"])
         chat = [*earlier_turns(cells, roles), *turns]
     else:
@@ -301,10 +313,12 @@ def as_context(turn: Any) -> Any:
 
 
 def question_of(cells: dict[str, Any], roles: Roles) -> str:
-    """Return the prompt of a record, with its input below where it has one."""
-    question = text_cell(cells["prompt"], roles["prompt"])
+    """Return the prompt of a record, with its input below where it has one; without a prompt, the input."""
     extra = cells.get("input")
-    return question if extra is None else question + "\n\n" + text_cell(extra, roles["input"])
+    if extra is None:
+        return text_cell(cells["prompt"], roles["prompt"])
+    above = [] if cells["prompt"] is None else [text_cell(cells["prompt"], roles["prompt"])]
+    return "\n\n".join([*above, text_cell(extra, roles["input"])])
 
 
 def earlier_turns(cells: dict[str, Any], roles: Roles) -> list[Message]:

@@ -28,11 +28,11 @@ def json_records(
     first = next(((number, line) for number, line in lines if line.strip()), None)
     if first is None:
         return "line", ()
-    is_list = first[1].lstrip().startswith("[")
+    is_list = first[1].lstrip().startswith("[") and not is_chat(first[1])
     if not whole and (is_list or not one_a_line):
         command = f"jq -c '.[]' {path.name} > lines.jsonl"
         raise refusal(path, "one JSON list", f"{LINE} where data is streamed ({command})")
-    if not is_list and (one_a_line or _object_alone(first[1])):
+    if not is_list and (one_a_line or is_json_object(first[1]) or is_chat(first[1])):
         second = next(((number, line) for number, line in lines if line.strip()), None)
         if one_a_line or second is not None:
             return "line", _by_line(path, chain([first], [second] if second else [], lines))
@@ -40,20 +40,50 @@ def json_records(
     return "row", enumerate(_listed(_parse(text, path, 1, LIST), path, notes), start=1)
 
 
-def _object_alone(line: str) -> bool:
+def is_json_object(line: str) -> bool:
+    """Return whether a line of a text is a JSON object."""
     try:
-        return isinstance(load_json(line), dict)
+        return line.lstrip().startswith("{") and isinstance(load_json(line), dict)
     except ValueError:
         return False
+
+
+def is_chat(line: str) -> bool:
+    """Return whether a line of a text is a chat: a JSON list of messages."""
+    try:
+        return line.lstrip().startswith("[") and _record(load_json(line)) is not None
+    except ValueError:
+        return False
+
+
+def _record(value: object) -> Record | None:
+    """Return a JSON value as a record: an object, or a list of messages; None where it is neither."""
+    return {"messages": value} if _chat(value) else value if isinstance(value, dict) else None
+
+
+def _chat(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_message, value))
+
+
+def _is_message(value: object) -> bool:
+    """Return whether a value is a message, by OpenAI's keys or ShareGPT's."""
+    keys = value.keys() if isinstance(value, dict) else set()
+    return {"role", "content"} <= keys or {"role", "tool_calls"} <= keys or {"from", "value"} <= keys
 
 
 def _by_line(path: Path, lines: Lines) -> Iterator[tuple[int, Record]]:
     for number, line in lines:
         if line.strip():
-            value = _parse(line, path, number, LINE)
-            if not isinstance(value, dict):
+            record = _record(_parse(line, path, number, _line_by_line(path, line)))
+            if record is None:
                 raise refusal(f"{path}, line {number}", short(line), LINE)
-            yield number, value
+            yield number, record
+
+
+def _line_by_line(path: Path, line: str) -> str:
+    """Return what is accepted, with the command that makes it of objects that take several lines, or stand on one."""
+    open_object = line.strip() in ("{", "[") or "}{" in line.replace(" ", "")
+    return LINE + (f" (jq -c . {path.name} > lines.jsonl writes it so)" if open_object else "")
 
 
 def _listed(value: Any, path: Path, notes: list[str]) -> list[Record]:
@@ -68,18 +98,17 @@ def _listed(value: Any, path: Path, notes: list[str]) -> list[Record]:
             )
             return records
         raise refusal(path, short(value), f"{LIST} {_advice(value, list(lists), path)}".rstrip())
-    if not isinstance(value, list) or not all(isinstance(record, dict) for record in value):
+    if _chat(value):
+        return [{"messages": value}]
+    records = [_record(one) for one in value] if isinstance(value, list) else [None]
+    if None in records:
         raise refusal(path, short(value), LIST)
-    return value
+    return [record for record in records if record is not None]
 
 
 def _records(value: Any) -> bool:
     """Return whether a value is a list of records; a chat's messages are not."""
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(one, dict) and not {"role", "from"} & one.keys() for one in value)
-    )
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value) and not _chat(value)
 
 
 def _advice(value: dict[str, Any], lists: list[str], path: Path) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from inlay.data.chats import EmptyAnswerError, text_cell
+from inlay.data.columns import is_empty
 from inlay.data.formats import Row, Rules, convert_all
 from inlay.data.records import Record
 from inlay.messages import short
@@ -24,19 +25,22 @@ LABELLED_FORMATS = {
 def labelled_examples(records: list[Record], rules: Rules | None = None) -> list[Row]:
     """Return records as {"text", "pair" (or None), "label"}; a label as the text of it.
 
-    A label of -1 stands, by the custom of data sets on the Hub, for a row without one, unless labels are scores.
+    The label that stands for none is -1, as in data sets on the Hub, or what the rules say. Among scores it is a score,
+    and where 1 is the only other label it is a class.
     """
     rules = rules or Rules(strict=False)
-    scores: list[bool] = []
+    classes: list[bool] = []
 
     def row(record: Record, roles: dict[str, str]) -> list[Row]:
         label = label_text(record[roles["label"]], roles["label"])
-        if not scores:
-            scores.append(any(_has_fraction(one.get(roles["label"])) for one in records))
-        if label == "-1" and not scores[0]:
-            raise EmptyAnswerError(
-                f"{roles['label']} is -1, which marks a row without a label; accepted: a label (a class gets a name)"
-            )
+        if label == rules.unlabelled:
+            if not classes:
+                classes.append(_are_classes([one.get(roles["label"]) for one in records], label))
+            if not classes[0]:
+                raise EmptyAnswerError(
+                    f"{roles['label']} is {label}, which marks a row without a label; accepted: a label (--unlabelled "
+                    f"none makes {label} a class)"
+                )
         pair = record.get(roles.get("pair", ""))
         text = text_cell(record[roles["text"]], roles["text"])
         return [{"text": text, "pair": None if pair is None else text_cell(pair, roles["pair"]), "label": label}]
@@ -56,6 +60,12 @@ def label_text(cell: Any, name: str) -> str:
     if re.fullmatch(r"-?(0|[1-9]\d*)\.0+", text):
         return text.partition(".")[0]
     return text.capitalize() if text.lower() in ("true", "false") else text
+
+
+def _are_classes(cells: list[object], none: str) -> bool:
+    """Return whether the label that stands for none cannot do so: among scores, and as -1 beside 1 alone."""
+    others = {str(cell).strip().removesuffix(".0") for cell in cells if not is_empty(cell)} - {none}
+    return any(map(_has_fraction, cells)) or (none == "-1" and others == {"1"})
 
 
 def _has_fraction(cell: Any) -> bool:

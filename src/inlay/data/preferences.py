@@ -138,6 +138,8 @@ def shared_prompt(chosen: list[Message], rejected: list[Message]) -> Example:
     for name, chat in zip(SIDES, (chosen, rejected), strict=True):
         if not is_learned(chat[-1]):
             raise ValueError(f"{name} ends with a message by {chat[-1]['role']}; accepted: one by assistant")
+        if "weight" in chat[-1]:
+            raise ValueError(f"{name} has an answer of weight {chat[-1]['weight']:g}; a pair has none, leave it out")
     prompts = chosen[:-1], rejected[:-1]
     if not alike(*prompts):
         pairs = zip(*prompts, strict=False)

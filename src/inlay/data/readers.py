@@ -10,13 +10,15 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from inlay.data.columnar import columnar_records
 from inlay.data.folders import Parts, folder_parts, kind_of, short_list
-from inlay.data.json_files import json_records
+from inlay.data.json_files import is_json_object, json_records
 from inlay.data.records import Numbered, Record, Records, refusal
+from inlay.data.table_streams import streamed_table
 from inlay.data.tables import table_records
 from inlay.files.untrusted import DamagedFileError, regular_file
 from inlay.messages import gib
@@ -27,6 +29,16 @@ LEAST = 256 << 20  # bytes of an unpacked file, times its size packed; of one li
 FACTOR = 100
 LINE = 1 << 30
 UNPACK = {".zip": "unzip", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "zstd -d", ".tar": "tar -xf", ".tgz": "tar -xzf"}
+BEGINNINGS = {  # of files that are no text, whatever their names say; what to do with each
+    b"\x1f\x8b": "a gzip file, which is named so: mv {name} {name}.gz",
+    b"PK\x03\x04": "a zip file or a workbook: unzip it, or save it as CSV",
+    b"PAR1": "a Parquet file, which is named so: mv {name} {stem}.parquet",
+    b"ARROW1": "an Arrow file, which is named so: mv {name} {stem}.arrow",
+    b"BZh": "a bzip2 file: bunzip2 -c {name} > {stem}",
+    b"\xfd7zXZ": "an xz file: unxz -c {name} > {stem}",
+    b"\x28\xb5\x2f\xfd": "a zstd file: zstd -dc {name} > {stem}",
+    b"\xd0\xcf\x11\xe0": "an old workbook: save it as CSV",
+}
 
 
 @dataclass
@@ -112,7 +124,9 @@ def file_records(path: Path, reading: Reading, whole: bool = True) -> Iterator[t
     if reader is None:
         command = UNPACK.get(path.suffix.lower())
         advice = f" ({command} {path.name} unpacks it)" if command else ""
-        raise refusal(path, f"the suffix {path.suffix!r}", KINDS + advice)
+        if path.suffix.lower() in (".xlsx", ".xls", ".ods"):
+            advice = " (save the sheet as CSV)"
+        raise refusal(path, f"the suffix {path.suffix!r}" if path.suffix else "a name without a suffix", KINDS + advice)
     if path.exists() and not path.is_file():
         raise refusal(path, "a device, a pipe or a folder", "a file")
     try:
@@ -186,9 +200,24 @@ class Unpacked(io.RawIOBase):
         super().close()
 
 
+def _open_text(path: Path) -> IO[bytes]:
+    """Open the bytes of what has to be a text file.
+
+    Raises:
+        ValueError: it is a file of another kind, by how it begins.
+    """
+    file = open_bytes(path)
+    beginning = cast(io.BufferedReader, file).peek(8)
+    kind = next((kind for mark, kind in BEGINNINGS.items() if beginning.startswith(mark)), None)
+    if kind is not None:
+        file.close()
+        raise refusal(path, kind.format(name=path.name, stem=path.stem), f"text in a {kind_of(path)} file")
+    return file
+
+
 def text_lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
     """Yield the lines of a text file with their numbers, one at a time; a mark of the byte order is left out."""
-    with open_bytes(path) as file:
+    with _open_text(path) as file:
         if codecs.lookup(encoding).name != "utf-8":
             for number, line in enumerate(_decoded(path, file.read(), encoding).split("\n"), start=1):
                 yield number, line
@@ -203,13 +232,16 @@ def text_lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
 
 def read_text(path: Path, encoding: str) -> str:
     """Return a text file as a whole."""
-    with open_bytes(path) as file:
+    with _open_text(path) as file:
         return _decoded(path, file.read(), "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding)
 
 
 def _decoded(path: Path, raw: bytes, encoding: str, line: int = 1) -> str:
     try:
-        return raw.decode(encoding).removeprefix("\ufeff")
+        text = raw.decode(encoding).removeprefix("\ufeff")
+        if line == 1 and (wide := _without_mark(raw)) and text.count("\0") > len(text) // 4:
+            raise refusal(path, f"a zero byte beside every letter, as {wide.upper()} has", f"--encoding {wide}")
+        return text
     except UnicodeError as error:
         start = getattr(error, "start", 0)
         line += raw.count(b"\n", 0, start)
@@ -220,8 +252,10 @@ def _decoded(path: Path, raw: bytes, encoding: str, line: int = 1) -> str:
 
 
 def _guesses(raw: bytes) -> Iterator[str]:
-    """Yield encodings that a text which is no UTF-8 may well have: Excel's Unicode text, and Windows' western one."""
-    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    """Yield the encodings that a text which is no UTF-8 may have: Excel's Unicode text, and Windows' western one."""
+    if raw.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        yield "utf-32"
+    elif raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         yield "utf-16"
     for name in ("cp1252", "latin-1"):
         try:
@@ -231,6 +265,15 @@ def _guesses(raw: bytes) -> Iterator[str]:
             pass
 
 
+def _without_mark(raw: bytes) -> str | None:
+    """Return the UTF-16 that a text without a byte-order mark may be in; None where zero bytes stand elsewhere."""
+    pairs = raw[: min(len(raw), 1000) // 2 * 2]
+    low, high = pairs[1::2].count(0), pairs[::2].count(0)
+    if 2 * max(low, high) <= len(pairs) // 2:
+        return None
+    return "utf-16-le" if low > high else "utf-16-be"
+
+
 def _json(path: Path, reading: Reading, whole: bool) -> Numbered:
     lines = text_lines(path, reading.encoding)
     reading.unit, records = json_records(path, lines, kind_of(path) == ".jsonl", reading.notes, whole)
@@ -238,7 +281,11 @@ def _json(path: Path, reading: Reading, whole: bool) -> Numbered:
 
 
 def _table(path: Path, reading: Reading, whole: bool) -> Numbered:
-    text, reading.unit = read_text(path, reading.encoding), "line"
+    reading.unit = "line"
+    if not whole:
+        lines = partial(text_lines, path, reading.encoding)
+        return streamed_table(path, lines, kind_of(path) == ".tsv", reading.tsv_quotes, reading.notes)
+    text = read_text(path, reading.encoding)
     return table_records(path, text, kind_of(path) == ".tsv", reading.tsv_quotes, reading.notes)
 
 
@@ -249,6 +296,8 @@ def _columnar(path: Path, reading: Reading, whole: bool) -> Numbered:
 
 def _paragraphs(path: Path, reading: Reading, whole: bool) -> Numbered:
     text, reading.unit = read_text(path, reading.encoding).replace("\r\n", "\n"), "line"
+    if is_json_object(text.strip().partition("\n")[0]):
+        raise refusal(path, "JSON", f"paragraphs of text, or JSON in a .jsonl file (mv {path.name} {path.stem}.jsonl)")
     line = 1
     for part in re.split(r"(\n\s*\n)", text):
         if part.strip():

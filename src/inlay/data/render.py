@@ -39,11 +39,20 @@ class Rendered:
     length: int  # in tokens, before the cut
     cut: int  # learned tokens lost to it
     shifted: bool  # as a sequence's
+    weights: list[float]  # of the spans
 
     @property
     def prompt_ids(self) -> list[int]:
         """Return the tokens before the first answer."""
         return self.ids[: self.spans[0][0]]
+
+    @property
+    def token_weights(self) -> list[float]:
+        """Return the weight of each token; 1 where nothing is learned."""
+        made = [1.0] * self.length
+        for (start, stop), weight in zip(self.spans, self.weights, strict=True):
+            made[start:stop] = [weight] * (stop - start)
+        return made[: len(self.ids)]
 
     @property
     def answer_ids(self) -> list[int]:
@@ -67,7 +76,17 @@ def render(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int
     for start, stop in found.spans:
         labels[start:stop] = found.ids[start:stop]
     cut = sum(max(0, stop - max(start, end)) for start, stop in found.spans)
-    return Rendered(found.ids[:end], labels[:end], found.spans, len(found.ids), cut, found.shifted)
+    return Rendered(
+        found.ids[:end], labels[:end], found.spans, len(found.ids), cut, found.shifted, answer_weights(example)
+    )
+
+
+def answer_weights(example: Example) -> list[float]:
+    """Return the weights of an example's learned answers: how much each of their tokens counts."""
+    if "text" in example or isinstance(example["prompt"], str):
+        return [1.0]
+    chat = example["prompt"] + example["completion"]
+    return [float(chat[place].get("weight", 1)) for place in learned_turns(example)]
 
 
 def encode_example(example: Example, tokenizer: PreTrainedTokenizerBase) -> Sequence:
@@ -114,14 +133,14 @@ def in_one_sequence(example: Example, tokenizer: PreTrainedTokenizerBase) -> Seq
     answers ({% generation %}), nor the one that trl has for training this family of models.
     """
     chat, ends = example["prompt"] + example["completion"], learned_turns(example)
-    alone = [encode_turn(encoder(example, tokenizer), chat, end) for end in ends]
+    alone = [encode_turn(encoder(example, tokenizer), chat, end, tokenizer) for end in ends]
     about = prompt_ends(alone, tokenizer)
     if spans := stable_spans(alone):
         return Sequence(alone[-1].ids, spans, *about)
     answers = [turn.answer for turn in alone]
     training = training_template(tokenizer)
     if training is not None:
-        again = [encode_turn(encoder(example, tokenizer, training), chat, end) for end in ends]
+        again = [encode_turn(encoder(example, tokenizer, training), chat, end, tokenizer) for end in ends]
         spans = stable_spans(again)
         if spans and [turn.answer for turn in again] == answers:
             return Sequence(again[-1].ids, spans, *about, trained=True)
@@ -147,11 +166,21 @@ class Turn:
         return self.ids[self.start :]
 
 
-def encode_turn(encode: Encode, chat: list[Message], end: int) -> Turn:
-    """Return a chat up to the answer at `end`, which starts where its tokens and those of its prompt alone differ."""
+def encode_turn(encode: Encode, chat: list[Message], end: int, tokenizer: PreTrainedTokenizerBase) -> Turn:
+    """Return a chat up to the answer at `end`, which starts where its tokens and those of its prompt alone differ.
+
+    Where they differ before the last question already, as in templates that put the system message there while there is
+    no answer yet, it starts where those of two answers differ.
+    """
     before, ids = encode(chat[:end], add_generation_prompt=True), encode(chat[: end + 1])
     start = common(before, ids)
-    return Turn(ids, start, before[start:])
+    lost = before[start:]
+    if lost:
+        other = encode([*chat[:end], {"role": "assistant", "content": "\N{BLACK SQUARE}"}])
+        again = decoded(ids[start : common(ids, other)], tokenizer).strip()
+        if again and decoded(lost, tokenizer).strip().endswith(again):
+            start = common(ids, other)
+    return Turn(ids, start, lost)
 
 
 def prompt_ends(turns: list[Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[bool, str]:

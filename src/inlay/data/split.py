@@ -35,7 +35,10 @@ def split_examples(
             held.update(group)
     train_keys = {keys[i] for i in range(total) if i not in held}
     if (size and not held) or any(keys[i] in train_keys for i in held):
-        raise ValueError(f"{size} of {total} examples cannot be held out: prompts repeat, {len(groups)} are distinct")
+        raise ValueError(
+            f"{size} of {total} examples cannot be held out: prompts repeat, {len(groups)} are distinct; give "
+            "other rows to hold out, as eval_data"
+        )
     return [examples[i] for i in range(total) if i not in held], [examples[i] for i in sorted(held)]
 
 

@@ -1,4 +1,4 @@
-"""Data that memory does not hold: shards of JSONL, Parquet or Arrow, read in file order as they are used.
+"""Data that memory does not hold: shards of JSONL, tables, Parquet or Arrow, read in file order as they are used.
 
 Before a stream is handed on, all of it is read through once. So roles are assigned by all records, as they are where
 data is read at once; what is at fault or not used is said before training starts; and a stream that has changed is
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import heapq
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -22,24 +24,42 @@ from inlay.data.folders import Parts, folder_parts, kind_of
 from inlay.data.formats import FORMATS, Conversion, Faults, Rules, example_key, instruction_converter
 from inlay.data.readers import KINDS, Reading, file_records
 from inlay.data.records import Record
+from inlay.data.render import answer_weights
 from inlay.files.untrusted import regular_file
 
-STREAMED_KINDS = (".jsonl", ".parquet", ".arrow")
+STREAMED_KINDS = (".jsonl", ".csv", ".tsv", ".parquet", ".arrow")
 EXAMPLE_COLUMNS = ("text", "prompt", "completion", "tools", "chat_template_kwargs")  # what an example may hold
 GUESSED_BY = 1000  # records that the roles are first assigned by
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Hold what `_examples` gets: the files of a source, and how they are read and converted."""
+
+    files: tuple[str, ...]
+    conversion: Conversion
+    encoding: str
+    tsv_quotes: str
+
+    def examples(self) -> Iterator[Example]:
+        """Yield the examples of all files."""
+        return _examples(list(self.files), self.conversion, self.encoding, self.tsv_quotes)
 
 
 @dataclass
 class Stream:
     """Hold the examples of all shards and what was found about them.
 
-    That is how many there are, how many of them are held out as well, and each shard's name, size and digest.
+    That is how many there are, how many of them are held out as well, each shard's name, size and digest, and whether
+    some answers have a weight other than 0 and 1.
     """
 
     examples: IterableDataset
     count: int
     repeated: int
     shards: tuple[tuple[str, int, str], ...]
+    weighted: bool = False
+    how: Reader | None = None  # of the one source that it has
 
 
 def shards(source: str, reading: Reading | None = None) -> list[Path]:
@@ -81,11 +101,13 @@ def open_stream(
         faults = Faults(rules)
         count = 0
         repeated = 0
+        weighted = False
         held = set(map(example_key, heldout or ()))
         for place, record in _placed(files, reading):
             seen.add(record)
             for example in faults.attempt(conversion, record, lambda place=place: place) if conversion else ():
                 count += 1
+                weighted = weighted or any(weight != 1 for weight in answer_weights(example))
                 if not heldout and count <= first:
                     held.add(example_key(example))
                 else:
@@ -97,10 +119,53 @@ def open_stream(
             break
         conversion = by_all
     faults.check()
-    conversion.found.unused = by_all.found.unused
+    conversion.found.unused, conversion.found.nothings = by_all.found.unused, by_all.found.nothings
     rules.found.add(conversion.found)
     about = tuple((file.name, file.stat().st_size, _digest(file)) for file in files)
-    return Stream(_dataset(files, conversion, reading), count, repeated, about)
+    how = Reader(tuple(map(str, files)), conversion, reading.encoding, reading.tsv_quotes)
+    return Stream(_dataset(how), count, repeated, about, weighted, how)
+
+
+def mix_streams(streams: list[Stream], weights: list[float]) -> Stream:
+    """Make one stream of several, in which the rows of each stand as often as its weight says, spread evenly.
+
+    A weight of 2 has a stream read twice an epoch; 0.5 takes every other of its examples. Nothing is drawn, so that the
+    order is the same whenever it is read.
+    """
+    parts = tuple((one.how, weight, one.count) for one, weight in zip(streams, weights, strict=True) if one.how)
+    return Stream(
+        IterableDataset.from_generator(_mixed, gen_kwargs={"parts": parts}),
+        sum(taken(one.count, weight) for one, weight in zip(streams, weights, strict=True)),
+        sum(one.repeated for one in streams),
+        tuple(shard for one in streams for shard in one.shards),
+        any(one.weighted for one in streams),
+    )
+
+
+def taken(count: int, weight: float) -> int:
+    """Return how many examples an epoch has of a stream of `count`."""
+    return math.floor(count * weight + 1e-6)
+
+
+def _mixed(parts: tuple[tuple[Reader, float, int], ...]) -> Iterator[Example]:
+    """Yield the examples of all streams, each time of the one that is furthest behind its share."""
+    sources = [_repeated(how, weight) for how, weight, _ in parts]
+    totals = [taken(count, weight) for _, weight, count in parts]
+    waiting = [(0.5 / total, i, 1) for i, total in enumerate(totals) if total]  # when, of whom, which of its examples
+    heapq.heapify(waiting)
+    while waiting:
+        _, i, number = heapq.heappop(waiting)
+        yield next(sources[i])
+        if number < totals[i]:
+            heapq.heappush(waiting, ((number + 0.5) / totals[i], i, number + 1))
+
+
+def _repeated(how: Reader, weight: float) -> Iterator[Example]:
+    for turn in range(math.ceil(weight)):
+        share = min(1.0, weight - turn)
+        for i, example in enumerate(how.examples()):
+            if taken(i + 1, share) > taken(i, share):
+                yield example
 
 
 def _guess(files: list[Path], rules: Rules, reading: Reading) -> Conversion | None:
@@ -121,13 +186,12 @@ def _placed(files: list[Path], reading: Reading) -> Iterator[tuple[str, Record]]
             yield f"{file.name}, {reading.unit} {number}", record
 
 
-def _dataset(files: list[Path], conversion: Conversion, reading: Reading) -> IterableDataset:
-    settings = {"conversion": conversion, "encoding": reading.encoding}  # only the list is divided among processes
-    return IterableDataset.from_generator(_examples, gen_kwargs={"files": [str(file) for file in files], **settings})
+def _dataset(how: Reader) -> IterableDataset:
+    return IterableDataset.from_generator(_examples, gen_kwargs={**vars(how), "files": list(how.files)})  # is divided
 
 
-def _examples(files: list[str], conversion: Conversion, encoding: str) -> Iterator[Example]:
-    for place, record in _placed([Path(file) for file in files], Reading(encoding)):
+def _examples(files: list[str], conversion: Conversion, encoding: str, tsv_quotes: str) -> Iterator[Example]:
+    for place, record in _placed([Path(file) for file in files], Reading(encoding, tsv_quotes)):
         try:
             yield from conversion(record)
         except ValueError as error:

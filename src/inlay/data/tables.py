@@ -6,7 +6,7 @@ import csv
 import io
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from inlay.data.records import Record, refusal
@@ -31,15 +31,24 @@ def table_records(path: Path, text: str, tsv: bool, tsv_quotes: str, notes: list
     rows = [(line, row) for line, row in rows if any(row)]  # spreadsheets end on rows of delimiters alone
     if not rows:
         return
-    names = _header(path, rows, notes)
+    names = table_header(path, rows, notes)
     for line, row in rows[1:]:
-        if len(row) != len(names):
-            advice = "" if tsv else " (a field that holds a delimiter or a newline is written in quotes)"
-            raise refusal(f"{path}, line {line}", f"{len(row)} fields", f"{len(names)}, as in the header{advice}")
-        yield line, {name: cell for name, cell in zip(names, row, strict=True) if name is not None}
+        yield line, record_of(path, line, row, names, tsv)
 
 
-def _header(path: Path, rows: Rows, notes: list[str]) -> list[str | None]:
+def record_of(path: Path, line: int, row: list[str], names: list[str | None], tsv: bool) -> Record:
+    """Return a row as a record, without the columns that have no name.
+
+    Raises:
+        ValueError: it has more or fewer fields than the header.
+    """
+    if len(row) != len(names):
+        advice = "" if tsv else " (a field that holds a delimiter or a newline is written in quotes)"
+        raise refusal(f"{path}, line {line}", f"{len(row)} fields", f"{len(names)}, as in the header{advice}")
+    return {name: cell for name, cell in zip(names, row, strict=True) if name is not None}
+
+
+def table_header(path: Path, rows: Rows, notes: list[str]) -> list[str | None]:
     """Return the names of the columns; None for one that is left out, as it holds nothing or only counts rows."""
     line, header = rows[0]
     names: list[str | None] = [name.strip() for name in header]
@@ -71,18 +80,23 @@ def _unnamed(path: Path, rows: Rows, place: int, notes: list[str]) -> str | None
     )  # fmt: skip
 
 
+def delimiters(header: str) -> list[str]:
+    """Return the delimiters that make columns of a header line, the usual one first."""
+    return [d for d in ",;\t|" if len(next(csv.reader([header], delimiter=d), [])) > 1] or [","]
+
+
 def _csv_rows(text: str, path: Path) -> tuple[str, Rows]:
     """Return the delimiter and the rows of a CSV file: commas, unless only another delimiter makes columns of it."""
-    line = text.partition("\n")[0]
-    found = [d for d in ",;\t|" if len(next(csv.reader([line], delimiter=d), [])) > 1] or [","]
+    line = next(io.StringIO(text, newline=""), "")
+    found = delimiters(line)
     tried = [(d, _rows_or_none(text, d, path)) for d in found]
     for delimiter, rows in tried:
-        if rows is not None and _fits(rows):
+        if rows is not None and rows_fit(rows):
             return delimiter, rows
     return found[0], _quoted_rows(text, found[0], path)
 
 
-def _fits(rows: Rows) -> bool:
+def rows_fit(rows: Rows) -> bool:
     """Return whether every row has as many fields as the header."""
     return len({len(row) for _, row in rows if any(row)}) == 1
 
@@ -96,28 +110,43 @@ def _rows_or_none(text: str, delimiter: str, path: Path) -> Rows | None:
 
 def _quoted_rows(text: str, delimiter: str, path: Path, first_line: int = 1) -> Rows:
     """Return rows by RFC 4180: a quoted field may hold delimiters, newlines and doubled quotation marks."""
-    return _parsed(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), path, first_line)
+    return list(parsed_rows(io.StringIO(text, newline=""), delimiter, False, path, first_line))
 
 
 def _plain_rows(text: str, path: Path) -> Rows:
     """Return rows of a TSV in which a quotation mark is a character like any other, as in GLUE's files."""
-    return _parsed(csv.reader(io.StringIO(text, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE), path, 1)
+    return list(parsed_rows(io.StringIO(text, newline=""), "\t", True, path))
 
 
-def _parsed(reader, path: Path, first_line: int) -> Rows:
-    rows = []
+def parsed_rows(
+    lines: Iterable[str], delimiter: str, plain: bool, path: Path, first_line: int = 1
+) -> Iterator[tuple[int, list[str]]]:
+    """Yield the rows of a table, each with the line it begins at; cells are of any length.
+
+    Args:
+        lines: of the text, with their ends.
+        delimiter: between cells.
+        plain: whether a quotation mark is a character like any other.
+        path: of the file, for messages.
+        first_line: the number of the first of the lines.
+
+    Raises:
+        ValueError: a field is quoted in part.
+    """
+    reader = csv.reader(
+        lines, delimiter=delimiter, quoting=csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL, strict=not plain
+    )
     before = 0
     limit = csv.field_size_limit(sys.maxsize)
     try:
         for row in reader:
-            rows.append((before + first_line, row))
+            yield before + first_line, row
             before = reader.line_num
     except csv.Error as error:
         line = reader.line_num + first_line - 1
         raise refusal(f"{path}, line {line}", str(error), "fields that are quoted whole or not") from error
     finally:
         csv.field_size_limit(limit)
-    return rows
 
 
 # -- quotation marks in TSV --------------------------------------------------------------------------------------------
@@ -130,9 +159,9 @@ def _tsv_rows(text: str, path: Path, quotes: str) -> Rows:
     if quotes == "quoted":
         return _quoted_rows(text, "\t", path)
     plain, quoted = _plain_rows(text, path), _rows_or_none(text, "\t", path)
-    if quoted is None or not _fits(quoted):
+    if quoted is None or not rows_fit(quoted):
         return plain
-    if not _fits(plain):
+    if not rows_fit(plain):
         return quoted
     writer = next((name for name, rule in QUOTED_BY.items() if _written(quoted, rule) == _written(plain, None)), None)
     doubled = any('"' in cell for _, row in quoted for cell in row)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from inlay.data.chats import Example, answer_text, turn_by_turn
-from inlay.data.formats import FORMATS, SUMMARIES, convert_records
+from inlay.data.formats import FORMATS, SUMMARIES, Rules, convert_records
 from inlay.data.labelled import labelled_examples
 from inlay.data.readers import Record
 from inlay.evaluation.generate import Chat
@@ -129,7 +129,7 @@ def texts_or_answers(records: list[Record]) -> list[Example]:
 
 def labelled(records: list[Record]) -> list[dict[str, Any]]:
     """Read GLUE's forms: a sentence or a pair, and its label."""
-    return labelled_examples(records)
+    return labelled_examples(records, Rules(strict=False, unlabelled=""))  # the model knows which labels are classes
 
 
 EVAL_TASKS = (

@@ -7,6 +7,7 @@ What is read of an answer follows the papers' own scripts; the rule of each task
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,14 +20,15 @@ from inlay.data.chats import answer_text
 from inlay.data.labelled import one_label
 from inlay.data.readers import Record
 from inlay.evaluation.ask_model import generated, likeliest, similar_batches, token_losses
-from inlay.evaluation.eval_tasks import EvalTask, questions_for
+from inlay.evaluation.eval_tasks import EvalTask, Question, questions_for
+from inlay.evaluation.run_settings import ChatSettings
 from inlay.evaluation.scores import Score, overlap_scores, resampled_score, share_score
 from inlay.models.model_classes import auto_class
 
 
 def evaluate(
     model: Any, tokenizer: PreTrainedTokenizerBase, task: EvalTask, records: list[Record], by: str = "generation",
-    size: int = 8, tokens: int | None = None, console: Console | None = None,
+    size: int = 8, tokens: int | None = None, console: Console | None = None, settings: ChatSettings | None = None,
 ) -> tuple[list[Score], list[dict[str, Any]]]:  # fmt: skip
     """Score a model on a task; returns the scores and each example's part in them.
 
@@ -34,7 +36,7 @@ def evaluate(
         ValueError: the records are not of the task's form, or a library is missing.
     """
     console = console or Console(quiet=True)
-    questions = questions_for(task, records, by)
+    questions = asked_as_trained(questions_for(task, records, by), settings or ChatSettings())
     was_training, config = model.training, model.config
     if auto_class(config, None) is AutoModelForImageTextToText:
         raise ValueError("the model sees images, and inlay eval asks in text alone; write a --metric of your own")
@@ -85,6 +87,19 @@ def perplexity(
         {"text": text, "loss": total, "tokens": count} for (_, text), (total, count) in zip(pairs, losses, strict=True)
     ]
     return [resampled_score("perplexity", len(kept), value)], rows
+
+
+def asked_as_trained(questions: list, settings: ChatSettings) -> list:
+    """Return questions or examples with the system message and the arguments that a run had."""
+    made = []
+    for one in questions:
+        if isinstance(one, Question):
+            asked = settings.example(one.prompt)
+            about = {key: value for key, value in asked.items() if key != "prompt"}
+            made.append(replace(one, chat=asked["prompt"], about=about))
+        else:
+            made.append(settings.example(one))
+    return made
 
 
 def is_classifier(model: Any) -> bool:

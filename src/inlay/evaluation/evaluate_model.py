@@ -14,6 +14,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from inlay.evaluation.metric import OnTask, Rows, load_metric, run_metric
+from inlay.evaluation.run_settings import chat_settings
 from inlay.evaluation.scores import Score, score_difference, write_scores
 from inlay.files.atomic import find_again
 from inlay.messages import dtype_name
@@ -95,7 +96,7 @@ def evaluate_model(
         run = load_metric(metric)
     else:
         given: dict[str, Any] = {"task": task, "data": data or "", "limit": limit, "by": by, "tokens": tokens}
-        run = OnTask(**given, batch_size=batch_size).load(console)
+        run = OnTask(**given, batch_size=batch_size).load(console, chat_settings(model))
     adapter = None
     if (find_again(Path(model)) / CONFIG).exists() or (Path(model) / "adapter").is_dir():
         adapter = Adapter.open(model, None, revision, trust_remote_code)

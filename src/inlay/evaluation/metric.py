@@ -21,6 +21,7 @@ from inlay.data.readers import read_records
 from inlay.evaluation.eval_tasks import find_eval_task, questions_for
 from inlay.evaluation.evaluate import evaluate
 from inlay.evaluation.lm_eval import PREFIX, Results, lm_eval_examples, lm_eval_title, lm_eval_values, load_lm_eval
+from inlay.evaluation.run_settings import ChatSettings
 from inlay.evaluation.scores import Score
 from inlay.evaluation.text_overlap import MEASURES
 from inlay.messages import check_installed, did_you_mean
@@ -70,7 +71,7 @@ class OnTask:
         """Return the name of the task's score in a table."""
         return self.figure or (self.task if self.is_lm_eval else find_eval_task(self.task).figures[0])
 
-    def load(self, console: Console | None = None) -> Run:
+    def load(self, console: Console | None = None, settings: ChatSettings | None = None) -> Run:
         """Read the data, check its form, and return the function that measures a model.
 
         Raises:
@@ -87,7 +88,7 @@ class OnTask:
         records = read_records(self.data, one_split=True)[: self.limit]
         questions_for(task, records, self.by)
         return lambda model, tokenizer: evaluate(
-            model, tokenizer, task, records, self.by, self.batch_size, self.tokens, console
+            model, tokenizer, task, records, self.by, self.batch_size, self.tokens, console, settings
         )
 
 
@@ -129,7 +130,7 @@ def less_is_better(given: Asked) -> bool:
     return not metric.is_lm_eval and find_eval_task(metric.task).less
 
 
-def load_metric(given: Asked) -> Run:
+def load_metric(given: Asked, settings: ChatSettings | None = None) -> Run:
     """Load a metric. A user's own code, in a module of the working folder or an installed one, is imported and run.
 
     Raises:
@@ -138,7 +139,7 @@ def load_metric(given: Asked) -> Run:
     if not isinstance(given, str):
         metric = on_task(given)
         try:
-            return metric.load()
+            return metric.load(settings=settings)
         except ValueError as error:
             raise ValueError(f"metric: {error}") from None
     module, _, function = given.partition(":")
@@ -175,13 +176,15 @@ def run_metric(metric: Run, model: Any, tokenizer: PreTrainedTokenizerBase) -> t
         model.train(was_training)
 
 
-def metric_score(given: Asked, model: Any, tokenizer: PreTrainedTokenizerBase) -> float:
-    """Return the one score that a metric stands for.
+def metric_score(
+    given: Asked, model: Any, tokenizer: PreTrainedTokenizerBase, settings: ChatSettings | None = None
+) -> float:
+    """Return the one score that a metric stands for, of a model that was trained with such settings.
 
     Raises:
         ValueError: it cannot be loaded, does not say this figure, or gives no finite number.
     """
-    figures, _ = run_metric(load_metric(given), model, tokenizer)
+    figures, _ = run_metric(load_metric(given, settings), model, tokenizer)
     values = {figure.name: figure.value for figure in figures}
     name = metric_title(given) if isinstance(given, str) or given.get("figure") else figures[0].name
     if name not in values:

@@ -31,6 +31,7 @@ from inlay.data.readers import read_records
 from inlay.data.split import split_examples
 from inlay.evaluation.ask_model import mean_token_loss
 from inlay.evaluation.metric import Asked, metric_score, metric_title
+from inlay.evaluation.run_settings import settings_of
 from inlay.files.atomic import write_text
 from inlay.files.untrusted import read_regular
 from inlay.inspection.changes import changes, changes_as_data
@@ -162,7 +163,8 @@ def score_of(trial: Trial, run: Result, model: object, tokenizer: object) -> dic
         return {}
     if isinstance(name, str) and name in own:
         return {"metric": own[name], "metric_name": name}
-    return {"metric": metric_score(name, model, tokenizer), "metric_name": metric_title(name)}
+    score = metric_score(name, model, tokenizer, settings_of(vars(trial.recipe)))
+    return {"metric": score, "metric_name": metric_title(name)}
 
 
 def finite_or_none(value: float) -> float | None:

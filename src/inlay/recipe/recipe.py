@@ -59,7 +59,7 @@ class Recipe:
         None, "split of a folder or hub data set (default: train, with validation held out if there is one)"
     )
     streaming: bool = field_of(
-        False, "read data (JSONL, Parquet or Arrow: a file, folder or glob) that exceeds memory; needs steps"
+        False, "read data (JSONL, CSV, Parquet, ...: files, folders, globs) that exceeds memory; needs steps"
     )
     eval_data: str | None = field_of(None, "held-out data (default: split off data)")
     eval_size: int | float | None = field_of(
@@ -68,6 +68,7 @@ class Recipe:
     columns: dict = field_of(dict, "the column of each role: {prompt: mr, answer: ref}")
     system: str | None = field_of(None, "system message before every example that has none of its own")
     empty_answers: Literal["refuse", "skip"] = field_of("refuse", "rows without an answer or a label: skip counts them")
+    unlabelled: str = field_of("-1", "label that marks a row without one; none: every label is a class")
     ignore: list = field_of(list, "columns and message keys to leave out that would change what is learned: [weight]")
     encoding: str = field_of("utf-8", "of text files: cp1252, utf-16, ...")
     tsv_quotes: Literal["auto", "quoted", "plain"] = field_of(
@@ -366,6 +367,7 @@ def check_chat(recipe: Recipe) -> None:
     """Refuse settings of conversations for tasks without any, and keys by which trl would change the prepared data."""
     tasks = {
         "answers": ("instruction",),
+        "unlabelled": ("classification",),
         "chat_template": ("instruction", "preference"),
         "chat_template_kwargs": ("instruction", "preference"),
     }

@@ -70,8 +70,8 @@ def source_names(recipe: Any) -> str:
 def check_sources(recipe: Any) -> None:
     """Refuse sources that cannot be read as the recipe says, before anything is read."""
     every = sources(recipe)
-    if recipe.streaming and (len(every) > 1 or every[0].weight != 1):
-        raise ValueError("streaming takes one source without a weight; put its files into one folder, or name a glob")
+    if recipe.streaming and (named := next((one for one in every if one.split is not None), None)):
+        raise ValueError(f"streaming takes no split, as {named.split!r} of {named.path}; name the files")
     try:
         "".encode(recipe.encoding)
     except (LookupError, ValueError):

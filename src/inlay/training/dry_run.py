@@ -61,7 +61,7 @@ def dry_run(recipe: Recipe, console: Console, verbose: bool = False) -> None:
         trained = count_parameters(base, without_start(recipe.adapter()), kind.auto, **task.model_settings(rows))
         console.print(f"{trained:,} trainable parameters; memory is predicted for tasks {PLANNED}")
     console.print("\nfirst example, the learned part in ⟦⟧:" if not kind.causal else TOKENS)
-    console.print(task.shown(rows.train[0], tokenizer, resolved), soft_wrap=True)
+    console.print(task.shown(rows.train[0], tokenizer, resolved), soft_wrap=True, markup=False, highlight=False)
     console.print(
         "\nrecipe:" if verbose else "\nrecipe, where it differs from the defaults (--verbose shows all of it):"
     )

@@ -12,11 +12,12 @@ from transformers import PreTrainedTokenizerBase
 from inlay.data.audit import Audit, audit_examples
 from inlay.data.chats import Example
 from inlay.data.formats import convert_records
-from inlay.data.render import render, sequences
+from inlay.data.render import answer_weights, render, sequences
 from inlay.data.streaming import EXAMPLE_COLUMNS
 from inlay.recipe.recipe import Recipe
 from inlay.training.mixture import streamed, train_and_heldout
 from inlay.training.run_tokenizer import answer_ends, check_limits
+from inlay.training.trainers.token_weights import WEIGHTS
 
 TOKENS = "\nfirst example, the tokens that are learned from in ⟦⟧:"
 
@@ -36,6 +37,7 @@ class Examples:
     stream: IterableDataset | None = None
     shards: tuple[tuple[str, int, str], ...] = ()
     conversations: int | None = None  # held out, before those that are learned turn by turn were taken apart
+    weighted: bool = False  # a stream in which some answers have a weight other than 0 and 1
 
     @property
     def eval_size(self) -> int:
@@ -54,7 +56,10 @@ def load_examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: C
     held_audit = audit_examples(held, tokenizer, recipe.max_length)
     count = f"{len(train)} examples to train on"
     if source is not None:
-        count = f"a stream of {source.count} examples, of which {len(train)} are looked at"
+        count = (
+            f"a stream of {source.count} examples, of which the first {len(train)} are seen through the chat template "
+            "and the tokenizer before training"
+        )
     console.print(f"{count}, {len(held)} held out; longest {audit.longest} tokens")
     if audit.cut or audit.masked:
         console.print(
@@ -78,7 +83,34 @@ def load_examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: C
     length = recipe.max_length if source else min(longest, recipe.max_length)
     check_limits(recipe, tokenizer, max(audit.largest_token, held_audit.largest_token), length)
     made = Examples(audit.sequences, held_audit.sequences, audit, conversations=len(held))
-    return made if source is None else replace(made, stream=source.examples, shards=source.shards)
+    weighted = is_weighted(audit.sequences) if source is None else source.weighted
+    if weighted:
+        check_weights(recipe)
+    if source is None:
+        return made
+    return replace(made, stream=source.examples, shards=source.shards, weighted=weighted)
+
+
+def is_weighted(rows: list[Example]) -> bool:
+    """Return whether some learned answers have a weight other than 1."""
+    return any(weight != 1 for row in rows for weight in answer_weights(row))
+
+
+def check_weights(recipe: Recipe) -> None:
+    """Refuse what does not go with weights of answers other than 0 and 1.
+
+    Raises:
+        ValueError: the recipe says such a thing.
+    """
+    keys = ("label_smoothing_factor", "loss_type", "torch_compile", "use_liger_kernel")
+    odd = [f"trainer: {key}" for key in keys if recipe.trainer.get(key)]
+    odd += ["packing"] if recipe.packing else []
+    odd += [f"step: {recipe.step}"] if recipe.step != "backward" else []
+    if odd:
+        raise ValueError(
+            f"weights of answers other than 0 and 1 do not go with {odd[0]}; leave it out, or --ignore weight counts "
+            "all answers alike"
+        )
 
 
 def measured(lengths: list[int], recipe: Recipe) -> Audit:
@@ -100,9 +132,14 @@ def announce(rows: Examples, recipe: Recipe, console: Console) -> None:
 def token_dataset(rows: list[Example], tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """Return examples as trl takes them: tokens, and as labels those that are learned. trl cuts or packs them."""
     shown = (render(row, tokenizer, None) for row in rows)
-    columns = [(np.array(one.ids, np.int32), np.array(one.labels, np.int32)) for one in shown]
-    ids, labels = zip(*columns, strict=True)
-    return Dataset.from_dict({"input_ids": ids, "labels": labels})
+    columns: dict[str, list] = {"input_ids": [], "labels": []}
+    weighted = is_weighted(rows)
+    for one in shown:
+        columns["input_ids"].append(np.array(one.ids, np.int32))
+        columns["labels"].append(np.array(one.labels, np.int32))
+        if weighted:
+            columns.setdefault(WEIGHTS, []).append(np.array(one.token_weights, np.float32))
+    return Dataset.from_dict(columns)
 
 
 def training_set(rows: Examples, tokenizer: PreTrainedTokenizerBase) -> Dataset | IterableDataset:
@@ -114,6 +151,7 @@ def training_set(rows: Examples, tokenizer: PreTrainedTokenizerBase) -> Dataset 
         examples = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         whole = [{key: value for key, value in one.items() if value is not None} for one in examples]
         parts = [render(part, tokenizer, None) for one in whole for part in sequences(one, tokenizer)]
-        return {"input_ids": [part.ids for part in parts], "labels": [part.labels for part in parts]}
+        made: dict[str, list] = {"input_ids": [part.ids for part in parts], "labels": [part.labels for part in parts]}
+        return made | ({WEIGHTS: [part.token_weights for part in parts]} if rows.weighted else {})
 
     return rows.stream.map(tokens, batched=True, batch_size=100, remove_columns=list(EXAMPLE_COLUMNS))

@@ -14,7 +14,7 @@ from inlay.data.formats import Findings, Rules, convert_records, example_key
 from inlay.data.readers import KINDS, Reading, read_files, read_records, read_splits
 from inlay.data.records import Record
 from inlay.data.split import split_examples
-from inlay.data.streaming import Stream, first_examples, open_stream
+from inlay.data.streaming import Stream, first_examples, mix_streams, open_stream, taken
 from inlay.recipe.recipe import Recipe
 from inlay.recipe.sources import Source, sources
 
@@ -24,12 +24,23 @@ Convert = Callable[[list[Record], Rules], list[dict]]
 
 def streamed(recipe: Recipe, console: Console) -> tuple[list[dict], list[dict], Stream]:
     """Return the examples of a stream that are looked at, the held-out ones, and the stream to train on."""
-    (source,), reading = sources(recipe), reading_of(recipe)
-    rules, size = rules_of(recipe, source), int(recipe.eval_size or 100)
-    held = own_heldout(recipe, source, reading, rules)
-    stream = open_stream(source.path, rules, reading, held, size)
+    given, reading = sources(recipe), reading_of(recipe)
+    found = Findings()
+    size, alone = int(recipe.eval_size or 100), len(given) == 1 and given[0].weight == 1
+    held = own_heldout(recipe, given, reading, found)
+    if not held and not alone:
+        raise ValueError(
+            "data: a mixture of streams holds nothing out itself; give eval_data, or folders with both splits"
+        )
+    streams = [open_stream(one.path, rules_of(recipe, one, found), reading, held, size) for one in given]
+    stream = streams[0] if alone else mix_streams(streams, [one.weight for one in given])
     train = first_examples(stream.examples, LOOKED_AT)
-    say([*dict.fromkeys(reading.notes), *rules.found.lines(), *overlap(stream.repeated, len(held) or size)], console)
+    said = [*dict.fromkeys(reading.notes), *found.lines(), *overlap(stream.repeated, len(held) or size)]
+    check_one_kind([first_examples(one.examples, 1) for one in streams] + [held], given)
+    if not alone:
+        counts = [taken(part.count, one.weight) for part, one in zip(streams, given, strict=True)]
+        said += share_lines(given, [part.count for part in streams], counts)
+    say(said, console)
     if held:
         return train, held, stream
     if not train[size:]:
@@ -37,18 +48,20 @@ def streamed(recipe: Recipe, console: Console) -> tuple[list[dict], list[dict], 
     return train[size:], train[:size], replace(stream, examples=stream.examples.skip(size))
 
 
-def own_heldout(recipe: Recipe, source: Source, reading: Reading, rules: Rules) -> list[dict]:
+def own_heldout(recipe: Recipe, given: list[Source], reading: Reading, found: Findings) -> list[dict]:
     """Return the examples of a stream's `eval_data`, or of the part of its folder that is named as held out."""
     if recipe.eval_data:
         source = Source(recipe.eval_data, columns=recipe.columns, system=recipe.system)
         records = read_records(recipe.eval_data, None, reading, one_split=True)
-        return at_most_eval_size(convert_records(records, rules=rules_of(recipe, source, rules.found)), recipe)
-    folder = Path(source.path).expanduser()
-    parts = folder_parts(folder, None, KINDS) if folder.is_dir() and any(folder.iterdir()) else None
-    if parts is None or "validation" not in parts.files:
-        return []
-    records = read_files(parts.files["validation"], folder, reading)
-    return at_most_eval_size(convert_records(records, rules=rules), recipe)
+        return at_most_eval_size(convert_records(records, rules=rules_of(recipe, source, found)), recipe)
+    held = []
+    for source in given:
+        folder = Path(source.path).expanduser()
+        parts = folder_parts(folder, None, KINDS) if folder.is_dir() and any(folder.iterdir()) else None
+        if parts is not None and "validation" in parts.files:
+            records = read_files(parts.files["validation"], folder, reading)
+            held += convert_records(records, rules=rules_of(recipe, source, found))
+    return at_most_eval_size(held, recipe) if held else []
 
 
 def train_and_heldout(
@@ -110,6 +123,7 @@ def rules_of(recipe: Recipe, source: Source | None = None, found: Findings | Non
         tuple(recipe.ignore),
         recipe.chat_template_kwargs,
         recipe.answers == "last",
+        "" if recipe.unlabelled == "none" else recipe.unlabelled,
         source=source.path,
         found=found or Findings(),
     )
@@ -161,15 +175,19 @@ def weighted(rows: list[dict], weight: float, seed: int, number: int) -> list[di
 
 def shares(given: list[Source], parts: list[list[dict]], train: list[list[dict]]) -> list[str]:
     """Return what each source of a mixture contributes to an epoch."""
-    total = sum(map(len, train))
-    if total == 0:
-        raise ValueError("the weights of data leave no example to train on; raise them")
     if len(given) == 1 and given[0].weight == 1:
         return []
+    return share_lines(given, list(map(len, parts)), list(map(len, train)))
+
+
+def share_lines(given: list[Source], counts: list[int], taken: list[int]) -> list[str]:
+    """Return a line for each source of a mixture: how many examples it has, and how many of them an epoch has."""
+    total = sum(taken)
+    if total == 0:
+        raise ValueError("the weights of data leave no example to train on; raise them")
     return [
-        f"{source.path}: {len(part)} examples, weight {source.weight:g}: "
-        f"{len(own)} of {total} an epoch ({len(own) / total:.0%})"
-        for source, part, own in zip(given, parts, train, strict=True)
+        f"{source.path}: {count} examples, weight {source.weight:g}: {own} of {total} an epoch ({own / total:.0%})"
+        for source, count, own in zip(given, counts, taken, strict=True)
     ]
 
 

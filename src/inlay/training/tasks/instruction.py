@@ -43,7 +43,12 @@ class Task:
 
     def settings(self, recipe: Recipe) -> dict[str, Any]:
         """Return the trainer's arguments that are not transformers' own."""
-        return {"max_length": recipe.max_length, "packing": recipe.packing, "eval_packing": False}
+        return {
+            "max_length": recipe.max_length,
+            "packing": recipe.packing,
+            "eval_packing": False,
+            "remove_unused_columns": False,  # of `token_dataset` all are used
+        }
 
     def dataset(self, rows: list[Row], tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Dataset:
         """Return examples as the trainer takes them."""

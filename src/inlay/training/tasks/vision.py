@@ -102,6 +102,8 @@ def vision_examples(records: list[Record], rules: Rules) -> list[Row]:
         else:
             answer = text_cell(cells["answer"], roles["answer"])
             turns = [{"role": "user", "content": question_of(cells, roles)}, {"role": "assistant", "content": answer}]
+        if any(turn.get("weight") for turn in turns):
+            raise ValueError("weights other than 0 and 1 are not for task vision; leave them out")
         if any(turn["role"] == "tool" or "tool_calls" in turn for turn in turns):
             raise ValueError("tools are not for task vision; leave out their calls and answers")
         turns = with_system([*earlier_turns(cells, roles), *turns], cells.get("system"), roles.get("system", "system"))

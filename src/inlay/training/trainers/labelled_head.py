@@ -29,7 +29,14 @@ def score_labelled_positions(causal: Any) -> None:
     fused = causal.forward
 
     @functools.wraps(type(causal).forward)  # `generate` checks its arguments against this signature
-    def forward(self: Any, *args: Any, labels: Any = None, shift_labels: Any = None, **kwargs: Any) -> Any:
+    def forward(
+        self: Any,
+        *args: Any,
+        labels: Any = None,
+        shift_labels: Any = None,
+        token_weights: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         if not kwargs.get("fused_lm_head") or shift_labels is not None:
             given = {"labels": labels, "shift_labels": shift_labels}
             return fused(*args, **{key: value for key, value in given.items() if value is not None}, **kwargs)
@@ -39,6 +46,9 @@ def score_labelled_positions(causal: Any) -> None:
         with only_at(self, pad(scored, (0, 1))):
             output = fused(*args, shift_labels=next_labels[scored][None], **kwargs)
         whole = {name: spread(value, scored) for name in PER_TOKEN if (value := getattr(output, name)) is not None}
+        if token_weights is not None:  # those of a prompt that is learned stand before
+            weights = pad(token_weights, (labels.shape[1] - token_weights.shape[1], 0))[:, 1:]
+            whole["log_probs"] = whole["log_probs"] * weights.to(whole["log_probs"])
         return replace(output, **whole, label_mask=labelled)
 
     causal.forward = types.MethodType(forward, causal)

@@ -6,7 +6,7 @@ A checkpoint is whole or not there, a stop leaves one, and no step is taken on N
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -38,11 +38,12 @@ from inlay.training.trainers.held_out import HeldOutTokens
 from inlay.training.trainers.labelled_head import score_labelled_positions
 from inlay.training.trainers.length_groups import LengthGroups, token_counts
 from inlay.training.trainers.stop import Stop
+from inlay.training.trainers.token_weights import WEIGHTS, WithWeights, scale_to_mean_one
 
 Base = transformers.Trainer if TYPE_CHECKING else object  # the trainers below have it after `Safe`
 LOADERS = """_load_from_checkpoint _load_callback_state _load_optimizer_and_scheduler _load_scaler _load_rng_state
 _load_best_model""".split()
-FOR_LOSS = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")  # what DPO's batches hold beside inputs
+FOR_LOSS = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps", WEIGHTS)  # in batches, beside inputs
 
 
 class Safe(Base):
@@ -312,6 +313,8 @@ class CausalTrainer(Safe):
         super().__init__(*args, **kwargs)
         if not self.args.torch_compile:  # it would compile anew for every number of labels
             score_labelled_positions(base_model_of(self.model))
+        if isinstance(self, SFTTrainer):
+            self.data_collator = WithWeights(cast(Any, self.data_collator))
 
 
 class Trainer(HeldOutTokens, CausalTrainer, SFTTrainer):
@@ -319,9 +322,19 @@ class Trainer(HeldOutTokens, CausalTrainer, SFTTrainer):
 
     token_metrics = ("loss", "mean_token_accuracy", "entropy")
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | int | None]:
+        """Return the micro-batches of a step as transformers does, with weights that are 1 on average."""
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches and WEIGHTS in batches[0]:
+            scale_to_mean_one(batches, lambda own: cast(Tensor, self.accelerator.reduce(own.to(self.args.device))))
+        return batches, count
+
     def token_scores(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
         """Return which tokens are labelled, and each one's loss, whether it is the likeliest, and the entropy."""
-        found = model(**inputs, use_cache=False, fused_lm_head=True)
+        given = {key: value for key, value in inputs.items() if key != WEIGHTS}  # each counts once
+        found = model(**given, use_cache=False, fused_lm_head=True)
         return found.label_mask, [-found.log_probs, found.is_top1, found.entropy]
 
 
