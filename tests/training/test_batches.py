@@ -14,7 +14,7 @@ from inlay.training.base_model import load_training_model
 from inlay.training.fit import build_trainer
 from inlay.training.prepared import Prepared
 from inlay.training.tasks import TASKS
-from inlay.training.trainers.length_groups import LengthGroups, token_counts
+from inlay.training.trainers.length_groups import LengthGroups, padded_tokens, token_counts, tokens_spared
 
 SILENT = Console(quiet=True)
 
@@ -23,6 +23,7 @@ def test_lengths_are_of_all_ids_of_an_example():
     rows = [{"prompt_ids": [1] * n, "chosen_ids": [2] * (n + 1), "text": "x"} for n in range(5)]
     kept = Dataset.from_list(rows).filter(lambda row: len(row["prompt_ids"]) != 2)
     assert token_counts(kept) == [1, 3, 7, 9]
+    assert token_counts(Dataset.from_list([{"text": "x"}])) == []
 
 
 def test_groups_are_of_similar_length_and_of_an_epoch():
@@ -39,6 +40,26 @@ def test_groups_are_of_similar_length_and_of_an_epoch():
         return sum(8 * max(lengths[i] for i in order[k : k + 8]) for k in range(0, 203, 8))
 
     assert padded(orders[0]) < 1.2 * sum(lengths) < padded(range(203))
+    means = [sum(lengths[i] for i in orders[0][k : k + 8]) for k in range(0, 200, 8)]
+    assert means != sorted(means, reverse=True)  # as transformers' sampler has them: first long ones, then short ones
+
+
+def test_what_groups_spare_is_the_share_of_padding():
+    assert padded_tokens([5, 1, 3], [2, 0, 1], 2) == 5 + 5 + 1
+    assert tokens_spared([7] * 40, 4, 8, seed=0) == 0
+    lengths = [10, 100] * 40
+    spared = tokens_spared(lengths, 4, 4, seed=0)
+    assert 1 - 80 * 55 / (80 * 100) > spared > 0.3  # random batches are nearly all 100 long
+
+
+@pytest.mark.parametrize(("words", "grouped"), [(1, False), (60, True)])
+def test_groups_are_chosen_where_they_spare_a_twentieth(words, grouped, tiny, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"q {i}", "completion": "a " * (1 + i * (words - 1) // 39)} for i in range(40)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    recipe = Recipe(model=tiny, data=str(path), eval_size=4, batch_size=4, dtype="float32", samples=0)
+    trainer = settled(recipe, tmp_path)
+    assert trainer.args.train_sampling_strategy == ("group_by_length" if grouped else "random")
 
 
 def settled(recipe: Recipe, folder):

@@ -81,7 +81,9 @@ class Recipe:
     answers: Literal["all", "last"] = field_of("all", "which answers of a conversation are learned")
     max_length: int = field_of(512, "tokens; longer examples are truncated", min=8)
     packing: bool = field_of(False, "pack short examples into full sequences")
-    group_by_length: bool = field_of(False, "batches of examples of similar length, so that little is padding")
+    group_by_length: bool | Literal["auto"] = field_of(
+        "auto", "batches of examples of similar length; auto: where this spares a twentieth of the tokens as padding"
+    )
 
     method: str = field_of(
         "bone", "one that inlay methods lists, peft:NAME for one of PEFT's (peft:dora), or full: train the whole model"
@@ -327,8 +329,8 @@ def check_step(recipe: Recipe) -> None:
 
 def check_task(recipe: Recipe) -> None:
     """Refuse fields that the task does not use, and those that are for causal language models alone."""
-    if recipe.group_by_length:
-        check_group_by_length(recipe)
+    if recipe.group_by_length is True and (reason := why_no_groups(recipe)):
+        raise ValueError(f"group_by_length: {reason}; leave it out")
     if recipe.packing and recipe.task != "instruction":
         raise ValueError(f"packing is for task instruction, not {recipe.task}; leave it out")
     every = sources(recipe)
@@ -379,17 +381,15 @@ def check_chat(recipe: Recipe) -> None:
             raise ValueError(f"trainer: {key} has no effect; {hint}")
 
 
-def check_group_by_length(recipe: Recipe) -> None:
-    """Refuse batches of similar lengths where lengths are all the same, or not known."""
+def why_no_groups(recipe: Recipe) -> str | None:
+    """Return why examples have no lengths to be grouped by: these are all the same, or not known."""
     reasons = {
         "packing fills every sequence": recipe.packing,
         "a stream is read in its own order": recipe.streaming,
         "all blocks of task language_modelling are of one length": recipe.task == "language_modelling",
         "task vision does not know how long an image is": recipe.task == "vision",
     }
-    for reason, holds in reasons.items():
-        if holds:
-            raise ValueError(f"group_by_length: {reason}; leave it out")
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def check_allocate(recipe: Recipe) -> None:

@@ -68,7 +68,7 @@ def training_arguments(recipe: Recipe, folder: Path, batch: int, steps: int, dty
         "metric_for_best_model": "eval_loss",
         "greater_is_better": False,
         "logging_steps": 1,
-        "train_sampling_strategy": "group_by_length" if recipe.group_by_length else "random",
+        "train_sampling_strategy": "group_by_length" if recipe.group_by_length is True else "random",
         "report_to": recipe.report_to,
         "disable_tqdm": True,
         "use_cpu": not torch.cuda.is_available(),

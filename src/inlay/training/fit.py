@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
+from datasets import Dataset
 from peft import PeftModel
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 
@@ -22,6 +23,7 @@ from inlay.models.loading import dtype_for
 from inlay.models.sizes import count_trained_and_base, frozen_experts
 from inlay.recipe.optimizers import check_shapes, own_optimizer
 from inlay.recipe.peft_methods import is_inlay
+from inlay.recipe.recipe import why_no_groups
 from inlay.reports.result import Result, environment
 from inlay.training import checkpoints
 from inlay.training.arguments import optimizer_steps, settle_steps, training_arguments
@@ -32,6 +34,7 @@ from inlay.training.peft_extras import complete_peft_method
 from inlay.training.prepared import Prepared
 from inlay.training.progress import RunProgress, peak_memory
 from inlay.training.tasks import TASKS
+from inlay.training.trainers.length_groups import PAYS, token_counts, tokens_spared
 from inlay.training.trainers.trainer import Trainer
 
 BEFORE = ".before.json"  # the answers before training, until the samples are written
@@ -173,11 +176,14 @@ def build_trainer(prepared: Prepared, base: Any) -> Trainer:
     optimizer = own_optimizer(recipe.optim, recipe.rate, recipe.optimizer_args)
     if optimizer is not None and recipe.task == "preference":
         raise ValueError(f"optimizer: trl's DPO trainer takes only transformers' optimisers, not {recipe.optim}")
+    train_dataset = training_set(rows, tokenizer) if rows.stream else task.dataset(rows.train, tokenizer, recipe)
+    if recipe.group_by_length == "auto":
+        recipe = replace(recipe, group_by_length=grouping_pays(prepared, cast(Dataset, train_dataset), batch))
     with shared_starts():
         trainer = task.trainer(
             base,
             args=training_arguments(recipe, prepared.folder, batch, steps, dtype_for(recipe.dtype)),
-            train_dataset=training_set(rows, tokenizer) if rows.stream else task.dataset(rows.train, tokenizer, recipe),
+            train_dataset=train_dataset,
             eval_dataset=task.dataset(rows.heldout, tokenizer, recipe),
             processing_class=tokenizer,
             peft_config=adapter,
@@ -195,6 +201,20 @@ def build_trainer(prepared: Prepared, base: Any) -> Trainer:
     check_shapes(recipe.optim, cast(Any, trainer.model))
     raised([], cast(Any, trainer.model), trainer.ratios)  # refuses a model without pairs of what ratios are between
     return trainer
+
+
+def grouping_pays(prepared: Prepared, examples: Dataset, batch: int) -> bool:
+    """Return whether batches of similar length spare enough tokens, and print how many."""
+    recipe = prepared.recipe
+    if why_no_groups(recipe) is not None:
+        return False
+    lengths = [min(count, recipe.max_length) for count in token_counts(examples)]
+    size = batch * recipe.accumulation * distributed.process_count()
+    spared = tokens_spared(lengths, batch, size, recipe.seed) if lengths else 0.0
+    if spared < PAYS:
+        return False
+    prepared.console.print(f"batches are of examples of similar length, which spares {spared:.0%} of the tokens")
+    return True
 
 
 def write_samples(questions: list[dict], answers: list[list[str]]) -> list[dict[str, str]]:

@@ -63,6 +63,7 @@ def train(recipe: Recipe, console: Console | None = None, resume: bool = False) 
                 dtype=dtype_name(dtype),
                 eval_size=rows.eval_size,
                 batch_size=trainer.args.per_device_train_batch_size,
+                group_by_length=trainer.args.train_sampling_strategy == "group_by_length",
                 output=str(folder),
             )
             if distributed.is_first():

@@ -90,9 +90,9 @@ class Safe(Base):
         return LengthGroups(token_counts(dataset), self.get_total_train_batch_size(self.args), self.args.seed)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int] | None:
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_eval_sampler(eval_dataset)
-        return LengthGroups(token_counts(eval_dataset), self.args.eval_batch_size, self.args.seed)
+        lengths = token_counts(eval_dataset)
+        groups = LengthGroups(lengths, self.args.eval_batch_size, self.args.seed)
+        return groups if lengths else super()._get_eval_sampler(eval_dataset)
 
     @property
     def sharded(self) -> bool:
