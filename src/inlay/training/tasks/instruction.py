@@ -8,7 +8,8 @@ from typing import Any, cast
 import torch
 from datasets import Dataset
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, pad
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
@@ -16,6 +17,8 @@ from inlay.data.chats import answer_text
 from inlay.data.formats import Row
 from inlay.data.render import IGNORED, render
 from inlay.evaluation.generate import answer
+from inlay.models.model_classes import find_model_class
+from inlay.models.scored_positions import logits_at
 from inlay.recipe.recipe import Recipe
 from inlay.training.examples import Examples, load_examples, token_dataset
 from inlay.training.run_tokenizer import run_tokenizer
@@ -61,7 +64,9 @@ class Task:
 
     def loss(self, recipe: Recipe) -> Callable[[Any, Any], Tensor] | None:
         """Return what of (model, batch) such starts differentiate; None: the model's own loss."""
-        return None
+        if not find_model_class(recipe.task).causal:
+            return None
+        return lambda model, batch: label_losses(model, batch)[1].mean()
 
     def parts(self, tokenizer: PreTrainedTokenizerBase, rows: Examples) -> dict[str, Any]:
         """Return arguments of the trainer itself: a collator, metrics."""
@@ -88,15 +93,24 @@ class Task:
         return render(row, tokenizer, recipe.max_length).marked(tokenizer)
 
 
+def label_losses(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return which tokens after the first are labelled, (rows, length - 1), and the loss of each of them."""
+    labels = batch["labels"][:, 1:]
+    labelled = labels != IGNORED
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    logits = logits_at(model, pad(labelled, (0, 1)), **inputs)
+    return labelled, cross_entropy(logits.float(), labels[labelled], reduction="none")
+
+
 def collate(rows: list[tuple[list[int], list[int]]], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor] | None:
     """Return tokens and labels of rows as one batch, filled up on the right."""
     if not rows:
         return None
-    length, pad = max(len(ids) for ids, _ in rows), cast("int", tokenizer.pad_token_id or 0)
+    length, filler = max(len(ids) for ids, _ in rows), cast("int", tokenizer.pad_token_id or 0)
     columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
     for ids, labels in rows:
         rest = length - len(ids)
-        columns["input_ids"].append([*ids, *[pad] * rest])
+        columns["input_ids"].append([*ids, *[filler] * rest])
         columns["attention_mask"].append([1] * len(ids) + [0] * rest)
         columns["labels"].append([*labels, *[IGNORED] * rest])
     return {key: torch.tensor(column) for key, column in columns.items()}

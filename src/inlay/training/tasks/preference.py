@@ -22,7 +22,7 @@ from inlay.recipe.recipe import Recipe
 from inlay.training.examples import Examples
 from inlay.training.mixture import train_and_heldout
 from inlay.training.run_tokenizer import answer_ends, check_limits
-from inlay.training.tasks.instruction import Task, collate
+from inlay.training.tasks.instruction import Task, collate, label_losses
 from inlay.training.trainers.trainer import PreferenceTrainer
 
 
@@ -126,11 +126,8 @@ def with_room(rows: list[Row], tokenizer: PreTrainedTokenizerBase, recipe: Recip
 
 def first_loss(model: Any, batch: dict[str, Tensor], beta: float) -> Tensor:
     """Return DPO's loss where the policy is its own reference: log 2, with slope −β/2 in each pair's margin."""
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    logits, labels = model(**inputs).logits[:, :-1], batch["labels"][:, 1:]
-    scores = (
-        -F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none").view(labels.shape).sum(1)
-    )
+    labelled, losses = label_losses(model, batch)
+    scores = -losses.new_zeros(labelled.shape).masked_scatter(labelled, losses).sum(1)
     chosen, rejected = scores.chunk(2)
     margin = chosen - rejected
     return -F.logsigmoid(beta * (margin - margin.detach())).mean()
