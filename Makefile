@@ -9,10 +9,12 @@ DEV    := $(VENV)/.installed-dev
 SERVE  := .venv-serve
 TRITON := .triton
 TOOLS  := .venv-tools
+GPU    := benchmarks/results/gpu
+LAYER8 := 4096x4096:8192:16
 # A worker per core, each with one thread: small tensors are slower on two.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test test-all test-gpu lint docs-tables bench serve-check peft-suite torture soak fuzz canary wheel sbom audit clean
+.PHONY: demo test test-all test-gpu lint docs-tables bench bench-gpu serve-check peft-suite torture soak fuzz canary wheel sbom audit clean
 
 demo: $(READY)  ## environment, install, and the main job: SmolLM2-135M learns E2E
 	$(BIN)/inlay train --output runs/demo --overwrite
@@ -53,6 +55,12 @@ bench: $(DEV)  ## the measurements behind benchmarks/results
 	$(BIN)/python benchmarks/steps.py
 	$(if $(INLAY_DATA),$(BIN)/python benchmarks/step_profile.py,@echo "INLAY_DATA is not set: step_profile.py is left out")
 # Not among them: triton_kernels.py (needs a GPU), metamath.py (needs a GPU and a hub).
+
+bench-gpu: $(DEV)  ## on a machine with a GPU: a layer, the kernels, a step of a Llama-3-8B-shaped model
+	$(BIN)/python benchmarks/layer.py --repeats 3 --cases $(LAYER8):bf16,$(LAYER8):nf4 --out $(GPU)
+	$(BIN)/python benchmarks/triton_kernels.py
+	$(BIN)/python benchmarks/step.py --cases llama8b:4096:bf16,llama8b:4096:nf4 --repeats 3 --no-compile \
+		--methods "PEFT LoRA,lora,bone" --out $(GPU)
 
 peft-suite: $(DEV)  ## PEFT's own tests on our configs
 	$(PIP) install scipy attrs

@@ -1,6 +1,7 @@
 """A whole training step, forward, loss, backward and AdamW, against the frozen limit and PEFT's methods.
 
-    python benchmarks/step.py [--cases builtin:256:fp32,llama:512:bf16,...] [--repeats 5] [--compile] [--out ...]
+    python benchmarks/step.py [--cases builtin:256:fp32,llama:512:bf16,...] [--methods lora,bone,...] [--repeats 5]
+                              [--compile] [--out ...]
 
 A case is a model : tokens : precision, with `:checkpointed` where activations are computed twice. builtin: SmolLM2;
 llama: four layers of Llama-3.2-1B's shapes over a vocabulary of 32,000, llama8b: all of Llama-3-8B's, random weights.
@@ -19,7 +20,7 @@ import argparse
 import copy
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ class Step:
         return (time.perf_counter() - begin) / burst
 
 
-def measure(case: str, repeats: int) -> list[dict]:
+def measure(case: str, repeats: int, methods: Sequence[str]) -> list[dict]:
     name, tokens, precision, *more = case.split(":")
     frozen = base(name, precision).to(DEVICE)
     ids = torch.randint(100, 30_000, (1, int(tokens)), generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -137,7 +138,8 @@ def measure(case: str, repeats: int) -> list[dict]:
     impossible = {"full fine-tuning", "PEFT Bat", "milora"} if name == "llama8b" else set()
     impossible |= {"full fine-tuning"} if precision == "nf4" else set()
     impossible |= {"PEFT MiSS", "PEFT Bat"} if precision == "nf4" else set()
-    steps = {n: Step(n, config, frozen, ids, bool(more)) for n, config in candidates().items() if n not in impossible}
+    wanted = {n: config for n, config in candidates().items() if n not in impossible and n in ("frozen", *methods)}
+    steps = {n: Step(n, config, frozen, ids, bool(more)) for n, config in wanted.items()}
     times: dict[str, list[float]] = {n: [] for n in steps}
     print(f"{case}: {len(steps)} models are ready", flush=True)
     for i in range(repeats + 1):
@@ -201,6 +203,7 @@ def compiled(repeats: int) -> list[dict]:
 def main() -> None:
     options = argparse.ArgumentParser()
     options.add_argument("--cases", default=",".join(CASES))
+    options.add_argument("--methods", default=",".join(candidates()), help="beside the frozen model")
     options.add_argument("--repeats", type=int, default=5)
     options.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     options.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -212,7 +215,7 @@ def main() -> None:
         f"{machine()}. `python benchmarks/step.py`"
     ]
     for case in asked.cases.split(",") if asked.cases else ():
-        new = measure(case, asked.repeats)
+        new = measure(case, asked.repeats, asked.methods.split(","))
         rows += new
         text += ["", f"{new[0]['model']}, {new[0]['tokens']} tokens, {new[0]['precision']}", ""]
         body = [

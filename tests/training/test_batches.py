@@ -57,7 +57,8 @@ def test_groups_are_chosen_where_they_spare_a_twentieth(words, grouped, tiny, tm
     path = tmp_path / "rows.jsonl"
     rows = [{"prompt": f"q {i}", "completion": "a " * (1 + i * (words - 1) // 39)} for i in range(40)]
     path.write_text("\n".join(map(json.dumps, rows)))
-    recipe = Recipe(model=tiny, data=str(path), eval_size=4, batch_size=4, dtype="float32", samples=0)
+    values = {"eval_size": 4, "batch_size": 4, "dtype": "float32", "group_by_length": "auto"}
+    recipe = Recipe(model=tiny, data=str(path), **values)
     trainer = settled(recipe, tmp_path)
     assert trainer.args.train_sampling_strategy == ("group_by_length" if grouped else "random")
 

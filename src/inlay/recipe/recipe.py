@@ -82,7 +82,7 @@ class Recipe:
     max_length: int = field_of(512, "tokens; longer examples are truncated", min=8)
     packing: bool = field_of(False, "pack short examples into full sequences")
     group_by_length: bool | Literal["auto"] = field_of(
-        "auto", "batches of examples of similar length; auto: where this spares a twentieth of the tokens as padding"
+        False, "batches of examples of similar length; auto: where this spares a twentieth of the tokens as padding"
     )
 
     method: str = field_of(
