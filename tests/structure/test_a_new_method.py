@@ -24,7 +24,7 @@ class Row:"""
 
 @pytest.mark.slow
 def test_a_method_is_added_as_contributing_says(tmp_path):
-    for name in ("src", "tests", "docs", "checks", "recipes", "benchmarks", "examples", "peft_suite"):
+    for name in ("src", "tests", "docs", "checks", "recipes", "benchmarks", "peft_suite"):
         ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "report.html")
         shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
     for file in [*ROOT.glob("*.md"), *ROOT.glob("*.toml"), ROOT / "Makefile"]:
