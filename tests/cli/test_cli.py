@@ -75,10 +75,11 @@ def test_papers_as_bibtex(capsys):
     """An entry for every paper that a method names, once, with its number and all methods of it."""
     main(["methods", "--bibtex"])
     told = capsys.readouterr().out
-    numbers = {re.search(r"arXiv ([\d.]+)", method.paper)[1].rstrip(".") for method in METHODS}
+    cited = [method for method in METHODS if "arXiv" in method.paper]  # HiRA has no number there
+    numbers = {re.search(r"arXiv ([\d.]+)", method.paper)[1].rstrip(".") for method in cited}
     assert sorted(re.findall(r"eprint = \{(.*)\}", told)) == sorted(numbers)
     named = ", ".join(re.findall(r"note = \{Inlay: (.*)\}", told)).split(", ")
-    assert sorted(named) == sorted(method.name for method in METHODS)
+    assert sorted(named) == sorted(method.name for method in cited)
     assert "author = {Meng and Wang and Zhang}" in told
     assert "author = {Paischer and others}" in told
     assert "title = {{Bone: Block-Affine Adaptation of Large Language Models}}" in told
