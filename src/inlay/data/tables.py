@@ -82,7 +82,8 @@ def _unnamed(path: Path, rows: Rows, place: int, notes: list[str]) -> str | None
 
 def delimiters(header: str) -> list[str]:
     """Return the delimiters that make columns of a header line, the usual one first."""
-    return [d for d in ",;\t|" if len(next(csv.reader([header], delimiter=d), [])) > 1] or [","]
+    line = header[:100_000]  # csv's own limit is 131,072 characters
+    return [d for d in ",;\t|" if len(next(csv.reader([line], delimiter=d), [])) > 1] or [","]
 
 
 def _csv_rows(text: str, path: Path) -> tuple[str, Rows]:
