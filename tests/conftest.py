@@ -41,6 +41,7 @@ def cache(tmp_path_factory):
         (folder / model.name).symlink_to(model)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("INLAY_CACHE", str(folder))
+        patch.delenv("COLUMNS", raising=False)  # pytest-xdist sets it, and what is printed goes by it
         yield folder
 
 

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from inlay.experiments import trial
 from inlay.experiments.runner import Runner
 from inlay.messages import Terminal
 
@@ -64,3 +65,15 @@ def test_a_trial_that_ctrl_c_ended_is_not_counted(tmp_path):
     with again:
         again.run([Trial("first", True), Trial("second", True)])
     assert again.bars.tasks[0].completed == 2
+
+
+def test_a_trial_ends_with_the_process_that_started_it(monkeypatch):
+    class Parent:
+        def join(self):
+            ends.append("the parent is dead")
+
+    ends = []
+    monkeypatch.setattr(trial.multiprocessing, "parent_process", Parent)
+    monkeypatch.setattr(trial.os, "_exit", ends.append)
+    trial.end_with_parent()
+    assert ends == ["the parent is dead", 1]

@@ -42,7 +42,7 @@ def ask(path: Path, tiny: str, records: str, space: dict | None = None, **values
 
 def quality(told: Recipe) -> float:
     """A loss with its least at a rate of 1e-2, r = 4 and no decay."""
-    return 1 + abs(math.log10(told.learning_rate) + 2) + (told.args["r"] == 2) / 4 + told.weight_decay
+    return 1 + abs(math.log10(told.rate) + 2) + (told.args["r"] == 2) / 4 + told.weight_decay
 
 
 def pretend(self, folder: Path, bar) -> int | None:

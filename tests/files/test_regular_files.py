@@ -55,6 +55,12 @@ def in_place_of(file: Path) -> Path:
     return file
 
 
+@pytest.mark.parametrize("flag", ["--data", "--eval-data", "--chat-template"])
+def test_a_name_longer_than_a_file_system_takes(flag, tiny, records, capsys):
+    words = ["train", "--model", tiny, "--data", records, flag, "a" * 5000, "--dry-run"]
+    assert "File name too long" in fails(capsys, *words)
+
+
 def test_what_is_no_regular_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "device").symlink_to("/dev/zero")
@@ -144,5 +150,7 @@ def test_every_reader_of_files_asks():
     trees = {path.relative_to(package).as_posix(): ast.parse(path.read_text()) for path in package.rglob("*.py")}
     found = {name: readers(tree) for name, tree in trees.items() if not name.startswith("files/")}
     assert {name: calls for name, calls in found.items() if calls} == {
+        "cli/flags.py": ["FILE.read_text(encoding='utf-8')"],  # of the package
         "experiments/trial.py": ["os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 420)"],
+        "training/live_page.py": ["os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)"],  # then looked at
     }

@@ -81,7 +81,7 @@ def test_runs_that_were_set_aside_are_on_the_page(aside, monkeypatch):
     class Program:
         TensorBoardServerException = OSError
 
-        def TensorBoard(self):
+        def TensorBoard(self, **_):
             raise KeyboardInterrupt
 
     seen = []

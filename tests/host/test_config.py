@@ -39,6 +39,7 @@ def test_reloading_the_module_changes_nothing():
 import importlib, inlay, peft, torch
 member, count = peft.PeftType.INLAY, len(peft.PeftType)
 module = importlib.reload(inlay.host.tuner)
+importlib.reload(inlay.host)
 importlib.reload(inlay)
 assert peft.PeftType.INLAY is member and len(peft.PeftType) == count
 net = torch.nn.Sequential(torch.nn.Linear(16, 16))

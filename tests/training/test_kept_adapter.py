@@ -101,6 +101,7 @@ def test_an_upload_that_fails_is_made_again_by_resuming(every, words, tmp_path, 
                 raise ConnectionError("no route to the hub")
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr("inlay.training.hub.offline", lambda: False)
     words[words.index("--save-every") + 1] = every
     with pytest.raises(SystemExit) as end:
         main([*words, "--push-to-hub", "me/it"])

@@ -337,7 +337,7 @@ def test_a_run_goes_on_from_the_older_checkpoint(cut, whole, monkeypatch):
 
 def test_two_checkpoints_stay_where_a_process_was_killed_before_it_removed_the_third(cut, whole):
     """Also where the last one ended the training, after which none is written."""
-    for run, steps in ((cut, [6, 4]), (Path(shutil.copytree(whole, cut.parent / "over")), [6, 4])):
+    for run, steps in ((cut, [6, 5]), (Path(shutil.copytree(whole, cut.parent / "over")), [6, 4])):
         last = run / "checkpoints" / f"checkpoint-{checkpoints.checkpoint_steps(run / 'checkpoints')[1]}"
         for step in (1, 2):
             shutil.copytree(last, run / "checkpoints" / f"checkpoint-{step}")  # of which the first is half removed
@@ -446,7 +446,7 @@ def test_checkpoints_hold_no_pickle_that_is_not_read(cut):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--learning-rate", "1e-3"], "learning_rate was 0.0005 and is 0.001"),
+        (["--learning-rate", "1e-3"], "learning_rate was 0.0015 and is 0.001"),
         (["--method", "bone", "--args", "{r: 4}"], "method was 'lamda' and is 'bone'"),
         (["--batch-size", "2"], "batch_size was 4 and is 2"),
         (["--accumulation", "1"], "accumulation was 2 and is 1"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import stat
 from pathlib import Path
@@ -25,12 +26,16 @@ def regular_file(path: Path) -> Path:
     A file that is missing is for the reader to report, and so is a folder.
 
     Raises:
-        ValueError: the path leads to a pipe, a device or a socket.
+        ValueError: the path leads to a pipe, a device or a socket, or is longer than a name may be.
     """
     try:
         mode = path.stat().st_mode
-    except (OSError, ValueError):  # it is missing, or no name of a file
+    except ValueError:  # it is no name of a file
         return path
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ValueError(f"{str(path)[:60]}...: {error.strerror}; give the name of a file") from None
+        return path  # it is missing
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise DamagedFileError(f"{path} is a pipe, a device or a socket, which are not read; give a regular file")
     return path

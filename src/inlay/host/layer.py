@@ -345,7 +345,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
     def roles(self) -> Iterator[tuple[nn.Parameter, str]]:
         """Yield the parameters of all adapters here, each with the part it plays in its method."""
         for name, cut in self.cuts.items():
-            for k in cut.symbols:
+            for k in cut.own:
                 weight = self._held(PREFIX + k)[name].weight
                 if isinstance(weight, nn.Parameter):
                     yield weight, cut.method.role(k)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bisect
 import copy
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -112,7 +113,11 @@ class PlannedRun:
         base = self.blank(layers)
         if self.quantize != "none":
             pack_linears(base, self.quantize, self.dtype)
-        model = base if self.config is None else get_peft_model(base, copy.deepcopy(self.config))
+        model = base
+        if self.config is not None:
+            with warnings.catch_warnings():  # PEFT's LoRA names experts by itself, and warns where it finds none
+                warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
+                model = get_peft_model(base, copy.deepcopy(self.config))
         if self.checkpointing:
             base.gradient_checkpointing_enable()
             if self.config is not None:
