@@ -116,7 +116,7 @@ class PlannedRun:
         model = base
         if self.config is not None:
             with warnings.catch_warnings():  # PEFT's LoRA names experts by itself, and warns where it finds none
-                warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
+                warnings.filterwarnings("ignore", r"The following \w+_pattern keys", RuntimeWarning)
                 model = get_peft_model(base, copy.deepcopy(self.config))
         if self.checkpointing:
             base.gradient_checkpointing_enable()
