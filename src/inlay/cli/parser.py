@@ -187,8 +187,10 @@ def add_fields(verb: argparse.ArgumentParser, names: Sequence[str], hidden: bool
     for name in names:
         flag = recipe_flags()[name]
         text = argparse.SUPPRESS if hidden else flag_help(name)
-        switch = {"nargs": "?", "const": True, "metavar": ""} if flag.switch else {"metavar": "VALUE"}
-        verb.add_argument(f"--{name.replace('_', '-')}", dest=name, default=argparse.SUPPRESS, help=text, **switch)
+        option: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text, "metavar": "VALUE"}
+        if flag.switch:
+            option |= {"nargs": "?", "const": True, "metavar": ""}
+        verb.add_argument(f"--{name.replace('_', '-')}", **option)
 
 
 def flag_help(name: str) -> str:

@@ -155,7 +155,7 @@ def details(result: Result, trainer: Trainer, prepared: Prepared) -> dict[str, A
     return {"changes": changes_as_data(changed, spectra=True), "memory_planned": planned, "samples": result.samples}
 
 
-def score_of(trial: Trial, run: Result, model: object, tokenizer: object) -> dict[str, object]:
+def score_of(trial: Trial, run: Result, model: object, tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
     """Return the score beside the loss and its name: the metric asked for, or else the task's first figure, if any."""
     own = {name: now for name, (_, now) in run.scores.items()}
     name = trial.metric or next(iter(own), None)

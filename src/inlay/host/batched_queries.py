@@ -38,6 +38,10 @@ class Known:
     def weight(self) -> Tensor:
         return self.base.weight
 
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
     def __call__(self, x: Tensor, /) -> Tensor:
         return self.whole() if x is self.x else self.base(x)
 
