@@ -70,6 +70,6 @@ def flag_suggestion(name: str, known: Iterable[str]) -> str:
     known = list(known)
     meant = next((own for own, names in ELSEWHERE.items() if name in names.split() and own in known), None)
     if meant is not None:
-        return f"here it is --{meant}"
+        return f"did you mean --{meant}?"
     close = did_you_mean(name, known)
     return close.replace("'", "--", 1).replace("'", "") if close.startswith("did you mean") else ""
