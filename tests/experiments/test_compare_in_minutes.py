@@ -59,6 +59,7 @@ def test_what_is_missing_or_too_much_is_said(tmp_path, capsys):
     assert "minutes: -1 is not above 0" in fails(capsys, "compare", "--data", "a.jsonl", "--minutes", "-1")
 
 
+@pytest.mark.slow
 def test_minutes_choose_and_leave_a_recipe_and_tables(tiny, records, tmp_path, monkeypatch):
     monkeypatch.setattr(Runner, "wait", lambda self, folder, bar: trial.run_trial(folder))
     monkeypatch.setattr(in_minutes, "ORDER", ("lora", "bone"))

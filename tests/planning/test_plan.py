@@ -289,6 +289,7 @@ def test_without_bitsandbytes_there_is_a_column_of_four_bits(small, no_bitsandby
     assert "largest rank" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_fits_the_length_comes_before_what_shortens_it(small, tmp_path):
     """In less than the weights take in 16 bits with the asked length, something still fits it."""
     lengths = {}
