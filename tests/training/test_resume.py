@@ -232,6 +232,23 @@ def test_a_stream_over_shards_is_gone_on_with(packing, tiny, tmp_path, monkeypat
     assert tokens[-1] > sum(len(f"{row['question']}{row['answer']}".split()) for row in rows)
 
 
+def test_a_mixture_of_streams_is_resumed(tiny, tmp_path, monkeypatch):
+    """A file of lines and a table, one of them with twice the weight, each in its second epoch at the end."""
+    rows = [(f"What is {i} plus one?", f"It is {i + 1}.") for i in range(22)]
+    lines = [json.dumps({"question": question, "answer": answer}) for question, answer in rows[:10]]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "b.csv").write_text("question,answer\n" + "".join(f"{q},{a}\n" for q, a in rows[10:18]))
+    (tmp_path / "held.csv").write_text("question,answer\n" + "".join(f"{q},{a}\n" for q, a in rows[18:]))
+    data = [{"path": str(tmp_path / "a.jsonl"), "weight": 2}, str(tmp_path / "b.csv")]
+    more = {"streaming": True, "steps": 8, "eval_data": str(tmp_path / "held.csv"), "eval_size": None}
+    recipe = made(tiny, data, tmp_path / "run", **more, method="bone", args={"r": 4})
+    train(recipe, SILENT)
+    expected = outcome(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    resume(stopped(recipe, monkeypatch, 5))
+    assert outcome(tmp_path / "run") == expected
+
+
 @pytest.mark.slow
 def test_a_fold_is_gone_on_with(tiny, records, tmp_path, monkeypatch):
     pytest.importorskip("bitsandbytes")
