@@ -53,8 +53,9 @@ bench: $(DEV)  ## the measurements behind benchmarks/results
 	$(BIN)/python benchmarks/papers.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/steps.py
+	$(BIN)/python benchmarks/first_step.py
 	$(if $(INLAY_DATA),$(BIN)/python benchmarks/step_profile.py,@echo "INLAY_DATA is not set: step_profile.py is left out")
-# Not among them: triton_kernels.py (needs a GPU), metamath.py (needs a GPU and a hub).
+# Not among them: default_rates.py (hours, and data of several kinds), triton_kernels.py (needs a GPU), metamath.py (needs a GPU and a hub).
 
 bench-gpu: $(DEV)  ## on a machine with a GPU: a layer, the kernels, a step of a Llama-3-8B-shaped model
 	$(BIN)/python benchmarks/layer.py --repeats 3 --cases $(LAYER8):bf16,$(LAYER8):nf4 --out $(GPU)

@@ -196,7 +196,8 @@ def test_the_command_says_and_writes(small, tmp_path, capsys):
     assert [row["peak"] for row in table] == [str(row["peak"]) for row in rows]
 
 
-@pytest.mark.parametrize("method", ["bone", pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["bone", None])
 def test_what_fits_is_said_most_useful_first(small, method, tmp_path, capsys):
     names = [m.name for m in inlay.methods.METHODS] if method is None else [method]
     file = tmp_path / "fits.json"
@@ -279,6 +280,7 @@ def test_four_bits_by_size_are_near_those_followed(trainable_model, method, chec
     assert step.peak == pytest.approx(followed.peak, rel=0.08)
 
 
+@pytest.mark.slow
 def test_without_bitsandbytes_there_is_a_column_of_four_bits(small, no_bitsandbytes, capsys):
     main(["plan", small, "--method", "bone", "--r", "8", "--length", "64", "--fits", "0.1"])
     said = capsys.readouterr().out

@@ -27,7 +27,9 @@ TARGETS = {
     "test-all": "these tests with those that are slow",
     "test-gpu": "test_the_tests_for_a_gpu_are_there",
     "lint": "test_lint_is_clean",
+    "docs-tables": "test_readme.py::test_the_tables_are_what_the_package_tells",
     "bench": "test_a_benchmark_says_what_it_takes",
+    "bench-gpu": "test_bench_for_a_gpu_has_its_scripts",
     "serve-check": "test_serve_check_without_a_server",
     "peft-suite": "test_some_of_the_suite_of_peft",
     "torture": "test_one_kill",
@@ -81,6 +83,16 @@ def test_every_script_that_a_target_runs_is_there():
     helped = {"server.py", "unchanged_cases.py"}  # which serve.py and unchanged.py run
     by_hand = {"stream.py", "unchanged.py"}  # by hand, before and after a change
     assert checks - helped - by_hand == {path.partition("/")[2] for path in named if path.startswith("checks/")}
+
+
+def test_bench_for_a_gpu_has_its_scripts():
+    """Where there is no GPU: its scripts are there, and layer.py and step.py know the flags they are given."""
+    lines = recipe("bench-gpu")
+    flags = {name: (ROOT / "benchmarks" / name).read_text() for name in re.findall(r"benchmarks/(\w+\.py)", lines)}
+    assert {"layer.py", "step.py", "triton_kernels.py"} == flags.keys()
+    for script, text in flags.items():
+        given = re.search(rf"{re.escape(script)}(.*?)(?:\n\t\$|\Z)", lines, re.DOTALL)[1]  # type: ignore[index]
+        assert all(flag.replace("--no-", "--") in text for flag in re.findall(r"--[\w-]+", given)), script
 
 
 def test_bench_runs_every_benchmark_or_says_why_not():
