@@ -19,7 +19,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 
 demo: $(READY)  ## environment, install, and the main job: SmolLM2-135M learns E2E
 	$(BIN)/inlay train --output runs/demo --overwrite
 
-test: $(DEV) lint  ## under ten minutes on two cores
+test: $(DEV) lint  ## what CI runs
 	$(PYTEST)
 
 test-all: $(DEV) lint  ## and what takes longer

@@ -30,6 +30,7 @@ from inlay.training.hub import claim_repository, upload_run
 from inlay.training.train import train
 
 METHOD_NAMES = [method.name for method in METHODS]
+FAST = ("lora", "lamda", "dota", "bone", "lorta", "smt", "eva", "psoft")  # one of each kind
 SILENT = Console(quiet=True)
 
 
@@ -162,7 +163,8 @@ def test_the_adapter_loads_with_peft_alone(run):
 
 
 @pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning")  # of this tiny model's weights it is large
-@pytest.mark.parametrize("method", METHOD_NAMES)
+# The contract and the layers' tests are of all methods; a whole command for each takes a minute and a half.
+@pytest.mark.parametrize("method", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in METHOD_NAMES])
 def test_every_method_trains_from_the_command_line(method, tiny, records, tmp_path, capsys):
     out = tmp_path / "run"
     flags = "--steps 2 --batch-size 4 --eval-size 4 --samples 0 --save-every 0 --dtype float32".split()

@@ -329,7 +329,13 @@ RUN = "--steps 2 --batch-size 4 --eval-size 4 --samples 1 --learning-rate 1e-2 -
 
 @pytest.mark.parametrize(
     ("quantize", "method"),
-    [("nf4", "dota"), ("nf4", "lamda"), ("nf4_offset", "lamda"), ("nf4_offset", "bat"), ("int8", "pissa")],
+    [
+        pytest.param("nf4", "dota", marks=pytest.mark.slow),
+        ("nf4", "lamda"),
+        pytest.param("nf4_offset", "lamda", marks=pytest.mark.slow),
+        ("nf4_offset", "bat"),
+        ("int8", "pissa"),
+    ],  # fmt: skip
 )
 def test_a_recipe_on_a_quantised_base(quantize, method, plain, tmp_path, capsys):
     """It trains, and its folder generates and merges, also when it was moved."""
