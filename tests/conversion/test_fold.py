@@ -335,7 +335,7 @@ RUN = "--steps 2 --batch-size 4 --eval-size 4 --samples 1 --learning-rate 1e-2 -
         pytest.param("nf4_offset", "lamda", marks=pytest.mark.slow),
         ("nf4_offset", "bat"),
         ("int8", "pissa"),
-    ],  # fmt: skip
+    ],
 )
 def test_a_recipe_on_a_quantised_base(quantize, method, plain, tmp_path, capsys):
     """It trains, and its folder generates and merges, also when it was moved."""
