@@ -133,7 +133,7 @@ def role_of(turn: dict[str, Any]) -> str | None:
 
 
 def weight_of_message(more: dict[str, Any], place: int, role: str) -> float:
-    """Return whether a message is to be learned; takes the keys that say so out of `more`.
+    """Return how much a message counts (0: it is not learned); take the keys that say so out of `more`.
 
     Raises:
         ValueError: a key is no switch, two say different things, or what is not the assistant's is to be learned.
