@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/ that the package itself can tell: `make docs-tables`.
+"""Write the tables of docs/ that the package itself can tell: `make docs-tables`.
 
 A method's row comes from its class, its number of trained parameters from the built-in model's shapes.
 """
@@ -36,7 +36,7 @@ def cell(text: str) -> str:
 
 
 def methods_table() -> str:
-    """Return README's table of the methods."""
+    """Return the table of the methods in docs/methods.md."""
     base = BaseModel("builtin")
     rows = [
         f"| `{m.name}` | {cell(m.title)} | {cell(m.equation.removeprefix('ΔW = '))} | {cell(m.trains)} | "
@@ -60,7 +60,7 @@ def filled(page: str, table: str) -> str:
 
 def pages() -> dict[Path, str]:
     """Return the text that each page is to have."""
-    made = {ROOT / "README.md": methods_table(), ROOT / "docs" / "papers.md": papers_index()}
+    made = {ROOT / "docs" / "methods.md": methods_table(), ROOT / "docs" / "papers.md": papers_index()}
     return {path: filled(path.read_text(), table) for path, table in made.items()} | {
         ROOT / "docs" / "recipe.md": recipe_reference(),
         FILE: flag_table(),

@@ -1,4 +1,4 @@
-"""Every form of a chat that docs/data.md shows is accepted, and learned as it says."""
+"""Every form of a chat that docs/chats.md shows is accepted, and learned as it says."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from inlay.data.chats import answer_text, learned_turns
 from inlay.data.formats import Rules, convert_records
 from inlay.data.preferences import preference_examples
 
-PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8").split("## Chats")[1]
+PAGE = (Path(__file__).parents[2] / "docs" / "chats.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
 CHATS = [text for text in BLOCKS if "rejected" not in text]
 PAIRS = [text for text in BLOCKS if "rejected" in text]

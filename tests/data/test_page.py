@@ -1,4 +1,4 @@
-"""docs/data.md: every example on the page gives what the page says below it."""
+"""The pages about data (docs/data.md, files.md, chats.md): every example gives what the page says below it."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,8 @@ from inlay.recipe.recipe import Recipe
 from inlay.recipe.sources import sources
 from inlay.training.mixture import reading_of, rules_of
 
-PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = "\n".join((DOCS / name).read_text(encoding="utf-8") for name in ("data.md", "files.md", "chats.md"))
 BLOCKS = re.findall(r"^```(\S+) ([^\n]+)\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
 
 

@@ -115,11 +115,12 @@ def test_the_python_of_the_readme_and_of_its_page_runs(workplace, tiny):
 
 
 def test_the_tables_are_what_the_package_tells():
-    """README, docs/papers.md, docs/recipe.md and the flags; where one is not, `make docs-tables` writes it."""
+    """docs/methods.md, docs/papers.md, docs/recipe.md and the flags; where one is not, `make docs-tables` writes it."""
     tables = runpy.run_path(str(ROOT / "checks" / "docs_tables.py"))
     for path, text in tables["pages"]().items():
         assert path.read_text() == text, f"{path}: run make docs-tables"
-    told = set(re.findall(r"^\| `(\w+)` .*?\| ([\d,]{4,}) \|", README, re.MULTILINE))
+    page = (ROOT / "docs" / "methods.md").read_text()
+    told = set(re.findall(r"^\| `(\w+)` .*?\| ([\d,]{4,}) \|", page, re.MULTILINE))
     assert {name for name, _ in told} == {method.name for method in methods.METHODS}
     assert ("lora", "4,884,480") in told
 
