@@ -165,12 +165,6 @@ def test_help_and_mistakes_import_neither_torch_nor_peft(arguments, code):
     assert not imported & {"torch", "peft", "transformers", "numpy", "datasets"}
 
 
-def test_importing_inlay_registers_with_peft():
-    code = "import inlay; from peft import PEFT_TYPE_TO_CONFIG_MAPPING as kinds; print([k.value for k in kinds][-1])"
-    ended = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    assert ended.stdout.strip() == "INLAY"
-
-
 # -- packages ---------------------------------------------------------------------------------------------------------
 
 

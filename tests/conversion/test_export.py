@@ -123,7 +123,7 @@ torch.save(model(torch.arange(24)[None]).logits, {str(tmp_path / "logits")!r})""
     torch.testing.assert_close(theirs, model(IDS).logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["pissa", "bone"])
+@pytest.mark.parametrize("method", ["pissa", pytest.param("bone", marks=pytest.mark.slow)])
 def test_the_real_model_exports_within_1e_4(method, real_model, tmp_path):
     from inlay.models import builtin
 

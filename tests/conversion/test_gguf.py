@@ -80,6 +80,7 @@ def test_a_merged_model_comes_back_from_its_file(kind, dtype, tmp_path, folder_o
     assert about["tokenizer.chat_template"] == small_tokenizer.chat_template
 
 
+@pytest.mark.slow
 def test_the_builtin_model_is_what_its_own_file_says(real_model, tmp_path):
     """Metadata and layout against the file it was published in; only the kind of numbers differs."""
     adapter(str(builtin.model_dir()), tmp_path / "a", "pissa", scale=0.0, target_modules=["q_proj"])

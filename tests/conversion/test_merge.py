@@ -155,6 +155,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.slow
 def test_memory_holds_a_file_and_a_weight_not_the_model(tmp_path, copy_tokenizer):
     """A model of 360 MB in fp32 whose largest weight has 16 MB is merged in less than half of its size."""
     torch.manual_seed(0)

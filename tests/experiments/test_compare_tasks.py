@@ -40,7 +40,7 @@ def models(tmp_path_factory, tiny, small_tokenizer) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "task", ["classification", "language_modelling", *(pytest.param(t, marks=pytest.mark.slow) for t in list(DATA)[2:])]
+    "task", ["classification", *(pytest.param(t, marks=pytest.mark.slow) for t in DATA if t != "classification")]
 )
 def test_methods_are_compared_by_the_tasks_own_figure(task, models, tmp_path, monkeypatch):
     monkeypatch.setattr(Runner, "wait", lambda self, folder, bar: trial.run_trial(folder))

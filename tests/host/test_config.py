@@ -34,6 +34,7 @@ def test_the_type_is_a_real_member_of_pefts_enum():
     assert InlayConfig().peft_type is member
 
 
+@pytest.mark.slow
 def test_reloading_the_module_changes_nothing():
     code = """
 import importlib, inlay, peft, torch

@@ -10,10 +10,10 @@ from contract import BY_NAME
 from peft import get_peft_model
 from small_models import (
     FIRST,
+    KINDS,
     LINEARS,
     NAMES,
     difference,
-    every_method,
     in_fast_suite,
     layers_of,
     logits,
@@ -39,7 +39,7 @@ def real_bases(real_model, text):
     return {dtype: (model, logits(model, text)) for dtype, model in made.items()}
 
 
-@every_method
+@in_fast_suite(FIRST)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_a_real_model_starts_exactly(name, dtype, real_bases, text):
     base, before = real_bases[dtype]
@@ -63,10 +63,11 @@ def test_a_real_model_merges(name, real_bases, text):
     model.unload()
 
 
-def test_a_real_model_reloads_bit_equal_in_another_process(real_model, text, tmp_path):
-    """All methods on one model, read back by a process with another seed."""
+@pytest.mark.parametrize("names", [KINDS, pytest.param(NAMES, marks=pytest.mark.slow)], ids=["kinds", "all"])
+def test_a_real_model_reloads_bit_equal_in_another_process(names, real_model, text, tmp_path):
+    """Many methods on one model, read back by a process with another seed."""
     model = None
-    for name in NAMES:
+    for name in names:
         settings = InlayConfig(method=name, target_modules=LINEARS, layers_to_transform=[15])
         if model is None:
             model = get_peft_model(copy.deepcopy(real_model), settings, adapter_name=name)
@@ -93,7 +94,7 @@ for name in names:
     with torch.no_grad():
         print(name, torch.equal(model.eval()(text).logits, expected))
 """
-    call = [sys.executable, "-c", code, str(torch.get_num_threads()), str(tmp_path), *NAMES]
+    call = [sys.executable, "-c", code, str(torch.get_num_threads()), str(tmp_path), *names]
     run = subprocess.run(call, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
-    assert run.stdout.split() == [word for name in NAMES for word in (name, "True")]
+    assert run.stdout.split() == [word for name in names for word in (name, "True")]

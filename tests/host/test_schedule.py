@@ -318,6 +318,7 @@ def small() -> tuple[nn.Module, torch.Tensor]:
     return get_peft_model(net, InlayConfig(method=LAMDA, target_modules=["0", "2"])), x
 
 
+@pytest.mark.slow  # make test has them in tests/training/test_distributed.py
 def test_two_processes_freeze_in_step(tmp_path):
     torch.multiprocessing.spawn(one_process, (str(tmp_path), True), nprocs=2)
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))

@@ -565,13 +565,16 @@ def test_a_saver_where_there_is_nothing_to_save_is_refused(method, says, llama):
 @pytest.mark.parametrize(
     "more",
     [
-        {
-            "step": "subzero",
-            "step_args": {"rank": 4, "renew": 2},
-            "dropout": 0.1,
-            "accumulation": 2,
-            "learning_rate": 0.01,
-        },
+        pytest.param(
+            {
+                "step": "subzero",
+                "step_args": {"rank": 4, "renew": 2},
+                "dropout": 0.1,
+                "accumulation": 2,
+                "learning_rate": 0.01,
+            },
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             {"step": "mezo", "step_args": {"queries": 2, "batched": True}, "accumulation": 2}, marks=pytest.mark.slow
         ),

@@ -366,7 +366,14 @@ def test_mistakes_in_inspect_are_one_line(uneven, tmp_path, capsys):
 # -- in a recipe ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("method", "allocate"), [("lamda", "energy"), ("bat", "energy"), ("lora", "energy_peaked")])
+@pytest.mark.parametrize(
+    ("method", "allocate"),
+    [
+        ("lamda", "energy"),
+        pytest.param("bat", "energy", marks=pytest.mark.slow),
+        pytest.param("lora", "energy_peaked", marks=pytest.mark.slow),
+    ],
+)
 def test_a_recipe_allocates_trains_reloads_and_runs_again(
     method, allocate, uneven, records, tmp_path, capsys, computed
 ):

@@ -321,6 +321,11 @@ CONTRACT = {
 BY_NAME = {row.method.name: row for row in reversed(CONTRACT.values())}
 every_row = pytest.mark.parametrize("row", CONTRACT.values(), ids=CONTRACT)
 every_method = pytest.mark.parametrize("row", BY_NAME.values(), ids=BY_NAME)
+KINDS = set("lora pissa lamda dota bat lorta xgblora spiel".split())  # of what a start stores, shares, notes
+every_kind = pytest.mark.parametrize(  # all the others in make test-all
+    "row",
+    [pytest.param(row, id=name, marks=() if name in KINDS else pytest.mark.slow) for name, row in BY_NAME.items()],
+)
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 

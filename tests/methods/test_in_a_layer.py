@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from contract import (
     BY_NAME,
+    KINDS,
     LINEARS,
     Net,
     adapt,
     cast,
+    every_kind,
     every_method,
     every_row,
     largest,
@@ -134,9 +136,9 @@ def test_the_layer_is_the_base_plus_the_dense_equation(row):
     torch.testing.assert_close(layer(x), F.linear(x, W + delta, b), rtol=1e-4, atol=1e-5)
 
 
-KINDS = {"lora", "pissa", "dota", "bat"}  # ΔW(θ₀) = 0; thin factors away from it; ΔW as a whole; from what W is
+PAIRED = {"lora", "pissa", "dota", "bat"}  # ΔW(θ₀) = 0; thin factors away from it; ΔW as a whole; from what W is
 PAIRS = [
-    pytest.param(*pair, marks=() if KINDS & {*pair} else pytest.mark.slow)
+    pytest.param(*pair, marks=() if PAIRED & {*pair} else pytest.mark.slow)
     for pair in itertools.permutations(BY_NAME, 2)
 ]
 
@@ -268,11 +270,17 @@ def test_the_guard_against_decompositions_can_fail(llama, monkeypatch):
         adapt(llama, PiSSA(r=8), LINEARS)
 
 
-def test_adapters_of_all_methods_share_one_model(llama):
+@pytest.mark.parametrize(
+    "names",
+    [[n for n in BY_NAME if n in KINDS], pytest.param([*BY_NAME], marks=pytest.mark.slow)],
+    ids=["kinds", "all"],
+)
+def test_adapters_of_many_methods_share_one_model(names, llama):
     """Switch, disable, delete, add again: every adapter gives the bits it gave alone, and so does the base."""
     base, x = logits(llama), torch.arange(24).view(2, 12)
     model, seen = None, {}
-    for name, row in BY_NAME.items():
+    for name in names:
+        row = BY_NAME[name]
         config = InlayConfig(method=row.method, target_modules=LINEARS)
         if model is None:
             model = get_peft_model(llama, config, adapter_name=name)
@@ -284,14 +292,15 @@ def test_adapters_of_all_methods_share_one_model(llama):
         train(model, x)
         seen[name] = logits(model)
         assert largest(seen[name] - base) > 1e-3
-    for name in [*BY_NAME, *reversed(BY_NAME)]:
+    for name in [*names, *reversed(names)]:
         model.set_adapter(name)
         assert torch.equal(logits(model), seen[name])
         with model.disable_adapter():
             assert torch.equal(logits(model), base)
         assert torch.equal(logits(model), seen[name])
-    for name, row in BY_NAME.items():
-        survivor = next(other for other in BY_NAME if other != name)
+    for name in names:
+        row = BY_NAME[name]
+        survivor = next(other for other in names if other != name)
         model.set_adapter(survivor)
         model.delete_adapter(name)
         assert torch.equal(logits(model), seen[survivor])
@@ -353,7 +362,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(row, dropout, llama):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo does it to itself
-@every_method
+@every_kind
 def test_compiled_output_and_gradients_are_the_eager_ones(row):
     net, x = Net((24, 40)), torch.randn(4, 40)
     model = adapt(net, row.method)

@@ -65,10 +65,10 @@ def trainable_model(tmp_path_factory):
     ("method", "more"),
     [
         ("bone", {}),
-        ("PEFT LoRA", {"dtype": "bfloat16"}),
-        ("dota", {"checkpointing": True}),
+        pytest.param("PEFT LoRA", {"dtype": "bfloat16"}, marks=pytest.mark.slow),
+        pytest.param("dota", {"checkpointing": True}, marks=pytest.mark.slow),
         ("full", {}),
-        ("pissa", {"quantize": "nf4"}),
+        pytest.param("pissa", {"quantize": "nf4"}, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning")

@@ -176,8 +176,8 @@ def assert_alike(ours, theirs) -> None:
         {"gradient_accumulation_steps": 2},
         {"packing": True, "max_length": 48, "per_device_train_batch_size": 1},
         {"label_smoothing_factor": 0.1},
-        {"loss_type": "dft"},
-        {"gradient_checkpointing": True},
+        pytest.param({"loss_type": "dft"}, marks=pytest.mark.slow),
+        pytest.param({"gradient_checkpointing": True}, marks=pytest.mark.slow),
     ],
     ids=lambda more: next(iter(more)),
 )

@@ -149,12 +149,12 @@ def test_a_run_that_looked_at_data_first_goes_on_without(of, tiny, records, tmp_
         assert sum(map(len, D)) == 2 * sum(one)  # in all as many numbers as LoRAs of rank 8
 
 
-@pytest.mark.parametrize(("model", "kills"), [("tiny", 3), pytest.param("builtin", 25, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("model", "kills"), [("tiny", 1), pytest.param("builtin", 25, marks=pytest.mark.slow)])
 def test_a_killed_run_ends_as_one_left_alone(model, kills, tmp_path):
     """Frozen blocks, dropout, accumulation, weight decay, more than one epoch."""
     part = "--layers-to-transform 28,29 --target-modules q_proj,down_proj --max-length 48 --batch-size 1"
     small = part if model == "builtin" else ""
-    command = [sys.executable, str(TORTURE), str(kills), "--model", model, "--recipes", "lamda", "--steps", "5"]
+    command = [sys.executable, str(TORTURE), str(kills), "--model", model, "--recipes", "lamda", "--steps", "4"]
     done = subprocess.run([*command, "--more", small], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{kills} kills in" in done.stdout
