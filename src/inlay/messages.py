@@ -184,6 +184,7 @@ def quiet() -> None:
     tqdm.set_lock(threading.RLock())  # its own holds a semaphore of the system, which a killed trial would leave
 
     warnings.simplefilter("ignore", FutureWarning)
+    warnings.filterwarnings("ignore", "the experts of this model stay frozen")  # a command says it in its own place
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs every product that it rounds
     warnings.formatwarning = lambda message, *_, **__: printable(f"note: {message}\n")
     transformers.logging.set_verbosity_error()

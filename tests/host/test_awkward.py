@@ -130,16 +130,20 @@ def test_fused_experts_are_named_when_they_are_asked_for():
         more = {"vocab_size": 64, "num_key_value_heads": 2, "num_local_experts": 4}
         return AutoModelForCausalLM.from_config(MixtralConfig(**SMALL, **more))
 
-    whole = get_peft_model(model(), config(target_modules="all-linear"))
+    with pytest.warns(UserWarning, match="the experts of this model stay frozen, and its routers") as said:
+        whole = get_peft_model(model(), config(target_modules="all-linear"))
+    assert len([one for one in said if one.category is UserWarning]) == 1
     assert {n.rpartition(".")[2] for n, m in whole.named_modules() if isinstance(m, InlayLinear)} == {
         "q_proj", "k_proj", "v_proj", "o_proj",
     }  # fmt: skip
-    says = r"here: k_proj, lm_head, o_proj, q_proj, v_proj \(down_proj, gate_up_proj hold all experts in one tensor"
+    says = (
+        r"here: k_proj, lm_head, o_proj, q_proj, v_proj \(down_proj, gate_up_proj hold all experts in one tensor; exp"
+    )
     with pytest.raises(ValueError, match=says):
         get_peft_model(model(), config(target_modules=["q_proj", "w1"]))
     with pytest.raises(ValueError, match="is a MixtralExperts, which Inlay does not adapt"):
         get_peft_model(model(), config(target_modules=["experts"]))
-    with pytest.raises(ValueError, match="fused expert weights"):
+    with pytest.raises(ValueError, match="experts=True"):
         config(target_parameters=["mlp.experts.gate_up_proj"])
 
 

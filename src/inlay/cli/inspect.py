@@ -154,7 +154,7 @@ def plan_command(options: argparse.Namespace) -> None:
     of = PlannedRun(base, None, DTYPES[options.dtype], device=options.device)
     notes: list[str] = []
     found: Sequence[Row | Fit] = ()
-    if line := frozen_experts(of.blank().requires_grad_(False)):
+    if not flags.get("experts") and (line := frozen_experts(of.blank().requires_grad_(False))):
         notes.append(line)
     console = Terminal()
     kinds = widths(("none", "nf4") if options.fits is None else ("none", "int8", "nf4"), notes)

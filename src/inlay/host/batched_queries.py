@@ -17,6 +17,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from inlay.host.experts import InlayExperts
 from inlay.host.layer import PREFIX, InlayLinear
 from inlay.method import Base
 from inlay.numerics import ops
@@ -150,6 +151,8 @@ def check_batched(causal: Any, layers: list[InlayLinear], place: dict[Tensor, in
             "batched: queries in one pass take adapters of Inlay's on the layers of a causal language model, and this "
             "one also trains something else (its head, biases, tokens, another library's adapter); leave batched out"
         )
+    if any(isinstance(layer, InlayExperts) for layer in layers):
+        raise ValueError("batched: queries in one pass do not reach experts; leave batched out")
     drops = [m.p for m in causal.modules() if isinstance(m, nn.Dropout)]
     drops += [cut.method.dropout for layer in layers for cut in layer.cuts.values()]
     if any(drops) or getattr(causal.config, "attention_dropout", 0.0):

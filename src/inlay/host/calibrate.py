@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from inlay.host.compute_starts import run_jobs
+from inlay.host.experts import InlayExperts
 from inlay.host.layer import InlayLinear
 from inlay.method import Method, Params
 from inlay.numerics import linalg
@@ -79,12 +80,37 @@ def calibrate(
         )
     if not all(layer.cuts[adapter_name].pending for layer in layers.values()):
         raise ValueError(f"adapter {adapter_name!r} has its start already; calibrate before the first use, and once")
-    methods = {f"{name}.base_layer": layer.cuts[adapter_name].method for name, layer in layers.items()}
-    with without_adapters(layers.values()):
+    seen = {name: [f"{name}.{part}" for part in layer.seen] for name, layer in layers.items()}
+    methods = {part: layers[name].cuts[adapter_name].method for name, parts in seen.items() for part in parts}
+    with without_adapters(layers.values()), ExitStack() as watched:
+        for layer in layers.values():
+            if isinstance(layer, InlayExperts):
+                watched.enter_context(layer.base_layer.watched())
         result = gather_statistics(model, methods, batches, most, loss)
-    stats = {name: result.stats[f"{name}.base_layer"] for name in layers}
+    stats = {name: of_every_part(name, [result.stats[part] for part in parts]) for name, parts in seen.items()}
     run_jobs(job for name, layer in layers.items() for job in layer.jobs(adapter_name, stats=stats[name]))
-    return Calibration(result.batches, stats, [name.removesuffix(".base_layer") for name in result.unsettled])
+    return Calibration(
+        result.batches,
+        {part: own for name, parts in seen.items() for part, own in zip(layers_named(parts), stats[name], strict=True)},
+        layers_named(result.unsettled),
+    )
+
+
+def layers_named(parts: Iterable[str]) -> list[str]:
+    """Return the names of layers, or experts, without the word that PEFT puts in them."""
+    return [part.replace(".base_layer", "") for part in parts]
+
+
+def of_every_part(name: str, stats: list[Params]) -> list[Params]:
+    """Return statistics of every expert of a layer: one that was given no tokens takes those of the first that was.
+
+    Raises:
+        ValueError: none was.
+    """
+    some = next((own for own in stats if own), None)
+    if some is None:
+        raise ValueError(f"{name} was given no tokens; give more batches, or leave it out")
+    return [own or some for own in stats]
 
 
 def gather_statistics(
@@ -117,7 +143,7 @@ def gather_statistics(
             if all(watcher.settled for watcher in watchers.values()):
                 break
     stats = {name: watcher.collected for name, watcher in watchers.items()}
-    if empty := [name for name, collected in stats.items() if not collected]:
+    if empty := [n for n, collected in stats.items() if not collected and not n.rpartition(".")[2].isdigit()]:
         raise ValueError(
             f"{empty[0]} was given no tokens in {count} batches; give more, or leave it out of target_modules"
         )

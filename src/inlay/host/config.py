@@ -87,6 +87,9 @@ class InlayConfig(PeftConfig):
             `{"k_proj": {"r": 4}, r"layers\\.[01]\\..*": {"r": 32}}`. The first that matches counts.
         target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save, trainable_token_indices:
             as in `LoraConfig`, "all-linear" included.
+        experts: whether the fused experts of a mixture-of-experts model are adapted too: each of them, in every layer
+            that `exclude_modules` and `layers_to_transform` leave. `patterns` name them by their parameters, as in
+            `{"experts.down_proj": {"r": 4}}`. With `target_modules=[]` they are adapted alone.
         bias: "none", "all" or "inlay_only": which biases of the model are trained.
         saver: "none", "velora" or "wta_crs": in training, what is kept of a layer's input for the gradient of an inner
             factor (A): less than all of it, for an estimate of the gradient (`inlay.numerics.ops.savers.SAVERS`).
@@ -112,6 +115,7 @@ class InlayConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     target_parameters: list[str] | None = None
+    experts: bool = False
     bias: str = "none"
     saver: str = "none"
     seed: int | None = None
@@ -138,6 +142,8 @@ class InlayConfig(PeftConfig):
         for name, kind in kinds:
             if not isinstance(value := getattr(self, name), kind | None):
                 raise ValueError(f"{name}={value!r} is not {'a mapping' if kind is dict else 'a whole number'}")
+        if not isinstance(self.experts, bool):
+            raise ValueError(f"experts={self.experts!r} is not true or false")
         for mark in (self.seals or {}).values():
             if not (isinstance(mark, dict) and mark.keys() >= SEALED):
                 raise ValueError(f"seals: {mark!r} is no seal; set config.seals = None to load without")
@@ -175,8 +181,8 @@ class InlayConfig(PeftConfig):
             raise ValueError(f"saver={self.saver!r} is not one of none, {', '.join(SAVERS)}")
         if self.target_parameters:
             raise ValueError(
-                f"target_parameters={self.target_parameters} (fused expert weights) is not supported; "
-                "adapt linear layers through target_modules"
+                f"target_parameters={self.target_parameters} is PEFT's, for LoRA; adapt the fused experts of a model "
+                "with experts=True, and linear layers through target_modules"
             )
         for what in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, what) is not None:

@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from accelerate.utils import align_module_device
@@ -81,6 +81,22 @@ class Cut:
 def widen(p: Params) -> Params:
     """Return tensors in fp32 at least, and indices as they are."""
     return {k: v.to(torch.promote_types(v.dtype, torch.float32)) if v.is_floating_point() else v for k, v in p.items()}
+
+
+def change_of(method: Method, p: Params, p0: Params | None, W: Tensor) -> Tensor:
+    """Return s (ΔW(θ) − ΔW(θ₀)) over the weight W, (out × in), in fp32 (or better, where θ is)."""
+    p0 = None if p0 is None else widen(like(p0, p))
+    return method.s * method.offset(widen(p), p0, W)
+
+
+class Holder(Protocol):
+    """Define what `Adapted` asks of the layer that holds θ."""
+
+    def theta(self, name: str) -> tuple[Method, Params, Params | None]: ...
+
+    def drop(self, name: str) -> Drop: ...
+
+    def change(self, name: str, W: Tensor) -> Tensor: ...
 
 
 def check_saver(method: Method, trained: tuple[str, ...], saver: str) -> None:
@@ -157,7 +173,7 @@ class Frozen:
 class Adapted:
     """Present a layer with one more adapter on it to the next method."""
 
-    def __init__(self, layer: InlayLinear, name: str, base: Base) -> None:
+    def __init__(self, layer: Holder, name: str, base: Base) -> None:
         self.layer = layer
         self.name = name
         self.base = base
@@ -194,7 +210,11 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         self.quantization_backend = resolve_quantization_backend(
             base_layer, get_apply_tensor_subclass=get_apply_tensor_subclass
         )
-        self.in_features, self.out_features = cast(tuple[int, int], _get_in_out_features(base_layer))
+        self.in_features, self.out_features = self.sides(base_layer)
+
+    def sides(self, base_layer: nn.Module) -> tuple[int, int]:
+        """Return how many inputs and outputs the base layer has."""
+        return cast(tuple[int, int], _get_in_out_features(base_layer))
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -224,6 +244,15 @@ class InlayLinear(nn.Module, BaseTunerLayer):
             return self.matrix()
         return self.unmerged.T if isinstance(self.base_layer, Conv1D) else self.unmerged
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape of `matrix`."""
+        return self.out_features, self.in_features
+
+    def shapes_of(self, method: Method) -> Params:
+        """Return what θ of this layer is in `method`, on the meta device."""
+        return bounded_shapes(method, self.out_features, self.in_features)
+
     def stored_base(self) -> nn.Module:
         """Return the module that holds the base weight, without what PEFT puts around one whose tokens are trained."""
         base = self.base_layer
@@ -248,9 +277,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
 
     def change(self, name: str, W: Tensor) -> Tensor:
         """Return s (ΔW(θ) − ΔW(θ₀)) of one adapter over the weight W, (out × in), in fp32 (or better, where θ is)."""
-        method, p, p0 = self.theta(name)
-        p0 = None if p0 is None else widen(like(p0, p))
-        return method.s * method.offset(widen(p), p0, W)
+        return change_of(*self.theta(name), W)
 
     def theta(self, name: str) -> tuple[Method, Params, Params | None]:
         cut = self.cuts[name]
@@ -292,7 +319,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         for container in self.adapter_layer_names:
             if name in self._held(container):
                 self._held(container).pop(name)
-        shapes = bounded_shapes(method, self.out_features, self.in_features)
+        shapes = self.shapes_of(method)
         trained = tuple(k for k in shapes if k not in method.frozen)
         if about.get("saver", "none") != "none":
             check_saver(method, trained, about["saver"])
@@ -308,7 +335,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         cut = self.cuts[name]
         cut.method, cut.owner = cut.method.at(place), owner
         if cut.method.shared and owner is None:
-            shapes = bounded_shapes(cut.method, self.out_features, self.in_features)
+            shapes = self.shapes_of(cut.method)
             device = torch.device("meta") if light else self._device()
             self._slots(name, {k: shape for k, shape in shapes.items() if k in cut.method.shared}, device)
             self.set_adapter(self.active_adapters, inference_mode=inference_mode)
@@ -354,10 +381,15 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         """Fill the slots with the method's start, from the base weight in fp32, or with that of the adapter `like`."""
         run_jobs(self.jobs(name, like))
 
-    def jobs(self, name: str, like: str | None = None, stats: Params | None = None) -> Iterator[Job]:
+    @property
+    def seen(self) -> list[str]:
+        """Return the names, in this layer, of the modules whose inputs and outputs `jobs` needs statistics of."""
+        return ["base_layer"]
+
+    def jobs(self, name: str, like: str | None = None, stats: list[Params] | None = None) -> Iterator[Job]:
         """Yield what is left to compute, after a copy of the adapter `like` is taken where it serves.
 
-        Without the `stats` that its method needs, an adapter stays pending.
+        Without the `stats` that its method needs, one for each module of `seen`, an adapter stays pending.
         """
         cut = self.cuts[name]
         blank = self._device().type == "meta"
@@ -374,14 +406,18 @@ class InlayLinear(nn.Module, BaseTunerLayer):
                 "inlay.fold"
             )
         else:
-            yield Job(
-                cut.method,
-                (self.out_features, self.in_features),
-                lambda: self.pristine().detach().float(),
-                lambda start: self._settle_start(name, like, start),
-                stats,
-                None if cut.seed is None else ops.seed_of(cut.seed, cut.module),
-            )
+            yield from self._jobs(name, like, stats)
+
+    def _jobs(self, name: str, like: str | None, stats: list[Params] | None) -> Iterator[Job]:
+        cut = self.cuts[name]
+        yield Job(
+            cut.method,
+            (self.out_features, self.in_features),
+            lambda: self.pristine().detach().float(),
+            lambda start: self._settle_start(name, like, start),
+            stats[0] if stats else None,
+            None if cut.seed is None else ops.seed_of(cut.seed, cut.module),
+        )
 
     @torch.no_grad()
     def _settle_start(self, name: str, like: str | None, start: Params) -> None:
@@ -451,9 +487,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         for name in (a for a in self.active_adapters if a in self.cuts):
             cut = self.cuts[name]
             method, p, _ = self.theta(name)
-            begun = method.restart(seen := distributed.Gathered(p), t)
-            seen.scatter()
-            for k, mask in sorted(begun.items()):
+            for k, mask in sorted(self._restart(method, p, t).items()):
                 weight = self._holder(k, name)._held(PREFIX + k)[name]()
                 forget += [(weight, mask)] if isinstance(weight, nn.Parameter) else []
             frozen = method.schedule(p, t)
@@ -463,6 +497,11 @@ class InlayLinear(nn.Module, BaseTunerLayer):
                 forget += [] if weight is None else [(weight, None)]
             cut.method = cut.method.at(replace(method.place, t=t))
         return forget
+
+    def _restart(self, method: Method, p: Params, t: float) -> dict[str, Tensor | None]:
+        begun = method.restart(seen := distributed.Gathered(p), t)
+        seen.scatter()
+        return begun
 
     def check_seal(self, name: str, tensors: dict[str, Tensor], base: Tensor | None = None) -> None:
         """Raise a ValueError unless `tensors`, which fill an adapter's slots, and the base weight bear its seal.
@@ -497,7 +536,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         W = self.pristine()
         if isinstance(self.base_layer, AuxiliaryTrainingWrapper):  # whose tokens are no part of the base
             W = cast(Tensor, self.stored_base().weight)
-        whole = W.shape == (self.out_features, self.in_features) and seal.is_plain_tensor(W)
+        whole = W.shape == self.shape and seal.is_plain_tensor(W)
         if whole:
             self.marked = seal.of_base(W)
         return self.marked if whole or distributed.is_shard(W) else None
@@ -600,9 +639,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
             return
         self.check_plain_weight()
         old = self.matrix()
-        W = old.to(torch.promote_types(old.dtype, torch.float32))
-        for name in names:
-            W = W + self.change(name, W).to(W.dtype)
+        W = self._merged(old, names)
         if safe_merge and not W.isfinite().all():
             raise ValueError(
                 f"merging {', '.join(names)} gives NaN or Inf; the adapter is broken, the base is untouched"
@@ -611,6 +648,13 @@ class InlayLinear(nn.Module, BaseTunerLayer):
             self.unmerged = self._what_a_merge_replaces()
         self.set_base_weight((W.T if isinstance(self.base_layer, Conv1D) else W).to(old.dtype).contiguous())
         self.merged_adapters.extend(names)
+
+    def _merged(self, old: Tensor, names: list[str]) -> Tensor:
+        """Return the weight with these adapters in it, each over those before, in fp32 at least."""
+        W = old.to(torch.promote_types(old.dtype, torch.float32))
+        for name in names:
+            W = W + self.change(name, W).to(W.dtype)
+        return W
 
     def _what_a_merge_replaces(self) -> Any:
         if self.quantization_backend is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from peft.utils import (
     register_peft_method,
     resolve_quantization_backend,
 )
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -27,6 +29,16 @@ from transformers import Conv1D
 from inlay.host import adapter_state, seal
 from inlay.host.compute_starts import run_jobs
 from inlay.host.config import INLAY, InlayConfig
+from inlay.host.experts import (
+    AdaptedExperts,
+    ExpertWeight,
+    InlayExperts,
+    check_experts,
+    expert_weights,
+    fused_experts,
+    report_frozen_experts,
+    takes_expert,
+)
 from inlay.host.first_pass import FirstPass
 from inlay.host.hotswap import replace_peft_hotswap
 from inlay.host.layer import PREFIX, InlayLinear, adapted, own_weight
@@ -68,9 +80,19 @@ class InlayModel(BaseTuner):
             raise ValueError(f"an adapter cannot be called {adapter_name!r}; use letters, digits and underscores")
         check_tokens(model, config)
         self._touched: list[tuple[str, nn.Module, str, nn.Module]] = []
+        self._wrapped: list[tuple[nn.Module, str, nn.Module]] = []
+        alone = config.experts and config.target_modules in ([], set(), ())
+        if config.target_modules == "all-linear" and not config.experts and fresh:
+            report_frozen_experts(model)
         try:
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            config.target_modules = DUMMY_TARGET_MODULES if alone else config.target_modules
+            with warnings.catch_warnings():
+                if config.experts:  # PEFT does not see those that are excluded; `_check_patterns` does
+                    warnings.filterwarnings("ignore", "You have passed exclude_modules")
+                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         except Exception:
+            for parent, child, module in self._wrapped:
+                setattr(parent, child, module)
             for _, parent, child, module in self._touched:
                 if isinstance(module, InlayLinear):
                     module.delete_adapter(adapter_name)
@@ -78,6 +100,7 @@ class InlayModel(BaseTuner):
             raise
         finally:
             self._touched = []
+            config.target_modules = set() if alone else config.target_modules
         if (before := vars(self).get("first_pass")) is not None:
             before.remove()
         self.first_pass = FirstPass(model)
@@ -85,11 +108,40 @@ class InlayModel(BaseTuner):
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         """Check and fill the new adapter: PEFT calls this when all layers are wrapped and nothing else is changed."""
         config, targets, adapter_name, fill = self._request
+        if config.experts:
+            self._take_experts(model, config, adapter_name)
         self._check_patterns(model, config, targets)
         self._settle_places(model, config, adapter_name)
         if fill:
             self._decompose(*fill, config)
         super()._mark_only_adapters_as_trainable(model)
+
+    def _take_experts(self, model: nn.Module, config: InlayConfig, adapter_name: str) -> None:
+        """Adapt the parameters of fused experts, as `_create_and_replace` does linear layers.
+
+        Raises:
+            ValueError: the model has none, or they cannot be adapted.
+        """
+        experts = fused_experts(model)
+        if not experts:
+            raise ValueError("experts: this model has no fused experts; leave experts out")
+        for name, module in experts.items():
+            weights = [w for w in expert_weights(module) if takes_expert(config, f"{name}.{w}")]
+            for weight in weights:
+                check_experts(name, module, config.build(without_wrappers(f"{name}.{weight}")))
+            parent, child = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+            wrapper = parent.get_submodule(child)
+            if weights and not isinstance(wrapper, AdaptedExperts):
+                self._wrapped.append((parent, child, module))
+                wrapper = AdaptedExperts(module)
+                setattr(parent, child, wrapper)
+            for weight in weights:
+                if weight not in cast(AdaptedExperts, wrapper).layers():
+                    wrapper.add_module(weight, InlayExperts(ExpertWeight(module, weight)))
+                layer, key = cast(InlayExperts, wrapper.get_submodule(weight)), f"{name}.{weight}"
+                self._add(layer, key, config, adapter_name)
+                self._touched.append((key, wrapper, weight, layer))
+                self.targeted_module_names.append(key)
 
     def _settle_places(self, model: nn.Module, config: InlayConfig, adapter_name: str) -> None:
         layers = {name: cast(InlayLinear, parent.get_submodule(child)) for name, parent, child, _ in self._touched}
@@ -104,6 +156,7 @@ class InlayModel(BaseTuner):
         """Raise a ValueError for a name or pattern that matched nothing: a typo would train less than requested."""
         names = [name for name, *_ in self._touched]
         everything = [name.replace(".base_layer", "") for name, _ in model.named_modules()]
+        everything += [f"{name}.{weight}" for name, m in fused_experts(model).items() for weight in expert_weights(m)]
         whole = [
             n for n in everything if any(is_named(t, [n]) for t in config.modules_to_save or ())
         ]  # not cut as well
@@ -136,7 +189,7 @@ class InlayModel(BaseTuner):
         """Return what to report of experts that one parameter holds together."""
         fused = {n.rpartition(".")[2] for n, p in self.model.named_parameters() if p.ndim == 3 and "expert" in n}
         names = ", ".join(sorted(fused))
-        return f" ({names} hold all experts in one tensor, which no method here cuts)" if fused else ""
+        return f" ({names} hold all experts in one tensor; experts=True takes them in)" if fused else ""
 
     def _decompose(self, adapter_name: str, twin: str | None, config: InlayConfig) -> None:
         layers = [cast(InlayLinear, parent.get_submodule(child)) for _, parent, child, _ in self._touched]
@@ -150,13 +203,21 @@ class InlayModel(BaseTuner):
         if not isinstance(target, InlayLinear):
             check_layer(target, current_key)
         check_parent(parent, target_name, current_key)
-        module = without_wrappers(current_key)
-        sealed = (config.seals or {}).get(module)
-        if config.seals is not None and config.format_version is not None:  # else they are of another place
-            sealed = sealed or {}
         layer = target
         if not isinstance(layer, InlayLinear):
             layer = InlayLinear(target, home_of(self.model, target), **get_quantization_kwargs(self))
+        self._add(layer, current_key, config, adapter_name)
+        self._touched.append((current_key, parent, target_name, target))
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _add(self, layer: InlayLinear, key: str, config: InlayConfig, adapter_name: str) -> None:
+        module = without_wrappers(key)
+        sealed = (config.seals or {}).get(module)
+        if config.seals is not None and config.format_version is not None:  # else they are of another place
+            sealed = sealed or {}
         try:
             layer.update_layer(
                 adapter_name,
@@ -171,12 +232,7 @@ class InlayModel(BaseTuner):
                 seed=config.seed,
             )
         except ValueError as error:
-            raise ValueError(f"{current_key}: {error}") from None
-        self._touched.append((current_key, parent, target_name, target))
-        if layer is not target:
-            if adapter_name not in self.active_adapters:
-                layer.requires_grad_(False)
-            self._replace_module(parent, target_name, layer, target)
+            raise ValueError(f"{key}: {error}") from None
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Replace a module without what PEFT does beside it.
@@ -215,6 +271,8 @@ class InlayModel(BaseTuner):
         if unknown := sorted(set(names) - available):
             choices = ", ".join(sorted(available))
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; there are {choices}")
+        if any(isinstance(m, InlayExperts) for m in layers):
+            raise ValueError("adapter_names: the rows of experts are not told apart; set_adapter for the whole batch")
         if any(m.merged_adapters for m in layers if isinstance(m, InlayLinear)):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
@@ -264,7 +322,7 @@ class InlayModel(BaseTuner):
                         f"or Inf in {name}; the base is untouched"
                     )
             layer.check_plain_weight()
-            if places[id(own_weight(layer.base_layer))] > 1:
+            if not isinstance(layer, InlayExperts) and places[id(own_weight(layer.base_layer))] > 1:
                 raise ValueError(
                     f"{name} shares its weight with another module (tied embeddings), which merging would change too; "
                     "load the base with tie_word_embeddings=False, or leave it out of target_modules"

@@ -10,6 +10,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from inlay.host.experts import EXPERTS_STAY, AdaptedExperts, fused_experts
 from inlay.host.layer import InlayLinear
 from inlay.host.slot import trained_numbers
 from inlay.models.base import BaseModel
@@ -84,10 +85,11 @@ def frozen_experts(model: nn.Module) -> str | None:
 
     transformers keeps all experts of a layer in tensors of three dimensions, which are no linear layers to adapt.
     """
-    experts = [p for name, p in model.named_parameters() if p.ndim == 3 and "experts" in name.split(".")]
-    if all(p.requires_grad for p in experts):
-        return None
-    return "the experts of this model stay frozen: they are no linear layers, which Inlay's methods adapt"
+    frozen = any(
+        not isinstance(model.get_submodule(name), AdaptedExperts) and not all(p.requires_grad for p in m.parameters())
+        for name, m in fused_experts(model).items()
+    )
+    return EXPERTS_STAY if frozen else None
 
 
 def free_memory() -> int:

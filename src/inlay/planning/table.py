@@ -99,7 +99,9 @@ def where_of(config: PeftConfig | None) -> dict[str, Any]:
 
 def frozen_limit(compared: Sequence[Candidate]) -> InlayConfig:
     """Return the config of the frozen limit on the modules that the candidates adapt."""
-    return InlayConfig(method=FrozenLimit(), task_type="CAUSAL_LM", **where_of(compared[0][1]))
+    first = compared[0][1]
+    experts = isinstance(first, InlayConfig) and first.experts
+    return InlayConfig(method=FrozenLimit(), task_type="CAUSAL_LM", experts=experts, **where_of(first))
 
 
 def widths(kinds: Sequence[str], notes: list[str]) -> list[str]:

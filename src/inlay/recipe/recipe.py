@@ -96,6 +96,7 @@ class Recipe:
     target_modules: list | str = field_of("all-linear", "names, a regex, or all-linear")
     exclude_modules: list | str | None = field_of(None, "names or a regex")
     layers_to_transform: list | None = field_of(None, "layer indices")
+    experts: bool = field_of(False, "adapt the fused experts of a mixture-of-experts model too")
     modules_to_save: list | None = field_of(None, "modules trained in full and saved")
     patterns: dict = field_of(dict, "hyperparameters per module: {k_proj: {r: 4}}")
     allocate: Literal["none", "energy", "energy_peaked", "welore", "variance", "blocks"] = field_of(
@@ -181,6 +182,8 @@ class Recipe:
         if self.allocate != "none":
             check_allocate(self)
         check_inlay_only(self)
+        if self.experts and self.flat_noise:
+            raise ValueError(f"flat_noise={self.flat_noise} does not reach experts; set it to 0, or leave experts out")
         check_task(self)
         self.adapter()
         check_step(self)
@@ -200,7 +203,7 @@ class Recipe:
 
     def config(self) -> InlayConfig:
         """Return the config of one of Inlay's methods; raise a ValueError for an unknown method or hyperparameter."""
-        names = ("method", "args", "scale", "dropout", "patterns", "bias", "saver")
+        names = ("method", "args", "scale", "dropout", "patterns", "bias", "saver", "experts")
         return InlayConfig(
             task_type=find_model_class(self.task).peft, **{name: vars(self)[name] for name in names}, **self._where()
         )
@@ -287,7 +290,8 @@ def check_inlay_only(recipe: Recipe) -> None:
     if is_inlay(recipe.method):
         return
     full = recipe.method == FULL
-    names = ["scale", "dropout", "patterns", "bias", "saver", "lr_ratio", "core_ratio", "flat_noise"]
+    names = ["scale", "dropout", "patterns", "bias", "saver", "experts", "lr_ratio", "core_ratio"]
+    names += ["flat_noise"]
     if full:
         names += ["args", "modules_to_save"]
     for f in fields(recipe):

@@ -1,0 +1,331 @@
+"""Methods on the fused experts of mixture-of-experts models: exact starts, right gradients, files, merges, refusals."""
+
+import contextlib
+import copy
+import warnings
+
+import pytest
+import torch
+import transformers
+from contract import BY_NAME
+from peft import PeftModel, get_peft_model
+from sizes import sized
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, MixtralConfig
+
+import inlay
+from inlay.host.config import InlayConfig
+from inlay.host.experts import EXPERTS_STAY, InlayExperts
+from inlay.host.layer import PREFIX
+
+pytestmark = pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning")  # of these small weights it is large
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8,
+         "vocab_size": 48, "max_position_embeddings": 32, "num_experts_per_tok": 2}  # fmt: skip
+TOKENS = torch.arange(24).view(2, 12)
+LINEAR = [name for name, row in BY_NAME.items() if not row.method.shared]
+IMPLEMENTATIONS = ["eager", "batched_mm", "grouped_mm"]
+
+
+def mixtral(implementation="grouped_mm", dtype=torch.float32, **more) -> nn.Module:
+    torch.manual_seed(0)
+    config = MixtralConfig(**{**SMALL, **more}, intermediate_size=24, num_local_experts=4)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation=implementation).eval()
+    for p in model.parameters():
+        p.data.mul_(5)  # so that experts differ, and answers with them
+    return model
+
+
+def config(name="pissa", size=4, **more) -> InlayConfig:
+    return InlayConfig(**{"method": name, "args": sized(name, size), "target_modules": [], "experts": True, **more})
+
+
+def adapt(model: nn.Module, name="pissa", **more) -> PeftModel:
+    model = get_peft_model(model, config(name, **more)).eval()
+    if BY_NAME[name].method.needs:
+        batches = [{"x": torch.arange(48 * 4).remainder(48).view(16, 12)}] * 2
+        inlay.calibrate(model, batches, loss=lambda m, b: m(b["x"]).logits.float().square().mean())
+    return model
+
+
+def logits(model: nn.Module) -> Tensor:
+    return model(TOKENS).logits
+
+
+def wander(model: nn.Module, size=0.05) -> None:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p), alpha=size)
+
+
+def layers(model: nn.Module) -> dict[str, InlayExperts]:
+    return {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if isinstance(m, InlayExperts)}
+
+
+def dense(model: PeftModel, name="default") -> dict[str, Tensor]:
+    """Every expert's whole weight with its change in it, by the equation: the contract's, not the library's."""
+    weights = {}
+    for path, layer in layers(model).items():
+        method, p, p0 = layer.theta(name)
+        delta = BY_NAME[method.name].delta
+        W, changed = layer.matrix().detach(), []
+        for e in range(len(W)):
+            D = delta({k: v[e] for k, v in p.items()}, W[e])
+            if p0 is not None:
+                D = D - delta({k: v[e] for k, v in p0.items()}, W[e])
+            changed.append(W[e] + method.s * D)
+        weight = layer.base_layer.matrices(torch.stack(changed))
+        head, _, last = path.rpartition(".")
+        weights[f"{head}.base_layer.{last}"] = weight
+    return weights
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_every_linear_method_is_a_dense_change_of_each_expert(name):
+    before = logits(mixtral())
+    model = adapt(mixtral(), name)
+    assert (logits(model) - before).abs().max() == 0
+    wander(model, BY_NAME[name].stride * 30)
+    y = logits(model)
+    assert (y - before).abs().max() > 1e-4
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert {n.split(PREFIX)[1].split(".")[0] for n in trained} == BY_NAME[name].trained
+    slope = torch.randn_like(y)
+    grads = torch.autograd.grad(y, list(trained.values()), slope)
+    base = model.get_base_model()
+    with disabled(model):
+        there = {n for n, _ in base.named_parameters()}
+        weights = dense(model)
+        assert weights.keys() <= there
+        expected = torch.func.functional_call(base, weights, (TOKENS,)).logits
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    if BY_NAME[name].stops or name == "snell":  # its gradients are not those of what it computes
+        return
+    for own, right in zip(grads, torch.autograd.grad(expected, list(trained.values()), slope), strict=True):
+        torch.testing.assert_close(own, right, rtol=1e-3, atol=1e-3 * right.abs().max().item() + 1e-6)
+
+
+@contextlib.contextmanager
+def disabled(model: PeftModel):
+    for layer in layers(model).values():
+        layer._disable_adapters = True
+    yield
+    for layer in layers(model).values():
+        layer._disable_adapters = False
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_every_implementation_starts_exactly_and_agrees(implementation, dtype):
+    for name in ("lora", "lamda", "bat", "hira"):
+        before = logits(mixtral(implementation, dtype))
+        model = adapt(mixtral(implementation, dtype), name)
+        assert (logits(model) - before).abs().max() == 0
+        wander(model)
+        y = logits(model)
+        eager = mixtral("eager", dtype)
+        other = adapt(eager, name)
+        other.load_state_dict(model.state_dict())
+        tolerance = 1e-4 if dtype == torch.float32 else 0.1
+        torch.testing.assert_close(y, logits(other), rtol=tolerance, atol=tolerance * y.abs().max().item())
+        y.float().square().mean().backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", ["lora", "pissa", "lamda", "dota", "spiel"])
+def test_saved_and_loaded_to_the_bit(name, tmp_path):
+    model = adapt(mixtral(), name)
+    wander(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(mixtral(), tmp_path).eval()
+    assert torch.equal(logits(loaded), logits(model))
+    assert loaded.peft_config["default"].experts
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again/adapter_model.safetensors").read_bytes() == (
+        tmp_path / "adapter_model.safetensors"
+    ).read_bytes()
+    with torch.no_grad():
+        other = mixtral()
+        other.model.layers[0].mlp.experts.down_proj[2, 1] += 1
+    with pytest.raises(ValueError, match=r"experts\.down_proj: the adapter was cut from another base model"):
+        PeftModel.from_pretrained(other, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_merged_unmerged_and_unloaded(dtype):
+    base = mixtral(dtype=dtype)
+    before, weights = logits(base), copy.deepcopy(base.state_dict())
+    model = adapt(base, "pissa")
+    wander(model)
+    adapted = logits(model)
+    model.merge_adapter()
+    close = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.5}
+    torch.testing.assert_close(logits(model), adapted, **close)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), adapted)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), before)
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(twin), adapted)
+    back = twin.unload()
+    assert {k: v.shape for k, v in back.state_dict().items()} == {k: v.shape for k, v in weights.items()}
+    assert all(torch.equal(v, weights[k]) for k, v in back.state_dict().items())
+    whole = model.merge_and_unload()
+    assert whole.state_dict().keys() == weights.keys()
+    torch.testing.assert_close(logits(whole), adapted, **close)
+
+
+def test_several_adapters_with_linears_beside_them(tmp_path):
+    model = adapt(mixtral(), "pissa", target_modules=["q_proj"])
+    start = logits(model)
+    wander(model)
+    first = logits(model)
+    model.add_adapter("other", config("bat"))
+    assert torch.equal(logits(model), first)
+    model.set_adapter("other")
+    assert torch.equal(logits(model), start)
+    wander(model)
+    second = logits(model)
+    model.base_model.set_adapter(["default", "other"])
+    both = logits(model)
+    assert min((both - one).abs().max() for one in (first, second)) > 1e-3
+    merged = copy.deepcopy(model).merge_and_unload(adapter_names=["default", "other"])
+    torch.testing.assert_close(logits(merged), both, rtol=1e-4, atol=1e-4)
+    with inlay.scaled(model, {"default": 0.0, "other": 1.0}):
+        assert torch.equal(logits(model), second)
+    model.delete_adapter("other")
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+    with pytest.raises(ValueError, match="adapter_names: the rows of experts"):
+        model(TOKENS, adapter_names=["default", "__base__"])
+
+
+def test_patterns_excluded_modules_and_layers():
+    chosen = adapt(
+        mixtral(num_hidden_layers=2),
+        patterns={r"0\.mlp\.experts\.down_proj": {"r": 2}},
+        exclude_modules=["1.mlp.experts.down_proj"],
+    )
+    sizes = {n.removeprefix("model.layers."): layer.cuts["default"].method.r for n, layer in layers(chosen).items()}
+    assert sizes == {"0.mlp.experts.gate_up_proj": 4, "0.mlp.experts.down_proj": 2, "1.mlp.experts.gate_up_proj": 4}
+    few = adapt(mixtral(num_hidden_layers=2), layers_to_transform=[1])
+    assert {n.split(".")[2] for n in layers(few)} == {"1"}
+
+
+def test_experts_that_get_no_rows_have_no_gradient_and_the_rest_trains():
+    model = adapt(mixtral(), "lora").train()
+    adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(4):
+        loss = model(TOKENS[:1, :1], labels=None).logits.square().mean()
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    A = next(p for n, p in model.named_parameters() if "down_proj.inlay_B" in n)
+    assert A.grad.flatten(1).norm(dim=1).count_nonzero() == 2
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    grads = []
+    for on in (False, True):
+        model = adapt(mixtral(), "pissa").train()
+        wander(model)
+        if on:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        logits(model).square().mean().backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_what_cannot_be_is_refused_by_name_and_leaves_the_model_alone():
+    model = mixtral()
+    names = [n for n, _ in model.named_modules()]
+    with pytest.raises(ValueError, match=r"experts: lorta shares .* over layers, which experts cannot hold"):
+        adapt(model, "lorta")
+    with pytest.raises(ValueError, match=r"patterns: 'nowhere' matches no adapted module"):
+        adapt(model, patterns={"nowhere": {"r": 2}})
+    assert [n for n, _ in model.named_modules()] == names
+    with pytest.raises(ValueError, match="this model has no fused experts"):
+        get_peft_model(nn.Sequential(nn.Linear(4, 4)), config())
+    with pytest.raises(ValueError, match="experts='yes' is not true or false"):
+        config(experts="yes")
+
+    class Reads(nn.Module):
+        def forward(self, x):
+            return torch.einsum("ti,eoi->to", x, self.w)
+
+    experts = Reads()
+    experts.is_transposed, experts.w = False, nn.Parameter(torch.randn(2, 8, 4))
+    strange = get_peft_model(nn.Sequential(experts), config("lora"))
+    with pytest.raises(ValueError, match="read their weights through einsum, which Inlay does not know"):
+        strange(torch.randn(3, 4))
+    unknown = nn.ModuleDict({"experts": Reads()})
+    unknown["experts"].w = nn.Parameter(torch.randn(2, 8, 4))
+    with pytest.raises(ValueError, match="experts is a Reads, which is outside transformers' interface for experts"):
+        get_peft_model(unknown, config("lora"))
+
+
+def test_all_linear_says_once_what_it_leaves_out():
+    with pytest.warns(UserWarning, match="experts=True takes the experts in") as said:
+        get_peft_model(mixtral(num_hidden_layers=2), config(target_modules="all-linear", experts=False))
+    assert [str(one.message) for one in said if one.category is UserWarning] == [EXPERTS_STAY]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = get_peft_model(mixtral(), config(target_modules="all-linear"))
+    assert len(layers(model)) == 2
+
+
+MORE = {"moe_intermediate_size": 24, "intermediate_size": 24}
+ARCHITECTURES = {  # of transformers, each with what its configuration calls the number of experts
+    "Qwen3Moe": {**MORE, "num_experts": 4},
+    "GptOss": {"intermediate_size": 24, "num_local_experts": 4},
+    "DeepseekV3": {
+        **MORE, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 0,
+        "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,
+    },
+    "Olmoe": {"intermediate_size": 24, "num_experts": 4},
+    "GraniteMoe": {"intermediate_size": 24, "num_local_experts": 4},
+    "Llama4": {
+        "intermediate_size": 24, "intermediate_size_mlp": 24, "num_local_experts": 4, "interleave_moe_layer_step": 1,
+    },
+}  # fmt: skip
+
+
+def model_of(kind: str, implementation: str) -> nn.Module:
+    made = getattr(transformers, f"{kind}TextConfig" if kind == "Llama4" else f"{kind}Config")
+    torch.manual_seed(0)
+    more = {"pad_token_id": 0} if kind != "Llama4" else {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    own = made(**SMALL | ARCHITECTURES[kind] | more)
+    own._experts_implementation = implementation
+    model = getattr(transformers, f"{kind}ForCausalLM")(own).eval()
+    for n, p in model.named_parameters():
+        p.data = torch.randn_like(p) * (0.3 if p.ndim > 1 else 0.1) + ("norm" in n)
+    return model
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[] if k == "GptOss" else pytest.mark.slow) for k in ARCHITECTURES]
+)
+def test_architectures(kind):
+    for implementation in ["eager"] if kind == "Llama4" else IMPLEMENTATIONS:
+        for name in ("pissa", "bat"):
+            base = model_of(kind, implementation)
+            before = logits(base)
+            model = adapt(base, name, size=2)
+            assert (logits(model) - before).abs().max() == 0, (kind, implementation, name)
+            wander(model, 0.1)
+            y = logits(model)
+            assert (y - before).abs().max() > 1e-3
+            weights = dense(model)
+            trained = [p for p in model.parameters() if p.requires_grad]
+            slope = torch.randn_like(y)
+            grads = torch.autograd.grad(y, trained, slope)
+            with disabled(model):
+                expected = torch.func.functional_call(model.get_base_model(), weights, (TOKENS,)).logits
+            torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-3 * y.abs().max().item())
+            for own, right in zip(grads, torch.autograd.grad(expected, trained, slope), strict=True):
+                torch.testing.assert_close(own, right, rtol=1e-2, atol=1e-3 * right.abs().max().item() + 1e-6)
