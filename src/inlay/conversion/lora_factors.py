@@ -6,7 +6,7 @@ the nearest of a rank, and how near is reported. The base is not loaded; where a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -17,10 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Conv1D
 
+from inlay.conversion.stored_experts import StoredExperts
 from inlay.host import seal
 from inlay.host.adapter_state import ROOT
 from inlay.host.config import InlayConfig
-from inlay.host.layer import PREFIX, START, InlayLinear, adapted
+from inlay.host.experts import InlayExperts
+from inlay.host.layer import PREFIX, START, Holder, InlayLinear, adapted
 from inlay.method import LowRank
 from inlay.models.adapters import WEIGHTS, Adapter
 from inlay.models.stored_weights import Weights
@@ -81,6 +83,7 @@ def lora_deltas(
             base, were not cut from the same weights.
     """
     weights: Weights | None = None
+    stored: StoredExperts | None = None
     layers: dict[str, list[tuple[float, InlayLinear]]] = {}
     for weight, model in adapters:
         for layer in adapted(model, "default").values():
@@ -92,7 +95,17 @@ def lora_deltas(
             for mark in marks:
                 layer.check_base("default", mark)
         W = torch.empty(one.out_features, one.in_features, device="meta")
-        if any(layer.cuts["default"].method.reads_weight for _, layer in parts):
+        reads = any(layer.cuts["default"].method.reads_weight for _, layer in parts)
+        if isinstance(one, InlayExperts):
+            if reads:
+                stored = stored or StoredExperts(base_weights(), {n: own[0][1] for n, own in layers.items()})
+                W = stored.whole(module)
+            each = [(weight, cast(InlayExperts, layer).experts("default")) for weight, layer in parts]
+            for e in range(one.shape[0]):
+                of_one = [(weight, experts[e]) for weight, experts in each]
+                yield lora_delta(f"{module}.{e}", of_one, W[e].float() if reads else W, rank, energy)
+            continue
+        if reads:
             weights = weights or base_weights()
             W = weights.read(f"{module}.weight")
             if not W.is_floating_point():
@@ -104,13 +117,15 @@ def lora_deltas(
             for _, layer in parts:
                 layer.check_base("default", seal.of_base(W))
             W = W.float()
-        yield lora_delta(parts, W, rank, energy)
+        yield lora_delta(module, parts, W, rank, energy)
 
 
 @torch.no_grad()
-def lora_delta(parts: list[tuple[float, InlayLinear]], W: Tensor, rank: int | None, energy: float | None) -> LoraDelta:
-    """Return one weight's change, exact where the methods are low rank and the rank allows it."""
-    one, exact = parts[0][1], all(isinstance(layer.theta("default")[0], LowRank) for _, layer in parts)
+def lora_delta(
+    module: str, parts: Sequence[tuple[float, Holder]], W: Tensor, rank: int | None, energy: float | None
+) -> LoraDelta:
+    """Return the change of the weight of `module`, exact where the methods are low rank and the rank allows it."""
+    exact = all(isinstance(layer.theta("default")[0], LowRank) for _, layer in parts)
     if exact:
         factors = [factors_of(weight, layer, W) for weight, layer in parts]
         U, S, Vh = linalg.compress(torch.cat([B for B, _ in factors], 1), torch.cat([A for _, A in factors]))
@@ -137,10 +152,10 @@ def lora_delta(parts: list[tuple[float, InlayLinear]], W: Tensor, rank: int | No
         lost = (whole - energies[r - 1]).clamp(min=0) if r < len(S) else 0 * whole
     else:
         lost = (D - B @ A).double().square().sum()
-    return LoraDelta(one.cuts["default"].module, B, A, (lost / whole.clamp(min=TINY)).sqrt().item())
+    return LoraDelta(module, B, A, (lost / whole.clamp(min=TINY)).sqrt().item())
 
 
-def factors_of(weight: float, layer: InlayLinear, W: Tensor) -> tuple[Tensor, Tensor]:
+def factors_of(weight: float, layer: Holder, W: Tensor) -> tuple[Tensor, Tensor]:
     """Return B (out × r) and A (r × in) in fp64, whose product is the weighted change of a low-rank method."""
     method, p, p0 = layer.theta("default")
     wide, wide0 = ({k: v.double() for k, v in (q or {}).items()} for q in (p, p0))
@@ -201,7 +216,13 @@ def write_lora(
         ValueError: a value does not fit the dtype.
     """
     tensors = saved_beside(source, grown)
-    for delta in deltas:
+    fused = {layer.cuts["default"].module: layer for layer in adapted(model, "default").values()
+             if isinstance(layer, InlayExperts)}  # fmt: skip
+    own = [delta for delta in deltas if delta.module.rpartition(".")[0] not in fused]
+    for name, layer in fused.items():
+        each = [widened_to_rank(d, r) for d in deltas if d.module.rpartition(".")[0] == name]
+        tensors |= {k: v.to(dtype).contiguous() for k, v in lora_of_experts(name, layer, each, list(fused)).items()}
+    for delta in own:
         B, A = widened_to_rank(delta, r)
         for kind, value in (("lora_A", A), ("lora_B", B)):
             name, rounded = f"{ROOT}{delta.module}.{kind}.weight", value.to(dtype).contiguous()
@@ -212,7 +233,8 @@ def write_lora(
     config = LoraConfig(
         r=r,
         lora_alpha=r,
-        target_modules=target_names(model, [delta.module for delta in deltas]),
+        target_modules=target_names(model, [delta.module for delta in own]) if own else [],
+        target_parameters=sorted({".".join(name.split(".")[-3:]) for name in fused}) or None,
         bias="lora_only" if given.bias == "inlay_only" else given.bias,  # type: ignore[arg-type]
         modules_to_save=given.modules_to_save,
         trainable_token_indices=given.trainable_token_indices,
@@ -223,6 +245,23 @@ def write_lora(
     )
     config.save_pretrained(str(folder))
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def lora_of_experts(
+    name: str, layer: InlayExperts, factors: list[tuple[Tensor, Tensor]], fused: list[str]
+) -> dict[str, Tensor]:
+    """Return the tensors of PEFT's LoRA on a parameter of experts, from (B, A) of each expert.
+
+    PEFT nests what adapts several parameters of a module: the last of them is outside.
+    """
+    if not layer.base_layer.tall and not layer.base_layer.in_interface:  # PEFT takes it for (E, out, in)
+        factors = [(A.T, B.T) for B, A in factors]
+    experts = name.rpartition(".")[0]
+    beside = [other for other in fused if other.rpartition(".")[0] == experts]
+    prefix = f"{ROOT}{experts}{'.base_layer' * (len(beside) - 1 - beside.index(name))}"
+    A = torch.cat([A for _, A in factors])
+    B = torch.stack([B for B, _ in factors], -1).flatten(1)
+    return {f"{prefix}.lora_A.weight": A, f"{prefix}.lora_B.weight": B}
 
 
 def target_names(model: PeftModel, names: list[str]) -> list[str]:

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Conv1D, GenerationConfig
 
+from inlay.conversion.stored_experts import StoredExperts
 from inlay.host import seal
 from inlay.host.adapter_state import COPIES, ROOT, wrapped_keys
 from inlay.host.layer import PREFIX, adapted
@@ -74,7 +75,9 @@ def merged_tensors(model: PeftModel, adapter: Adapter, weights: Weights, dtype: 
     layers = {layer.cuts["default"].module: layer for layer in adapted(model, "default").values()}
     check_mergeable(base.config)
     whole, rows, resized = trained_beside(model, adapter, weights)
-    waiting = {*whole, *(f"{module}.weight" for module in (*layers, *rows))}
+    experts = StoredExperts(weights, layers)
+    linear = [module for module in layers if module not in experts.layers]
+    waiting = {*whole, *(f"{module}.weight" for module in (*linear, *rows)), *experts.layers}
     tied = dict(base.all_tied_weights_keys)
     resized |= {source: resized[name] for name, source in tied.items() if name in resized and source not in resized}
     names = {key: name for name, key in weights.stored.items()}
@@ -101,9 +104,12 @@ def merged_tensors(model: PeftModel, adapter: Adapter, weights: Weights, dtype: 
         lost = None if change is None else ((rounded.float() - W).norm() / change.norm().clamp(min=TINY)).item()
         return New(key, name, (rounded.T if transposed else rounded).contiguous(), lost)
 
-    changed = {*whole, *(f"{module}.weight" for module in layers)}
+    changed = {*whole, *(f"{module}.weight" for module in linear)}
     for key in weights.names():
-        if weights.owner(key) is None:
+        if key in experts.pieces:
+            waiting.discard(experts.pieces[key].module)
+            yield New(key, key, *experts.merged(key, dtype))
+        elif weights.owner(key) is None:
             new = merged(key, names.get(key, key), key)
             waiting.discard(new.name)
             yield new

@@ -44,6 +44,7 @@ class ExpertWeight(nn.Module):
         super().__init__()
         self.kept = (experts, name)  # in a tuple, so that the parameter stands in the model once
         self.tall = not is_transposed(experts)
+        self.in_interface = "is_transposed" in vars(experts)  # transformers', and so PEFT knows how it lies
         self.count, *sides = self.weight.shape
         self.out_features, self.in_features = sides if self.tall else reversed(sides)
 
@@ -146,6 +147,11 @@ class InlayExperts(InlayLinear):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         return self.base_layer.matrices(self.change(adapter, self.pristine()))
+
+    def experts(self, name: str) -> list[Expert]:
+        """Return each expert as the methods see it, with the adapter `name`."""
+        parts = {name: self.parts(name)}
+        return [Expert(self, parts, e) for e in range(self.base_layer.count)]
 
     def parts(self, name: str) -> list[tuple[Method, Params, Params | None]]:
         """Return method, θ and θ₀ of each expert for the adapter `name`."""

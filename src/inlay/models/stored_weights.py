@@ -59,17 +59,30 @@ class Weights:
 
         Checkpoints leave out a leading module, or keep the names of an older release.
         """
+        return {name: key for key, name, converted in self._places if not converted}
+
+    @functools.cached_property
+    def converted(self) -> dict[str, list[str]]:
+        """Return the stored names of what makes up a tensor that the model holds in another layout, by its own name."""
+        parts: dict[str, list[str]] = {}
+        for key, name, converted in self._places:
+            if converted:
+                parts.setdefault(name, []).append(key)
+        return parts
+
+    @functools.cached_property
+    def _places(self) -> list[tuple[str, str, bool]]:
+        """Return each stored name with the model's name of its tensor, and whether that has another layout."""
         blank = self.blank()
         conversions = get_model_conversion_mapping(blank)
         names = [c for c in conversions if isinstance(c, WeightRenaming)]
         layouts: Any = [c for c in conversions if not isinstance(c, WeightRenaming)]
         state = blank.state_dict()
-        stored: dict[str, str] = {}
+        places = []
         for key in self._files:
             name, converted = rename_source_key(key, names, layouts, blank.base_model_prefix, state)
-            if converted is None:
-                stored[name] = key
-        return stored
+            places.append((key, name, converted is not None))
+        return places
 
     def key(self, name: str) -> str | None:
         """Return the stored name of a tensor of the model; None where it is not stored."""
