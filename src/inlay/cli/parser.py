@@ -14,8 +14,8 @@ from inlay.messages import did_you_mean, one_line, show_text
 
 COMMON = """data output method r scale target_modules learning_rate steps epochs batch_size max_length dtype
 eval_size gradient_checkpointing seed samples model overwrite""".split()
-WHAT_AND_WHERE = """method r bond cores init scale args target_modules exclude_modules layers_to_transform patterns
-revision trust_remote_code""".split()
+WHAT_AND_WHERE = """method r bond cores init scale args target_modules exclude_modules layers_to_transform experts
+patterns revision trust_remote_code""".split()
 SCALE = "strength of the adapter: 0 is the base, 1 (default) as it was trained"
 OUT_OF_MEMORY = """out of memory. What helps, most first: --batch-size auto (or a smaller one, with --accumulation to
 make up for it), --gradient-checkpointing true, a smaller --max-length, --dtype bfloat16, a model quantised to 4 bits;

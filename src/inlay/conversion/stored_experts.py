@@ -88,7 +88,8 @@ class StoredExperts:
         piece = self.pieces[key]
         layer, W = self.layers[piece.module], self.whole(piece.module)
         parts, experts = layer.parts("default"), range(len(W)) if piece.expert is None else [piece.expert]
-        values, lost, moved = [], 0.0, 0.0
+        values = []
+        lost = moved = 0.0
         for e in experts:
             old = W[e].float()
             change = change_of(*parts[e], old)[piece.rows]

@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +84,9 @@ class Expert:
     """Present one expert to the methods, as a layer that holds its part of θ."""
 
     def __init__(self, group: InlayExperts, theta: Thetas, e: int) -> None:
-        self.group, self.parts, self.e = group, theta, e
+        self.group = group
+        self.parts = theta
+        self.e = e
 
     def theta(self, name: str) -> tuple[Method, Params, Params | None]:
         return self.parts[name][self.e]
@@ -97,7 +98,7 @@ class Expert:
         return change_of(*self.theta(name), W)
 
 
-class Rows:
+class RoutedRows:
     """Present an expert without adapters to a method, with the rows x (n, in) that are routed to it.
 
     `known` gives its output for them, where all experts are computed at once.
@@ -106,7 +107,11 @@ class Rows:
     bias = None
 
     def __init__(self, W: Tensor, e: int, x: Tensor, routed: Routed, known: Callable[[], Tensor] | None) -> None:
-        self.weight, self.e, self.x, self.routed, self.known = W, e, x, routed, known
+        self.weight = W
+        self.e = e
+        self.x = x
+        self.routed = routed
+        self.known = known
 
     @property
     def linear(self) -> ops.Linear | None:
@@ -170,9 +175,6 @@ class InlayExperts(InlayLinear):
     def row_norms(self) -> Tensor:
         raise ValueError("noise on the weights (Flat-LoRA) does not reach experts; leave it out, or experts")
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("the weight of experts is no layer to call")
-
     # -- products -------------------------------------------------------------------------------------------------
 
     def stand_in(self) -> StandIn | None:
@@ -195,7 +197,7 @@ class InlayExperts(InlayLinear):
         outputs = []
         for i, (e, rows) in enumerate(zip(routed.experts, split, strict=True)):
             known = None if routed.whole is None else partial(whole.part, i)
-            layer: Base = Rows(W[e], e, rows, routed, known)
+            layer: Base = RoutedRows(W[e], e, rows, routed, known)
             for name in parts:
                 layer = Adapted(Expert(self, parts, e), name, layer)
             y = layer(rows)
@@ -251,7 +253,8 @@ class Once:
     """Compute the product of all rows at once, when the first part of it is asked for."""
 
     def __init__(self, routed: Routed) -> None:
-        self.routed, self.made = routed, ()
+        self.routed = routed
+        self.made: tuple[Tensor, ...] = ()
 
     def part(self, i: int) -> Tensor:
         """Return the rows of the i-th expert."""
@@ -280,7 +283,7 @@ class AdaptedExperts(nn.Module):
         """Return the adapted parameters by name."""
         return {name: layer for name, layer in self.named_children() if isinstance(layer, InlayExperts)}
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         stands = {name: layer.stand_in() for name, layer in self.layers().items()}
         stands = {name: stand for name, stand in stands.items() if stand is not None}
         if not stands:
@@ -291,8 +294,9 @@ class AdaptedExperts(nn.Module):
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         """Return the experts module itself, with the adapters in its weights if `merge`; PEFT calls it."""
-        for layer in self.layers().values() if merge else ():
-            layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        if merge:
+            for layer in self.layers().values():
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         return self.base_layer
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,7 @@ class Routed:
 
 
 Product = Callable[[Tensor, Routed], Tensor]
+Function = Callable[..., Tensor]
 
 
 class StandIn(Tensor):
@@ -58,11 +59,16 @@ class StandIn(Tensor):
     def of(plain: Tensor, product: Product, tall: bool, which: int | Tensor | None = None) -> StandIn:
         """Return a stand-in for `plain`."""
         new = plain.as_subclass(StandIn)
-        new.plain, new.product, new.tall, new.which = plain, product, tall, which
+        new.plain = plain
+        new.product = product
+        new.tall = tall
+        new.which = which
         return new
 
     @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(  # type: ignore[override]
+        cls, function: Any, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         kwargs = kwargs or {}
         # A property of tensors comes as the `__get__` of its descriptor.
         name = function.__self__.__name__ if function.__name__ == "__get__" else function.__name__
@@ -86,12 +92,12 @@ class StandIn(Tensor):
         return result
 
 
-def reveal(value: Any) -> Any:
+def reveal(value: object) -> object:
     """Return what a stand-in stands for, and any other value as it is."""
     return value.plain if isinstance(value, StandIn) else value
 
 
-def picked(stand: StandIn, index: Any) -> StandIn:
+def picked(stand: StandIn, index: object) -> StandIn:
     """Return the stand-in for one expert, or for one for each row."""
     if stand.which is not None or not isinstance(index, int | Tensor) or (isinstance(index, Tensor) and index.ndim > 1):
         raise ValueError(
@@ -106,12 +112,14 @@ def picked(stand: StandIn, index: Any) -> StandIn:
     return StandIn.of(stand.plain[index], stand.product, stand.tall, int(index))
 
 
-def multiplied(name: str, function: Any, first: Any, second: Any, *more: Any, **kwargs: Any) -> Tensor:
+def multiplied(
+    name: str, function: Function, first: Tensor, second: Tensor, *more: Tensor | None, **kwargs: Tensor | None
+) -> Tensor:
     """Return the product of a tensor and a stand-in, whichever comes first, as the adapted layer gives it."""
-    stand, x = (first, second) if isinstance(first, StandIn) else (second, first)
+    stand, x = (first, second) if isinstance(first, StandIn) else (cast(StandIn, second), first)
     plain, which = stand.plain, stand.which
     if "grouped" in name:
-        return grouped(function, x, stand, **kwargs)
+        return grouped(function, x, stand, cast(Tensor, kwargs.pop("offs")), **kwargs)
     if name == "linear":
         bias = more[0] if more else kwargs.get("bias")
         y = by_one(x, stand, lambda e, rows: F.linear(rows, plain))
@@ -131,7 +139,7 @@ def by_one(x: Tensor, stand: StandIn, one: Callable[[int, Tensor], Tensor]) -> T
     return stand.product(flat, Routed([int(stand.which or 0)], [len(flat)], one)).view(*x.shape[:-1], -1)
 
 
-def by_row(function: Any, x: Tensor, stand: StandIn, first: bool) -> Tensor:
+def by_row(function: Function, x: Tensor, stand: StandIn, first: bool) -> Tensor:
     """Return the products of rows with an expert each; x is (S, 1, in), or (S, in, 1) where weights come `first`."""
     ids, plain = stand.which, stand.plain
     assert isinstance(ids, Tensor)
@@ -155,7 +163,7 @@ def evenly(rows: int, experts: int) -> list[int]:
     return [rows * (e + 1) // experts for e in range(experts)]
 
 
-def grouped(function: Any, x: Tensor, stand: StandIn, *, offs: Tensor, **kwargs: Any) -> Tensor:
+def grouped(function: Function, x: Tensor, stand: StandIn, offs: Tensor, **kwargs: Tensor | None) -> Tensor:
     """Return the product of rows x (S, in), sorted by their experts, each with its own; `offs` says where they end."""
     plain = stand.plain
     ends = evenly(len(x), len(plain)) if offs.is_meta else offs.tolist()
