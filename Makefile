@@ -54,6 +54,7 @@ bench: $(DEV)  ## the measurements behind benchmarks/results
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/steps.py
 	$(BIN)/python benchmarks/first_step.py
+	$(BIN)/python benchmarks/experts.py
 	$(if $(INLAY_DATA),$(BIN)/python benchmarks/step_profile.py,@echo "INLAY_DATA is not set: step_profile.py is left out")
 # Not among them: default_rates.py (hours, and data of several kinds), triton_kernels.py (needs a GPU), metamath.py (needs a GPU and a hub).
 

@@ -51,6 +51,7 @@ class Case:
     checkpointing: bool = False
     batch: int = 2
     length: int = 256
+    experts: bool = False
 
 
 CASES = [
@@ -75,7 +76,8 @@ def config(case: Case) -> Any:
     where = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     if case.method == "PEFT LoRA":
         return LoraConfig(r=16, **where)
-    return InlayConfig(method=case.method, args={"bond" if case.method == "dota" else "r": 16}, **where)
+    size = {"bond" if case.method == "dota" else "r": 16}
+    return InlayConfig(method=case.method, args=size, experts=case.experts, **where)
 
 
 def predicted(case: Case, folder: str) -> float:

@@ -172,6 +172,8 @@ def grouped(function: Function, x: Tensor, stand: StandIn, offs: Tensor, **kwarg
     rest = len(x) - ends[-1]  # rows of experts that another process has
 
     def one(e: int, rows: Tensor) -> Tensor:
+        if joins:
+            return rows @ plain[e]
         return function(rows, plain[e : e + 1], offs=offs.new_tensor([len(rows)]), **kwargs)
 
     def whole() -> Tensor:

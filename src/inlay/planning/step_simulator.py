@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from inlay.host.slot import Slot
+from inlay.host.stand_in import StandIn
 from inlay.models.sizes import count_trainable, layers_of
 
 ATEN = torch.ops.aten
@@ -201,6 +202,24 @@ def fused_attention() -> Iterator[None]:
         F.scaled_dot_product_attention = original
 
 
+@contextmanager
+def grouped_products() -> Iterator[None]:
+    """Replace torch's grouped product of experts, until the block ends, by one that the meta device has in any dtype.
+
+    A frozen weight's is as large, and as much work, as one product of all rows with the weight of a single expert.
+    """
+    original = F.grouped_mm
+
+    def grouped(x: Tensor, W: Tensor, *, offs: Tensor, **more: Any) -> Tensor:
+        return original(x, W, offs=offs, **more) if isinstance(W, StandIn) else x @ W[0]
+
+    F.grouped_mm = grouped
+    try:
+        yield
+    finally:
+        F.grouped_mm = original
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
@@ -277,7 +296,7 @@ def simulate(model: nn.Module, batch: int, length: int, device: str) -> Step:
 
     first = [layer.register_forward_hook(watch) for layer in layers_of(model)[:1]]
     model.train()
-    with meter, fused_attention():
+    with meter, fused_attention(), grouped_products():
         moments = [torch.empty_like(p) for p in trained for _ in range(2)]
         before = meter.live
         ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
