@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from moe import adapt, layers, logits, mixtral, model_of, wander
+from moe import adapt, config, layers, logits, mixtral, model_of, wander
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import inlay
+from inlay.recipe.recipe import Recipe
 
 
 def saved(base, folder, name, tmp_path, **more):
@@ -57,3 +58,27 @@ def test_a_full_rank_change_of_experts_is_no_lora(tmp_path):
     saved(mixtral(), tmp_path / "base", "bat", tmp_path)
     with pytest.raises(ValueError, match="or merge the adapter, which is exact"):
         inlay.export_lora(tmp_path / "a", tmp_path / "l")
+
+
+def test_each_expert_is_a_line_of_inspect(tmp_path):
+    saved(mixtral(), tmp_path / "base", "pissa", tmp_path, target_modules=["q_proj"], size=2)
+    changed = inlay.inspect_adapter(tmp_path / "a")
+    assert len(changed) == 9
+    assert {name.rpartition("layers.0.")[2] for name in changed} == {
+        "self_attn.q_proj", *(f"mlp.experts.{part}.{e}" for part in ("gate_up_proj", "down_proj") for e in range(4)),
+    }  # fmt: skip
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "a")
+    for path, layer in layers(model).items():
+        D = layer.get_delta_weight("default").detach()
+        for e in range(4):
+            right = (D[e].norm() / layer.pristine()[e].norm()).item()
+            assert changed[f"{path}.{e}"].size == pytest.approx(right, rel=1e-3)
+
+
+def test_experts_are_not_folded(tmp_path):
+    with pytest.raises(ValueError, match="experts: a fold quantises linear layers only"):
+        inlay.fold("any", tmp_path / "f", config())
+    with pytest.raises(ValueError, match="take nf4_offset, or leave experts out"):
+        Recipe(experts=True, quantize="nf4")
+    with pytest.raises(ValueError, match="does not reach experts"):
+        Recipe(experts=True, flat_noise=0.05)

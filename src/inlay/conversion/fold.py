@@ -92,6 +92,8 @@ def fold(
         raise ValueError(f"rounds={rounds!r} is not a whole number from 1 up")
     if config.folded:
         raise ValueError("this config is of a folded adapter; fold with a fresh one")
+    if config.experts:
+        raise ValueError("experts: a fold quantises linear layers only; leave experts out")
     source = BaseModel(model, revision, trust_remote_code)
     tokenizer, dtype = source.tokenizer(), source.stored_dtype
     blank = source.meta(dtype)

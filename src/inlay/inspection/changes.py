@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import Conv1D
 
 from inlay.host.adapter_state import ROOT
+from inlay.host.experts import InlayExperts
 from inlay.host.layer import InlayLinear, adapted
 from inlay.host.module_names import layer_index, part_of
 from inlay.inspection.noise_edge import effective_rank, stable_rank
@@ -90,15 +92,18 @@ def changes(model: Any, base: Callable[[], Weights]) -> dict[str, WeightChange]:
     layers = {layer.cuts["default"].module: layer for layer in adapted(model, "default").values()}
     if any(layer.cuts["default"].folded for layer in layers.values()):
         return {}  # a fold is compared with the adapter it began with: `inspect_adapter.changes_of_fold`
-    trained = {module: of_inlay(layer) for module, layer in layers.items()} or of_others(model, base)
+    own = {name: weight for module, layer in layers.items() for name, weight in of_inlay(module, layer).items()}
+    trained = own or of_others(model, base)
     cost = sum(weight.shape.numel() * min(weight.shape) for weight in trained.values())
     full = cost <= MOST or all(weight.cuda for weight in trained.values())
     shown = chosen_modules(trained) if full else set()
     return {name: measure_change(weight, full, name in shown) for name, weight in trained.items()}
 
 
-def of_inlay(layer: InlayLinear, W: Tensor | None = None, first: InlayLinear | None = None) -> TrainedWeight:
-    """Return the trained weight of an Inlay layer, over its own base weight or another one `W`.
+def of_inlay(
+    module: str, layer: InlayLinear, W: Tensor | None = None, first: InlayLinear | None = None
+) -> dict[str, TrainedWeight]:
+    """Return the trained weight of an Inlay layer, over its own base weight or another one `W`; of experts, each one.
 
     For a fold, whose base W lacks ΔW(θ₀), `first` is the layer as it was before training.
     """
@@ -114,7 +119,19 @@ def of_inlay(layer: InlayLinear, W: Tensor | None = None, first: InlayLinear | N
     shape = torch.Size((layer.out_features, layer.in_features))
     parameters = [slot.weight for slot in layer.slots("default").values() if isinstance(slot.weight, nn.Parameter)]
     rank = vars(layer.cuts["default"].method).get("r")
-    return TrainedWeight(read, shape, bool(layer.base_layer.weight.is_cuda), trained_count(parameters), rank)
+    cuda, numbers = bool(layer.base_layer.weight.is_cuda), trained_count(parameters)
+    if not isinstance(layer, InlayExperts):
+        return {module: TrainedWeight(read, shape, cuda, numbers, rank)}
+
+    def read_expert(e: int) -> tuple[Tensor, Tensor]:
+        weight = (layer.pristine() if W is None else W)[e].float()
+        return weight, layer.experts("default")[e].change("default", weight).float()
+
+    count = layer.shape[0]
+    return {
+        f"{module}.{e}": TrainedWeight(partial(read_expert, e), shape, cuda, numbers // count, rank)
+        for e in range(count)
+    }
 
 
 def of_others(model: Any, base: Callable[[], Weights]) -> dict[str, TrainedWeight]:

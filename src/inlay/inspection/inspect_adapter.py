@@ -19,6 +19,7 @@ from transformers import Conv1D
 from inlay.conversion.import_adapter import import_opened
 from inlay.conversion.merge_weights import read_weight
 from inlay.conversion.peft_folder import read_peft_folder
+from inlay.conversion.stored_experts import StoredExperts
 from inlay.files.atomic import check_free, new_folder, write_text
 from inlay.files.untrusted import DamagedFileError
 from inlay.host.layer import InlayLinear, adapted
@@ -122,10 +123,12 @@ def changes_of(adapter: Adapter, layers: list[int] | None, most: float = math.in
     full = sum(math.prod(shape) * min(shape) for shape in shapes) <= most
     shown = chosen_modules(names)
     changed: dict[str, WeightChange] = {}
+    stored = StoredExperts(weights, adapters)
     for name in tqdm(names, desc="Changes", unit="weight", disable=None, delay=1):
         layer = adapters[name]
-        trained = of_inlay(layer, base_weight(weights, name, layer), first.get(name))
-        changed[name] = measure_change(trained, full, name in shown)
+        W = stored.whole(name) if name in stored.layers else base_weight(weights, name, layer)
+        for part, trained in of_inlay(name, layer, W, first.get(name)).items():
+            changed[part] = measure_change(trained, full, name in shown)
     return changed
 
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from inlay.files import cache
 from inlay.host.config import InlayConfig
+from inlay.host.experts import InlayExperts
 from inlay.host.layer import adapted
 from inlay.models.base import BaseModel
 
@@ -27,7 +28,7 @@ Shape = tuple[int, int]  # out, in
 
 
 def target_weights(base: BaseModel, config: InlayConfig, **model: Any) -> dict[str, Shape]:
-    """Return the modules of a model that a config adapts, in order, with their (out, in); no weights are read.
+    """Return the linear modules of a model that a config adapts, in order, with their (out, in); no weights are read.
 
     Args:
         base: the model.
@@ -39,7 +40,7 @@ def target_weights(base: BaseModel, config: InlayConfig, **model: Any) -> dict[s
     """
     config = copy.deepcopy(config)  # PEFT writes what it finds into it
     empty = get_peft_model(base.meta(torch.float32, **model), config)
-    layers = adapted(empty, "default").values()
+    layers = (layer for layer in adapted(empty, "default").values() if not isinstance(layer, InlayExperts))
     return {layer.cuts["default"].module: (layer.out_features, layer.in_features) for layer in layers}
 
 

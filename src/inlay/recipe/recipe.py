@@ -182,6 +182,8 @@ class Recipe:
         if self.allocate != "none":
             check_allocate(self)
         check_inlay_only(self)
+        if self.experts and self.quantize == "nf4":
+            raise ValueError("experts: quantize: nf4 folds linear layers only; take nf4_offset, or leave experts out")
         if self.experts and self.flat_noise:
             raise ValueError(f"flat_noise={self.flat_noise} does not reach experts; set it to 0, or leave experts out")
         check_task(self)
