@@ -14,6 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from inlay.cli import main
 from inlay.method import Method
@@ -274,3 +275,30 @@ def test_what_cannot_be_started_is_refused(more, says, capsys):
         main(["train", *more])
     assert stop.value.code == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_experts_in_two_processes(tmp_path, small_tokenizer):
+    """DDP, FSDP2 and one process train the same adapter of a mixture of experts, with checkpointed activations too."""
+    base = tmp_path / "base"
+    torch.manual_seed(0)
+    settings = MixtralConfig(
+        hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        num_local_experts=4, vocab_size=len(small_tokenizer), bos_token_id=small_tokenizer.bos_token_id,
+        eos_token_id=small_tokenizer.eos_token_id, pad_token_id=small_tokenizer.pad_token_id,
+    )  # fmt: skip
+    MixtralForCausalLM(settings).save_pretrained(base)
+    small_tokenizer.save_pretrained(base)
+    data = tmp_path / "data.jsonl"
+    data.write_text(
+        "".join(json.dumps({"prompt": f"{i} and {i}", "response": f"is {2 * i}"}) + "\n" for i in range(24))
+    )
+    recipe = made(str(base), str(data), tmp_path / "ddp", method="pissa", args={"r": 2}, experts=True, steps=3)
+    other = {**recipe, "output": str(tmp_path / "fsdp2"), "gradient_checkpointing": True}
+    said = together(tmp_path, [{"engine": "ddp", "recipe": recipe}, {"engine": "fsdp2", "recipe": other}])
+    assert {own["said"] for both in said for own in both} == {"done"}
+    alone = one(recipe, output=str(tmp_path / "one"))
+    for run in ("ddp", "fsdp2"):
+        assert_same(tmp_path / run, alone)
+    names = load_file(alone / "adapter" / "adapter_model.safetensors")
+    assert any(".experts.down_proj.inlay_A" in name for name in names)
