@@ -278,7 +278,7 @@ def test_what_cannot_be_started_is_refused(more, says, capsys):
 
 
 @pytest.mark.slow
-def test_experts_in_two_processes(tmp_path, small_tokenizer):
+def test_experts_in_two_processes(tmp_path, small_tokenizer, records):
     """DDP, FSDP2 and one process train the same adapter of a mixture of experts, with checkpointed activations too."""
     base = tmp_path / "base"
     torch.manual_seed(0)
@@ -289,11 +289,7 @@ def test_experts_in_two_processes(tmp_path, small_tokenizer):
     )  # fmt: skip
     MixtralForCausalLM(settings).save_pretrained(base)
     small_tokenizer.save_pretrained(base)
-    data = tmp_path / "data.jsonl"
-    data.write_text(
-        "".join(json.dumps({"prompt": f"{i} and {i}", "response": f"is {2 * i}"}) + "\n" for i in range(24))
-    )
-    recipe = made(str(base), str(data), tmp_path / "ddp", method="pissa", args={"r": 2}, experts=True, steps=3)
+    recipe = made(str(base), records, tmp_path / "ddp", method="pissa", args={"r": 2}, experts=True, steps=3)
     other = {**recipe, "output": str(tmp_path / "fsdp2"), "gradient_checkpointing": True}
     said = together(tmp_path, [{"engine": "ddp", "recipe": recipe}, {"engine": "fsdp2", "recipe": other}])
     assert {own["said"] for both in said for own in both} == {"done"}
