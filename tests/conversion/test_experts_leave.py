@@ -82,3 +82,16 @@ def test_experts_are_not_folded(tmp_path):
         Recipe(experts=True, quantize="nf4")
     with pytest.raises(ValueError, match="does not reach experts"):
         Recipe(experts=True, flat_noise=0.05)
+
+
+def test_experts_without_an_adapter_leave_too(tmp_path):
+    chosen = {"mlp.experts": [1, 2]}
+    y = saved(mixtral(), tmp_path / "base", "pissa", tmp_path, experts=chosen, patterns={r"gate_up_proj\.1": {"r": 2}})
+    assert inlay.merge(tmp_path / "a", tmp_path / "m").logit_error < 1e-3
+    old, new = (load_file(tmp_path / where / "model.safetensors") for where in ("base", "m"))
+    changed = {k.rpartition("experts.")[2] for k, v in old.items() if not torch.equal(v, new[k])}
+    assert changed == {f"{e}.{part}.weight" for e in (1, 2) for part in ("w1", "w2", "w3")}
+    inlay.export_lora(tmp_path / "a", tmp_path / "l")
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "l").eval()
+    torch.testing.assert_close(logits(plain), y, rtol=1e-3, atol=1e-3)
+    assert len(inlay.inspect_adapter(tmp_path / "a")) == 4

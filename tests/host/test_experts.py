@@ -268,3 +268,38 @@ def test_the_example_of_the_page_runs(tmp_path, monkeypatch):
     page = (Path(__file__).parents[2] / "docs/moe.md").read_text()
     exec(page.split("```python\n")[1].split("```")[0], {})
     assert (tmp_path / "my-adapter/adapter_config.json").is_file()
+
+
+def test_an_expert_has_a_rank_of_its_own_and_some_have_none(tmp_path):
+    ranks = {r"experts\.down_proj\.1": {"r": 2}, r"experts\.down_proj": {"r": 3}}
+    chosen = {"layers.0.mlp.experts": [0, 1, 3]}
+    base = mixtral(num_hidden_layers=2)
+    before = logits(base)
+    model = adapt(base, patterns=ranks, experts=chosen)
+    assert torch.equal(logits(model), before)
+    wander(model)
+    own = layers(model)
+    assert list(own) == [f"model.layers.0.mlp.experts.{part}" for part in ("gate_up_proj", "down_proj")]
+    assert {e: m.r for e, m in own["model.layers.0.mlp.experts.down_proj"].shares["default"].methods.items()} == {
+        0: 3, 1: 2, 3: 3,
+    }  # fmt: skip
+    shapes = {n.partition("experts.")[2]: p.shape for n, p in model.named_parameters() if p.requires_grad}
+    assert shapes["gate_up_proj.inlay_A.default.weight"] == (3, 4, 16)
+    assert shapes["down_proj.inlay_A.default.weight"] == (8 * 24,)
+    y = logits(model)
+    layer = own["model.layers.0.mlp.experts.down_proj"]
+    D = layer.get_delta_weight("default")
+    assert [torch.linalg.matrix_rank(own).item() for own in D] == [6, 4, 0, 6]
+    y.square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(mixtral(num_hidden_layers=2), tmp_path).eval()
+    assert torch.equal(logits(loaded), y)
+    torch.testing.assert_close(logits(model.merge_and_unload()), y, rtol=1e-4, atol=1e-4)
+    for wrong, says in (({"no": [1]}, "'no' is none of model.layers.0.mlp.experts"), ({"experts": [4]}, "has no expert 4")):
+        with pytest.raises(ValueError, match=says):
+            adapt(mixtral(), experts=wrong)
+    with pytest.raises(ValueError, match="nor numbers of experts as"):
+        config(experts={"experts": 3})
+    with pytest.raises(ValueError, match="matches no adapted module"):
+        adapt(mixtral(), patterns={r"experts\.down_proj\.7": {"r": 2}})

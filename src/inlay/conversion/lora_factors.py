@@ -102,8 +102,12 @@ def lora_deltas(
                 W = stored.whole(module)
             each = [(weight, cast(InlayExperts, layer).experts("default")) for weight, layer in parts]
             for e in range(one.shape[0]):
-                of_one = [(weight, experts[e]) for weight, experts in each]
-                yield lora_delta(f"{module}.{e}", of_one, W[e].float() if reads else W, rank, energy)
+                of_one = [(weight, experts[e]) for weight, experts in each if e in experts]
+                if of_one:
+                    yield lora_delta(f"{module}.{e}", of_one, W[e].float() if reads else W, rank, energy)
+                else:  # PEFT's has a place for every expert
+                    out, inp = W.shape[-2:]
+                    yield LoraDelta(f"{module}.{e}", torch.zeros(out, 1), torch.zeros(1, inp), 0.0)
             continue
         if reads:
             weights = weights or base_weights()

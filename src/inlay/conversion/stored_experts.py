@@ -92,7 +92,7 @@ class StoredExperts:
         lost = moved = 0.0
         for e in experts:
             old = W[e].float()
-            change = change_of(*parts[e], old)[piece.rows]
+            change = change_of(*parts[e], old)[piece.rows] if e in parts else torch.zeros_like(old[piece.rows])
             exact = old[piece.rows] + change
             rounded = exact.to(dtype or W.dtype)
             if not rounded.isfinite().all():

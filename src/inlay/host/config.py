@@ -89,7 +89,9 @@ class InlayConfig(PeftConfig):
             as in `LoraConfig`, "all-linear" included.
         experts: whether the fused experts of a mixture-of-experts model are adapted too: each of them, in every layer
             that `exclude_modules` and `layers_to_transform` leave. `patterns` name them by their parameters, as in
-            `{"experts.down_proj": {"r": 4}}`. With `target_modules=[]` they are adapted alone.
+            `{"experts.down_proj": {"r": 4}}`, or one of them, `experts.down_proj.3`. With `target_modules=[]` they are
+            adapted alone. `{"layers.0.mlp.experts": [0, 3]}` takes in these of one layer, and none of layers that are
+            not named.
         bias: "none", "all" or "inlay_only": which biases of the model are trained.
         saver: "none", "velora" or "wta_crs": in training, what is kept of a layer's input for the gradient of an inner
             factor (A): less than all of it, for an estimate of the gradient (`inlay.numerics.ops.savers.SAVERS`).
@@ -115,7 +117,7 @@ class InlayConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     target_parameters: list[str] | None = None
-    experts: bool = False
+    experts: bool | dict[str, list[int]] = False
     bias: str = "none"
     saver: str = "none"
     seed: int | None = None
@@ -142,8 +144,7 @@ class InlayConfig(PeftConfig):
         for name, kind in kinds:
             if not isinstance(value := getattr(self, name), kind | None):
                 raise ValueError(f"{name}={value!r} is not {'a mapping' if kind is dict else 'a whole number'}")
-        if not isinstance(self.experts, bool):
-            raise ValueError(f"experts={self.experts!r} is not true or false")
+        self._check_chosen_experts()
         for mark in (self.seals or {}).values():
             if not (isinstance(mark, dict) and mark.keys() >= SEALED):
                 raise ValueError(f"seals: {mark!r} is no seal; set config.seals = None to load without")
@@ -154,6 +155,15 @@ class InlayConfig(PeftConfig):
         self.target_modules = set(t) if isinstance(t := self.target_modules, list) else t
         self.exclude_modules = set(e) if isinstance(e := self.exclude_modules, list) else e
         self._check()
+
+    def _check_chosen_experts(self) -> None:
+        chosen = self.experts.values() if isinstance(self.experts, dict) else ()
+        whole = all(isinstance(own, list) and own and all(type(e) is int for e in own) for own in chosen)
+        if not isinstance(self.experts, bool | dict) or self.experts == {} or not whole:
+            raise ValueError(
+                f"experts={self.experts!r} is not true or false, nor numbers of experts as "
+                '{"layers.0.mlp.experts": [0, 3]}'
+            )
 
     def _take(self, method: Method) -> None:
         """Read a method instance as a name and the hyperparameters that differ from its defaults."""
@@ -216,6 +226,11 @@ class InlayConfig(PeftConfig):
         """Return the method with the hyperparameters of one module."""
         pattern = self.pattern_of(module_name)
         return self._build({} if pattern is None else self.patterns[pattern])
+
+    def build_expert(self, module_name: str, expert: int) -> Method:
+        """Return the method of one expert of the parameter `module_name`: by its own name, or by the parameter's."""
+        name = f"{module_name}.{expert}"
+        return self.build(name if self.pattern_of(name) is not None else module_name)
 
     def to_dict(self) -> dict:
         """Return the configuration as it is saved, with every hyperparameter: a later default changes no adapter.

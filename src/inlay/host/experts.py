@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from inlay.host import distributed
 from inlay.host.compute_starts import Job
 from inlay.host.config import InlayConfig
-from inlay.host.layer import PREFIX, Adapted, InlayLinear, change_of
+from inlay.host.layer import PREFIX, Adapted, InlayLinear, bounded_shapes, change_of
 from inlay.host.module_names import layer_index
 from inlay.host.stand_in import Routed, StandIn
 from inlay.method import Base, Drop, Method, Params
 from inlay.numerics import ops
 
-Thetas = dict[str, list[tuple[Method, Params, Params | None]]]  # of each expert, by adapter
+Theta = dict[int, tuple[Method, Params, Params | None]]  # of each expert that an adapter is on
+Thetas = dict[str, Theta]  # by adapter
 
 EXPERTS_STAY = (
     "the experts of this model stay frozen, and its routers: they are no linear layers; experts=True takes the experts "
@@ -122,10 +123,63 @@ class RoutedRows:
         return self.known() if x is self.x and self.known is not None else self.routed.one(self.e, x)
 
 
+class Shares:
+    """Say what of an adapter's tensors belongs to which expert: they are stacked, or, if methods differ, end to end.
+
+    Args:
+        methods: of each expert; None: it has no adapter.
+        out, inp: the sides of an expert's weight.
+
+    Raises:
+        ValueError: the methods have not the same symbols, or one does not fit the weight.
+    """
+
+    def __init__(self, methods: Sequence[Method | None], out: int, inp: int) -> None:
+        known: dict[str, Params] = {}
+        self.methods = {e: method for e, method in enumerate(methods) if method is not None}
+        for method in self.methods.values():
+            if repr(method) not in known:
+                known[repr(method)] = bounded_shapes(method, out, inp)
+        self.shapes = {e: known[repr(method)] for e, method in self.methods.items()}
+        self.stacked = len(known) == 1
+        if len({tuple(shapes) for shapes in known.values()}) > 1:
+            raise ValueError(
+                "the experts of one layer differ in more than the sizes of their tensors; give them one value"
+            )
+
+    def whole(self) -> Params:
+        """Return the adapter's tensors, on the meta device."""
+        first = next(iter(self.shapes.values()))
+        if self.stacked:
+            return {k: v.expand(len(self.shapes), *v.shape) for k, v in first.items()}
+        ends = {k: sum(shapes[k].numel() for shapes in self.shapes.values()) for k in first}
+        return {k: v.new_empty(ends[k]) for k, v in first.items()}
+
+    def split(self, k: str, tensor: Tensor) -> dict[int, Tensor]:
+        """Return what of the tensor of the symbol `k` is of each expert; the gradients of all are joined once."""
+        if self.stacked:
+            return dict(zip(self.shapes, tensor.unbind(), strict=True))
+        parts = tensor.split([shapes[k].numel() for shapes in self.shapes.values()])
+        return {e: part.view(shapes[k].shape) for (e, shapes), part in zip(self.shapes.items(), parts, strict=True)}
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return one tensor of those of all experts."""
+        return torch.stack(list(parts)) if self.stacked else torch.cat([part.flatten() for part in parts])
+
+
 class InlayExperts(InlayLinear):
     """Adapt one weight of all experts of a layer: each is computed as an `InlayLinear` is, on its own rows."""
 
     base_layer: ExpertWeight
+    other_param_names = (*InlayLinear.other_param_names, "shares")
+
+    def __init__(self, base_layer: ExpertWeight) -> None:
+        super().__init__(base_layer)
+        self.shares: dict[str, Shares] = {}
+
+    def share(self, name: str, methods: Sequence[Method | None]) -> None:
+        """Say which method each expert has in the adapter `name`, before `update_layer`; None: none."""
+        self.shares[name] = Shares(methods, self.out_features, self.in_features)
 
     def sides(self, base_layer: nn.Module) -> tuple[int, int]:
         assert isinstance(base_layer, ExpertWeight)
@@ -141,8 +195,8 @@ class InlayExperts(InlayLinear):
     def pristine(self) -> Tensor:
         return self.matrix() if self.unmerged is None else self.base_layer.matrices(self.unmerged)
 
-    def shapes_of(self, method: Method) -> Params:
-        return {k: v.expand(self.base_layer.count, *v.shape) for k, v in super().shapes_of(method).items()}
+    def shapes_of(self, name: str, method: Method) -> Params:
+        return self.shares[name].whole()
 
     def check_plain_weight(self) -> None:
         """Accept every weight: one of experts is a parameter."""
@@ -153,24 +207,30 @@ class InlayExperts(InlayLinear):
     def get_delta_weight(self, adapter: str) -> Tensor:
         return self.base_layer.matrices(self.change(adapter, self.pristine()))
 
-    def experts(self, name: str) -> list[Expert]:
-        """Return each expert as the methods see it, with the adapter `name`."""
+    def experts(self, name: str) -> dict[int, Expert]:
+        """Return each expert that the adapter `name` is on as the methods see it, by its number."""
         parts = {name: self.parts(name)}
-        return [Expert(self, parts, e) for e in range(self.base_layer.count)]
+        return {e: Expert(self, parts, e) for e in parts[name]}
 
-    def parts(self, name: str) -> list[tuple[Method, Params, Params | None]]:
-        """Return method, θ and θ₀ of each expert for the adapter `name`."""
-        method, p, p0 = self.theta(name)
-        each = {k: v.unbind() for k, v in p.items()}  # whose gradients are stacked once
-        first = {} if p0 is None else {k: each[k] if p0[k] is p[k] else p0[k].unbind() for k in p0}
-        return [
-            (method, {k: v[e] for k, v in each.items()}, None if p0 is None else {k: v[e] for k, v in first.items()})
-            for e in range(self.base_layer.count)
-        ]
+    def parts(self, name: str) -> Theta:
+        """Return method, θ and θ₀ of each expert that the adapter `name` is on."""
+        shares, (method, p, p0) = self.shares[name], self.theta(name)
+        each = {k: shares.split(k, v) for k, v in p.items()}
+        first = {} if p0 is None else {k: each[k] if p0[k] is p[k] else shares.split(k, p0[k]) for k in p0}
+        return {
+            e: (
+                own.at(method.place).at_strength(method.strength),
+                {k: v[e] for k, v in each.items()},
+                None if p0 is None else {k: v[e] for k, v in first.items()},
+            )
+            for e, own in shares.methods.items()
+        }
 
     def change(self, name: str, W: Tensor) -> Tensor:
         """Return s (ΔW(θ) − ΔW(θ₀)) of one adapter over the weights W, (E, out, in), in fp32 or better."""
-        return torch.stack([change_of(*part, W[e]) for e, part in enumerate(self.parts(name))])
+        parts = self.parts(name)
+        each = (change_of(*parts[e], own) if e in parts else torch.zeros_like(own).float() for e, own in enumerate(W))
+        return torch.stack(list(each))
 
     def row_norms(self) -> Tensor:
         raise ValueError("noise on the weights (Flat-LoRA) does not reach experts; leave it out, or experts")
@@ -198,7 +258,7 @@ class InlayExperts(InlayLinear):
         for i, (e, rows) in enumerate(zip(routed.experts, split, strict=True)):
             known = None if routed.whole is None else partial(whole.part, i)
             layer: Base = RoutedRows(W[e], e, rows, routed, known)
-            for name in parts:
+            for name in (n for n in parts if e in parts[n]):
                 layer = Adapted(Expert(self, parts, e), name, layer)
             y = layer(rows)
             outputs.append(self.base_layer.get_submodule(str(e))(rows, y) if self.base_layer.has_watchers() else y)
@@ -211,16 +271,17 @@ class InlayExperts(InlayLinear):
         return [f"base_layer.{e}" for e in range(self.base_layer.count)]
 
     def _jobs(self, name: str, like: str | None, stats: list[Params] | None) -> Iterator[Job]:
-        cut, starts = self.cuts[name], []
+        cut, shares = self.cuts[name], self.shares[name]
+        starts: list[Params] = []
 
         def done(start: Params) -> None:
             starts.append(start)
-            if len(starts) == self.base_layer.count:
-                self._settle_start(name, like, {k: torch.stack([s[k] for s in starts]) for k in start})
+            if len(starts) == len(shares.methods):
+                self._settle_start(name, like, {k: shares.join([s[k] for s in starts]) for k in start})
 
-        for e in range(self.base_layer.count):
+        for e, method in shares.methods.items():
             yield Job(
-                cut.method,
+                method,
                 (self.out_features, self.in_features),
                 partial(self._read, e),
                 done,
@@ -231,19 +292,23 @@ class InlayExperts(InlayLinear):
     def _read(self, e: int) -> Tensor:
         return self.pristine()[e].detach().float().contiguous()
 
-    def _restart(self, method: Method, p: Params, t: float) -> dict[str, Tensor | None]:
-        seen, begun = distributed.Gathered(p), []
-        for e in range(self.base_layer.count):
-            begun.append(method.restart({k: seen[k][e] for k in p}, t))
+    def _restart(self, name: str, method: Method, p: Params, t: float) -> dict[str, Tensor | None]:
+        shares, seen = self.shares[name], distributed.Gathered(p)
+        each = {k: shares.split(k, seen[k]) for k in p}
+        begun = {e: own.restart({k: v[e] for k, v in each.items()}, t) for e, own in shares.methods.items()}
         seen.scatter()
-        return {k: stacked([new.get(k, False) for new in begun], p[k]) for k in {k for new in begun for k in new}}
+        masks: dict[str, Tensor | None] = {}
+        for k in {k for new in begun.values() for k in new}:
+            own = [mask_of(new.get(k, False), each[k][e]) for e, new in begun.items()]
+            masks[k] = shares.join(own)
+        return masks
 
     def _merged(self, old: Tensor, names: list[str]) -> Tensor:
         """Return the weights with these adapters in them, of which only one at a time is held in fp32."""
         parts, new = [self.parts(name) for name in names], torch.empty_like(old)
         for e, W in enumerate(old):
             W = W.to(torch.promote_types(old.dtype, torch.float32))
-            for part in parts:
+            for part in (part for part in parts if e in part):
                 W = W + change_of(*part[e], W).to(W.dtype)
             new[e] = W
         return new
@@ -264,12 +329,9 @@ class Once:
         return self.made[i]
 
 
-def stacked(masks: list[Tensor | bool | None], whole: Tensor) -> Tensor | None:
-    """Return the masks of one expert each as one: of those begun anew whole (None) and not at all (False), too."""
-    if all(mask is None for mask in masks):
-        return None
-    every = torch.ones_like(whole[0], dtype=torch.bool)
-    return torch.stack([every if mask is None else ~every if isinstance(mask, bool) else mask for mask in masks])
+def mask_of(mask: Tensor | bool | None, like: Tensor) -> Tensor:
+    """Return the mask of what `restart` set anew in a tensor: of all of it (None) and of nothing (False), too."""
+    return mask if isinstance(mask, Tensor) else torch.full_like(like, mask is None, dtype=torch.bool)
 
 
 class AdaptedExperts(nn.Module):
@@ -343,17 +405,27 @@ def check_experts(name: str, experts: nn.Module, method: Method) -> None:
         raise ValueError(f"experts: {packed[0]} of {name} is quantised, which Inlay cannot adapt; leave experts out")
 
 
-def takes_expert(config: InlayConfig, name: str) -> bool:
-    """Return whether a config takes in the experts' parameter `name`: what it excludes, or saves whole, it does not."""
+def taken_experts(config: InlayConfig, name: str, module: nn.Module) -> set[int]:
+    """Return which experts of the parameter `name` a config takes in: what it excludes, or saves whole, it does not."""
     layers = config.layers_to_transform
     if layers is not None and layer_index(name) not in ([layers] if isinstance(layers, int) else layers):
-        return False
+        return set()
+    if is_left_out(config, name):
+        return set()
+    if not isinstance(config.experts, dict):
+        return set(range(len(module.get_parameter(name.rpartition(".")[2]))))
+    experts = name.rpartition(".")[0]
+    return {e for one, own in config.experts.items() if f".{experts}".endswith(f".{one}") for e in own}
+
+
+def is_left_out(config: InlayConfig, name: str) -> bool:
+    """Return whether a config excludes a parameter of experts, or saves it whole."""
     places = [name, name.rpartition(".")[0]]
     excluded = config.exclude_modules
     if isinstance(excluded, str):
-        return not any(re.fullmatch(excluded, place) for place in places)
+        return any(re.fullmatch(excluded, place) for place in places)
     left = [*(excluded or ()), *(config.modules_to_save or ())]
-    return not any(place == one or place.endswith(f".{one}") for one in left for place in places)
+    return any(place == one or place.endswith(f".{one}") for one in left for place in places)
 
 
 def report_frozen_experts(model: nn.Module) -> None:

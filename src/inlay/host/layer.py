@@ -249,8 +249,8 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         """Return the shape of `matrix`."""
         return self.out_features, self.in_features
 
-    def shapes_of(self, method: Method) -> Params:
-        """Return what θ of this layer is in `method`, on the meta device."""
+    def shapes_of(self, name: str, method: Method) -> Params:
+        """Return what θ of the adapter `name` is here, on the meta device."""
         return bounded_shapes(method, self.out_features, self.in_features)
 
     def stored_base(self) -> nn.Module:
@@ -319,7 +319,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         for container in self.adapter_layer_names:
             if name in self._held(container):
                 self._held(container).pop(name)
-        shapes = self.shapes_of(method)
+        shapes = self.shapes_of(name, method)
         trained = tuple(k for k in shapes if k not in method.frozen)
         if about.get("saver", "none") != "none":
             check_saver(method, trained, about["saver"])
@@ -335,7 +335,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         cut = self.cuts[name]
         cut.method, cut.owner = cut.method.at(place), owner
         if cut.method.shared and owner is None:
-            shapes = self.shapes_of(cut.method)
+            shapes = self.shapes_of(name, cut.method)
             device = torch.device("meta") if light else self._device()
             self._slots(name, {k: shape for k, shape in shapes.items() if k in cut.method.shared}, device)
             self.set_adapter(self.active_adapters, inference_mode=inference_mode)
@@ -487,7 +487,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         for name in (a for a in self.active_adapters if a in self.cuts):
             cut = self.cuts[name]
             method, p, _ = self.theta(name)
-            for k, mask in sorted(self._restart(method, p, t).items()):
+            for k, mask in sorted(self._restart(name, method, p, t).items()):
                 weight = self._holder(k, name)._held(PREFIX + k)[name]()
                 forget += [(weight, mask)] if isinstance(weight, nn.Parameter) else []
             frozen = method.schedule(p, t)
@@ -498,7 +498,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
             cut.method = cut.method.at(replace(method.place, t=t))
         return forget
 
-    def _restart(self, method: Method, p: Params, t: float) -> dict[str, Tensor | None]:
+    def _restart(self, name: str, method: Method, p: Params, t: float) -> dict[str, Tensor | None]:
         begun = method.restart(seen := distributed.Gathered(p), t)
         seen.scatter()
         return begun

@@ -37,7 +37,7 @@ from inlay.host.experts import (
     expert_weights,
     fused_experts,
     report_frozen_experts,
-    takes_expert,
+    taken_experts,
 )
 from inlay.host.first_pass import FirstPass
 from inlay.host.hotswap import replace_peft_hotswap
@@ -125,8 +125,16 @@ class InlayModel(BaseTuner):
         experts = fused_experts(model)
         if not experts:
             raise ValueError("experts: this model has no fused experts; leave experts out")
+        if isinstance(config.experts, dict):
+            for module, chosen in config.experts.items():
+                found = [m for n, m in experts.items() if is_named(module, [n])]
+                if not found:
+                    raise ValueError(f"experts: {module!r} is none of {', '.join(experts)}")
+                count = len(found[0].get_parameter(expert_weights(found[0])[0]))
+                if wrong := [e for e in chosen if not 0 <= e < count]:
+                    raise ValueError(f"experts: {module} has no expert {wrong[0]}; it has 0 to {count - 1}")
         for name, module in experts.items():
-            weights = [w for w in expert_weights(module) if takes_expert(config, f"{name}.{w}")]
+            weights = [w for w in expert_weights(module) if taken_experts(config, f"{name}.{w}", module)]
             for weight in weights:
                 check_experts(name, module, config.build(without_wrappers(f"{name}.{weight}")))
             parent, child = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
@@ -139,6 +147,10 @@ class InlayModel(BaseTuner):
                 if weight not in cast(AdaptedExperts, wrapper).layers():
                     wrapper.add_module(weight, InlayExperts(ExpertWeight(module, weight)))
                 layer, key = cast(InlayExperts, wrapper.get_submodule(weight)), f"{name}.{weight}"
+                taken = taken_experts(config, key, module)
+                layer.share(adapter_name, [
+                    config.build_expert(without_wrappers(key), e) if e in taken else None for e in range(layer.shape[0])
+                ])  # fmt: skip
                 self._add(layer, key, config, adapter_name)
                 self._touched.append((key, wrapper, weight, layer))
                 self.targeted_module_names.append(key)
@@ -170,7 +182,12 @@ class InlayModel(BaseTuner):
             for target in listed(getattr(config, what)):
                 if not is_named(target, everything) and target not in heads:
                     raise ValueError(f"{what}: {target!r} matches no module of this model; {self._kinds()}")
-        used = {config.pattern_of(without_wrappers(name)) for name in names}
+        named = [without_wrappers(name) for name in names]
+        if config.patterns:
+            named += [
+                f"{n}.{e}" for n, _, _, m in self._touched if isinstance(m, InlayExperts) for e in range(m.shape[0])
+            ]
+        used = {config.pattern_of(name) for name in named}
         for pattern in config.patterns:
             if pattern not in used:
                 raise ValueError(f"patterns: {pattern!r} matches no adapted module (or an earlier one takes them all)")

@@ -20,6 +20,7 @@ from inlay.host.layer import InlayLinear, adapted
 from inlay.host.module_names import layer_index, part_of
 from inlay.inspection.noise_edge import effective_rank, stable_rank
 from inlay.inspection.singular_values import all_singular_values, one_thread
+from inlay.method import Method
 from inlay.models.stored_weights import Weights
 
 CHANGES = "changes.json"
@@ -118,7 +119,7 @@ def of_inlay(
 
     shape = torch.Size((layer.out_features, layer.in_features))
     parameters = [slot.weight for slot in layer.slots("default").values() if isinstance(slot.weight, nn.Parameter)]
-    rank = vars(layer.cuts["default"].method).get("r")
+    rank = rank_of(layer.cuts["default"].method)
     cuda, numbers = bool(layer.base_layer.weight.is_cuda), trained_count(parameters)
     if not isinstance(layer, InlayExperts):
         return {module: TrainedWeight(read, shape, cuda, numbers, rank)}
@@ -127,11 +128,16 @@ def of_inlay(
         weight = (layer.pristine() if W is None else W)[e].float()
         return weight, layer.experts("default")[e].change("default", weight).float()
 
-    count = layer.shape[0]
+    methods = layer.shares["default"].methods
     return {
-        f"{module}.{e}": TrainedWeight(partial(read_expert, e), shape, cuda, numbers // count, rank)
-        for e in range(count)
+        f"{module}.{e}": TrainedWeight(partial(read_expert, e), shape, cuda, numbers // len(methods), rank_of(method))
+        for e, method in methods.items()
     }
+
+
+def rank_of(method: Method) -> int | None:
+    """Return the rank of a method that has one."""
+    return vars(method).get("r")
 
 
 def of_others(model: Any, base: Callable[[], Weights]) -> dict[str, TrainedWeight]:
