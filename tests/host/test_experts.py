@@ -296,7 +296,10 @@ def test_an_expert_has_a_rank_of_its_own_and_some_have_none(tmp_path):
     loaded = PeftModel.from_pretrained(mixtral(num_hidden_layers=2), tmp_path).eval()
     assert torch.equal(logits(loaded), y)
     torch.testing.assert_close(logits(model.merge_and_unload()), y, rtol=1e-4, atol=1e-4)
-    for wrong, says in (({"no": [1]}, "'no' is none of model.layers.0.mlp.experts"), ({"experts": [4]}, "has no expert 4")):
+    for wrong, says in (
+        ({"no": [1]}, "'no' is none of model.layers.0.mlp.experts"),
+        ({"experts": [4]}, "has no expert 4"),
+    ):
         with pytest.raises(ValueError, match=says):
             adapt(mixtral(), experts=wrong)
     with pytest.raises(ValueError, match="nor numbers of experts as"):
