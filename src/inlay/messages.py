@@ -45,6 +45,11 @@ def show_text(text: str, to_stderr: bool = False) -> None:
     print(printable(text), file=sys.stderr if to_stderr else sys.stdout)
 
 
+def show_piece(text: str) -> None:
+    """Print a piece of a text that goes on, at once, as `show_text` prints a whole one."""
+    print(printable(text), end="", flush=True)
+
+
 class Terminal(Console):
     """Print to people: nothing that is printed steers the terminal or counts as markup."""
 

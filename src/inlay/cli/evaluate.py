@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+from pathlib import Path
 
-from inlay.cli.parser import SCALE
-from inlay.messages import Terminal, show_text
+from inlay.cli.parser import SCALE, whole_number
+from inlay.messages import Terminal, show_piece, show_text
 
 
 def eval_command(options: argparse.Namespace) -> None:
@@ -44,56 +44,75 @@ def eval_arguments(verb: argparse.ArgumentParser) -> None:
 
 
 def generate_command(options: argparse.Namespace) -> None:
-    """Answer a prompt with a base model, or with a base and an adapter; without --prompt, converse.
+    """Answer a prompt, or a file of them, with a base model or a base and an adapter; without one, converse.
+
+    An answer is written as it comes, and a note says when it was cut.
 
     example:  inlay generate runs/builtin-bone --prompt "name[Blue Spice], eatType[pub], area[riverside]"
     """
-    from inlay.evaluation.generate import answer
-    from inlay.evaluation.run_settings import chat_settings
+    from inlay.evaluation.answering import load_answering
+    from inlay.evaluation.prompt_file import check_new_file, read_prompts, write_answers
+    from inlay.evaluation.sampling import Sampling
     from inlay.messages import quiet
-    from inlay.models.adapters import Adapter
-    from inlay.models.base import BaseModel
     from inlay.models.loading import dtype_for
 
+    drawn = {name: vars(options)[name] for name in ("top_p", "top_k", "seed")}
+    sampling = Sampling(options.temperature, **drawn, repetition_penalty=options.repetition_penalty)
+    if not options.temperature and (needless := [name for name, value in drawn.items() if value is not None]):
+        flag = needless[0].replace("_", "-")
+        raise ValueError(f"--{flag}: nothing is drawn at temperature 0; give a --temperature too, such as 0.7")
+    if options.prompts and options.prompt is not None:
+        raise ValueError("--prompt and --prompts were given; accepted: one of the two")
+    if bool(options.prompts) != bool(options.output):
+        raise ValueError("--prompts FILE.jsonl and --output FILE.jsonl go together: prompts in, answers out")
+    if options.output:
+        check_new_file(Path(options.output), options.overwrite)
     quiet()
-    dtype = dtype_for(options.dtype)
-    if options.adapter:
-        model, tokenizer = Adapter.open(options.adapter, options.model).load(dtype, scale=options.scale)
-    elif options.scale != 1:
-        raise ValueError(
-            f"--scale {options.scale}: there is no adapter; name one, as in inlay generate runs/mine --scale 0.5"
-        )
-    else:
-        base = BaseModel(options.model or "builtin")
-        tokenizer = base.tokenizer()
-        model = base.load(dtype)
-    model.eval()
-    extra = {"do_sample": True, "temperature": options.temperature} if options.temperature > 0 else {}
-    settings = chat_settings(options.adapter or options.model or "")
-    if options.system is not None:
-        settings = replace(settings, system=options.system or None)
-    chat = settings.chat([])
+    asked = read_prompts(options.prompts) if options.prompts else []
+    source = load_answering(options.adapter, options.model, dtype_for(options.dtype), options.scale, options.system)
+    sampling.start()
+    if options.prompts:
+        answers = source.ask_all([row.asked for row in asked], options.tokens, sampling, options.batch_size, Terminal())
+        write_answers(Path(options.output), asked, answers, options.overwrite)
+        cut = sum(answer.cut for answer in answers)
+        note = f"; {cut} of them cut after {options.tokens} tokens (--tokens)" if cut else ""
+        show_text(f"written to {options.output}: {len(answers)} answers{note}")
+        return
+
+    def say(chat: list[dict[str, str]]) -> str:
+        answer = source.ask({"prompt": chat}, options.tokens, sampling, show_piece)
+        show_text("")
+        if answer.cut:
+            show_text(f"note: cut after {options.tokens} tokens; --tokens allows more", to_stderr=True)
+        return answer.text
+
     if options.prompt is not None:
-        asked = settings.example({"prompt": [*chat, user(options.prompt)]})
-        show_text(answer(model, tokenizer, [asked], options.tokens, **extra)[0])
+        say([user(options.prompt)])
         return
     show_text("an empty line ends the conversation", to_stderr=True)
+    chat: list[dict[str, str]] = []
     while line := read_line():
         chat.append(user(line))
-        said = answer(model, tokenizer, [settings.example({"prompt": chat})], options.tokens, **extra)[0]
-        chat.append({"role": "assistant", "content": said})
-        show_text(said)
+        chat.append({"role": "assistant", "content": say(chat)})
 
 
 def generate_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the arguments of `inlay generate`."""
     verb.add_argument("adapter", nargs="?", help="run folder or adapter folder (none: the base alone)")
-    verb.add_argument("--prompt", help="one prompt; without it, converse")
+    verb.add_argument("--prompt", help="one prompt; without it and --prompts, converse")
+    verb.add_argument("--prompts", metavar="FILE", help="JSONL: prompt (text or messages) or messages on each line")
+    verb.add_argument("--output", metavar="FILE", help="JSONL: the lines of --prompts with answer, tokens and cut")
+    verb.add_argument("--overwrite", action="store_true", help="replace such a file")
+    verb.add_argument("--batch-size", type=whole_number, default=8, help="prompts of a file at a time (default 8)")
     verb.add_argument("--model", help="base model (default: the adapter's, or builtin)")
     verb.add_argument("--system", help="system message (default: that of the run; '' for none)")
     verb.add_argument("--scale", type=float, default=1.0, help=SCALE)
-    verb.add_argument("--tokens", type=int, default=128, help="at most so many new tokens (default 128)")
+    verb.add_argument("--tokens", type=whole_number, default=128, help="at most so many new tokens (default 128)")
     verb.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
+    verb.add_argument("--top-p", type=float, help="draw from the likeliest tokens of so much probability together")
+    verb.add_argument("--top-k", type=int, help="draw from so many of the likeliest tokens (0: from all)")
+    verb.add_argument("--repetition-penalty", type=float, help="above 1: what was said is less likely to be repeated")
+    verb.add_argument("--seed", type=int, help="of the draws (default: another one each time)")
     verb.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
 
 

@@ -26,8 +26,7 @@ def answer(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.is_encoder_decoder:
-        prompts = [chat if isinstance(chat, list) else chat["prompt"] for chat in chats]
-        texts = ["".join(turn["content"] for turn in prompt) for prompt in prompts]
+        texts = list(map(encoder_text, chats))
         inputs, before = tokenizer(texts, return_tensors="pt", padding=True, truncation=True), 0
     else:
         ids = {"input_ids": [prompt_ids(chat, tokenizer) for chat in chats]}
@@ -39,3 +38,9 @@ def answer(
     out = model.generate(**inputs.to(model.device), **options)
     model.train(was_training)
     return [text.strip() for text in tokenizer.batch_decode(out[:, before:], skip_special_tokens=True)]
+
+
+def encoder_text(chat: Chat | Example) -> str:
+    """Return what an encoder reads of a conversation: the text alone."""
+    turns = chat if isinstance(chat, list) else chat["prompt"]
+    return "".join(turn["content"] for turn in turns)
