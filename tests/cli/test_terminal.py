@@ -22,7 +22,7 @@ from inlay.training.arguments import check_means
 
 PACKAGE = Path(inlay.__file__).parent
 STEERING = "\x1b[2J\x1b]0;name\x07 \r\x08\x9b31m \u202eback\u2066 \u2028\x7f\ud800"
-VERBS = "train compare tune ui methods eval generate fold export import merge inspect plan schema env".split()
+VERBS = "train compare tune ui methods eval generate serve fold export import merge inspect plan schema env".split()
 
 
 # -- nothing steers the terminal --------------------------------------------------------------------------------------

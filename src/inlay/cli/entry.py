@@ -39,6 +39,7 @@ from inlay.cli.inspect import (
     plan_command,
 )
 from inlay.cli.parser import OUT_OF_MEMORY, Parser, add_verb, fail
+from inlay.cli.serve import serve_arguments, serve_command
 from inlay.cli.train import train_arguments, train_command
 from inlay.messages import show_text
 
@@ -50,6 +51,7 @@ VERBS = (
     (methods_command, methods_arguments),
     (eval_command, eval_arguments),
     (generate_command, generate_arguments),
+    (serve_command, serve_arguments),
     (fold_command, fold_arguments),
     (export_command, export_arguments),
     (import_command, import_arguments),

@@ -187,25 +187,47 @@ class Adapter:
         return self.base.weights(self.auto_class, **self.settings)
 
     def load(
-        self, dtype: torch.dtype | None = None, trainable: bool = False, scale: float = 1.0
+        self,
+        dtype: torch.dtype | None = None,
+        trainable: bool = False,
+        scale: float = 1.0,
+        name: str = "default",
     ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
         """Load the adapter on its base, and the base's tokenizer with the adapter's chat template, if it has one.
 
         Without a dtype, the base is loaded in the one it is stored in. `scale` is the adapter's strength (see
-        `inlay.set_scale`).
+        `inlay.set_scale`), and `name` what PEFT calls it.
         """
         check_config_scalable(self.config, str(self.folder), scale)
         auto = self.auto_class
         dtype = dtype or self.base.stored_dtype
-        tokenizer = self.base.tokenizer()
-        if (template := self.folder / "chat_template.jinja").is_file():
-            tokenizer.chat_template = read_regular(template, LENGTH)
+        tokenizer = self.base_tokenizer()
         base = self.base.load(dtype, folded=True, auto=auto, **self.settings)
-        model = self.attach(base, trainable)
-        model.peft_config["default"].base_model_name_or_path = self.base.resolved
+        model = self.attach(base, trainable, name=name)
+        model.peft_config[name].base_model_name_or_path = self.base.resolved
         if scale != 1:
             set_scale(model, scale)
         return model, tokenizer
+
+    def base_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the base's tokenizer, a copy of it where the adapter brings a chat template of its own."""
+        tokenizer = self.base.tokenizer()
+        if (template := self.folder / "chat_template.jinja").is_file():
+            tokenizer = copy.deepcopy(tokenizer)
+            tokenizer.chat_template = read_regular(template, LENGTH)
+        return tokenizer
+
+    def attach_beside(self, model: PeftModel, name: str) -> None:
+        """Put the adapter beside others on a base that is loaded already; `name` is what PEFT calls it.
+
+        Raises:
+            ValueError: a file is missing or damaged, or the tensors do not fit the model.
+        """
+        if not (self.folder / WEIGHTS).is_file():
+            raise ValueError(f"{self.folder} has no {WEIGHTS}")
+        check_imports(self.config)
+        with loading(f"adapter {self.folder}", DamagedFileError):
+            model.load_adapter(str(self.folder), adapter_name=name)
 
     def load_blank(self) -> PeftModel:
         """Load the adapter on its base without the base's memory: θ is there, W is not.
@@ -216,10 +238,12 @@ class Adapter:
         auto = self.auto_class
         return self.attach(self.base.meta(torch.float32, auto=auto, **self.settings), light=True)
 
-    def attach(self, model: PreTrainedModel, trainable: bool = False, light: bool = False) -> PeftModel:
+    def attach(
+        self, model: PreTrainedModel, trainable: bool = False, light: bool = False, name: str = "default"
+    ) -> PeftModel:
         """Put the adapter on its loaded base and check that it fits.
 
-        With `light`, the base has no memory and θ alone is filled.
+        With `light`, the base has no memory and θ alone is filled. `name` is what PEFT calls the adapter.
 
         Raises:
             ValueError: a file is missing or damaged, or the tensors do not fit the model.
@@ -234,6 +258,7 @@ class Adapter:
             return PeftModel.from_pretrained(
                 model,
                 str(self.folder),
+                adapter_name=name,
                 is_trainable=trainable,
                 config=config,
                 low_cpu_mem_usage=light,
