@@ -14,7 +14,7 @@ LAYER8 := 4096x4096:8192:16
 # A worker per core, each with one thread: small tensors are slower on two.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test test-all test-gpu lint docs-tables bench bench-gpu serve-check peft-suite torture soak fuzz canary wheel sbom audit clean
+.PHONY: demo test test-all test-gpu lint docs-tables bench bench-gpu serve-check clients peft-suite torture soak fuzz canary wheel sbom audit clean
 
 demo: $(READY)  ## environment, install, and the main job: SmolLM2-135M learns E2E
 	$(BIN)/inlay train --output runs/demo --overwrite
@@ -76,6 +76,9 @@ soak: $(READY)  ## 2,000 steps with checkpoints: memory, open files, adapter aga
 
 serve-check: $(READY) $(SERVE)/.installed  ## llama.cpp reads our LoRA and our merged model
 	$(BIN)/python checks/serve.py $(SERVE)/bin/python
+
+clients: $(DEV)  ## 32 clients of `inlay serve` for a minute
+	OMP_NUM_THREADS=1 $(BIN)/python checks/clients.py --out checks/clients.md
 
 fuzz: $(DEV)  ## 100,000 damaged and hostile files: each is read or refused with one error
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python checks/fuzz.py 100000

@@ -31,6 +31,7 @@ TARGETS = {
     "bench": "test_a_benchmark_says_what_it_takes",
     "bench-gpu": "test_bench_for_a_gpu_has_its_scripts",
     "serve-check": "test_serve_check_without_a_server",
+    "clients": "test_three_clients",
     "peft-suite": "test_some_of_the_suite_of_peft",
     "torture": "test_one_kill",
     "soak": "test_twenty_steps_of_soak",
@@ -185,6 +186,12 @@ def test_twenty_steps_of_soak():
     said = run(sys.executable, "checks/soak.py", "--steps", "20", "--methods", "bone")
     assert "bone: 20 steps, 20 checkpoints" in said
     assert said.count(" of ") == 4  # adapter against merged, at four steps
+
+
+@pytest.mark.slow
+def test_three_clients():
+    pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
+    assert "| failed | 0 |" in run(sys.executable, "checks/clients.py", "--clients", "3", "--seconds", "3")
 
 
 @pytest.mark.slow

@@ -68,6 +68,8 @@ def workplace(tmp_path, monkeypatch):
 def test_every_command_of_the_readme_runs(workplace, tiny, capsys, monkeypatch):
     watched = []
     monkeypatch.setattr("inlay.training.live_page.serve", lambda runs, *_: watched.append(runs))  # it would not end
+    served = []
+    monkeypatch.setattr("inlay.serving.endpoint.serve_models", lambda models, **_: served.append(models) or True)
     verbs = []
     for words in commands():
         words = [tiny if word == "builtin" else word for word in words]
@@ -81,9 +83,12 @@ def test_every_command_of_the_readme_runs(workplace, tiny, capsys, monkeypatch):
         extra |= {verb: ["--tokens", "4"] for verb in ("generate", "eval")}
         main([*words, *extra.get(words[0], [])])
         verbs.append(words[0])
-    rest = "compare tune ui methods plan eval generate inspect inspect fold export import export merge merge".split()
+    rest = (
+        "compare tune ui methods plan eval generate serve inspect inspect fold export import export merge merge".split()
+    )
     assert verbs == ["train", "train", "train", *rest]
     assert watched == ["runs"]
+    assert served == [["runs/mine"]]
     assert (workplace / "runs" / "small" / "report.html").exists()
     assert (workplace / "runs" / "search" / "best.yaml").exists()
     assert (workplace / "spectra" / "spectra.json").exists()
