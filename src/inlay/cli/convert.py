@@ -136,18 +136,25 @@ def merge_command(options: argparse.Namespace) -> None:
     example:  inlay merge runs/builtin-bone merged/
     """
     from inlay.conversion.merge import merge
+    from inlay.evaluation.run_settings import chat_settings
     from inlay.messages import quiet
 
     quiet()
+    system = chat_settings(options.adapter).system if options.to == "gguf" else None
     done = merge(
         options.adapter, options.out, options.model, options.dtype, options.overwrite,
-        to=options.to, shard=options.shard, probe=not options.no_probe, scale=options.scale,
+        to=options.to, gguf_type=options.gguf_type, system=system, shard=options.shard, probe=not options.no_probe, scale=options.scale,
         revision=options.revision, trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
     mean, most = sum(done.lost.values()) / max(1, len(done.lost)), max(done.lost.values(), default=0.0)
     show_text(f"{done.folder}: rounding lost {mean:.1e} of the change of a weight, at most {most:.1e}")
     if mean > 0.1:
         show_text("note: this dtype is too coarse for so small a change; use --dtype float32, or serve the adapter")
+    if done.packed:
+        off = sum(done.packed.values()) / len(done.packed)
+        show_text(
+            f"{options.gguf_type}: a matrix is off by {off:.2%} on average, at most {max(done.packed.values()):.2%}"
+        )
     if done.logit_error is not None:
         show_text(f"largest logit difference to the adapter on a probe batch {done.logit_error:.2e}")
 
@@ -161,6 +168,8 @@ def merge_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--to", default="safetensors", choices=("safetensors", "gguf"), help="gguf: for llama.cpp, Ollama"
     )
+    verb.add_argument("--gguf-type", metavar="TYPE", help="with --to gguf: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, "
+                      "or one of llama.cpp's llama-quantize, as q4_k_m (default: of --dtype)")  # fmt: skip
     verb.add_argument("--scale", type=float, default=1.0, help=SCALE)
     verb.add_argument("--shard", default="4GB", help="at most so large a file, as 500MB (default 4GB)")
     verb.add_argument("--no-probe", action="store_true", help="do not compare its logits with the adapter's")

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import ROPE_INIT_FUNCTIONS, PreTrainedTokenizerBase
 
 from inlay.conversion.gguf_lora import ARCHITECTURES, close_writer, interleaved
+from inlay.conversion.gguf_types import BY_LLAMA_CPP, PACKED, lost_share, packed, quantize_file
 from inlay.conversion.merge_weights import New
 from inlay.files.untrusted import read_regular
 
@@ -41,19 +42,26 @@ SPLITS = {
 
 
 def write_merged(
-    folder: Path, config: Any, tokenizer: PreTrainedTokenizerBase, tensors: Iterable[New], out: str
-) -> list[New]:
-    """Write a merged model with its tokenizer, and an Ollama Modelfile, into a folder that will be `out`.
+    folder: Path,
+    config: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    tensors: Iterable[New],
+    out: str,
+    kind: str | None = None,
+) -> tuple[list[New], dict[str, float]]:
+    """Write a merged model with its tokenizer into a folder that will be `out`.
 
-    The tensors pass through a temporary file, in $TMPDIR, of the model's size.
+    The tensors pass through a temporary file, in $TMPDIR, of the model's size. `kind` is the type of the matrices (see
+    `gguf_types`); None: that of the tensors' dtype. Beside the tensors, what packing lost of each is returned.
     """
     with tempfile.TemporaryDirectory() as saved:
         tokenizer.save_pretrained(saved)
         config.save_pretrained(saved)
         split = check_model(config, Path(saved), out)
-        written = write_model(folder / FILE, config, Path(saved), split, tensors)
-    (folder / "Modelfile").write_text(f"FROM ./{FILE}\n", encoding="utf-8")
-    return written
+        written, lost = write_model(folder / FILE, config, Path(saved), split, tensors, kind)
+    if kind in BY_LLAMA_CPP:
+        quantize_file(folder / FILE, kind)
+    return written, lost
 
 
 def check_model(config: Any, tokenizer: Path, out: str) -> str:
@@ -96,8 +104,12 @@ def pre_tokenizer(folder: Path) -> str | None:
     return SPLITS.get(tuple(steps)) if content.get("model", {}).get("type") == "BPE" else None
 
 
-def write_model(path: Path, config: Any, tokenizer: Path, split: str, tensors: Iterable[New]) -> list[New]:
+def write_model(
+    path: Path, config: Any, tokenizer: Path, split: str, tensors: Iterable[New], kind: str | None = None
+) -> tuple[list[New], dict[str, float]]:
     """Write a whole model as one GGUF file, its tensors one at a time, and return them without their values.
+
+    Beside them, the share of each packed weight's norm that was lost is returned.
 
     Args:
         path: of the file.
@@ -105,13 +117,18 @@ def write_model(path: Path, config: Any, tokenizer: Path, split: str, tensors: I
         tokenizer: the folder with the tokenizer's files.
         split: what `check_model` gave.
         tensors: matrices keep their dtype (fp32, fp16 or bf16), vectors are fp32, as llama.cpp wants them.
+        kind: a type of `PACKED`, in which matrices are written instead.
     """
     arch = ARCHITECTURES[config.model_type][0]
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch], use_temp_file=True)
     add_settings(writer, config)
     add_tokenizer(writer, config, tokenizer, split)
+    if kind in PACKED:
+        writer.add_file_type(PACKED[kind][1])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     written = []
+    lost: dict[str, float] = {}
     for new in tensors:
         if new.name.endswith("rotary_emb.inv_freq"):
             continue
@@ -120,12 +137,18 @@ def write_model(path: Path, config: Any, tokenizer: Path, split: str, tensors: I
         if name is None:
             raise ValueError(f"{new.name} has no name in llama.cpp; merge without --to gguf")
         value = interleaved(new.value, module, config)
-        add_tensor(writer, f"{name}.{end}", value if value.ndim > 1 else value.float())
+        if value.ndim > 1 and kind in PACKED:
+            numbers = value.float().contiguous().numpy()
+            made, chosen = packed(numbers, f"{name}.{end}", kind)
+            writer.add_tensor(f"{name}.{end}", made, raw_dtype=chosen)
+            lost[new.name] = lost_share(numbers, made, chosen)
+        else:
+            add_tensor(writer, f"{name}.{end}", value if value.ndim > 1 else value.float())
         written.append(New(new.key, new.name, new.value.new_empty(0), new.lost))
     for name, value in rope_factors(config):
         add_tensor(writer, name, value)
     close_writer(writer)
-    return written
+    return written, lost
 
 
 def add_tensor(writer: gguf.GGUFWriter, name: str, value: Tensor) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from inlay.conversion.gguf_model import write_merged
+from inlay.conversion.gguf_model import FILE, write_merged
+from inlay.conversion.gguf_types import PLAIN, check_gguf_type
 from inlay.conversion.merge_weights import (
     merge_dtype,
     merged_tensors,
@@ -16,6 +17,7 @@ from inlay.conversion.merge_weights import (
     write_description,
     write_shards,
 )
+from inlay.conversion.modelfile import modelfile
 from inlay.files.atomic import new_folder
 from inlay.host.strength import check_config_scalable, set_scale
 from inlay.models.adapters import Adapter
@@ -33,11 +35,13 @@ class Merged:
         folder: where it is.
         logit_error: the largest difference of its logits from the adapter's in fp32 on a probe batch, if asked for.
         lost: per merged weight, the share of the change that the one rounding lost.
+        packed: per weight that was packed for GGUF, ‖W' − W‖ / ‖W‖.
     """
 
     folder: Path
     logit_error: float | None
     lost: dict[str, float]
+    packed: dict[str, float] = field(default_factory=dict)
 
 
 def merge(
@@ -48,6 +52,8 @@ def merge(
     overwrite: bool = False,
     *,
     to: str = "safetensors",
+    gguf_type: str | None = None,
+    system: str | None = None,
     shard: str = "4GB",
     probe: bool = True,
     scale: float = 1.0,
@@ -67,6 +73,9 @@ def merge(
         dtype: the checkpoint's: auto (each tensor keeps its own), float32, bfloat16 or float16.
         overwrite: replace a checkpoint that is at `out`.
         to: "safetensors", or "gguf": one file with the tokenizer in it, and an Ollama Modelfile.
+        gguf_type: of the matrices in the GGUF file: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, or one that llama.cpp's
+            llama-quantize makes, as q4_k_m; None: that of the dtype.
+        system: the system message in the Modelfile; None: the chat template's own.
         shard: how large a file may be, as 500MB or 4GB.
         probe: compare the new model's logits with the adapter's.
         scale: the strength of the adapter (see `inlay.set_scale`).
@@ -81,6 +90,9 @@ def merge(
         raise ValueError(f"dtype={dtype!r} is not one of auto, {', '.join(DTYPES)}")
     if to not in ("safetensors", "gguf"):
         raise ValueError(f"to={to!r} is not one of safetensors, gguf")
+    if to != "gguf" and (gguf_type is not None or system is not None):
+        raise ValueError("gguf_type and system are for to='gguf'; leave them out")
+    check_gguf_type(gguf_type, dtype)
     limit = parse_size(shard)
     source = Adapter.open(adapter, model, revision, trust_remote_code)
     source.check_own()
@@ -95,10 +107,14 @@ def merge(
         blank = source.load_blank()
         set_scale(blank, scale)
         config: Any = blank.get_base_model().config
-        width = merge_dtype(dtype, config)
+        width = merge_dtype(PLAIN.get(gguf_type, "float32") if gguf_type else dtype, config)
         tensors = merged_tensors(blank, source, source.base_weights(), width)
+        packed: dict[str, float] = {}
         if to == "gguf":
-            written = write_merged(part, config, source.saved_tokenizer(), tensors, str(out))
+            tokenizer = source.saved_tokenizer()
+            written, packed = write_merged(part, config, tokenizer, tensors, str(out), gguf_type)
+            about_it = modelfile(FILE, tokenizer, source.base.generation_config, system)
+            (part / "Modelfile").write_text(about_it, encoding="utf-8")
         else:
             written = write_shards(part, tensors, limit)
             write_description(part, blank, source, width)
@@ -112,4 +128,4 @@ def merge(
             "lost_in_rounding": lost,
         }
         (part / MERGED).write_text(json.dumps(about, indent=1), encoding="utf-8")
-    return Merged(Path(out), error, lost)
+    return Merged(Path(out), error, lost, packed)
