@@ -143,7 +143,8 @@ def merge_command(options: argparse.Namespace) -> None:
     system = chat_settings(options.adapter).system if options.to == "gguf" else None
     done = merge(
         options.adapter, options.out, options.model, options.dtype, options.overwrite,
-        to=options.to, gguf_type=options.gguf_type, system=system, shard=options.shard, probe=not options.no_probe, scale=options.scale,
+        to=options.to, gguf_type=options.gguf_type, system=system, shard=options.shard, probe=not options.no_probe,
+        scale=options.scale,
         revision=options.revision, trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
     mean, most = sum(done.lost.values()) / max(1, len(done.lost)), max(done.lost.values(), default=0.0)
@@ -168,8 +169,8 @@ def merge_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--to", default="safetensors", choices=("safetensors", "gguf"), help="gguf: for llama.cpp, Ollama"
     )
-    verb.add_argument("--gguf-type", metavar="TYPE", help="with --to gguf: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, "
-                      "or one of llama.cpp's llama-quantize, as q4_k_m (default: of --dtype)")  # fmt: skip
+    verb.add_argument("--gguf-type", metavar="TYPE", help="f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, or one of "
+                      "llama.cpp's llama-quantize, as q4_k_m (default: that of --dtype)")  # fmt: skip
     verb.add_argument("--scale", type=float, default=1.0, help=SCALE)
     verb.add_argument("--shard", default="4GB", help="at most so large a file, as 500MB (default 4GB)")
     verb.add_argument("--no-probe", action="store_true", help="do not compare its logits with the adapter's")

@@ -1,4 +1,4 @@
-"""The types that a GGUF file's matrices may have, and who makes them: the package gguf, or llama.cpp's llama-quantize."""
+"""The types that a GGUF file's matrices may have, and who makes them: the package gguf, or llama.cpp's own tool."""
 
 from __future__ import annotations
 

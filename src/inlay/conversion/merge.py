@@ -73,8 +73,8 @@ def merge(
         dtype: the checkpoint's: auto (each tensor keeps its own), float32, bfloat16 or float16.
         overwrite: replace a checkpoint that is at `out`.
         to: "safetensors", or "gguf": one file with the tokenizer in it, and an Ollama Modelfile.
-        gguf_type: of the matrices in the GGUF file: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, or one that llama.cpp's
-            llama-quantize makes, as q4_k_m; None: that of the dtype.
+        gguf_type: of the matrices in the GGUF file: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, or one that
+            llama.cpp's llama-quantize makes, as q4_k_m; None: that of the dtype.
         system: the system message in the Modelfile; None: the chat template's own.
         shard: how large a file may be, as 500MB or 4GB.
         probe: compare the new model's logits with the adapter's.

@@ -38,9 +38,7 @@ def modelfile(
     lines = [f"FROM ./{file}"]
     around = message_texts(tokenizer)
     if around is None and tokenizer.chat_template is not None:
-        lines.append(
-            "# TEMPLATE: this chat template is more than texts around messages; Ollama goes by the file's own."
-        )
+        lines.append("# No TEMPLATE: this chat template is more than texts around messages; the file holds it.")
     if around is not None:
         texts, begin, own = around
         branches = [
@@ -71,7 +69,7 @@ def ends(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig) -> li
 def message_texts(
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[dict[str, tuple[str, str]], str, str] | None:
-    """Return the texts around a message by its role, what an answer begins after, and the template's own system message.
+    """Return the texts around messages by role, the text before an answer, and the template's own system message.
 
     None where there is no chat template, it does more than that, or Go's language would read the texts as its own.
     """
