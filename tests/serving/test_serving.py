@@ -28,7 +28,7 @@ openai = pytest.importorskip("openai", reason="openai is not installed")
 from inlay.serving.app import MOST, create_app  # noqa: E402
 from inlay.serving.endpoint import bound, serve_models  # noqa: E402
 from inlay.serving.served import load_served  # noqa: E402
-from inlay.serving.worker import BusyError, Job, Worker  # noqa: E402
+from inlay.serving.worker import BusyError, Queued, Worker  # noqa: E402
 
 QUESTION = [{"role": "user", "content": "What is 3 plus one?"}]
 CONFIGS = {
@@ -236,7 +236,7 @@ def test_a_client_that_leaves_ends_its_answer(server, monkeypatch):
 
 def test_a_full_line_takes_no_more():
     worker = Worker(4, waiting=1)
-    job = Job(None, [], None, None, lambda error: None)  # type: ignore[arg-type]
+    job = Queued(None, [], None, None, lambda error: None)  # type: ignore[arg-type]
     worker.submit(job)
     with pytest.raises(BusyError, match="1 requests are waiting"):
         worker.submit(job)

@@ -12,8 +12,6 @@ from collections.abc import Sequence
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from inlay.data.chat_templates import TemplateError, templated
-from inlay.data.chats import Message
 from inlay.messages import printable
 
 MARK = "\N{BLACK SQUARE}%s\N{BLACK SQUARE}"
@@ -80,7 +78,7 @@ def message_texts(
         parts = split_at_marks(whole, len(CHATS[-1]))
         again = split_at_marks(rendered(tokenizer, CHATS[0]), 1)
         alone = split_at_marks(rendered(tokenizer, ("assistant", "user")), 2)
-    except (TemplateError, ValueError):
+    except Exception:  # a template is a program, and fails as it likes
         return None
     # P_s s (S_s P_u) u (S_u P_a) a (S_a P_u) u (S_u P_a) a (S_a P_u) u (S_u G): where one ends shows with another chat
     whole_end = parts[-1]
@@ -110,8 +108,8 @@ def message_texts(
 
 def rendered(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str]) -> str:
     """Return a chat of these roles in the chat template, without the token that llama.cpp puts before every text."""
-    chat: list[Message] = [{"role": role, "content": MARK % i} for i, role in enumerate(roles)]
-    text = str(templated(tokenizer, chat, tokenize=False, add_generation_prompt=True))
+    chat = [{"role": role, "content": MARK % i} for i, role in enumerate(roles)]
+    text = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
     adds = list(tokenizer(text="x")["input_ids"])[:1] == [tokenizer.bos_token_id]
     return text.removeprefix(str(tokenizer.bos_token)) if adds else text
 

@@ -17,7 +17,10 @@ from inlay.evaluation.generate import Chat, encoder_text
 from inlay.evaluation.sampling import Sampling
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what the first tokens of a character that takes several become
-END, STOP, CUT, CANCELLED = "end", "stop", "cut", "cancelled"  # why an answer ended
+END = "end"  # why an answer ended: the model's own end, a stop text, no more tokens, nobody waits for it
+STOP = "stop"
+CUT = "cut"
+CANCELLED = "cancelled"
 
 
 def nowhere(text: str) -> None:
@@ -78,8 +81,8 @@ class Growing:
 
     def _read_on(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Read the tokens that make whole characters; at the end of the answer, all."""
-        before = decoded(tokenizer, self.ids[self._start : self._read])
-        now = decoded(tokenizer, self.ids[self._start :])
+        before = text_of(tokenizer, self.ids[self._start : self._read])
+        now = text_of(tokenizer, self.ids[self._start :])
         if len(now) > len(before) and (self.ended or not now.endswith(UNFINISHED)):
             self._raw += now[len(before) :]
             self._start, self._read = self._read, len(self.ids)
@@ -95,7 +98,7 @@ class Growing:
             self.written(piece)
 
 
-def decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+def text_of(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     """Return the text of tokens, without special ones."""
     return str(tokenizer.decode(ids, skip_special_tokens=True))
 

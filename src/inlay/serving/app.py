@@ -23,7 +23,7 @@ from inlay.evaluation.growing import CANCELLED, CUT, Growing, context_length
 from inlay.messages import one_line
 from inlay.serving.requests import ChatRequest
 from inlay.serving.served import Served
-from inlay.serving.worker import BusyError, Job, Worker
+from inlay.serving.worker import BusyError, Queued, Worker
 
 OWN_NAMES = ["127.0.0.1", "localhost"]
 MOST = 1 << 23  # bytes of a request
@@ -40,7 +40,7 @@ class SizeLimit:
         """Pass a request on, and count its body."""
         length = dict(scope.get("headers", [])).get(b"content-length", b"0")
         if length.isdigit() and int(length) > MOST:
-            return await refusal(413, f"the request has {int(length)} bytes; accepted: {MOST}")(scope, receive, send)
+            return await refused(413, f"the request has {int(length)} bytes; accepted: {MOST}")(scope, receive, send)
         read = 0
 
         async def counted() -> Message:
@@ -54,7 +54,7 @@ class SizeLimit:
         await self.app(scope, counted, send)
 
 
-def refusal(status: int, message: str, code: str | None = None) -> JSONResponse:
+def refused(status: int, message: str, code: str | None = None) -> JSONResponse:
     """Return an error in OpenAI's form."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     error = {"message": one_line(message), "type": kind, "param": None, "code": code}
@@ -87,7 +87,7 @@ def create_app(
     def model_row(name: str) -> dict[str, object]:
         return {"id": name, "object": "model", "created": began, "owned_by": "inlay"}
 
-    def prepared(asked: ChatRequest) -> Job:
+    def prepared(asked: ChatRequest) -> Queued:
         """Return a request that can be put in line; a ValueError says what is wrong with it."""
         one = served[asked.model]
         sampling = asked.sampling
@@ -99,17 +99,17 @@ def create_app(
         room = context_length(one.source.model)
         most = asked.max_completion_tokens or asked.max_tokens or tokens
         most = most if room is None or one.source.model.config.is_encoder_decoder else min(most, room - len(prompt))
-        return Job(one, prompt, Growing(most, asked.stops), sampling, lambda error: None)
+        return Queued(one, prompt, Growing(most, asked.stops), sampling, lambda error: None)
 
     @app.exception_handler(AnyHTTPException)
     async def failed(request: Request, error: AnyHTTPException) -> Response:
-        return refusal(error.status_code, str(error.detail))
+        return refused(error.status_code, str(error.detail))
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body")
-        return refusal(400, f"{where}: {first['msg']}" if where else str(first["msg"]))
+        return refused(400, f"{where}: {first['msg']}" if where else str(first["msg"]))
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -129,16 +129,16 @@ def create_app(
     async def chat(asked: ChatRequest, request: Request) -> Response:
         if asked.model not in served:
             missing = f"model {asked.model!r} is not served; these are: {', '.join(served)}"
-            return refusal(404, missing, "model_not_found")
+            return refused(404, missing, "model_not_found")
         try:
             job = await run_in_threadpool(prepared, asked)
         except ValueError as error:
-            return refusal(400, str(error))
+            return refused(400, str(error))
         waiting = Waiting(job, asked, stopping)
         try:
             worker.submit(job)
         except BusyError as error:
-            return refusal(503, str(error))
+            return refused(503, str(error))
         if asked.stream:
             return StreamingResponse(waiting.events(), media_type="text/event-stream")
         return await waiting.whole(request)
@@ -149,7 +149,7 @@ def create_app(
 class Waiting:
     """Wait for the answer to one request, in the event loop; the worker's thread tells of it."""
 
-    def __init__(self, job: Job, asked: ChatRequest, stopping: Callable[[], bool]) -> None:
+    def __init__(self, job: Queued, asked: ChatRequest, stopping: Callable[[], bool]) -> None:
         self.job = job
         self.asked = asked
         self.gone = False
@@ -180,7 +180,7 @@ class Waiting:
         """Return what the client is told where the answer did not come to its end; None where it did."""
         if not error and self.job.answer.ended not in ("", CANCELLED):
             return None
-        return refusal(500 if error else 503, error or "the server is stopping")
+        return refused(500 if error else 503, error or "the server is stopping")
 
     async def whole(self, request: Request) -> Response:
         """Return the whole answer."""

@@ -15,7 +15,7 @@ from urllib.request import ProxyHandler, Request, build_opener
 from inlay.evaluation.answering import load_answering
 from inlay.messages import check_installed, show_text
 from inlay.models.loading import dtype_for
-from inlay.serving.served import Served, is_adapter, load_served, named
+from inlay.serving.served import Served, holds_adapter, load_served, named
 from inlay.serving.worker import Worker
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def check_answers_of(
     good = True
     for name in served:
         place = own.get(name, served[name].source.model.config.name_or_path)
-        adapter = place if is_adapter(place) else None
+        adapter = place if holds_adapter(place) else None
         source = load_answering(adapter, model if adapter else place, dtype_for(dtype))
         equal = 0
         for question in QUESTIONS:

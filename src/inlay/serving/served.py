@@ -72,7 +72,7 @@ def default_name(place: str) -> str:
     return path.parent.name if path.name in KEPT else path.name
 
 
-def base_name(base: BaseModel) -> str:
+def name_of_base(base: BaseModel) -> str:
     """Return the name of a base that came with an adapter."""
     try:
         own = str(builtin.model_dir())
@@ -100,7 +100,7 @@ def load_served(places: Sequence[str], model: str | None, dtype: torch.dtype) ->
         raise ValueError(
             f"two models are named {twice[0]!r}; name them, as in first={pairs[0][1]} second={pairs[-1][1]}"
         )
-    adapters = {name: Adapter.open(place, model) for name, place in pairs if is_adapter(place)}
+    adapters = {name: Adapter.open(place, model) for name, place in pairs if holds_adapter(place)}
     bases = {name: BaseModel(place) for name, place in pairs if name not in adapters}
     for name, opened in adapters.items():  # before the first of them is loaded
         check_answers(opened.auto_class, name)
@@ -120,8 +120,8 @@ def load_served(places: Sequence[str], model: str | None, dtype: torch.dtype) ->
             shared.setdefault(key, loaded)
         settings = chat_settings(dict(pairs)[name])
         served[name] = Served(name, answering(loaded, tokenizer, settings), inner)
-        if together and base_name(opened.base) not in {*served, *adapters, *bases}:
-            bases[base_name(opened.base)] = opened.base
+        if together and name_of_base(opened.base) not in {*served, *adapters, *bases}:
+            bases[name_of_base(opened.base)] = opened.base
     for name, base in bases.items():
         loaded = shared.get(f"{base.resolved} {base.revision}") or base.load(dtype, auto=base.evaluated_auto_class())
         served[name] = Served(name, answering(loaded, base.tokenizer(), chat_settings(base.name)))
@@ -136,7 +136,7 @@ def answering(
     return Answering(model.eval(), copy.deepcopy(tokenizer), settings)
 
 
-def is_adapter(place: str) -> bool:
+def holds_adapter(place: str) -> bool:
     """Return whether a folder is an adapter's, or a run's that trained one."""
     return (find_again(Path(place)) / CONFIG).exists() or (Path(place) / "adapter" / CONFIG).exists()
 

@@ -22,7 +22,7 @@ class BusyError(Exception):
 
 
 @dataclass(eq=False)
-class Job:
+class Queued:
     """Hold one request: who answers what, and whom to tell.
 
     Attributes:
@@ -39,7 +39,7 @@ class Job:
     sampling: Sampling
     ended: Callable[[str], object]
 
-    def goes_with(self, other: Job) -> bool:
+    def goes_with(self, other: Queued) -> bool:
         """Return whether two requests may be answered in one batch: one model, and draws of nobody's own seed."""
         return self.served is other.served and self.sampling == other.sampling and self.sampling.seed is None
 
@@ -56,7 +56,7 @@ class Worker:
         self.size = size
         self.most = waiting
         self.stopping = False
-        self._line: deque[Job] = deque()
+        self._line: deque[Queued] = deque()
         self._news = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="answers", daemon=True)
 
@@ -71,7 +71,7 @@ class Worker:
             self._news.notify()
         self._thread.join()
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: Queued) -> None:
         """Put a request in line.
 
         Raises:
@@ -93,7 +93,7 @@ class Worker:
             for job in jobs:
                 job.ended(error)
 
-    def _take(self) -> list[Job]:
+    def _take(self) -> list[Queued]:
         """Wait for requests and return those of the next batch; none when the endpoint stops."""
         with self._news:
             self._news.wait_for(lambda: self._line or self.stopping)
@@ -107,7 +107,7 @@ class Worker:
             self._line = deque(job for job in self._line if job not in jobs)
             return jobs
 
-    def _answer(self, jobs: list[Job]) -> None:
+    def _answer(self, jobs: list[Queued]) -> None:
         wanted = [job for job in jobs if not job.answer.cancelled()]
         if not wanted:
             return
