@@ -74,9 +74,9 @@ def message_texts(
     if tokenizer.chat_template is None:
         return None
     try:
-        whole = rendered(tokenizer, CHATS[-1])
-        parts = split_at_marks(whole, len(CHATS[-1]))
-        again = split_at_marks(rendered(tokenizer, CHATS[0]), 1)
+        wanted = {roles: rendered(tokenizer, roles) for roles in CHATS}
+        parts = split_at_marks(wanted[CHATS[-1]], len(CHATS[-1]))
+        again = split_at_marks(wanted[CHATS[0]], 1)
         alone = split_at_marks(rendered(tokenizer, ("assistant", "user")), 2)
     except Exception:  # a template is a program, and fails as it likes
         return None
@@ -97,10 +97,10 @@ def message_texts(
     if own and not (own.startswith(parts[0]) and own.endswith(texts["system"][1])):
         return None
     inner = own[len(parts[0]) : len(own) - len(texts["system"][1])] if own else ""
-    for roles in CHATS:
+    for roles, text in wanted.items():
         made = "".join(f"{texts[role][0]}{MARK % i}{texts[role][1]}" for i, role in enumerate(roles)) + begin
         head = own if roles[0] != "system" else ""
-        if head + made != rendered(tokenizer, roles):
+        if head + made != text:
             return None
     said = "".join([begin, inner, *(text for pair in texts.values() for text in pair)])
     return None if "{{" in said or '"""' in said or printable(said) != said else (texts, begin, inner)
