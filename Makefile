@@ -35,7 +35,7 @@ lint: $(DEV) $(TRITON)
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
-docs-tables: $(DEV)  ## the tables that the package itself can tell: docs/methods.md, docs/papers.md, docs/recipe.md
+docs-tables: $(DEV)  ## what the package itself can tell: tables of docs/, docs/recipe.md, llms.txt, AGENTS.md
 	$(BIN)/python checks/docs_tables.py
 
 bench: $(DEV)  ## the measurements behind benchmarks/results

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import json
 import logging
 import os
 import re
@@ -43,6 +44,11 @@ def one_line(text: str) -> str:
 def show_text(text: str, to_stderr: bool = False) -> None:
     """Print `text` so that nothing in it steers the terminal."""
     print(printable(text), file=sys.stderr if to_stderr else sys.stdout)
+
+
+def show_json(data: object) -> None:
+    """Print `data` as one JSON document, in ASCII, in which nothing steers either."""
+    show_text(json.dumps(data, indent=1, default=str))
 
 
 def show_piece(text: str) -> None:

@@ -1,6 +1,8 @@
 """Names from outside are text in what a run leaves: no markup, no lines of their own, no formulas, no escapes."""
 
 import io
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,11 +11,13 @@ from matplotlib.figure import Figure
 
 from inlay.conversion.gguf_lora import modelfile
 from inlay.inspection.figures import plot_name, plot_text, short_labels
+from inlay.models.builtin import model_dir
 from inlay.recipe.recipe import Recipe
 from inlay.reports.html import html_document
 from inlay.reports.model_card import model_card
 from inlay.reports.result import Result
 from inlay.reports.run_page import run_page, samples_text
+from inlay.training.run_files import name_builtin_base
 
 NAME = "owner/a|b\n# head <script>alert(1)</script> [x](http://evil) `code` ``` \x1b[2J $\\frac$ $"
 
@@ -39,6 +43,17 @@ def test_a_model_card_shows_names_as_they_are(result):
     assert "\x9b" not in body
     fenced = body.partition("````yaml\n")[2].partition("\n````\n")[0]
     assert yaml.safe_load(fenced)["system"] == "```\n# end"
+
+
+def test_what_was_trained_on_the_builtin_model_names_no_folder_of_this_machine(result, tmp_path):
+    card = model_card(replace(result, recipe=Recipe(output="run")))
+    assert "PeftModel.from_pretrained(load_builtin_model()," in card
+    assert str(model_dir()) not in card
+    file = tmp_path / "adapter_config.json"
+    for base, name in ((str(model_dir()), "builtin"), ("/home/me/models/mine", "/home/me/models/mine"), (None, None)):
+        file.write_text(json.dumps({"base_model_name_or_path": base, "peft_type": "INLAY"}))
+        name_builtin_base(tmp_path)
+        assert json.loads(file.read_text()) == {"base_model_name_or_path": name, "peft_type": "INLAY"}
 
 
 def test_a_page_and_samples_show_names_as_they_are(result):

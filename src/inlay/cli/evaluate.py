@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from inlay.cli.parser import SCALE, whole_number
-from inlay.messages import Terminal, show_piece, show_text
+from inlay.messages import Terminal, show_json, show_piece, show_text
 
 
 def eval_command(options: argparse.Namespace) -> None:
@@ -18,9 +19,12 @@ def eval_command(options: argparse.Namespace) -> None:
     from inlay.messages import quiet
 
     quiet()
-    given = {key: value for key, value in vars(options).items() if key not in ("verb", "run")}
-    evaluation = evaluate_model(**given, console=Terminal(), done=show_text)
-    show_text(f"written to {evaluation.folder}")
+    given = {key: value for key, value in vars(options).items() if key not in ("verb", "run", "json")}
+    say = partial(show_text, to_stderr=options.json)
+    evaluation = evaluate_model(**given, console=Terminal(stderr=options.json), done=say)
+    say(f"written to {evaluation.folder}")
+    if options.json:
+        show_json(evaluation.as_data())
 
 
 def eval_arguments(verb: argparse.ArgumentParser) -> None:
@@ -39,6 +43,7 @@ def eval_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--tokens", type=int, help="longest answer (default: the task's)")
     verb.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of the base")
     verb.add_argument("--output", help="folder (default: eval/ in the run folder, else in this one)")
+    verb.add_argument("--json", action="store_true", help="print the scores as JSON; what else is said goes to stderr")
     verb.add_argument("--revision", help="revision of a hub model (default: the one an adapter was trained on)")
     verb.add_argument("--trust-remote-code", action="store_true", help="let the model's repository run its own code")
 

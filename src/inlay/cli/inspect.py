@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inlay.cli.parser import WHAT_AND_WHERE, add_fields, whole_number, whole_numbers
-from inlay.messages import Terminal, progress_bars, show_text
+from inlay.messages import Terminal, progress_bars, show_json, show_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,11 +43,18 @@ def methods_command(options: argparse.Namespace) -> None:
         if options.model:
             raise
         caption = f"no parameter counts: {error}"
+    counted = not caption.startswith("no ")
+    if options.json:
+        if not counted:
+            show_text(f"note: {caption}", to_stderr=True)
+        rows = [method_row(method, base if counted else None, options.r) for method in METHODS]
+        show_json({"model": base.name, "r": options.r, "methods": rows})
+        return
     table = Table(title=caption, title_justify="left")
     for column in ("method", "equation", "trains", "parameters", "rate", "paper"):
         table.add_column(column, no_wrap=column in ("method", "parameters", "rate"), justify="left")
     for method in METHODS:
-        numbers = "" if caption.startswith("no ") else count(method, base, options.r)
+        numbers = count(method, base, options.r) if counted else ""
         rate = f"{default_rate(method.name).value:g}"
         table.add_row(method.name, method.equation, method.trains, numbers, rate, method.paper)
     Terminal().print(table)
@@ -58,6 +65,19 @@ def methods_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--model", help="hub id, folder or builtin (default)")
     verb.add_argument("--r", type=int, default=16, help="rank or block size (default 16)")
     verb.add_argument("--bibtex", action="store_true", help="print their papers as BibTeX instead")
+    verb.add_argument("--json", action="store_true", help="print JSON instead")
+
+
+def method_row(method: Any, base: Any, r: int) -> dict[str, object]:
+    """Return what JSON says of a method; `base` is the model that its parameters are counted for, if any."""
+    from inlay.recipe.rates import default_rate
+
+    numbers = count(method, base, r) if base is not None else ""
+    digits = numbers.replace(",", "")
+    about = {"name": method.name, "title": method.title, "equation": method.equation, "trains": method.trains}
+    counted = {"parameters": int(digits) if digits.isdecimal() else None}
+    why = {} if digits.isdecimal() or not numbers else {"note": numbers}
+    return {**about, **counted, **why, "learning_rate": default_rate(method.name).value, "paper": method.paper}
 
 
 def count(method: Any, base: Any, r: int) -> str:
@@ -79,14 +99,16 @@ def inspect_command(options: argparse.Namespace) -> None:
     example:  inlay inspect builtin --method pissa --r 16 --output spectra
               inlay inspect runs/mine --output changes
     """
+    from inlay.inspection.changes import changes_as_data
     from inlay.inspection.inspect_adapter import inspect_adapter, is_adapter, show_changes
-    from inlay.inspection.inspect_model import inspect, show_inspection
-    from inlay.inspection.joint_factors import inspect_joint, show_joint
+    from inlay.inspection.inspect_model import inspect, inspection_as_data, show_inspection
+    from inlay.inspection.joint_factors import inspect_joint, joint_as_data, show_joint
     from inlay.messages import quiet
     from inlay.recipe.reading import from_flag
 
     quiet()
-    given = {k: v for k, v in vars(options).items() if k not in ("verb", "run")}
+    given = {k: v for k, v in vars(options).items() if k not in ("verb", "run", "json")}
+    as_json = "json" in vars(options)
     if "layers" in given:
         given["layers"] = from_flag("layers_to_transform", given["layers"])
     if is_adapter(options.model):
@@ -94,7 +116,11 @@ def inspect_command(options: argparse.Namespace) -> None:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
             raise ValueError(f"{options.model} is an adapter, and {flags} is asked of a model; leave it out")
         name, base = given.pop("model"), given.pop("base", None)
-        show_changes(inspect_adapter(name, model=base, **given), name, Terminal())
+        changed = inspect_adapter(name, model=base, **given)
+        if as_json:
+            show_json(changes_as_data(changed))
+        else:
+            show_changes(changed, name, Terminal())
     elif "base" in given:
         raise ValueError(f"{options.model} is a model, and --base is of an adapter; leave it out")
     else:
@@ -104,11 +130,19 @@ def inspect_command(options: argparse.Namespace) -> None:
             if wrong := sorted(given.keys() & {"method", "direction"}):
                 flags = ", ".join(f"--{name}" for name in wrong)
                 raise ValueError(f"--joint allocates no ranks, which {flags} is for; leave out one of the two")
-            show_joint(inspect_joint(**given), given.get("r", 16), Terminal())
+            groups = inspect_joint(**given)
+            if as_json:
+                show_json(joint_as_data(options.model, given.get("r", 16), groups))
+            else:
+                show_joint(groups, given.get("r", 16), Terminal())
         else:
-            show_inspection(inspect(**given), Terminal())
+            found = inspect(**given)
+            if as_json:
+                show_json(inspection_as_data(found))
+            else:
+                show_inspection(found, Terminal())
     if "output" in given:
-        show_text(f"written to {options.output}")
+        show_text(f"written to {options.output}", to_stderr=as_json)
 
 
 def inspect_arguments(verb: argparse.ArgumentParser) -> None:
@@ -124,6 +158,7 @@ def inspect_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--joint", action="store_true", help="what one right factor carries of layers with one input")
     verb.add_argument("--output", help="folder for JSON, ranks.yaml (of a model) and plots (default: print only)")
     verb.add_argument("--overwrite", action="store_true", help="replace such a folder")
+    verb.add_argument("--json", action="store_true", help="print JSON in place of tables")
     verb.add_argument("--revision", help="revision of a hub model")
     verb.add_argument("--trust-remote-code", action="store_true", help="let the model's repository run its own code")
 
@@ -146,7 +181,8 @@ def plan_command(options: argparse.Namespace) -> None:
     quiet()
     own = ("verb", "run", "model", "batch_size", "length", "fits", "dtype", "device", "r", "json", "csv")
     flags = {k: from_flag(k, v) if isinstance(v, str) else v for k, v in vars(options).items() if k not in own}
-    for path in filter(None, (options.json, options.csv)):  # before a minute is spent
+    to_stdout = options.json == "-"
+    for path in filter(None, (None if to_stdout else options.json, options.csv)):  # before a minute is spent
         if not Path(path).parent.is_dir():
             raise ValueError(f"{path} cannot be written: there is no folder {Path(path).parent}")
     made = candidates(flags, whole_numbers("--r", options.r))
@@ -156,28 +192,32 @@ def plan_command(options: argparse.Namespace) -> None:
     found: Sequence[Row | Fit] = ()
     if not flags.get("experts") and (line := frozen_experts(of.blank().requires_grad_(False))):
         notes.append(line)
-    console = Terminal()
+    console = Terminal(stderr=to_stdout)
     kinds = widths(("none", "nf4") if options.fits is None else ("none", "int8", "nf4"), notes)
     total = 2 * (len(kinds) * len(made[:-1]) + 1)
     try:
         if options.fits is None:
             with counted(console, total) as done:
                 rows = plan_rows(of, made, kinds, options.batch_size or 4, options.length, notes, done)
-            show_plan(rows, console)
+            if not to_stdout:
+                show_plan(rows, console)
             found = rows
         else:
             budget = SHARE * options.fits * 2**30
             with counted(console, total) as done:
                 largest = fits(of, made, kinds, budget, options.batch_size, options.length, notes, done)
-            show_fits(largest, options.fits, options.batch_size is not None, console)
+            if not to_stdout:
+                show_fits(largest, options.fits, options.batch_size is not None, console)
             found = largest
     except NotPlannedError as error:
-        show_text(f"memory not planned: {error}")
+        show_text(f"memory not planned: {error}", to_stderr=to_stdout)
         for name, config in made:
-            show_text(f"{name}: {replace(of, config=config).parameters:,} trained parameters")
+            show_text(f"{name}: {replace(of, config=config).parameters:,} trained parameters", to_stderr=to_stdout)
     for text in notes:
-        show_text(f"note: {text}")
-    write_plan(found, options.json, options.csv)
+        show_text(f"note: {text}", to_stderr=to_stdout)
+    write_plan(found, None if to_stdout else options.json, options.csv)
+    if to_stdout:
+        show_json([row.record() for row in found])
 
 
 @contextmanager
@@ -203,6 +243,7 @@ def plan_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--fits", type=float, metavar="GB", help="what is the largest that fits in a GPU of so much?")
     verb.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"), help="of the base")
     verb.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="what it would run on (default cuda)")
-    verb.add_argument("--json", metavar="FILE", help="write the rows, in bytes")
+    verb.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write the rows, in bytes; without FILE: "
+                      "print them in place of tables")  # fmt: skip
     verb.add_argument("--csv", metavar="FILE", help="the same as CSV")
     add_fields(verb, [name for name in WHAT_AND_WHERE if name not in ("method", "r", "revision")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 
 from inlay.cli.flags import recipe_flags
@@ -15,6 +16,7 @@ def train_command(options: argparse.Namespace) -> None:
 
     example:  inlay train --data mine.jsonl --method milora --r 32 --learning-rate 3e-4 --output runs/mine
     """
+    from inlay.files.fetched import fetch
     from inlay.host import distributed
     from inlay.messages import quiet
     from inlay.recipe.reading import from_flag, load_recipe
@@ -23,7 +25,18 @@ def train_command(options: argparse.Namespace) -> None:
     from inlay.training.train import train, unfinished
 
     quiet()
-    own = ("verb", "run", "recipe", "dry_run", "verbose", "resume", "num_processes", "launch_config", "arguments")
+    own = (
+        "verb",
+        "run",
+        "recipe",
+        "dry_run",
+        "verbose",
+        "resume",
+        "num_processes",
+        "launch_config",
+        "arguments",
+        "from_url",
+    )
     given = {k: v for k, v in vars(options).items() if k not in own}
     flags = {k: from_flag(k, v) if isinstance(v, str) else v for k, v in given.items()}
     console = Terminal()
@@ -31,6 +44,11 @@ def train_command(options: argparse.Namespace) -> None:
         if options.recipe or options.dry_run:
             raise ValueError("--resume RUN goes on with the recipe in the run folder; leave out RECIPE and --dry-run")
         resolved = unfinished(Path(options.resume), flags)
+    elif options.from_url:
+        with tempfile.TemporaryDirectory() as folder:
+            file, digest = fetch(options.recipe or "", Path(folder))
+            show_text(f"recipe {options.recipe}: sha256 {digest}", to_stderr=True)
+            resolved = load_recipe(str(file), flags)
     else:
         resolved = load_recipe(options.recipe, flags)
     if resolved is None:
@@ -49,6 +67,9 @@ def train_command(options: argparse.Namespace) -> None:
 def train_arguments(verb: Parser) -> None:
     """Add every recipe field and every hyperparameter as a flag; help shows the common ones and where the rest is."""
     verb.add_argument("recipe", nargs="?", help="YAML file; flags override it")
+    verb.add_argument(
+        "--from-url", action="store_true", help="RECIPE is an https address, whose recipe may be run here"
+    )
     verb.add_argument("--resume", metavar="RUN", help="resume the run in this folder from its last checkpoint")
     verb.add_argument("--dry-run", action="store_true", help="show tokens, steps, memory, first example, recipe; stop")
     verb.add_argument("--verbose", action="store_true", help="with --dry-run: every field of the recipe")

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from inlay.evaluation.metric import OnTask, Rows, load_metric, run_metric
 from inlay.evaluation.run_settings import chat_settings
-from inlay.evaluation.scores import Score, score_difference, write_scores
+from inlay.evaluation.scores import Score, score_as_data, score_difference, write_scores
 from inlay.files.atomic import find_again
 from inlay.messages import dtype_name
 from inlay.models.adapters import CONFIG, Adapter
@@ -40,6 +40,12 @@ class Evaluation:
     rows: Rows
     base: list[Score] = field(default_factory=list)
     differences: dict[str, str] = field(default_factory=dict)
+
+    def as_data(self) -> dict[str, object]:
+        """Return the scores for JSON, without the examples, which are in the folder."""
+        kinds = {"scores": self.scores, "base": self.base}
+        told = {kind: [score_as_data(score) for score in scores] for kind, scores in kinds.items()}
+        return {"folder": str(self.folder), **told, "differences": self.differences}
 
 
 def evaluate_model(

@@ -88,12 +88,17 @@ def score_difference(was: Score, now: Score, its: list[dict[str, Any]], rows: li
     return f"{gap.mean:+.3f} ({gap.low:+.3f} to {gap.high:+.3f}), {verdict}"
 
 
+def score_as_data(score: Score) -> dict[str, Any]:
+    """Return a score for JSON."""
+    return {key: value for key, value in vars(score).items() if key != "draws"}
+
+
 def write_scores(
     folder: Path, name: str, figures: list[Score], rows: list[dict[str, Any]], about: dict[str, Any]
 ) -> None:
     """Write NAME.json with the scores, and NAME.jsonl with a line for each example."""
     folder.mkdir(parents=True, exist_ok=True)
-    values = [{key: value for key, value in vars(f).items() if key != "draws"} for f in figures]
+    values = list(map(score_as_data, figures))
     write_text(
         folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
     )

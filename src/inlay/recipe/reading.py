@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from inlay.files.atomic import find_again
+from inlay.files.fetched import is_url
 from inlay.files.untrusted import LENGTH, DamagedFileError, from_yaml, read_regular, regular_file
 from inlay.messages import did_you_mean
 from inlay.methods import METHODS
@@ -58,6 +59,8 @@ def from_values(values: dict[str, Any], overrides: dict[str, Any], path: str | N
 
 def read_yaml(path: str) -> dict[str, Any]:
     """Read a YAML mapping from the file `path`."""
+    if is_url(path):
+        raise ValueError(f"recipe {path} is not read: it says what is run on this machine; inlay train has --from-url")
     file = regular_file(find_again(Path(path)))
     try:
         values = from_yaml(read_regular(file, LENGTH + 1))

@@ -7,11 +7,16 @@ import os
 import re
 
 from inlay.messages import one_line, printable
+from inlay.models.builtin import MODEL
 from inlay.models.model_classes import SEQUENCE, find_model_class
 from inlay.recipe.peft_methods import FULL, is_inlay
 from inlay.reports.result import Result
 from inlay.reports.run_page import page_title, run_facts, versions
 
+BUILTIN_BASE = """from inlay.models.builtin import load_builtin_model  # also registers the adapter type with PEFT
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(load_builtin_model(), "path/to/this/folder")"""
 MERGING = "\nTo serve it without Inlay, merge it first: `inlay merge path/to/this/folder merged/`.\n"
 
 
@@ -44,6 +49,11 @@ def model_card(result: Result) -> str:
     labelled = method != FULL and kind.peft == SEQUENCE
     more = f", num_labels={result.labels}" if labelled else ""
     register = "import inlay  # registers the adapter type with PEFT\n" if is_inlay(method) else ""
+    opening = f"""{register}from {library} import {loader}
+
+model = {loader}.from_pretrained("path/to/this/folder"{more})"""
+    if method != FULL and name == MODEL:
+        opening = BUILTIN_BASE
     merging = "" if method == FULL else MERGING
     return f"""---
 {base}library_name: {library}
@@ -57,9 +67,7 @@ tags: [inlay, "{method}"]
 {table}
 
 ```python
-{register}from {library} import {loader}
-
-model = {loader}.from_pretrained("path/to/this/folder"{more})
+{opening}
 ```
 {merging}
 Recipe:

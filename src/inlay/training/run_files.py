@@ -15,7 +15,9 @@ from inlay.inspection.change_plots import draw_change_plots
 from inlay.inspection.changes import CHANGES, WeightChange, changes, changes_as_data
 from inlay.inspection.figures import plot_text
 from inlay.inspection.inspect_adapter import changes_of_fold
+from inlay.models.adapters import CONFIG
 from inlay.models.base import BaseModel
+from inlay.models.builtin import FOLDER, MODEL, model_dir
 from inlay.models.model_classes import SEQUENCE, find_model_class
 from inlay.models.stored_weights import Weights
 from inlay.recipe.recipe import Recipe
@@ -42,6 +44,7 @@ def write_trained(recipe: Recipe, folder: Path, model: PeftModel | PreTrainedMod
     with new_folder(folder / recipe.kept, overwrite=True, marker=marker) as part:
         if isinstance(model, PeftModel):  # DPO may hold another adapter as the reference
             model.save_pretrained(str(part), state_dict=state, selected_adapters=["default"])
+            name_builtin_base(part)
             if recipe.chat_template is not None:
                 TASKS[recipe.task].processor(recipe).save_pretrained(str(part))
         else:
@@ -49,6 +52,17 @@ def write_trained(recipe: Recipe, folder: Path, model: PeftModel | PreTrainedMod
             TASKS[recipe.task].processor(recipe).save_pretrained(str(part))
         if find_model_class(recipe.task).peft == SEQUENCE:
             model.config.save_pretrained(str(part))  # holds the labels
+
+
+def name_builtin_base(folder: Path) -> None:
+    """Let the adapter in a folder name the built-in model as such, not by where this machine keeps it."""
+    file = folder / CONFIG
+    if not file.is_file():
+        return
+    values = json.loads(file.read_text(encoding="utf-8"))
+    named = values.get("base_model_name_or_path")
+    if isinstance(named, str) and Path(named).name.startswith(FOLDER) and named == str(model_dir()):
+        write_text(file, json.dumps({**values, "base_model_name_or_path": MODEL}, indent=2, sort_keys=True))
 
 
 def write_page(result: Result, base: BaseModel, model: PeftModel | PreTrainedModel, whole: bool) -> None:
