@@ -5,6 +5,7 @@ import io
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import fails
@@ -186,6 +187,20 @@ def test_what_only_a_gpu_can_is_refused_without_one(monkeypatch):
         check_means(Recipe(trainer={"activation_offloading": True}))
     with pytest.raises(ValueError, match="padding_free has no effect; use packing: true"):
         Recipe(trainer={"padding_free": True})
+    with pytest.raises(ValueError, match="model_init_kwargs has no effect; the recipe loads the model"):
+        Recipe(trainer={"model_init_kwargs": {"attn_implementation": "flash_attention_2"}})
+
+
+def test_liger_kernels_that_do_not_know_the_model_are_refused(tiny, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("inlay.training.arguments.check_installed", lambda *_: None)
+    patches = SimpleNamespace(MODEL_TYPE_TO_APPLY_LIGER_FN={"qwen2": None})
+    for name, module in {"": None, ".transformers": None, ".transformers.monkey_patch": patches}.items():
+        monkeypatch.setitem(sys.modules, f"liger_kernel{name}", module or SimpleNamespace(__path__=[]))
+    with pytest.raises(ValueError, match="use_liger_kernel has no kernels for llama models; leave it out"):
+        check_means(Recipe(model=tiny, trainer={"use_liger_kernel": True}))
+    patches.MODEL_TYPE_TO_APPLY_LIGER_FN["llama"] = None
+    check_means(Recipe(model=tiny, trainer={"use_liger_kernel": True}))
 
 
 def test_each_package_says_how_it_is_installed():

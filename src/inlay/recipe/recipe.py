@@ -360,10 +360,11 @@ def check_task(recipe: Recipe) -> None:
         raise ValueError(f"allocate: ranks from spectra are for causal language models, not task {recipe.task}")
 
 
-PREPARED = {  # keys of trl's SFTConfig for data that trl prepares; here it gets tokens and labels
+PREPARED = {  # keys of trl's configs for data and models that trl prepares; here it gets tokens, labels and a model
     "completion_only_loss": "only answers are learned; task language_modelling learns all of a text",
     "assistant_only_loss": "only answers are learned",
     "chat_template_path": "use chat_template",
+    "model_init_kwargs": "the recipe loads the model; dtype, revision and quantize are fields",
     "padding_free": "use packing: true, which leaves no padding",
     "truncation_mode": "rows are truncated at their end; shorten them in the data",
     "dataset_text_field": "use columns: {text: ...}",

@@ -12,6 +12,7 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_rep
 
 from inlay.host import distributed
 from inlay.messages import check_installed, did_you_mean, first_line
+from inlay.models.base import BaseModel
 from inlay.recipe.optimizers import optimizer_settings
 from inlay.recipe.peft_methods import ADALORA, FULL
 from inlay.recipe.recipe import Recipe
@@ -138,7 +139,19 @@ def check_means(recipe: Recipe) -> None:
     for key in ("use_liger_kernel", "activation_offloading"):
         if recipe.trainer.get(key) and not torch.cuda.is_available():
             raise ValueError(f"trainer: {key} is for a GPU, and this machine has none; leave it out")
+    if recipe.trainer.get("use_liger_kernel"):
+        check_liger(recipe.base_model)
     check_tracker(recipe.report_to)
+
+
+def check_liger(base: BaseModel) -> None:
+    """Refuse Liger's kernels for a model that they do not know, which transformers would train without a word."""
+    from liger_kernel.transformers.monkey_patch import (  # type: ignore[import-not-found]
+        MODEL_TYPE_TO_APPLY_LIGER_FN,
+    )
+
+    if (kind := base.config().model_type) not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise ValueError(f"trainer: use_liger_kernel has no kernels for {kind} models; leave it out")
 
 
 def check_tracker(names: str) -> None:
