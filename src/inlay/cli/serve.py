@@ -6,7 +6,7 @@ import argparse
 import os
 
 from inlay.cli.parser import whole_number
-from inlay.messages import show_text
+from inlay.messages import show_piece, show_text
 
 
 def serve_command(options: argparse.Namespace) -> None:
@@ -24,11 +24,16 @@ def serve_command(options: argparse.Namespace) -> None:
     key = options.api_key or os.environ.get("INLAY_API_KEY") or None
     equal = serve_models(
         options.models, model=options.model, port=options.port, key=key, tokens=options.tokens,
-        batch_size=options.batch_size, dtype=options.dtype, check=options.check,
+        batch_size=options.batch_size, dtype=options.dtype, check=options.check, done=show_at_once,
     )  # fmt: skip
     if not equal:
         show_text("inlay: some answers differ", to_stderr=True)
         raise SystemExit(1)
+
+
+def show_at_once(line: str) -> None:
+    """Print a line that whoever started the server may wait for."""
+    show_piece(f"{line}\n")
 
 
 def serve_arguments(verb: argparse.ArgumentParser) -> None:

@@ -40,6 +40,7 @@ class SizeLimit:
         """Pass a request on, and count its body."""
         length = dict(scope.get("headers", [])).get(b"content-length", b"0")
         if length.isdigit() and int(length) > MOST:
+            await drain(receive)  # or the client would not hear why, while it still sends
             return await refused(413, f"the request has {int(length)} bytes; accepted: {MOST}")(scope, receive, send)
         read = 0
 
@@ -52,6 +53,16 @@ class SizeLimit:
             return message
 
         await self.app(scope, counted, send)
+
+
+async def drain(receive: Receive) -> None:
+    """Read the rest of a request's body and forget it, unless there is no end of it."""
+    read = 0
+    while read < 8 * MOST:
+        message = await receive()
+        read += len(message.get("body", b""))
+        if not message.get("more_body"):
+            return
 
 
 def refused(status: int, message: str, code: str | None = None) -> JSONResponse:

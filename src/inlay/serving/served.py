@@ -21,7 +21,7 @@ from inlay.models.adapters import CONFIG, Adapter
 from inlay.models.base import BaseModel
 from inlay.models.vocabulary import fit_vocabulary
 
-NAME = r"[\w][\w.:/-]*"  # of a model in a request
+NAME = r"\w[\w.:-]*"  # a part of a name in a request; a hub id has two
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +58,7 @@ def named(text: str) -> tuple[str, str]:
     name, equals, place = text.partition("=")
     if not equals or Path(text).exists():
         name, place = default_name(text), text
-    if not re.fullmatch(NAME, name) or not place:
+    if not re.fullmatch(rf"{NAME}(/{NAME})?", name) or not place:
         raise ValueError(f"{text}: {name!r} is no name for a model; give one, as in mine={place or 'runs/mine'}")
     return name, place
 
@@ -67,18 +67,17 @@ def default_name(place: str) -> str:
     """Return the name of a model that was given none: its hub id, or the name of its folder or of its run."""
     path = Path(place).expanduser()
     if not path.exists():
-        return place
+        return place if re.fullmatch(rf"{NAME}(/{NAME})?", place) else path.name
     path = path.resolve()
+    if path.suffix == ".gguf":
+        return path.stem
     return path.parent.name if path.name in KEPT else path.name
 
 
 def name_of_base(base: BaseModel) -> str:
     """Return the name of a base that came with an adapter."""
-    try:
-        own = str(builtin.model_dir())
-    except ValueError:
-        own = ""
-    return builtin.MODEL if base.resolved == own else default_name(base.name)
+    own = Path(base.resolved).name.startswith(builtin.FOLDER)
+    return builtin.MODEL if own else default_name(base.name)
 
 
 def load_served(places: Sequence[str], model: str | None, dtype: torch.dtype) -> dict[str, Served]:
