@@ -34,7 +34,7 @@ QUESTION = [{"role": "user", "content": "What is 3 plus one?"}]
 CONFIGS = {
     "bone": InlayConfig(method=methods.Bone(r=4), target_modules="all-linear", task_type="CAUSAL_LM"),
     "pissa": InlayConfig(method=methods.PiSSA(r=4), target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
-    "peft": LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False),
+    "peft": LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False),
 }
 
 
