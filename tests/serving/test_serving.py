@@ -242,10 +242,12 @@ def test_a_full_line_takes_no_more():
         worker.submit(job)
 
 
-def test_the_check_compares_with_generate(tiny, places, capsys):
+def test_the_check_compares_with_generate(places, monkeypatch):
+    monkeypatch.setattr("inlay.serving.endpoint.QUESTIONS", ("Hello!",))
+    monkeypatch.setattr("inlay.serving.endpoint.TOKENS", 6)
     lines = []
     assert serve_models([places[0]], port=0, dtype="float32", check=True, done=lines.append)
-    assert lines == [f"{name}: 3 of 3 greedy answers are those of inlay generate" for name in ("bone", "tiny-llama")]
+    assert lines == [f"{name}: 1 of 1 greedy answers are those of inlay generate" for name in ("bone", "tiny-llama")]
 
 
 def test_mistakes_come_before_the_models(tiny, places, monkeypatch, tmp_path, capsys):

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 HOST = "127.0.0.1"
 QUESTIONS = ("Hello! Who are you?", "Name three rivers.", "name[Aromi], eatType[coffee shop], area[riverside]")
+TOKENS = 32  # of an answer that is compared
 GRACE = 5  # seconds that answers in progress have at the end
 
 
@@ -161,7 +162,7 @@ def check_answers_of(
         source = load_answering(adapter, model if adapter else place, dtype_for(dtype))
         equal = 0
         for question in QUESTIONS:
-            wanted = source.ask({"prompt": [{"role": "user", "content": question}]}, 32).text
+            wanted = source.ask({"prompt": [{"role": "user", "content": question}]}, TOKENS).text
             equal += all(asked(address, name, question, key, stream) == wanted for stream in (False, True))
         done(f"{name}: {equal} of {len(QUESTIONS)} greedy answers are those of inlay generate")
         good = good and equal == len(QUESTIONS)
@@ -172,7 +173,7 @@ def check_answers_of(
 
 def asked(address: str, name: str, question: str, key: str | None, stream: bool) -> str:
     """Return the answer of a server to one question."""
-    body = {"model": name, "messages": [{"role": "user", "content": question}], "max_tokens": 32, "stream": stream}
+    body = {"model": name, "messages": [{"role": "user", "content": question}], "max_tokens": TOKENS, "stream": stream}
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     request = Request(f"{address}/chat/completions", json.dumps(body).encode(), headers)
     with build_opener(ProxyHandler({})).open(request) as answer:
