@@ -56,12 +56,13 @@ def test_inspect_as_json(tiny, adapter, tmp_path, capsys):
 
 
 def test_eval_as_json(tiny, adapter, records, tmp_path, capsys):
-    output = ["--output", str(tmp_path / "eval"), "--limit", "2", "--tokens", "2", "--base"]
+    output = ["--output", str(tmp_path / "eval"), "--limit", "2", "--tokens", "2"]
     found, said = document(capsys, "eval", adapter, "--task", "exact", "--data", records, *output)
     assert found["folder"] == str(tmp_path / "eval")
     assert "written to" in said
-    assert [score["name"] for score in found["scores"]] == [score["name"] for score in found["base"]] == ["exact match"]
-    (written,) = [path for path in (tmp_path / "eval").glob("*.json") if not path.stem.endswith("-base")]
+    assert (found["base"], found["differences"]) == ([], {})
+    assert [score["name"] for score in found["scores"]] == ["exact match"]
+    (written,) = (tmp_path / "eval").glob("*.json")
     assert found["scores"] == json.loads(written.read_text())["figures"]
 
 

@@ -47,8 +47,8 @@ def train_command(options: argparse.Namespace) -> None:
     elif options.from_url:
         with tempfile.TemporaryDirectory() as folder:
             file, digest = fetch(options.recipe or "", Path(folder))
-            show_text(f"recipe {options.recipe}: sha256 {digest}", to_stderr=True)
             resolved = load_recipe(str(file), flags)
+            show_text(f"recipe {options.recipe}: sha256 {digest}", to_stderr=True)
     else:
         resolved = load_recipe(options.recipe, flags)
     if resolved is None:

@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.request import ProxyHandler, Request, build_opener
@@ -107,10 +107,9 @@ def bound(port: int) -> Iterator[socket.socket]:
 
 def run_until_stopped(server: uvicorn.Server, opened: socket.socket) -> None:
     """Run a server until Ctrl-C, which is the normal way to end."""
-    try:
+    with suppress(KeyboardInterrupt):  # which uvicorn may raise again when it has ended
         server.run(sockets=[opened])
-    except KeyboardInterrupt:
-        show_text("stopped", to_stderr=True)
+    show_text("stopped", to_stderr=True)
 
 
 def serve_packed(
