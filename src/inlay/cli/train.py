@@ -66,10 +66,8 @@ def train_command(options: argparse.Namespace) -> None:
 
 def train_arguments(verb: Parser) -> None:
     """Add every recipe field and every hyperparameter as a flag; help shows the common ones and where the rest is."""
-    verb.add_argument("recipe", nargs="?", help="YAML file; flags override it")
-    verb.add_argument(
-        "--from-url", action="store_true", help="RECIPE is an https address, whose recipe may be run here"
-    )
+    verb.add_argument("recipe", nargs="?", help="YAML file (--from-url: https://...); flags override")
+    verb.add_argument("--from-url", action="store_true", help=argparse.SUPPRESS)
     verb.add_argument("--resume", metavar="RUN", help="resume the run in this folder from its last checkpoint")
     verb.add_argument("--dry-run", action="store_true", help="show tokens, steps, memory, first example, recipe; stop")
     verb.add_argument("--verbose", action="store_true", help="with --dry-run: every field of the recipe")
