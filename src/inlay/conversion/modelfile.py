@@ -50,9 +50,9 @@ def modelfile(
         lines.append(f'SYSTEM """{printable(system)}"""')
     lines += [f"PARAMETER stop {json.dumps(text, ensure_ascii=False)}" for text in ends(tokenizer, generation)]
     drawn = {"temperature": generation.temperature, "top_p": generation.top_p, "top_k": generation.top_k}
-    drawn = drawn if generation.do_sample else {"temperature": 0}
-    drawn["repeat_penalty"] = generation.repetition_penalty
-    lines += [f"PARAMETER {name} {value}" for name, value in drawn.items() if value is not None]
+    chosen: dict[str, object] = {**drawn} if generation.do_sample else {"temperature": 0}
+    chosen["repeat_penalty"] = generation.repetition_penalty
+    lines += [f"PARAMETER {name} {value}" for name, value in chosen.items() if value is not None]
     return "\n".join([*lines, ""])
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from inlay.data.chats import Example
 from inlay.evaluation.ask_model import similar_batches
-from inlay.evaluation.growing import Growing, context_length, grow, nowhere, prompt_tokens
+from inlay.evaluation.growing import Growing, config_of, context_length, grow, nowhere, prompt_tokens
 from inlay.evaluation.run_settings import ChatSettings, chat_settings
 from inlay.evaluation.sampling import Sampling
 from inlay.models.adapters import Adapter
@@ -35,7 +35,7 @@ class Answering:
         """
         ids = prompt_tokens(self.model, self.tokenizer, self.settings.example(asked))
         most = context_length(self.model)
-        if most is not None and len(ids) >= most:
+        if most is not None and len(ids) >= most and not config_of(self.model).is_encoder_decoder:
             raise ValueError(f"the prompt has {len(ids)} tokens, and this model reads {most} with its answer")
         return ids
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from inlay.data.chats import Example
 from inlay.data.render import prompt_ids
@@ -122,7 +128,7 @@ def prompt_tokens(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, chat: Chat | Example
 ) -> list[int]:
     """Return a prompt's tokens, as `answer` has them."""
-    if model.config.is_encoder_decoder:
+    if config_of(model).is_encoder_decoder:
         return list(tokenizer(encoder_text(chat), truncation=True)["input_ids"])
     return prompt_ids(chat, tokenizer)
 
@@ -146,13 +152,13 @@ def grow(
     """
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    side = "right" if model.config.is_encoder_decoder else "left"
+    side = "right" if config_of(model).is_encoder_decoder else "left"
     inputs = tokenizer.pad({"input_ids": list(prompts)}, padding_side=side, return_tensors="pt")
-    config = model.generation_config
-    ends = config.eos_token_id if config is not None else None
+    untyped = cast(Any, model)  # PEFT hands on what it wraps
+    ends = untyped.generation_config.eos_token_id if untyped.generation_config is not None else None
     watch = Watch(answers, frozenset([ends] if isinstance(ends, int) else ends or ()), tokenizer)
-    cast(PreTrainedModel, model).generate(
-        **inputs.to(model.device),
+    untyped.generate(
+        **inputs.to(untyped.device),
         **(sampling or Sampling()).options,
         max_new_tokens=max(answer.most for answer in answers),
         pad_token_id=tokenizer.pad_token_id,
@@ -162,4 +168,9 @@ def grow(
 
 def context_length(model: PreTrainedModel | PeftModel) -> int | None:
     """Return how many tokens prompt and answer may have together; None where the model does not say."""
-    return model.config.get_text_config().to_dict().get("max_position_embeddings")
+    return config_of(model).get_text_config().to_dict().get("max_position_embeddings")
+
+
+def config_of(model: PreTrainedModel | PeftModel) -> PretrainedConfig:
+    """Return the configuration of a model, adapted or not."""
+    return cast(Any, model).config

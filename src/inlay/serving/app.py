@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from inlay.evaluation.growing import CANCELLED, CUT, Growing, context_length
+from inlay.evaluation.growing import CANCELLED, CUT, Growing, config_of, context_length
 from inlay.messages import one_line
 from inlay.serving.requests import ChatRequest
 from inlay.serving.served import Served
@@ -109,7 +109,8 @@ def create_app(
                 raise ValueError(f"the messages do not fit the chat template: {error}") from None
         room = context_length(one.source.model)
         most = asked.max_completion_tokens or asked.max_tokens or tokens
-        most = most if room is None or one.source.model.config.is_encoder_decoder else min(most, room - len(prompt))
+        if room is not None and not config_of(one.source.model).is_encoder_decoder:
+            most = min(most, room - len(prompt))
         return Queued(one, prompt, Growing(most, asked.stops), sampling, lambda error: None)
 
     @app.exception_handler(AnyHTTPException)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from urllib.request import ProxyHandler, Request, build_opener
 
 from inlay.evaluation.answering import load_answering
+from inlay.evaluation.growing import config_of
 from inlay.messages import check_installed, show_text
 from inlay.models.loading import dtype_for
 from inlay.serving.served import Served, holds_adapter, load_served, named
@@ -156,7 +157,7 @@ def check_answers_of(
     own = dict(map(named, places))
     good = True
     for name in served:
-        place = own.get(name, served[name].source.model.config.name_or_path)
+        place = own.get(name, config_of(served[name].source.model).name_or_path)
         adapter = place if holds_adapter(place) else None
         source = load_answering(adapter, model if adapter else place, dtype_for(dtype))
         equal = 0

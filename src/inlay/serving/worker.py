@@ -113,7 +113,7 @@ class Worker:
             return
         first = wanted[0]
         source = first.served.source
-        devices = [source.model.device] if source.model.device.type == "cuda" else []
+        devices = list(range(torch.cuda.device_count()))
         with first.served.active(), torch.random.fork_rng(devices, enabled=first.sampling.seed is not None):
             first.sampling.start()
             prompts, answers = [job.prompt for job in wanted], [job.answer for job in wanted]
