@@ -9,7 +9,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +24,10 @@ from inlay.evaluation.answering import load_answering
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 uvicorn = pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
 openai = pytest.importorskip("openai", reason="openai is not installed")
+
+from fastapi import FastAPI  # noqa: E402
+from starlette.middleware.cors import CORSMiddleware  # noqa: E402
+from starlette.middleware.trustedhost import TrustedHostMiddleware  # noqa: E402
 
 from inlay.serving.app import MOST, create_app  # noqa: E402
 from inlay.serving.endpoint import bound, serve_models  # noqa: E402
@@ -248,6 +252,32 @@ def test_the_check_compares_with_generate(places, monkeypatch):
     lines = []
     assert serve_models([places[0]], port=0, dtype="float32", check=True, done=lines.append)
     assert lines == [f"{name}: 1 of 1 greedy answers are those of inlay generate" for name in ("bone", "tiny-llama")]
+
+
+def test_a_packed_model_is_handed_to_llama_cpp(tmp_path, monkeypatch):
+    """Its package is not installed here: what it is told, by the names that its version 0.3.36 has."""
+    app = FastAPI()
+    app.add_middleware(CORSMiddleware, allow_origins=["*"])
+    told = {}
+    parts = {"app": {"create_app": lambda **given: told.update(given) or app},
+             "settings": {"ModelSettings": SimpleNamespace, "ServerSettings": SimpleNamespace}}  # fmt: skip
+    for name in ("llama_cpp", "llama_cpp.server"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    for name, values in parts.items():
+        monkeypatch.setitem(sys.modules, f"llama_cpp.server.{name}", SimpleNamespace(**values))
+    monkeypatch.setattr("inlay.serving.endpoint.check_installed", lambda *_: None)
+    monkeypatch.setattr("inlay.serving.endpoint.run_until_stopped", lambda server, opened: told.update(server=server))
+    file, lines = tmp_path / "model.gguf", []
+    with pytest.raises(ValueError, match="does not exist; give a GGUF file"):
+        serve_models([str(file)], port=0)
+    file.write_bytes(b"GGUF")
+    assert serve_models([str(file)], port=0, key="secret", done=lines.append)
+    assert "/v1 serves model by llama.cpp" in lines[0]
+    assert vars(told["model_settings"][0]) == {"model": str(file), "model_alias": "model", "verbose": False}
+    assert told["server_settings"].api_key == "secret"
+    assert told["server"].config.app is app
+    assert [layer.cls for layer in app.user_middleware] == [TrustedHostMiddleware]
+    assert "/health" in {route.path for route in app.routes}
 
 
 def test_mistakes_come_before_the_models(tiny, places, monkeypatch, tmp_path, capsys):

@@ -127,10 +127,13 @@ def serve_packed(
     import uvicorn
     from llama_cpp.server.app import create_app  # type: ignore[import-not-found]
     from llama_cpp.server.settings import ModelSettings, ServerSettings  # type: ignore[import-not-found]
+    from starlette.middleware.cors import CORSMiddleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     settings = ModelSettings(model=file, model_alias=name, verbose=False)
-    app = create_app(server_settings=ServerSettings(host=HOST, api_key=key), model_settings=[settings])
+    server = ServerSettings(host=HOST, api_key=key, interrupt_requests=False)  # of others: they wait in line
+    app = create_app(server_settings=server, model_settings=[settings])
+    app.user_middleware = [layer for layer in app.user_middleware if layer.cls is not CORSMiddleware]  # no page may ask
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
     app.add_api_route("/health", lambda: {"status": "ok"})
     done(f"{address} serves {name} by llama.cpp (this machine only; Ctrl-C ends)")
