@@ -60,7 +60,7 @@ def theta(method: Method, W: Tensor) -> tuple[dict[str, Tensor], dict[str, Tenso
     p0 = {k: drawn(v, 0.01) for k, v in method.start(W.to("meta")).items()}
     p = {k: (v + drawn(v, 0.001)).requires_grad_(k not in method.frozen) for k, v in p0.items()}
     start = {k: v for k, v in p0.items() if k not in method.frozen}
-    return p, None if method.zero_init else {**start, **{k: p[k] for k in method.frozen}}
+    return p, None if method.stores_no_start else {**start, **{k: p[k] for k in method.frozen}}
 
 
 def rows(W: Tensor, x: Tensor) -> Iterator[tuple[str, tuple[int, int]]]:

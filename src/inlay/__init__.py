@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from inlay.host.config import InlayConfig
     from inlay.host.flat_lora import Flat, flat_noise
     from inlay.host.lora_plus import parameter_groups
+    from inlay.host.penalty import penalty
     from inlay.host.schedule import Schedule, step
     from inlay.host.strength import scaled, set_scale
     from inlay.inspection.inspect_adapter import inspect_adapter
@@ -41,6 +42,7 @@ _HOMES = {
     "inspect_adapter": "inlay.inspection.inspect_adapter",
     "merge": "inlay.conversion.merge",
     "parameter_groups": "inlay.host.lora_plus",
+    "penalty": "inlay.host.penalty",
     "scaled": "inlay.host.strength",
     "second_derivatives": "inlay.numerics.ops",
     "set_scale": "inlay.host.strength",
@@ -62,6 +64,7 @@ __all__ = [
     "merge",
     "methods",
     "parameter_groups",
+    "penalty",
     "scaled",
     "second_derivatives",
     "set_scale",

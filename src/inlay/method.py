@@ -93,6 +93,8 @@ class Method(ABC):
         strength: what multiplies the change at inference (`at_strength`); 1 in training and for `start`.
         zero_init: whether ΔW(θ₀) = 0 for every W, so that θ₀ need not be stored; a property where it depends on a
             hyperparameter.
+        departs: whether the start is meant to change the model (a first step, a truncation): ΔW(θ₀) then stays in the
+            formula above, and θ₀ need not be stored.
         reads_weight: whether ΔW depends on W, so that θ alone does not determine it.
         linear: whether the change is a matrix ΔW. Where it depends on x in another way (routed experts, say), the
             method writes `change` in place of `delta`, and cannot be merged, exported or folded.
@@ -116,6 +118,7 @@ class Method(ABC):
     place: ClassVar[Place] = Place()
     strength: ClassVar[float] = 1.0
     zero_init: ClassVar[bool] = False
+    departs: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
     linear: ClassVar[bool] = True
     scales: ClassVar[bool] = True
@@ -152,6 +155,21 @@ class Method(ABC):
         Such values are listed under "draws" in the field's metadata.
         """
         return any(vars(self)[f.name] in f.metadata.get("draws", ()) for f in fields(self))
+
+    @property
+    def stores_no_start(self) -> bool:
+        """Return whether θ₀ is not stored, because nothing is taken off ΔW(θ): θ₀ is zero, or meant to change W."""
+        return self.zero_init or self.departs
+
+    @property
+    def shifts(self) -> bool:
+        """Return whether the method trains a change of the bias too."""
+        return type(self).shift is not Method.shift
+
+    @property
+    def penalises(self) -> bool:
+        """Return whether the method has a penalty on θ."""
+        return type(self).penalty is not Method.penalty
 
     def role(self, symbol: str) -> str:
         """Return the part that a symbol of θ plays; a block of one, B_1, plays that of B."""
@@ -227,6 +245,22 @@ class Method(ABC):
     def change(self, p: Params, x: Tensor, base: Base) -> Tensor:
         """Return what θ adds to the output for x (..., in), without s, where the method is not `linear`."""
         return F.linear(x, self.delta(p, base.weight).to(x.dtype))
+
+    def shift(self, p: Params) -> Tensor:
+        """Return what θ adds to the bias, (out), without s; 0 at the start. The host adds it to what `apply` returns.
+
+        Only where the method `shifts`, that is, has this: then its adapters merge into layers with a bias, and have no
+        form as a LoRA.
+        """
+        raise NotImplementedError(f"{self.name} does not shift the bias")
+
+    def penalty(self, p: Params) -> Tensor:
+        """Return what the training keeps small beside the loss, a scalar of θ in fp32, weighted.
+
+        Only where the method `penalises`, that is, has this: the trainer then adds the mean over the adapted weights
+        to the loss, once per optimiser step.
+        """
+        raise NotImplementedError(f"{self.name} has no penalty")
 
     def apply(self, p: Params, p0: Params | None, x: Tensor, base: Base, drop: Drop = keep) -> Tensor:
         """Return the adapted layer's output for x (..., in). Several adapters nest: each is the `base` of the next.

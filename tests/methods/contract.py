@@ -19,14 +19,18 @@ from inlay.method import Method, Params
 from inlay.methods.bat import Bat
 from inlay.methods.bat_col import BatCol
 from inlay.methods.bone import Bone
+from inlay.methods.corda import CorDA
 from inlay.methods.deep_lora import DeepLoRA
 from inlay.methods.dota import DoTA
 from inlay.methods.eva import EVA
 from inlay.methods.hira import HiRA
+from inlay.methods.kasa import KaSA
 from inlay.methods.lamda import LaMDA
 from inlay.methods.loldu import LoLDU
 from inlay.methods.lora import LoRA
 from inlay.methods.lora_ga import LoRAGA
+from inlay.methods.lora_null import LoRANull
+from inlay.methods.lora_one import LoRAOne
 from inlay.methods.lora_xs import LoRAXS
 from inlay.methods.lorta import LoRTA
 from inlay.methods.lq_lora import LQLoRA
@@ -64,6 +68,11 @@ def lamda(p: Params, W: Tensor) -> Tensor:
 
 def lora_xs(p: Params, W: Tensor) -> Tensor:
     return torch.einsum("oa,ab,bi->oi", p["B"], p["R"], p["A"])
+
+
+def kasa(p: Params, W: Tensor) -> Tensor:
+    learned = torch.einsum("or,r,ri->oi", p["B"], p["sigma"], p["A"])
+    return learned - sum(torch.outer(u, v) for u, v in zip(p["U"].T, p["V"], strict=True))
 
 
 def psoft(p: Params, W: Tensor) -> Tensor:
@@ -224,8 +233,15 @@ CONTRACT = {
     "milora random": Row(
         MiLoRA(r=8, side="random"), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank, seeded=True
     ),
+    "milora skip": Row(
+        MiLoRA(r=8, side="middle", skip=3), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank
+    ),
     "olora": Row(OLoRA(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank, parts="in out"),
     "mica": Row(MiCA(r=8), (40, 24), {"A"}, lambda m, n: 8 * n, low_rank, parts="in"),
+    "kasa": Row(
+        KaSA(r=8), (24, 40), {"A", "B", "sigma"}, lambda m, n: 8 * (m + n) + 8, kasa, seeded=True,
+        parts="in magnitude out", rank=16,
+    ),
     "oplora": Row(
         OPLoRA(r=8, k=4), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), oplora, seeded=True, parts="in out"
     ),
@@ -311,6 +327,11 @@ CONTRACT = {
     "smt": Row(SMT(r=8), (24, 40), {"D"}, lambda m, n: 8 * 64, smt, lora_exact=False, grows=False),
     "smt few": Row(SMT(r=8, blocks=4), (24, 40), {"D"}, lambda m, n: 4 * 64, smt, lora_exact=False),
     "eva": Row(EVA(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
+    "corda": Row(CorDA(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
+    "corda kpm": Row(CorDA(r=8, mode="kpm"), (40, 24), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
+    "lora_null": Row(LoRANull(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
+    "lora_null v2": Row(LoRANull(r=8, variant="v2"), (40, 24), {"B"}, lambda m, n: 8 * m, low_rank),
+    "lora_one": Row(LoRAOne(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
     "lora_ga": Row(LoRAGA(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
     "lq_lora": Row(LQLoRA(r=8), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), low_rank),
     "lq_lora none": Row(
@@ -433,7 +454,12 @@ def cast(v: Tensor, dtype: torch.dtype) -> Tensor:
 
 def given(method: Method, p0: Params) -> Params | None:
     """θ₀ as the host passes it on."""
-    return None if method.zero_init else p0
+    return None if method.stores_no_start else p0
+
+
+def taken_off(row: Row, p0: Params, W: Tensor) -> Tensor:
+    """What of the start the formula takes off: all of it, unless it is meant to change the model."""
+    return torch.zeros_like(W) if row.method.departs else row.delta(p0, W)
 
 
 def largest(x: Tensor) -> float:

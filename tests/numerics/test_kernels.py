@@ -47,7 +47,7 @@ for method in (DoTA(bond=2, cores=2), DoTA(bond=3, cores=3, init="random")):
     W = 0.1 * torch.randn(24, 40, device=device)
     p0 = method.start(W)
     p = {k: (v + 0.1 * torch.randn_like(v)).requires_grad_() for k, v in p0.items()}
-    start = None if method.zero_init else p0
+    start = None if method.stores_no_start else p0
     both = []
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(6, 40, generator=torch.Generator().manual_seed(1)).to(device, dtype).requires_grad_()

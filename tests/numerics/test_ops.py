@@ -172,9 +172,11 @@ def test_half_precision_is_near_the_reference(method):
         xs, Ws = x.to(dtype).requires_grad_(), W.to(dtype)
         base = Plain(Ws)
         y = (
-            cut.apply(p, None if cut.zero_init else p0, xs, base)
+            cut.apply(p, None if cut.stores_no_start else p0, xs, base)
             if dtype == torch.bfloat16
-            else F.linear(xs, Ws + cut.offset({k: v.double() for k, v in p.items()}, None if cut.zero_init else p0, Ws))
+            else F.linear(
+                xs, Ws + cut.offset({k: v.double() for k, v in p.items()}, None if cut.stores_no_start else p0, Ws)
+            )
         )
         into += [y, *torch.autograd.grad(y.square().sum() / 2, (xs, *p.values()))]
     for ours, theirs in zip(found, known, strict=True):

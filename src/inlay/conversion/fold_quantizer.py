@@ -130,15 +130,15 @@ def cut_residual(plan: FoldPlan, module: str, W: Tensor, pack: Callable[[Tensor]
     """Return the packed residual of W (out × in), the best of the plan's rounds; θ₀ and errors go into the plan."""
     method, stats = plan.methods[module], plan.stats.get(module)
     W, best = W.float(), None
-    assert method.zero_init or not method.shared  # whose start is that of its first weight
+    assert method.stores_no_start or not method.shared  # whose start is that of its first weight
     if not W.isfinite().all():
         raise ValueError(f"the weight of {module} holds NaN or Inf; repair it or leave that module out")
     whole = method.weigh(W, stats)
     plain = relative_error(method.weigh(unpack_weight(pack(W.T if transposed else W)) - W, stats), whole)
     what = W
-    for turn in range(1, 2 if method.zero_init else plan.rounds + 1):
+    for turn in range(1, 2 if method.stores_no_start else plan.rounds + 1):
         start = method.start(what, stats)
-        D = method.s * method.delta(start, W)
+        D = torch.zeros_like(W) if method.departs else method.s * method.delta(start, W)
         packed = pack((W - D).T if transposed else W - D)
         rest = W - unpack_weight(packed)
         error = relative_error(method.weigh(D - rest, stats), whole)

@@ -79,8 +79,8 @@ def lora_deltas(
         energy: as many ranks as keep this share of ‖ΔW‖².
 
     Raises:
-        ValueError: a method's change has full rank and neither `rank` nor `energy` is given; or the adapters, or the
-            base, were not cut from the same weights.
+        ValueError: a method shifts the bias, or its change has full rank and neither `rank` nor `energy` is given; or
+            the adapters, or the base, were not cut from the same weights.
     """
     weights: Weights | None = None
     stored: StoredExperts | None = None
@@ -94,6 +94,11 @@ def lora_deltas(
         for _, layer in parts:
             for mark in marks:
                 layer.check_base("default", mark)
+        for method in (layer.cuts["default"].method for _, layer in parts):
+            if method.shifts:
+                raise ValueError(
+                    f"{module}: {method.name} shifts the bias, which a LoRA does not; merge the adapter, which is exact"
+                )
         W = torch.empty(one.out_features, one.in_features, device="meta")
         reads = any(layer.cuts["default"].method.reads_weight for _, layer in parts)
         if isinstance(one, InlayExperts):

@@ -74,6 +74,12 @@ def merged_tensors(model: PeftModel, adapter: Adapter, weights: Weights, dtype: 
     base: Any = model.get_base_model()
     layers = {layer.cuts["default"].module: layer for layer in adapted(model, "default").values()}
     check_mergeable(base.config)
+    shifts = {
+        f"{module}.bias": shift for module, layer in layers.items() if (shift := layer.shift("default")) is not None
+    }
+    for name in shifts:
+        if weights.key(name) is None:
+            raise ValueError(f"{name}, which the adapter shifts, is not stored in the base: it has no merged form")
     whole, rows, resized = trained_beside(model, adapter, weights)
     experts = StoredExperts(weights, layers)
     linear = [module for module in layers if module not in experts.layers]
@@ -95,6 +101,9 @@ def merged_tensors(model: PeftModel, adapter: Adapter, weights: Weights, dtype: 
         if module in layers and name != module:
             layers[module].check_base("default", mark)
             change = layers[module].change("default", W.float())
+            W = W.float() + change
+        if name in shifts:
+            change = shifts[name]
             W = W.float() + change
         if module in rows:
             W = W.index_copy(0, torch.tensor(rows[module][0]), rows[module][1].to(W.dtype))

@@ -184,11 +184,13 @@ class Adapted:
 
     @property
     def bias(self) -> Tensor | None:
-        return self.base.bias
+        shift, bias = self.layer.shift(self.name), self.base.bias
+        return bias if shift is None else shift if bias is None else bias + shift
 
     def __call__(self, x: Tensor, /) -> Tensor:
         method, p, p0 = self.layer.theta(self.name)
-        return method.apply(p, p0, x, self.base, self.layer.drop(self.name))
+        y, shift = method.apply(p, p0, x, self.base, self.layer.drop(self.name)), self.layer.shift(self.name)
+        return y if shift is None else y + shift.to(y.dtype)
 
 
 class InlayLinear(nn.Module, BaseTunerLayer):
@@ -204,6 +206,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}  # the strength of each adapter, beside the factor of its method
         self.merged_adapters: list[str] = []
         self.unmerged: Any = None  # what the base held before a merge
+        self.unmerged_bias: Tensor | None = None
         self.called = self.weight_read = False  # in a forward pass, so far (see `first_pass`)
         self.marked: str | None = None  # the base's mark when it was last whole
         self.noise: tuple[Tensor, int] | None = None  # on the weight, in training: its size by rows, and its seed
@@ -279,6 +282,13 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         """Return s (ΔW(θ) − ΔW(θ₀)) of one adapter over the weight W, (out × in), in fp32 (or better, where θ is)."""
         return change_of(*self.theta(name), W)
 
+    def shift(self, name: str) -> Tensor | None:
+        """Return s times what one adapter adds to the bias, (out), in fp32 at least; None where it leaves it alone."""
+        if not self.cuts[name].method.shifts:
+            return None
+        method, p, _ = self.theta(name)
+        return method.s * method.shift(widen(p))
+
     def theta(self, name: str) -> tuple[Method, Params, Params | None]:
         cut = self.cuts[name]
         for layer in (self, cut.owner):
@@ -323,7 +333,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         trained = tuple(k for k in shapes if k not in method.frozen)
         if about.get("saver", "none") != "none":
             check_saver(method, trained, about["saver"])
-        start = () if method.zero_init or about.get("folded") else trained
+        start = () if method.stores_no_start or about.get("folded") else trained
         self.scaling[name] = 1.0
         self.cuts[name] = Cut(method, tuple(shapes), start, **about)
         device = torch.device("meta") if light else self._device()
@@ -632,7 +642,8 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         """Add the adapters to the base weight: summed in fp32, rounded once. The old weight is kept for `unmerge`.
 
         Raises:
-            ValueError: with `safe_merge`, the merged weight is not finite; the base is then untouched.
+            ValueError: with `safe_merge`, the merged weight is not finite; or there is no bias to shift. The base is
+                then untouched.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.cuts]
         if not names:
@@ -640,13 +651,18 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         self.check_plain_weight()
         old = self.matrix()
         W = self._merged(old, names)
-        if safe_merge and not W.isfinite().all():
+        bias = self._shifted_bias(names)
+        if safe_merge and not (W.isfinite().all() and (bias is None or bias.isfinite().all())):
             raise ValueError(
                 f"merging {', '.join(names)} gives NaN or Inf; the adapter is broken, the base is untouched"
             )
         if self.unmerged is None:
             self.unmerged = self._what_a_merge_replaces()
         self.set_base_weight((W.T if isinstance(self.base_layer, Conv1D) else W).to(old.dtype).contiguous())
+        if bias is not None:
+            held = cast(nn.Parameter, self.base_layer.bias)
+            self.unmerged_bias = held.data if self.unmerged_bias is None else self.unmerged_bias
+            held.data = bias.to(held.dtype)
         self.merged_adapters.extend(names)
 
     def _merged(self, old: Tensor, names: list[str]) -> Tensor:
@@ -655,6 +671,20 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         for name in names:
             W = W + self.change(name, W).to(W.dtype)
         return W
+
+    def _shifted_bias(self, names: list[str]) -> Tensor | None:
+        """Return the base layer's bias with what adapters add to it, in fp32 at least; None where none does."""
+        shifts = {name: shift for name in names if (shift := self.shift(name)) is not None}
+        if not shifts:
+            return None
+        cut = self.cuts[next(iter(shifts))]
+        bias = dict(self.base_layer.named_parameters(recurse=False)).get("bias")
+        if bias is None or bias.is_meta:
+            raise ValueError(
+                f"{cut.module}: {cut.method.name} shifts the bias, and this layer has none in memory to merge it into; "
+                "use the adapter unmerged"
+            )
+        return bias.to(torch.promote_types(bias.dtype, torch.float32)) + torch.stack([*shifts.values()]).sum(0)
 
     def _what_a_merge_replaces(self) -> Any:
         if self.quantization_backend is None:
@@ -669,6 +699,9 @@ class InlayLinear(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         self.merged_adapters.clear()
+        if self.unmerged_bias is not None:
+            bias = cast(nn.Parameter, self.base_layer.bias)
+            bias.data, self.unmerged_bias = self.unmerged_bias.to(bias), None
         if self.quantization_backend is None:
             weight = cast(Tensor, self.base_layer.weight)
             weight.data = self.unmerged.to(weight)  # the model may have moved since

@@ -11,6 +11,7 @@ from inlay.methods.pissa import PiSSA as PiSSA
 from inlay.methods.milora import MiLoRA as MiLoRA
 from inlay.methods.olora import OLoRA as OLoRA
 from inlay.methods.mica import MiCA as MiCA
+from inlay.methods.kasa import KaSA as KaSA
 from inlay.methods.oplora import OPLoRA as OPLoRA
 from inlay.methods.lora_xs import LoRAXS as LoRAXS
 from inlay.methods.psoft import PSOFT as PSOFT
@@ -32,7 +33,10 @@ from inlay.methods.lorta import LoRTA as LoRTA
 from inlay.methods.xgblora import XGBLoRA as XGBLoRA
 from inlay.methods.spiel import SpIEL as SpIEL
 from inlay.methods.eva import EVA as EVA
+from inlay.methods.corda import CorDA as CorDA
+from inlay.methods.lora_null import LoRANull as LoRANull
 from inlay.methods.lora_ga import LoRAGA as LoRAGA
+from inlay.methods.lora_one import LoRAOne as LoRAOne
 from inlay.methods.lq_lora import LQLoRA as LQLoRA
 from inlay.methods.smt import SMT as SMT
 # isort: on

@@ -6,7 +6,8 @@ Wang et al. 2024, "MiLoRA: Harnessing Minor Singular Components for Parameter-Ef
 2406.09044, section 3. Only the start is constrained, not the training. It needs LoRA-like learning rates (3e-4 at r 32
 to 64; PiSSA's 2e-5 is too small) and gives no benefit to quantisation: the minor part carries no energy.
 `side="middle"` and `"random"` are the paper's ablations (they need a full SVD; the random one draws for each weight);
-the principal side is PiSSA.
+the principal side is PiSSA. `skip` moves the middle: so many larger triplets are left out. Quercia et al. 2026, "Least
+but not Last", arXiv 2602.03493, find the least forgetting between the ends of the spectrum.
 """
 
 from __future__ import annotations
@@ -35,8 +36,22 @@ class MiLoRA(LowRank):
         },
     )  # fmt: skip
 
+    skip: int | None = field(
+        default=None, metadata={"help": "larger triplets left out, for side middle (default: centred)", "min": 0}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.skip is not None and self.side != "middle":
+            raise ValueError(f"milora: skip={self.skip} is for side=middle, not {self.side}; leave one of them out")
+
     def start(self, W: Tensor, stats: Params | None = None) -> Params:
         check_rank(self, self.r, W)
-        U, S, Vh = linalg.svd(W, self.r, self.side)
+        if self.skip is not None and self.skip + self.r > min(W.shape):
+            raise ValueError(
+                f"milora: skip={self.skip} leaves less than r={self.r} of the {W.shape[0]} × {W.shape[1]} weight's "
+                f"triplets; choose skip <= {min(W.shape) - self.r}"
+            )
+        U, S, Vh = linalg.svd(W, self.r, self.side, self.skip)
         root = (S / self.s).sqrt()
         return {"A": root[:, None] * Vh, "B": U * root}

@@ -46,7 +46,7 @@ class Route(NamedTuple):
     step: Map  # (n, p) -> (n, p), a step of power iteration on the right side towards the wanted end
 
 
-def svd(W: Tensor, r: int, side: Side) -> Triplets:
+def svd(W: Tensor, r: int, side: Side, skip: int | None = None) -> Triplets:
     """Return r singular triplets of W (m, n) from one side of its spectrum: U (m, r), S (r,) descending, Vh (r, n).
 
     They are fp32, on W's device, and repeatable, but for what "random" draws; the entry of largest magnitude in each
@@ -57,20 +57,22 @@ def svd(W: Tensor, r: int, side: Side) -> Triplets:
         r: how many triplets.
         side: "top" and "minor" are fast. "middle" (centred in the spectrum) and "random" (drawn from torch's
             generator) are ablations of MiLoRA and take a full SVD.
+        skip: with "middle", how many larger triplets to leave out, instead of the same number on both sides.
 
     Raises:
-        ValueError: an unknown side, r outside [1, min(m, n)], or a W that is not a finite matrix.
+        ValueError: an unknown side, a `skip` that leaves less than r triplets or is of another side, r outside
+            [1, min(m, n)], or a W that is not a finite matrix.
     """
-    _check_arguments(W, r, side)
+    _check_arguments(W, r, side, skip)
     if W.is_meta:
         new = W.to(torch.float32).new_empty
         return new(W.shape[0], r), new(r), new(r, W.shape[1])
     with full_precision(W.device):
         A, scale = _scaled(W)
         if W.shape[0] >= W.shape[1]:
-            U, S, V = _tall_svd(A, r, side)
+            U, S, V = _tall_svd(A, r, side, skip)
         else:
-            V, S, U = _tall_svd(A.mT, r, side)
+            V, S, U = _tall_svd(A.mT, r, side, skip)
         sign = U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
         return U * sign, S * scale, (V * sign).mT.contiguous()
 
@@ -179,13 +181,15 @@ def _check_finite(W: Tensor) -> None:
         raise ValueError(f"the weight of shape {tuple(W.shape)} has entries that are NaN or infinite")
 
 
-def _check_arguments(W: Tensor, r: int, side: str) -> None:
+def _check_arguments(W: Tensor, r: int, side: str, skip: int | None) -> None:
     if side not in ("top", "minor", "middle", "random"):
         raise ValueError(f"side must be 'top', 'minor', 'middle' or 'random', not {side!r}")
     if W.ndim != 2:
         raise ValueError(f"the weight must be a matrix, not of {W.ndim} dimensions (shape {tuple(W.shape)})")
     if not 1 <= r <= min(W.shape):
         raise ValueError(f"rank r={r} does not fit a weight of shape {tuple(W.shape)}: 1 <= r <= {min(W.shape)}")
+    if skip is not None and (side != "middle" or not 0 <= skip <= min(W.shape) - r):
+        raise ValueError(f"skip={skip} is for the middle side alone, and 0 <= skip <= {min(W.shape) - r} here")
 
 
 @contextmanager
@@ -214,7 +218,7 @@ def _scaled(W: Tensor) -> tuple[Tensor, Tensor]:
     return (A / scale).float(), scale.float()
 
 
-def _tall_svd(A: Tensor, r: int, side: str) -> Triplets:
+def _tall_svd(A: Tensor, r: int, side: str, skip: int | None) -> Triplets:
     """Return the triplets of `svd` for a finite fp32 A (m, n), m >= n: U (m, r), S (r,), V (n, r), of any sign."""
     n = A.shape[1]
     if side in ("top", "minor") and n > SMALL and n >= 12 * r:
@@ -224,14 +228,14 @@ def _tall_svd(A: Tensor, r: int, side: str) -> Triplets:
                 if _is_right(A, route, wanted):
                     return route.U[:, wanted], route.S[wanted], route.V[:, wanted]
     U, S, Vh = torch.linalg.svd(A, full_matrices=False)
-    chosen = _indices(n, r, side).to(A.device)
+    chosen = _indices(n, r, side, skip).to(A.device)
     return U[:, chosen], S[chosen], Vh[chosen].mT
 
 
-def _indices(n: int, r: int, side: str) -> Tensor:
+def _indices(n: int, r: int, side: str, skip: int | None) -> Tensor:
     if side == "random":
         return torch.randperm(n, device="cpu")[:r].sort().values
-    start = {"top": 0, "middle": (n - r) // 2, "minor": n - r}[side]
+    start = {"top": 0, "middle": (n - r) // 2 if skip is None else skip, "minor": n - r}[side]
     return torch.arange(start, start + r)
 
 

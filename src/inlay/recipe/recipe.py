@@ -14,6 +14,7 @@ import yaml
 from peft import PeftConfig
 
 from inlay.host.config import InlayConfig
+from inlay.method import Method
 from inlay.methods import find
 from inlay.models.base import BaseModel
 from inlay.models.model_classes import find_model_class
@@ -325,6 +326,8 @@ def check_step(recipe: Recipe) -> None:
         raise ValueError(f"gradient_checkpointing: step {recipe.step} has no backward pass to save memory for")
     if recipe.step != "backward" and recipe.saver != "none":
         raise ValueError(f"saver: step {recipe.step} has no backward pass to keep activations for")
+    if recipe.step != "backward" and is_inlay(recipe.method) and find(recipe.method).penalty is not Method.penalty:
+        raise ValueError(f"step: {recipe.step} looks at losses alone, and method {recipe.method} has a penalty beside")
     alone = recipe.task in ("instruction", "language_modelling") and not recipe.packing
     if recipe.step_args.get("batched") and not alone:
         raise ValueError("step_args: batched is for tasks instruction and language_modelling without packing")

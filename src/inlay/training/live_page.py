@@ -33,6 +33,7 @@ MOST = 1 << 24  # bytes that are read of a file at a time
 NAMES = {
     "loss": "loss/training",
     "eval_loss": "loss/held out",
+    "penalty": "loss/penalty",
     "mean_token_accuracy": "token accuracy/training",
     "eval_mean_token_accuracy": "token accuracy/held out",
     "learning_rate": "optimiser/learning rate",

@@ -80,7 +80,8 @@ class RunProgress(TrainerCallback):
 
     def on_log(self, args, state, control, logs: dict[str, Any] | None = None, model=None, **kwargs) -> None:
         logs = logs or {}
-        names = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy", "eval_mean_token_accuracy")
+        names = ("loss", "penalty", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy")
+        names += ("eval_mean_token_accuracy",)
         row = {
             "step": state.global_step,
             **{name: logs[name] for name in (*names, *self.metrics, "passed_over") if name in logs},

@@ -63,8 +63,9 @@ def check_zero3(recipe: Recipe) -> None:
     if is_inlay(recipe.method):
         method = recipe.config().build()
         changes = type(method).schedule is not Method.schedule or type(method).restart is not Method.restart
-        if changes or method.shared:
-            why = "changes which parameters are trained" if changes else "shares tensors between layers"
+        if changes or method.shared or method.penalises:
+            why = "changes which parameters are trained" if changes else "has a penalty on what is trained"
+            why = "shares tensors between layers" if method.shared else why
             raise ValueError(f"method: {recipe.method} {why}, which DeepSpeed's flat shards do not support; {use}")
 
 

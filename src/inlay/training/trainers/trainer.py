@@ -27,6 +27,7 @@ from inlay.files.untrusted import DamagedFileError
 from inlay.host import distributed
 from inlay.host.batched_queries import spread_queries
 from inlay.host.lora_plus import raised
+from inlay.host.penalty import add_penalty, penalised
 from inlay.messages import first_line, loading
 from inlay.models.scored_positions import base_model_of
 from inlay.numerics.zeroth_order import ZerothOrder
@@ -76,6 +77,8 @@ class Safe(Base):
         self.fault: str | None = None
         self.row_sums: list[list[float]] = []
         self.passed: dict[int, str] = {}  # steps that were passed over, and why
+        self.penalises: bool | None = None  # whether a method has a penalty; None: not looked yet
+        self.penalties: list[float] = []  # of the steps since the last row of metrics
         super().__init__(*args, callbacks=[*(callbacks or []), self.stop], **kwargs)
         stage = cast(Any, self.accelerator.state).deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else 3
         if stage != 3:
@@ -229,6 +232,8 @@ class Safe(Base):
         backward = super().training_step if self.zeroth is None else self._ask
         loss = backward(model, inputs, num_items_in_batch)
         last = self.accelerator.sync_gradients  # of the micro-batches of a step
+        if last:
+            self._add_penalty(model)
         if self.fault is None:
             self.fault = self._find_fault(model, inputs, loss, last)
         if self.fault and last:
@@ -236,6 +241,13 @@ class Safe(Base):
         elif self.is_deepspeed_enabled and last:
             cast(Any, self.accelerator).deepspeed_engine_wrapped.engine.step()
         return loss
+
+    def _add_penalty(self, model: nn.Module) -> None:
+        if self.penalises is None:
+            self.penalises = bool(penalised(model))
+        scaler = self.accelerator.scaler  # of fp16's gradients
+        value = add_penalty(model, 1.0 if scaler is None else scaler.get_scale()) if self.penalises else None
+        self.penalties += [] if value is None else [value]
 
     def _ask(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
         """Estimate a micro-batch's part in the gradient from losses alone.
@@ -301,7 +313,10 @@ class Safe(Base):
         self.passed[step], self.fault = str(self.fault), None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as trl does; a step that was passed over has no loss, but a reason."""
+        """Log as trl does, with the penalty beside the loss; a step that was passed over has no loss, but a reason."""
+        if "loss" in logs and self.penalties:
+            logs["penalty"] = sum(self.penalties) / len(self.penalties)
+            self.penalties = []
         why = self.passed.get(self.state.global_step) if "loss" in logs else None
         super().log({"passed_over": why} if why else logs, start_time)  # type: ignore[arg-type]
 
