@@ -32,3 +32,4 @@ def fitting(name: str, size: int, *shapes: tuple[int, int]) -> dict[str, Any] | 
 
 
 SIZES: dict[str, dict[str, Any]] = {method.name: sized(method.name, 4) for method in METHODS}
+DEPARTS = {method.name for method in METHODS if method.departs}  # these do not start at the pretrained model

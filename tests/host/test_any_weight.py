@@ -1,4 +1,4 @@
-"""Weights that no initialisation gives: every method starts exactly at the base, learns, and stays finite."""
+"""Weights that no initialisation gives: every method starts exactly at the base, unless it departs, learns, stays finite."""
 
 import dataclasses
 
@@ -32,7 +32,7 @@ def test_any_weight(row, kind, exponent, seed):
     before = net(x)
     model = adapt(net, row.method)
     after = model(x)
-    assert largest(after - before) == 0
+    assert row.method.departs or largest(after - before) == 0
     after.square().mean().backward()
     own = [p for p in model.parameters() if p.requires_grad]
     assert all(p.isfinite().all() and (p.grad is None or p.grad.isfinite().all()) for p in own)
@@ -55,6 +55,6 @@ def test_a_layer_of_one_row_or_column(row, shape):
         assert any(f"{name}=" in refusal or f"{name} " in refusal for name in fields)
         return
     ulp = 2e-7 if shape[1] == 1 else 0  # a product of one term is fused with the bias or not
-    assert largest(model(x) - before) <= ulp
+    assert row.method.departs or largest(model(x) - before) <= ulp
     model(x).square().mean().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())

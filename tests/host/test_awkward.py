@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from sizes import DEPARTS
 from test_export import ARGS, IDS, base
 from transformers import (
     AutoModelForCausalLM,
@@ -60,7 +61,7 @@ def test_a_model_whose_second_half_is_on_the_disk(method, tiny, tmp_path, monkey
 
     fresh = get_peft_model(offloaded(), config(method, target_modules="all-linear")).eval()
     with torch.no_grad():
-        assert torch.equal(fresh(IDS).logits, base(tiny)(IDS).logits)
+        assert torch.equal(fresh(IDS).logits, base(tiny)(IDS).logits) != (method in DEPARTS)
         devices = {f"base_model.model.{k}": v for k, v in ON_DISK.items()}
         loaded = PeftModel.from_pretrained(
             offloaded(), str(tmp_path / "a"), device_map=devices, offload_folder=str(tmp_path / "p")
@@ -113,7 +114,8 @@ def test_an_encoder_and_a_decoder(method, tmp_path):
         config(method, task_type="SEQ_2_SEQ_LM", target_modules=["q", "v", "wi", "wo"]),
     ).eval()
     inputs = {"input_ids": IDS, "decoder_input_ids": IDS[:, :8]}
-    torch.testing.assert_close(model(**inputs).logits, start(**inputs).logits, rtol=1e-5, atol=1e-5)
+    if method not in DEPARTS:
+        torch.testing.assert_close(model(**inputs).logits, start(**inputs).logits, rtol=1e-5, atol=1e-5)
     moved(model).save_pretrained(str(tmp_path / "a"))
     loaded = PeftModel.from_pretrained(start, str(tmp_path / "a")).eval()
     torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, rtol=1e-5, atol=1e-5)

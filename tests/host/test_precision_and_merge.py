@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
+from sizes import DEPARTS
 from small_models import (
     TOKENS,
     Mixed,
@@ -33,7 +34,7 @@ def test_the_start_survives_a_cast_of_the_parameters(name, llama):
     for p in model.parameters():
         if p.requires_grad:
             p.data = p.data.to(torch.bfloat16)
-    assert difference(logits(model), base) == 0
+    assert (difference(logits(model), base) == 0) != (name in DEPARTS)
     model(TOKENS, labels=TOKENS).loss.backward()
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from contract import BY_NAME
 from peft import get_peft_model
+from sizes import DEPARTS
 from small_models import (
     FIRST,
     KINDS,
@@ -45,7 +46,7 @@ def test_a_real_model_starts_exactly(name, dtype, real_bases, text):
     base, before = real_bases[dtype]
     model = get_peft_model(base, InlayConfig(method=name, target_modules=LINEARS, layers_to_transform=[0, 29]))
     assert len(layers_of(model)) == 14
-    assert difference(logits(model, text), before) == 0
+    assert (difference(logits(model, text), before) == 0) != (name in DEPARTS)
     model.unload()
 
 

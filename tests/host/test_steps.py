@@ -70,9 +70,12 @@ def test_every_trained_symbol_has_the_part_its_equation_gives_it(cls):
     assert parts <= {"in", "out", "core", "magnitude"}
     assert parts == set((BY_NAME[cls.name].parts or " ".join(parts)).split())
     if issubclass(cls, LowRank) and "out" in parts:
-        q = {k: v * 3 if method.role(k) == "out" else v for k, v in p.items()}
-        (B, A), (B3, A3) = method.factors(p, W), method.factors(q, W)
-        torch.testing.assert_close((B3, A3), (3 * B, A))
+        of = [
+            {k: v * s if method.role(k) == "out" and k not in method.frozen else v for k, v in p.items()}
+            for s in (0, 1, 3)
+        ]
+        (B0, _), (B, A), (B3, A3) = (method.factors(q, W) for q in of)
+        torch.testing.assert_close((B3 - B0, A3), (3 * (B - B0), A))
 
 
 def test_outer_factors_learn_faster(llama):

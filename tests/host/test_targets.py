@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from sizes import DEPARTS
 from small_models import (
     LINEARS,
     TOKENS,
@@ -168,7 +169,7 @@ def test_trainable_token_indices(llama_original, tmp_path):
 def test_gpt2_with_conv1d(name, gpt2_original, tmp_path):
     targets = ["c_attn", "c_fc", "c_proj"]
     base, model = logits(gpt2_original), get_peft_model(copy.deepcopy(gpt2_original), config(name, targets))
-    assert difference(logits(model), base) == 0
+    assert (difference(logits(model), base) == 0) != (name in DEPARTS)
     adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(2):
         model.zero_grad()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from sizes import sized
+from sizes import DEPARTS, sized
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, TorchAoConfig
 
 from inlay.host.config import InlayConfig
@@ -36,7 +36,7 @@ def test_a_base_in_torchaos_int8(method, folder, tmp_path):
         config.target_modules = {"q_proj"}
     before = load(folder)(IDS).logits
     model = get_peft_model(load(folder), config)
-    assert torch.equal(model(IDS).logits, before)
+    assert torch.equal(model(IDS).logits, before) != (method in DEPARTS)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(4):

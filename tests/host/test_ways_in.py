@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model, inject_adapter_in_model
+from sizes import DEPARTS
 from small_models import (
     TOKENS,
     adapted_names,
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning")
 def test_get_peft_model_and_from_pretrained(name, llama_original, tmp_path):
     base = logits(llama_original)
     model = get_peft_model(copy.deepcopy(llama_original), config(name, "all-linear", task_type="CAUSAL_LM"))
-    assert difference(logits(model), base) == 0
+    assert (difference(logits(model), base) == 0) != (name in DEPARTS)
     wander(model)
     trained = logits(model)
     assert difference(trained, base) > 1e-3

@@ -240,7 +240,7 @@ CONTRACT = {
     "mica": Row(MiCA(r=8), (40, 24), {"A"}, lambda m, n: 8 * n, low_rank, parts="in"),
     "kasa": Row(
         KaSA(r=8), (24, 40), {"A", "B", "sigma"}, lambda m, n: 8 * (m + n) + 8, kasa, seeded=True,
-        parts="in magnitude out", rank=16,
+        parts="in magnitude out", rank=16, width=8,
     ),
     "oplora": Row(
         OPLoRA(r=8, k=4), (24, 40), {"A", "B"}, lambda m, n: 8 * (m + n), oplora, seeded=True, parts="in out"

@@ -138,6 +138,7 @@ def test_what_the_launcher_configures_is_refused_in_a_recipe(runs):
     [
         (LAMDA, "method: lamda changes which parameters are trained"),
         ({"method": "lorta"}, "method: lorta shares tensors between layers"),
+        ({"method": "kasa"}, "method: kasa has a penalty on what is trained"),
         ({"dtype": "bfloat16"}, "dtype: DeepSpeed would round trained parameters"),
         ({"lr_ratio": 16.0}, "lr_ratio: not with DeepSpeed; use recipes/distributed/fsdp2.yaml"),
         ({"optimizer": "adafactor"}, "optimizer: not with DeepSpeed"),
@@ -187,7 +188,8 @@ def test_every_method_that_zero3_takes_learns_in_it(tiny, records, tmp_path):
     asked = [
         made(tiny, records, tmp_path / m.name, method=m.name, steps=3, save_every=0, samples=0)
         for m in METHODS
-        if not m.needs and not m.shared and m.schedule is Method.schedule and m.restart is Method.restart
+        if not m.needs and not m.shared and m.penalty is Method.penalty
+        if m.schedule is Method.schedule and m.restart is Method.restart
     ]
     said = together(zero3(tmp_path), [{"engine": "zero3", "recipe": recipe} for recipe in asked], 900)
     for recipe, (first, second) in zip(asked, said, strict=True):

@@ -186,7 +186,7 @@ def test_a_signal_ends_a_step_and_leaves_a_checkpoint(number, tiny, records, who
         slow(
             {"streaming": True, "packing": True, "max_length": 96, "batch_size": 1, "method": "bone", "args": {"r": 4}}
         ),
-        {"group_by_length": True, "steps": 9, "dropout": 0.2},
+        {"group_by_length": True, "steps": 9, "dropout": 0.2, "method": "kasa", "args": {"r": 4}, "accumulation": 2},
         {"eval_every": 1, "early_stopping": 3, "learning_rate": 0.5, "dropout": 0.2, "steps": 9},
         {"eval_every": 2, "keep_best": True, "learning_rate": 0.3, "modules_to_save": ["norm"], "samples": 1},
     ],

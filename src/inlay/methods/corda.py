@@ -5,8 +5,8 @@
 Yang et al. 2024, "CorDA: Context-Oriented Decomposition Adaptation of Large Language Models", arXiv 2406.05223.
 `mode="ipm"` previews the instructions: the r largest triplets, with the data to learn. `"kpm"` preserves knowledge: the
 r smallest, so calibrate it with the data to keep. As in the published code, each batch is divided by its largest input,
-and C gets .01 of its mean diagonal on the diagonal, doubled until its inverse is right to .05; the inverse is in fp64.
-The calibration holds C, (in × in), for each distinct input.
+and C gets .01 of its mean diagonal on the diagonal. C is never inverted [ours], because Σ_r V_rᵀ C⁻¹ = U_rᵀ W, so that
+B₀ A₀ is U_r U_rᵀ W to rounding. The calibration holds C, (in × in), for each distinct input.
 """
 
 from __future__ import annotations
@@ -43,16 +43,8 @@ class CorDA(LowRank):
         check_rank(self, self.r, W)
         if W.is_meta:
             return dict(zip("BA", linalg.svd(W, self.r, "top")[::2], strict=True))
-        C = damped(check_seen(self, stats)["C"].to(W.device).double())
-        U, S, Vh = linalg.svd((W.double() @ C).float(), self.r, "top" if self.mode == "ipm" else "minor")
-        root = (S / self.s).sqrt()
-        return {"B": U * root, "A": root[:, None] * torch.linalg.solve(C, Vh.mT.double()).mT.float()}
-
-
-def damped(C: Tensor) -> Tensor:
-    """Return C with enough on its diagonal to be inverted."""
-    eye, damp = torch.eye(len(C), dtype=C.dtype, device=C.device), 0.01
-    mean = C.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    while torch.dist((D := C + damp * mean * eye) @ torch.linalg.inv(D), eye) >= 0.05:
-        damp *= 2
-    return D
+        C = check_seen(self, stats)["C"].to(W.device)
+        seen = W @ C + 0.01 * C.diagonal().mean() * W
+        U, S, _ = linalg.svd(seen, self.r, "top" if self.mode == "ipm" else "minor")
+        S = S.clamp(min=max(linalg.ROUNDING * seen.abs().max().item(), torch.finfo(S.dtype).tiny))
+        return {"B": U * (S / self.s).sqrt(), "A": U.mT @ W / (S * self.s).sqrt()[:, None]}
