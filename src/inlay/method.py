@@ -6,9 +6,9 @@ a start θ₀ computed from W. The adapted layer computes
     y = W x + s (ΔW(θ) − ΔW(θ₀)) x
 
 and never touches W. What papers call a residual weight, W − s ΔW(θ₀), is this formula with the brackets moved. Because
-W stays whole, the model starts exactly at the pretrained one in every dtype (unless its method `departs`: two papers
-mean to change it first), nothing is decomposed when an adapter is
-loaded (θ₀ is stored with θ), and any number of adapters can share one base.
+W stays whole, the model starts exactly at the pretrained one in every dtype (unless its method `departs`, as two
+papers mean to), nothing is decomposed when an adapter is loaded (θ₀ is stored with θ), and any number of adapters can
+share one base.
 
 A paper is one file in `inlay/methods`: a frozen dataclass whose fields are its hyperparameters, `start` (θ₀), `delta`
 or, where ΔW = B A, `factors` (the equation), and `apply` only where it is better than the default. Nothing here or

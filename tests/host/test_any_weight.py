@@ -1,4 +1,4 @@
-"""Weights that no initialisation gives: every method starts exactly at the base, unless it departs, learns, stays finite."""
+"""Weights that no initialisation gives: every method starts exactly at the base (or departs), learns, stays finite."""
 
 import dataclasses
 
