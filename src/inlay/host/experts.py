@@ -226,6 +226,9 @@ class InlayExperts(InlayLinear):
             for e, own in shares.methods.items()
         }
 
+    def parts_of(self, name: str) -> list[tuple[Method, Params]]:
+        return [(method, p) for method, p, _ in self.parts(name).values()]
+
     def change(self, name: str, W: Tensor) -> Tensor:
         """Return s (ΔW(θ) − ΔW(θ₀)) of one adapter over the weights W, (E, out, in), in fp32 or better."""
         parts = self.parts(name)

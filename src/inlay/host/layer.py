@@ -99,6 +99,11 @@ class Holder(Protocol):
     def change(self, name: str, W: Tensor) -> Tensor: ...
 
 
+def shift_of(method: Method, p: Params) -> Tensor | None:
+    """Return s times what θ adds to the bias, (out), in fp32 at least; None where the method leaves it alone."""
+    return method.s * method.shift(widen(p)) if method.shifts else None
+
+
 def check_saver(method: Method, trained: tuple[str, ...], saver: str) -> None:
     """Raise a ValueError unless a method keeps x for the gradient of an inner factor, and reads x as it is."""
     if not isinstance(method, LowRank) or not any(method.role(k) == "in" for k in trained):
@@ -184,12 +189,12 @@ class Adapted:
 
     @property
     def bias(self) -> Tensor | None:
-        shift, bias = self.layer.shift(self.name), self.base.bias
+        shift, bias = shift_of(*self.layer.theta(self.name)[:2]), self.base.bias
         return bias if shift is None else shift if bias is None else bias + shift
 
     def __call__(self, x: Tensor, /) -> Tensor:
         method, p, p0 = self.layer.theta(self.name)
-        y, shift = method.apply(p, p0, x, self.base, self.layer.drop(self.name)), self.layer.shift(self.name)
+        y, shift = method.apply(p, p0, x, self.base, self.layer.drop(self.name)), shift_of(method, p)
         return y if shift is None else y + shift.to(y.dtype)
 
 
@@ -284,10 +289,11 @@ class InlayLinear(nn.Module, BaseTunerLayer):
 
     def shift(self, name: str) -> Tensor | None:
         """Return s times what one adapter adds to the bias, (out), in fp32 at least; None where it leaves it alone."""
-        if not self.cuts[name].method.shifts:
-            return None
-        method, p, _ = self.theta(name)
-        return method.s * method.shift(widen(p))
+        return shift_of(*self.theta(name)[:2]) if self.cuts[name].method.shifts else None
+
+    def parts_of(self, name: str) -> list[tuple[Method, Params]]:
+        """Return method and θ of each weight that one adapter changes here."""
+        return [self.theta(name)[:2]]
 
     def theta(self, name: str) -> tuple[Method, Params, Params | None]:
         cut = self.cuts[name]

@@ -23,15 +23,15 @@ def penalised(model: nn.Module) -> list[tuple[InlayLinear, str]]:
 def penalty(model: nn.Module) -> Tensor | None:
     """Return what a training adds to the loss of `model` once per step; None where no active adapter has a penalty.
 
-    It is the mean over the adapted weights: `loss = model(**batch).loss + inlay.penalty(model)`.
+    It is the mean over the adapted weights, each expert's one of them: `loss = model(**batch).loss + inlay.penalty(model)`.
 
     Args:
         model: adapted.
     """
     terms = []
     for layer, name in penalised(model):
-        method, p, _ = layer.theta(name)
-        terms.append(method.penalty(widen({k: distributed.borrowed(v) for k, v in p.items()})))
+        for method, p in layer.parts_of(name):
+            terms.append(method.penalty(widen({k: distributed.borrowed(v) for k, v in p.items()})))
     return torch.stack([term.to(terms[0].device) for term in terms]).mean() if terms else None
 
 
