@@ -23,7 +23,8 @@ def penalised(model: nn.Module) -> list[tuple[InlayLinear, str]]:
 def penalty(model: nn.Module) -> Tensor | None:
     """Return what a training adds to the loss of `model` once per step; None where no active adapter has a penalty.
 
-    It is the mean over the adapted weights, each expert's one of them: `loss = model(**batch).loss + inlay.penalty(model)`.
+    It is the mean over the adapted weights (of which each expert is one):
+    `loss = model(**batch).loss + inlay.penalty(model)`.
 
     Args:
         model: adapted.
