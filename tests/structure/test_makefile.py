@@ -177,7 +177,7 @@ def test_some_of_the_suite_of_peft():
 
 @pytest.mark.slow
 def test_one_kill():
-    said = run(sys.executable, "checks/torture.py", "1", "--recipes", "pissa", "--steps", "4")
+    said = run(sys.executable, "checks/torture.py", "1", "--only", "pissa", "--steps", "4")
     assert re.search(r"^[12] kills in \d+ runs, 0 ended differently", said, re.MULTILINE)
 
 

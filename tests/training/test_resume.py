@@ -154,7 +154,7 @@ def test_a_killed_run_ends_as_one_left_alone(model, kills, tmp_path):
     """Frozen blocks, dropout, accumulation, weight decay, more than one epoch."""
     part = "--layers-to-transform 28,29 --target-modules q_proj,down_proj --max-length 48 --batch-size 1"
     small = part if model == "builtin" else ""
-    command = [sys.executable, str(TORTURE), str(kills), "--model", model, "--recipes", "lamda", "--steps", "4"]
+    command = [sys.executable, str(TORTURE), str(kills), "--model", model, "--only", "lamda", "--steps", "4"]
     done = subprocess.run([*command, "--more", small], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{kills} kills in" in done.stdout
