@@ -9,7 +9,9 @@ Each configuration runs once undisturbed. Then it is started again, killed (SIGK
 (a run by `--resume`, a comparison or a search by the same command), killed again, until it ends; and so on until as
 many kills are counted as asked for. Of what takes no checkpoints there is nothing at its output after a kill, or all of
 it; of what `--overwrite` replaces the old or the new. What has several processes is killed in one of them. Exit
-status 1 if anything ends otherwise, or is stuck: takes twenty times as long as undisturbed, or leaves processes that do not end.
+status 1 if anything ends otherwise, or is stuck: computes twenty times as long as undisturbed, or not at all for two
+minutes, or leaves processes that do not end. The moments are drawn in computing time, so that a busy machine changes
+nothing of them.
 Processes are forked from one that has imported the libraries and computed nothing, to save their start-up.
 """
 
@@ -21,6 +23,7 @@ import csv
 import ctypes
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -30,6 +33,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,6 +95,7 @@ METHODS = [{"method": "lora", "learning_rates": [1e-3, 1e-2]}, {"method": "pissa
 SPACE = {"learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}, "args.r": {"choices": [2, 4]}}
 PART = ".part"
 MEASURED = re.compile("seconds|memory|time")  # what no two runs have in common
+WAITED = 120  # seconds without any computing
 DRAWN = 6  # most kills of one run
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -121,16 +126,38 @@ def fork(work: Callable[[], object], log: Path) -> int:
     return pid
 
 
-def ended(pid: int, log: Path, seconds: float) -> bool:
-    """Whether a process ended within so many seconds; raises where it did not end well."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+def computed(pid: int) -> float:
+    """For how many seconds a process, and those that it began, have computed."""
+    spent = 0.0
+    for process in (one := psutil.Process(pid), *one.children(recursive=True)):
+        with suppress(psutil.Error):  # it has ended just now
+            times = process.cpu_times()
+            spent += times.user + times.system + times.children_user + times.children_system
+    return spent
+
+
+def ended(pid: int, log: Path, seconds: float = math.inf, most: float = math.inf) -> float | None:
+    """The seconds that a process computed, if it ended before it had so many; None otherwise.
+
+    Raises:
+        DifferentError: it did not end well.
+        StuckError: it computed more than `most`, or waited for two minutes. It is killed.
+    """
+    spent, since = 0.0, time.monotonic()
+    while True:
         if (done := os.waitpid(pid, os.WNOHANG)) != (0, 0):
             if code := os.waitstatus_to_exitcode(done[1]):
                 raise DifferentError(f"ended with status {code}:\n{log.read_text()[-2000:]}")
-            return True
-        time.sleep(0.002)
-    return False
+            return spent
+        before, spent = spent, computed(pid)
+        if spent > seconds:
+            return None
+        since = time.monotonic() if spent > before else since
+        if spent > most or time.monotonic() - since > WAITED:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise StuckError(f"computed {spent:.0f} s, and does not end")
+        time.sleep(0.01)
 
 
 def kill(pid: int, draw: random.Random, many: bool) -> None:
@@ -139,7 +166,7 @@ def kill(pid: int, draw: random.Random, many: bool) -> None:
         draw.choice(begun).kill()
     else:
         os.kill(pid, signal.SIGKILL)
-    end = time.monotonic() + 120
+    end = time.monotonic() + 10 * WAITED
     while os.waitpid(pid, os.WNOHANG) == (0, 0):
         if time.monotonic() > end:
             raise StuckError("does not end when one of its processes is killed")
@@ -226,7 +253,7 @@ def moment(out: Path, last: int) -> str:
 
 @dataclass
 class Undisturbed:
-    """What a command came to, in how many seconds, and after how many its output appeared."""
+    """What a command came to, in how many seconds of computing, and after how many its output appeared."""
 
     found: dict[str, object]
     seconds: float
@@ -248,7 +275,7 @@ class Torture:
         self.killed: collections.Counter[str] = collections.Counter()
         self.known: dict[str, Undisturbed] = {}
         if model == "tiny":
-            ended(fork(lambda: tiny(folder / "tiny"), self.log), self.log, 600)
+            ended(fork(lambda: tiny(folder / "tiny"), self.log), self.log)
             model = str(folder / "tiny")
         numbers = range(20)
         files = {
@@ -277,13 +304,9 @@ class Torture:
         text = f"{TRAIN} {RUNS[name]} {self.more}" if name in RUNS else CASES[name]
         return [w.replace("\0", " ") for w in text.replace("\\ ", "\0").format(**self.places).split()]
 
-    def do(self, words: list[str], seconds: float = 3600) -> None:
-        """Do a command to its end."""
-        pid = fork(lambda: inlay_main(words), self.log)
-        if not ended(pid, self.log, seconds):
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            raise StuckError(f"takes over {seconds:.0f} s")
+    def do(self, words: list[str], most: float = math.inf) -> None:
+        """Do a command to its end, of at most so many seconds of computing."""
+        ended(fork(lambda: inlay_main(words), self.log), self.log, most=most)
 
     def set_up(self, name: str) -> None:
         """Put in place what a command is to replace, or to read."""
@@ -299,12 +322,12 @@ class Torture:
         """Do a command to its end, once."""
         if name not in self.known:
             self.set_up(name)
-            began, appeared = time.monotonic(), 0.0
-            pid = fork(lambda: inlay_main(self.words(name)), self.log)
-            while not ended(pid, self.log, 0.01):
+            pid, spent, appeared = fork(lambda: inlay_main(self.words(name)), self.log), 0.0, 0.0
+            while (found := ended(pid, self.log, spent)) is None:
+                spent = computed(pid)
                 if not appeared and (self.out / "metrics.jsonl").exists():
-                    appeared = time.monotonic() - began
-            self.known[name] = Undisturbed(outcome(self.out, name in JOBS), time.monotonic() - began, appeared)
+                    appeared = spent
+            self.known[name] = Undisturbed(outcome(self.out, name in JOBS), found, appeared)
         return self.known[name]
 
     def check_killed(self, name: str, old: dict[str, object]) -> None:
@@ -336,17 +359,17 @@ class Torture:
         while True:
             words = self.go_on(name, old_recipe)
             if here == min(most, DRAWN) or time.monotonic() > self.ends:
-                self.do(words, max(120, 20 * known.seconds))
+                self.do(words, 60 + 20 * known.seconds)
                 break
             pid = fork(lambda words=words: inlay_main(words), self.log)
-            if ended(pid, self.log, self.draw.uniform(known.appeared / 2, 0.9 * known.seconds)):
+            if ended(pid, self.log, self.draw.uniform(known.appeared / 2, 0.9 * known.seconds)) is not None:
                 break
             kill(pid, self.draw, many)
             here += 1
             self.killed[name] += 1
             self.kills[moment(self.out, self.steps) if name in RUNS else f"in {name}"] += 1
             self.check_killed(name, old)
-        bury(60)
+        bury(10 * WAITED)
         found = outcome(self.out, name in JOBS)
         if found != known.found:
             parts = [part for part in {**found, **known.found} if found.get(part) != known.found.get(part)]
@@ -360,7 +383,7 @@ def main() -> None:
     parser.add_argument("--model", default="tiny", help="tiny (default) or any that inlay train takes")
     parser.add_argument("--only", nargs="+", default=list(CASES), choices=list(CASES), metavar="NAME")
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="after which no new kill is begun")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after which no new kill is begun")
     parser.add_argument("--more", default="", help="flags for inlay train")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     asked = parser.parse_args()

@@ -17,10 +17,12 @@ from safetensors.torch import load_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from inlay.cli import main
+from inlay.files.atomic import locked
 from inlay.method import Method
 from inlay.methods import METHODS
 from inlay.recipe.recipe import Recipe
 from inlay.training import checkpoints
+from inlay.training.launch import LAUNCHER, end_with_launcher
 from inlay.training.train import check_engine, train, unfinished
 
 HERE = Path(__file__).parent.parent
@@ -300,3 +302,32 @@ def test_experts_in_two_processes(tmp_path, small_tokenizer, records):
         assert_same(tmp_path / run, alone)
     names = load_file(alone / "adapter" / "adapter_model.safetensors")
     assert any(".experts.down_proj.inlay_A" in name for name in names)
+
+
+def test_a_process_ends_with_its_launcher(tmp_path, monkeypatch):
+    """The launcher is killed before it can end its processes: none of them holds the run's lock."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    launcher = os.fork()
+    if launcher == 0:
+        os.environ[LAUNCHER] = str(os.getpid())
+        if os.fork() == 0:
+            with locked(tmp_path / "run"):
+                end_with_launcher()
+                time.sleep(60)
+        time.sleep(60)
+        os._exit(1)
+    while not (tmp_path / ".run.lock").exists():
+        time.sleep(0.01)
+    time.sleep(0.5)
+    with pytest.raises(ValueError, match="in use by another process"), locked(tmp_path / "run"):
+        pass
+    os.kill(launcher, signal.SIGKILL)
+    os.waitpid(launcher, 0)
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            with locked(tmp_path / "run"):
+                break
+        except ValueError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)

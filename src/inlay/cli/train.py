@@ -21,7 +21,7 @@ def train_command(options: argparse.Namespace) -> None:
     from inlay.messages import quiet
     from inlay.recipe.reading import from_flag, load_recipe
     from inlay.training.dry_run import dry_run
-    from inlay.training.launch import launch
+    from inlay.training.launch import end_with_launcher, launch
     from inlay.training.train import train, unfinished
 
     quiet()
@@ -60,6 +60,7 @@ def train_command(options: argparse.Namespace) -> None:
     elif options.launch_config:
         raise ValueError("--launch-config is for several processes; give --num-processes too")
     else:
+        end_with_launcher()
         with distributed.joined_processes():
             train(resolved, console, resume=bool(options.resume))
 

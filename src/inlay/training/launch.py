@@ -6,16 +6,22 @@ import argparse
 import logging
 import os
 import tempfile
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from inlay.files.untrusted import regular_file
+from inlay.host.distributed import launched
 from inlay.messages import show_text
 
 PLAIN = "{compute_environment: LOCAL_MACHINE, distributed_type: MULTI_GPU, num_machines: 1, mixed_precision: 'no'}\n"
+
+LAUNCHER = "INLAY_LAUNCHER"  # the process that starts the others, for these
 
 
 def launch(arguments: Sequence[str], count: int, config: str | None) -> int:
@@ -39,6 +45,7 @@ def launch(arguments: Sequence[str], count: int, config: str | None) -> int:
     rest = launcher_flags.parse_known_args(list(arguments))[1]
     # Otherwise each process would use all cores.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
+    os.environ[LAUNCHER] = str(os.getpid())
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it would repeat the error at length
     with tempfile.TemporaryDirectory() as folder:
         if config is None:  # without a file accelerate would use the user's own default
@@ -52,6 +59,21 @@ def launch(arguments: Sequence[str], count: int, config: str | None) -> int:
         except SignalException:
             return 130
     return 0
+
+
+def end_with_launcher() -> None:
+    """End this process within a second after the one that launched it was killed, so that it does not hold the lock."""
+    launcher = os.environ.get(LAUNCHER)
+    parent = os.getppid()
+    if launcher is None or not launched():
+        return
+
+    def watch() -> None:
+        while os.getppid() == parent and psutil.pid_exists(int(launcher)):
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def failed(failures: dict[int, ProcessFailure]) -> int:

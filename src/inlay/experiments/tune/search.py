@@ -121,19 +121,13 @@ class SearchRun:
         self.console = console
         self.runner = Runner(folder, workers, console, self.hopeless)
         self.storage = optuna.storages.RDBStorage(f"sqlite:///{folder / STUDY}")
-        begun = bool(self.storage.get_all_studies())
-        drawn = len(self.storage.get_all_trials(self.storage.get_study_id_from_name("inlay"))) if begun else 0
         evaluations = plan.spec.evaluations
         pruner = {
             "median": optuna.pruners.MedianPruner,
             "hyperband": lambda: optuna.pruners.HyperbandPruner(max_resource=evaluations),
             "none": optuna.pruners.NopPruner,
         }[plan.spec.pruner]()
-        # A search that resumes must not draw again what it drew at its start.
-        sampler = optuna.samplers.TPESampler(seed=plan.recipe.seed + drawn)
-        self.study = optuna.create_study(
-            storage=self.storage, sampler=sampler, pruner=pruner, study_name="inlay", load_if_exists=True
-        )
+        self.study = optuna.create_study(storage=self.storage, pruner=pruner, study_name="inlay", load_if_exists=True)
         self.outcome = SearchOutcome(plan, folder, self.study, {})
         self.running: dict[Path, tuple[optuna.Trial, int]] = {}
         self.reported: Counter[Path] = Counter()
@@ -194,9 +188,7 @@ class SearchRun:
     def attempt(self) -> FrozenTrial:
         """Run one trial with values from the study, and report its loss to the study."""
         with self.lock:
-            trial = self.study.ask()
-            for name, r in self.plan.ranges.items():
-                suggest(trial, name, r)
+            trial = self.ask()
             finished = self.study.get_trials(deepcopy=False, states=(search_state("COMPLETE"), search_state("PRUNED")))
         name = trial_label(trial)
         if earlier := same_trial(finished, trial):
@@ -216,6 +208,24 @@ class SearchRun:
         best = min(t.values[0] for t in completed_trials(self.study))
         self.runner.bars.update(self.runner.all, now=f"best {best:.3f}")
         return finished_trial
+
+    def ask(self) -> optuna.Trial:
+        """Return a trial with values from the study.
+
+        What the n-th draws depends on the seed, n and the losses so far, not on how often the search was killed.
+        """
+        import optuna
+
+        drawn = {
+            trial_label(t) for t in self.study.get_trials(deepcopy=False) if len(t.params) == len(self.plan.ranges)
+        }
+        self.study.sampler = optuna.samplers.TPESampler(seed=(self.plan.recipe.seed * 1_000_003 + len(drawn)) % 2**32)
+        trial = self.study.ask()
+        if "label" not in trial.user_attrs:
+            trial.set_user_attr("label", f"trial-{len(drawn):03d}")
+        for name, r in self.plan.ranges.items():
+            suggest(trial, name, r)
+        return trial
 
     def trial_of(self, trial: optuna.Trial | FrozenTrial, again: bool = False) -> Trial:
         """Return the run of a trial's values; with `again`, the run with another seed and the final evaluation."""
