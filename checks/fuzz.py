@@ -1,6 +1,6 @@
 """Damaged and hostile files: what reads a user's files gives a ValueError or reads them, and nothing else happens.
 
-    python checks/fuzz.py [100000] [--seed 0] [--only recipe]        (make fuzz: 100,000)
+    python checks/fuzz.py [100000] [--seed 0] [--only recipe data]        (make fuzz: 100,000)
 
 Files of every kind that Inlay reads are damaged at random: cut short, bits flipped, pieces moved, doubled and swapped
 between files, and filled with what breaks parsers (NUL bytes, deep nesting, numbers beyond all types, lines of 100 kB,
@@ -194,7 +194,7 @@ def edited(names: list[str], kinds: dict[str, list[str]]) -> Callable[[bytes, li
             return damaged(good, others, draw)
         for _ in range(draw.randint(1, 3)):
             inner = values.get("args")
-            where = inner if inner and draw.random() < 0.5 else values
+            where = inner if isinstance(inner, dict) and inner and draw.random() < 0.5 else values
             key = draw.choice([*names, *where, *kinds])
             where[key] = draw.choice(kinds.get(key, VALUES))
         return json.dumps(values).encode()
@@ -484,9 +484,9 @@ def attempt(target: Target, seed: str, folder: Path) -> str:
         signal.alarm(0)
 
 
-def run(count: int, seed: int, only: str, scratch: Path) -> int:
+def run(count: int, seed: int, only: list[str], scratch: Path) -> int:
     """Print a line for each reader; gives the number of unhandled cases."""
-    made = {name: target for name, target in targets(scratch).items() if only in name}
+    made = {name: target for name, target in targets(scratch).items() if any(o in name for o in only)}
     shares = sum(target.share for target in made.values())
     unhandled, outside = 0, Path(tempfile.gettempdir(), RAN)
     outside.unlink(missing_ok=True)
@@ -518,7 +518,7 @@ def main() -> None:
     options = argparse.ArgumentParser()
     options.add_argument("count", type=int, nargs="?", default=100_000)
     options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--only", default="", help="readers with this in their name")
+    options.add_argument("--only", nargs="+", default=[""], help="readers with one of these in their name")
     asked = options.parse_args()
     warnings.simplefilter("ignore")
     quiet()

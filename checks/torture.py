@@ -253,11 +253,25 @@ def moment(out: Path, last: int) -> str:
 
 @dataclass
 class Undisturbed:
-    """What a command came to, in how many seconds of computing, and after how many its output appeared."""
+    """What a command came to, in how many seconds of computing.
+
+    Attributes:
+        found: its outcome.
+        seconds: until its end.
+        appeared: until its output was there.
+        trained: until its adapter was there; most of the time is in the report that follows.
+    """
 
     found: dict[str, object]
     seconds: float
     appeared: float
+    trained: float
+
+    def moment(self, draw: random.Random) -> float:
+        """Draw when to kill it: two times of three while it trains."""
+        if self.trained and draw.random() < 2 / 3:
+            return draw.uniform(self.appeared / 2, self.trained)
+        return draw.uniform(self.trained or self.appeared / 2, 0.95 * self.seconds)
 
 
 class Torture:
@@ -322,12 +336,15 @@ class Torture:
         """Do a command to its end, once."""
         if name not in self.known:
             self.set_up(name)
-            pid, spent, appeared = fork(lambda: inlay_main(self.words(name)), self.log), 0.0, 0.0
+            pid, spent, seen = fork(lambda: inlay_main(self.words(name)), self.log), 0.0, {}
             while (found := ended(pid, self.log, spent)) is None:
                 spent = computed(pid)
-                if not appeared and (self.out / "metrics.jsonl").exists():
-                    appeared = spent
-            self.known[name] = Undisturbed(outcome(self.out, name in JOBS), found, appeared)
+                for file in ("metrics.jsonl", "adapter", "model"):
+                    if (self.out / file).exists():
+                        seen.setdefault(file, spent)
+            seen = {} if name in JOBS or "--overwrite" in CASES[name] else seen
+            appeared, trained = seen.get("metrics.jsonl", 0.0), seen.get("adapter", seen.get("model", 0.0))
+            self.known[name] = Undisturbed(outcome(self.out, name in JOBS), found, appeared, trained)
         return self.known[name]
 
     def check_killed(self, name: str, old: dict[str, object]) -> None:
@@ -362,7 +379,7 @@ class Torture:
                 self.do(words, 60 + 20 * known.seconds)
                 break
             pid = fork(lambda words=words: inlay_main(words), self.log)
-            if ended(pid, self.log, self.draw.uniform(known.appeared / 2, 0.9 * known.seconds)) is not None:
+            if ended(pid, self.log, known.moment(self.draw)) is not None:
                 break
             kill(pid, self.draw, many)
             here += 1
