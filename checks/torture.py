@@ -21,10 +21,12 @@ import argparse
 import collections
 import csv
 import ctypes
+import importlib
 import itertools
 import json
 import math
 import os
+import pkgutil
 import random
 import re
 import shutil
@@ -37,12 +39,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import datasets  # noqa: F401 (imported here, they need not be in each process)
+import matplotlib.backends.backend_agg  # noqa: F401 (imported here, it need not be in each process)
 import psutil
 import transformers
-import trl  # noqa: F401
 import yaml
 
+import inlay
 from inlay.cli import main as inlay_main
 from inlay.models import builtin
 
@@ -226,9 +228,24 @@ def remove(out: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def import_all() -> None:
+    """Import every module of the package, and with it what it imports."""
+    for module in pkgutil.walk_packages(inlay.__path__, "inlay."):
+        if not module.name.endswith("__main__"):
+            with suppress(ImportError):  # of a package that is not installed
+                importlib.import_module(module.name)
+
+
 def tiny(folder: Path) -> None:
-    """A random two-layer Llama with the built-in tokenizer."""
-    tokenizer = builtin.load_builtin_tokenizer()
+    """A random two-layer Llama with the first 1,024 words of the built-in tokenizer: its head is small."""
+    builtin.load_builtin_tokenizer().save_pretrained(folder)
+    file = folder / "tokenizer.json"
+    about = json.loads(file.read_text())
+    vocab = about["model"]["vocab"] = {word: i for word, i in about["model"]["vocab"].items() if i < 1024}
+    merges = about["model"]["merges"]
+    about["model"]["merges"] = [pair for pair in merges if all(word in vocab for word in (*pair, "".join(pair)))]
+    file.write_text(json.dumps(about))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     transformers.set_seed(0)
     config = transformers.LlamaConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -406,6 +423,7 @@ def main() -> None:
     asked = parser.parse_args()
     if sys.platform == "linux":  # processes that killed ones had begun become ours
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    import_all()
     ends, wrong, trials = time.monotonic() + 60 * asked.minutes, collections.Counter(), 0
     with tempfile.TemporaryDirectory() as name:
         os.environ["TMPDIR"] = tempfile.tempdir = name

@@ -139,6 +139,8 @@ REFUSED = {  # name -> content, what the line says
     "columns.json": ('{"prompt": {"0": "a"}, "completion": {"0": "b"}}', ["orient='records', lines=True"]),
     "twice.jsonl": ('{"a": 1}\n{"a": 1, "a": 2}', ["line 2", "the key 'a' twice"]),
     "unnamed.csv": ("prompt,\na,b\n", ["line 1: found no name for column 2, which holds 'b'"]),
+    "headless.csv": ("I am here,0\nI go,1\n", ["line 1", "a header of column names; '0' is a number or too long"]),
+    "long.csv": ("prompt," + "x" * 200_000 + "\na,b\n", ["line 1", "xxx... is a number or too long for one"]),
     "ragged.csv": ("a,b\nc,d, e\n", ["line 2: found 3 fields", "in quotes"]),
     "windows.csv": ("prompt,completion\ncafé,x\n".encode("cp1252"), ["line 2: found byte 0xe9", "--encoding cp1252"]),
     "windows.jsonl": ('{"a": "b"}\n{"a": "é"}'.encode("cp1252"), ["line 2", "--encoding cp1252"]),
@@ -156,6 +158,20 @@ def test_what_cannot_be_read_is_refused_with_what_to_do(name, write):
     content, parts = REFUSED[name]
     message = fault(read_records, write(name, content))
     assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize("delimiter", [",", ";"])
+def test_a_header_longer_than_the_limit_of_csv_is_read(delimiter, write):
+    """131,072 characters, which is csv's limit for one cell, are none for a line."""
+    names = [f"column{i}" for i in range(15_000)]
+    assert len(delimiter.join(names)) > csv.field_size_limit()
+    (row,) = read_records(write("wide.csv", "".join(delimiter.join(line) + "\n" for line in (names, names[::-1]))))
+    assert list(row) == names
+    assert list(row.values()) == names[::-1]
+    long = "x" * 200_000
+    assert read_records(write("cell.csv", f'prompt{delimiter}answer\n"{long}"{delimiter}b\n')) == [
+        {"prompt": long, "answer": "b"}
+    ]
 
 
 @pytest.mark.parametrize("name", ["windows.csv", "windows.jsonl", "excel.csv"])

@@ -5,8 +5,10 @@ import html
 import io
 import json
 import math
+import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -817,6 +819,37 @@ def test_a_killed_comparison_goes_on_and_repeats_nothing(asked, tmp_path):
     assert kept == {path: path.stat().st_mtime_ns for path in kept}
     assert said.count(" s\n") == 12 - len(kept)
     assert all(r["memory"] > 2**27 for r in results(tmp_path / "out").values())  # of a process of its own
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_comparison_at_once_and_the_same_command_resumes(asked, tmp_path):
+    """As a terminal sends it, to all processes of the group, while a trial runs."""
+    folder = tmp_path / "out"
+    command = [sys.executable, "-m", "inlay", "compare", str(asked), "--output", str(folder)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    while not results(folder) or len(list(folder.rglob("trial.json"))) == len(results(folder)):
+        assert process.poll() is None
+        time.sleep(0.05)
+    began = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    for line in process.stdout:
+        if "stopping" in line:
+            break
+    answered = time.monotonic() - began
+    out, err = process.communicate(timeout=120)
+    assert answered < 5, "a person presses it again"
+    assert process.returncode == 130
+    assert "resumes in" in out
+    assert "leaked" not in err
+    assert "Traceback" not in err
+    kept = {path: path.stat().st_mtime_ns for path in folder.rglob("result.json")}
+    assert kept
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert kept == {path: path.stat().st_mtime_ns for path in kept}
+    assert said.count(" s\n") == 12 - len(kept)
 
 
 @pytest.mark.slow

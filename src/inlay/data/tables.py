@@ -56,8 +56,10 @@ def table_header(path: Path, rows: Rows, notes: list[str]) -> list[str | None]:
         if name == "":
             names[place] = _unnamed(path, rows, place, notes)
     kept = [name for name in names if name is not None]
-    if not kept or any(re.fullmatch(rf"{NUMBER}|.{{65,}}", name, re.DOTALL) for name in kept):
-        raise refusal(f"{path}, line {line}", short(", ".join(header)), "a header of distinct column names")
+    cell = next((name for name in kept if re.fullmatch(rf"{NUMBER}|.{{65,}}", name, re.DOTALL)), None)
+    if not kept or cell is not None:
+        why = "" if cell is None else f"; {short(cell)} is a number or too long for one"
+        raise refusal(f"{path}, line {line}", short(", ".join(header)), f"a header of column names{why}")
     if len(set(kept)) < len(kept):
         twice = next(name for name in kept if kept.count(name) > 1)
         raise refusal(
