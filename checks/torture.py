@@ -62,7 +62,7 @@ RUNS = {  # flags of inlay train
     "nf4": "--method pissa --r 4 --quantize nf4 --fold-rounds 2",
     "lamda++": "--method lamda --r 4 --eta 0.5 --allocate energy",
     "eva": "--method eva --r 4 --allocate variance --calibration 2",
-    "bat": "--method bat --r 4 --optimizer muon --group-by-length true",
+    "bat": "--method bat --r 4 --group-by-length true --warmup 2",
     "xgblora": "--method xgblora --dropout 0.1",
     "spiel": "--method spiel --weight-decay 0.1",
     "lorta": "--method lorta --r 4 --scheduler constant",
