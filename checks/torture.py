@@ -92,6 +92,7 @@ SEARCHES = {  # the same command goes on
     "tune": "tune {tune} --output {out}",
 }
 CASES = {**RUNS, **JOBS, **SEARCHES}
+MANY = {*SEARCHES, "two", "two lamda"}  # which compute in processes of their own
 SHORT = {"eval_size": 2, "dtype": "float32", "max_length": 64, "batch_size": 4, "samples": 0}
 METHODS = [{"method": "lora", "learning_rates": [1e-3, 1e-2]}, {"method": "pissa", "learning_rates": [1e-3]}]
 SPACE = {"learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}, "args.r": {"choices": [2, 4]}}
@@ -128,17 +129,17 @@ def fork(work: Callable[[], object], log: Path) -> int:
     return pid
 
 
-def computed(pid: int) -> float:
-    """For how many seconds a process, and those that it began, have computed."""
+def computed(pid: int, many: bool = False) -> float:
+    """For how many seconds a process, and with `many` those that it began, have computed."""
     spent = 0.0
-    for process in (one := psutil.Process(pid), *one.children(recursive=True)):
+    for process in (one := psutil.Process(pid), *(one.children(recursive=True) if many else ())):
         with suppress(psutil.Error):  # it has ended just now
             times = process.cpu_times()
             spent += times.user + times.system + times.children_user + times.children_system
     return spent
 
 
-def ended(pid: int, log: Path, seconds: float = math.inf, most: float = math.inf) -> float | None:
+def ended(pid: int, log: Path, seconds: float = math.inf, most: float = math.inf, many: bool = False) -> float | None:
     """The seconds that a process computed, if it ended before it had so many; None otherwise.
 
     Raises:
@@ -151,7 +152,7 @@ def ended(pid: int, log: Path, seconds: float = math.inf, most: float = math.inf
             if code := os.waitstatus_to_exitcode(done[1]):
                 raise DifferentError(f"ended with status {code}:\n{log.read_text()[-2000:]}")
             return spent
-        before, spent = spent, computed(pid)
+        before, spent = spent, computed(pid, many)
         if spent > seconds:
             return None
         since = time.monotonic() if spent > before else since
@@ -159,7 +160,7 @@ def ended(pid: int, log: Path, seconds: float = math.inf, most: float = math.inf
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             raise StuckError(f"computed {spent:.0f} s, and does not end")
-        time.sleep(0.01)
+        time.sleep(0.1 if many else 0.005)  # to look at several takes longer
 
 
 def kill(pid: int, draw: random.Random, many: bool) -> None:
@@ -284,9 +285,9 @@ class Undisturbed:
     appeared: float
     trained: float
 
-    def moment(self, draw: random.Random) -> float:
-        """Draw when to kill it: two times of three while it trains."""
-        if self.trained and draw.random() < 2 / 3:
+    def moment(self, draw: random.Random, earlier: int) -> float:
+        """Draw when to kill it: while it trains, and at last after that, where most of the time goes."""
+        if self.trained and earlier < DRAWN - 2:
             return draw.uniform(self.appeared / 2, self.trained)
         return draw.uniform(self.trained or self.appeared / 2, 0.95 * self.seconds)
 
@@ -335,9 +336,9 @@ class Torture:
         text = f"{TRAIN} {RUNS[name]} {self.more}" if name in RUNS else CASES[name]
         return [w.replace("\0", " ") for w in text.replace("\\ ", "\0").format(**self.places).split()]
 
-    def do(self, words: list[str], most: float = math.inf) -> None:
-        """Do a command to its end, of at most so many seconds of computing."""
-        ended(fork(lambda: inlay_main(words), self.log), self.log, most=most)
+    def do(self, words: list[str], most: float = math.inf, many: bool = False) -> None:
+        """Do a command, of several processes if `many`, to its end, in at most so many seconds of computing."""
+        ended(fork(lambda: inlay_main(words), self.log), self.log, most=most, many=many)
 
     def set_up(self, name: str) -> None:
         """Put in place what a command is to replace, or to read."""
@@ -354,8 +355,8 @@ class Torture:
         if name not in self.known:
             self.set_up(name)
             pid, spent, seen = fork(lambda: inlay_main(self.words(name)), self.log), 0.0, {}
-            while (found := ended(pid, self.log, spent)) is None:
-                spent = computed(pid)
+            while (found := ended(pid, self.log, spent, many=name in MANY)) is None:
+                spent = computed(pid, name in MANY)
                 for file in ("metrics.jsonl", "adapter", "model"):
                     if (self.out / file).exists():
                         seen.setdefault(file, spent)
@@ -385,30 +386,33 @@ class Torture:
 
     def trial(self, name: str, most: int) -> int:
         """Kill a command, at most so often, until it ends, and compare; gives how often it was killed."""
-        known, many, here = self.undisturbed(name), name.startswith("two"), 0
+        known, many, here = self.undisturbed(name), name in MANY, 0
+        count = 0
         self.set_up(name)
         old = outcome(self.out, True) if name in JOBS else {}
         recipe = self.out / "recipe.yaml"
         old_recipe = recipe.read_text() if recipe.exists() else ""
         while True:
             words = self.go_on(name, old_recipe)
-            if here == min(most, DRAWN) or time.monotonic() > self.ends:
-                self.do(words, 60 + 20 * known.seconds)
+            if count == most or here == DRAWN or time.monotonic() > self.ends:
+                self.do(words, 60 + 20 * known.seconds, many)
                 break
             pid = fork(lambda words=words: inlay_main(words), self.log)
-            if ended(pid, self.log, known.moment(self.draw)) is not None:
+            if ended(pid, self.log, known.moment(self.draw, here), many=many) is not None:
                 break
-            kill(pid, self.draw, many)
-            here += 1
+            kill(pid, self.draw, name.startswith("two"))
+            when = moment(self.out, self.steps) if name in RUNS else f"in {name}"
+            self.kills[when] += 1
             self.killed[name] += 1
-            self.kills[moment(self.out, self.steps) if name in RUNS else f"in {name}"] += 1
+            here = here + 1 if when != "after training" else max(here + 1, DRAWN - 1)
+            count += 1
             self.check_killed(name, old)
         bury(10 * WAITED)
         found = outcome(self.out, name in JOBS)
         if found != known.found:
             parts = [part for part in {**found, **known.found} if found.get(part) != known.found.get(part)]
             raise DifferentError(f"{', '.join(parts[:5])}: not as it is undisturbed")
-        return here
+        return count
 
 
 def main() -> None:
