@@ -389,7 +389,7 @@ class Torture:
         known, many, here = self.undisturbed(name), name in MANY, 0
         count = 0
         self.set_up(name)
-        old = outcome(self.out, True) if name in JOBS else {}
+        old = outcome(self.out, True) if name in JOBS and self.out.exists() else {}
         recipe = self.out / "recipe.yaml"
         old_recipe = recipe.read_text() if recipe.exists() else ""
         while True:
@@ -407,6 +407,8 @@ class Torture:
             here = here + 1 if when != "after training" else max(here + 1, DRAWN - 1)
             count += 1
             self.check_killed(name, old)
+            if name in JOBS and self.out.exists() and not old:  # killed when all was in its place
+                break
         bury(10 * WAITED)
         found = outcome(self.out, name in JOBS)
         if found != known.found:
