@@ -130,9 +130,15 @@ class AfterTrainingError(ValueError):
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """Return the end of an error's line: the choice that `name` probably means, or all `choices`."""
-    close = difflib.get_close_matches(name, choices := sorted(choices), 1)
-    return f"did you mean {close[0]!r}?" if close else f"it has {', '.join(choices)}"
+    """Return the end of an error's line: the choice that `name` probably means, or all `choices`.
+
+    One with the same letters, two of which changed places, comes before one with fewer.
+    """
+    close = difflib.get_close_matches(name, choices := sorted(choices))
+    if not close:
+        return f"it has {', '.join(choices)}"
+    best = next((choice for choice in close if sorted(choice) == sorted(name)), close[0])
+    return f"did you mean {best!r}?"
 
 
 def duration(seconds: float) -> str:

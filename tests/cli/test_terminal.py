@@ -124,6 +124,7 @@ def test_help_of_train_shows_the_defaults_on_one_screen(monkeypatch, capsys):
         ("train --bs 4", "did you mean --batch-size?"),
         ("train --rank 8", "did you mean --r?;"),
         ("train --lora_r 8", "did you mean --r?;"),
+        ("train --stesp 3", "did you mean --steps?"),
         ("train --epoch 3", "did you mean --epochs?"),
         ("train --max_steps=3", "did you mean --steps?"),
         ("train --learning-rte 1", "did you mean --learning-rate?"),
