@@ -8,6 +8,7 @@ and evaluated on the held-out examples, or by the user's own metric.
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from collections import Counter
@@ -221,8 +222,9 @@ class SearchRun:
         }
         self.study.sampler = optuna.samplers.TPESampler(seed=(self.plan.recipe.seed * 1_000_003 + len(drawn)) % 2**32)
         trial = self.study.ask()
-        if "label" not in trial.user_attrs:
-            trial.set_user_attr("label", f"trial-{len(drawn):03d}")
+        if "label" not in trial.user_attrs:  # an older version may have left numbers out
+            free = (f"trial-{n:03d}" for n in itertools.count(len(drawn)))
+            trial.set_user_attr("label", next(label for label in free if label not in drawn))
         for name, r in self.plan.ranges.items():
             suggest(trial, name, r)
         return trial
