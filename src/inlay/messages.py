@@ -197,6 +197,12 @@ def first_line(error: BaseException) -> str:
     return text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"
 
 
+def quiet_imports() -> None:
+    """Keep out what libraries log while they are imported, on any machine that has them: before they are."""
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):  # the last logs every product that it rounds, too
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def quiet() -> None:
     """Keep the progress bars and notices of the libraries out of a command's output."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -208,7 +214,7 @@ def quiet() -> None:
 
     warnings.simplefilter("ignore", FutureWarning)
     warnings.filterwarnings("ignore", "the experts of this model stay frozen")  # a command says it in its own place
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs every product that it rounds
+    quiet_imports()
     warnings.formatwarning = lambda message, *_, **__: printable(f"note: {message}\n")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -210,3 +210,14 @@ def test_each_package_says_how_it_is_installed():
     for requirement in PACKAGES.values():
         if "[" in requirement:
             assert requirement.split("[")[1].rstrip("]'") in extras
+
+
+@pytest.mark.slow
+def test_a_mistake_is_one_line_whatever_the_installed_libraries_log(tmp_path):
+    """torchao, bitsandbytes and torch log while they are imported, before anything can be said."""
+    command = [sys.executable, "-m", "inlay", "train", str(tmp_path / "none.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == [line for line in done.stderr.splitlines() if line.startswith("inlay: ")]
+    assert done.stderr.count("\n") == 1

@@ -41,7 +41,7 @@ from inlay.cli.inspect import (
 from inlay.cli.parser import OUT_OF_MEMORY, Parser, add_verb, fail
 from inlay.cli.serve import serve_arguments, serve_command
 from inlay.cli.train import train_arguments, train_command
-from inlay.messages import show_text
+from inlay.messages import quiet_imports, show_text
 
 VERBS = (
     (train_command, train_arguments),
@@ -70,6 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.verb == "train":
         options.arguments = arguments  # for the processes that it starts
 
+    quiet_imports()
     from inlay.host.distributed import Elsewhere
     from inlay.messages import AfterTrainingError, out_of_memory
 

@@ -30,6 +30,7 @@ from inlay.training.examples import Examples
 from inlay.training.progress import read_history
 
 ORIGIN = "origin.json"  # beside the plan: checksums of the data and the model
+QUIET_SERVER = "inlay.experiments.quiet_server"
 SAMPLES = 64  # places of a file of weights that enter its checksum
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
@@ -164,7 +165,7 @@ class Processes:
         self.jobs = jobs
         # Each trial is forked from a server that has imported everything and run nothing; CUDA does not survive a fork.
         processes = multiprocessing.get_context("forkserver")
-        processes.set_forkserver_preload([trial_module.__name__])
+        processes.set_forkserver_preload([QUIET_SERVER, trial_module.__name__])
         self.context = multiprocessing.get_context("spawn") if torch.cuda.is_available() else processes
 
     def begin(self, folder: Path) -> Process:
