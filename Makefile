@@ -9,12 +9,13 @@ DEV    := $(VENV)/.installed-dev
 SERVE  := .venv-serve
 TRITON := .triton
 TOOLS  := .venv-tools
+DOCS   := .venv-docs
 GPU    := benchmarks/results/gpu
 LAYER8 := 4096x4096:8192:16
 # A worker per core, each with one thread: small tensors are slower on two.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test test-all test-gpu lint docs-tables bench bench-gpu serve-check clients peft-suite torture soak fuzz canary wheel sbom audit clean
+.PHONY: demo test test-all test-gpu lint docs-tables docs bench bench-gpu serve-check clients peft-suite torture soak fuzz canary wheel sbom audit clean
 
 demo: $(READY)  ## environment, install, and the main job: SmolLM2-135M learns E2E
 	$(BIN)/inlay train --output runs/demo --overwrite
@@ -35,8 +36,11 @@ lint: $(DEV) $(TRITON)
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
-docs-tables: $(DEV)  ## what the package itself can tell: tables of docs/, docs/recipe.md, llms.txt, AGENTS.md
+docs-tables: $(DEV)  ## what the package itself can tell: tables and pictures of docs/, docs/recipe.md, llms.txt, AGENTS.md
 	$(BIN)/python checks/docs_tables.py
+
+docs: $(DOCS)/.installed  ## the site, in build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 
 bench: $(DEV)  ## the measurements behind benchmarks/results
 	$(BIN)/python benchmarks/decompose.py
@@ -115,10 +119,15 @@ $(TOOLS)/.installed:
 	$(TOOLS)/bin/python -m pip --disable-pip-version-check -q install build==1.6.1 cyclonedx-bom==7.5.0 pip-audit==2.10.1
 	touch $@
 
+$(DOCS)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip --disable-pip-version-check -q install -c constraints.txt mkdocs-material "mkdocstrings[python]"
+	touch $@
+
 $(SERVE)/.installed:
 	$(PYTHON) -m venv $(SERVE)
 	$(SERVE)/bin/python -m pip --disable-pip-version-check -q install llama-cpp-python==0.3.36
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(SERVE) $(TRITON) $(TOOLS) .venv-canary sbom.json runs build dist src/*.egg-info
+	rm -rf $(VENV) $(SERVE) $(TRITON) $(TOOLS) $(DOCS) .venv-canary sbom.json runs build dist src/*.egg-info

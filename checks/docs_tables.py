@@ -6,6 +6,7 @@ A method's row comes from its class, its number of trained parameters from the b
 from __future__ import annotations
 
 import re
+import runpy
 import tomllib
 from pathlib import Path
 
@@ -118,9 +119,11 @@ def agents_page() -> str:
 def pages() -> dict[Path, str]:
     """Return the text that each page is to have."""
     made = {ROOT / "docs" / "methods.md": methods_table(), ROOT / "docs" / "papers.md": papers_index()}
+    pictures = runpy.run_path(str(ROOT / "checks" / "docs_pictures.py"))["pictures"]()
     return {path: filled(path.read_text(), table) for path, table in made.items()} | {
         ROOT / "docs" / "recipe.md": recipe_reference(),
         FILE: flag_table(),
+        **pictures,
         ROOT / "llms.txt": llms_page(),
         ROOT / "AGENTS.md": agents_page(),
     }

@@ -19,6 +19,7 @@ from inlay.cli import main
 from inlay.files import cache
 from inlay.host.config import InlayConfig
 from inlay.inspection import ranks, singular_values
+from inlay.inspection.figures import heat_map
 from inlay.inspection.inspect_model import suggestion
 from inlay.inspection.noise_edge import edge, marchenko_pastur_median, signal
 from inlay.inspection.ranks import Inspection, Weight, inspection, patterns
@@ -348,6 +349,16 @@ def test_pictures_of_a_model_without_layers_and_with_one_value(painted, tmp_path
     with painted():
         draw_spectra(found, tmp_path / "plots")
         draw_spectra(Inspection("m", "lora", 2, "flat", {"l.0.q": weight, **experts}), tmp_path / "more")
+
+
+def test_a_map_prints_numbers_that_differ_where_values_do():
+    values = {f"layers.{i}.q_proj": 0.0081 + 0.0003 * i for i in range(5)}
+    figure = heat_map(values, "sizes", ".3f")
+    assert [text.get_text() for text in figure.axes[0].texts] == ["0.00810", "0.00840", "0.00870", "0.00900", "0.00930"]
+    ranks = heat_map({"layers.0.q_proj": 8, "layers.1.q_proj": 16}, "ranks", ".4g")
+    assert [text.get_text() for text in ranks.axes[0].texts] == ["8", "16"]
+    same = heat_map({"layers.0.q_proj": 0.5, "layers.1.q_proj": 0.5}, "one value", ".2f")
+    assert [text.get_text() for text in same.axes[0].texts] == ["0.50", "0.50"]
 
 
 def test_mistakes_in_inspect_are_one_line(uneven, tmp_path, capsys):

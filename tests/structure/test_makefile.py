@@ -28,6 +28,7 @@ TARGETS = {
     "test-gpu": "test_the_tests_for_a_gpu_are_there",
     "lint": "test_lint_is_clean",
     "docs-tables": "test_readme.py::test_the_tables_are_what_the_package_tells",
+    "docs": "test_the_site_builds_without_a_warning",
     "bench": "test_a_benchmark_says_what_it_takes",
     "bench-gpu": "test_bench_for_a_gpu_has_its_scripts",
     "serve-check": "test_serve_check_without_a_server",
@@ -81,8 +82,8 @@ def test_every_script_that_a_target_runs_is_there():
     named = re.findall(r"(?:benchmarks|checks)/\w+\.py", MAKEFILE)
     assert [path for path in named if not (ROOT / path).is_file()] == []
     checks = {path.name for path in (ROOT / "checks").glob("*.py")}
-    helped = {"server.py", "unchanged_cases.py"}  # which serve.py and unchanged.py run
-    by_hand = {"stream.py", "unchanged.py"}  # by hand, before and after a change
+    helped = {"server.py", "unchanged_cases.py", "docs_pictures.py", "docs_site.py"}  # which others and mkdocs run
+    by_hand = {"stream.py", "unchanged.py", "notebook.py", "install.py"}  # by hand, before and after a change
     assert checks - helped - by_hand == {path.partition("/")[2] for path in named if path.startswith("checks/")}
 
 
@@ -216,6 +217,17 @@ def tools() -> Path:
     if subprocess.run(["make", ".venv-tools/.installed"], cwd=ROOT, capture_output=True).returncode:
         pytest.skip("the tools cannot be installed: no package index")
     return ROOT / ".venv-tools" / "bin"
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+    if subprocess.run(["make", ".venv-docs/.installed"], cwd=ROOT, capture_output=True).returncode:
+        pytest.skip("mkdocs cannot be installed: no package index")
+    words = re.search(r"/mkdocs (.*)", recipe("docs"))[1].split()  # type: ignore[index]
+    run(ROOT / ".venv-docs" / "bin" / "mkdocs", *words, "--site-dir", tmp_path, NO_MKDOCS_2_WARNING="1")
+    for name in ("InlayConfig", "merge", "inspect_adapter", "scaled"):
+        assert f'id="inlay.{name}"' in (tmp_path / "api" / "index.html").read_text()
+    assert 'id="inlay.methods.bone.Bone"' in (tmp_path / "api_methods" / "index.html").read_text()
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from inlay.cli import main
+from inlay.training import live_page
 from inlay.training.live_page import Follower, own_name_only
 
 pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
@@ -28,6 +29,11 @@ def grow(folder: Path, *rows: dict) -> None:
     (folder / "recipe.yaml").write_text("method: bone\n")
     with (folder / "metrics.jsonl").open("a") as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_the_page_begins_with_the_loss():
+    """TensorBoard shows the groups of plots in the order of their names."""
+    assert min(live_page.NAMES.values()).startswith("loss/")
 
 
 def written(events: Path, run: str, tag: str = "loss/training") -> list[tuple[int, float]]:

@@ -27,23 +27,24 @@ def recipe_reference() -> str:
         for cls in (Recipe, Comparison, SearchSpec, Rescore)
     )
     hyper = [f"| `{name}` | {text} |" for name, text in sorted(hyperparameters().items())]
-    lines = ["# Every field of a recipe", "", "Each is a YAML key and a flag (`learning_rate` is `--learning-rate`)."]
+    about = "Every field is a key of a YAML recipe, and a flag of `inlay train` (`learning_rate` is `--learning-rate`)."
+    lines = ["# Every field of a recipe", "", about]
     lines += ["", "| field | default | meaning |", "|---|---|---|", *rows]
     lines += [
         "",
-        "Hyperparameters of methods go under `args`, or are flags:",
+        "A method's hyperparameters go under `args` in a recipe, or are flags:",
         "",
         "| name | meaning |",
         "|---|---|",
         *hyper,
         "",
-        "`inlay compare` reads a recipe of what all runs share, and these under `compare`:",
+        "`inlay compare` reads a recipe that all its runs share, and these fields under `compare`:",
         "",
         "| field | default | meaning |",
         "|---|---|---|",
         *compare,
         "",
-        "`inlay tune` reads a recipe of what all trials share, and these under `tune`:",
+        "`inlay tune` reads a recipe that all its trials share, and these fields under `tune`:",
         "",
         "| field | default | meaning |",
         "|---|---|---|",

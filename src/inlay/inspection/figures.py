@@ -100,6 +100,7 @@ def heat_map(values: Mapping[str, float], title: str, form: str) -> Figure:
     axes = figure.subplots()
     picture = axes.imshow(rows, aspect="auto", cmap="viridis", interpolation="none")
     low, high = picture.get_clim()
+    form = form_for(form, high - low)
     for i, row in enumerate(rows):
         for j, number in enumerate(row):
             if number == number:  # a layer may lack a type
@@ -112,6 +113,13 @@ def heat_map(values: Mapping[str, float], title: str, form: str) -> Figure:
     axes.grid(visible=False)
     figure.colorbar(picture, ax=axes, fraction=0.06)
     return figure
+
+
+def form_for(form: str, spread: float) -> str:
+    """Return a fixed-point `form` with as many decimals as show a twentieth of `spread`."""
+    if not form.endswith("f") or not 0 < spread < math.inf:
+        return form
+    return f".{min(8, max(int(form[1:-1]), math.ceil(-math.log10(spread / 20))))}f"
 
 
 def mean_or_nan(values: list[float]) -> float:

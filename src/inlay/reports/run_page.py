@@ -81,14 +81,16 @@ def run_page(result: Result, pictures: Mapping[str, str], changed: Mapping[str, 
     parts = {name: f"<h2>{CAPTIONS[name]}</h2>{picture}" for name, picture in pictures.items()}
     if changed:
         parts["changes"] += change_table(changed)
+    loss = parts.pop("loss", "")
     return html_document(
         page_title(result),
         f"""<table>{rows}</table>
-{"".join(parts.values())}
+{loss}
 <h2>Held-out prompts, before and after</h2><div class="wide"><table><tr>{head}</tr>{body}</table></div>
-<h2>Recipe</h2><p>Repeat the run with <code>inlay train recipe.yaml</code>, where recipe.yaml is</p>
-<pre>{html.escape(result.recipe.to_yaml())}</pre>
-<h2>Versions</h2><pre>{html.escape(versions())}</pre>
+{"".join(parts.values())}
+<h2>Recipe</h2><p>Repeat the run with <code>inlay train recipe.yaml</code>.</p>
+<details><summary>recipe.yaml</summary><pre>{html.escape(result.recipe.to_yaml())}</pre></details>
+<details><summary>Versions</summary><pre>{html.escape(versions())}</pre></details>
 <script>{SORT}</script>""",
     )
 

@@ -30,7 +30,7 @@ from inlay.training.checkpoints import METRICS
 HOST = "127.0.0.1"
 OWN_NAMES = (HOST, "localhost")
 MOST = 1 << 24  # bytes that are read of a file at a time
-NAMES = {
+NAMES = {  # TensorBoard shows the groups in the order of their names: the loss has to be the first
     "loss": "loss/training",
     "eval_loss": "loss/held out",
     "penalty": "loss/penalty",
@@ -38,9 +38,9 @@ NAMES = {
     "eval_mean_token_accuracy": "token accuracy/held out",
     "learning_rate": "optimiser/learning rate",
     "grad_norm": "optimiser/gradient norm",
-    "memory": "cost/peak memory (bytes)",
-    "tokens": "cost/tokens",
-    "trained": "cost/trained numbers",
+    "memory": "memory/peak (bytes)",
+    "tokens": "size/tokens",
+    "trained": "size/trained numbers",
 }
 
 
