@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import inlay
 from inlay.host.experts import EXPERTS_STAY
 from inlay.host.layer import PREFIX
+from inlay.host.routing import busiest_experts, routed_tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning")  # of these small weights it is large
 
@@ -306,3 +307,27 @@ def test_an_expert_has_a_rank_of_its_own_and_some_have_none(tmp_path):
         config(experts={"experts": 3})
     with pytest.raises(ValueError, match="matches no adapted module"):
         adapt(mixtral(), patterns={r"experts\.down_proj\.7": {"r": 2}})
+
+
+def test_the_busiest_experts_are_counted_without_padding():
+    base = mixtral(num_hidden_layers=2)
+    name = "model.layers.1.mlp.experts"
+    mask = torch.ones_like(TOKENS)
+    mask[1, 5:] = 0
+    counts = routed_tokens(base, [{"input_ids": TOKENS, "attention_mask": mask}])
+    assert {n: own.sum().item() for n, own in counts.items()} == {name.replace("1", "0"): 34, name: 34}
+    rows = []
+    hook = base.get_submodule(name).register_forward_pre_hook(lambda module, args: rows.append(args[1]))
+    base(input_ids=TOKENS, attention_mask=mask)
+    hook.remove()
+    assert torch.equal(counts[name], rows[0][mask.flatten().bool()].flatten().bincount(minlength=4))
+    chosen = busiest_experts(counts, 2)
+    assert set(chosen[name]) == set(counts[name].topk(2).indices.tolist())
+    model = adapt(base, experts=chosen)
+    assert {
+        n.removesuffix(".down_proj"): list(m.shares["default"].methods) for n, m in layers(model).items() if "down" in n
+    } == chosen
+    with pytest.raises(ValueError, match=r"experts=5: .* has 4 experts; choose 1 to 4"):
+        busiest_experts(counts, 5)
+    with pytest.raises(ValueError, match="this model has no fused experts"):
+        routed_tokens(nn.Linear(2, 2), [])

@@ -44,7 +44,7 @@ class ExpertWeight(nn.Module):
         super().__init__()
         self.kept = (experts, name)  # in a tuple, so that the parameter stands in the model once
         self.tall = not is_transposed(experts)
-        self.in_interface = "is_transposed" in vars(experts)  # transformers', and so PEFT knows how it lies
+        self.in_interface = is_in_interface(experts)  # so PEFT knows how it lies
         self.count, *sides = self.weight.shape
         self.out_features, self.in_features = sides if self.tall else reversed(sides)
 
@@ -370,9 +370,14 @@ class AdaptedExperts(nn.Module):
 
 def is_transposed(experts: nn.Module) -> bool | None:
     """Return whether the weights of an experts module lie as (E, in, out); None where that is unknown."""
-    if "is_transposed" in vars(experts):  # set by transformers' interface for experts
+    if is_in_interface(experts):
         return bool(experts.is_transposed)
     return TRANSPOSED.get(type(experts).__name__)
+
+
+def is_in_interface(experts: nn.Module) -> bool:
+    """Return whether transformers' interface for experts, which sets this attribute, runs a module."""
+    return "is_transposed" in vars(experts)
 
 
 def expert_weights(experts: nn.Module) -> list[str]:

@@ -97,7 +97,12 @@ class Recipe:
     target_modules: list | str = field_of("all-linear", "names, a regex, or all-linear")
     exclude_modules: list | str | None = field_of(None, "names or a regex")
     layers_to_transform: list | None = field_of(None, "layer indices")
-    experts: bool = field_of(False, "adapt the fused experts of a mixture-of-experts model too")
+    experts: bool | int | dict = field_of(
+        False,
+        "adapt the fused experts of a mixture-of-experts model too: true, or how many of each layer, the busiest by "
+        "the routing of --calibration batches, or {layers.0.mlp.experts: [0, 3]}",
+        min=0,
+    )
     modules_to_save: list | None = field_of(None, "modules trained in full and saved")
     patterns: dict = field_of(dict, "hyperparameters per module: {k_proj: {r: 4}}")
     allocate: Literal["none", "energy", "energy_peaked", "welore", "variance", "blocks"] = field_of(
@@ -206,9 +211,12 @@ class Recipe:
 
     def config(self) -> InlayConfig:
         """Return the config of one of Inlay's methods; raise a ValueError for an unknown method or hyperparameter."""
-        names = ("method", "args", "scale", "dropout", "patterns", "bias", "saver", "experts")
+        names = ("method", "args", "scale", "dropout", "patterns", "bias", "saver")
         return InlayConfig(
-            task_type=find_model_class(self.task).peft, **{name: vars(self)[name] for name in names}, **self._where()
+            task_type=find_model_class(self.task).peft,
+            **{name: vars(self)[name] for name in names},
+            experts=bool(self.experts) if isinstance(self.experts, int) else self.experts,
+            **self._where(),
         )
 
     def _where(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from inlay.host.calibrate import calibrate, gather_statistics
 from inlay.host.layer import InlayLinear
+from inlay.host.routing import busiest_experts, routed_tokens
 from inlay.inspection.ranks import allocated_ranks, patterns, rank_cost
 from inlay.inspection.singular_values import target_weights
 from inlay.method import Method
@@ -52,6 +53,26 @@ def waits_for_data(layer: InlayLinear) -> bool:
     """Return whether a layer's adapter has yet to see data."""
     cut = layer.cuts.get("default")
     return cut is not None and cut.pending and cut.method.needs is not None
+
+
+def settle_experts(prepared: Prepared) -> Recipe:
+    """Return the recipe with the experts written out where it says how many of each layer are trained: the busiest.
+
+    Raises:
+        ValueError: the model or the data cannot be used.
+    """
+    recipe = prepared.recipe
+    if isinstance(recipe.experts, bool | dict):
+        return recipe
+    base = load_training_model(replace(prepared, recipe=replace(recipe, allocate="none", experts=False)))
+    counts = routed_tokens(base, calibration_batches(prepared), recipe.calibration)
+    chosen = busiest_experts(counts, recipe.experts)
+    routed = sum(own.sum().item() for own in counts.values())
+    kept = sum(counts[name][own].sum().item() for name, own in chosen.items())
+    prepared.console.print(
+        f"{recipe.experts} experts of each layer are trained, which get {kept / routed:.0%} of the tokens"
+    )
+    return replace(recipe, experts=chosen)
 
 
 def report_unsettled(unsettled: list[str], total: int, console: Console) -> None:

@@ -10,7 +10,7 @@ from inlay.host import distributed
 from inlay.training import checkpoints
 from inlay.training.allocate_ranks import settle_ranks
 from inlay.training.base_model import load_training_model
-from inlay.training.calibration import calibration_batches, settle_calibration, start_from_data
+from inlay.training.calibration import calibration_batches, settle_calibration, settle_experts, start_from_data
 from inlay.training.checkpoints import Checkpoint
 from inlay.training.fit import build_trainer
 from inlay.training.prepared import Prepared
@@ -32,7 +32,8 @@ def settle(prepared: Prepared, checkpoint: Checkpoint | None = None) -> tuple[Pr
     """
     ranked = distributed.from_first(lambda: settle_ranks(prepared.recipe, prepared.base, prepared.console))
     ranked = replace(prepared, recipe=ranked)
-    settled = replace(ranked, recipe=distributed.from_first(lambda: settle_calibration(ranked)))
+    chosen = replace(ranked, recipe=distributed.from_first(lambda: settle_experts(ranked)))
+    settled = replace(chosen, recipe=distributed.from_first(lambda: settle_calibration(chosen)))
     set_seed(settled.recipe.seed)
     base = load_training_model(settled, checkpoint, calibration_batches(settled))
     checksum = checkpoints.base_mark(base)  # before some of PEFT's starts change the base itself
