@@ -60,6 +60,7 @@ bench: $(DEV)  ## the measurements behind benchmarks/results
 	$(BIN)/python benchmarks/first_step.py
 	$(BIN)/python benchmarks/experts.py
 	$(if $(INLAY_DATA),$(BIN)/python benchmarks/step_profile.py,@echo "INLAY_DATA is not set: step_profile.py is left out")
+	$(if $(INLAY_DATA),$(BIN)/python benchmarks/peers.py,@echo "INLAY_DATA is not set: peers.py is left out")
 # Not among them: default_rates.py (hours, and data of several kinds), triton_kernels.py (needs a GPU), metamath.py (needs a GPU and a hub).
 
 bench-gpu: $(DEV)  ## on a machine with a GPU: a layer, the kernels, a step of a Llama-3-8B-shaped model

@@ -1,11 +1,14 @@
 """The peak memory of training steps, as `inlay plan` says it and as it is.
 
-    python benchmarks/plan.py [--out benchmarks/results]
+    python benchmarks/plan.py [--cases TEXT] [--name plan] [--out benchmarks/results]
 
-Each measurement is a process of its own: trl's SFTTrainer, as `inlay train` sets it up, trains two steps on batches
-that have some padding, and the second is measured. On a GPU the peak is torch's own; on a CPU it is that of torch's
-allocations as its profiler records them, on top of the model and the moments, and beside it stands by how much the
-process grew from before the model was loaded (VmHWM), libraries' memory and all. The larger model is random and
+With --cases those alone are measured whose text has TEXT; --name is the name of the table's file.
+
+Each measurement is a process of its own: the trainer of `inlay train` takes two steps on batches that have some
+padding, and the second is measured. The head sees labelled positions alone: all tokens, or the last ones of each row.
+On a GPU the peak is torch's own; on a CPU it is that of torch's allocations as its profiler records them, on top of the
+model and the moments, and beside it stands by how much the process grew from before the model was loaded (VmHWM),
+libraries' memory and all. The larger model is random and
 Llama-shaped.
 """
 
@@ -25,8 +28,8 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import LlamaConfig, TrainerCallback
-from trl import SFTTrainer
 
+from inlay.data.render import IGNORED
 from inlay.host.config import InlayConfig
 from inlay.models import builtin
 from inlay.models.base import BaseModel
@@ -35,6 +38,7 @@ from inlay.models.quantized import quantization_config
 from inlay.planning.planner import PlannedRun
 from inlay.recipe.recipe import Recipe
 from inlay.training.arguments import training_arguments
+from inlay.training.trainers.trainer import Trainer
 
 LARGER = LlamaConfig(
     hidden_size=1536, intermediate_size=4096, num_hidden_layers=8, num_attention_heads=12, num_key_value_heads=4,
@@ -52,6 +56,7 @@ class Case:
     batch: int = 2
     length: int = 256
     experts: bool = False
+    labelled: float = 1.0  # share of the tokens of a batch
 
 
 CASES = [
@@ -67,6 +72,9 @@ CASES = [
     Case("larger", "bone", dtype="bfloat16", quantize="nf4", checkpointing=True),
     Case("larger", "PEFT LoRA", dtype="bfloat16"),
     Case("larger", "dota"),
+    *(Case("builtin", m, batch=8, labelled=0.25) for m in ("lora", "bone")),
+    Case("builtin", "lora", dtype="bfloat16", batch=8, labelled=0.125),
+    Case("larger", "lora", batch=4, labelled=0.5),
 ]
 
 
@@ -85,7 +93,7 @@ def predicted(case: Case, folder: str) -> float:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = DTYPES[case.dtype]
     run = PlannedRun(BaseModel(folder), config(case), dtype, case.quantize, bool(case.checkpointing), device)
-    return run.step(case.batch, case.length).peak
+    return run.step(case.batch, case.length, case.labelled).peak
 
 
 class Watch(TrainerCallback):
@@ -134,13 +142,17 @@ def measure(case: Case, folder: str) -> dict[str, int]:
     base = BaseModel(folder).load(dtype, quantization)
     # No two of a length, so that each batch is padded.
     rows = [[7] * (case.length - i) for i in range(2 * case.batch)]
-    recipe = Recipe(batch_size=case.batch, gradient_checkpointing=bool(case.checkpointing), max_length=case.length)
+    learned = round(case.labelled * case.length)
+    labels = [[IGNORED] * (len(row) - learned) + row[-learned:] for row in rows]
+    recipe = Recipe(
+        batch_size=case.batch, gradient_checkpointing=bool(case.checkpointing), max_length=case.length, save_every=0
+    )
     watch = Watch()
     with tempfile.TemporaryDirectory() as out:
-        trainer = SFTTrainer(
+        trainer = Trainer(
             base,
             args=training_arguments(recipe, Path(out), case.batch, 2, dtype),
-            train_dataset=Dataset.from_dict({"input_ids": rows}),
+            train_dataset=Dataset.from_dict({"input_ids": rows, "labels": labels}),
             processing_class=builtin.load_builtin_tokenizer(),
             peft_config=config(case),
             callbacks=[watch],
@@ -157,25 +169,25 @@ def resident(what: str) -> int:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| model | method | base | checkpointing | batch × length | planned, GiB | measured, GiB | ratio | process |"
-    ]
-    lines += ["|---|---|---|---|---|---|---|---|---|"]
+    names = (
+        "model, method, base, checkpointing, batch × length, labelled, planned (GiB), measured (GiB), ratio, process"
+    )
+    lines = [f"| {names.replace(', ', ' | ')} |", "|---" * 10 + "|"]
     for row in rows:
         base = row["dtype"] if row["quantize"] == "none" else f"{row['quantize']}, {row['dtype']}"
         cells = [row["model"], row["method"], base, "yes" if row["checkpointing"] else "no"]
-        cells += [f"{row['batch']} × {row['length']}"]
+        cells += [f"{row['batch']} × {row['length']}", f"{row['labelled']:.3g}"]
         cells += [f"{row[k] / 2**30:.3f}" for k in ("planned", "peak")]
         cells += [f"{row['planned'] / row['peak']:.3f}", f"{row['grown'] / 2**30:.3f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def write(rows: list[dict[str, Any]], out: Path) -> None:
+def write(rows: list[dict[str, Any]], cases: list[Case], name: str, out: Path) -> None:
     """The table so far, which says so if it ends early."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     ratios = sorted(row["planned"] / row["peak"] for row in rows)
-    some = "" if len(rows) == len(CASES) else f" The first {len(rows)} of {len(CASES)} cases; the rest was not run."
+    some = "" if len(rows) == len(cases) else f" The first {len(rows)} of {len(cases)} cases; the rest was not run."
     text = (
         f"Peak memory of a training step, r = 16 (DoTA: bond 16) on all linear layers: planned from the configuration, "
         f"and measured ({device}, torch {torch.__version__}; larger: a random Llama of 8 layers, 1536 wide). Ratios "
@@ -183,7 +195,7 @@ def write(rows: list[dict[str, Any]], out: Path) -> None:
         f"`python benchmarks/plan.py`\n\n{table(rows)}\n"
     )
     out.mkdir(parents=True, exist_ok=True)
-    (out / "plan.md").write_text(text, encoding="utf-8")
+    (out / f"{name}.md").write_text(text, encoding="utf-8")
 
 
 def larger(folder: Path) -> None:
@@ -198,6 +210,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     options.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options.add_argument("--cases", default="", help="only those whose text has this")
+    options.add_argument("--name", default="plan", help="of the table's file")
     asked = options.parse_args()
     warnings.simplefilter("ignore")
     rows = []
@@ -214,8 +227,7 @@ def main() -> None:
                 planned = pool.apply(predicted, (case, folder))
             rows.append({**asdict(case), "planned": planned, **measured})
             print(table(rows[-1:]).splitlines()[-1], flush=True)
-            if not asked.cases:
-                write(rows, asked.out)
+            write(rows, cases, asked.name, asked.out)
 
 
 if __name__ == "__main__":

@@ -252,7 +252,9 @@ def test_dry_run_says_the_time_of_the_products(tiny, records, tmp_path, monkeypa
     recipe = load_recipe(None, {"model": tiny, "method": "lora", "r": 4})
     length = int(re.search(r"longest (\d+) tokens", said)[1])
     tokens, rows = (int(n.replace(",", "")) for n in re.search(r"([\d,]+) tokens in (\d+) sequences", said).groups())
-    flops = PlannedRun(recipe.base_model, recipe.config(), torch.float32, device="cpu").step(8, length).flops
+    learned = int(re.search(r"([\d,]+) of them learned", said)[1].replace(",", "")) / tokens
+    run = PlannedRun(recipe.base_model, recipe.config(), torch.float32, device="cpu")
+    flops = run.step(8, length, learned).flops
     minutes, seconds = re.search(r"about (\d+):(\d\d) \(m:ss\)", said).groups()
     assert 60 * int(minutes) + int(seconds) == pytest.approx(6 * flops * tokens / rows / length / 1e6, rel=0.01)
 

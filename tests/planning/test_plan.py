@@ -15,10 +15,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import inlay
 from inlay.cli import main
+from inlay.data.audit import audit_examples
+from inlay.data.render import render
 from inlay.models.base import BaseModel
 from inlay.models.sizes import count_parameters, count_trainable, layers_of, repeated_depths
 from inlay.planning.planner import FrozenLimit, PlannedRun
 from inlay.planning.step_simulator import simulate
+from inlay.recipe.recipe import Recipe
+from inlay.training.batch_size import labelled_share, planned_step
+from inlay.training.examples import Examples
 
 BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "plan.py"
 ALL = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -69,6 +74,7 @@ def trainable_model(tmp_path_factory):
         pytest.param("dota", {"checkpointing": True}, marks=pytest.mark.slow),
         ("full", {}),
         pytest.param("pissa", {"quantize": "nf4"}, marks=pytest.mark.slow),
+        ("bone", {"labelled": 0.25}),
     ],
 )
 @pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning")
@@ -145,6 +151,29 @@ def test_the_frozen_limit_is_two_products_a_weight(small):
     full = PlannedRun(BaseModel(small), None).step(batch, length).flops
     weights = 7 * 2 * tokens * layer + 2 * head
     assert full == pytest.approx(forward + backward + weights + 2 * tokens * 64 * (64 + 32 + 32))
+
+
+def test_the_head_is_planned_at_labelled_positions_alone(small):
+    run = PlannedRun(BaseModel(small), config("lora"), torch.float32, device="cpu", labelled=0.25)
+    some, every = run.step(4, 32), run.step(4, 32, 1.0)
+    assert some == run.step(4, 32, 0.25)
+    left = 4 * 31 - 4 * 32 / 4  # positions
+    assert every.flops - some.flops == 3 * 2 * 64 * 256 * left  # two products and the backward pass's own
+    assert every.peak > some.peak
+    assert run.largest_batch(32, run.step(70, 32).peak + 1) == 70
+
+
+def test_the_share_of_labels_that_a_run_is_planned_with(small, small_tokenizer):
+    rows = [{"prompt": "a b c", "completion": "d"}, {"prompt": "a", "completion": "d e f g"}]
+    audit = audit_examples(rows, small_tokenizer, 64)
+    examples = Examples(audit.sequences, [], audit)
+    shown = [render(row, small_tokenizer, 64) for row in rows]
+    most, length = max(len(one.answer_ids) for one in shown), max(len(one.ids) for one in shown)
+    recipe = Recipe(model=small)
+    run, tokens = planned_step(recipe, recipe.base_model, examples, torch.float32)
+    assert (run.labelled, tokens) == (most / length, length)
+    assert labelled_share(replace(recipe, packing=True), examples, length) == 1
+    assert labelled_share(replace(recipe, trainer={"label_smoothing_factor": 0.1}), examples, length) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

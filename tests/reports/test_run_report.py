@@ -13,7 +13,7 @@ from helpers import fails
 from peft import AdaLoraConfig, AutoPeftModelForCausalLM, LilyConfig, LoraConfig, PeftConfig, VeraConfig, get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import inlay
 from inlay.cli import main
@@ -251,3 +251,16 @@ def test_their_runner_finds_our_experiment(tmp_path, monkeypatch, capsys):
     assert (config.peft_type.value.lower(), config.method, config.args["r"]) == ("inlay", "bone", 32)
     assert Path(made).parent.name == "inlay"
     assert json.loads((Path(made) / "training_params.json").read_text())["optimizer_kwargs"]["lr"] == 1e-4
+
+
+def test_after_few_tokens_three_layers_are_decomposed():
+    """And the sizes of all changes are there; after many tokens everything is."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=32, num_hidden_layers=5, **sizes))
+    model = get_peft_model(base, inlay.InlayConfig(method="bone", args={"r": 4}, target_modules=["q_proj"]))
+    for p in (p for p in model.parameters() if p.requires_grad):
+        torch.nn.init.normal_(p)
+    few, many = (changes(model, lambda: BaseModel("/nowhere").weights(), spent) for spent in (1e3, 1e12))
+    assert len(few) == len(many) == 5
+    assert [change.principal is not None for change in few.values()] == [True, False, True, False, True]
+    assert all(change.principal is not None and change.size == few[name].size for name, change in many.items())

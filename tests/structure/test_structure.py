@@ -57,6 +57,17 @@ def test_what_stands_beside_the_host_does_not_import_peft(name):
     assert "peft" not in roots(name)
 
 
+def test_no_file_loads_scipys_statistics_before_they_are_needed():
+    """They take half a second."""
+    at_top = [
+        f"{name}: {ast.unparse(node)}"
+        for name, path in FILES.items()
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.Import | ast.ImportFrom) and "scipy" in ast.unparse(node)
+    ]
+    assert at_top == []
+
+
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith(BELOW_THE_VERBS)])
 def test_what_every_verb_loads_imports_no_plotting_and_no_trl(name):
     quiet = {"datasets"} if name == "messages.py" else set()  # whose bars it turns off, in a function

@@ -179,15 +179,17 @@ def plan_command(options: argparse.Namespace) -> None:
     from inlay.recipe.reading import from_flag
 
     quiet()
-    own = ("verb", "run", "model", "batch_size", "length", "fits", "dtype", "device", "r", "json", "csv")
+    own = ("verb", "run", "model", "batch_size", "length", "labelled", "fits", "dtype", "device", "r", "json", "csv")
     flags = {k: from_flag(k, v) if isinstance(v, str) else v for k, v in vars(options).items() if k not in own}
     to_stdout = options.json == "-"
     for path in filter(None, (None if to_stdout else options.json, options.csv)):  # before a minute is spent
         if not Path(path).parent.is_dir():
             raise ValueError(f"{path} cannot be written: there is no folder {Path(path).parent}")
+    if not 0 < options.labelled <= 1:
+        raise ValueError(f"--labelled {options.labelled} is no share of the tokens; give one above 0 and up to 1")
     made = candidates(flags, whole_numbers("--r", options.r))
     base = BaseModel(options.model, trust_remote_code=bool(flags.get("trust_remote_code")))
-    of = PlannedRun(base, None, DTYPES[options.dtype], device=options.device)
+    of = PlannedRun(base, None, DTYPES[options.dtype], device=options.device, labelled=options.labelled)
     notes: list[str] = []
     found: Sequence[Row | Fit] = ()
     if not flags.get("experts") and (line := frozen_experts(of.blank().requires_grad_(False))):
@@ -200,7 +202,7 @@ def plan_command(options: argparse.Namespace) -> None:
             with counted(console, total) as done:
                 rows = plan_rows(of, made, kinds, options.batch_size or 4, options.length, notes, done)
             if not to_stdout:
-                show_plan(rows, console)
+                show_plan(rows, console, options.labelled)
             found = rows
         else:
             budget = SHARE * options.fits * 2**30
@@ -240,6 +242,13 @@ def plan_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--r", default="16", help="rank, block size or bond; several with commas (default 16)")
     verb.add_argument("--batch-size", type=whole_number, help="sequences (default 4; with --fits: what is looked for)")
     verb.add_argument("--length", type=whole_number, default=1024, help="tokens of a sequence (default 1024)")
+    verb.add_argument(
+        "--labelled",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="of the tokens; the head sees no others (default 1)",
+    )
     verb.add_argument("--fits", type=float, metavar="GB", help="what is the largest that fits in a GPU of so much?")
     verb.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"), help="of the base")
     verb.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="what it would run on (default cuda)")

@@ -44,6 +44,7 @@ class Audit:
     answer_tokens: int
     answers: int = 0
     largest_token: int = 0
+    most_learned: int = 0  # answer tokens in one sequence
     notes: list[str] = field(default_factory=list)  # what a person should know before training
     sequences: list[Example] = field(default_factory=list)  # the examples, those that are learned turn by turn as turns
 
@@ -56,7 +57,9 @@ class Audit:
         self.shifted += one.shifted
         self.longest = max(self.longest, length)
         self.mean_tokens += (length - self.mean_tokens) / self.total
-        self.answer_tokens += sum(min(stop, limit) - min(start, limit) for start, stop in one.spans)
+        learned = sum(min(stop, limit) - min(start, limit) for start, stop in one.spans)
+        self.answer_tokens += learned
+        self.most_learned = max(self.most_learned, learned)
         self.answers += len(one.spans)
         self.largest_token = max(self.largest_token, *one.ids, 0)
 

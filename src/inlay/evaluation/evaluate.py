@@ -21,6 +21,7 @@ from inlay.data.labelled import one_label
 from inlay.data.readers import Record
 from inlay.evaluation.ask_model import generated, likeliest, similar_batches, token_losses
 from inlay.evaluation.eval_tasks import EvalTask, Question, questions_for
+from inlay.evaluation.label_metrics import classified, correlated
 from inlay.evaluation.run_settings import ChatSettings
 from inlay.evaluation.scores import Score, overlap_scores, resampled_score, share_score
 from inlay.models.model_classes import auto_class
@@ -119,8 +120,6 @@ def evaluate_classifier(
     Raises:
         ValueError: the model has no head for labels, or was not trained on one that is asked for.
     """
-    from inlay.evaluation.label_metrics import classified, correlated  # scipy's statistics take half a second
-
     if not is_classifier(model):
         raise ValueError(
             "--task classification is for models trained with task: classification; this one has no labels"

@@ -26,6 +26,8 @@ from inlay.models.stored_weights import Weights
 CHANGES = "changes.json"
 PART = 8  # the principal and the minor subspace are the first and the last eighth of the directions
 MOST = 1e12  # multiplications on a CPU; beyond it, the subspaces are left out
+LEAST = 0.05  # share of a training's operations that decomposing all its weights may take
+DECOMPOSED = 20  # operations for each multiplication of a weight with itself, in what `measure_change` decomposes
 
 FIELDS = (  # of a change, each with its title and format in a table
     ("size", "‖ΔW‖ / ‖W‖", ".4f"),
@@ -84,11 +86,17 @@ class TrainedWeight:
     rank: int | None = None
 
 
-def changes(model: Any, base: Callable[[], Weights]) -> dict[str, WeightChange]:
+def changes(model: Any, base: Callable[[], Weights], spent: float | None = None) -> dict[str, WeightChange]:
     """Return the changes of a trained model's weights, by module.
 
     For PEFT's adapters and for a model trained whole, these are the linear layers that differ from what the checkpoint
     of the `base` stores.
+
+    Args:
+        model: the trained model.
+        base: reads what its checkpoint stores.
+        spent: operations of the training; where decomposing all weights would take more than a twentieth of them, only
+            those of the first, the middle and the last layer are decomposed. None: all are.
     """
     layers = {layer.cuts["default"].module: layer for layer in adapted(model, "default").values()}
     if any(layer.cuts["default"].folded for layer in layers.values()):
@@ -98,7 +106,8 @@ def changes(model: Any, base: Callable[[], Weights]) -> dict[str, WeightChange]:
     cost = sum(weight.shape.numel() * min(weight.shape) for weight in trained.values())
     full = cost <= MOST or all(weight.cuda for weight in trained.values())
     shown = chosen_modules(trained) if full else set()
-    return {name: measure_change(weight, full, name in shown) for name, weight in trained.items()}
+    every = full and (spent is None or DECOMPOSED * cost <= LEAST * spent)
+    return {name: measure_change(weight, every or name in shown, name in shown) for name, weight in trained.items()}
 
 
 def of_inlay(

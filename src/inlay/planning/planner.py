@@ -30,7 +30,7 @@ from inlay.methods import find
 from inlay.models.base import BaseModel
 from inlay.models.quantized import nf4_savings, pack_linears
 from inlay.models.sizes import count_trainable, layers_of, repeated_depths
-from inlay.planning.step_simulator import TILE, Step, simulate
+from inlay.planning.step_simulator import TILE, Step, labelled_positions, simulate
 
 UNEVEN = ("patterns", "layers_to_transform", "rank_pattern", "alpha_pattern")  # config fields that make layers differ
 LARGEST = 1024  # rank that is tried
@@ -73,6 +73,7 @@ class PlannedRun:
         quantize: as in a recipe; "none" for a base as it is.
         checkpointing: whether activations are recomputed.
         device: "cpu" or "cuda".
+        labelled: share of the tokens that have a label; the head sees no others.
         plain: the same run on an unquantised base; a 4-bit one is then planned by its steps and the sizes of the
             weights, as it is without bitsandbytes.
 
@@ -86,6 +87,7 @@ class PlannedRun:
     quantize: str = "none"
     checkpointing: bool = False
     device: str = "cuda"
+    labelled: float = 1.0
     plain: PlannedRun | None = None
 
     @cached_property
@@ -139,26 +141,27 @@ class PlannedRun:
         return nf4_savings(self.blank(), self.dtype)
 
     @cached_property
-    def steps(self) -> dict[tuple[int, int], Step]:
+    def steps(self) -> dict[tuple[int, int, float], Step]:
         return {}
 
-    def step(self, batch: int, length: int) -> Step:
-        """Simulate a step on `batch` sequences of `length` tokens.
+    def step(self, batch: int, length: int, labelled: float | None = None) -> Step:
+        """Simulate a step on `batch` sequences of `length` tokens, of which the share `labelled` has a label.
 
         Where there is an unpacked run, a step on a 4-bit base is that run's less what 4 bits save.
         """
+        labelled = self.labelled if labelled is None else labelled
         if self.unpacked is not None:
-            step, (saved, moment) = self.unpacked.step(batch, length), self.savings
+            step, (saved, moment) = self.unpacked.step(batch, length, labelled), self.savings
             less = {name: vars(step)[name] - saved + moment for name in ("forward", "top", "bottom")}
             return replace(step, frozen=step.frozen - saved, update=step.update - saved, **less)
-        if (batch, length) not in self.steps:
+        if (batch, length, labelled) not in self.steps:
             try:
-                steps = [simulate(model, batch, length, self.device) for model in self.parts]
+                steps = [simulate(model, batch, length, self.device, labelled) for model in self.parts]
             except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
                 what = f"a step of {self.base.name} cannot be simulated without its weights"
                 raise NotPlannedError(f"{what}: {first_line(error)[:200]}") from error
-            self.steps[batch, length] = steps[0].towards(steps[-1], self.share)
-        return self.steps[batch, length]
+            self.steps[batch, length, labelled] = steps[0].towards(steps[-1], self.share)
+        return self.steps[batch, length, labelled]
 
     @cached_property
     def parameters(self) -> int:
@@ -168,7 +171,8 @@ class PlannedRun:
 
     def largest_batch(self, length: int, budget: float) -> int:
         """Return the largest batch of sequences of `length` tokens whose step fits `budget` bytes, or 0."""
-        whole = -(-TILE[0] // max(1, length - 1))  # the smallest batch that fills a tile of the head
+        # The smallest batch that fills a tile of the head.
+        whole = min(-(-TILE[0] // labelled_positions(1, length, self.labelled)), MOST - 1)
         if self.step(whole, length).peak > budget:
             return bisect.bisect_right(range(1, whole), budget, key=lambda n: self.step(n, length).peak)
         first = self.step(whole, length)

@@ -272,7 +272,7 @@ class Head(torch.autograd.Function):
             yield rows, words, tile
 
 
-def simulate(model: nn.Module, batch: int, length: int, device: str) -> Step:
+def simulate(model: nn.Module, batch: int, length: int, device: str, labelled: float = 1.0) -> Step:
     """Simulate a step of a model on the meta device, after the first one: AdamW's moments exist already.
 
     Args:
@@ -280,6 +280,7 @@ def simulate(model: nn.Module, batch: int, length: int, device: str) -> Step:
         batch: sequences, of which at least one is padded, so that there is a mask.
         length: tokens of each.
         device: "cpu" or "cuda", on which the step would run.
+        labelled: share of the tokens that have a label; the head sees no others.
     """
     meter = Meter()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -301,7 +302,7 @@ def simulate(model: nn.Module, batch: int, length: int, device: str) -> Step:
         before = meter.live
         ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
         mask = torch.ones(batch, 1, length, length, dtype=torch.bool, device="meta")
-        value = loss_step(model, ids, mask, device)
+        value = loss_step(model, ids, mask, device, labelled)
         kept, forward = meter.live - before, meter.turn()
         value.backward()
         flops = meter.flops
@@ -343,9 +344,24 @@ def saved_bytes(model: nn.Module) -> int:
     return sum(t.nbytes for t in tensors.values())
 
 
-def loss_step(model: nn.Module, ids: Tensor, mask: Tensor, device: str) -> Tensor:
-    """Compute the loss as trl does, for `ids` (batch × length) and `mask` (batch × 1 × length × length)."""
+def labelled_positions(batch: int, length: int, labelled: float) -> int:
+    """Return how many positions of a batch have a label, of which the first token of a sequence has none."""
+    return max(1, min(round(labelled * batch * length), batch * (length - 1)))
+
+
+def loss_step(model: nn.Module, ids: Tensor, mask: Tensor, device: str, labelled: float) -> Tensor:
+    """Compute the loss as trl does at labelled positions.
+
+    Args:
+        model: the model.
+        ids: tokens (batch × length).
+        mask: of the attention (batch × 1 × length × length).
+        device: "cpu" or "cuda".
+        labelled: share of the tokens that have a label.
+    """
     causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model  # any causal language model
     hidden = causal.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
-    x = hidden[:, :-1].reshape(-1, hidden.shape[-1])
+    chosen = torch.empty(labelled_positions(*ids.shape, labelled), dtype=torch.long, device="meta")
+    x = hidden.flatten(0, 1)[chosen]
+    del hidden  # as a run lets it go
     return Head.apply(x, causal.get_output_embeddings().weight, device).sum()

@@ -230,10 +230,11 @@ def base_name(run: PlannedRun) -> str:
     return dtype_name(run.dtype) if run.quantize == "none" else run.quantize
 
 
-def show_plan(rows: Sequence[Row], console: Console) -> None:
-    """Print a table for each kind of base."""
+def show_plan(rows: Sequence[Row], console: Console, labelled: float = 1.0) -> None:
+    """Print a table for each kind of base, planned with the share `labelled` of the tokens."""
     for name in dict.fromkeys(row.base for row in rows):
-        what = f"batch {rows[0].batch_size} × {rows[0].length} tokens, base in {name}"
+        shown = f" ({labelled:.0%} labelled)" if labelled < 1 else ""
+        what = f"batch {rows[0].batch_size} × {rows[0].length} tokens{shown}, base in {name}"
         title = f"{what}; GiB; time over the frozen limit's; ckpt: gradient checkpointing"
         table = Table(
             title=title, title_justify="left", box=None, padding=(0, 1), collapse_padding=True, pad_edge=False

@@ -19,14 +19,26 @@ def largest_useful_batch(rows: Examples, processes: int = 1) -> int:
 
 
 def planned_step(recipe: Recipe, base: BaseModel, rows: Examples, dtype: torch.dtype) -> tuple[PlannedRun, int]:
-    """Return the planner's run as it will train on this machine, and the length of its longest sequence."""
+    """Return the planner's run as it will train on this machine, and the length of its longest sequence.
+
+    As many positions have a label as in the sequence with the most of them.
+    """
+    length = min(recipe.max_length, rows.audit.longest)
     dtype = torch.float32 if recipe.method == FULL else dtype
     run = PlannedRun(
         base, without_start(recipe.adapter()), dtype,
         "nf4" if fold_at(recipe.model) else recipe.quantize,
         recipe.gradient_checkpointing, "cuda" if torch.cuda.is_available() else "cpu",
+        labelled_share(recipe, rows, length),
     )  # fmt: skip
-    return run, min(recipe.max_length, rows.audit.longest)
+    return run, length
+
+
+def labelled_share(recipe: Recipe, rows: Examples, length: int) -> float:
+    """Return the largest share of `length` tokens that have a label in any sequence; 1 where the head sees all."""
+    everywhere = recipe.packing or any(recipe.trainer.get(key) for key in ("label_smoothing_factor", "torch_compile"))
+    learned = rows.audit.most_learned
+    return 1.0 if everywhere or not learned else min(1.0, learned / length)
 
 
 def fitting_batch(run: PlannedRun, length: int, most: int, loaded: bool) -> int:

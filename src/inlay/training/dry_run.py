@@ -89,7 +89,8 @@ def show_memory(recipe: Recipe, rows: Examples, run: PlannedRun, length: int, co
     finally:
         if line := frozen_experts(run.parts[-1]):
             console.print(line, style="yellow")
-    console.print(f"{need.parameters:,.0f} trainable parameters; batch {batch} × {length} tokens")
+    labelled = f", at most {run.labelled:.0%} of them labelled" if run.labelled < 1 else ""
+    console.print(f"{need.parameters:,.0f} trainable parameters; batch {batch} × {length} tokens{labelled}")
     training = need.trained + need.gradients + need.optimizer
     console.print(
         f"memory at the peak of a step: {gib(need.peak)}, of which weights {gib(need.frozen)}, adapter with "
@@ -98,7 +99,10 @@ def show_memory(recipe: Recipe, rows: Examples, run: PlannedRun, length: int, co
     )
     if recipe.quantize == "none" and not fold_at(recipe.model):  # products of packed weights are not counted
         steps = optimizer_steps(recipe, len(rows.train), batch) * recipe.accumulation
-        products = steps * need.flops * min(1.0, rows.audit.mean_tokens / length)
+        tokens = rows.audit.mean_tokens * rows.audit.total
+        learned = min(run.labelled, rows.audit.answer_tokens / tokens) if run.labelled < 1 else 1.0
+        flops = run.step(batch, length, learned).flops
+        products = steps * flops * min(1.0, rows.audit.mean_tokens / length)
         seconds = products / product_rate(run.dtype)
         console.print(f"about {duration(seconds)} (m:ss) of matrix products on this machine; a run takes longer")
 

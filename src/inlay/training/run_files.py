@@ -81,7 +81,8 @@ def write_page(result: Result, base: BaseModel, model: PeftModel | PreTrainedMod
     if isinstance(config, InlayConfig) and config.folded:
         changed = changes_of_fold(result.folder / result.recipe.kept)
     elif whole:
-        changed = changes(model, lambda: weights_of(result.recipe, base))
+        products = 4 * result.base_parameters * result.tokens  # at least: forward, and backward through activations
+        changed = changes(model, lambda: weights_of(result.recipe, base), products)
     plots = draw_change_plots(run_figures(result, changed, plot_text(page_title(result))), result.folder / "plots")
     if changed:
         write_text(result.folder / CHANGES, json.dumps(changes_as_data(changed), indent=1))
