@@ -59,7 +59,7 @@ def modelfile(
 def ends(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig) -> list[str]:
     """Return the tokens that end an answer, as text."""
     given = generation.eos_token_id
-    ids = [given] if isinstance(given, int) else list(given or ())
+    ids: list[int] = [given] if isinstance(given, int) else list(given or ())
     tokens = [tokenizer.eos_token, *(tokenizer.convert_ids_to_tokens(ids) if ids else ())]
     return list(dict.fromkeys(str(token) for token in tokens if token))
 

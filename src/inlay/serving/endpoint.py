@@ -160,7 +160,7 @@ def check_answers_of(
     own = dict(map(named, places))
     good = True
     for name in served:
-        place = own.get(name, config_of(served[name].source.model).name_or_path)
+        place = own.get(name) or str(config_of(served[name].source.model).name_or_path)
         adapter = place if holds_adapter(place) else None
         source = load_answering(adapter, model if adapter else place, dtype_for(dtype))
         equal = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,10 +42,13 @@ class Served:
     def active(self) -> Iterator[None]:
         """Let the model answer as this name in the block, which nothing else may use meanwhile."""
         model = self.source.model
-        if self.adapter is not None and isinstance(model, PeftModel):
+        if not isinstance(model, PeftModel):
+            yield
+        elif self.adapter is None:
+            with model.disable_adapter():
+                yield
+        else:
             model.set_adapter(self.adapter, inference_mode=True)
-        off = self.adapter is None and isinstance(model, PeftModel)
-        with model.disable_adapter() if off else nullcontext():
             yield
 
 
