@@ -18,6 +18,7 @@ from inlay.cli.recipe_reference import flag_table, recipe_reference
 from inlay.method import Method
 from inlay.methods import METHODS
 from inlay.models.base import BaseModel
+from inlay.recipe.rates import rates_table
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- made by `make docs-tables` -->", "<!-- end -->"
@@ -56,10 +57,12 @@ def papers_index() -> str:
     return "\n".join(["| name | what it does | paper |", "|---|---|---|", *rows])
 
 
-def filled(page: str, table: str) -> str:
-    """Return a page with the table between its marks."""
-    before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{table}\n\n{END}{rest.split(END, 1)[1]}"
+def filled(page: str, tables: list[str]) -> str:
+    """Return a page with each of the tables between its marks, in order."""
+    made, *rest = page.split(BEGIN)
+    for table, text in zip(tables, rest, strict=True):
+        made += f"{BEGIN}\n\n{table}\n\n{END}{text.split(END, 1)[1]}"
+    return made
 
 
 def verbs() -> list[tuple[str, str, str]]:
@@ -118,9 +121,12 @@ def agents_page() -> str:
 
 def pages() -> dict[Path, str]:
     """Return the text that each page is to have."""
-    made = {ROOT / "docs" / "methods.md": methods_table(), ROOT / "docs" / "papers.md": papers_index()}
+    made = {
+        ROOT / "docs" / "methods.md": [rates_table(), methods_table()],
+        ROOT / "docs" / "papers.md": [papers_index()],
+    }
     pictures = runpy.run_path(str(ROOT / "checks" / "docs_pictures.py"))["pictures"]()
-    return {path: filled(path.read_text(), table) for path, table in made.items()} | {
+    return {path: filled(path.read_text(), tables) for path, tables in made.items()} | {
         ROOT / "docs" / "recipe.md": recipe_reference(),
         FILE: flag_table(),
         **pictures,

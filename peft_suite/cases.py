@@ -29,7 +29,7 @@ SIZES = {"svfit": 16}
 def kwargs(name: str, size: int = 2, shapes: tuple[tuple[int, int], ...] = (LIN0,), **more: Any) -> dict[str, Any]:
     """An InlayConfig's arguments, for layers of these shapes."""
     args = fitting(name, size, *shapes)
-    return {"method": name, "args": args and {**args, **MORE.get(name, {})}, **more}
+    return {"method": name, "args": None if args is None else {**args, **MORE.get(name, {})}, **more}
 
 
 def subclass(name: str) -> type[InlayConfig]:
@@ -56,7 +56,8 @@ def custom(name: str) -> list[tuple]:
             ("beside a convolution", "Conv2d", (CONVOLVED,), {"target_modules": ["lin0"]}),
         ]
     ]  # fmt: skip
-    return [case for case in cases if case[3]["args"]]  # a method may have no size that fits 1 × 5
+    fits = [case for case in cases if case[3]["args"] is not None]  # a method may have no size that fits 1 × 5
+    return [case for case in fits if methods.find(name).scales or "scale" not in case[3]]
 
 
 def together(name: str) -> list[tuple]:
@@ -66,7 +67,7 @@ def together(name: str) -> list[tuple]:
         for layer, shape in (("lin0", LIN0), ("lin1", LIN1))
     )
     cases = [(f"{name} same", "Inlay", InlayConfig, one, one), (f"{name} different", "Inlay", InlayConfig, one, other)]
-    return [case for case in cases if case[4]["args"]]
+    return [case for case in cases if case[4]["args"] is not None]
 
 
 def mixed(name: str, one: dict[str, Any], other: dict[str, Any]) -> tuple:

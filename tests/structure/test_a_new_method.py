@@ -24,10 +24,10 @@ class Row:"""
 
 @pytest.mark.slow
 def test_a_method_is_added_as_contributing_says(tmp_path):
-    for name in ("src", "tests", "docs", "checks", "recipes", "benchmarks", "peft_suite"):
+    for name in ("src", "tests", "docs", "checks", "examples", "recipes", "benchmarks", "peft_suite"):
         ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "report.html")
         shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
-    for file in [*ROOT.glob("*.md"), *ROOT.glob("*.toml"), ROOT / "Makefile"]:
+    for file in filter(Path.is_file, ROOT.iterdir()):
         shutil.copy(file, tmp_path)
     code = re.search(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
     methods, contract = tmp_path / "src/inlay/methods", tmp_path / "tests/methods/contract.py"
@@ -41,6 +41,8 @@ def test_a_method_is_added_as_contributing_says(tmp_path):
         .replace("\n@dataclass\nclass Row:", REFERENCE, 1)
         .replace("CONTRACT = {\n", f"CONTRACT = {{{ROW}", 1)
     )
+    rates = tmp_path / "src/inlay/recipe/rates.py"
+    rates.write_text(rates.read_text().replace("RATES = {\n", 'RATES = {\n    "rows": UNKNOWN,\n', 1))
     contract.write_text(
         text.replace("from inlay.methods.snell", "from inlay.methods.rows import Rows\nfrom inlay.methods.snell")
     )
@@ -56,5 +58,6 @@ def test_a_method_is_added_as_contributing_says(tmp_path):
              "tests/inspection", "tests/planning", "tests/training/test_tasks.py")  # fmt: skip
     said = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", "rows and not two_active")
     assert int(re.search(r"(\d+) passed", said)[1]) > 40
-    run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/structure", "-k", "method or tables or names")
+    chosen = "method or tables or names or rates or flags"
+    run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/structure", "-k", chosen)
     run("-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only", "tests")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from inlay.cli.parser import SCALE, WHAT_AND_WHERE, add_fields
+from inlay.cli.parser import SCALE, WHAT_AND_WHERE, Parser, add_fields, add_learned
 from inlay.messages import Terminal, gib, show_text
 
 
@@ -43,13 +43,14 @@ def fold_command(options: argparse.Namespace) -> None:
     show_text(f"{folded.base} ({gib(size)}), {folded.adapter}; each weight's error: {folded.folder / 'errors.csv'}")
 
 
-def fold_arguments(verb: argparse.ArgumentParser) -> None:
+def fold_arguments(verb: Parser) -> None:
     """Add the arguments of `inlay fold`."""
     verb.add_argument("model", help="hub id, folder or builtin")
     verb.add_argument("out", help="folder of the new base and adapter")
     verb.add_argument("--rounds", type=int, default=1, help="quantise, decompose again what that lost, ... (default 1)")
     verb.add_argument("--overwrite", action="store_true", help="replace an earlier fold")
     add_fields(verb, WHAT_AND_WHERE)
+    add_learned(verb)
 
 
 def export_command(options: argparse.Namespace) -> None:

@@ -6,8 +6,13 @@ trained and saved, and something after that failed (one line).
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import os
+import re
 import sys
+from importlib.metadata import entry_points
+from pathlib import Path
 
 from inlay._version import __version__
 from inlay.cli.convert import (
@@ -30,6 +35,7 @@ from inlay.cli.experiments import (
     ui_arguments,
     ui_command,
 )
+from inlay.cli.flags import learn_flags
 from inlay.cli.inspect import (
     inspect_arguments,
     inspect_command,
@@ -38,7 +44,7 @@ from inlay.cli.inspect import (
     plan_arguments,
     plan_command,
 )
-from inlay.cli.parser import OUT_OF_MEMORY, Parser, add_verb, fail
+from inlay.cli.parser import OUT_OF_MEMORY, Parser, add_import, add_verb, fail
 from inlay.cli.serve import serve_arguments, serve_command
 from inlay.cli.train import train_arguments, train_command
 from inlay.messages import quiet_imports, show_text
@@ -66,7 +72,8 @@ VERBS = (
 def main(arguments: list[str] | None = None) -> None:
     """Run a verb; a mistake of the user's is one line and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = parser().parse_arguments(arguments)
+    options = parse_line(arguments)
+    modules = vars(options).pop("imports")
     if options.verb == "train":
         options.arguments = arguments  # for the processes that it starts
 
@@ -75,6 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
     from inlay.messages import AfterTrainingError, out_of_memory
 
     try:
+        import_all(modules)
         options.run(options)
     except KeyboardInterrupt:
         show_text("inlay: interrupted", to_stderr=True)
@@ -91,12 +99,68 @@ def main(arguments: list[str] | None = None) -> None:
         fail(OUT_OF_MEMORY)
 
 
+def parse_line(arguments: list[str]) -> argparse.Namespace:
+    """Parse a command line; a flag that is not known may be of a method outside the package, which is then imported."""
+    top = parser()
+    if top.unknown(arguments):
+        verb, rest = top.split_verb(arguments)
+        modules = imports_in(rest)
+        recipe = verb.first_value(rest) if verb and verb.prog.split()[-1] in ("train", "compare", "tune") else None
+        named = recipe is not None and names_modules(recipe)
+        if modules or named or entry_points(group="inlay.methods"):
+            try:
+                import_all(modules)
+                if recipe is not None and named:
+                    from inlay.recipe.reading import import_named, read_yaml
+
+                    import_named(read_yaml(recipe), recipe)
+                learn_flags()
+            except (ValueError, OSError) as error:
+                if os.environ.get("INLAY_DEBUG"):
+                    raise
+                fail(str(error))
+            top = parser()
+    return top.parse_arguments(arguments)
+
+
+def imports_in(arguments: list[str]) -> list[str]:
+    """Return what follows each `--import`."""
+    pairs = itertools.zip_longest(arguments, arguments[1:], fillvalue="")
+    return [
+        after if text == "--import" else text.removeprefix("--import=")
+        for text, after in pairs
+        if text == "--import" or text.startswith("--import=")
+    ]
+
+
+def names_modules(recipe: str) -> bool:
+    """Return whether a file seems to be a recipe with modules under `import`; reading it as one would import torch."""
+    from inlay.files.untrusted import LENGTH, read_regular
+
+    try:
+        text = read_regular(Path(recipe).expanduser(), LENGTH)
+    except (OSError, ValueError):
+        return False  # which is reported when it is read for good
+    return re.search(r"""^["']?import["']?\s*:""", text, re.MULTILINE) is not None
+
+
+def import_all(modules: list[str]) -> None:
+    """Import the modules of methods that `--import` names."""
+    if modules:
+        from inlay.methods import import_methods
+
+        for module in modules:
+            import_methods(module)
+
+
 def parser() -> Parser:
     """Build the parser of all verbs with their flags."""
     top = Parser(prog="inlay", description="Fine-tune a large language model by re-cutting its own weights.")
     top.add_argument("--version", action="version", version=f"inlay {__version__}", help="show the version and stop")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     for command, arguments in VERBS:
-        arguments(add_verb(top, verbs, command))
+        verb = add_verb(top, verbs, command)
+        arguments(verb)
+        add_import(verb)
     top.epilog = "inlay VERB --help says more."
     return top

@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 
-from inlay.messages import did_you_mean
+from inlay.messages import did_you_mean, show_text
 
 FILE = Path(__file__).parent.parent / "resources" / "flags.json"
 
@@ -26,6 +27,7 @@ ELSEWHERE = {
     "dtype": "bf16 fp16 precision torch-dtype",
     "epochs": "epoch num-epochs num-train-epochs n-epochs e",
     "eval-every": "eval-steps eval-interval",
+    "import": "imports plugin plugins custom-module",
     "gradient-checkpointing": "grad-checkpoint checkpointing use-gradient-checkpointing",
     "learning-rate": "lr peak-lr",
     "length": "max-length max-seq-length max-seq-len seq-len seq-length context-length",
@@ -59,10 +61,38 @@ class Flag:
     switch: bool
 
 
-@cache
+_learned: dict[str, Flag] = {}  # hyperparameters of methods outside the package
+
+
 def recipe_flags() -> dict[str, Flag]:
     """Return all fields of a recipe, then all hyperparameters, by name."""
+    return {**table(), **_learned}
+
+
+@cache
+def table() -> dict[str, Flag]:
+    """Return the fields and hyperparameters of the package itself."""
     return {name: Flag(**values) for name, values in json.loads(FILE.read_text(encoding="utf-8")).items()}
+
+
+def learned_flags() -> list[str]:
+    """Return the names of the hyperparameters that `learn_flags` found."""
+    return list(_learned)
+
+
+def learn_flags() -> None:
+    """Make flags of the hyperparameters of methods outside the package, for which it imports them."""
+    from inlay.methods import METHODS, every
+
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        others = every()[len(METHODS) :]
+    for note in notes:
+        show_text(f"note: {note.message}", to_stderr=True)
+    for method in others:
+        for f in fields(method):
+            if f.name not in table():
+                _learned[f.name] = Flag(f.metadata["help"], None if f.default is None else str(f.default), False)
 
 
 def flag_suggestion(name: str, known: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from inlay.cli.parser import WHAT_AND_WHERE, add_fields, whole_number, whole_numbers
+from inlay.cli.parser import WHAT_AND_WHERE, Parser, add_fields, add_learned, whole_number, whole_numbers
 from inlay.messages import Terminal, progress_bars, show_json, show_text
 
 if TYPE_CHECKING:
@@ -27,12 +27,13 @@ def methods_command(options: argparse.Namespace) -> None:
 
     from inlay.cli.citations import bibtex
     from inlay.messages import quiet
-    from inlay.methods import METHODS
+    from inlay.methods import METHODS, every
     from inlay.models.base import BaseModel
+    from inlay.outside import named_origin
     from inlay.recipe.rates import default_rate
 
     if options.bibtex:
-        show_text(bibtex(METHODS))
+        show_text(bibtex(every()))
         return
     quiet()
     base = BaseModel(options.model or "builtin")
@@ -44,20 +45,23 @@ def methods_command(options: argparse.Namespace) -> None:
             raise
         caption = f"no parameter counts: {error}"
     counted = not caption.startswith("no ")
+    listed = every()
     if options.json:
         if not counted:
             show_text(f"note: {caption}", to_stderr=True)
-        rows = [method_row(method, base if counted else None, options.r) for method in METHODS]
+        rows = [method_row(method, base if counted else None, options.r) for method in listed]
         show_json({"model": base.name, "r": options.r, "methods": rows})
         return
     table = Table(title=caption, title_justify="left")
     for column in ("method", "equation", "trains", "parameters", "rate", "paper"):
         table.add_column(column, no_wrap=column in ("method", "parameters", "rate"), justify="left")
-    for method in METHODS:
+    for method in listed:
         numbers = count(method, base, options.r) if counted else ""
         rate = f"{default_rate(method.name).value:g}"
         table.add_row(method.name, method.equation, method.trains, numbers, rate, method.paper)
     Terminal().print(table)
+    for method in listed[len(METHODS) :]:
+        show_text(f"{method.name} is from {named_origin(method)}")
 
 
 def methods_arguments(verb: argparse.ArgumentParser) -> None:
@@ -233,7 +237,7 @@ def counted(console: Console, total: int) -> Iterator[Callable[[str], None]]:
         bars.update(bar, visible=False)
 
 
-def plan_arguments(verb: argparse.ArgumentParser) -> None:
+def plan_arguments(verb: Parser) -> None:
     """Add the arguments of `inlay plan`."""
     verb.add_argument(
         "model", nargs="?", default="builtin", help="hub id, folder with a config.json, or builtin (default)"
@@ -256,3 +260,4 @@ def plan_arguments(verb: argparse.ArgumentParser) -> None:
                       "print them in place of tables")  # fmt: skip
     verb.add_argument("--csv", metavar="FILE", help="the same as CSV")
     add_fields(verb, [name for name in WHAT_AND_WHERE if name not in ("method", "r", "revision")])
+    add_learned(verb)

@@ -7,11 +7,11 @@ import typing
 from dataclasses import Field, fields
 from typing import Any, Literal
 
-from inlay.methods import METHODS
+from inlay.methods import every
 from inlay.recipe.peft_methods import FULL, peft_method_names
 from inlay.recipe.reading import hyperparameters
 from inlay.recipe.recipe import Recipe
-from inlay.recipe.schema import default_of
+from inlay.recipe.schema import default_of, yaml_key
 
 Schema = dict[str, Any]
 KINDS = ("recipe", "compare", "tune")
@@ -42,8 +42,9 @@ def json_schema(kind: str) -> Schema:
         raise ValueError(f"schema {kind!r} is not one of {', '.join(KINDS)}")
     schema = fields_schema(Recipe)
     known = schema["properties"]
+    known["import"] = {**known["import"], "type": ["array", "string"], "items": {"type": "string"}}
     known["args"]["properties"] = {name: {"description": text} for name, text in sorted(hyperparameters().items())}
-    known["method"]["examples"] = [*(m.name for m in METHODS), FULL, *(f"peft:{n}" for n in peft_method_names())]
+    known["method"]["examples"] = [*(m.name for m in every()), FULL, *(f"peft:{n}" for n in peft_method_names())]
     if kind != "recipe":
         known[kind] = block_schema(kind)
         schema["required"] = [kind]
@@ -68,7 +69,7 @@ def fields_schema(cls: type) -> Schema:
     hints = typing.get_type_hints(cls)
     return {
         "type": "object",
-        "properties": {f.name: field_schema(f, hints[f.name]) for f in fields(cls)},
+        "properties": {yaml_key(f): field_schema(f, hints[f.name]) for f in fields(cls)},
         "additionalProperties": False,
     }
 

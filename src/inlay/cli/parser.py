@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from inlay.cli.flags import flag_suggestion, recipe_flags
+from inlay.cli.flags import flag_suggestion, learned_flags, recipe_flags
 from inlay.messages import did_you_mean, one_line, show_text
 
 COMMON = """data output method r scale target_modules learning_rate steps epochs batch_size max_length dtype
@@ -67,6 +67,38 @@ class Parser(argparse.ArgumentParser):
                 text = f"--{name}{equals}{value}"
             found.append(text)
         return found
+
+    def unknown(self, arguments: Sequence[str]) -> bool:
+        """Return whether a verb has a flag among its `arguments` that is not known here, or wants help on all flags."""
+        verb, rest = self.split_verb(arguments)
+        before = rest[: rest.index("--")] if "--" in rest else rest
+        return verb is not None and any(
+            text == "--help-all" or (text.startswith("--") and verb.action_of(text) is None) for text in before
+        )
+
+    def split_verb(self, arguments: Sequence[str]) -> tuple[Parser | None, list[str]]:
+        """Return the parser of the verb that is named in `arguments`, if any, and what follows it."""
+        i = next((i for i, text in enumerate(arguments) if not text.startswith("-")), len(arguments))
+        return self.verbs.get(arguments[i] if i < len(arguments) else ""), list(arguments[i + 1 :])
+
+    def action_of(self, text: str) -> argparse.Action | None:
+        """Return the argument whose flag `text` is, in any spelling, with or without a value."""
+        name = text.partition("=")[0]
+        name = name if not name.startswith("--") else f"--{name[2:].replace('_', '-')}"
+        return next((action for action in self.arguments if name in action.option_strings), None)
+
+    def first_value(self, arguments: Sequence[str]) -> str | None:
+        """Return the first of `arguments` that is no flag and follows none that takes a value, known or not."""
+        takes = False
+        for text in arguments:
+            if text.startswith("-") and not takes:
+                action = self.action_of(text)
+                takes = "=" not in text and not (action is not None and action.nargs == 0)
+            elif not takes:
+                return text
+            else:
+                takes = False
+        return None
 
     def parse_arguments(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Parse a verb and its arguments."""
@@ -182,6 +214,14 @@ def add_verb(top: Parser, verbs: Any, function: Callable[[argparse.Namespace], N
     return verb
 
 
+def add_import(verb: Parser) -> None:
+    """Add the flag that names modules with methods outside the package."""
+    verb.add_argument(
+        "--import", action="append", default=[], dest="imports", metavar="MODULE",
+        help="module or file with methods of your own (repeatable)",
+    )  # fmt: skip
+
+
 def add_fields(verb: argparse.ArgumentParser, names: Sequence[str], hidden: bool = False) -> None:
     """Add recipe fields and hyperparameters as flags."""
     for name in names:
@@ -191,6 +231,15 @@ def add_fields(verb: argparse.ArgumentParser, names: Sequence[str], hidden: bool
         if flag.switch:
             option |= {"nargs": "?", "const": True, "metavar": ""}
         verb.add_argument(f"--{name.replace('_', '-')}", **option)
+
+
+def add_learned(verb: Parser) -> None:
+    """Add the hyperparameters of methods outside the package as flags, but for what the verb calls so itself.
+
+    Those go under `args`.
+    """
+    taken = {action.dest for action in verb.arguments} | {"verb", "run", "arguments", "imports"}
+    add_fields(verb, [name for name in learned_flags() if name not in taken], hidden=True)
 
 
 def flag_help(name: str) -> str:

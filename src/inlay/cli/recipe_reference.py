@@ -14,7 +14,7 @@ from inlay.cli.flags import FILE
 from inlay.methods import METHODS
 from inlay.recipe.reading import hyperparameters
 from inlay.recipe.recipe import Recipe
-from inlay.recipe.schema import default_of
+from inlay.recipe.schema import default_of, yaml_key
 
 
 def recipe_reference() -> str:
@@ -23,10 +23,10 @@ def recipe_reference() -> str:
     from inlay.experiments.tune.spec import Rescore, SearchSpec
 
     rows, compare, tune, rescore = (
-        [f"| `{f.name}` | `{json.dumps(default_of(f))}` | {f.metadata['help']} |" for f in fields(cls)]
+        [f"| `{yaml_key(f)}` | `{json.dumps(default_of(f))}` | {f.metadata['help']} |" for f in fields(cls)]
         for cls in (Recipe, Comparison, SearchSpec, Rescore)
     )
-    hyper = [f"| `{name}` | {text} |" for name, text in sorted(hyperparameters().items())]
+    hyper = [f"| `{name}` | {text} |" for name, text in sorted(hyperparameters(METHODS).items())]
     about = "Every field is a key of a YAML recipe, and a flag of `inlay train` (`learning_rate` is `--learning-rate`)."
     lines = ["# Every field of a recipe", "", about]
     lines += ["", "| field | default | meaning |", "|---|---|---|", *rows]
@@ -59,10 +59,12 @@ def flag_table() -> str:
     hints = typing.get_type_hints(Recipe)
     rows = {}
     for f in fields(Recipe):
+        if f.name == "imports":  # a flag of every verb
+            continue
         default = default_of(f)
         text = None if default is None or default in ({}, []) else str(json.dumps(default)).strip('"')
         rows[f.name] = {"help": f.metadata["help"], "default": text, "switch": hints[f.name] is bool}
-    for name, text in sorted(hyperparameters().items()):
+    for name, text in sorted(hyperparameters(METHODS).items()):
         defaults = {repr(f.default) for method in METHODS for f in fields(method) if f.name == name}
         default = defaults.pop().strip("'") if len(defaults) == 1 else "the method's"
         rows[name] = {"help": text, "default": None if default == "None" else default, "switch": False}

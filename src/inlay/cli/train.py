@@ -6,8 +6,8 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from inlay.cli.flags import recipe_flags
-from inlay.cli.parser import COMMON, HelpAll, Parser, add_fields, whole_number
+from inlay.cli.flags import recipe_flags, table
+from inlay.cli.parser import COMMON, HelpAll, Parser, add_fields, add_learned, whole_number
 from inlay.messages import Terminal, show_text
 
 
@@ -47,7 +47,7 @@ def train_command(options: argparse.Namespace) -> None:
     elif options.from_url:
         with tempfile.TemporaryDirectory() as folder:
             file, digest = fetch(options.recipe or "", Path(folder))
-            resolved = load_recipe(str(file), flags)
+            resolved = load_recipe(str(file), flags, follow=False)
             show_text(f"recipe {options.recipe}: sha256 {digest}", to_stderr=True)
     else:
         resolved = load_recipe(options.recipe, flags)
@@ -69,11 +69,11 @@ def train_arguments(verb: Parser) -> None:
     """Add every recipe field and every hyperparameter as a flag; help shows the common ones and where the rest is."""
     verb.add_argument("recipe", nargs="?", help="YAML file (--from-url: https://...); flags override")
     verb.add_argument("--from-url", action="store_true", help=argparse.SUPPRESS)
-    verb.add_argument("--resume", metavar="RUN", help="resume the run in this folder from its last checkpoint")
+    verb.add_argument("--resume", metavar="RUN", help="resume a run folder from its last checkpoint")
     verb.add_argument("--dry-run", action="store_true", help="show tokens, steps, memory, first example, recipe; stop")
     verb.add_argument("--verbose", action="store_true", help="with --dry-run: every field of the recipe")
     add_fields(verb, COMMON)
-    rest = [name for name in recipe_flags() if name not in COMMON]
+    rest = [name for name in table() if name not in COMMON]
     add_fields(verb, rest, hidden=True)
     verb.add_argument(
         "--num-processes", type=whole_number, default=1, metavar="N", help="GPUs (or processes) to train on together"
@@ -81,5 +81,6 @@ def train_arguments(verb: Parser) -> None:
     verb.add_argument(
         "--launch-config", metavar="FILE", help="accelerate's, as recipes/distributed/fsdp2.yaml (default: DDP)"
     )
-    text = f"show all {len(COMMON) + len(rest)} fields with their defaults, and stop"
+    add_learned(verb)
+    text = f"show all {len(recipe_flags())} fields with their defaults, and stop"
     verb.add_argument("--help-all", action=HelpAll, nargs=0, default=argparse.SUPPRESS, help=text)

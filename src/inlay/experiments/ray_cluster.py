@@ -20,6 +20,7 @@ from rich.console import Console
 from inlay.experiments.runner import Processes, Workers
 from inlay.experiments.trial import LOG, TRIAL, trial_process
 from inlay.messages import check_installed
+from inlay.methods import imports
 
 RETRIES = 3  # how often a trial is started again
 
@@ -90,10 +91,10 @@ class RayWorkers:
 
     def begin(self, folder: Path) -> RayTrial:
         """Submit the trial of a folder to Ray."""
-        return RayTrial(self.ray, self.task.remote(str(folder.absolute()), os.getcwd(), self.cpus), folder)
+        return RayTrial(self.ray, self.task.remote(str(folder.absolute()), os.getcwd(), self.cpus, imports()), folder)
 
 
-def attempt(folder: str, here: str, threads: int) -> None:
+def attempt(folder: str, here: str, threads: int, modules: dict[str, tuple[Path, ...]]) -> None:
     """Run a trial in a Ray worker from its beginning, after deleting what an earlier attempt left."""
     os.chdir(here)
     for path in Path(folder).iterdir():
@@ -101,7 +102,7 @@ def attempt(folder: str, here: str, threads: int) -> None:
             shutil.rmtree(path)
         elif path.name != TRIAL:
             path.unlink()
-    trial_process(Path(folder), threads)
+    trial_process(Path(folder), threads, modules)
 
 
 class RayTrial:

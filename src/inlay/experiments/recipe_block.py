@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from inlay.messages import did_you_mean
-from inlay.recipe.reading import read_yaml
+from inlay.recipe.reading import import_named, read_yaml
 from inlay.recipe.recipe import Recipe
 from inlay.recipe.schema import conform
 
@@ -24,10 +24,13 @@ def positive_numbers(name: str, values: list[object]) -> list[float]:
 def read_block(path: str, name: str, cls: type) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the recipe fields of a YAML file, and its block `name`, whose keys are fields of `cls`.
 
+    The modules of methods that the file names under `import` are imported: it is what its user runs.
+
     Raises:
         ValueError: the file, the block or a key of it cannot be used.
     """
     values = read_yaml(path)
+    import_named(values, path)
     block = values.pop(name, None) or {}
     names = [f.name for f in fields(cls)]
     if not isinstance(block, dict):

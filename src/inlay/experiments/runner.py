@@ -23,6 +23,7 @@ from inlay.experiments.trial import LOG, TRIAL, Trial, trial_process
 from inlay.files.atomic import check_free, put_back, remove_siblings, siblings, staged, write_text
 from inlay.files.untrusted import from_json, read_regular, regular_file
 from inlay.messages import progress_bars
+from inlay.methods import imports
 from inlay.models.loading import resolve
 from inlay.recipe.recipe import Recipe
 from inlay.training.checkpoints import METRICS
@@ -170,7 +171,8 @@ class Processes:
 
     def begin(self, folder: Path) -> Process:
         """Start the process of the trial in a folder."""
-        process = self.context.Process(target=trial_process, args=(folder, max(1, (os.cpu_count() or 1) // self.jobs)))
+        threads = max(1, (os.cpu_count() or 1) // self.jobs)
+        process = self.context.Process(target=trial_process, args=(folder, threads, imports()))
         process.start()
         return process
 

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import sys
 import threading
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,6 +37,7 @@ from inlay.files.atomic import write_text
 from inlay.files.untrusted import read_regular
 from inlay.inspection.changes import changes, changes_as_data
 from inlay.messages import Terminal, dtype_name, quiet, slug
+from inlay.methods import import_methods
 from inlay.models.loading import dtype_for
 from inlay.models.model_classes import find_model_class
 from inlay.recipe.recipe import Recipe
@@ -220,12 +222,20 @@ def end_with_parent() -> None:
         os._exit(1)
 
 
-def trial_process(folder: Path, threads: int) -> None:
-    """Run a trial as the body of a process, with its output in the trial's log."""
+def trial_process(folder: Path, threads: int, modules: Mapping[str, Sequence[Path]]) -> None:
+    """Run a trial as the body of a process, with its output in the trial's log.
+
+    Args:
+        folder: of the trial.
+        threads: that torch computes with.
+        modules: of methods outside the package, to be imported as the process that starts this one did.
+    """
     threading.Thread(target=end_with_parent, daemon=True).start()
     log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(log, sys.stdout.fileno())
     os.dup2(log, sys.stderr.fileno())
     torch.set_num_threads(threads)
     quiet()
+    for module, folders in modules.items():
+        import_methods(module, folders)
     run_trial(folder)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from peft import PeftConfig, PeftType
 
-from inlay import methods
+from inlay import methods, outside
 from inlay.host import seal
 from inlay.method import Method
 from inlay.numerics.ops import SAVERS
@@ -99,6 +99,8 @@ class InlayConfig(PeftConfig):
             whatever was drawn before: checkpoints of the trained parameters alone are then whole. None: torch's
             generator draws.
         init_weights: False starts away from the identity, for tests only.
+        defined_in: the module (and distribution) of a method that is not Inlay's; written when an adapter is saved, to
+            say what is missing where it is loaded. Nothing is imported because of it.
         folded: the base is W − s ΔW(θ₀), quantised, as `inlay.fold` makes it; set in what it writes, never by hand.
 
     Raises:
@@ -122,6 +124,7 @@ class InlayConfig(PeftConfig):
     saver: str = "none"
     seed: int | None = None
     init_weights: bool = True
+    defined_in: dict[str, str] | None = None
     folded: bool = False
     folded_base: str | None = None  # a digest of what it was folded into
     format_version: int | None = None  # None: not read from a checkpoint
@@ -141,7 +144,7 @@ class InlayConfig(PeftConfig):
         if isinstance(self.method, Method):
             self._take(self.method)
         kinds = (("args", dict), ("patterns", dict), ("seals", dict), ("format_version", int), ("seed", int))
-        for name, kind in kinds:
+        for name, kind in (*kinds, ("defined_in", dict)):
             if not isinstance(value := getattr(self, name), kind | None):
                 raise ValueError(f"{name}={value!r} is not {'a mapping' if kind is dict else 'a whole number'}")
         self._check_chosen_experts()
@@ -169,6 +172,11 @@ class InlayConfig(PeftConfig):
         """Read a method instance as a name and the hyperparameters that differ from its defaults."""
         if self.args or self.scale is not None or self.dropout:
             raise ValueError("give hyperparameters in the method instance or in args, scale and dropout, not in both")
+        if (same := methods.find(method.name)) is not type(method):
+            raise ValueError(
+                f"{outside.title_of(type(method))} is called {method.name!r}, which is the name of "
+                f"{outside.title_of(same)}; give it another name"
+            )
         values = {f.name: getattr(method, f.name) for f in fields(method)}
         self.args = {f.name: values[f.name] for f in fields(method) if values[f.name] != f.default}
         self.method = method.name
@@ -210,7 +218,12 @@ class InlayConfig(PeftConfig):
             )
 
     def _build(self, overrides: dict[str, Any]) -> Method:
-        cls = methods.find(str(self.method))
+        try:
+            cls = methods.find(str(self.method))
+        except outside.UnknownMethodError as error:
+            if hint := outside.where_from(self.defined_in):
+                raise outside.UnknownMethodError(f"unknown method {self.method!r}; {hint}") from None
+            raise error
         values = {"scale": self.scale, "dropout": self.dropout, **self.args, **overrides}
         names = [f.name for f in fields(cls)]
         for key in values:
@@ -238,6 +251,7 @@ class InlayConfig(PeftConfig):
         Sets are in order, or the file would depend on how often it was loaded.
         """
         more = {"args": self._all_args(), "format_version": FORMAT_VERSION, "hyperparameters": self._digest()}
+        more["defined_in"] = outside.origin_of(methods.find(str(self.method)))
         plain = {k: sorted(v) if isinstance(v, set) else v for k, v in asdict(self).items()}
         return {**plain, **more}
 

@@ -1,8 +1,14 @@
 """List the methods, one paper per file; a new method is one line here.
 
-Methods of other packages, and of a user's own modules, are found by their names once they are imported.
+Methods of other packages (entry points of the group `inlay.methods`), and of a user's own modules once they are
+imported, are found by their names as well (`inlay.outside` loads them).
 """
 
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from inlay import outside
 from inlay.method import Method
 
 # isort: off
@@ -45,18 +51,75 @@ METHODS = tuple(
     value for value in vars().values() if isinstance(value, type) and issubclass(value, Method) and value is not Method
 )  # in the order above, in which people are shown them
 
-
-def _descendants(cls: type[Method]) -> list[type[Method]]:
-    return [d for child in cls.__subclasses__() for d in (child, *_descendants(child))]
+_added: dict[str, type[Method]] = {}  # those outside the package that are loaded, by their names
+_imports: dict[str, tuple[Path, ...]] = {}  # the modules that a person named, with the folders they were searched in
 
 
 def find(name: str) -> type[Method]:
-    """Return the method called `name`: one of `METHODS`, or any other subclass of `Method` that has been imported.
+    """Return the method called `name`.
+
+    It is one of `METHODS`, one of a module that `import_methods` imported, one of an installed distribution (whose
+    entry point is then loaded), or the newest other subclass of `Method` that has been imported.
 
     Raises:
-        ValueError: there is none; the message lists all.
+        UnknownMethodError: there is none; the message lists all.
+        ValueError: its distribution cannot be imported.
     """
-    for method in (*METHODS, *_descendants(Method)):
+    for method in (*METHODS, *_added.values()):
         if method.__dict__.get("name") == name:
             return method
-    raise ValueError(f"unknown method {name!r}; choose one of {', '.join(m.name for m in METHODS)}")
+    installed = outside.installed_methods()
+    if name in installed:
+        return _add(outside.load_installed(installed[name]))
+    for method in reversed(outside.descendants(Method)):
+        if method.__dict__.get("name") == name:
+            return method
+    names = [method.name for method in (*METHODS, *_added.values())]
+    names += [other for other in installed if other not in names]
+    raise outside.UnknownMethodError(
+        f"unknown method {name!r}; choose one of {', '.join(names)}, or name the module of your own with --import"
+    )
+
+
+def every() -> tuple[type[Method], ...]:
+    """Return `METHODS`, then those of imported modules and of installed distributions.
+
+    A distribution that cannot be imported is left out, with a warning that names it.
+    """
+    for name, entry in outside.installed_methods().items():
+        if name not in _added:
+            try:
+                _add(outside.load_installed(entry))
+            except ValueError as error:
+                warnings.warn(str(error), stacklevel=2)
+    return (*METHODS, *_added.values())
+
+
+def import_methods(module: str, folders: Sequence[Path] = ()) -> None:
+    """Import a module of a person's own, so that the methods that it defines are listed and found.
+
+    Args:
+        module: a name, as my_method or my_package.rows, or the path of a Python file.
+        folders: where it is looked for before what is installed; the working folder is the last of them.
+
+    Raises:
+        ValueError: it cannot be imported, defines no method, or one whose name another one has.
+    """
+    where = tuple(dict.fromkeys([*(folder.resolve() for folder in folders), Path.cwd()]))
+    for method in outside.defined_methods(outside.import_module(module, where)):
+        _add(method)
+    _imports.setdefault(module, where)
+
+
+def imports() -> dict[str, tuple[Path, ...]]:
+    """Return the modules that `import_methods` imported, in order, for another process to import them again."""
+    return dict(_imports)
+
+
+def _add(method: type[Method]) -> type[Method]:
+    same = next((other for other in (*METHODS, *_added.values()) if other.name == method.name), None)
+    if method.name == "full" or (same is not None and not outside.redefines(method, same)):
+        who, other = outside.title_of(method), "full fine-tuning" if same is None else outside.title_of(same)
+        raise ValueError(f"{who} is called {method.name!r}, which is the name of {other}; give it another name")
+    _added[method.name] = method
+    return method

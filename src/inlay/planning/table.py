@@ -19,7 +19,7 @@ from rich.table import Table
 from inlay.files.atomic import write_text
 from inlay.host.config import InlayConfig
 from inlay.messages import PACKAGES, dtype_name, gib, installed
-from inlay.methods import METHODS, find
+from inlay.methods import every, find
 from inlay.planning.planner import FrozenLimit, NotPlannedError, PlannedRun, size_name
 from inlay.planning.step_simulator import Step
 from inlay.recipe.reading import hyperparameters, load_recipe
@@ -80,7 +80,7 @@ def candidates(flags: dict[str, Any], sizes: Sequence[int]) -> list[Candidate]:
     compared: list[Candidate] = []
     for size in sizes:
         config = None
-        for name in [method] if method else [m.name for m in METHODS]:
+        for name in [method] if method else [m.name for m in every()]:
             names, field = {f.name for f in fields(find(name))}, size_name(name)
             if field is None and size != sizes[0]:
                 continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import typing
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,47 +15,84 @@ from inlay.files.atomic import find_again
 from inlay.files.fetched import is_url
 from inlay.files.untrusted import LENGTH, DamagedFileError, from_yaml, read_regular, regular_file
 from inlay.messages import did_you_mean
-from inlay.methods import METHODS
-from inlay.recipe.recipe import Recipe
-from inlay.recipe.schema import default_of, describe_type
+from inlay.method import Method
+from inlay.methods import every, import_methods, imports
+from inlay.outside import MODULE, UnknownMethodError, is_plain_name
+from inlay.recipe.recipe import Recipe, by_key
+from inlay.recipe.schema import default_of, describe_type, yaml_key
 
 
 def non_defaults(recipe: Recipe) -> dict[str, Any]:
     """Return the fields of a recipe that differ from the defaults, without those for the run folder."""
     values = {f.name: value for f in fields(Recipe) if (value := vars(recipe)[f.name]) != default_of(f)}
-    return {name: value for name, value in values.items() if name not in ("output", "overwrite")}
+    return by_key(recipe, {name: value for name, value in values.items() if name not in ("output", "overwrite")})
 
 
-def load_recipe(path: str | None, overrides: dict[str, Any]) -> Recipe:
+def load_recipe(path: str | None, overrides: dict[str, Any], follow: bool = True) -> Recipe:
     """Return a recipe read from the YAML file `path` (or none), with `overrides` on top.
 
-    Overrides that are hyperparameters of methods go to `args`.
+    Overrides that are not fields are hyperparameters of the method, and go to `args`.
+
+    Args:
+        path: the file, whose `import` is followed, as a recipe is what its user runs.
+        overrides: fields and hyperparameters.
+        follow: import what the file names. Not so of a file that its user did not choose: a run's own, or one from a URL.
 
     Raises:
-        ValueError: the file is missing or not a mapping, a key is unknown, or a value does not fit.
+        ValueError: the file is missing or not a mapping, a key is unknown, a value does not fit, or a module that it
+            names cannot be imported.
     """
     values = read_yaml(path) if path else {}
+    if path and follow:
+        import_named(values, path)
     if "compare" in values:
         raise ValueError(f"{path} is a comparison, not one run; inlay compare runs it")
     if "tune" in values:
         raise ValueError(f"{path} is a search, not one run; inlay tune runs it and writes the best run's best.yaml")
-    return from_values(values, overrides, path)
+    try:
+        return from_values(values, overrides, path)
+    except UnknownMethodError:
+        named = [module for module in named_modules(values, path) if is_plain_name(module, MODULE)]
+        if follow or not named:
+            raise
+        flags = " ".join(f"--import {module}" for module in named)
+        raise ValueError(
+            f"unknown method {values.get('method')!r:.100}: its recipe imports {', '.join(named)}, and nothing is "
+            f"imported because a file of a run, or from elsewhere, names it; add {flags} (or the path of its file)"
+        ) from None
+
+
+def named_modules(values: dict[str, Any], path: str | None) -> list[str]:
+    """Return the modules that a YAML mapping, read from `path`, names under `import`."""
+    modules = values.get("import") or []
+    modules = [modules] if isinstance(modules, str) else modules
+    if not (isinstance(modules, list) and all(isinstance(module, str) for module in modules)):
+        raise ValueError(f"{path}: import: {modules!r:.100} is not the name of a module, or a list of names")
+    return modules
+
+
+def import_named(values: dict[str, Any], path: str) -> None:
+    """Import the modules of methods that the recipe at `path` names under `import`, from its folder or elsewhere."""
+    for module in named_modules(values, path):
+        import_methods(module, [Path(path).expanduser().parent])
 
 
 def from_values(values: dict[str, Any], overrides: dict[str, Any], path: str | None = None) -> Recipe:
     """Return a recipe from the `values` read from `path`, with `overrides` on top, as `load_recipe` does."""
-    names, hyper = [f.name for f in fields(Recipe)], hyperparameters()
+    keys, names = {yaml_key(f): f.name for f in fields(Recipe)}, {f.name for f in fields(Recipe)}
     for key in values:
-        if key not in names:
-            hint = did_you_mean(key, names)
-            if key in hyper:
+        if key not in keys:
+            hint = did_you_mean(key, keys)
+            if key in hyperparameters():
                 hint = f"it is a hyperparameter: write it under args, as args: {{{key}: {values[key]!r}}}"
             raise ValueError(f"{path}: unknown key {key!r}; {hint}")
     if not isinstance(values.get("args") or {}, dict):
         raise ValueError(f"{path}: args: {values['args']!r} is not a mapping")
-    args = {**(values.get("args") or {}), **{k: v for k, v in overrides.items() if k in hyper}}
-    rest = {k: v for k, v in overrides.items() if k not in hyper}
-    return Recipe(**{**values, **rest, "args": {**args, **(rest.get("args") or {})}})
+    args = {**(values.get("args") or {}), **{k: v for k, v in overrides.items() if k not in names}}
+    rest = {k: v for k, v in overrides.items() if k in names}
+    named = {keys[key]: value for key, value in values.items()}
+    named["imports"] = list(dict.fromkeys([*named_modules(values, path), *imports()]))
+    return Recipe(**{**named, **rest, "args": {**args, **(rest.get("args") or {})}})
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -77,10 +115,11 @@ def read_yaml(path: str) -> dict[str, Any]:
     return values or {}
 
 
-def hyperparameters() -> dict[str, str]:
-    """Return the help of every method's hyperparameters that are not recipe fields, by name."""
-    recipe_fields = {f.name for f in fields(Recipe)}
-    return {f.name: f.metadata["help"] for m in reversed(METHODS) for f in fields(m) if f.name not in recipe_fields}
+def hyperparameters(methods: Sequence[type[Method]] | None = None) -> dict[str, str]:
+    """Return the help of the hyperparameters of `methods` (None: of all) that are not recipe fields, by name."""
+    own = {f.name for f in fields(Recipe)}
+    listed = every() if methods is None else methods
+    return {f.name: f.metadata["help"] for m in reversed(listed) for f in fields(m) if f.name not in own}
 
 
 def from_flag(name: str, text: str) -> Any:

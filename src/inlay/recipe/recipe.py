@@ -22,7 +22,7 @@ from inlay.numerics.zeroth_order import ZerothOrder
 from inlay.recipe.optimizers import check_optimizer
 from inlay.recipe.peft_methods import FULL, is_inlay, peft_config
 from inlay.recipe.rates import UNKNOWN, default_rate
-from inlay.recipe.schema import conform, conform_all, default_of, field_of
+from inlay.recipe.schema import conform, conform_all, default_of, field_of, yaml_key
 from inlay.recipe.sources import check_sources, sources
 
 
@@ -86,6 +86,12 @@ class Recipe:
         False, "batches of examples of similar length; auto: where this spares a twentieth of the tokens as padding"
     )
 
+    imports: list = field_of(
+        list,
+        "modules of your own that define methods, as my_method or a/my_method.py, looked for beside the recipe, where "
+        "you are and among what is installed; inlay imports them because you run the recipe, as with --import",
+        key="import",
+    )
     method: str = field_of(
         "bone", "one that inlay methods lists, peft:NAME for one of PEFT's (peft:dora), or full: train the whole model"
     )
@@ -174,6 +180,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         conform_all(self)
+        for module in self.imports:
+            if not isinstance(module, str):
+                raise ValueError(f"import: {module!r:.100} is not the name of a module")
         if self.eval_size is not None and self.eval_size <= 0:
             raise ValueError(f"eval_size: {self.eval_size} holds out nothing; give a number of examples or a share")
         if self.early_stopping and not self.eval_every:
@@ -288,12 +297,18 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """Return every field as YAML."""
-        return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(by_key(self, asdict(self)), sort_keys=False, allow_unicode=True)
 
     def differences(self) -> str:
         """Return the fields that differ from the defaults, as YAML."""
         defaults = {f.name: default_of(f) for f in fields(self)}
-        return yaml.safe_dump({name: vars(self)[name] for name in defaults if vars(self)[name] != defaults[name]})
+        changed = {name: vars(self)[name] for name in defaults if vars(self)[name] != defaults[name]}
+        return yaml.safe_dump(by_key(self, changed))
+
+
+def by_key(recipe: Recipe, values: dict[str, Any]) -> dict[str, Any]:
+    """Return values of fields by their keys in YAML."""
+    return {yaml_key(f): values[f.name] for f in fields(recipe) if f.name in values}
 
 
 def check_inlay_only(recipe: Recipe) -> None:

@@ -17,6 +17,11 @@ def field_of(default: Any, text: str, **meta: Any) -> Any:
     return field(default_factory=default, metadata=meta) if callable(default) else field(default=default, metadata=meta)
 
 
+def yaml_key(f: Field) -> str:
+    """Return the key of the field `f` in YAML: its name, unless that would be a word of Python's."""
+    return f.metadata.get("key", f.name)
+
+
 def default_of(f: Field) -> Any:
     """Return the default value of the field `f`."""
     return f.default_factory() if f.default_factory is not MISSING else f.default

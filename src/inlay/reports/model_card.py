@@ -7,8 +7,10 @@ import os
 import re
 
 from inlay.messages import one_line, printable
+from inlay.methods import find
 from inlay.models.builtin import MODEL
 from inlay.models.model_classes import SEQUENCE, find_model_class
+from inlay.outside import origin_of
 from inlay.recipe.peft_methods import FULL, is_inlay
 from inlay.reports.result import Result
 from inlay.reports.run_page import page_title, run_facts, versions
@@ -49,11 +51,14 @@ def model_card(result: Result) -> str:
     labelled = method != FULL and kind.peft == SEQUENCE
     more = f", num_labels={result.labels}" if labelled else ""
     register = "import inlay  # registers the adapter type with PEFT\n" if is_inlay(method) else ""
-    opening = f"""{register}from {library} import {loader}
+    own = ""
+    if is_inlay(method) and (origin := origin_of(find(method))):
+        own = f"import {origin['module']}  # defines the method\n"
+    opening = f"""{register}{own}from {library} import {loader}
 
 model = {loader}.from_pretrained("path/to/this/folder"{more})"""
     if method != FULL and name == MODEL:
-        opening = BUILTIN_BASE
+        opening = f"{own}{BUILTIN_BASE}"
     merging = "" if method == FULL else MERGING
     return f"""---
 {base}library_name: {library}

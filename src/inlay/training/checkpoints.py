@@ -36,7 +36,8 @@ FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
 FORMAT = 1
-FREE = {"output", "overwrite", "save_every", "report_to", "push_to_hub"}  # fields that do not affect training
+# Fields that do not affect training.
+FREE = {"imports", "output", "overwrite", "save_every", "report_to", "push_to_hub"}
 
 
 @dataclass(frozen=True)

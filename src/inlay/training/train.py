@@ -142,13 +142,13 @@ def unfinished(folder: Path, changed: dict[str, Any]) -> Recipe | None:
     folder = regular_files(find_again(folder.resolve()))
     if not (folder / MARK).exists() or not (folder / "recipe.yaml").exists():
         raise ValueError(f"{folder} holds no run to resume: it has no recipe.yaml of one")
-    before = load_recipe(str(folder / "recipe.yaml"), {}).method
+    before = load_recipe(str(folder / "recipe.yaml"), {}, follow=False).method
     now = changed.get("method", before)
     if now != before:
         raise ValueError(f"{folder} is of another run: method was {before!r} and is {now!r}; start a new run for that")
     if link := next((path for path in folder.rglob("*") if path.is_symlink()), None):
         raise ValueError(f"{link} is a link, through which a run would write elsewhere; replace it by its target")
-    recipe = load_recipe(str(folder / "recipe.yaml"), {**changed, "output": str(folder)})
+    recipe = load_recipe(str(folder / "recipe.yaml"), {**changed, "output": str(folder)}, follow=False)
     if not (folder / PAGE).exists():
         return recipe
     if (folder / BEFORE).exists() and not int(os.environ.get("RANK", 0)):

@@ -14,14 +14,14 @@ from inlay.evaluation.metric import METRIC_HELP, less_is_better
 from inlay.experiments.recipe_block import ELSEWHERE, check_held_whole, read_block
 from inlay.files.untrusted import from_yaml
 from inlay.messages import did_you_mean
-from inlay.methods import METHODS
+from inlay.methods import every
 from inlay.recipe.reading import from_values, hyperparameters, non_defaults
 from inlay.recipe.recipe import Recipe
 from inlay.recipe.schema import conform, conform_all, field_of
 
 # Fields that define the task, so that losses at other values do not compare; and fields that do not affect quality.
 FIXED = """model revision trust_remote_code data split eval_data eval_size columns system max_length seed eval_every
-report_to output overwrite samples encoding tsv_quotes empty_answers ignore""".split()
+report_to output overwrite samples encoding tsv_quotes empty_answers ignore imports""".split()
 TUNED = [f.name for f in fields(Recipe) if f.name not in (*FIXED, *ELSEWHERE)]
 EXAMPLES = "{low: 1e-5, high: 1e-2, log: true} or {choices: [4, 8, 16]}"
 Value = bool | int | float | str | None
@@ -202,7 +202,7 @@ def takes_fractions(head: str, key: str) -> bool:
     """Return whether a key within the field `head` is known to take fractions."""
     from transformers import TrainingArguments
 
-    classes: dict[str, tuple[type, ...]] = {"args": METHODS, "trainer": (TrainingArguments,)}
+    classes: dict[str, tuple[type, ...]] = {"args": every(), "trainer": (TrainingArguments,)}
     types = [str(f.type) for cls in classes.get(head, ()) for f in fields(cls) if f.name == key]
     return bool(types) and all("float" in text for text in types)
 
