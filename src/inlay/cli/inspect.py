@@ -74,6 +74,7 @@ def methods_arguments(verb: argparse.ArgumentParser) -> None:
 
 def method_row(method: Any, base: Any, r: int) -> dict[str, object]:
     """Return what JSON says of a method; `base` is the model that its parameters are counted for, if any."""
+    from inlay.outside import origin_of
     from inlay.recipe.rates import default_rate
 
     numbers = count(method, base, r) if base is not None else ""
@@ -81,7 +82,9 @@ def method_row(method: Any, base: Any, r: int) -> dict[str, object]:
     about = {"name": method.name, "title": method.title, "equation": method.equation, "trains": method.trains}
     counted = {"parameters": int(digits) if digits.isdecimal() else None}
     why = {} if digits.isdecimal() or not numbers else {"note": numbers}
-    return {**about, **counted, **why, "learning_rate": default_rate(method.name).value, "paper": method.paper}
+    origin = origin_of(method)
+    where = {} if origin is None else {"defined_in": origin}
+    return {**about, **counted, **why, "learning_rate": default_rate(method.name).value, "paper": method.paper, **where}
 
 
 def count(method: Any, base: Any, r: int) -> str:

@@ -36,7 +36,7 @@ def load_recipe(path: str | None, overrides: dict[str, Any], follow: bool = True
     Args:
         path: the file, whose `import` is followed, as a recipe is what its user runs.
         overrides: fields and hyperparameters.
-        follow: import what the file names. Not so of a file that its user did not choose: a run's own, or one from a URL.
+        follow: import what the file names; not so where its user did not write it (a run's own, one from a URL).
 
     Raises:
         ValueError: the file is missing or not a mapping, a key is unknown, a value does not fit, or a module that it
