@@ -179,7 +179,7 @@ def test_some_of_the_suite_of_peft():
 @pytest.mark.slow
 def test_one_kill():
     said = run(sys.executable, "checks/torture.py", "1", "--only", "pissa", "--steps", "4")
-    assert re.search(r"^[12] kills in \d+ runs, 0 ended differently", said, re.MULTILINE)
+    assert re.search(r"^1 kills in \d+ runs of 1 configurations, 0 ended differently, 0 stuck", said, re.MULTILINE)
 
 
 @pytest.mark.slow
