@@ -407,7 +407,9 @@ class Torture:
             here = here + 1 if when != "after training" else max(here + 1, DRAWN - 1)
             count += 1
             self.check_killed(name, old)
-            if name in JOBS and self.out.exists() and not old:  # killed when all was in its place
+            if name in JOBS and self.out.exists() and not old:  # killed when all was in its place; nothing follows
+                for path in self.out.parent.glob(f".{self.out.name}.*"):
+                    path.unlink()
                 break
         bury(10 * WAITED)
         found = outcome(self.out, name in JOBS)
