@@ -45,7 +45,7 @@ def dense(model: PeftModel, name="default") -> dict[str, Tensor]:
 def test_every_linear_method_is_a_dense_change_of_each_expert(name):
     before = logits(mixtral())
     model = adapt(mixtral(), name)
-    assert (logits(model) - before).abs().max() == 0
+    assert ((logits(model) - before).abs().max() == 0) != BY_NAME[name].method.departs
     wander(model, BY_NAME[name].stride * 30)
     y = logits(model)
     assert (y - before).abs().max() > 1e-4
