@@ -331,3 +331,28 @@ def test_the_busiest_experts_are_counted_without_padding():
         busiest_experts(counts, 5)
     with pytest.raises(ValueError, match="this model has no fused experts"):
         routed_tokens(nn.Linear(2, 2), [])
+
+
+@pytest.mark.parametrize("name", ["lamda", "xgblora", "spiel"])
+def test_what_changes_as_training_goes_on_does_so_for_each_expert(name):
+    model = adapt(mixtral(), name).train()
+    adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses, steps = [], 6
+    for i in range(steps):
+        loss = logits(model).square().mean()
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        inlay.step(model, (i + 1) / steps, optimizer=adam)
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    for layer in layers(model).values():
+        whole, one = layer.theta("default")[1], BY_NAME[name].method
+        if name == "lamda":
+            assert sum(slot.parameter is None for slot in layer.slots("default").values()) > 0
+        if name == "spiel":  # positions within each expert's own weight
+            assert whole["eta"].shape[0] == 4
+            assert whole["eta"].max() < layer.in_features * layer.out_features
+        if name == "xgblora":
+            assert whole["B_past"].abs().flatten(1).sum(1).count_nonzero() == 4
+        assert one.name == name

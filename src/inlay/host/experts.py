@@ -302,8 +302,9 @@ class InlayExperts(InlayLinear):
         seen.scatter()
         masks: dict[str, Tensor | None] = {}
         for k in {k for new in begun.values() for k in new}:
-            own = [mask_of(new.get(k, False), each[k][e]) for e, new in begun.items()]
-            masks[k] = shares.join(own)
+            own = {e: new.get(k, False) for e, new in begun.items()}
+            everything = all(mask is None for mask in own.values())
+            masks[k] = None if everything else shares.join([mask_of(m, each[k][e]) for e, m in own.items()])
         return masks
 
     def _merged(self, old: Tensor, names: list[str]) -> Tensor:
