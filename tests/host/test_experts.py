@@ -356,3 +356,23 @@ def test_what_changes_as_training_goes_on_does_so_for_each_expert(name):
         if name == "xgblora":
             assert whole["B_past"].abs().flatten(1).sum(1).count_nonzero() == 4
         assert one.name == name
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_start_is_exact_under_autocast(implementation):
+    with torch.autocast("cpu", torch.bfloat16):
+        before = logits(mixtral(implementation))
+        for name in ("pissa", "bat"):
+            model = adapt(mixtral(implementation), name)
+            assert (logits(model) - before).abs().max() == 0
+            logits(model).float().square().mean().backward()
+            assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own look, where it resumes
+def test_a_compiled_model_computes_the_same():
+    model = adapt(mixtral(), "pissa")
+    wander(model)
+    y = logits(model)
+    torch.testing.assert_close(logits(torch.compile(model, backend="eager")), y, rtol=1e-4, atol=1e-4)

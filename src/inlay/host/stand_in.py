@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from inlay.numerics.ops.shared import own_precision
+
 TURNS = ("transpose", "t", "T", "mT")
 PRODUCTS = ("linear", "matmul", "__matmul__", "mm", "bmm", "grouped_mm", "_grouped_mm", "grouped_mm_fallback")
 
@@ -173,7 +175,8 @@ def grouped(function: Function, x: Tensor, stand: StandIn, offs: Tensor, **kwarg
 
     def one(e: int, rows: Tensor) -> Tensor:
         if joins:
-            return rows @ plain[e]
+            with own_precision(rows.device.type):  # autocast does not reach grouped products
+                return rows @ plain[e]
         return function(rows, plain[e : e + 1], offs=offs.new_tensor([len(rows)]), **kwargs)
 
     def whole() -> Tensor:
