@@ -11,6 +11,7 @@ from contract import BY_NAME
 from moe import ARCHITECTURES, TOKENS, adapt, config, layers, logits, mixtral, model_of, wander
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import inlay
 from inlay.host.experts import EXPERTS_STAY
@@ -376,3 +377,22 @@ def test_a_compiled_model_computes_the_same():
     wander(model)
     y = logits(model)
     torch.testing.assert_close(logits(torch.compile(model, backend="eager")), y, rtol=1e-4, atol=1e-4)
+
+
+def test_a_base_in_4_bits_has_its_experts_in_16_and_these_are_adapted(tmp_path):
+    wide = {"hidden_size": 64, "head_dim": 32}
+    mixtral(**wide).save_pretrained(tmp_path)
+    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=four, dtype=torch.bfloat16).eval()
+    experts = base.model.layers[0].mlp.experts
+    assert experts.down_proj.dtype == torch.bfloat16
+    model = adapt(base, "pissa", target_modules="all-linear")
+    assert type(model.get_base_model().model.layers[0].self_attn.q_proj.base_layer).__name__ == "Linear4bit"
+    with torch.no_grad():  # bitsandbytes takes another kernel where there are gradients
+        y = logits(model)
+        with model.disable_adapter():
+            assert torch.equal(logits(model), y)
+    wander(model)
+    assert (logits(model) - y).abs().max() > 1e-3
+    logits(model).float().square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
