@@ -58,7 +58,7 @@ def test_flags_override_the_file_and_hyperparameters_go_to_args(tmp_path):
 
 
 def test_resolving_leaves_no_hyperparameter_to_a_default():
-    assert Recipe(method="milora").resolved(dtype="float32").args == {"r": 8, "side": "minor"}
+    assert Recipe(method="milora").resolved(dtype="float32").args == {"r": 8, "side": "minor", "skip": None}
 
 
 def test_auto_is_the_rate_of_the_method():
