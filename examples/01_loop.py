@@ -12,7 +12,7 @@ from inlay.models.builtin import data_path, model_dir
 
 name = sys.argv[1] if len(sys.argv) > 1 else str(model_dir())  # a folder or a hub id
 steps = int(sys.argv[2]) if len(sys.argv) > 2 else 30
-rows = list(csv.DictReader(data_path().open(encoding="utf-8")))
+rows = list(csv.DictReader(data_path().read_text(encoding="utf-8").splitlines()))
 
 tokenizer = AutoTokenizer.from_pretrained(name)
 base = AutoModelForCausalLM.from_pretrained(name)

@@ -7,6 +7,7 @@ train the same tensors from beginning to end need no callback.
 import csv
 import sys
 
+import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
@@ -15,7 +16,8 @@ from inlay.models.builtin import data_path, model_dir
 
 name = sys.argv[1] if len(sys.argv) > 1 else str(model_dir())  # a folder or a hub id
 steps = int(sys.argv[2]) if len(sys.argv) > 2 else 30
-rows = list(csv.DictReader(data_path().open(encoding="utf-8")))
+gpu = torch.cuda.is_available()
+rows = list(csv.DictReader(data_path().read_text(encoding="utf-8").splitlines()))
 
 tokenizer = AutoTokenizer.from_pretrained(name)
 
@@ -34,6 +36,7 @@ trainer = Trainer(
     TrainingArguments(
         output_dir="runs/02_trainer", max_steps=steps, per_device_train_batch_size=2, learning_rate=1.5e-3,
         logging_steps=5, save_strategy="no", report_to="none", weight_decay=0.0,
+        use_cpu=not gpu, dataloader_pin_memory=gpu,
     ),
     train_dataset=[example(row) for row in rows],
     data_collator=DataCollatorForSeq2Seq(tokenizer),

@@ -16,7 +16,8 @@ from inlay.models.builtin import data_path, model_dir
 
 name = sys.argv[1] if len(sys.argv) > 1 else str(model_dir())  # a folder or a hub id
 steps = int(sys.argv[2]) if len(sys.argv) > 2 else 20
-rows = list(csv.DictReader(data_path().open(encoding="utf-8")))
+gpu = torch.cuda.is_available()
+rows = list(csv.DictReader(data_path().read_text(encoding="utf-8").splitlines()))
 
 four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
 trainer = SFTTrainer(
@@ -24,6 +25,7 @@ trainer = SFTTrainer(
     args=SFTConfig(
         output_dir="runs/03_sft_4bit", max_steps=steps, per_device_train_batch_size=2, learning_rate=5e-4,
         max_length=256, logging_steps=5, save_strategy="no", report_to="none",
+        use_cpu=not gpu, bf16=gpu, dataloader_pin_memory=gpu,
     ),
     train_dataset=Dataset.from_list([{"prompt": row["mr"] + "\n", "completion": row["ref"]} for row in rows]),
     processing_class=AutoTokenizer.from_pretrained(name),

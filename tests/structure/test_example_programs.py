@@ -42,7 +42,7 @@ def test_the_comparison_is_valid():
 
 
 @pytest.mark.slow
-def test_the_notebook_tells_the_truth(tiny, tmp_path, monkeypatch):
+def test_the_notebook_tells_the_truth(tiny, painted, tmp_path, monkeypatch):
     """It runs from start to end; what it has stored has its outputs, and says that the start is exact."""
     notebook = json.loads((EXAMPLES / "story.ipynb").read_text(encoding="utf-8"))
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
@@ -51,5 +51,6 @@ def test_the_notebook_tells_the_truth(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = runpy.run_path(str(EXAMPLES.parent / "checks" / "notebook.py"))["run"]
     small = {"str(model_dir()), 40": f"{tiny!r}, 2", "axvspan(0, 16": "axvspan(0, 4"}
-    scope = run(notebook, small)
+    with painted():
+        scope = run(notebook, small)
     assert len(scope["losses"]) == 2

@@ -21,7 +21,7 @@ GUIDES = {
     "which_method": "plan compare",
     "compare": "compare compare tune train",
     "four_bits": "fold train train train",
-    "serve": "merge merge export export merge export serve eval",
+    "serve": "merge merge export export merge export serve eval eval",
     "../examples/07_serve": "train serve",
     "resume": "train train",
 }
