@@ -17,7 +17,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 LINK = re.compile(r"(\]\()([^)\s#]+)([^)]*\))")
-FENCE = re.compile(r"^```(\w+) ([^\n{=]+)$", re.MULTILINE)
+FENCE = re.compile(r"^```(\w+) (?!{)([^\n\"]+)$", re.MULTILINE)
 SOURCES = {".py": "python", ".yaml": "yaml", ".toml": "toml", ".txt": "text", "": "text"}
 SKIPPED = {"__pycache__"}
 
