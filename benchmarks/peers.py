@@ -12,7 +12,7 @@ resident set. The loss is over the held-out answer tokens, from the adapter that
 5c35904, before chats were learned in one sequence and the head saw labelled positions alone; one epoch of the same
 chats is five times the sequences there. `--llama-factory PYTHON` is the interpreter of an environment with
 LLaMA-Factory. A finished cell is kept in peers.json and not run again; the table and the plot are of all that are
-there. Cells that other work was beside, on the same cores, are a few percent off.
+there.
 """
 
 from __future__ import annotations
