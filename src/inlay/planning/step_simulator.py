@@ -361,7 +361,8 @@ def loss_step(model: nn.Module, ids: Tensor, mask: Tensor, device: str, labelled
     """
     causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model  # any causal language model
     hidden = causal.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
-    chosen = torch.empty(labelled_positions(*ids.shape, labelled), dtype=torch.long, device="meta")
+    batch, length = ids.shape
+    chosen = torch.empty(labelled_positions(batch, length, labelled), dtype=torch.long, device="meta")
     x = hidden.flatten(0, 1)[chosen]
     del hidden  # as a run lets it go
     return Head.apply(x, causal.get_output_embeddings().weight, device).sum()
