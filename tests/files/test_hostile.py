@@ -46,7 +46,7 @@ def fuzz():
 def test_a_slice_of_the_fuzzing(fuzz, tmp_path, monkeypatch, capsys):
     """The same cases at every run; make fuzz goes through 100,000."""
     monkeypatch.setenv("INLAY_CACHE", str(tmp_path / "cache"))
-    assert fuzz.run(532, 7, "", tmp_path) == 0
+    assert fuzz.run(532, 7, [""], tmp_path) == 0
     assert capsys.readouterr().out.count(" 0 unhandled") == 31
 
 
@@ -59,7 +59,7 @@ def test_the_fuzzing_sees_what_goes_wrong(fuzz, tmp_path, monkeypatch):
         lambda p: (p.parent / "beside").touch(),
     ):
         monkeypatch.setattr(fuzz, "targets", lambda scratch, b=broken: {"one": fuzz.Target(b, {"f": b"x" * 50})})
-        assert fuzz.run(3, 0, "", tmp_path) > 0
+        assert fuzz.run(3, 0, [""], tmp_path) > 0
 
 
 @pytest.mark.parametrize(
