@@ -124,7 +124,8 @@ def main() -> None:
     about = (
         f"One layer of {options.experts} experts, {options.active} active, {options.width} wide, {options.inner} "
         f"inside, {options.tokens} tokens, r = {options.r} ({machine()}): seconds of a forward and a backward pass and "
-        "peak MiB, and what each is beyond the frozen layer. `python benchmarks/experts.py`"
+        "peak MiB, and what each is beyond the frozen layer. `python benchmarks/experts.py "
+        f"--width {options.width} --inner {options.inner} --tokens {options.tokens} --methods {options.methods}`"
     )
     header = ["dtype", "", "seconds", "over frozen", "of PEFT's", "peak", "over frozen", "of PEFT's"]
     report(options.out, "experts", about, header, rows)
