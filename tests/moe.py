@@ -60,7 +60,8 @@ ARCHITECTURES = {  # of transformers, each with what its configuration calls the
     "GptOss": {"intermediate_size": 24, "num_local_experts": 4},
     "DeepseekV3": {
         **MORE, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 0,
-        "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,
+        "kv_lora_rank": 8, "q_lora_rank": 8, "head_dim": 4, "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4, "v_head_dim": 8,
     },
     "Olmoe": {"intermediate_size": 24, "num_experts": 4},
     "GraniteMoe": {"intermediate_size": 24, "num_local_experts": 4},
