@@ -183,7 +183,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write(rows: list[dict[str, Any]], cases: list[Case], name: str, out: Path) -> None:
+def write(rows: list[dict[str, Any]], cases: list[Case], name: str, flags: str, out: Path) -> None:
     """The table so far, which says so if it ends early."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     ratios = sorted(row["planned"] / row["peak"] for row in rows)
@@ -192,7 +192,7 @@ def write(rows: list[dict[str, Any]], cases: list[Case], name: str, out: Path) -
         f"Peak memory of a training step, r = 16 (DoTA: bond 16) on all linear layers: planned from the configuration, "
         f"and measured ({device}, torch {torch.__version__}; larger: a random Llama of 8 layers, 1536 wide). Ratios "
         f"from {ratios[0]:.3f} to {ratios[-1]:.3f}.{some} The last column is what the whole process grew by, GiB. "
-        f"`python benchmarks/plan.py`\n\n{table(rows)}\n"
+        f"`python benchmarks/plan.py{flags}`\n\n{table(rows)}\n"
     )
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.md").write_text(text, encoding="utf-8")
@@ -227,7 +227,8 @@ def main() -> None:
                 planned = pool.apply(predicted, (case, folder))
             rows.append({**asdict(case), "planned": planned, **measured})
             print(table(rows[-1:]).splitlines()[-1], flush=True)
-            write(rows, cases, asked.name, asked.out)
+            flags = f" --cases {asked.cases} --name {asked.name}" if asked.cases else ""
+            write(rows, cases, asked.name, flags, asked.out)
 
 
 if __name__ == "__main__":
