@@ -67,6 +67,20 @@ def test_a_trial_that_ctrl_c_ended_is_not_counted(tmp_path):
     assert again.bars.tasks[0].completed == 2
 
 
+def test_a_trial_that_begins_while_ctrl_c_ends_the_others_is_ended_too(tmp_path):
+    class Late(Workers):
+        def begin(self, folder):
+            process = Endless()
+            while not runner.ended:
+                time.sleep(0.01)
+            time.sleep(0.1)  # the others have been ended
+            return process
+
+    runner = Runner(tmp_path, Late(), Terminal(file=io.StringIO(), width=80))
+    with pytest.raises(KeyboardInterrupt), runner:
+        runner.run([Trial("second", False)])
+
+
 def test_a_trial_ends_with_the_process_that_started_it(monkeypatch):
     class Parent:
         def join(self):

@@ -266,6 +266,8 @@ class Runner:
         """Run a trial's process to its end, or until it is hopeless; return its exit code."""
         process = self.workers.begin(folder)
         self.live.add(process)
+        if self.ended:  # it began while the others were ended
+            process.kill()
         metrics = folder / METRICS
         size = 0
         while process.is_alive():
