@@ -67,7 +67,7 @@ RUNS = {  # flags of inlay train
     "spiel": "--method spiel --weight-decay 0.1",
     "lorta": "--method lorta --r 4 --scheduler constant",
     "snell": "--method snell --r 4",
-    "dora": "--method peft:dora --args {{r:\\ 4}} --dropout 0.1",
+    "dora": "--method peft:dora --args {{r:\\ 4}}",
     "full": "--method full",
     "mezo": "--method lora --r 4 --step mezo",
     "workers": "--method bone --r 4 --trainer {{dataloader_num_workers:\\ 2}}",

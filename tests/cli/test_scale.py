@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import inlay
 from inlay.cli import main
-from inlay.evaluation import generate
+from inlay.evaluation import answering
 
 TEXT = "The Vaults is a pub."
 
@@ -87,11 +87,10 @@ def test_merging_at_half_the_scale_is_halfway(tiny, adapter, tmp_path, capsys):
 def test_generate_answers_with_the_adapter_at_its_scale(tiny, adapter, capsys, monkeypatch):
     asked = []
 
-    def answer(model, *_, **__):
+    def grow(model, *_, **__):
         asked.append(logits(model))
-        return [""]
 
-    monkeypatch.setattr(generate, "answer", answer)
+    monkeypatch.setattr(answering, "grow", grow)
     for scale in ("0", "0.5"):
         main(["generate", adapter, "--prompt", TEXT, "--scale", scale, "--dtype", "float32"])
     assert torch.equal(asked[0], logits(AutoModelForCausalLM.from_pretrained(tiny)))

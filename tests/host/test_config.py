@@ -18,6 +18,7 @@ from small_models import (
     wander,
 )
 
+from inlay.host import seal
 from inlay.host.config import InlayConfig
 from inlay.methods.milora import MiLoRA
 
@@ -64,7 +65,11 @@ def test_a_config_survives_json(tmp_path):
     original.save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "adapter_config.json").read_text())
     assert stored["peft_type"] == "INLAY"
-    assert (stored["method"], stored["args"], stored["format_version"]) == ("milora", {"r": 4, "side": "middle"}, 1)
+    assert (stored["method"], stored["args"], stored["format_version"]) == (
+        "milora",
+        {"r": 4, "side": "middle", "skip": None},
+        1,
+    )
     for cls in (PeftConfig, InlayConfig):
         loaded = cls.from_pretrained(tmp_path)
         assert type(loaded) is InlayConfig
@@ -126,7 +131,21 @@ def test_a_reference_adapter_of_a_reused_config_is_filled(llama, tmp_path):
     assert all(b.isfinite().all() for b in model.buffers())
 
 
+def test_an_adapter_from_before_a_hyperparameter_loads(llama, tmp_path):
+    get_peft_model(llama, InlayConfig(method="milora", target_modules=["q_proj"])).save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_config.json"
+    stored = json.loads(file.read_text())
+    del stored["args"]["skip"]
+    stored["hyperparameters"] = seal.of_values(["milora", stored["args"], None, 0.0, {}])
+    file.write_text(json.dumps(stored))
+    assert InlayConfig.from_pretrained(tmp_path).build() == MiLoRA()
+    stored["args"]["r"] = 9
+    file.write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match="were edited after it was saved"):
+        InlayConfig.from_pretrained(tmp_path)
+
+
 def test_every_hyperparameter_is_stored(llama, tmp_path):
     config = InlayConfig(method="milora", target_modules=["q_proj"])
     get_peft_model(llama, config).save_pretrained(str(tmp_path))
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["args"] == {"r": 8, "side": "minor"}
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["args"] == {"r": 8, "side": "minor", "skip": None}

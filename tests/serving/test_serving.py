@@ -218,10 +218,11 @@ def test_what_fails_in_one_batch_does_not_end_the_next(server, monkeypatch):
 
 
 def test_a_client_that_leaves_ends_its_answer(server, monkeypatch):
-    ended = threading.Event()
+    begun, ended = threading.Event(), threading.Event()
     push = "inlay.evaluation.growing.Growing.push"
 
     def slow(self, token, ends, tokenizer):
+        begun.set()
         time.sleep(0.05)
         if self.cancelled():
             ended.set()
@@ -235,6 +236,7 @@ def test_a_client_that_leaves_ends_its_answer(server, monkeypatch):
                 "Content-Type: application/json", f"Content-Length: {len(body)}", "", ""]  # fmt: skip
         connection.sendall("\r\n".join(head).encode() + body)
         assert b"200 OK" in connection.recv(4096)
+        assert begun.wait(20)  # who leaves before is not answered at all
     assert ended.wait(20)
 
 

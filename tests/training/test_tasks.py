@@ -41,7 +41,7 @@ from inlay.evaluation.label_metrics import classified
 from inlay.host.calibrate import gather_statistics, without_adapters
 from inlay.host.layer import InlayLinear
 from inlay.method import Method
-from inlay.methods import METHODS
+from inlay.methods import METHODS, find
 from inlay.models.adapters import Adapter
 from inlay.models.model_classes import MODEL_CLASSES
 from inlay.recipe.recipe import Recipe
@@ -131,7 +131,8 @@ def test_every_method_learns_in_every_task(task, models_of, data_of, tmp_path):
         layers = {n: m for n, m in model.get_base_model().named_modules() if isinstance(m, InlayLinear)}
         assert layers
         assert all(torch.equal(m.base_layer.weight, before[f"{n}.weight"]) for n, m in layers.items()), one.method
-    assert losses == pytest.approx([losses[0]] * len(losses), abs=1e-5)
+    starts = [loss for one, loss in zip(asked, losses, strict=True) if not find(one.method).departs]
+    assert starts == pytest.approx([losses[0]] * len(starts), abs=1e-5)
 
 
 @pytest.mark.parametrize("task", [pytest.param(t, marks=pytest.mark.slow if t == "preference" else ()) for t in DATA])

@@ -211,7 +211,8 @@ class InlayConfig(PeftConfig):
             check_regex("patterns", pattern)
         for overrides in ({}, *self.patterns.values()):
             self._build(overrides)
-        if self.format_version is not None and self.hyperparameters not in (None, self._digest()):
+        known = (None, self._digest(), self._digest(self.args))  # a method may have got more of them since it was saved
+        if self.format_version is not None and self.hyperparameters not in known:
             raise ValueError(
                 f"the hyperparameters of this {self.method} adapter were edited after it was saved; restore them, or "
                 "remove 'hyperparameters' from adapter_config.json to insist"
@@ -259,6 +260,6 @@ class InlayConfig(PeftConfig):
         method = self.build()
         return {f.name: getattr(method, f.name) for f in fields(method) if f.name not in ("scale", "dropout")}
 
-    def _digest(self) -> str:
-        values = [self.method, self._all_args(), self.scale, self.dropout, self.patterns]
+    def _digest(self, args: dict[str, Any] | None = None) -> str:
+        values = [self.method, self._all_args() if args is None else args, self.scale, self.dropout, self.patterns]
         return seal.of_values([*values, "folded"] if self.folded else values)

@@ -152,7 +152,7 @@ def create_app(
         except BusyError as error:
             return refused(503, str(error))
         if asked.stream:
-            return StreamingResponse(waiting.events(), media_type="text/event-stream")
+            return StreamingResponse(waiting.events(request), media_type="text/event-stream")
         return await waiting.whole(request)
 
     return app
@@ -196,30 +196,41 @@ class Waiting:
 
     async def whole(self, request: Request) -> Response:
         """Return the whole answer."""
-        error = None
-        while error is None:
-            try:
-                _, error = await asyncio.wait_for(self._pieces.get(), 1.0)
-            except TimeoutError:
-                if await request.is_disconnected():
-                    self.gone = True
-                    return Response(status_code=GONE)
+        pieces = [piece async for piece in self.pieces(request)]
+        if self.gone:
+            return Response(status_code=GONE)
+        error = pieces[-1][1] or ""
         if failed := self.failure(error):
             return failed
         message = {"role": "assistant", "content": self.job.answer.text}
         choice = {"index": 0, "message": message, "finish_reason": self.reason, "logprobs": None}
         return JSONResponse({**self.about, "object": "chat.completion", "choices": [choice], "usage": self.usage})
 
-    async def events(self) -> AsyncIterator[str]:
+    async def pieces(self, request: Request) -> AsyncIterator[tuple[str, str | None]]:
+        """Yield the pieces of the answer, with the last one its error, until the client has gone."""
+        error = None
+        while error is None:
+            if await request.is_disconnected():
+                self.gone = True
+                return
+            try:
+                piece, error = await asyncio.wait_for(self._pieces.get(), 1.0)
+            except TimeoutError:
+                continue
+            yield piece, error
+
+    async def events(self, request: Request) -> AsyncIterator[str]:
         """Yield the answer as server-sent events, piece by piece."""
         try:
             yield self.event({"role": "assistant", "content": ""})
-            error = None
-            while error is None:
-                piece, error = await self._pieces.get()
+            failed: JSONResponse | None = None
+            async for piece, error in self.pieces(request):
                 if piece:
                     yield self.event({"content": piece})
-            if failed := self.failure(error):
+                failed = None if error is None else self.failure(error)
+            if self.gone:
+                return
+            if failed is not None:
                 yield f"data: {bytes(failed.body).decode()}\n\n"
             else:
                 yield self.event({}, self.reason)

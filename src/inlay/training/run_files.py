@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from inlay.files.atomic import new_folder, write_text
+from inlay.files.untrusted import read_regular
 from inlay.host.config import InlayConfig
 from inlay.inspection.change_plots import draw_change_plots
 from inlay.inspection.changes import CHANGES, WeightChange, changes, changes_as_data
@@ -59,7 +60,7 @@ def name_builtin_base(folder: Path) -> None:
     file = folder / CONFIG
     if not file.is_file():
         return
-    values = json.loads(file.read_text(encoding="utf-8"))
+    values = json.loads(read_regular(file))
     named = values.get("base_model_name_or_path")
     if isinstance(named, str) and Path(named).name.startswith(FOLDER) and named == str(model_dir()):
         write_text(file, json.dumps({**values, "base_model_name_or_path": MODEL}, indent=2, sort_keys=True))

@@ -209,7 +209,7 @@ class Safe(Base):
         with self.stop:
             if found is not None and self.sharded:
                 cast(PeftModel, self.model).load_adapter(str(found.path), "default", is_trainable=True)
-            if found is None or state is None or not found.over or not isinstance(self.model, PeftModel):
+            if found is None or state is None or not found.over:
                 self.train(resume_from_checkpoint=str(found.path) if found else None)
                 if distributed.in_any(self.stop.requested):  # after the last step, which may write no checkpoint
                     raise KeyboardInterrupt
@@ -221,7 +221,10 @@ class Safe(Base):
             self._prepare_for_training(self.state.max_steps, None, None)
             return
         with loading(str(path), DamagedFileError):
-            cast(PeftModel, self.model).load_adapter(str(path), "default", is_trainable=True)
+            if isinstance(self.model, PeftModel):
+                self.model.load_adapter(str(path), "default", is_trainable=True)
+            else:
+                self._load_from_checkpoint(str(path))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
         """Take a step as trl does, but move nothing where the loss or a gradient is not finite.
