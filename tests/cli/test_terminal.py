@@ -122,8 +122,8 @@ def test_help_of_train_shows_the_defaults_on_one_screen(monkeypatch, capsys):
     [
         ("train --lr 1e-3", "unknown flag --lr; did you mean --learning-rate?"),
         ("train --bs 4", "did you mean --batch-size?"),
-        ("train --rank 8", "did you mean --r?;"),
-        ("train --lora_r 8", "did you mean --r?;"),
+        ("train --rank 8", "did you mean --r?"),
+        ("train --lora_r 8", "did you mean --r?"),
         ("train --stesp 3", "did you mean --steps?"),
         ("train --epoch 3", "did you mean --epochs?"),
         ("train --max_steps=3", "did you mean --steps?"),

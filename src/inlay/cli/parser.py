@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End with a mistake in the arguments."""
-        fail(f"{message}; see {self.prog} --help")
+        fail(message if message.endswith("?") else f"{message}; see {self.prog} --help")
 
     def flags(self) -> list[str]:
         """Return the long flags, without their dashes."""
