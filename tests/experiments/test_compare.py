@@ -50,7 +50,8 @@ from inlay.training.train import train
 
 SILENT = Console(quiet=True)
 INF = math.inf
-PLOTS = "differences curves parameters memory seconds stack forgetting rates subspaces maps spectra".split()  # no ranks
+PLOTS = """differences curves parameters memory seconds stack forgetting rates rate_forgetting
+subspaces maps spectra""".split()  # no ranks
 
 
 # -- decisions --------------------------------------------------------------------------------------------------------
@@ -775,7 +776,7 @@ def test_one_seed_and_no_halving_still_make_a_page(compared, asked):
     sweeps = {e.name: Sweep(list(e.rates)[:1]) for e in plan.entries}
     finals = {e.name: [result] if e.name != "full" else [] for e in plan.entries}
     made = Outcome(plan, compared, {e.name: 6 for e in plan.entries}, sweeps, finals, {})
-    assert [name for name, _ in comparison_figures(made)] == [name for name in PLOTS if name != "rates"]
+    assert [name for name, _ in comparison_figures(made)] == [name for name in PLOTS if "rate" not in name]
     assert made.standings()[-1].method == "full"
 
 

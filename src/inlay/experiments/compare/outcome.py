@@ -248,9 +248,11 @@ def outcome_as_data(outcome: Outcome) -> dict[str, Any]:
         name: [{"steps": steps, "losses": {f"{rate:g}": loss for rate, loss in by.items()}} for steps, by in s.rungs]
         for name, s in outcome.sweeps.items()
     }
+    forgotten = {name: {f"{rate:g}": s.forgotten[rate] for rate in s.forgotten} for name, s in outcome.sweeps.items()}
     about = {"reference": outcome.plan.reference, "confidence": CONFIDENCE, "before": outcome.before}
     runs = {
         name: [r and {key: value for key, value in r.items() if key not in DETAILS} for r in results]
         for name, results in outcome.finals.items()
     }
-    return json_value({**about, "methods": rows, "sweeps": sweeps, "runs": runs, "environment": machine_name()})
+    about |= {"methods": rows, "sweeps": sweeps, "sweep_forgetting": forgotten}
+    return json_value({**about, "runs": runs, "environment": machine_name()})

@@ -33,6 +33,7 @@ def comparison_figures(outcome: Outcome) -> Iterator[tuple[str, Figure]]:
         "stack": bool(outcome.kept("memory_planned")),
         "rates": bool(swept(outcome)),
         "forgetting": outcome.forgets,
+        "rate_forgetting": any(s.forgotten for s in swept(outcome).values()),
         "subspaces": bool(outcome.changes),
         "maps": bool(outcome.changes),
         "ranks": bool(allocated(outcome)),
@@ -153,6 +154,25 @@ def rates_plot(outcome: Outcome) -> Figure:
     if axes.get_ylim()[1] > 2 * outcome.before:
         axes.set_ylim(0.95 * lowest, 2 * outcome.before)  # a rate that diverges would flatten all others
     axes.set_xscale("log")
+    return finish_plot(figure, axes)
+
+
+def rate_forgetting_plot(outcome: Outcome) -> Figure:
+    """Plot the loss gained on unrelated text against the task's loss along the rates of every method's first rung."""
+    sweeps = {name: s for name, s in swept(outcome).items() if s.forgotten}
+    learned = f"loss on the selection examples ({outcome.unit})\nleft is better"
+    forgotten = "rise of the loss on unrelated text\n(nats per token)"
+    figure, axes = new_plot("Forgetting along each method's rates", learned, forgotten)
+    losses = [loss for s in sweeps.values() for loss in s.rungs[0][1].values() if math.isfinite(loss)]
+    for name, s in sweeps.items():
+        points = [(loss, s.forgotten[r]) for r, loss in sorted(s.rungs[0][1].items()) if r in s.forgotten]
+        axes.plot(*zip(*points, strict=True), **look_of(outcome, name), markersize=5, label=name)
+    axes.axhline(0, color=INK, linewidth=0.8, alpha=0.5)
+    if max(losses) > outcome.before:
+        axes.set_xlim(0.97 * min(losses), outcome.before)  # rates that ruin the task say nothing of equal learning
+    rises = [s.forgotten[r] for s in sweeps.values() for r in s.forgotten if s.rungs[0][1][r] <= outcome.before]
+    if rises and max(s.forgotten[r] for s in sweeps.values() for r in s.forgotten) > 2 * max(rises):
+        axes.set_ylim(min(0.0, *rises) - 0.05 * max(rises), 1.1 * max(rises))
     return finish_plot(figure, axes)
 
 
@@ -302,6 +322,7 @@ PLOTS: dict[str, Plot] = {
     "stack": memory_stack,
     "forgetting": forgetting_plot,
     "rates": rates_plot,
+    "rate_forgetting": rate_forgetting_plot,
     "subspaces": subspaces_plot,
     "maps": maps_plot,
     "ranks": ranks_plot,

@@ -29,6 +29,7 @@ class Sweep:
         rungs: the steps and the losses by rate.
         failed: rates of runs that failed, which tells nothing of the rate.
         rows: of the present rung, by rate, the token count and the summed loss of each example.
+        forgotten: of the first rung, by rate, the rise of the loss on unrelated text.
     """
 
     rates: list[float]
@@ -38,6 +39,7 @@ class Sweep:
     rungs: list[Rung] = field(default_factory=list)
     failed: list[float] = field(default_factory=list)
     rows: dict[float, list[list[float]]] = field(default_factory=dict)
+    forgotten: dict[float, float] = field(default_factory=dict)
     place: int = 0  # in the ladder
 
     def due(self) -> list[tuple[int, float]]:
@@ -56,6 +58,9 @@ class Sweep:
         losses |= {rate: loss_of(result) for rate, result in results.items()}
         self.failed += [rate for rate, result in results.items() if result is None]
         self.rows |= {rate: r["rows"] for rate, r in results.items() if r is not None and r.get("rows")}
+        if self.place == 0:
+            rises = {rate: result.get("forgetting") for rate, result in results.items() if result is not None}
+            self.forgotten |= {rate: rise for rate, rise in rises.items() if rise is not None}
         best = survivors(losses, 1)
         end = best[0] if best else self.tried[0]  # lower rates may not diverge
         if self.extend and losses.keys() - self.failed and (beyond := self.beyond(end)) is not None:
