@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import multiprocessing
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -171,7 +170,7 @@ class Processes:
 
     def begin(self, folder: Path) -> Process:
         """Start the process of the trial in a folder."""
-        threads = max(1, (os.cpu_count() or 1) // self.jobs)
+        threads = max(1, torch.get_num_threads() // self.jobs)  # which obey OMP_NUM_THREADS
         process = self.context.Process(target=trial_process, args=(folder, threads, imports()))
         process.start()
         return process

@@ -248,7 +248,7 @@ def outcome_as_data(outcome: Outcome) -> dict[str, Any]:
         name: [{"steps": steps, "losses": {f"{rate:g}": loss for rate, loss in by.items()}} for steps, by in s.rungs]
         for name, s in outcome.sweeps.items()
     }
-    forgotten = {name: {f"{rate:g}": s.forgotten[rate] for rate in s.forgotten} for name, s in outcome.sweeps.items()}
+    forgotten = {name: {f"{r:g}": rise for r, rise in s.forgotten.items()} for name, s in outcome.sweeps.items()}
     about = {"reference": outcome.plan.reference, "confidence": CONFIDENCE, "before": outcome.before}
     runs = {
         name: [r and {key: value for key, value in r.items() if key not in DETAILS} for r in results]

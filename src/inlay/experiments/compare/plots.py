@@ -33,7 +33,7 @@ def comparison_figures(outcome: Outcome) -> Iterator[tuple[str, Figure]]:
         "stack": bool(outcome.kept("memory_planned")),
         "rates": bool(swept(outcome)),
         "forgetting": outcome.forgets,
-        "rate_forgetting": any(s.forgotten for s in swept(outcome).values()),
+        "rate_forgetting": outcome.forgets and bool(swept(outcome)),
         "subspaces": bool(outcome.changes),
         "maps": bool(outcome.changes),
         "ranks": bool(allocated(outcome)),
@@ -159,20 +159,24 @@ def rates_plot(outcome: Outcome) -> Figure:
 
 def rate_forgetting_plot(outcome: Outcome) -> Figure:
     """Plot the loss gained on unrelated text against the task's loss along the rates of every method's first rung."""
-    sweeps = {name: s for name, s in swept(outcome).items() if s.forgotten}
-    learned = f"loss on the selection examples ({outcome.unit})\nleft is better"
+    task = f"loss on the selection examples ({outcome.unit}; left is better)"
     forgotten = "rise of the loss on unrelated text\n(nats per token)"
-    figure, axes = new_plot("Forgetting along each method's rates", learned, forgotten)
-    losses = [loss for s in sweeps.values() for loss in s.rungs[0][1].values() if math.isfinite(loss)]
-    for name, s in sweeps.items():
-        points = [(loss, s.forgotten[r]) for r, loss in sorted(s.rungs[0][1].items()) if r in s.forgotten]
-        axes.plot(*zip(*points, strict=True), **look_of(outcome, name), markersize=5, label=name)
+    figure, axes = new_plot("Forgetting along each method's rates", task, forgotten)
+    points = {
+        name: [(loss, s.forgotten[r]) for r, loss in sorted(s.rungs[0][1].items()) if math.isfinite(loss)]
+        for name, s in swept(outcome).items()
+        if any(map(math.isfinite, s.forgotten.values()))
+    }
+    for name, line in points.items():
+        axes.plot(*zip(*line, strict=True), **look_of(outcome, name), markersize=5, label=name)
     axes.axhline(0, color=INK, linewidth=0.8, alpha=0.5)
-    if max(losses) > outcome.before:
-        axes.set_xlim(0.97 * min(losses), outcome.before)  # rates that ruin the task say nothing of equal learning
-    rises = [s.forgotten[r] for s in sweeps.values() for r in s.forgotten if s.rungs[0][1][r] <= outcome.before]
-    if rises and max(s.forgotten[r] for s in sweeps.values() for r in s.forgotten) > 2 * max(rises):
-        axes.set_ylim(min(0.0, *rises) - 0.05 * max(rises), 1.1 * max(rises))
+    learned = [
+        point for line in points.values() for point in line if point[0] < outcome.before and math.isfinite(point[1])
+    ]
+    if learned:  # rates that ruin the task say nothing of equal learning, and would flatten all others
+        for limits, values in ((axes.set_xlim, [x for x, _ in learned]), (axes.set_ylim, [y for _, y in learned])):
+            room = 0.08 * (max(values) - min(values)) or 0.1
+            limits(min(values) - room, max(values) + room)
     return finish_plot(figure, axes)
 
 

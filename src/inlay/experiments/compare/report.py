@@ -31,8 +31,8 @@ CAPTIONS = {
     "memory": "Memory of the whole process, libraries included.",
     "seconds": "Wall time of training on the machine below.",
     "forgetting": "Right is more learned, down is less forgotten.",
-    "rate_forgetting": "The first rung, one seed, a line from each method's lowest rate to its highest: who is lower at "
-    "the same loss forgets less for equal learning.",
+    "rate_forgetting": "The first rung, one seed: a line from each method's lowest rate to its highest. At equal loss "
+    "the lower line forgot less.",
     "rates": "The first rung, one seed, with the rates that were tried beyond the grid.",
     "subspaces": "Medians over the weights, and quartiles; the run with the first seed.",
     "maps": "‖ΔW‖ / ‖W‖ in the run with the first seed. All maps share one logarithmic colour scale.",

@@ -59,8 +59,8 @@ class Sweep:
         self.failed += [rate for rate, result in results.items() if result is None]
         self.rows |= {rate: r["rows"] for rate, r in results.items() if r is not None and r.get("rows")}
         if self.place == 0:
-            rises = {rate: result.get("forgetting") for rate, result in results.items() if result is not None}
-            self.forgotten |= {rate: rise for rate, rise in rises.items() if rise is not None}
+            rises = {rate: (result or {}).get("forgetting") for rate, result in results.items()}
+            self.forgotten |= {rate: math.nan if rise is None else rise for rate, rise in rises.items()}
         best = survivors(losses, 1)
         end = best[0] if best else self.tried[0]  # lower rates may not diverge
         if self.extend and losses.keys() - self.failed and (beyond := self.beyond(end)) is not None:
