@@ -12,7 +12,7 @@ from pathlib import Path
 
 from inlay.cli.entry import parser
 from inlay.cli.flags import FILE
-from inlay.cli.inspect import count
+from inlay.cli.list_methods import count
 from inlay.cli.parser import first_sentence as verb_sentence
 from inlay.cli.recipe_reference import flag_table, recipe_reference
 from inlay.method import Method

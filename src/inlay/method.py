@@ -104,6 +104,8 @@ class Method(ABC):
             ("in"), writes its output ("out"), or is a "magnitude"; any other symbol is a "core" between.
         needs: what a data-driven `start` must have seen first (None: the weight alone); `observe` sees it. A property
             where it depends on a hyperparameter.
+        learning_rate: what a recipe's `learning_rate: auto` takes for a method outside of the package; None: a careful
+            one. The rates of Inlay's own methods are measured (`recipe/rates.py`).
         scale: s, see the equation above.
         dropout: on the change only, never on W x.
     """
@@ -125,6 +127,7 @@ class Method(ABC):
     scales: ClassVar[bool] = True
     roles: ClassVar[dict[str, str]] = {}
     needs: ClassVar[Literal["activations", "gradients"] | None] = None
+    learning_rate: ClassVar[float | None] = None
 
     scale: float | None = field(default=None, metadata={"help": "s in y = Wx + s (ΔW(θ) − ΔW(θ₀)) x (default 1)"})
     dropout: float = field(default=0.0, metadata={"help": "dropout on the change only, never on W x"})

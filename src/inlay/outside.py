@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import os
 import re
 import sys
@@ -161,6 +162,9 @@ def check_class(method: type[Method]) -> None:
         raise ValueError(f"{who} is no dataclass; write @dataclass(frozen=True, kw_only=True) above it")
     if missing := [word for word in ABOUT if not any(word in vars(c) for c in method.__mro__)]:
         raise ValueError(f"{who} has no {', '.join(missing)}; inlay methods shows {', '.join(ABOUT)}")
+    rate = method.learning_rate
+    if rate is not None and (type(rate) not in (int, float) or not 0 < rate < math.inf):
+        raise ValueError(f"{who}: learning_rate = {rate!r} is no number above 0; write one, as in learning_rate = 3e-4")
     if inspect.isabstract(method):
         raise ValueError(f"{who} does not define {', '.join(sorted(method.__abstractmethods__))}")
     for f in fields(method):

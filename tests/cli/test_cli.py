@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM
 
 import inlay
 from inlay.cli import main
+from inlay.cli.list_methods import abilities
+from inlay.method import LowRank
 from inlay.methods import METHODS
 from inlay.models.adapters import Adapter
 from inlay.models.sizes import count_trainable
@@ -345,6 +347,33 @@ def test_ctrl_c_exits_130(monkeypatch):
 
 
 # -- the other verbs --------------------------------------------------------------------------------------------------
+
+
+def test_one_method_is_shown_in_full(tiny, capsys):
+    main(["methods", "lamda", "--model", tiny, "--r", "4"])
+    said = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "B S A",
+        "2406.12832",
+        "0.0015 unless",
+        "--freeze-order",
+        "what is trained changes",
+        "--method lamda",
+    ):
+        assert words in said
+    assert "PiSSA" not in said
+    main(["methods", "bat", "--bibtex"])
+    assert capsys.readouterr().out.count("@misc") == 1
+    assert "unknown method 'nope'; choose one of lora, pissa" in fails(capsys, "methods", "nope")
+
+
+@pytest.mark.parametrize("method", METHODS, ids=METHOD_NAMES)
+def test_what_a_method_is_said_to_do(method):
+    said = abilities(method)
+    assert said["starts"].startswith("away") == (method.name in ("lora_one", "kasa"))
+    assert (said["export as a LoRA"] == "exact") == issubclass(method, LowRank)
+    assert (said["while training"] != "nothing changes") == (method.name in ("lamda", "xgblora", "spiel"))
+    assert (" batches" in said["starts"]) == (method().needs is not None)
 
 
 def test_methods_counts_for_a_model(tiny, capsys):

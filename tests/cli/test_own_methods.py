@@ -20,7 +20,9 @@ from inlay.cli import flags, main
 from inlay.host.config import InlayConfig
 from inlay.methods import Bone
 from inlay.models.adapters import Adapter
+from inlay.recipe.rates import UNKNOWN
 from inlay.recipe.reading import load_recipe
+from inlay.recipe.recipe import Recipe
 from inlay.testing import check_method
 
 ROOT = Path(__file__).parents[2]
@@ -170,6 +172,17 @@ def test_its_flags_are_known_where_the_recipe_names_it(place, tiny, records, cap
     assert "lift: 4" in capsys.readouterr().out
 
 
+def test_the_class_names_its_default_rate(place, tiny, capsys):
+    (place / "fast_gains.py").write_text(GAINS.replace("    zero_init", "    learning_rate = 0.07\n    zero_init"))
+    main(["methods", "gains", "--model", tiny, "--import", "fast_gains"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "0.07 unless you give another (as its class says)" in said
+    assert "defined in module fast_gains" in said
+    assert Recipe(method="gains").rate == 0.07
+    assert Recipe(method="gains", learning_rate=0.01).rate == 0.01
+    assert Recipe(method="gains", optimizer="muon").rate == UNKNOWN.value
+
+
 def test_a_class_that_is_imported_in_python_is_found(place, monkeypatch):
     monkeypatch.syspath_prepend(place)
     import my_gains
@@ -202,6 +215,7 @@ def test_a_class_with_the_name_of_a_built_in_is_refused(place, capsys, monkeypat
         ('name = "gains"', 'name = "my gains"', "name = 'my gains' is no name of a method"),
         ("@dataclass(frozen=True, kw_only=True)\n", "", "is no dataclass; write @dataclass(frozen=True, kw_only=True)"),
         ('paper = "these tests"', "", "broken.Gains has no paper"),
+        ("zero_init = True", "learning_rate = -1", "learning_rate = -1 is no number above 0; write one, as in"),
         ("def start(", "def begin(", "broken.Gains does not define start"),
         ("default=1.0, ", "", "the hyperparameter 'lift' has no default"),
         (', metadata={"help": "factor on the gains", "above": 0}', "", "the hyperparameter 'lift' has no help"),

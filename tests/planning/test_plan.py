@@ -17,10 +17,12 @@ import inlay
 from inlay.cli import main
 from inlay.data.audit import audit_examples
 from inlay.data.render import render
+from inlay.methods import HiRA
 from inlay.models.base import BaseModel
 from inlay.models.sizes import count_parameters, count_trainable, layers_of, repeated_depths
 from inlay.planning.planner import FrozenLimit, PlannedRun
 from inlay.planning.step_simulator import simulate
+from inlay.planning.table import candidates
 from inlay.recipe.recipe import Recipe
 from inlay.training.batch_size import labelled_share, planned_step
 from inlay.training.examples import Examples
@@ -218,6 +220,12 @@ def test_a_model_of_70_billion_numbers(tmp_path):
     assert step.parameters == 80 * 16 * sum(n * (a + b) for (a, b), n in widths.items())
     numbers = 2 * 128256 * 8192 + 8192 + 80 * (2 * 8192 + sum(n * a * b for (a, b), n in widths.items()))
     assert step.frozen == pytest.approx(2 * numbers, rel=1e-5)  # rotary frequencies are there too
+
+
+def test_without_a_rank_each_method_has_its_own():
+    planned = {name: cfg for method in ("hira", "bone") for name, cfg in candidates({"method": method}, [None])}
+    assert planned["hira"].build().r == HiRA().r != planned["bone"].build().r  # type: ignore[union-attr]
+    assert planned["PEFT LoRA"].r == LoraConfig().r  # type: ignore[union-attr]
 
 
 def test_the_command_says_and_writes(small, tmp_path, capsys):

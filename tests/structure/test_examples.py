@@ -16,7 +16,7 @@ from inlay import methods, outside
 from inlay.cli import flags, main
 
 ROOT = Path(__file__).parents[2]
-OWN = ROOT / "examples" / "own_method"
+OWN = ROOT / "examples" / "06_own_method"
 TWIN = ["--batch-size", "4", "--samples", "0", "--eval-size", "4", "--overwrite"]
 
 
@@ -70,7 +70,7 @@ def test_the_template_works_as_its_page_says(copied, tiny, records, capsys):
     for words in ours:
         assert words[0] == "inlay"
         main(shortened(words[1:], tiny, records))
-    assert [words[1] for words in ours] == ["methods", "train", "train", "generate", "merge"]
+    assert [words[1] for words in ours] == ["methods", "methods", "train", "train", "generate", "merge"]
     about = json.loads((copied / "runs" / "flags" / "adapter" / "adapter_config.json").read_text())
     assert about["args"] == {"n": 500, "alpha": 300.0, "places": 777}
     assert (copied / "merged" / "model.safetensors").exists()

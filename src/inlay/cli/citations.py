@@ -11,8 +11,10 @@ from inlay.method import Method
 CITATION = re.compile(r'^(\w[^\n"]*?) (20\d\d), "([^"]+)",\s+arXiv\s+(\d{4}\.\d{4,5})', re.MULTILINE)
 
 
-def bibtex(methods: Iterable[type[Method]]) -> str:
+def bibtex(methods: Iterable[type[Method]], only: str | None = None) -> str:
     """Return an entry for each paper of `methods`, in their order; methods of one paper share its entry.
+
+    With the name of a method in `only`, it is the entry of its paper alone.
 
     A method's module says `Authors year, "Title", arXiv number` in its docstring; one of several of a paper is enough.
     """
@@ -25,7 +27,8 @@ def bibtex(methods: Iterable[type[Method]]) -> str:
     for method in methods:
         for number, (names, _) in papers.items():
             names += [method.name] if number in method.paper else []
-    return "\n\n".join(bibtex_entry(number, names, found) for number, (names, found) in papers.items())
+    chosen = {number: entry for number, entry in papers.items() if only is None or only in entry[0]}
+    return "\n\n".join(bibtex_entry(number, names, found) for number, (names, found) in chosen.items())
 
 
 def bibtex_entry(number: str, names: list[str], found: re.Match[str]) -> str:

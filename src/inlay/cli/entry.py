@@ -36,14 +36,8 @@ from inlay.cli.experiments import (
     ui_command,
 )
 from inlay.cli.flags import learn_flags
-from inlay.cli.inspect import (
-    inspect_arguments,
-    inspect_command,
-    methods_arguments,
-    methods_command,
-    plan_arguments,
-    plan_command,
-)
+from inlay.cli.inspect import inspect_arguments, inspect_command, plan_arguments, plan_command
+from inlay.cli.list_methods import methods_arguments, methods_command
 from inlay.cli.parser import OUT_OF_MEMORY, Parser, add_import, add_verb, fail
 from inlay.cli.serve import serve_arguments, serve_command
 from inlay.cli.train import train_arguments, train_command

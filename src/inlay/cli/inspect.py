@@ -1,13 +1,13 @@
-"""`inlay methods`, `inlay inspect` and `inlay plan`."""
+"""`inlay inspect` and `inlay plan`."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from inlay.cli.parser import WHAT_AND_WHERE, Parser, add_fields, add_learned, whole_number, whole_numbers
 from inlay.messages import Terminal, progress_bars, show_json, show_text
@@ -16,88 +16,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from inlay.planning.table import Fit, Row
-
-
-def methods_command(options: argparse.Namespace) -> None:
-    """List the methods: equation, paper, what trains, and how many numbers that is at --r for a model.
-
-    example:  inlay methods --model meta-llama/Llama-3.2-1B --r 32
-    """
-    from rich.table import Table
-
-    from inlay.cli.citations import bibtex
-    from inlay.messages import quiet
-    from inlay.methods import METHODS, every
-    from inlay.models.base import BaseModel
-    from inlay.outside import named_origin
-    from inlay.recipe.rates import default_rate
-
-    if options.bibtex:
-        show_text(bibtex(every()))
-        return
-    quiet()
-    base = BaseModel(options.model or "builtin")
-    try:
-        base.config()
-        caption = f"parameters: {base.name}, r = {options.r} where there is one, all linear layers"
-    except ValueError as error:
-        if options.model:
-            raise
-        caption = f"no parameter counts: {error}"
-    counted = not caption.startswith("no ")
-    listed = every()
-    if options.json:
-        if not counted:
-            show_text(f"note: {caption}", to_stderr=True)
-        rows = [method_row(method, base if counted else None, options.r) for method in listed]
-        show_json({"model": base.name, "r": options.r, "methods": rows})
-        return
-    table = Table(title=caption, title_justify="left")
-    for column in ("method", "equation", "trains", "parameters", "rate", "paper"):
-        table.add_column(column, no_wrap=column in ("method", "parameters", "rate"), justify="left")
-    for method in listed:
-        numbers = count(method, base, options.r) if counted else ""
-        rate = f"{default_rate(method.name).value:g}"
-        table.add_row(method.name, method.equation, method.trains, numbers, rate, method.paper)
-    Terminal().print(table)
-    for method in listed[len(METHODS) :]:
-        show_text(f"{method.name} is from {named_origin(method)}")
-
-
-def methods_arguments(verb: argparse.ArgumentParser) -> None:
-    """Add the arguments of `inlay methods`."""
-    verb.add_argument("--model", help="hub id, folder or builtin (default)")
-    verb.add_argument("--r", type=int, default=16, help="rank or block size (default 16)")
-    verb.add_argument("--bibtex", action="store_true", help="print their papers as BibTeX instead")
-    verb.add_argument("--json", action="store_true", help="print JSON instead")
-
-
-def method_row(method: Any, base: Any, r: int) -> dict[str, object]:
-    """Return what JSON says of a method; `base` is the model that its parameters are counted for, if any."""
-    from inlay.outside import origin_of
-    from inlay.recipe.rates import default_rate
-
-    numbers = count(method, base, r) if base is not None else ""
-    digits = numbers.replace(",", "")
-    about = {"name": method.name, "title": method.title, "equation": method.equation, "trains": method.trains}
-    counted = {"parameters": int(digits) if digits.isdecimal() else None}
-    why = {} if digits.isdecimal() or not numbers else {"note": numbers}
-    origin = origin_of(method)
-    where = {} if origin is None else {"defined_in": origin}
-    return {**about, **counted, **why, "learning_rate": default_rate(method.name).value, "paper": method.paper, **where}
-
-
-def count(method: Any, base: Any, r: int) -> str:
-    """Count the parameters that a method trains on a base model, as text; or say why there is no such number."""
-    from inlay.host.config import InlayConfig
-    from inlay.models.sizes import count_parameters
-
-    args = {"r": r} if any(f.name == "r" for f in fields(method)) else {}
-    config = InlayConfig(method=method.name, args=args, target_modules="all-linear")
-    try:
-        return f"{count_parameters(base, config):,}"
-    except ValueError as error:
-        return str(error).partition(": ")[2] or str(error)
 
 
 def inspect_command(options: argparse.Namespace) -> None:
@@ -194,7 +112,7 @@ def plan_command(options: argparse.Namespace) -> None:
             raise ValueError(f"{path} cannot be written: there is no folder {Path(path).parent}")
     if not 0 < options.labelled <= 1:
         raise ValueError(f"--labelled {options.labelled} is no share of the tokens; give one above 0 and up to 1")
-    made = candidates(flags, whole_numbers("--r", options.r))
+    made = candidates(flags, [None] if options.r is None else whole_numbers("--r", options.r))
     base = BaseModel(options.model, trust_remote_code=bool(flags.get("trust_remote_code")))
     of = PlannedRun(base, None, DTYPES[options.dtype], device=options.device, labelled=options.labelled)
     notes: list[str] = []
@@ -246,7 +164,7 @@ def plan_arguments(verb: Parser) -> None:
         "model", nargs="?", default="builtin", help="hub id, folder with a config.json, or builtin (default)"
     )
     add_fields(verb, ["method"])
-    verb.add_argument("--r", default="16", help="rank, block size or bond; several with commas (default 16)")
+    verb.add_argument("--r", help="rank, block size or bond; several with commas (default: each method's own)")
     verb.add_argument("--batch-size", type=whole_number, help="sequences (default 4; with --fits: what is looked for)")
     verb.add_argument("--length", type=whole_number, default=1024, help="tokens of a sequence (default 1024)")
     verb.add_argument(

@@ -19,8 +19,6 @@ from torch import Tensor
 from inlay.method import LowRank, Params, check_seen
 from inlay.numerics import linalg
 
-KEPT = 4  # times r
-
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAGA(LowRank):
@@ -40,8 +38,7 @@ class LoRAGA(LowRank):
 
     def observe(self, stats: Params, seen: Tensor) -> Params:
         """Return U (out × k), S (k,), V (k × in) of the gradients' sum; these vectors are also those of their mean."""
-        G = (stats["U"] * stats["S"]) @ stats["V"] + seen if stats else seen
-        return dict(zip("USV", linalg.sketched_svd(G, min(KEPT * self.r, *G.shape)), strict=True))
+        return linalg.add_to_svd(stats, seen, 4 * self.r)
 
     def start(self, W: Tensor, stats: Params | None = None) -> Params:
         (out, inp), r = W.shape, self.r

@@ -20,8 +20,6 @@ from torch import Tensor
 from inlay.method import LowRank, Params, check_rank, check_seen
 from inlay.numerics import linalg
 
-KEPT = 4  # times r
-
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAOne(LowRank):
@@ -42,8 +40,7 @@ class LoRAOne(LowRank):
 
     def observe(self, stats: Params, seen: Tensor) -> Params:
         """Return U (out × k), S (k,), V (k × in) of the gradients' sum."""
-        G = (stats["U"] * stats["S"]) @ stats["V"] + seen if stats else seen
-        return dict(zip("USV", linalg.sketched_svd(G, min(KEPT * self.r, *G.shape)), strict=True))
+        return linalg.add_to_svd(stats, seen, 4 * self.r)
 
     def start(self, W: Tensor, stats: Params | None = None) -> Params:
         check_rank(self, self.r, W)

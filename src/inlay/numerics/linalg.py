@@ -15,7 +15,7 @@ than 1 %, otherwise (real spectra are dense) its energy Σσ² to 1e-3. Rounding
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Literal, NamedTuple
 
@@ -96,6 +96,18 @@ def sketched_svd(W: Tensor, r: int, rounds: int = 3) -> Triplets:
             Q = torch.linalg.qr(A.mT @ torch.linalg.qr(A @ Q).Q).Q
         U, S, Vh = torch.linalg.svd(A @ Q, full_matrices=False)
         return U[:, :r], S[:r] * scale, (Vh @ Q.mT)[:r]
+
+
+def add_to_svd(parts: Mapping[str, Tensor], G: Tensor, r: int) -> dict[str, Tensor]:
+    """Return U (m, r), S (r,) and V (r, n) of about the r largest triplets of a sum, with one more term G (m, n).
+
+    Args:
+        parts: what this returned for the terms before; empty before the first.
+        G: the term, of which nothing else is kept.
+        r: how many triplets.
+    """
+    total = (parts["U"] * parts["S"]) @ parts["V"] + G if parts else G
+    return dict(zip("USV", sketched_svd(total, r), strict=True))
 
 
 def compress(B: Tensor, A: Tensor) -> Triplets:

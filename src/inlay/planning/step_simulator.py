@@ -308,7 +308,7 @@ def simulate(model: nn.Module, batch: int, length: int, device: str, labelled: f
         flops = meter.flops
         *tops, bottom = *turns, meter.turn()
         del value, ids, mask
-    gradients = meter.live - before
+    gradients = sum(p.grad.nbytes for p in trained if p.grad is not None)
     # AdamW's roots of second moments: of all tensors at once on a GPU, twice of one tensor at a time on a CPU.
     update = meter.live + (trained_bytes if device == "cuda" else 2 * max(p.nbytes for p in trained))
     model.zero_grad()

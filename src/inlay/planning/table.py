@@ -68,8 +68,8 @@ class Fit:
         return asdict(self)
 
 
-def candidates(flags: dict[str, Any], sizes: Sequence[int]) -> list[Candidate]:
-    """Return the configs to plan, by name, from recipe fields and ranks.
+def candidates(flags: dict[str, Any], sizes: Sequence[int | None]) -> list[Candidate]:
+    """Return the configs to plan, by name, from recipe fields and ranks, where None is each method's own default.
 
     The recipe fields may name a method, else all are planned; PEFT's LoRA and full fine-tuning are added.
 
@@ -85,10 +85,11 @@ def candidates(flags: dict[str, Any], sizes: Sequence[int]) -> list[Candidate]:
             if field is None and size != sizes[0]:
                 continue
             settings = {k: v for k, v in flags.items() if method or k not in hyperparameters() or k in names}
-            own = {} if field is None else {field: size}
+            own = {} if field is None or size is None else {field: size}
             config = load_recipe(None, {**own, **settings, "method": name}).config()
             compared.append((name, config))
-        compared.append((PEFT, LoraConfig(r=size, task_type="CAUSAL_LM", **where_of(config))))
+        rank = {} if size is None else {"r": size}
+        compared.append((PEFT, LoraConfig(**rank, task_type="CAUSAL_LM", **where_of(config))))
     return [*compared, (FULL, None)]
 
 

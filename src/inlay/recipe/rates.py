@@ -3,12 +3,16 @@
 One table, which `inlay methods`, `train`, `compare` and the docs read. A rate is for AdamW and a method's usual size.
 Measured ones come from `benchmarks/default_rates.py` and the comparison in docs/results/e2e, of two tasks: E2E on the
 built-in model, TREC on a 22M encoder. The default is the lower of the two best rates, rounded to 1, 1.5, 2, 3, 5 or 7:
-above the best rate the loss rises steeply, below it slowly.
+above the best rate the loss rises steeply, below it slowly. A method outside of the package names its own rate, as
+`Method.learning_rate`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from inlay.methods import find
+from inlay.recipe.peft_methods import is_inlay
 
 
 @dataclass(frozen=True)
@@ -82,8 +86,15 @@ RATES = {
 
 
 def default_rate(method: str) -> DefaultRate:
-    """Return the default learning rate of a recipe's method; of one that is not in the table, a careful one."""
-    return RATES.get(method, UNKNOWN)
+    """Return the default learning rate of a recipe's method: the table's, the one its class names, or a careful one.
+
+    Raises:
+        UnknownMethodError: there is no such method.
+    """
+    if method in RATES:
+        return RATES[method]
+    rate = find(method).learning_rate if is_inlay(method) else None
+    return UNKNOWN if rate is None else DefaultRate(rate, source="as its class says")
 
 
 def rates_table() -> str:

@@ -26,6 +26,7 @@ class FourierFT(Method):
     trains = "c (n)"
     size = "n"  # what `inlay plan` and the budgets of `inlay compare` set
     frozen = frozenset({"E"})  # kept beside c and never trained
+    learning_rate = 0.05  # what `learning_rate: auto` takes; other models want other rates
     zero_init = True  # ΔW(θ₀) = 0, so θ₀ need not be stored
 
     n: int = field(default=1000, metadata={"help": "entries of the spectrum that are trained", "min": 1})
