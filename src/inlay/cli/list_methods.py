@@ -110,7 +110,7 @@ def show_method(method: type[Method], base: BaseModel | None, r: int, caption: s
     table = Table(title="hyperparameters", title_justify="left")
     for column in ("flag", "default", "what it is"):
         table.add_column(column, no_wrap=column != "what it is")
-    for name, about in hyperparameters(method).items():
+    for name, about in described_fields(method).items():
         default = "" if about["default"] is None else str(about["default"])
         table.add_row(f"--{name.replace('_', '-')}", default, about["help"])
     console.print(table)
@@ -139,7 +139,7 @@ def abilities(method: type[Method]) -> dict[str, str]:
     }
 
 
-def hyperparameters(method: type[Method]) -> dict[str, dict[str, Any]]:
+def described_fields(method: type[Method]) -> dict[str, dict[str, Any]]:
     """Return the hyperparameters of a method, its own before those of all, each with its default and what it is."""
     from inlay.method import Method
 
@@ -161,7 +161,7 @@ def method_row(method: type[Method], base: BaseModel | None, r: int) -> dict[str
     rate = {"learning_rate": default_rate(method.name).value}
     origin = origin_of(method)
     where = {} if origin is None else {"defined_in": origin}
-    return {**about, **counted, **why, **rate, "paper": method.paper, "args": hyperparameters(method), **where}
+    return {**about, **counted, **why, **rate, "paper": method.paper, "args": described_fields(method), **where}
 
 
 def count(method: type[Method], base: BaseModel, r: int) -> str:

@@ -49,6 +49,7 @@ def finish_plot(figure: Figure, axes: Axes, rows: int = 0) -> Figure:
 
 
 INK = "#262626"
+LIGHT_INK = "#d8d8d8"  # of a plot that a dark page shows
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, without black; markers tell the second round.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C6D1F", "#7F7F7F")
@@ -64,22 +65,32 @@ LOOK: Any = {  # matplotlib types its keys as literals
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Save a figure as PNG and SVG; the same figure gives the same files."""
+    """Save a figure as PNG, on white, and as SVG, in the ink of a light or a dark page; both repeat byte for byte."""
     with matplotlib.rc_context({"svg.hashsalt": "inlay"}):
         figure.savefig(path, dpi=150)
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    ink = (
+        f"<style>svg {{ color: {INK} }} @media (prefers-color-scheme: dark) {{ svg {{ color: {LIGHT_INK} }} }}</style>"
+    )
+    svg = transparent_svg(figure)
+    path.with_suffix(".svg").write_text(svg.replace("<defs>", ink + "<defs>", 1), encoding="utf-8")
 
 
 def inline_svg(name: str, figure: Figure, label: str) -> str:
     """Return a figure as an SVG element with text as text, the page's ink, and ids prefixed by `name`."""
-    file = io.StringIO()
-    with matplotlib.rc_context(LOOK | {"svg.fonttype": "none"}):
-        about = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(file, format="svg", transparent=True, metadata=about)
-    svg = file.getvalue()
-    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg[svg.index("<svg") :]).replace(INK, "currentColor")
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        svg = transparent_svg(figure)
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg[svg.index("<svg") :])
     svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
     return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+
+
+def transparent_svg(figure: Figure) -> str:
+    """Return a figure as SVG without a background, whose ink is the text colour of what it lies on."""
+    file = io.StringIO()
+    with matplotlib.rc_context(LOOK):
+        about = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=about)
+    return file.getvalue().replace(INK, "currentColor")
 
 
 def short_labels(parts: list[str]) -> list[str]:
