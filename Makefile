@@ -79,7 +79,7 @@ torture: $(READY)  ## 200 kills at random moments, and every run ends as one lef
 soak: $(READY)  ## 2,000 steps with checkpoints: memory, open files, adapter against merged
 	OMP_NUM_THREADS=1 $(BIN)/python checks/soak.py
 
-serve-check: $(READY) $(SERVE)/.installed  ## llama.cpp reads our LoRA and our merged model
+serve-check: $(READY) $(SERVE)/.installed  ## llama.cpp reads our LoRA, our merged model and it packed
 	$(BIN)/python checks/serve.py $(SERVE)/bin/python
 
 clients: $(DEV)  ## 32 clients of `inlay serve` for a minute
@@ -125,9 +125,9 @@ $(DOCS)/.installed: pyproject.toml constraints.txt
 	$(DOCS)/bin/python -m pip --disable-pip-version-check -q install -c constraints.txt mkdocs-material "mkdocstrings[python]"
 	touch $@
 
-$(SERVE)/.installed:
+$(SERVE)/.installed: constraints.txt
 	$(PYTHON) -m venv $(SERVE)
-	$(SERVE)/bin/python -m pip --disable-pip-version-check -q install llama-cpp-python==0.3.36
+	$(SERVE)/bin/python -m pip --disable-pip-version-check -q install -c constraints.txt xllamacpp
 	touch $@
 
 clean:

@@ -1,32 +1,26 @@
-"""The other side of serve.py, in an environment that has llama-cpp-python and no Inlay: logits and greedy tokens."""
+"""The other side of serve.py, in an environment that has xllamacpp and no Inlay: greedy tokens and the likeliest."""
 
 import json
 import sys
+from typing import Any
 
-import llama_cpp
+import xllamacpp as untyped
 
-# Weights stay as the file has them: where a machine says that it has AMX and lets no one use it, llama.cpp's repacked
-# 4-bit weights end in a segmentation fault, with and without an adapter.
-lib = llama_cpp.llama_cpp
-default = lib.llama_model_default_params
-
-
-def settings():
-    made = default()
-    made.use_extra_bufts = False
-    return made
-
-
-lib.llama_model_default_params = settings
+xllamacpp: Any = untyped  # compiled, without types
 asked = json.load(sys.stdin)
-model = llama_cpp.Llama(
-    asked["model"], lora_path=asked["lora"], n_ctx=256, n_threads=2, logits_all=True, verbose=False,
-    type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32,
-)  # fmt: skip
-ids, text = asked["ids"], []
-model.eval(ids)
-logits = model.scores[: len(ids)].tolist()
+settings = xllamacpp.CommonParams()
+settings.model.path = asked["model"]
+settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(asked["lora"], 1.0)] if asked["lora"] else []
+settings.n_ctx, settings.n_parallel, settings.cpuparams.n_threads, settings.port = 256, 1, 2, 0
+settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+settings.warmup, settings.verbosity = False, 0
+server = xllamacpp.Server(settings)
+text, tokens, logs = [], [], []
 for _ in range(asked["tokens"]):
-    text.append(int(model.scores[model.n_tokens - 1].argmax()))
-    model.eval(text[-1:])
-print(json.dumps({"logits": logits, "text": text}))
+    body = {"prompt": asked["ids"] + text, "max_tokens": 1, "temperature": 0, "logprobs": asked["likeliest"]}
+    (step,) = server.handle_completions(body)["choices"][0]["logprobs"]["content"]
+    tokens.append([one["id"] for one in step["top_logprobs"]])
+    logs.append([one["logprob"] for one in step["top_logprobs"]])
+    text.append(tokens[-1][0])
+print(json.dumps({"text": text, "tokens": tokens, "logs": logs}))

@@ -94,19 +94,16 @@ PACKAGES = {  # what a command needs beside Inlay's own requirements, by the nam
     "fastapi": "'inlay[serve]'",
     "galore_torch": "galore-torch",
     "liger_kernel": "liger-kernel",
-    "llama_cpp": "'inlay[llama]'",
     "lm_eval": "'inlay[harness]'",
     "nltk": "'inlay[eval]'",
     "optuna": "'inlay[tune]'",
-    "pydantic_settings": "'inlay[llama]'",
     "pytorch_optimizer": "pytorch-optimizer",
     "ray": "'inlay[ray]'",
     "rouge_score": "'inlay[eval]'",
     "sacrebleu": "'inlay[eval]'",
-    "sse_starlette": "'inlay[llama]'",
-    "starlette_context": "'inlay[llama]'",
     "tensorboard": "'inlay[ui]'",
     "uvicorn": "'inlay[serve]'",
+    "xllamacpp": "'inlay[llama]'",
 }
 
 

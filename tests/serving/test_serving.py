@@ -9,7 +9,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,17 +17,13 @@ from helpers import fails
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from inlay import InlayConfig, methods
+from inlay import InlayConfig, merge, methods
 from inlay.cli import main
 from inlay.evaluation.answering import load_answering
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 uvicorn = pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
 openai = pytest.importorskip("openai", reason="openai is not installed")
-
-from fastapi import FastAPI  # noqa: E402
-from starlette.middleware.cors import CORSMiddleware  # noqa: E402
-from starlette.middleware.trustedhost import TrustedHostMiddleware  # noqa: E402
 
 from inlay.serving.app import MOST, create_app  # noqa: E402
 from inlay.serving.endpoint import bound, serve_models  # noqa: E402
@@ -256,30 +252,75 @@ def test_the_check_compares_with_generate(places, monkeypatch):
     assert lines == [f"{name}: 1 of 1 greedy answers are those of inlay generate" for name in ("bone", "tiny-llama")]
 
 
-def test_a_packed_model_is_handed_to_llama_cpp(tmp_path, monkeypatch):
-    """Its package is not installed here: what it is told, by the names that its version 0.3.36 has."""
-    app = FastAPI()
-    app.add_middleware(CORSMiddleware, allow_origins=["*"])
-    told = {}
-    parts = {"app": {"create_app": lambda **given: told.update(given) or app},
-             "settings": {"ModelSettings": SimpleNamespace, "ServerSettings": SimpleNamespace}}  # fmt: skip
-    for name in ("llama_cpp", "llama_cpp.server"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    for name, values in parts.items():
-        monkeypatch.setitem(sys.modules, f"llama_cpp.server.{name}", SimpleNamespace(**values))
-    monkeypatch.setattr("inlay.serving.endpoint.check_installed", lambda *_: None)
-    monkeypatch.setattr("inlay.serving.endpoint.run_until_stopped", lambda server, opened: told.update(server=server))
-    file, lines = tmp_path / "model.gguf", []
+@pytest.fixture(scope="module")
+def packed(tiny, tmp_path_factory):
+    """A GGUF file of the tiny model with an adapter, and a running server of it, which wants a key."""
+    pytest.importorskip("xllamacpp", reason="the extra `llama` is not installed")
+    from inlay.serving.packed import Packed, create_packed_app
+
+    folder = tmp_path_factory.mktemp("packed")
+    config = InlayConfig(method="bone", args={"r": 4}, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), config)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += 0.3 * torch.randn_like(p)
+    model.save_pretrained(folder / "bone")
+    merge(folder / "bone", folder / "merged", to="gguf", probe=False)
+    file = folder / "merged" / "model.gguf"
+    running = uvicorn.Server(uvicorn.Config("", log_level="critical"))
+    running.config.app = create_packed_app(Packed("mine", str(file), 6, 2), "secret", lambda: running.should_exit)
+    with bound(0) as opened:
+        port = opened.getsockname()[1]
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [opened]}, daemon=True)
+        thread.start()
+        while not running.started:
+            time.sleep(0.01)
+        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="secret", max_retries=0) as client:
+            yield SimpleNamespace(client=client, port=port, file=file, adapter=folder / "bone")
+        running.should_exit = True
+        thread.join()
+
+
+def test_llama_cpp_answers_for_a_gguf_file_as_generate_does(packed):
+    """Whole, streamed and many at once: the fp32 file's greedy answers are those of the adapter it was merged from."""
+    alone = load_answering(str(packed.adapter), None, torch.float32).ask({"prompt": QUESTION}, 6).text
+    assert [model.id for model in packed.client.models.list()] == ["mine"]
+    whole = packed.client.chat.completions.create(model="mine", messages=QUESTION)
+    assert whole.choices[0].message.content.strip() == alone
+    assert whole.usage.completion_tokens == 6
+    parts = list(packed.client.chat.completions.create(model="mine", messages=QUESTION, stream=True))
+    assert "".join(p.choices[0].delta.content or "" for p in parts if p.choices).strip() == alone
+    assert len(parts) > 2
+    with ThreadPoolExecutor(8) as pool:
+        said = list(
+            pool.map(lambda _: packed.client.chat.completions.create(model="mine", messages=QUESTION), range(8))
+        )
+    assert {one.choices[0].message.content.strip() for one in said} == {alone}
+
+
+def test_a_gguf_file_has_the_key_the_names_and_the_errors_of_the_endpoint(packed, tmp_path):
+    def status(method: str, path: str, body: bytes = b"", **headers: str) -> int:
+        connection = HTTPConnection("127.0.0.1", packed.port, timeout=60)
+        connection.request(method, path, body, {"Authorization": "Bearer secret", **headers})
+        with connection.getresponse() as answer:
+            answer.read()
+        connection.close()
+        return answer.status
+
+    assert status("GET", "/health", Authorization="none") == 200
+    assert status("GET", "/v1/models", Authorization="none") == 401
+    assert status("POST", "/v1/chat/completions", b"{}", Authorization="none") == 401
+    assert status("GET", "/v1/models", Host="elsewhere.example") == 400
+    assert status("POST", "/v1/chat/completions", b'{"messages": "x"}') == 400
+    assert status("POST", "/v1/chat/completions", b"{") in (400, 500)
+    assert status("GET", "/slots") == 404
+    damaged = tmp_path / "model.gguf"
     with pytest.raises(ValueError, match="does not exist; give a GGUF file"):
-        serve_models([str(file)], port=0)
-    file.write_bytes(b"GGUF")
-    assert serve_models([str(file)], port=0, key="secret", done=lines.append)
-    assert "/v1 serves model by llama.cpp" in lines[0]
-    assert vars(told["model_settings"][0]) == {"model": str(file), "model_alias": "model", "verbose": False}
-    assert told["server_settings"].api_key == "secret"
-    assert told["server"].config.app is app
-    assert [layer.cls for layer in app.user_middleware] == [TrustedHostMiddleware]
-    assert "/health" in {route.path for route in app.routes}
+        serve_models([str(damaged)], port=0)
+    damaged.write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(ValueError, match=r"cannot be read by llama\.cpp"):
+        serve_models([str(damaged)], port=0)
 
 
 def test_mistakes_come_before_the_models(tiny, places, monkeypatch, tmp_path, capsys):
@@ -304,11 +345,11 @@ def test_ctrl_c_is_the_normal_end(tiny):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     line = process.stdout.readline()
     assert "/v1 serves it (this machine only; Ctrl-C ends)" in line
-    for _ in range(100):
-        with socket.socket() as knock:
-            if not knock.connect_ex(("127.0.0.1", int(line.split(":")[2].split("/")[0]))):
-                break
-        time.sleep(0.1)
+    asking = HTTPConnection("127.0.0.1", int(line.split(":")[2].split("/")[0]), timeout=60)
+    asking.request("GET", "/health")  # at once: who has read the line is not refused
+    with asking.getresponse() as answer:
+        assert answer.read() == b'{"status":"ok"}'
+    asking.close()
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (0, "")

@@ -141,11 +141,12 @@ def test_serve_check_without_a_server(tmp_path, monkeypatch, capsys):
     def answer(_, model, lora, ids):
         read = builtin.load_gguf(model).eval()
         assert lora is None
-        return {"logits": serve.logits(read, ids).tolist(), "text": serve.greedy(read, ids)}
+        made = {"text": serve.greedy(read, ids), "tokens": [list(range(1000))] * serve.TOKENS}
+        return made | {"logs": serve.log_probabilities(read, ids, made).tolist()}
 
     monkeypatch.setattr(serve, "serve", answer)
     assert serve.main("no python", ["bat_col"], tmp_path / "serve.md") == 0
-    assert "3 rows, 0 out of bounds" in capsys.readouterr().out
+    assert "6 rows, 0 out of bounds" in capsys.readouterr().out
     assert (tmp_path / "serve.md").read_text().count("24 of 24") >= 2
     row = serve.Row("fp32", "bone, merged", error=0.1, effect=1.0, same=24)
     assert not row.good(floor=1.0)  # a tenth of what the adapter does

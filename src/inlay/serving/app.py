@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
 from functools import partial
 
-from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi import Depends, FastAPI, HTTPException, Request, params
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -72,6 +72,41 @@ def refused(status: int, message: str, code: str | None = None) -> JSONResponse:
     return JSONResponse({"error": error}, status)
 
 
+def guarded_app(key: str | None) -> tuple[FastAPI, list[params.Depends]]:
+    """Return an application with /health, bounds on what is asked by whom, and OpenAI's errors.
+
+    Args:
+        key: what clients have to send as their API key; None: nothing.
+
+    Returns:
+        The application, and what each further route depends on: the key.
+    """
+    app = FastAPI(title="inlay serve")
+    app.add_middleware(SizeLimit)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=OWN_NAMES)  # no page of another name may ask
+
+    def allowed(request: Request) -> None:
+        given = request.headers.get("authorization", "")
+        if key is not None and not secrets.compare_digest(given.encode(), f"Bearer {key}".encode()):
+            raise HTTPException(401, "the API key is missing or wrong")
+
+    @app.exception_handler(AnyHTTPException)
+    async def failed(request: Request, error: AnyHTTPException) -> Response:
+        return refused(error.status_code, str(error.detail))
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        return refused(400, f"{where}: {first['msg']}" if where else str(first["msg"]))
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    return app, [Depends(allowed)]
+
+
 def create_app(
     served: Mapping[str, Served], worker: Worker, key: str | None, tokens: int, stopping: Callable[[], bool]
 ) -> FastAPI:
@@ -84,16 +119,9 @@ def create_app(
         tokens: of an answer at most, where a request does not say.
         stopping: whether the server is about to end.
     """
-    app = FastAPI(title="inlay serve")
-    app.add_middleware(SizeLimit)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=OWN_NAMES)  # no page of another name may ask
+    app, allowed = guarded_app(key)
     encoding = threading.Lock()
     began = int(time.time())
-
-    def allowed(request: Request) -> None:
-        given = request.headers.get("authorization", "")
-        if key is not None and not secrets.compare_digest(given.encode(), f"Bearer {key}".encode()):
-            raise HTTPException(401, "the API key is missing or wrong")
 
     def model_row(name: str) -> dict[str, object]:
         return {"id": name, "object": "model", "created": began, "owned_by": "inlay"}
@@ -113,31 +141,17 @@ def create_app(
             most = min(most, room - len(prompt))
         return Queued(one, prompt, Growing(most, asked.stops), sampling, lambda error: None)
 
-    @app.exception_handler(AnyHTTPException)
-    async def failed(request: Request, error: AnyHTTPException) -> Response:
-        return refused(error.status_code, str(error.detail))
-
-    @app.exception_handler(RequestValidationError)
-    async def malformed(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        return refused(400, f"{where}: {first['msg']}" if where else str(first["msg"]))
-
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
-
-    @app.get("/v1/models", dependencies=[Depends(allowed)])
+    @app.get("/v1/models", dependencies=allowed)
     async def models() -> dict[str, object]:
         return {"object": "list", "data": list(map(model_row, served))}
 
-    @app.get("/v1/models/{name:path}", dependencies=[Depends(allowed)])
+    @app.get("/v1/models/{name:path}", dependencies=allowed)
     async def model(name: str) -> dict[str, object]:
         if name not in served:
             raise HTTPException(404, f"model {name!r} is not served; these are: {', '.join(served)}")
         return model_row(name)
 
-    @app.post("/v1/chat/completions", dependencies=[Depends(allowed)])
+    @app.post("/v1/chat/completions", dependencies=allowed)
     async def chat(asked: ChatRequest, request: Request) -> Response:
         if asked.model not in served:
             missing = f"model {asked.model!r} is not served; these are: {', '.join(served)}"

@@ -64,11 +64,11 @@ def serve_models(
     if packed and (check or model or len(places) > 1):
         raise ValueError(f"{packed[0]} is served by llama.cpp alone: without other models, --model and --check")
     if packed:
-        check_installed("inlay serve of a GGUF file", "llama_cpp")
+        check_installed("inlay serve of a GGUF file", "xllamacpp")
     with bound(port) as opened:
         address = f"http://{HOST}:{opened.getsockname()[1]}/v1"
         if packed:
-            serve_packed(*named(places[0]), opened, address, key, done)
+            serve_packed(*named(places[0]), opened, address, key, tokens, batch_size, done)
             return True
         import uvicorn
 
@@ -82,6 +82,7 @@ def serve_models(
         try:
             if check:
                 return check_answers_of(served, places, model, dtype, server, opened, address, key, done)
+            opened.listen()  # who asks as soon as they read this line waits, and is not refused
             done(f"{address} serves {', '.join(served)} (this machine only; Ctrl-C ends)")
             run_until_stopped(server, opened)
         finally:
@@ -114,31 +115,31 @@ def run_until_stopped(server: uvicorn.Server, opened: socket.socket) -> None:
 
 
 def serve_packed(
-    name: str, file: str, opened: socket.socket, address: str, key: str | None, done: Callable[[str], object]
+    name: str,
+    file: str,
+    opened: socket.socket,
+    address: str,
+    key: str | None,
+    tokens: int,
+    together: int,
+    done: Callable[[str], object],
 ) -> None:
-    """Serve a GGUF file by llama-cpp-python's own server, with /health beside its routes.
+    """Serve a GGUF file by llama.cpp.
 
     Raises:
-        ValueError: the file is not there, or the server is not installed whole.
+        ValueError: the file is not there, or cannot be read.
     """
     if not Path(file).is_file():
         raise ValueError(f"{file} does not exist; give a GGUF file, as inlay merge RUN out --to gguf writes")
-    check_installed("inlay serve of a GGUF file", "sse_starlette", "starlette_context", "pydantic_settings")
     import uvicorn
-    from llama_cpp.server.app import create_app  # type: ignore[import-not-found]
-    from llama_cpp.server.settings import ModelSettings, ServerSettings  # type: ignore[import-not-found]
-    from starlette.middleware.cors import CORSMiddleware
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    settings = ModelSettings(model=file, model_alias=name, verbose=False)
-    server = ServerSettings(host=HOST, api_key=key, interrupt_requests=False)  # of others: they wait in line
-    app = create_app(server_settings=server, model_settings=[settings])
-    app.user_middleware = [layer for layer in app.user_middleware if layer.cls is not CORSMiddleware]  # no page may ask
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
-    app.add_api_route("/health", lambda: {"status": "ok"})
+    from inlay.serving.packed import Packed, create_packed_app
+
+    server = uvicorn.Server(uvicorn.Config("", log_level="warning"))  # whole answers in progress are waited for
+    server.config.app = create_packed_app(Packed(name, file, tokens, together), key, lambda: server.should_exit)
+    opened.listen()
     done(f"{address} serves {name} by llama.cpp (this machine only; Ctrl-C ends)")
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE)
-    run_until_stopped(uvicorn.Server(config), opened)
+    run_until_stopped(server, opened)
 
 
 def check_answers_of(
