@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers import fails
 from rich.table import Table
 
@@ -20,6 +21,7 @@ from inlay.evaluation.evaluate_model import evaluate_model
 from inlay.messages import PACKAGES, Terminal, one_line, printable, show_text
 from inlay.recipe.recipe import Recipe
 from inlay.training.arguments import check_means
+from inlay.training.base_model import load_training_model
 
 PACKAGE = Path(inlay.__file__).parent
 STEERING = "\x1b[2J\x1b]0;name\x07 \r\x08\x9b31m \u202eback\u2066 \u2028\x7f\ud800"
@@ -190,6 +192,32 @@ def test_what_only_a_gpu_can_is_refused_without_one(monkeypatch):
         Recipe(trainer={"padding_free": True})
     with pytest.raises(ValueError, match="model_init_kwargs has no effect; the recipe loads the model"):
         Recipe(trainer={"model_init_kwargs": {"attn_implementation": "flash_attention_2"}})
+
+
+def test_an_attention_that_cannot_be_is_refused_before_the_model_loads(tiny, monkeypatch):
+    with pytest.raises(ValueError, match=r"^attention: flash_attention_2 computes in 16 bits, not in dtype: float32$"):
+        Recipe(attention="flash_attention_2", dtype="float32")
+    with pytest.raises(ValueError, match="batch_size: auto does not plan; give a number"):
+        Recipe(attention="eager", batch_size="auto")
+    with pytest.raises(ValueError, match="attention: sdpa is not for quantize: nf4"):
+        Recipe(attention="sdpa", quantize="nf4", method="pissa")
+    check_means(Recipe(model=tiny, attention="eager"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match="flex_attention is for a GPU, and this machine has none"):
+        check_means(Recipe(model=tiny, attention="flex_attention"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(ValueError, match=r"^attention: flash_attention_2: .* FlashAttention2"):  # is not installed
+        check_means(Recipe(model=tiny, attention="flash_attention_2"))
+
+
+@pytest.mark.parametrize("attention", ["auto", "eager"])
+def test_the_attention_is_that_of_the_recipe(attention, tiny):
+    recipe = Recipe(model=tiny, attention=attention, dtype="float32")
+    prepared = SimpleNamespace(
+        recipe=recipe, dtype=torch.float32, folder=None, console=None, rows=([], None), base=recipe.base_model
+    )
+    model = load_training_model(prepared)
+    assert model.config._attn_implementation == {"auto": "sdpa"}.get(attention, attention)
 
 
 def test_liger_kernels_that_do_not_know_the_model_are_refused(tiny, monkeypatch):

@@ -46,6 +46,9 @@ class Recipe:
     fold_rounds: int = field_of(
         1, "of quantize: nf4: rounds of quantising the base and decomposing the error again", min=1
     )
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = field_of(
+        "auto", "the base's attention; auto: transformers' choice, which is sdpa where the model has it"
+    )
 
     task: Literal["instruction", "language_modelling", "preference", "classification", "seq2seq", "vision"] = field_of(
         "instruction",
@@ -202,6 +205,7 @@ class Recipe:
         if self.experts and self.flat_noise:
             raise ValueError(f"flat_noise={self.flat_noise} does not reach experts; set it to 0, or leave experts out")
         check_task(self)
+        check_attention(self)
         self.adapter()
         check_step(self)
 
@@ -357,6 +361,16 @@ def check_step(recipe: Recipe) -> None:
     for name in ("lr_ratio", "core_ratio"):
         if (ratio := vars(recipe)[name]) is not None and ratio <= 0:
             raise ValueError(f"{name}: {ratio} is not above 0")
+
+
+def check_attention(recipe: Recipe) -> None:
+    """Refuse an attention that would not be used, and a batch planned for another one."""
+    if recipe.quantize == "nf4" and recipe.attention != "auto":
+        raise ValueError(f"attention: {recipe.attention} is not for quantize: nf4 (a fold); leave it out")
+    if recipe.attention == "eager" and recipe.batch_size == "auto":
+        raise ValueError("attention: eager keeps all scores, which batch_size: auto does not plan; give a number")
+    if recipe.attention.startswith("flash") and recipe.dtype == "float32":
+        raise ValueError(f"attention: {recipe.attention} computes in 16 bits, not in dtype: float32")
 
 
 def check_task(recipe: Recipe) -> None:

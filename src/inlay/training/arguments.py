@@ -13,6 +13,8 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_rep
 from inlay.host import distributed
 from inlay.messages import check_installed, did_you_mean, first_line
 from inlay.models.base import BaseModel
+from inlay.models.folded import fold_at
+from inlay.models.model_classes import find_model_class
 from inlay.recipe.optimizers import optimizer_settings
 from inlay.recipe.peft_methods import ADALORA, FULL
 from inlay.recipe.recipe import Recipe
@@ -141,6 +143,8 @@ def check_means(recipe: Recipe) -> None:
             raise ValueError(f"trainer: {key} is for a GPU, and this machine has none; leave it out")
     if recipe.trainer.get("use_liger_kernel"):
         check_liger(recipe.base_model)
+    if recipe.attention != "auto":
+        check_attention(recipe)
     check_tracker(recipe.report_to)
 
 
@@ -152,6 +156,25 @@ def check_liger(base: BaseModel) -> None:
 
     if (kind := base.config().model_type) not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         raise ValueError(f"trainer: use_liger_kernel has no kernels for {kind} models; leave it out")
+
+
+def check_attention(recipe: Recipe) -> None:
+    """Refuse an attention that this machine or the model lacks, as transformers says before weights are read."""
+    gpu = recipe.attention.startswith("fl")  # flash_attention_2 and 3, flex_attention
+    if gpu and not torch.cuda.is_available():
+        raise ValueError(f"attention: {recipe.attention} is for a GPU, and this machine has none; leave it out")
+    if fold_at(recipe.model):
+        raise ValueError(f"attention: {recipe.attention} is not for a folded base; leave it out")
+    try:
+        auto = find_model_class(recipe.task).auto
+        recipe.base_model.meta(torch.bfloat16, layers=1, auto=auto, **attention_settings(recipe))
+    except ValueError as error:
+        raise ValueError(f"attention: {recipe.attention}: {error}") from None
+
+
+def attention_settings(recipe: Recipe) -> dict[str, str]:
+    """Return the values of a model's configuration that set its attention."""
+    return {} if recipe.attention == "auto" else {"attn_implementation": recipe.attention}
 
 
 def check_tracker(names: str) -> None:

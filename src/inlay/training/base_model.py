@@ -19,6 +19,7 @@ from inlay.models.model_classes import find_model_class
 from inlay.models.quantized import quantization_config
 from inlay.recipe.peft_methods import FULL
 from inlay.recipe.recipe import Recipe
+from inlay.training.arguments import attention_settings
 from inlay.training.checkpoints import Checkpoint
 from inlay.training.prepared import Prepared
 from inlay.training.tasks import TASKS
@@ -64,7 +65,7 @@ def load_training_model(
     if recipe.quantize != "nf4":
         quantization = None if recipe.quantize == "none" else quantization_config(recipe.quantize, dtype)
         auto = find_model_class(recipe.task).auto
-        settings = TASKS[recipe.task].model_settings(prepared.rows)
+        settings = {**TASKS[recipe.task].model_settings(prepared.rows), **attention_settings(recipe)}
         return prepared.base.load(dtype, quantization, auto=auto, **settings)
     result = fold(
         recipe.model, folder / "folded", recipe.config(), rounds=recipe.fold_rounds, batches=batches,
