@@ -40,7 +40,8 @@ class Packed:
         settings = xllamacpp.CommonParams()
         settings.model.path = str(Path(file).resolve())
         settings.model_alias = {name}
-        settings.hostnames, settings.port, settings.api_keys, settings.ui = ["127.0.0.1"], 0, [self.key], False
+        settings.hostnames, settings.port = ["127.0.0.1"], 0
+        settings.api_keys, settings.ui = [self.key], False
         settings.n_ctx, settings.n_predict = CONTEXT, tokens
         settings.n_parallel, settings.kv_unified = together, True
         settings.sampling.temp = 0.0  # without a temperature the likeliest token is taken
@@ -75,12 +76,12 @@ def create_packed_app(packed: Packed, key: str | None, stopping: Callable[[], bo
     @app.post("/v1/completions", dependencies=allowed)
     async def forward(asked: Asked) -> Response:
         answer = await run_in_threadpool(packed.ask, asked.url.path, await asked.body())
-        return StreamingResponse(pieces(answer, stopping), answer.status, media_type=answer.headers["Content-Type"])
+        return StreamingResponse(lines_of(answer, stopping), answer.status, media_type=answer.headers["Content-Type"])
 
     return app
 
 
-def pieces(answer: HTTPResponse, stopping: Callable[[], bool]) -> Iterator[bytes]:
+def lines_of(answer: HTTPResponse, stopping: Callable[[], bool]) -> Iterator[bytes]:
     """Yield a response line by line; llama.cpp ends an answer whose reader has gone."""
     with answer:
         for line in answer:

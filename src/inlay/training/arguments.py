@@ -144,7 +144,7 @@ def check_means(recipe: Recipe) -> None:
     if recipe.trainer.get("use_liger_kernel"):
         check_liger(recipe.base_model)
     if recipe.attention != "auto":
-        check_attention(recipe)
+        check_attention_runs(recipe)
     check_tracker(recipe.report_to)
 
 
@@ -158,7 +158,7 @@ def check_liger(base: BaseModel) -> None:
         raise ValueError(f"trainer: use_liger_kernel has no kernels for {kind} models; leave it out")
 
 
-def check_attention(recipe: Recipe) -> None:
+def check_attention_runs(recipe: Recipe) -> None:
     """Refuse an attention that this machine or the model lacks, as transformers says before weights are read."""
     gpu = recipe.attention.startswith("fl")  # flash_attention_2 and 3, flex_attention
     if gpu and not torch.cuda.is_available():
