@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from inlay.inspection.inspect_adapter import inspect_adapter
     from inlay.inspection.inspect_model import inspect
     from inlay.numerics.ops import second_derivatives
+    from inlay.recipe.rewards import import_reward
 
 _HOMES = {
     "Flat": "inlay.host.flat_lora",
@@ -38,6 +39,7 @@ _HOMES = {
     "flat_noise": "inlay.host.flat_lora",
     "fold": "inlay.conversion.fold",
     "import_adapter": "inlay.conversion.import_adapter",
+    "import_reward": "inlay.recipe.rewards",
     "inspect": "inlay.inspection.inspect_model",
     "inspect_adapter": "inlay.inspection.inspect_adapter",
     "merge": "inlay.conversion.merge",
@@ -59,6 +61,7 @@ __all__ = [
     "flat_noise",
     "fold",
     "import_adapter",
+    "import_reward",
     "inspect",
     "inspect_adapter",
     "merge",

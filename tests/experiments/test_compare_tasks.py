@@ -19,9 +19,14 @@ DATA = {
     "classification": [{"sentence": f"{w} number {i}", "label": w} for i in range(12) for w in ("good", "bad")],
     "language_modelling": [{"text": f"Line {i} of a text about nothing at all, or about {i}."} for i in range(120)],
     "preference": [{"prompt": f"Say {i}.", "chosen": f"It is {i}.", "rejected": f"No, not {i}."} for i in range(24)],
+    "kto": [{"prompt": f"Say {i}.", "completion": f"It is {i}.", "label": bool(i % 2)} for i in range(24)],
+    "reward": [{"prompt": f"Say {i}.", "chosen": f"It is {i}.", "rejected": f"No, not {i}."} for i in range(24)],
+    "grpo": [{"prompt": f"Say {i}."} for i in range(24)],
     "seq2seq": [{"document": f"The number of the day is {i}, they say.", "summary": f"No {i}."} for i in range(24)],
 }
-FIGURES = {"classification": "accuracy", "language_modelling": "perplexity", "preference": "rewards/accuracies"}
+FIGURES = {"classification": "accuracy", "language_modelling": "perplexity", "preference": "rewards/accuracies",
+           "kto": "rewards/margins", "reward": "accuracy", "grpo": "reward"}  # fmt: skip
+MORE = {"grpo": {"reward": [{"format": "e"}], "num_generations": 2, "max_new_tokens": 4}}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +54,7 @@ def test_methods_are_compared_by_the_tasks_own_figure(task, models, tmp_path, mo
     methods = [{"method": "bone", "args": {"r": 4}}, {"method": "lora", "args": {"r": 2}}]
     block = {"methods": methods, "learning_rates": [1e-2], "seeds": [0, 1], "selection": 4}
     ask = {"task": task, "model": models[task], "data": str(data), "steps": 2, "batch_size": 4, "eval_size": 8,
-           "max_length": 48, "dtype": "float32", "compare": block}  # fmt: skip
+           "max_length": 80, "dtype": "float32", "compare": block, **MORE.get(task, {})}  # fmt: skip
     path.write_text(yaml.safe_dump(ask))
     folder = compare(str(path), output=str(tmp_path / "out"), console=Console(quiet=True))
     rows = {row["method"]: row for row in csv.DictReader((folder / "results.csv").read_text().splitlines())}
@@ -62,7 +67,7 @@ def test_methods_are_compared_by_the_tasks_own_figure(task, models, tmp_path, mo
         assert f"<button>{FIGURES[task]}</button>" in page
     else:
         assert "metric" not in rows["bone"]
-    causal = task in ("language_modelling", "preference")  # only these have a loss over plain text
+    causal = task in ("language_modelling", "preference", "kto", "grpo")  # only these have a loss over plain text
     assert all((r["forgetting"] is not None) is causal for r in runs)
     assert ("<button>forgetting</button>" in page) is causal
     assert (folder / "plots" / "forgetting.png").exists() is causal

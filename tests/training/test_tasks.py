@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import json
 import math
+import statistics
 import typing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +38,8 @@ import inlay
 from inlay.cli import main
 from inlay.data.labelled import labelled_examples
 from inlay.data.preferences import preference_examples
+from inlay.data.render import encode_example
+from inlay.data.unpaired import unpaired_examples
 from inlay.evaluation.label_metrics import classified
 from inlay.host.calibrate import gather_statistics, without_adapters
 from inlay.host.layer import InlayLinear
@@ -57,7 +60,7 @@ from inlay.training.train import train
 
 SILENT = Console(quiet=True)
 METHOD_NAMES = [method.name for method in METHODS if not method.needs]
-WIDTH = {"max_length": 48, "eval_size": 4, "batch_size": 4, "dtype": "float32", "samples": 1, "learning_rate": 1e-3}
+WIDTH = {"max_length": 80, "eval_size": 4, "batch_size": 4, "dtype": "float32", "samples": 1, "learning_rate": 1e-3}
 PREFERENCES = [
     {"prompt": f"Say {i}.", "chosen": f"It is {i}.", "rejected": f"No, I will not say {i}."} for i in range(20)
 ]
@@ -67,7 +70,14 @@ DATA = {
     "seq2seq": [{"document": f"The number of the day is {i}, they say.", "summary": f"Number {i}."} for i in range(24)],
     "language_modelling": [{"text": f"Line {i} of a text about nothing at all, or about {i}."} for i in range(120)],
     "preference": PREFERENCES,
+    "kto": [{"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+            for i, row in enumerate(PREFERENCES) for side in ("chosen", "rejected") if i % 3 or side == "chosen"],
+    "reward": PREFERENCES,
+    "orpo": PREFERENCES,
+    "simpo": PREFERENCES,
 }  # fmt: skip
+SLOW = ("preference", "orpo", "simpo", "kto", "reward")
+FAST_AND_SLOW = [pytest.param(task, marks=pytest.mark.slow if task in SLOW else ()) for task in DATA]
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +97,7 @@ def models_of(tmp_path_factory, tiny, small_tokenizer) -> dict[str, str]:
     for name, model in (("bert", BertModel(bert)), ("t5", T5ForConditionalGeneration(t5))):
         model.save_pretrained(folder / name)
         small_tokenizer.save_pretrained(folder / name)
-    causal = dict.fromkeys(("language_modelling", "preference"), tiny)
+    causal = dict.fromkeys(("language_modelling", *SLOW), tiny)
     return {"classification": str(folder / "bert"), "seq2seq": str(folder / "t5"), **causal}
 
 
@@ -104,7 +114,7 @@ def values(task: str, models_of, data_of, **more) -> dict:
 
 
 @pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning")  # of these tiny models' weights it is large
-@pytest.mark.parametrize("task", [pytest.param(t, marks=pytest.mark.slow if t == "preference" else ()) for t in DATA])
+@pytest.mark.parametrize("task", FAST_AND_SLOW)
 def test_every_method_learns_in_every_task(task, models_of, data_of, tmp_path):
     """By the task's own loss on one batch: the adapter starts where the base is, two steps lower it, W stays."""
     asked = [made(m, values(task, models_of, data_of, steps=2, save_every=0)) for m in METHOD_NAMES]
@@ -135,7 +145,7 @@ def test_every_method_learns_in_every_task(task, models_of, data_of, tmp_path):
     assert starts == pytest.approx([losses[0]] * len(starts), abs=1e-5)
 
 
-@pytest.mark.parametrize("task", [pytest.param(t, marks=pytest.mark.slow if t == "preference" else ()) for t in DATA])
+@pytest.mark.parametrize("task", FAST_AND_SLOW)
 def test_starts_from_data_see_the_gradient_of_the_tasks_own_loss(task, models_of, data_of, tmp_path):
     """And of the inputs, no padding. By autograd through the trainer's loss of the same examples."""
     asked = made("lora", values(task, models_of, data_of, steps=2, save_every=0))
@@ -144,7 +154,10 @@ def test_starts_from_data_see_the_gradient_of_the_tasks_own_loss(task, models_of
     model, size = trainer.model.eval(), 4
     layers = {f"{n}.base_layer": m for n, m in model.named_modules() if isinstance(m, InlayLinear)}
     weights = [layer.base_layer.weight.requires_grad_() for layer in layers.values()]
-    loss = trainer.compute_loss(model, trainer.data_collator([trainer.train_dataset[i] for i in range(size)]))
+    dataset = TASKS[task].dataset(prepared.rows.train[:size], prepared.tokenizer, asked)
+    if task == "kto":
+        dataset = trainer._prepare_dataset(dataset, prepared.tokenizer, trainer.args, "eval")
+    loss = trainer.compute_loss(model, trainer.data_collator(list(dataset)))
     wanted = torch.autograd.grad(loss, weights)
     for W in weights:
         W.requires_grad_(False)
@@ -260,6 +273,52 @@ def test_a_trained_classifier_is_evaluated(models_of, data_of, tmp_path, capsys)
     assert "label '2' is not one that the model was trained on: 0, 1" in capsys.readouterr().err
 
 
+def test_a_reward_model_is_evaluated(models_of, data_of, tmp_path, capsys):
+    """As transformers alone reads what was merged, one conversation at a time; and by its own held-out accuracy."""
+    main(command("reward", models_of, data_of, tmp_path / "run", "--steps", "3", "--save-every", "0"))
+    main(["merge", str(tmp_path / "run"), str(tmp_path / "merged"), "--no-probe"])
+    main(["eval", str(tmp_path / "run"), "--task", "reward", "--data", data_of["reward"], "--dtype", "float32"])
+    data = f"{Path(data_of['reward']).parent.name}-reward"
+    told = json.loads((tmp_path / "run" / "eval" / f"reward-{data}.json").read_text())["figures"]
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    margins = []
+    for row in DATA["reward"]:
+        chats = [
+            [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[side]}]
+            for side in ("chosen", "rejected")
+        ]
+        ids = [torch.tensor([encode_example({"prompt": c[:1], "completion": c[1:]}, tokenizer).ids]) for c in chats]
+        chosen, rejected = (model(input_ids=one).logits.item() for one in ids)
+        margins.append(chosen - rejected)
+    assert [f["name"] for f in told] == ["reward accuracy", "margin"]
+    assert told[0]["value"] == statistics.fmean(margin > 0 for margin in margins)
+    assert told[1]["value"] == pytest.approx(statistics.fmean(margins), abs=1e-4)
+    capsys.readouterr()
+    for where, task, why in (
+        (models_of["reward"], "reward", "this one gives no rewards"),
+        (str(tmp_path / "run"), "exact", "--task reward, not exact"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["eval", where, "--task", task, "--data", data_of["reward" if task == "reward" else "seq2seq"]])
+        assert why in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", ["reward", *(pytest.param(t, marks=pytest.mark.slow) for t in SLOW if t != "reward")])
+def test_held_out_figures_do_not_depend_on_the_batches(task, models_of, data_of, tmp_path):
+    """Batches of 3 leave one of 4 examples over; trl would count it as much as the three others."""
+    found = []
+    for size in (2, 3):
+        more = {"trainer": {"per_device_eval_batch_size": size}, "seed": 1, "eval_size": 4}
+        prepared = prepare(made("lora", values(task, models_of, data_of, **more)), tmp_path)
+        trainer = build_trainer(prepared, load_training_model(prepared))
+        with torch.no_grad():
+            for p in trainer.model.parameters():
+                p.add_(0.01 if p.requires_grad else 0.0)
+        found.append({f"eval_{name}": trainer.evaluate()[f"eval_{name}"] for name in TASKS[task].metrics})
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+
+
 def test_summaries_are_evaluated(models_of, data_of, tmp_path, capsys):
     """The answers are those of the run's own samples; what an encoder-decoder is not asked is said."""
     main(command("seq2seq", models_of, data_of, tmp_path / "run", "--steps", "2", "--save-every", "0"))
@@ -310,6 +369,7 @@ def convert(task: str, rows: list[dict], **more):
         "classification": lambda: labelled_examples(rows, rules),
         "seq2seq": lambda: seq2seq_examples(rows, rules),
         "preference": lambda: preference_examples(rows, rules=rules),
+        "kto": lambda: unpaired_examples(rows, rules),
     }[task]()
 
 
@@ -326,6 +386,22 @@ def test_records_of_each_task_in_the_forms_of_their_data_sets():
     assert (made["prompt"], made["chosen"][0]["content"], made["rejected"][0]["content"]) == (chat, "4", "5")
     (again,) = convert("preference", [{"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}])
     assert again == made
+
+
+def test_answers_are_desirable_or_not():
+    prompt, yes = [{"role": "user", "content": "2 + 2?"}], [{"role": "assistant", "content": "4"}]
+    no = [{"role": "assistant", "content": "5"}]
+    wanted = [
+        {"prompt": prompt, "completion": yes, "label": True},
+        {"prompt": prompt, "completion": no, "label": False},
+    ]
+    for labels in ((True, False), (1, 0), ("true", "False")):
+        rows = [{"prompt": "2 + 2?", "completion": a, "label": b} for a, b in zip("45", labels, strict=True)]
+        assert convert("kto", rows) == wanted
+    assert convert("kto", [{"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}]) == wanted
+    assert convert("kto", [{"messages": [*prompt, *yes], "label": True}]) == wanted[:1]
+    with pytest.raises(ValueError, match="row 1: label is 3; accepted: true or false, 1 or 0"):
+        convert("kto", [{"prompt": "a", "completion": "b", "label": 3}])
 
 
 def test_labels_are_ordered_by_value_and_fractions_are_scores():
@@ -369,6 +445,8 @@ def test_every_task_has_a_kind_a_class_and_a_place_in_the_recipe():
         ({"task": "classification", "data": "x.tsv", "system": "Hi"}, "has no prompt"),
         ({"task": "seq2seq", "quantize": "nf4"}, "takes nf4_offset or int8"),
         ({"task": "classification", "data": "x.tsv", "batch_size": "auto"}, "batch_size: auto is not planned"),
+        ({"task": "kto", "data": "x.jsonl", "optimizer": "muon"}, "takes only transformers' optimisers, not muon"),
+        ({"task": "kto", "data": "x.jsonl", "group_by_length": True}, "task kto pairs each answer with"),
         ({"task": "seq2seq", "allocate": "energy", "method": "lora"}, "allocate: ranks from spectra are for causal"),
     ],
 )

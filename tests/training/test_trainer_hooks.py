@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from trl import DPOTrainer
+from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer
 
 from inlay.training.launch import launch
 
@@ -61,6 +61,29 @@ def test_transformers_takes_what_our_trainers_pass(name):
 
 def test_trl_prepares_preferences_where_our_trainer_leaves_them():
     assert list(inspect.signature(DPOTrainer._prepare_dataset).parameters)[:2] == ["self", "dataset"]
+
+
+@pytest.mark.parametrize("trainer", [KTOTrainer, RewardTrainer])
+def test_trl_prepares_pairs_and_labelled_answers_likewise(trainer):
+    names = ["self", "dataset", "processing_class", "args", "dataset_name"]
+    assert list(inspect.signature(trainer._prepare_dataset).parameters) == names
+
+
+@pytest.mark.parametrize(
+    ("name", "takes"), [("_tokenize_prompts", "prompts"), ("_generate_and_score_completions", "inputs")]
+)
+def test_trl_asks_our_trainer_for_the_tokens_of_prompts(name, takes):
+    """That the tokens are ours shows in a run's rewards: prompts come without what the chat template gets beside."""
+    assert list(inspect.signature(getattr(GRPOTrainer, name)).parameters) == ["self", takes]
+
+
+def test_trl_has_trainers_without_a_reference():
+    from inlay.training.trainers.experimental import ORPOTrainer, SimPOTrainer
+
+    for trainer in (ORPOTrainer, SimPOTrainer):
+        assert {"padding_value", "device"} <= inspect.signature(trainer.concatenated_inputs).parameters.keys()
+        of_trl = next(cls for cls in trainer.__mro__ if cls.__module__.startswith("trl.experimental"))
+        assert "map(self.tokenize_row" in inspect.getsource(of_trl.__init__)
 
 
 def test_accelerate_reads_the_flags_of_a_launch(monkeypatch):

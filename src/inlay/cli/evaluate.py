@@ -31,7 +31,7 @@ def eval_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the arguments of `inlay eval`."""
     verb.add_argument("model", help="hub id, folder, builtin, run folder or adapter folder")
     verb.add_argument("--task", help="commonsense, gsm8k, exact, text (BLEU, chrF, NIST, ROUGE), classification, "
-                      "perplexity, or lm-eval:NAME, also a YAML file or a folder of them")  # fmt: skip
+                      "reward, perplexity, or lm-eval:NAME, also a YAML file or a folder of them")  # fmt: skip
     verb.add_argument("--metric", help="in place of a task: module:function, (model, tokenizer) -> a number")
     verb.add_argument("--data", help="a file or data set, as for train (lm-eval tasks bring theirs)")
     verb.add_argument("--by", choices=("generation", "likelihood"), default="generation", help="how options are chosen")

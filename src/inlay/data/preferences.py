@@ -15,7 +15,7 @@ from inlay.data.chats import (
     tools_cell,
     with_system,
 )
-from inlay.data.formats import BESIDE, CHAT, Rules, convert_all, earlier_turns, question_of
+from inlay.data.formats import BESIDE, CHAT, Convert, Rules, convert_all, earlier_turns, question_of
 from inlay.data.records import Record
 from inlay.messages import short
 
@@ -44,22 +44,26 @@ def preference_examples(
     A side is text, a message, or a whole chat; a prompt that the chats repeat is there once. Without a prompt column
     it is what the chats share. Text may be a dialogue in the form of Anthropic's HH (see `dialogue`).
     """
-
     given = rules or Rules(columns or {}, system, arguments=arguments or {}, strict=False)
+    return convert_all(records, given, PREFERENCE_FORMATS, pair_converter(given))
+
+
+def pair_converter(rules: Rules) -> Convert:
+    """Return how one record becomes a prompt and two answers."""
 
     def convert(record: Record, roles: dict[str, str]) -> list[Example]:
         cells = {role: record.get(column) for role, column in roles.items()}
         prompt, sides = prompt_and_sides(cells, roles)
         chats = [with_system(whole_chat(prompt, side, name), cells.get("system"), "system")
                  for side, name in zip(sides, SIDES, strict=True)]  # fmt: skip
-        if given.system is not None and chats[0][0]["role"] not in ("system", "developer"):
-            chats = [[{"role": "system", "content": given.system}, *chat] for chat in chats]
+        if rules.system is not None and chats[0][0]["role"] not in ("system", "developer"):
+            chats = [[{"role": "system", "content": rules.system}, *chat] for chat in chats]
         example = shared_prompt(*chats)
         own = template_arguments(cells.get("chat_template_kwargs"), "chat_template_kwargs")
-        tools, about = tools_cell(cells.get("tools"), "tools"), {**given.arguments, **own}
+        tools, about = tools_cell(cells.get("tools"), "tools"), {**rules.arguments, **own}
         return [example | ({"tools": tools} if tools else {}) | ({"chat_template_kwargs": about} if about else {})]
 
-    return convert_all(records, given, PREFERENCE_FORMATS, convert)
+    return convert
 
 
 def prompt_and_sides(cells: dict[str, Any], roles: dict[str, str]) -> tuple[list[Message], list[list[Message]]]:

@@ -11,6 +11,7 @@ from typing import Any
 from inlay.data.chats import Example, answer_text, turn_by_turn
 from inlay.data.formats import FORMATS, SUMMARIES, Rules, convert_records
 from inlay.data.labelled import labelled_examples
+from inlay.data.preferences import preference_examples
 from inlay.data.readers import Record
 from inlay.evaluation.generate import Chat
 from inlay.evaluation.text_overlap import MEASURES
@@ -132,6 +133,11 @@ def labelled(records: list[Record]) -> list[dict[str, Any]]:
     return labelled_examples(records, Rules(strict=False, unlabelled=""))  # the model knows which labels are classes
 
 
+def pairs(records: list[Record]) -> list[Example]:
+    """Read the forms of task preference: a prompt, and a chosen and a rejected answer."""
+    return preference_examples(records)
+
+
 EVAL_TASKS = (
     EvalTask("commonsense", "accuracy on options, as LLM-Adapters reads them", commonsense, {"accuracy": choice}),
     EvalTask("gsm8k", "accuracy of the number, strict (####) and flexible (the last)", gsm8k,
@@ -141,6 +147,8 @@ EVAL_TASKS = (
          tuple(MEASURES)),
     EvalTask("classification", "of a trained classifier: accuracy, F1, Matthews; of scores, correlations", labelled, {},
          whole=("accuracy", "f1", "matthews", "pearson", "spearman")),
+    EvalTask("reward", "of a reward model: how often, and by how much, chosen answers score above rejected", pairs, {},
+         whole=("reward accuracy", "margin")),
     EvalTask("perplexity", "of plain text, or of the answers", texts_or_answers, {}, whole=("perplexity",), less=True),
 )  # fmt: skip
 

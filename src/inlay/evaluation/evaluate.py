@@ -18,10 +18,12 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelFor
 
 from inlay.data.chats import answer_text
 from inlay.data.labelled import one_label
+from inlay.data.preferences import SIDES
 from inlay.data.readers import Record
 from inlay.evaluation.ask_model import generated, likeliest, similar_batches, token_losses
 from inlay.evaluation.eval_tasks import EvalTask, Question, questions_for
 from inlay.evaluation.label_metrics import classified, correlated
+from inlay.evaluation.rewards import pair_rewards
 from inlay.evaluation.run_settings import ChatSettings
 from inlay.evaluation.scores import Score, overlap_scores, resampled_score, share_score
 from inlay.models.model_classes import auto_class
@@ -47,8 +49,11 @@ def evaluate(
     try:
         if task.name == "classification":
             return evaluate_classifier(model, tokenizer, questions, size, console)
+        if task.name == "reward":
+            return evaluate_rewards(model, tokenizer, questions, size, console)
         if is_classifier(model):
-            raise ValueError(f"the model is a classifier, which says nothing; --task classification, not {task.name}")
+            own = "reward" if is_reward_model(model) else "classification"
+            raise ValueError(f"the model is a classifier, which says nothing; --task {own}, not {task.name}")
         if task.name == "perplexity":
             return perplexity(model, tokenizer, questions, size, console)
         if by == "likelihood":
@@ -107,6 +112,44 @@ def is_classifier(model: Any) -> bool:
     """Return whether a model, or the base of an adapted one, has a head for labels."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     return type(base) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.values()
+
+
+def is_reward_model(model: Any) -> bool:
+    """Return whether a model was trained with task: reward."""
+    return is_classifier(model) and list((model.config.id2label or {}).values()) == ["reward"]
+
+
+def evaluate_rewards(
+    model: Any, tokenizer: PreTrainedTokenizerBase, pairs: list[dict[str, Any]], size: int, console: Console
+) -> tuple[list[Score], list[dict[str, Any]]]:
+    """Score a reward model by how often, and by how much, chosen answers score above rejected ones.
+
+    Raises:
+        ValueError: the model gives no rewards.
+    """
+    if not is_reward_model(model):
+        raise ValueError("--task reward is for models trained with task: reward; this one gives no rewards")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # as in training
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    rewards: list[tuple[float, float]] = [(0.0, 0.0)] * len(pairs)
+    for places in similar_batches([len(str(pair)) for pair in pairs], size, "pairs", console):
+        for i, found in zip(places, pair_rewards(model, tokenizer, [pairs[i] for i in places]), strict=True):
+            rewards[i] = found
+    right = [chosen > rejected for chosen, rejected in rewards]
+    margins = [chosen - rejected for chosen, rejected in rewards]
+    rows = [
+        {
+            "prompt": pair["prompt"][-1]["content"],
+            **{side: answer_text(pair[side][-1]) for side in SIDES},
+            "rewards": found,
+            "reward accuracy": ok,
+            "margin": margin,
+        }
+        for pair, found, ok, margin in zip(pairs, rewards, right, margins, strict=True)
+    ]
+    mean = resampled_score("margin", len(pairs), lambda drawn: sum(margins[i] for i in drawn) / len(drawn))
+    return [share_score("reward accuracy", right), mean], rows
 
 
 @torch.no_grad()

@@ -72,7 +72,7 @@ def evaluate_model(
 
     Args:
         model: hub id, folder, builtin, run folder or adapter folder.
-        task: commonsense, gsm8k, exact, text, classification, perplexity, or lm-eval:NAME.
+        task: commonsense, gsm8k, exact, text, classification, reward, perplexity, or lm-eval:NAME.
         metric: in place of a task: module:function, (model, tokenizer) -> a number.
         data: a file or data set, as for training; tasks of lm-eval bring theirs.
         by: how options are chosen, "generation" or "likelihood".

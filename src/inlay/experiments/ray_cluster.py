@@ -18,9 +18,10 @@ from typing import Any
 from rich.console import Console
 
 from inlay.experiments.runner import Processes, Workers
-from inlay.experiments.trial import LOG, TRIAL, trial_process
+from inlay.experiments.trial import LOG, TRIAL, Places, trial_process
 from inlay.messages import check_installed
 from inlay.methods import imports
+from inlay.recipe.rewards import reward_places
 
 RETRIES = 3  # how often a trial is started again
 
@@ -91,10 +92,14 @@ class RayWorkers:
 
     def begin(self, folder: Path) -> RayTrial:
         """Submit the trial of a folder to Ray."""
-        return RayTrial(self.ray, self.task.remote(str(folder.absolute()), os.getcwd(), self.cpus, imports()), folder)
+        return RayTrial(
+            self.ray,
+            self.task.remote(str(folder.absolute()), os.getcwd(), self.cpus, imports(), reward_places()),
+            folder,
+        )
 
 
-def attempt(folder: str, here: str, threads: int, modules: dict[str, tuple[Path, ...]]) -> None:
+def attempt(folder: str, here: str, threads: int, modules: Places, rewards: Places) -> None:
     """Run a trial in a Ray worker from its beginning, after deleting what an earlier attempt left."""
     os.chdir(here)
     for path in Path(folder).iterdir():
@@ -102,7 +107,7 @@ def attempt(folder: str, here: str, threads: int, modules: dict[str, tuple[Path,
             shutil.rmtree(path)
         elif path.name != TRIAL:
             path.unlink()
-    trial_process(Path(folder), threads, modules)
+    trial_process(Path(folder), threads, modules, rewards)
 
 
 class RayTrial:

@@ -25,6 +25,8 @@ from inlay.messages import progress_bars
 from inlay.methods import imports
 from inlay.models.loading import resolve
 from inlay.recipe.recipe import Recipe
+from inlay.recipe.rewards import reward_places
+from inlay.training.arguments import optimizer_steps
 from inlay.training.checkpoints import METRICS
 from inlay.training.examples import Examples
 from inlay.training.progress import read_history
@@ -38,6 +40,8 @@ Outcome = TypeVar("Outcome")
 
 def steps_of(recipe: Recipe, examples: int) -> int:
     """Return the optimiser steps of a whole run on so many `examples`."""
+    if recipe.task == "grpo":
+        return optimizer_steps(recipe, examples, int(recipe.batch_size))
     return recipe.steps or math.ceil(recipe.epochs * examples / (int(recipe.batch_size) * recipe.accumulation))
 
 
@@ -171,7 +175,7 @@ class Processes:
     def begin(self, folder: Path) -> Process:
         """Start the process of the trial in a folder."""
         threads = max(1, torch.get_num_threads() // self.jobs)  # which obey OMP_NUM_THREADS
-        process = self.context.Process(target=trial_process, args=(folder, threads, imports()))
+        process = self.context.Process(target=trial_process, args=(folder, threads, imports(), reward_places()))
         process.start()
         return process
 

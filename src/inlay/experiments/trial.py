@@ -41,6 +41,7 @@ from inlay.methods import import_methods
 from inlay.models.loading import dtype_for
 from inlay.models.model_classes import find_model_class
 from inlay.recipe.recipe import Recipe
+from inlay.recipe.rewards import import_reward
 from inlay.reports.result import Result
 from inlay.training.examples import Examples
 from inlay.training.fit import fit, predicted_memory
@@ -50,6 +51,7 @@ from inlay.training.settle import settle
 from inlay.training.tasks import TASKS
 from inlay.training.trainers.trainer import Trainer
 
+Places = Mapping[str, Sequence[Path]]  # where what was imported was found, by its name
 TRIAL = "trial.json"
 RESULT = "result.json"
 LOG = "log.txt"
@@ -222,13 +224,14 @@ def end_with_parent() -> None:
         os._exit(1)
 
 
-def trial_process(folder: Path, threads: int, modules: Mapping[str, Sequence[Path]]) -> None:
+def trial_process(folder: Path, threads: int, modules: Places, rewards: Places) -> None:
     """Run a trial as the body of a process, with its output in the trial's log.
 
     Args:
         folder: of the trial.
         threads: that torch computes with.
         modules: of methods outside the package, to be imported as the process that starts this one did.
+        rewards: functions that reward answers, likewise.
     """
     threading.Thread(target=end_with_parent, daemon=True).start()
     log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -238,4 +241,6 @@ def trial_process(folder: Path, threads: int, modules: Mapping[str, Sequence[Pat
     quiet()
     for module, folders in modules.items():
         import_methods(module, folders)
+    for reward, folders in rewards.items():
+        import_reward(reward, folders)
     run_trial(folder)

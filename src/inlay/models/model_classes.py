@@ -20,13 +20,27 @@ from transformers import (
 
 @dataclass(frozen=True)
 class ModelClass:
-    """Hold a task's name, PEFT's name for it, the class that loads its models, the hub's tag, and its loss."""
+    """Describe the models of a task.
+
+    Attributes:
+        name: of the task.
+        peft: PEFT's name for it.
+        auto: the class that loads its models.
+        tag: the hub's.
+        loss: its title, with its unit.
+        chats: whether its examples begin with conversations, which a chat template renders.
+        planned: whether a step's memory is predicted.
+        any_optimizer: whether its trainer takes optimisers beside transformers' own.
+    """
 
     name: str
     peft: str
     auto: Any
     tag: str
     loss: str = "loss (nats per answer token)"
+    chats: bool = False
+    planned: bool = False
+    any_optimizer: bool = True
 
     @property
     def causal(self) -> bool:
@@ -37,17 +51,35 @@ class ModelClass:
 CAUSAL = "CAUSAL_LM"  # PEFT's names of tasks
 SEQUENCE = "SEQ_CLS"
 SEQ2SEQ = "SEQ_2_SEQ_LM"
+GENERATION = "text-generation"
+BY_TRL = {"chats": True, "any_optimizer": False}  # of trl's trainers that create their optimiser by transformers' names
 
 MODEL_CLASSES = (
-    ModelClass("instruction", CAUSAL, AutoModelForCausalLM, "text-generation"),
-    ModelClass("language_modelling", CAUSAL, AutoModelForCausalLM, "text-generation", "loss (nats per token)"),
-    ModelClass("preference", CAUSAL, AutoModelForCausalLM, "text-generation", "DPO's loss (nats per pair)"),
+    ModelClass("instruction", CAUSAL, AutoModelForCausalLM, GENERATION, chats=True, planned=True),
+    ModelClass("language_modelling", CAUSAL, AutoModelForCausalLM, GENERATION, "loss (nats per token)", planned=True),
+    ModelClass("preference", CAUSAL, AutoModelForCausalLM, GENERATION, "DPO's loss (nats per pair)", **BY_TRL),
+    ModelClass("orpo", CAUSAL, AutoModelForCausalLM, GENERATION, "ORPO's loss (nats)", **BY_TRL),
+    ModelClass("simpo", CAUSAL, AutoModelForCausalLM, GENERATION, "SimPO's loss (nats per pair)", **BY_TRL),
+    ModelClass("kto", CAUSAL, AutoModelForCausalLM, GENERATION, "KTO's loss (per answer)", **BY_TRL),
+    ModelClass(
+        "reward",
+        SEQUENCE,
+        AutoModelForSequenceClassification,
+        "text-classification",
+        "loss (nats per pair)",
+        chats=True,
+    ),
+    ModelClass("grpo", CAUSAL, AutoModelForCausalLM, GENERATION, "loss (negative mean reward)", **BY_TRL),
     ModelClass(
         "classification", SEQUENCE, AutoModelForSequenceClassification, "text-classification", "loss (per example)"
     ),
     ModelClass("seq2seq", SEQ2SEQ, AutoModelForSeq2SeqLM, "summarization"),
     ModelClass("vision", CAUSAL, AutoModelForImageTextToText, "image-text-to-text"),
 )
+
+
+CHAT_TASKS = tuple(kind.name for kind in MODEL_CLASSES if kind.chats)
+PLANNED_TASKS = tuple(kind.name for kind in MODEL_CLASSES if kind.planned)
 
 
 def find_model_class(name: str) -> ModelClass:

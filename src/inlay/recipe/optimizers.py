@@ -67,13 +67,18 @@ def optimizer_settings(name: str, args: dict[str, Any], targets: list[str] | str
     return {"optim": name, **projecting, **({"optim_args": text} if text else {})}
 
 
+def is_own_optimizer(name: str) -> bool:
+    """Return whether transformers does not name an optimiser, so that a trainer has to take its class."""
+    return name in DIMENSIONS
+
+
 def own_optimizer(name: str, lr: float, args: dict[str, Any]) -> tuple[type[Optimizer], dict[str, Any]] | None:
     """Return the class and arguments of an optimiser that transformers does not name; None for all others."""
     if name == "muon":  # steps scaled to AdamW's length, so that AdamW's learning rates fit
         return torch.optim.Muon, {"lr": lr, "adjust_lr_fn": "match_rms_adamw", **args}
     if name == "subspace_descent":
         return SubspaceDescent, {"lr": lr, **args}
-    if name != "scion":
+    if not is_own_optimizer(name):
         return None
     from pytorch_optimizer import SCION
     from pytorch_optimizer.optimizer.scion import LMONorm

@@ -19,6 +19,7 @@ from inlay.method import Method
 from inlay.methods import every, import_methods, imports
 from inlay.outside import MODULE, UnknownMethodError, is_plain_name
 from inlay.recipe.recipe import Recipe, by_key
+from inlay.recipe.rewards import import_rewards
 from inlay.recipe.schema import default_of, describe_type, yaml_key
 
 
@@ -43,6 +44,9 @@ def load_recipe(path: str | None, overrides: dict[str, Any], follow: bool = True
             names cannot be imported.
     """
     values = read_yaml(path) if path else {}
+    if overrides.get("reward") is not None:  # a person's own words
+        import_rewards(overrides["reward"])
+        values.pop("reward", None)
     if path and follow:
         import_named(values, path)
     if "compare" in values:
@@ -72,9 +76,12 @@ def named_modules(values: dict[str, Any], path: str | None) -> list[str]:
 
 
 def import_named(values: dict[str, Any], path: str) -> None:
-    """Import the modules of methods that the recipe at `path` names under `import`, from its folder or elsewhere."""
+    """Import what the recipe at `path` names, from its folder or elsewhere: modules of methods, and rewards."""
+    folders = [Path(path).expanduser().parent]
     for module in named_modules(values, path):
-        import_methods(module, [Path(path).expanduser().parent])
+        import_methods(module, folders)
+    if values.get("reward") is not None:
+        import_rewards(values["reward"], folders)
 
 
 def from_values(values: dict[str, Any], overrides: dict[str, Any], path: str | None = None) -> Recipe:
@@ -139,7 +146,9 @@ def from_flag(name: str, text: str) -> Any:
     texts = str in options[: options.index(list)] if list in options else True
     if names and not texts:
         return [from_yaml(part) for part in text.split(",")]
-    if str in options and not (list in options and text.startswith("[") and text.endswith("]")):
+    flow = {list: ("[", "]"), dict: ("{", "}")}
+    read = any(kind in options and text.startswith(ends[0]) and text.endswith(ends[1]) for kind, ends in flow.items())
+    if str in options and not read:
         return text
     try:
         return from_yaml(text)

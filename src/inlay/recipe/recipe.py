@@ -17,11 +17,12 @@ from inlay.host.config import InlayConfig
 from inlay.method import Method
 from inlay.methods import find
 from inlay.models.base import BaseModel
-from inlay.models.model_classes import find_model_class
+from inlay.models.model_classes import CHAT_TASKS, find_model_class
 from inlay.numerics.zeroth_order import ZerothOrder
-from inlay.recipe.optimizers import check_optimizer
+from inlay.recipe.optimizers import check_optimizer, is_own_optimizer
 from inlay.recipe.peft_methods import FULL, is_inlay, peft_config
 from inlay.recipe.rates import UNKNOWN, default_rate
+from inlay.recipe.rewards import ACCEPTED, OF_RUN, reward_terms
 from inlay.recipe.schema import conform, conform_all, default_of, field_of, yaml_key
 from inlay.recipe.sources import check_sources, sources
 
@@ -50,10 +51,14 @@ class Recipe:
         "auto", "the base's attention; auto: transformers' choice, which is sdpa where the model has it"
     )
 
-    task: Literal["instruction", "language_modelling", "preference", "classification", "seq2seq", "vision"] = field_of(
+    task: Literal[
+        "instruction", "language_modelling", "preference", "orpo", "simpo", "kto", "reward", "grpo", "classification",
+        "seq2seq", "vision",
+    ] = field_of(
         "instruction",
-        "what the model learns: answers; plain text; preferences (DPO); labels; summaries; answers about images",
-    )
+        "what the model learns: answers; plain text; preferences of pairs (preference: DPO; orpo, simpo) or of single "
+        "answers (KTO); to reward answers; rewards of its own answers (GRPO); labels; summaries; answers about images",
+    )  # fmt: skip
     data: str | list = field_of(
         "builtin",
         "file, folder or hub data set; builtin: a slice of E2E NLG; a mixture: [{path: a.jsonl, weight: 2}, b.jsonl], "
@@ -82,6 +87,14 @@ class Recipe:
         None, "Jinja file in place of the model's chat template; training: the one that trl has for training its family"
     )
     chat_template_kwargs: dict = field_of(dict, "what the chat template gets too: {enable_thinking: false}")
+    reward: str | list | dict | None = field_of(
+        None,
+        "of task grpo: exact_match, {format: REGEX}, or a function of yours, module:function or file.py:function; or a "
+        "list of them, each with a weight if need be: [exact_match, {format: REGEX, weight: 0.2}]",
+    )
+    num_generations: int = field_of(8, "of task grpo: answers that are drawn to each prompt", min=2)
+    temperature: float = field_of(1.0, "of task grpo: of these draws", min=0)
+    max_new_tokens: int = field_of(128, "of task grpo: longest answer", min=1)
     answers: Literal["all", "last"] = field_of("all", "which answers of a conversation are learned")
     max_length: int = field_of(512, "tokens; longer examples are truncated", min=8)
     packing: bool = field_of(False, "pack short examples into full sequences")
@@ -166,7 +179,11 @@ class Recipe:
     skip_nan: int = field_of(0, "steps with NaN or Inf that are skipped before one ends the run", min=0)
     gradient_checkpointing: bool = field_of(False, "recompute activations: less memory, about a third more time")
     seed: int = field_of(0, "seed of everything random", min=0)
-    trainer: dict = field_of(dict, "any other field of trl's SFTConfig or DPOConfig (other tasks: TrainingArguments)")
+    trainer: dict = field_of(
+        dict,
+        "any other field of the trainer's arguments: trl's SFTConfig, or DPOConfig, ORPOConfig, CPOConfig (SimPO), "
+        "KTOConfig, RewardConfig, GRPOConfig; for labels and summaries TrainingArguments",
+    )
 
     eval_every: int | None = field_of(None, "steps between evaluations (default: before and after only)", min=1)
     early_stopping: int | None = field_of(
@@ -382,7 +399,7 @@ def check_task(recipe: Recipe) -> None:
     every = sources(recipe)
     if any(source.system is not None for source in every) and recipe.task in ("classification", "language_modelling"):
         raise ValueError(f"system: task {recipe.task} has no prompt for a system message; leave it out")
-    if any(source.path == "builtin" for source in every) and recipe.task not in ("instruction", "seq2seq"):
+    if any(source.path == "builtin" for source in every) and recipe.task not in ("instruction", "seq2seq", "grpo"):
         raise ValueError(f"data: the built-in slice of E2E is not for task {recipe.task}; name a file")
     check_chat(recipe)
     if recipe.task == "instruction":
@@ -393,11 +410,48 @@ def check_task(recipe: Recipe) -> None:
         raise ValueError(f"method {recipe.method} starts from data, which task vision does not provide; choose another")
     if recipe.quantize == "nf4":
         raise ValueError(f"quantize: nf4 (folded) is for task instruction; {recipe.task} takes nf4_offset or int8")
-    planned = find_model_class(recipe.task).causal and recipe.task != "preference"
-    if recipe.batch_size == "auto" and not planned:
+    kind = find_model_class(recipe.task)
+    if recipe.batch_size == "auto" and not kind.planned:
         raise ValueError(f"batch_size: auto is not planned for task {recipe.task}; give a number")
-    if recipe.allocate != "none" and not find_model_class(recipe.task).causal:
+    if is_own_optimizer(recipe.optim) and not kind.any_optimizer:
+        raise ValueError(
+            f"optimizer: trl's trainer of task {recipe.task} takes only transformers' optimisers, not {recipe.optim}; "
+            "leave it out"
+        )
+    if recipe.task == "grpo":
+        check_rewards(recipe)
+    if recipe.allocate != "none" and not kind.causal:
         raise ValueError(f"allocate: ranks from spectra are for causal language models, not task {recipe.task}")
+
+
+def check_rewards(recipe: Recipe) -> None:
+    """Refuse settings of task grpo that are invalid or exclude each other."""
+    if recipe.reward is None:
+        raise ValueError(f"reward: task grpo needs one; accepted: {ACCEPTED}")
+    reward_terms(recipe.reward)
+    answers, group = int(recipe.batch_size) * recipe.accumulation, recipe.num_generations
+    if answers % group:
+        raise ValueError(
+            f"num_generations: {group} does not divide the {answers} answers of a step (batch_size × accumulation); "
+            f"take batch_size {group}, or a multiple"
+        )
+    if recipe.temperature <= 0:
+        raise ValueError(f"temperature: {recipe.temperature} draws the same answer each time; take one above 0")
+    if recipe.max_new_tokens >= recipe.max_length:
+        raise ValueError(
+            f"max_new_tokens: {recipe.max_new_tokens} leaves no room for a prompt within max_length="
+            f"{recipe.max_length}; raise max_length"
+        )
+    if recipe.step != "backward":
+        raise ValueError(
+            f"step: {recipe.step} looks at losses alone, and task grpo learns from gradients; leave it out"
+        )
+    for key in OF_RUN:
+        if key in recipe.trainer:
+            raise ValueError(f"trainer: a run of task grpo with {key!r} could not be resumed exactly; leave it out")
+    for key in recipe.trainer:
+        if key.startswith(("use_vllm", "vllm_", "use_transformers_")):
+            raise ValueError(f"trainer: {key}: task grpo generates with transformers alone; leave it out")
 
 
 PREPARED = {  # keys of trl's configs for data and models that trl prepares; here it gets tokens, labels and a model
@@ -417,14 +471,18 @@ def check_chat(recipe: Recipe) -> None:
     tasks = {
         "answers": ("instruction",),
         "unlabelled": ("classification",),
-        "chat_template": ("instruction", "preference"),
-        "chat_template_kwargs": ("instruction", "preference"),
+        "reward": ("grpo",),
+        "num_generations": ("grpo",),
+        "temperature": ("grpo",),
+        "max_new_tokens": ("grpo",),
+        "chat_template": CHAT_TASKS,
+        "chat_template_kwargs": CHAT_TASKS,
     }
     for f in fields(recipe):
         if recipe.task not in tasks.get(f.name, (recipe.task,)) and vars(recipe)[f.name] != default_of(f):
             raise ValueError(f"{f.name} is for task {' or '.join(tasks[f.name])}, not {recipe.task}; leave it out")
     for key, hint in PREPARED.items():
-        if key in recipe.trainer and recipe.task in ("instruction", "language_modelling", "preference"):
+        if key in recipe.trainer and recipe.task in (*CHAT_TASKS, "language_modelling"):
             raise ValueError(f"trainer: {key} has no effect; {hint}")
 
 
@@ -434,6 +492,8 @@ def why_no_groups(recipe: Recipe) -> str | None:
         "packing fills every sequence": recipe.packing,
         "a stream is read in its own order": recipe.streaming,
         "all blocks of task language_modelling are of one length": recipe.task == "language_modelling",
+        "task kto pairs each answer with its neighbours' prompts, in the order of the batches": recipe.task == "kto",
+        "task grpo draws its answers itself": recipe.task == "grpo",
         "task vision does not know how long an image is": recipe.task == "vision",
     }
     return next((reason for reason, holds in reasons.items() if holds), None)

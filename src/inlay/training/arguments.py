@@ -91,6 +91,9 @@ def training_arguments(recipe: Recipe, folder: Path, batch: int, steps: int, dty
 
 def optimizer_steps(recipe: Recipe, examples: int, batch: int) -> int:
     """Return the optimiser steps of a run over so many examples, as transformers will count them."""
+    if recipe.task == "grpo":  # prompts, of which a step takes whole groups
+        prompts = batch * recipe.accumulation * distributed.process_count() // recipe.num_generations
+        return recipe.steps or math.ceil(recipe.epochs * max(1, examples // prompts))
     batches = math.ceil(examples / (batch * distributed.process_count()))
     return recipe.steps or math.ceil(recipe.epochs * math.ceil(batches / recipe.accumulation))
 

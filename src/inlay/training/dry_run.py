@@ -12,7 +12,7 @@ from inlay.files.atomic import check_free
 from inlay.messages import dtype_name, duration, gib
 from inlay.models.folded import fold_at
 from inlay.models.loading import dtype_for
-from inlay.models.model_classes import find_model_class
+from inlay.models.model_classes import PLANNED_TASKS, find_model_class
 from inlay.models.sizes import count_parameters, frozen_experts
 from inlay.planning.planner import NotPlannedError, PlannedRun
 from inlay.recipe.peft_methods import without_start
@@ -24,8 +24,6 @@ from inlay.training.batch_size import fitting_batch, largest_useful_batch, plann
 from inlay.training.examples import TOKENS, Examples
 from inlay.training.run_folder import MARK
 from inlay.training.tasks import TASKS
-
-PLANNED = "instruction, language_modelling"  # the tasks whose memory is predicted
 
 
 def dry_run(recipe: Recipe, console: Console, verbose: bool = False) -> None:
@@ -55,11 +53,11 @@ def dry_run(recipe: Recipe, console: Console, verbose: bool = False) -> None:
         batch = fitting_batch(*planned_step(recipe, base, rows, dtype), largest_useful_batch(rows), loaded=False)
     resolved = recipe.resolved(dtype=dtype_name(dtype), eval_size=rows.eval_size, batch_size=batch)
     show_amount(resolved, rows, console)
-    if kind.causal and recipe.task != "preference":
+    if kind.planned:
         show_memory(resolved, rows, *planned_step(resolved, base, rows, dtype), console)
     else:
         trained = count_parameters(base, without_start(recipe.adapter()), kind.auto, **task.model_settings(rows))
-        console.print(f"{trained:,} trainable parameters; memory is predicted for tasks {PLANNED}")
+        console.print(f"{trained:,} trainable parameters; memory is predicted for tasks {', '.join(PLANNED_TASKS)}")
     console.print("\nfirst example, the learned part in ⟦⟧:" if not kind.causal else TOKENS)
     console.print(task.shown(rows.train[0], tokenizer, resolved), soft_wrap=True, markup=False, highlight=False)
     console.print(

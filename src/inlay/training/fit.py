@@ -20,6 +20,7 @@ from inlay.host.schedule import Schedule
 from inlay.messages import duration, gib
 from inlay.models import builtin
 from inlay.models.loading import dtype_for
+from inlay.models.model_classes import find_model_class
 from inlay.models.sizes import count_trained_and_base, frozen_experts
 from inlay.recipe.optimizers import check_shapes, own_optimizer
 from inlay.recipe.peft_methods import is_inlay
@@ -131,14 +132,14 @@ def measure(prepared: Prepared, trainer: Trainer, fitted: Fitted) -> Result:
     return Result(
         recipe, prepared.folder, fitted.parameters, fitted.base_parameters, before, after, seconds, progress.tokens,
         peak_memory(), progress.history, write_samples(questions, answers), scores,
-        len(rows.labels or ()) or None,
+        task.model_settings(rows).get("num_labels"),
     )  # fmt: skip
 
 
 def predicted_memory(prepared: Prepared, trainer: Trainer) -> dict[str, float]:
     """Return the predicted bytes at the peak of a step, by part; nothing where the model cannot be simulated."""
     recipe = prepared.recipe
-    if recipe.task not in ("instruction", "language_modelling"):
+    if not find_model_class(recipe.task).planned:
         return {}
     try:
         run, length = planned_step(recipe, prepared.base, prepared.rows, dtype_for(recipe.dtype))
@@ -174,8 +175,6 @@ def build_trainer(prepared: Prepared, base: Any) -> Trainer:
         adapter.revision = recipe.revision  # of the base, for loading and merging
     task = TASKS[recipe.task]
     optimizer = own_optimizer(recipe.optim, recipe.rate, recipe.optimizer_args)
-    if optimizer is not None and recipe.task == "preference":
-        raise ValueError(f"optimizer: trl's DPO trainer takes only transformers' optimisers, not {recipe.optim}")
     train_dataset = training_set(rows, tokenizer) if rows.stream else task.dataset(rows.train, tokenizer, recipe)
     if recipe.group_by_length == "auto":
         recipe = replace(recipe, group_by_length=grouping_pays(prepared, cast(Dataset, train_dataset), batch))
@@ -192,7 +191,7 @@ def build_trainer(prepared: Prepared, base: Any) -> Trainer:
             ratios=role_ratios(recipe.lr_ratio, recipe.core_ratio),
             zeroth=recipe.zeroth(),
             **({} if optimizer is None else {"optimizer_cls_and_kwargs": optimizer}),
-            **task.parts(tokenizer, rows),
+            **task.parts(tokenizer, rows, recipe),
         )
     if recipe.steps is None:
         settle_steps(recipe, trainer)

@@ -33,7 +33,7 @@ class RunProgress(TrainerCallback):
     def __init__(self, folder: Path, console: Console, metrics: Sequence[str] = ()) -> None:
         self.file = folder / METRICS
         self.console = console
-        self.metrics = [f"eval_{name}" for name in metrics]
+        self.metrics = [*metrics, *(f"eval_{name}" for name in metrics)]
         self.evaluated: list[dict[str, Any]] = []
         self.first: int | None = None  # how many parameters the first step trained
         self.started = time.perf_counter()

@@ -46,6 +46,22 @@ def run_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def padding_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """Return a run's tokenizer that pads, as decoders' often do not: with the end token, as in instruction tuning.
+
+    Raises:
+        ValueError: it has no end token either.
+    """
+    tokenizer = run_tokenizer(recipe)
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise ValueError(
+            f"the tokenizer of {recipe.model} has neither a pad token nor an end token to pad with; give one of "
+            'its tokens as "pad_token" in its tokenizer_config.json'
+        )
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
 def answer_ends(recipe: Recipe) -> frozenset[int]:
     """Return the tokens at which a recipe's model stops by its own generation settings."""
     ends = recipe.base_model.generation_config.eos_token_id

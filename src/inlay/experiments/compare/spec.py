@@ -138,7 +138,7 @@ def plan_comparison(recipe: Recipe, spec: Comparison) -> ComparisonPlan:
     kind = find_model_class(recipe.task)
     if recipe.task == "vision":
         raise ValueError("task: vision is for single runs; inlay compare is for all other tasks")
-    if "memory" in spec.budget and (not kind.causal or recipe.task == "preference"):
+    if "memory" in spec.budget and not kind.planned:
         raise ValueError(
             f"budget: memory is not predicted for task {recipe.task}; give {{parameters: N}} or {{time: s}}"
         )

@@ -40,8 +40,7 @@ from inlay.experiments.tune.study import (
 from inlay.files.atomic import locked, write_text
 from inlay.messages import Terminal, check_installed
 from inlay.training.arguments import check_means
-from inlay.training.examples import load_examples
-from inlay.training.run_tokenizer import run_tokenizer
+from inlay.training.tasks import TASKS
 
 if TYPE_CHECKING:
     import optuna
@@ -76,7 +75,8 @@ def tune(
     check_means(plan.recipe)
     folder = Path(plan.recipe.output or Path("runs") / Path(path).stem).expanduser()
     recipe = plan.recipe
-    rows = load_examples(recipe, run_tokenizer(recipe), console)
+    task = TASKS[recipe.task]
+    rows = task.examples(recipe, task.processor(recipe), console)
     if plan.spec.selection >= len(rows.train):
         raise ValueError(f"selection: {plan.spec.selection} of {len(rows.train)} examples leave none to train on")
     with ray_cluster.workers(jobs, cluster, console) as workers, locked(folder):

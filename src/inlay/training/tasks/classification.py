@@ -16,8 +16,8 @@ from inlay.evaluation.label_metrics import classified, correlated
 from inlay.recipe.recipe import Recipe
 from inlay.training.examples import Examples, announce, measured
 from inlay.training.mixture import say, train_and_heldout
-from inlay.training.run_tokenizer import check_limits
-from inlay.training.tasks.instruction import Task
+from inlay.training.run_tokenizer import check_limits, padding_tokenizer
+from inlay.training.tasks.instruction import Settings, Task
 from inlay.training.trainers.trainer import PlainTrainer
 
 
@@ -31,19 +31,8 @@ class Classification(Task):
     metrics = ("accuracy", "f1", "matthews", "pearson", "spearman")
 
     def processor(self, recipe: Recipe) -> Any:
-        """Return a tokenizer that pads, as decoders' often do not: with the end token, as in instruction tuning.
-
-        Raises:
-            ValueError: it has no end token either.
-        """
-        tokenizer = super().processor(recipe)
-        if tokenizer.pad_token is None and tokenizer.eos_token is None:
-            raise ValueError(
-                f"the tokenizer of {recipe.model} has neither a pad token nor an end token to pad with; give one of "
-                'its tokens as "pad_token" in its tokenizer_config.json'
-            )
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        return tokenizer
+        """Return a tokenizer that pads."""
+        return padding_tokenizer(recipe)
 
     def examples(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Console) -> Examples:
         """Return examples as any task does; a label is what stands in its column, and labels are ordered by value."""
@@ -65,7 +54,7 @@ class Classification(Task):
         announce(made, recipe, console)
         return made
 
-    def model_settings(self, rows: Examples) -> dict[str, Any]:
+    def model_settings(self, rows: Examples) -> Settings:
         names = rows.labels or ["score"]
         kind = "single_label_classification" if rows.labels else "regression"
         ids = {name: i for i, name in enumerate(names)}
@@ -77,7 +66,7 @@ class Classification(Task):
             "pad_token_id": rows.padding,  # by which a decoder finds the last token of each text
         }
 
-    def settings(self, recipe: Recipe) -> dict[str, Any]:
+    def settings(self, recipe: Recipe) -> Settings:
         return {"include_num_input_tokens_seen": "non_padding", "label_names": ["labels"]}
 
     def dataset(self, rows: list[Row], tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Dataset:
@@ -87,7 +76,7 @@ class Classification(Task):
     def batch(self, rows: list[Row], tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> dict[str, torch.Tensor]:
         return dict(DataCollatorWithPadding(tokenizer)(cast(Any, list(self.dataset(rows, tokenizer, recipe)))))
 
-    def parts(self, tokenizer: PreTrainedTokenizerBase, rows: Examples) -> dict[str, Any]:
+    def parts(self, tokenizer: PreTrainedTokenizerBase, rows: Examples, recipe: Recipe) -> Settings:
         made = classified if rows.labels else correlated
         return {
             "data_collator": DataCollatorWithPadding(tokenizer),

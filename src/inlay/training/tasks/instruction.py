@@ -24,6 +24,9 @@ from inlay.training.examples import Examples, load_examples, token_dataset
 from inlay.training.run_tokenizer import run_tokenizer
 from inlay.training.trainers.trainer import Trainer
 
+Loss = Callable[[Any, Any], Tensor]  # of a model and a batch
+Settings = dict[str, Any]  # of a trainer, its arguments or a model's configuration, by name
+
 
 class Task:
     """Train causal language models on answers to prompts, through trl's SFTTrainer."""
@@ -40,11 +43,11 @@ class Task:
         """Read, split and audit a recipe's data."""
         return load_examples(recipe, tokenizer, console)
 
-    def model_settings(self, rows: Examples) -> dict[str, Any]:
+    def model_settings(self, rows: Examples) -> Settings:
         """Return what of the model's configuration depends on the data."""
         return {}
 
-    def settings(self, recipe: Recipe) -> dict[str, Any]:
+    def settings(self, recipe: Recipe) -> Settings:
         """Return the trainer's arguments that are not transformers' own."""
         return {
             "max_length": recipe.max_length,
@@ -62,13 +65,13 @@ class Task:
         shown = [render(row, tokenizer, recipe.max_length) for row in rows]
         return collate([(one.ids, one.labels) for one in shown if one.answer_ids], tokenizer)
 
-    def loss(self, recipe: Recipe) -> Callable[[Any, Any], Tensor] | None:
+    def loss(self, recipe: Recipe) -> Loss | None:
         """Return what of (model, batch) such starts differentiate; None: the model's own loss."""
         if not find_model_class(recipe.task).causal:
             return None
         return lambda model, batch: label_losses(model, batch)[1].mean()
 
-    def parts(self, tokenizer: PreTrainedTokenizerBase, rows: Examples) -> dict[str, Any]:
+    def parts(self, tokenizer: PreTrainedTokenizerBase, rows: Examples, recipe: Recipe) -> Settings:
         """Return arguments of the trainer itself: a collator, metrics."""
         return {}
 

@@ -17,7 +17,7 @@ from inlay.recipe.recipe import Recipe
 from inlay.training.examples import Examples, announce, measured
 from inlay.training.mixture import train_and_heldout
 from inlay.training.run_tokenizer import check_limits
-from inlay.training.tasks.instruction import Task
+from inlay.training.tasks.instruction import Settings, Task
 
 JOIN = "\n\n"  # between the records: paragraphs of a file, lines of WikiText
 
@@ -39,7 +39,7 @@ class LanguageModelling(Task):
         announce(made, recipe, console)
         return made
 
-    def settings(self, recipe: Recipe) -> dict[str, Any]:
+    def settings(self, recipe: Recipe) -> Settings:
         return {"max_length": recipe.max_length, "packing": False, "eval_packing": False}
 
     def dataset(self, rows: list[Row], tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Dataset:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch.nn.functional as F
 from datasets import Dataset
@@ -22,7 +21,7 @@ from inlay.recipe.recipe import Recipe
 from inlay.training.examples import Examples
 from inlay.training.mixture import train_and_heldout
 from inlay.training.run_tokenizer import answer_ends, check_limits
-from inlay.training.tasks.instruction import Task, collate, label_losses
+from inlay.training.tasks.instruction import Loss, Settings, Task, collate, label_losses
 from inlay.training.trainers.trainer import PreferenceTrainer
 
 
@@ -35,6 +34,7 @@ class Preference(Task):
 
     trainer, arguments = PreferenceTrainer, DPOConfig
     metrics = ("rewards/accuracies", "rewards/margins")
+    cuts = True  # answers at max_length
 
     def examples(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Console) -> Examples:
         train, held = train_and_heldout(
@@ -45,14 +45,19 @@ class Preference(Task):
         console.print(f"{len(train)} pairs to train on, {len(held)} held out; longest {audit.longest} tokens")
         for note in audit.notes:
             console.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
-        rows, heldout = (with_room(part, tokenizer, recipe, console) for part in (train, held))
-        if audit.cut:
+        rows, heldout = (with_room(self, part, tokenizer, recipe, console) for part in (train, held))
+        if audit.cut and self.cuts:
             console.print(f"{audit.cut} answers are cut at max_length={recipe.max_length}", style="yellow")
         check_limits(recipe, tokenizer, audit.largest_token, min(audit.longest, recipe.max_length))
         found = Audit(len(rows), audit.cut, audit.masked, 0, audit.longest, audit.mean_tokens, audit.answer_tokens)
         return Examples(rows, heldout, found, conversations=len(held))
 
-    def settings(self, recipe: Recipe) -> dict[str, Any]:
+    def unfit(self, row: Row, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> str | None:
+        """Return why a pair cannot be learned from, if so."""
+        full = len(encode_pair(row, tokenizer)["prompt_ids"]) >= recipe.max_length
+        return "their prompt alone fills" if full else None
+
+    def settings(self, recipe: Recipe) -> Settings:
         return {"max_length": recipe.max_length, "precompute_ref_log_probs": recipe.method == FULL}
 
     def dataset(self, rows: list[Row], tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Dataset:
@@ -70,7 +75,7 @@ class Preference(Task):
                 found.append((ids[: recipe.max_length], labels[: recipe.max_length]))
         return collate(found, tokenizer)
 
-    def loss(self, recipe: Recipe) -> Callable[[Any, Any], Tensor]:
+    def loss(self, recipe: Recipe) -> Loss:
         beta = recipe.trainer.get("beta", DPOConfig.beta)
         return lambda model, batch: first_loss(model, batch, beta)
 
@@ -97,31 +102,43 @@ def side_of(row: Row, side: str) -> Example:
 
 def encode_pair(row: Row, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
     """Return a pair as trl's trainer takes it; both answers start where tokens differ from the prompt's alone."""
-    chosen, rejected = (encode_example(side_of(row, side), tokenizer) for side in SIDES)
-    start = min(chosen.spans[0][0], rejected.spans[0][0], common(chosen.ids, rejected.ids))
-    return {
-        "prompt_ids": chosen.ids[:start],
-        "chosen_ids": chosen.ids[start:],
-        "rejected_ids": rejected.ids[start:],
-    }
+    prompt, (chosen, rejected) = encoded_from([side_of(row, side) for side in SIDES], tokenizer)
+    return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
 
 
-def with_room(rows: list[Row], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, console: Console) -> list[Row]:
-    """Return the pairs whose prompt leaves room for an answer; how many do not is said.
+def encoded_from(examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[list[int]]]:
+    """Return the tokens of a prompt that examples share, and those of each one's answer."""
+    found = [encode_example(example, tokenizer) for example in examples]
+    shared = common(found[0].ids, found[-1].ids) if len(found) > 1 else len(found[0].ids)
+    start = min(shared, *(one.spans[0][0] for one in found))
+    return found[0].ids[:start], [one.ids[start:] for one in found]
+
+
+class Fitting(Protocol):
+    """Know which examples cannot be learned from."""
+
+    def unfit(self, row: Row, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> str | None:
+        """Return why an example cannot be learned from, if so."""
+
+
+def with_room(
+    task: Fitting, rows: list[Row], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, console: Console
+) -> list[Row]:
+    """Return the examples that fit into `max_length` as their task needs it; how many do not is said.
 
     Raises:
         ValueError: none does.
     """
-    kept = [row for row in rows if len(encode_pair(row, tokenizer)["prompt_ids"]) < recipe.max_length]
-    if not kept:
-        raise ValueError(f"no prompt leaves room for an answer within max_length={recipe.max_length}; raise it")
-    if left := len(rows) - len(kept):
+    why = {i: reason for i, row in enumerate(rows) if (reason := task.unfit(row, tokenizer, recipe))}
+    if len(why) == len(rows):
+        raise ValueError(f"no example fits: {why[0]} max_length={recipe.max_length}; raise it")
+    if why:
         console.print(
-            f"{left} of {len(rows)} pairs are left out: their prompt alone fills max_length={recipe.max_length}; "
-            "raise --max-length to keep them",
+            f"{len(why)} of {len(rows)} examples are left out: {next(iter(why.values()))} "
+            f"max_length={recipe.max_length}; raise --max-length to keep them",
             style="yellow",
         )
-    return kept
+    return [row for i, row in enumerate(rows) if i not in why]
 
 
 def first_loss(model: Any, batch: dict[str, Tensor], beta: float) -> Tensor:

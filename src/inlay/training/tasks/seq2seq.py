@@ -18,7 +18,7 @@ from inlay.recipe.recipe import Recipe
 from inlay.training.examples import Examples, announce, measured
 from inlay.training.mixture import train_and_heldout
 from inlay.training.run_tokenizer import check_limits
-from inlay.training.tasks.instruction import Task
+from inlay.training.tasks.instruction import Settings, Task
 from inlay.training.trainers.trainer import TargetTrainer
 
 TAKEN = ("prompt", "input", "answer", "system")  # a source is one text: no earlier turns stand before it
@@ -46,7 +46,7 @@ class Seq2Seq(Task):
         announce(made, recipe, console)
         return made
 
-    def settings(self, recipe: Recipe) -> dict[str, Any]:
+    def settings(self, recipe: Recipe) -> Settings:
         return {
             "include_num_input_tokens_seen": "non_padding",
             "label_names": ["labels"],
@@ -66,7 +66,7 @@ class Seq2Seq(Task):
             made["labels"] = F.pad(made["labels"], (0, 1), value=-100)
         return {**made, "decoder_attention_mask": (made["labels"] != -100).long()}
 
-    def parts(self, tokenizer: PreTrainedTokenizerBase, rows: Examples) -> dict[str, Any]:
+    def parts(self, tokenizer: PreTrainedTokenizerBase, rows: Examples, recipe: Recipe) -> Settings:
         return {"data_collator": DataCollatorForSeq2Seq(tokenizer)}
 
     def questions(self, rows: list[Row], count: int) -> list[Row]:

@@ -20,7 +20,7 @@ from inlay.messages import loading, short
 from inlay.recipe.recipe import Recipe
 from inlay.training.examples import Examples, announce, measured
 from inlay.training.mixture import train_and_heldout
-from inlay.training.tasks.instruction import Task
+from inlay.training.tasks.instruction import Settings, Task
 
 VISION_FORMATS = {
     "LLaVA": {"messages": ("conversations", "messages"), "images": ("image", "images"), "system": ("system",)},
@@ -59,7 +59,7 @@ class Vision(Task):
         announce(made, recipe, console)
         return made
 
-    def settings(self, recipe: Recipe) -> dict[str, Any]:
+    def settings(self, recipe: Recipe) -> Settings:
         return {"max_length": recipe.max_length, "packing": False, "eval_packing": False}
 
     def dataset(self, rows: list[Row], tokenizer: Any, recipe: Recipe) -> Dataset:

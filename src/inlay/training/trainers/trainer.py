@@ -5,24 +5,31 @@ A checkpoint is whole or not there, a stop leaves one, and no step is taken on N
 
 from __future__ import annotations
 
+import json
+import math
+import operator
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 import transformers
+import trl
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import Sampler
-from transformers import TrainerState
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
+from transformers import PreTrainedTokenizerBase, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from trl import DPOTrainer, SFTTrainer
+from trl import DPOTrainer, KTOConfig, SFTTrainer
 
-from inlay.data.render import IGNORED
+from inlay.data.formats import Row
+from inlay.data.render import IGNORED, prompt_ids
+from inlay.evaluation.generate import answer
 from inlay.files.untrusted import DamagedFileError
 from inlay.host import distributed
 from inlay.host.batched_queries import spread_queries
@@ -41,10 +48,16 @@ from inlay.training.trainers.length_groups import LengthGroups, token_counts
 from inlay.training.trainers.stop import Stop
 from inlay.training.trainers.token_weights import WEIGHTS, WithWeights, scale_to_mean_one
 
+if TYPE_CHECKING:
+    from trl.trainer.utils import RepeatSampler
+
 Base = transformers.Trainer if TYPE_CHECKING else object  # the trainers below have it after `Safe`
+Inputs = dict[str, Any]  # a batch: of tensors, and what else a loss needs
+Means = dict[str, list[float]]  # of metrics, one for each batch
 LOADERS = """_load_from_checkpoint _load_callback_state _load_optimizer_and_scheduler _load_scaler _load_rng_state
 _load_best_model""".split()
-FOR_LOSS = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps", WEIGHTS)  # in batches, beside inputs
+FOR_LOSS = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps", WEIGHTS, "label", "ref_logps", "ref_KL_logps",
+            "KL_input_ids", "KL_attention_mask", "KL_completion_mask")  # in batches, beside inputs  # fmt: skip
 
 
 class Safe(Base):
@@ -226,7 +239,7 @@ class Safe(Base):
             else:
                 self._load_from_checkpoint(str(path))
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
+    def training_step(self, model: nn.Module, inputs: Inputs, num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
         """Take a step as trl does, but move nothing where the loss or a gradient is not finite.
 
         Raises:
@@ -252,7 +265,7 @@ class Safe(Base):
         value = add_penalty(model, 1.0 if scaler is None else scaler.get_scale()) if self.penalises else None
         self.penalties += [] if value is None else [value]
 
-    def _ask(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
+    def _ask(self, model: nn.Module, inputs: Inputs, num_items_in_batch: Any) -> Tensor:
         """Estimate a micro-batch's part in the gradient from losses alone.
 
         All micro-batches of a step share their directions. Over several processes the losses are averaged, so that all
@@ -290,20 +303,23 @@ class Safe(Base):
             self.groups = optimizer.state_dict()["param_groups"]
         return optimizer
 
-    def _find_fault(self, model: nn.Module, inputs: dict[str, Any], loss: Tensor, last: bool) -> str | None:
+    def _find_fault(self, model: nn.Module, inputs: Inputs, loss: Tensor, last: bool) -> str | None:
         lost, fault = not loss.isfinite(), None
         # fp16's loss scaling tries for infinite gradients, and passes over them itself
         bad = bad_gradients(model) if last and not lost and not self.args.fp16 else []
         if not distributed.in_any(lost or bool(bad)):
             return None
         if distributed.in_any(lost):  # then all look for where, as a sharded model's forward pass needs all
-            given = {key: value for key, value in inputs.items() if key not in FOR_LOSS}
-            place = first_bad_output(model, self._prepare_inputs(given))
+            place = first_bad_output(model, self.model_inputs(inputs))
             fault = f"the loss is {loss.item()}" + (f", first in the output of {place}" if place else "")
         elif bad:
             fault = f"the gradient of {bad[-1]} is not finite"
         found = distributed.gather_values((lost, fault))
         return next(text for own, text in sorted(found, key=lambda pair: not pair[0]) if text)
+
+    def model_inputs(self, inputs: Inputs) -> Inputs:
+        """Return what of a batch the model itself takes."""
+        return self._prepare_inputs({key: value for key, value in inputs.items() if key not in FOR_LOSS})
 
     def _pass_over(self, model: nn.Module) -> None:
         step = self.state.global_step + 1
@@ -349,18 +365,202 @@ class Trainer(HeldOutTokens, CausalTrainer, SFTTrainer):
             scale_to_mean_one(batches, lambda own: cast(Tensor, self.accelerator.reduce(own.to(self.args.device))))
         return batches, count
 
-    def token_scores(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
+    def token_scores(self, model: nn.Module, inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
         """Return which tokens are labelled, and each one's loss, whether it is the likeliest, and the entropy."""
         given = {key: value for key, value in inputs.items() if key != WEIGHTS}  # each counts once
         found = model(**given, use_cache=False, fused_lm_head=True)
         return found.label_mask, [-found.log_probs, found.is_top1, found.entropy]
 
 
-class PreferenceTrainer(CausalTrainer, DPOTrainer):
-    """Extend trl's DPOTrainer, for preferences that are tokens already."""
+class HeldOutMeans(Base):
+    """Evaluate trl's metrics as means over all held-out examples; trl averages the means of batches."""
 
-    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+    counts: tuple[list[float], ...] = ()  # how many examples of each kind the batches of an evaluation hold
+
+    def kinds(self, inputs: Inputs) -> list[int]:
+        """Return how many examples of each kind that has metrics of its own a batch holds: here of one, pairs."""
+        return [len(inputs["input_ids"]) // 2]
+
+    def held_out_metrics(self) -> Means:
+        """Return the values of each metric, one for each batch of an evaluation."""
+        return cast(Any, self)._metrics["eval"]
+
+    def average(self, found: Means) -> None:
+        """Put the mean over all examples in the place of each metric's values."""
+        for name, values in found.items():
+            if len(values) == len(self.counts):
+                found[name] = [weighted_mean(values, [count for (count,) in self.counts])]
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Inputs, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Compute a batch's loss as trl does, and count its examples."""
+        own = torch.tensor(self.kinds(inputs), dtype=torch.float, device=self.args.device)
+        self.counts = (*self.counts, cast(Tensor, self.accelerator.reduce(own)).tolist())
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as trl does."""
+        if self.counts:
+            self.average(self.held_out_metrics())
+            self.counts = ()
+        super().log(logs, start_time)
+
+
+def weighted_mean(values: list[float], weights: list[float]) -> float:
+    """Return the mean of values, each as often as its weight says."""
+    return sum(map(operator.mul, values, weights)) / sum(weights)
+
+
+class AreTokens:
+    """Leave a data set as it is: its examples are tokens already."""
+
+    def _prepare_dataset(self, dataset: Dataset, *how: object) -> Dataset:
         return dataset
+
+
+class PreferenceTrainer(AreTokens, HeldOutMeans, CausalTrainer, DPOTrainer):
+    """Extend trl's DPOTrainer, for preferences."""
+
+
+class RewardTrainer(AreTokens, HeldOutMeans, Safe, trl.RewardTrainer):
+    """Extend trl's RewardTrainer, for pairs of conversations."""
+
+
+class KTOTrainer(HeldOutMeans, CausalTrainer, trl.KTOTrainer):
+    """Extend trl's KTOTrainer, for answers that are tokens already."""
+
+    def _prepare_dataset(
+        self, dataset: Dataset, processing_class: object, args: KTOConfig, dataset_name: str
+    ) -> Dataset:
+        """Return examples in the order of the run, shuffled once, each with another one's answer of its batch.
+
+        trl's estimate of the KL divergence needs these, and therefore every epoch in the same order.
+        """
+        if dataset_name == "train":
+            dataset = dataset.shuffle(seed=args.seed, keep_in_memory=True)
+        if not self.calculate_KL:
+            return dataset
+        answers, size = dataset["completion_ids"][:], args.per_device_train_batch_size
+        batches = (answers[start : start + size] for start in range(0, len(answers), size))
+        others = [answer for batch in batches for answer in (batch[-1], *batch[:-1])]
+        return dataset.add_column("KL_completion_ids", others)
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler[int] | None:
+        return SequentialSampler(eval_dataset)  # in the batches of which the other answers are
+
+    def kinds(self, inputs: Inputs) -> list[int]:
+        """Return how many answers are desirable, and how many are not."""
+        return [int(inputs["label"].sum()), int((~inputs["label"]).sum())]
+
+    def average(self, found: Means) -> None:
+        """Put the mean over all answers of a kind in the place of its rewards, and their difference in the margin's."""
+        counts = dict(zip(("chosen", "rejected"), zip(*self.counts, strict=True), strict=True))
+        for kind, own in counts.items():
+            if any(own):
+                found[f"rewards/{kind}"] = [weighted_mean(found[f"rewards/{kind}"], [n for n in own if n])]
+        if all(map(any, counts.values())):
+            found["rewards/margins"] = [found["rewards/chosen"][0] - found["rewards/rejected"][0]]
+
+
+class GRPOTrainer(CausalTrainer, trl.GRPOTrainer):
+    """Extend trl's GRPOTrainer: prompts have the tokens of all other tasks, and held-out ones are answered greedily."""
+
+    asked: list[Row]  # of the newest batch
+    answered: Inputs  # and its answers, as tokens
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
+        return ByEpoch(cast("RepeatSampler", super()._get_train_sampler(train_dataset)), self.args.seed)
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler[int] | None:
+        return SequentialSampler(eval_dataset)
+
+    def _tokenize_prompts(self, prompts: list[Row]) -> tuple[list[list[int]], None, Inputs]:
+        return [prompt_ids(json.loads(row["example"]), self.tokenizer) for row in self.asked], None, {}
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the run's tokenizer."""
+        return cast(PreTrainedTokenizerBase, self.processing_class)
+
+    def _generate_and_score_completions(self, inputs: list[Row]) -> Inputs:
+        self.asked = inputs
+        try:
+            return super()._generate_and_score_completions(inputs)
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            raise ValueError(
+                f"step {self.state.global_step + 1}: no answer can be drawn, as probabilities are NaN or Inf; nothing "
+                "was changed by it; try a lower learning_rate"
+            ) from error
+
+    def _prepare_inputs(self, generation_batch: Inputs) -> Inputs:
+        self.answered = super()._prepare_inputs(generation_batch)
+        return self.answered
+
+    def model_inputs(self, inputs: Inputs) -> Inputs:
+        """Return the prompts and answers of the newest batch."""
+        pairs = {"input_ids": ("prompt_ids", "completion_ids"), "attention_mask": ("prompt_mask", "completion_mask")}
+        return {name: torch.cat([self.answered[part] for part in parts], 1) for name, parts in pairs.items()}
+
+    def prediction_step(
+        self, model: nn.Module, inputs: list[Row], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[None, Tensor, None]:
+        """Return the rewards of greedy answers, (prompts, functions), which transformers gathers."""
+        chats = [json.loads(row["example"]) for row in inputs]
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        texts = answer(unwrapped, self.tokenizer, chats, self.max_completion_length)
+        given = {
+            "prompts": [row["prompt"] for row in inputs],
+            "completions": [[{"role": "assistant", "content": text}] for text in texts],
+            "completion_ids": [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts],
+            "answer": [row["answer"] for row in inputs],
+            "trainer_state": self.state,
+            "log_extra": nothing,
+            "log_metric": nothing,
+        }
+        judges = cast(list[Callable[..., list[float | None]]], self.reward_funcs)
+        columns = [[math.nan if one is None else one for one in judge(**given)] for judge in judges]
+        return None, torch.tensor(columns, device=self.args.device).T.contiguous(), None
+
+    def evaluation_loop(
+        self, dataloader: DataLoader, description: str, prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval",
+    ) -> Any:  # fmt: skip
+        """Evaluate as transformers does, with mean rewards as metrics; the loss is the negative reward."""
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        each = torch.as_tensor(np.asarray(output.predictions, dtype=np.float64))
+        rewards = (each * self.reward_weights.to(each)).nansum(1)
+        self.row_sums = [[1.0, -reward] for reward in rewards.tolist()]
+        found = {"loss": -rewards.mean().item(), "reward": rewards.mean().item()}
+        names = [f"rewards/{name}/mean" for name in self.reward_func_names]
+        found |= dict(zip(names, each.nanmean(0).tolist(), strict=True))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        return output._replace(metrics={**(output.metrics or {}), **metrics})
+
+
+def nothing(*args: object) -> None:
+    """Log nothing, where trl's rewards may log something."""
+
+
+class ByEpoch(Sampler[int]):
+    """Draw as trl's sampler does, in an order that the seed and the epoch give, so that runs resume."""
+
+    def __init__(self, sampler: RepeatSampler, seed: int) -> None:
+        self.sampler, self.seed = sampler, seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch that the next iteration is of; transformers calls this."""
+        if self.sampler.shuffle:
+            self.sampler.generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.sampler)
 
 
 class PlainTrainer(Safe, transformers.Trainer):
@@ -376,7 +576,7 @@ class PlainTrainer(Safe, transformers.Trainer):
 class TargetTrainer(HeldOutTokens, PlainTrainer):
     """Extend transformers' own trainer, for models whose every label is a token of a target text."""
 
-    def token_scores(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
+    def token_scores(self, model: nn.Module, inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
         """Return which tokens are no padding, and each one's loss."""
         logits, labels = model(**inputs).logits, inputs["labels"]
         losses = cross_entropy(logits.transpose(1, 2).float(), labels, reduction="none", ignore_index=IGNORED)
