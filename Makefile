@@ -20,10 +20,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 
 demo: $(READY)  ## environment, install, and the main job: SmolLM2-135M learns E2E
 	$(BIN)/inlay train --output runs/demo --overwrite
 
-test: $(DEV) lint  ## what CI runs
+test: $(DEV) lint docs  ## what CI runs
 	$(PYTEST)
 
-test-all: $(DEV) lint  ## and what takes longer
+test-all: $(DEV) lint docs  ## and what takes longer
 	$(PYTEST) -m "slow or not slow"
 
 test-gpu: $(DEV)  ## on a machine with a GPU: what only it can show, and the mathematics with every tensor on it

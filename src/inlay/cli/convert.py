@@ -9,7 +9,7 @@ from inlay.messages import Terminal, gib, show_text
 
 
 def fold_command(options: argparse.Namespace) -> None:
-    """Cut a method's piece out of a model, quantise the rest to 4 bits, and write both: out/base and out/adapter.
+    """Cut a method's piece out of a model, quantise the rest to 4 bits, and write out/base and out/adapter.
 
     example:  inlay fold meta-llama/Llama-3.2-1B folded/ --method dota --bond 32
     """
@@ -98,7 +98,7 @@ def export_arguments(verb: argparse.ArgumentParser) -> None:
 
 
 def import_command(options: argparse.Namespace) -> None:
-    """Make a LoRA, MiSS or Bone adapter of PEFT an Inlay adapter with the same outputs.
+    """Convert a LoRA, MiSS or Bone adapter of PEFT to an Inlay adapter with the same outputs.
 
     example:  inlay import lora/ imported/
     """
@@ -132,7 +132,7 @@ def path_and_weight(text: str) -> tuple[str, float]:
 
 
 def merge_command(options: argparse.Namespace) -> None:
-    """Write base + adapter as an ordinary checkpoint, which transformers, vLLM or llama.cpp load without Inlay.
+    """Merge an adapter into its base: the checkpoint loads in transformers, vLLM or llama.cpp without Inlay.
 
     example:  inlay merge runs/builtin-bone merged/
     """

@@ -11,7 +11,7 @@ from inlay.messages import Terminal, show_json, show_piece, show_text
 
 
 def eval_command(options: argparse.Namespace) -> None:
-    """Say how well a model, a run or an adapter does a task; with --base, also what the adapter changed.
+    """Evaluate a model, a run or an adapter on a task; --base shows what the adapter changed.
 
     example:  inlay eval runs/mine --task commonsense --data boolq/test.json --by likelihood --base
     """
@@ -49,9 +49,10 @@ def eval_arguments(verb: argparse.ArgumentParser) -> None:
 
 
 def generate_command(options: argparse.Namespace) -> None:
-    """Answer a prompt, or a file of them, with a base model or a base and an adapter; without one, converse.
+    """Answer a prompt or a file of prompts; without either, hold a conversation.
 
-    An answer is written as it comes, and a note says when it was cut.
+    The model is a base model, or a run or an adapter with its base. The answer appears as it is written, and a note
+    says when it was cut.
 
     example:  inlay generate runs/builtin-bone --prompt "name[Blue Spice], eatType[pub], area[riverside]"
     """

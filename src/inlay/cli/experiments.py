@@ -12,10 +12,10 @@ OF_DATA = ["data", "model", "task", "columns", "batch_size", "max_length", "eval
 
 
 def compare_command(options: argparse.Namespace) -> None:
-    """Compare methods on one task under one budget: each at its own learning rate, over seeds, with a verdict.
+    """Compare methods on one task under one budget, each at its own learning rate, over several seeds.
 
-    The recipe says under `compare:` which methods, rates, seeds and budget; or --data and --minutes choose them. The
-    same command goes on where it was.
+    A recipe says under `compare:` which methods, rates, seeds and budget. Without a recipe, --data and --minutes choose
+    them. The same command resumes a comparison that was stopped.
 
     example:  inlay compare recipes/compare_e2e_small.yaml --output runs/compare
               inlay compare --data mine.jsonl --minutes 30
@@ -55,9 +55,10 @@ def compare_arguments(verb: argparse.ArgumentParser) -> None:
 
 
 def tune_command(options: argparse.Namespace) -> None:
-    """Search the fields of a recipe for the least loss, and judge the best few again, by your own metric if you like.
+    """Search the fields of a recipe for the least loss, and evaluate the best few again.
 
-    The recipe says under `tune:` what is searched. The same command goes on where it was; best.yaml is the result.
+    A recipe says under `tune:` what is searched, and may name your own metric. The result is best.yaml. The same
+    command resumes a search that was stopped.
 
     example:  inlay tune recipes/tune_e2e_small.yaml --jobs 2 --output runs/tune
     """
@@ -93,7 +94,7 @@ def cluster(options: argparse.Namespace) -> Any:
 
 
 def ui_command(options: argparse.Namespace) -> None:
-    """Show running and finished runs, over each other, in a page on this machine (TensorBoard, 127.0.0.1).
+    """Show running and finished runs in one page on this machine (TensorBoard on 127.0.0.1).
 
     example:  inlay ui runs
     """
@@ -104,8 +105,8 @@ def ui_command(options: argparse.Namespace) -> None:
 
 def ui_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the arguments of `inlay ui`."""
-    verb.add_argument("runs", help="folder that runs are in, at any depth")
-    verb.add_argument("--port", type=int, default=6006, help="of the page (default 6006; 0: any that is free)")
+    verb.add_argument("runs", help="folder with runs, at any depth")
+    verb.add_argument("--port", type=int, default=6006, help="port of the page (default 6006; 0 takes a free one)")
 
 
 def add_cluster(verb: argparse.ArgumentParser) -> None:

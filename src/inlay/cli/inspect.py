@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def inspect_command(options: argparse.Namespace) -> None:
-    """Show what an adapter changed of its base; or of a model the spectra, what of them is signal, ranks, a method.
+    """Show what an adapter changed of its base; or, for a model, its spectra, ranks and a suggested method.
 
     example:  inlay inspect builtin --method pissa --r 16 --output spectra
               inlay inspect runs/mine --output changes
@@ -75,12 +75,14 @@ def inspect_arguments(verb: argparse.ArgumentParser) -> None:
     verb.argument_default = argparse.SUPPRESS  # what is not given is not asked of an adapter
     verb.add_argument("model", nargs="?", default="builtin", help="model (hub id, folder, builtin) or adapter (or run)")
     verb.add_argument("--base", help="base model of an adapter (default: the one it names)")
-    verb.add_argument("--method", help="of a model: whose numbers are counted (default lamda)")
-    verb.add_argument("--r", type=int, help="of a model: rank whose numbers are the budget (default 16)")
-    verb.add_argument("--direction", choices=("flat", "peaked"), help="of a model: which spectra get more")
-    verb.add_argument("--target-modules", help="of a model: names, a regex, or all-linear (default)")
+    verb.add_argument("--method", help="for a model: the method whose parameters are counted (default lamda)")
+    verb.add_argument("--r", type=int, help="for a model: the rank whose parameters are the budget (default 16)")
+    verb.add_argument("--direction", choices=("flat", "peaked"), help="for a model: which spectra get the higher ranks")
+    verb.add_argument("--target-modules", help="for a model: names, a regex, or all-linear (default)")
     verb.add_argument("--layers", help="layer indices, as 0,1,2 (of a model with names in --target-modules)")
-    verb.add_argument("--joint", action="store_true", help="what one right factor carries of layers with one input")
+    verb.add_argument(
+        "--joint", action="store_true", help="for a model: how much one right factor carries of layers with one input"
+    )
     verb.add_argument("--output", help="folder for JSON, ranks.yaml (of a model) and plots (default: print only)")
     verb.add_argument("--overwrite", action="store_true", help="replace such a folder")
     verb.add_argument("--json", action="store_true", help="print JSON in place of tables")
@@ -89,9 +91,9 @@ def inspect_arguments(verb: argparse.ArgumentParser) -> None:
 
 
 def plan_command(options: argparse.Namespace) -> None:
-    """Say what every method needs of a model: memory, time, file; or, with --fits, what a GPU has room for.
+    """Predict the memory, time and file size of every method; with --fits, what fits into a GPU.
 
-    From the model's configuration alone. With --fits and --batch-size the largest rank is looked for.
+    This needs the model's configuration and no weights. With --fits and --batch-size, it looks for the largest rank.
 
     example:  inlay plan meta-llama/Llama-3.1-8B --length 2048 --fits 24
     """
@@ -165,18 +167,27 @@ def plan_arguments(verb: Parser) -> None:
     )
     add_fields(verb, ["method"])
     verb.add_argument("--r", help="rank, block size or bond; several with commas (default: each method's own)")
-    verb.add_argument("--batch-size", type=whole_number, help="sequences (default 4; with --fits: what is looked for)")
+    verb.add_argument(
+        "--batch-size", type=whole_number, help="sequences in a batch (default 4; with --fits, the largest is searched)"
+    )
     verb.add_argument("--length", type=whole_number, default=1024, help="tokens of a sequence (default 1024)")
     verb.add_argument(
         "--labelled",
         type=float,
         default=1.0,
         metavar="SHARE",
-        help="of the tokens; the head sees no others (default 1)",
+        help="share of the tokens that has a label (default 1); the head sees no others",
     )
-    verb.add_argument("--fits", type=float, metavar="GB", help="what is the largest that fits in a GPU of so much?")
-    verb.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"), help="of the base")
-    verb.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="what it would run on (default cuda)")
+    verb.add_argument(
+        "--fits", type=float, metavar="GB", help="find the largest run that fits into a GPU with so much memory"
+    )
+    verb.add_argument(
+        "--dtype",
+        default="bfloat16",
+        choices=("float32", "bfloat16", "float16"),
+        help="dtype of the base (default bfloat16)",
+    )
+    verb.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="device of the run (default cuda)")
     verb.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write the rows, in bytes; without FILE: "
                       "print them in place of tables")  # fmt: skip
     verb.add_argument("--csv", metavar="FILE", help="the same as CSV")

@@ -10,10 +10,11 @@ from inlay.messages import show_piece, show_text
 
 
 def serve_command(options: argparse.Namespace) -> None:
-    """Answer over OpenAI's chat protocol on 127.0.0.1: a base and any number of adapters by name, until Ctrl-C.
+    """Serve a base and any number of adapters by name, over OpenAI's chat protocol on 127.0.0.1.
 
-    A request names its model; /v1/models lists them. Adapters that leave their base as it is share one in memory.
-    Without a temperature a request is answered greedily, as inlay generate does. A GGUF file is served by llama.cpp.
+    A request names its model, and /v1/models lists them. Adapters that do not change their base share one in memory.
+    Without a temperature a request is answered greedily, as inlay generate does. llama.cpp serves a GGUF file. Ctrl-C
+    ends the server.
 
     example:  inlay serve runs/mine other=runs/builtin-bone --port 8000
     """

@@ -12,7 +12,7 @@ from inlay.messages import Terminal, show_text
 
 
 def train_command(options: argparse.Namespace) -> None:
-    """Fine-tune a model. Without arguments: SmolLM2-135M-Instruct on a slice of E2E NLG.
+    """Fine-tune a model. Without arguments, SmolLM2-135M-Instruct learns a slice of E2E NLG.
 
     example:  inlay train --data mine.jsonl --method milora --r 32 --learning-rate 3e-4 --output runs/mine
     """
