@@ -21,6 +21,7 @@ def train_command(options: argparse.Namespace) -> None:
     from inlay.messages import quiet
     from inlay.recipe.reading import from_flag, load_recipe
     from inlay.training.dry_run import dry_run
+    from inlay.training.freed_memory import keep_freed_memory
     from inlay.training.launch import end_with_launcher, launch
     from inlay.training.train import train, unfinished
 
@@ -61,6 +62,7 @@ def train_command(options: argparse.Namespace) -> None:
         raise ValueError("--launch-config is for several processes; give --num-processes too")
     else:
         end_with_launcher()
+        keep_freed_memory()
         with distributed.joined_processes():
             train(resolved, console, resume=bool(options.resume))
 
