@@ -22,6 +22,8 @@ from inlay.inspection.changes import PART, changes, changes_as_data, chosen_modu
 from inlay.inspection.noise_edge import effective_rank, stable_rank
 from inlay.models.base import BaseModel
 from inlay.recipe.recipe import Recipe
+from inlay.reports.result import Result
+from inlay.reports.run_page import run_page
 from inlay.training.train import train
 
 SILENT = Console(quiet=True)
@@ -119,6 +121,14 @@ def test_what_cannot_be_compared_has_no_changes(tiny):
     assert changes(model, lambda: BaseModel("/nowhere").weights()) == {}
     lily = get_peft_model(model, LilyConfig(r=2, stride_A=1, num_B=2, target_modules=["q_proj"]))
     assert changes(lily, lambda: BaseModel(tiny).weights()) == {}
+
+
+def test_the_page_has_no_section_of_what_there_is_not():
+    bare = Result(Recipe(method="milora", args={"r": 4}), Path("run"), 10, 100, 2.0, 1.0, 3.0, 40, 2**20)
+    asked = [{"prompt": "Where?", "before": "a", "after": "b", "reference": "c"}]
+    pages = [run_page(bare, {}, {}), run_page(replace(bare, samples=asked), {}, {})]
+    assert ["Held-out prompts" in page for page in pages] == [False, True]
+    assert "<td>dropout=0.0, r=4, side=minor</td>" in pages[0]
 
 
 def test_the_page_in_a_browser(folder, phone):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Mapping
+from dataclasses import fields
 
 from inlay._version import __version__
 from inlay.inspection.changes import FIELDS, WeightChange, by_type
@@ -53,11 +54,12 @@ def about_method(recipe: Recipe) -> dict[str, str]:
         values = ", ".join(f"{name}={value}" for name, value in recipe.args.items())
         return {"Method": recipe.method, "Hyperparameters": values or "the defaults"}
     method = recipe.config().build()
+    values = {f.name: vars(method)[f.name] for f in fields(method) if vars(method)[f.name] is not None}
     return {
         "Method": method.title,
         "Equation": method.equation,
         "Paper": method.paper,
-        "Hyperparameters": repr(method),
+        "Hyperparameters": ", ".join(f"{name}={value}" for name, value in values.items()),
     }
 
 
@@ -74,10 +76,6 @@ def samples_text(result: Result) -> str:
 def run_page(result: Result, pictures: Mapping[str, str], changed: Mapping[str, WeightChange]) -> str:
     """Return `report.html`: one self-contained file with the plots of the run, and what it changed."""
     rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in run_facts(result).items())
-    names = ("prompt", "before", "after", "reference")
-    head = "".join(f"<th>{name}</th>" for name in names)
-    cells = [[f'<td data-name="{name}">{html.escape(row[name])}</td>' for name in names] for row in result.samples]
-    body = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
     parts = {name: f"<h2>{CAPTIONS[name]}</h2>{picture}" for name, picture in pictures.items()}
     if changed:
         parts["changes"] += change_table(changed)
@@ -86,13 +84,23 @@ def run_page(result: Result, pictures: Mapping[str, str], changed: Mapping[str, 
         page_title(result),
         f"""<table>{rows}</table>
 {loss}
-<h2>Held-out prompts, before and after</h2><div class="wide"><table><tr>{head}</tr>{body}</table></div>
+{samples_table(result) if result.samples else ""}
 {"".join(parts.values())}
 <h2>Recipe</h2><p>Repeat the run with <code>inlay train recipe.yaml</code>.</p>
 <details><summary>recipe.yaml</summary><pre>{html.escape(result.recipe.to_yaml())}</pre></details>
 <details><summary>Versions</summary><pre>{html.escape(versions())}</pre></details>
 <script>{SORT}</script>""",
     )
+
+
+def samples_table(result: Result) -> str:
+    """Return the section with the held-out prompts and their answers."""
+    names = ("prompt", "before", "after", "reference")
+    head = "".join(f"<th>{name}</th>" for name in names)
+    cells = [[f'<td data-name="{name}">{html.escape(row[name])}</td>' for name in names] for row in result.samples]
+    body = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
+    table = f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+    return f"<h2>Held-out prompts, before and after</h2>{table}"
 
 
 def change_table(changed: Mapping[str, WeightChange]) -> str:
