@@ -105,7 +105,7 @@ def generate_command(options: argparse.Namespace) -> None:
 def generate_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the arguments of `inlay generate`."""
     verb.add_argument("adapter", nargs="?", help="run folder or adapter folder (none: the base alone)")
-    verb.add_argument("--prompt", help="one prompt; without it and --prompts, converse")
+    verb.add_argument("--prompt", help="one prompt; without it and --prompts, hold a conversation")
     verb.add_argument("--prompts", metavar="FILE", help="JSONL: prompt (text or messages) or messages on each line")
     verb.add_argument("--output", metavar="FILE", help="JSONL: the lines of --prompts with answer, tokens and cut")
     verb.add_argument("--overwrite", action="store_true", help="replace such a file")
