@@ -132,7 +132,7 @@ def abilities(method: type[Method]) -> dict[str, str]:
         export = "exact" if exact else "not exact; inlay export reports the error"
     moves = method.schedule is not Method.schedule or method.restart is not Method.restart
     return {
-        "starts": f"{start}, from {'its weights' if made.needs is None else f'{made.needs} of a few batches'}",
+        "starts": start if made.needs is None else f"{start}, from {made.needs} of a few batches",
         "merges": merge,
         "export as a LoRA": export,
         "while training": "what is trained changes (inlay.step in a loop of your own)" if moves else "nothing changes",
