@@ -1,5 +1,6 @@
 """`inlay serve`: answers by name as `inlay generate` gives them, whole and in pieces; and what is refused."""
 
+import gc
 import json
 import signal
 import socket
@@ -25,7 +26,8 @@ pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 uvicorn = pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
 openai = pytest.importorskip("openai", reason="openai is not installed")
 
-from inlay.serving.app import MOST, create_app  # noqa: E402
+from inlay.evaluation.growing import Growing  # noqa: E402
+from inlay.serving.app import MOST, Waiting, create_app  # noqa: E402
 from inlay.serving.endpoint import bound, serve_models  # noqa: E402
 from inlay.serving.served import load_served  # noqa: E402
 from inlay.serving.worker import BusyError, Queued, Worker  # noqa: E402
@@ -120,6 +122,24 @@ def test_many_at_once_are_all_answered_as_each_alone(server, alone):
 
     with ThreadPoolExecutor(24) as pool:
         assert all(pool.map(ask, range(48)))
+
+
+def test_an_answered_request_leaves_nothing_behind(server, monkeypatch):
+    """Whole or streamed: no request, no answer and nobody who waits is held, and this test would see if one were."""
+
+    def held(requests: int) -> int:
+        for i in range(requests):
+            said = server.client.chat.completions.create(model="bone", messages=QUESTION, stream=bool(i % 2))
+            if i % 2:
+                list(said)
+        gc.collect()
+        return sum(type(one) in (Queued, Growing, Waiting) for one in gc.get_objects())
+
+    before = held(2)
+    assert held(6) <= before
+    submit, kept = server.worker.submit, []
+    monkeypatch.setattr(server.worker, "submit", lambda job: kept.append(job) or submit(job))
+    assert held(6) >= before + 2 * 6
 
 
 def test_draws_stops_and_limits(server, alone):
