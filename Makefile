@@ -15,7 +15,7 @@ LAYER8 := 4096x4096:8192:16
 # A worker per core, each with one thread: small tensors are slower on two.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test test-all test-gpu lint docs-tables docs bench bench-gpu serve-check clients peft-suite torture soak fuzz canary wheel sbom audit clean
+.PHONY: demo test test-all test-gpu lint docs-tables docs bench bench-gpu serve-check last-mile clients peft-suite torture soak fuzz canary wheel sbom audit clean
 
 demo: $(READY)  ## environment, install, and the main job: SmolLM2-135M learns E2E
 	$(BIN)/inlay train --output runs/demo --overwrite
@@ -81,6 +81,9 @@ soak: $(READY)  ## 2,000 steps with checkpoints: memory, open files, adapter aga
 
 serve-check: $(READY) $(SERVE)/.installed  ## llama.cpp reads our LoRA, our merged model and it packed
 	$(BIN)/python checks/serve.py $(SERVE)/bin/python
+
+last-mile: $(DEV)  ## train, chat, serve, pack and ask llama.cpp: one answer
+	OMP_NUM_THREADS=2 $(BIN)/python checks/last_mile.py
 
 clients: $(DEV)  ## 32 clients of `inlay serve` for a minute
 	OMP_NUM_THREADS=1 $(BIN)/python checks/clients.py --out checks/clients.md

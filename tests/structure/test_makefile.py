@@ -32,6 +32,7 @@ TARGETS = {
     "bench": "test_a_benchmark_says_what_it_takes",
     "bench-gpu": "test_bench_for_a_gpu_has_its_scripts",
     "serve-check": "test_serve_check_without_a_server",
+    "last-mile": "test_the_last_mile",
     "clients": "test_three_clients",
     "peft-suite": "test_some_of_the_suite_of_peft",
     "torture": "test_one_kill",
@@ -194,6 +195,14 @@ def test_twenty_steps_of_soak():
 def test_three_clients():
     pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
     assert "| failed | 0 |" in run(sys.executable, "checks/clients.py", "--clients", "3", "--seconds", "3")
+
+
+@pytest.mark.slow
+def test_the_last_mile():
+    pytest.importorskip("xllamacpp", reason="the extra `llama` is not installed")
+    pytest.importorskip("openai", reason="openai is not installed")
+    said = run(sys.executable, "checks/last_mile.py", "--steps", "1", "--tokens", "4")
+    assert "the 3 answers that should be equal are" in said
 
 
 @pytest.mark.slow
