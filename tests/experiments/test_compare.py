@@ -33,8 +33,9 @@ from inlay.experiments.compare import compare as compare_module
 from inlay.experiments.compare.budget import budget_cost, largest_within, method_size_field, solve_size
 from inlay.experiments.compare.compare import compare, shared_examples, sweep_rates
 from inlay.experiments.compare.halving import pareto, row_noise, rungs, survivors
-from inlay.experiments.compare.outcome import Outcome
+from inlay.experiments.compare.outcome import Outcome, spread_text
 from inlay.experiments.compare.plots import allocated, comparison_figures, memory_stack, ranks_plot, spectra_of
+from inlay.experiments.compare.result_files import results_table
 from inlay.experiments.compare.spec import Entry, load_comparison
 from inlay.experiments.compare.sweep import Sweep
 from inlay.experiments.runner import Runner, origin
@@ -767,6 +768,23 @@ def test_ink_is_the_pages(compared):
     """Or nothing could be read in the dark."""
     assert INK not in (compared / "report.html").read_text()
     assert "currentColor" in (compared / "report.html").read_text()
+
+
+@pytest.mark.parametrize("width", [60, 80, 110, 200])
+def test_the_terminals_table_shows_whole_figures_or_leaves_a_column_out(width, compared, asked):
+    made = outcome(compared, asked)
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(results_table(made, width))
+    text = console.export_text()
+    assert "…" not in text
+    for row in made.standings():
+        assert row.method in text
+        assert spread_text(row.losses) in text
+    left = {
+        head for head in ("rate", "trained", "forgets", "time", "peak") if head not in text.partition("results.csv")[0]
+    }
+    assert all(head in text.partition("results.csv also has: ")[2] for head in left)
+    assert bool(left) is (width < 100)
 
 
 def test_one_seed_and_no_halving_still_make_a_page(compared, asked):

@@ -217,6 +217,14 @@ def spread_of(values: list[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else math.nan
 
 
+def spread_text(values: list[float]) -> str:
+    """Return the mean of `values` as text, with their standard deviation where there is one; empty of none."""
+    noise = spread_of(values)
+    if not values:
+        return ""
+    return f"{mean_of(values):.3f}" + ("" if math.isnan(noise) else f" ± {noise:.3f}")
+
+
 def with_size(entry: Entry) -> str:
     """Return the size of a method as its hyperparameter, such as "r=8"; empty where it has none."""
     name = method_size_field(entry.recipe.method)

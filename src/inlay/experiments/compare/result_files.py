@@ -7,10 +7,19 @@ import io
 import json
 import math
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
-from inlay.experiments.compare.outcome import Outcome, Standing, json_value, losses_of, outcome_as_data
+from inlay.experiments.compare.outcome import (
+    Outcome,
+    Standing,
+    json_value,
+    losses_of,
+    mean_of,
+    outcome_as_data,
+    spread_text,
+)
 from inlay.experiments.compare.tables import best_recipe, paper_latex, paper_markdown, runs_csv
 from inlay.files.atomic import write_text
 from inlay.inspection.changes import CHANGES, changes_as_data
@@ -42,34 +51,40 @@ def write_comparison(outcome: Outcome, console: Console) -> None:
     for name, made in tables.items():
         write_text(outcome.folder / name, made(outcome))
     write_comparison_page(outcome)
-    console.print(results_table(outcome))
+    console.print(results_table(outcome, console.width))
     for row in outcome.standings():
         console.print(f"{row.method}: {row.verdict}{outcome.metric_verdict(row)}")
     console.print(f"report: {outcome.folder / 'report.html'}")
     console.print(f"lowest loss: inlay train {outcome.folder / BEST}")
 
 
-def results_table(outcome: Outcome) -> Table:
-    """Build the table for the terminal, with a line per method."""
+def results_table(outcome: Outcome, width: int) -> Table:
+    """Build the table for the terminal: a line per method, and the columns that `width` characters have room for."""
+    rows = [{"method": row.method, **results_cells(outcome, row)} for row in outcome.standings()]
+    heads = list(rows[0])
+    widths = {head: max(cell_len(text) for text in (head, *(row[head] for row in rows))) for head in heads}
+    shown = [head for n, head in enumerate(heads) if sum(widths[h] + 3 for h in heads[: n + 1]) < width]
     table = Table(title=f"held-out loss; {outcome.before:.3f} before training", title_justify="left")
-    metric = (outcome.metric, "± sd") if outcome.metric else ()
-    heads = ("loss", "± sd", f"− {outcome.plan.reference}", *metric, "rate", "trained", "time", "peak", "forgets")
-    for column in ("method", *heads):
-        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
-    for row in outcome.standings():
-        table.add_row(row.method, *results_cells(row, bool(metric)))
+    if left_out := ", ".join(heads[len(shown) :]):
+        table.caption, table.caption_justify = f"results.csv also has: {left_out}", "left"
+    for head in shown:
+        table.add_column(head, justify="left" if head == "method" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(row[head] for head in shown))
     return table
 
 
-def results_cells(row: Standing, scored: bool) -> list[str]:
-    """Return a row's figures as text, after its name."""
-    flat = row.row()
-    if not row.losses:
-        return [""] * (8 + 2 * scored)
-    parts = [flat[name] for name in ("loss", "loss_sd", *(("metric", "metric_sd") if scored else ()))]
-    loss, noise, *more = ["" if math.isnan(part) else f"{part:.3f}" for part in parts]
-    return [
-        loss, noise, row.difference.shown(), *more, f"{row.learning_rate:g}",
-        f"{row.parameters_last:,.0f}", f"{row.seconds:.0f} s", gib(row.memory),
-        "" if math.isnan(flat["forgetting"]) else f"{flat['forgetting']:+.3f}",
-    ]  # fmt: skip
+def results_cells(outcome: Outcome, row: Standing) -> dict[str, str]:
+    """Return a row's figures as text by their headings, what matters most first; empty if no run finished."""
+    forgot = mean_of(row.forgetting)
+    cells = {
+        "loss": spread_text(row.losses),
+        f"− {outcome.plan.reference}": row.difference.shown(),
+        **({outcome.metric: spread_text(row.scores)} if outcome.metric else {}),
+        "rate": f"{row.learning_rate:g}",
+        "trained": f"{row.parameters_last:,.0f}",
+        "forgets": "" if math.isnan(forgot) else f"{forgot:+.3f}",
+        "time": f"{row.seconds:.0f} s",
+        "peak": gib(row.memory),
+    }
+    return cells if row.losses else dict.fromkeys(cells, "")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 from dataclasses import replace
 
 import yaml
 
-from inlay.experiments.compare.outcome import Outcome, Standing, json_value, mean_of, spread_of
+from inlay.experiments.compare.outcome import Outcome, Standing, json_value, spread_text
 from inlay.recipe.reading import non_defaults
 
 RUN_COLUMNS = """method seed learning_rate steps before after forgetting metric parameters parameters_last seconds
@@ -38,12 +37,10 @@ def paper_rows(outcome: Outcome) -> list[list[str]]:
 
 def paper_row(row: Standing, scored: bool) -> list[str]:
     """Return one method's cells: means ± standard deviations, and the difference with its interval."""
-    values = [row.losses, row.scores] if scored else [row.losses]
-    loss, *score = [
-        f"{mean_of(v):.3f}" + ("" if math.isnan(spread_of(v)) else f" ± {spread_of(v):.3f}") for v in values
-    ]
+    score = [spread_text(row.scores)] if scored else []
     trained = f"{row.parameters_last:,.0f}"
-    return [row.method, row.size, trained, f"{row.learning_rate:g}", loss, row.difference.shown(), *score, row.word]
+    loss, rate = spread_text(row.losses), f"{row.learning_rate:g}"
+    return [row.method, row.size, trained, rate, loss, row.difference.shown(), *score, row.word]
 
 
 def paper_markdown(outcome: Outcome) -> str:
