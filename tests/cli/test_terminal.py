@@ -104,7 +104,7 @@ def test_help_breaks_no_word_and_cuts_no_sentence(columns, monkeypatch, capsys):
         assert all(" ".join(text.split()) in words for text in ((verb.description or "").split("\n\n"))), name
         assert " ".join(verb.example.split()) in words, name
         assert all(flag in words for flag in verb.flags() if flag in recipe_flags()) or name == "train"
-    assert "(TensorBoard, 127.0.0.1)." in " ".join(shown(capsys, "--help").split())
+    assert "(TensorBoard on 127.0.0.1)." in " ".join(shown(capsys, "--help").split())
 
 
 def test_help_of_train_shows_the_defaults_on_one_screen(monkeypatch, capsys):

@@ -387,7 +387,10 @@ def test_texts_of_a_token_have_no_perplexity(tiny, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "why"),
     [
-        (["--task", "quiz"], "'quiz' is not one of commonsense, gsm8k, exact, text, classification, perplexity"),
+        (
+            ["--task", "quiz"],
+            "'quiz' is not one of commonsense, gsm8k, exact, text, classification, reward, perplexity",
+        ),
         (["--task", "gsm8k"], "row 1: gsm8k needs question"),
         (["--task", "commonsense"], "row 1: commonsense needs instruction and answer"),
         (["--task", "exact", "--by", "likelihood"], "for questions with options"),

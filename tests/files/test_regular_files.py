@@ -153,5 +153,6 @@ def test_every_reader_of_files_asks():
         "cli/flags.py": ["FILE.read_text(encoding='utf-8')"],  # of the package
         "experiments/trial.py": ["os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 420)"],
         "serving/endpoint.py": ["build_opener(ProxyHandler({})).open(request)"],  # an address
+        "serving/packed.py": ["build_opener(ProxyHandler({})).open(request)"],  # an address
         "training/live_page.py": ["os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)"],  # then looked at
     }

@@ -170,7 +170,7 @@ def test_pairs_without_room_for_an_answer_are_counted(tiny, rows):
     console = Console(record=True, width=200, file=io.StringIO())
     made = TASKS["preference"].examples(recipe, run_tokenizer(recipe), console)
     said = console.export_text()
-    assert f"{14 - len(made.train)} of 14 pairs are left out: their prompt alone fills max_length=64" in said
+    assert f"{14 - len(made.train)} of 14 examples are left out: their prompt alone fills max_length=64" in said
     assert (made.eval_size, len(made.train) + len(made.heldout)) == (6, 10)
     recipe = Recipe(model=tiny, data=rows(*long[1::2]), task="preference", max_length=64)
     assert "no prompt leaves room for an answer within max_length=64" in fault(load, recipe)
