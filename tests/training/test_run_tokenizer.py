@@ -173,7 +173,7 @@ def test_pairs_without_room_for_an_answer_are_counted(tiny, rows):
     assert f"{14 - len(made.train)} of 14 examples are left out: their prompt alone fills max_length=64" in said
     assert (made.eval_size, len(made.train) + len(made.heldout)) == (6, 10)
     recipe = Recipe(model=tiny, data=rows(*long[1::2]), task="preference", max_length=64)
-    assert "no prompt leaves room for an answer within max_length=64" in fault(load, recipe)
+    assert "no example fits: their prompt alone fills max_length=64; raise it" in fault(load, recipe)
 
 
 def test_held_out_chats_are_counted_as_conversations(tiny, rows):

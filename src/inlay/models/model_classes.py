@@ -43,6 +43,11 @@ class ModelClass:
     any_optimizer: bool = True
 
     @property
+    def new_head(self) -> bool:
+        """Return whether its models get a head that begins at random."""
+        return self.peft == SEQUENCE
+
+    @property
     def causal(self) -> bool:
         """Return whether the task's models are causal, and so can be planned, folded, exported and compared."""
         return self.auto is AutoModelForCausalLM

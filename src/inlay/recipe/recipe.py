@@ -267,7 +267,9 @@ class Recipe:
             return self.learning_rate
         one = self.lr_ratio is None and self.core_ratio is None
         known = one and self.step == "backward" and self.optim.startswith("adam")
-        return (default_rate(self.method) if known else UNKNOWN).value
+        rate = default_rate(self.method) if known else UNKNOWN
+        new_head = find_model_class(self.task).new_head
+        return rate.new_head or rate.value if new_head else rate.value
 
     @property
     def optim(self) -> str:
