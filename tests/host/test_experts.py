@@ -396,3 +396,27 @@ def test_a_base_in_4_bits_has_its_experts_in_16_and_these_are_adapted(tmp_path):
     assert (logits(model) - y).abs().max() > 1e-3
     logits(model).float().square().mean().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+def test_experts_of_a_device_map_are_adapted_and_offloaded_ones_are_refused(tmp_path):
+    mixtral(num_hidden_layers=2).save_pretrained(tmp_path / "base")
+    names = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0", "model.layers.1")
+
+    def loaded(**places):
+        mapped = {**dict.fromkeys(names, "cpu"), **{f"model.layers.{n[-1]}": place for n, place in places.items()}}
+        where = {"device_map": mapped, "offload_folder": tmp_path / "offload"}
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "base", **where).eval()
+
+    base = loaded(layer0="cpu")
+    before = logits(base)
+    model = adapt(base)
+    assert torch.equal(logits(model), before)
+    wander(model)
+    assert not torch.allclose(logits(model), before)
+    base = loaded(layer1="disk")
+    torch.testing.assert_close(logits(base), before)
+    with pytest.raises(ValueError, match=r"the device map keeps model\.layers\.1\.mlp\.experts off the device"):
+        adapt(base)
+    torch.testing.assert_close(logits(base), before)
+    model = adapt(base, exclude_modules=["layers.1.mlp.experts"])
+    torch.testing.assert_close(logits(model), before)

@@ -428,7 +428,7 @@ def test_mistakes_with_allocate_are_one_line(uneven, records, tmp_path, capsys):
 
 def test_without_allocate_a_recipe_stays_as_it_is(capsys):
     made = Recipe()
-    assert settle_ranks(made, made.base_model, None) is made
+    assert settle_ranks(made, made.base_model, None, None) is made
 
 
 def test_ranks_are_allocated_before_a_fold(uneven, records, tmp_path, capsys):

@@ -47,6 +47,7 @@ from inlay.method import Method
 from inlay.methods import METHODS, find
 from inlay.models.adapters import Adapter
 from inlay.models.model_classes import MODEL_CLASSES
+from inlay.recipe.reading import load_recipe
 from inlay.recipe.recipe import Recipe
 from inlay.training import checkpoints
 from inlay.training.base_model import load_training_model
@@ -448,12 +449,31 @@ def test_every_task_has_a_kind_a_class_and_a_place_in_the_recipe():
         ({"task": "classification", "data": "x.tsv", "batch_size": "auto"}, "batch_size: auto is not planned"),
         ({"task": "kto", "data": "x.jsonl", "optimizer": "muon"}, "takes only transformers' optimisers, not muon"),
         ({"task": "kto", "data": "x.jsonl", "group_by_length": True}, "task kto pairs each answer with"),
-        ({"task": "seq2seq", "allocate": "energy", "method": "lora"}, "allocate: ranks from spectra are for causal"),
+        ({"task": "vision", "data": "x", "allocate": "variance", "method": "lora"}, "allocate: variance reads data"),
     ],
 )
 def test_what_a_task_cannot_take_is_said(values, says):
     with pytest.raises(ValueError, match=says.replace("(", r"\(")):
         Recipe(**values)
+
+
+@pytest.mark.parametrize(
+    ("task", "allocate"),
+    [
+        ("classification", "energy"),
+        pytest.param("seq2seq", "welore", marks=pytest.mark.slow),
+        pytest.param("classification", "variance", marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_are_allocated_in_every_task(task, allocate, models_of, data_of, tmp_path):
+    """By the spectra of the weights that the checkpoint has, which a head is not among."""
+    more = {"method": "lora", "args": {"r": 4}, "allocate": allocate, "steps": 1, "save_every": 0, "calibration": 2}
+    train(Recipe(**values(task, models_of, data_of, **more), output=str(tmp_path / "run")), SILENT)
+    kept = Adapter.open(tmp_path / "run/adapter").config
+    assert {key for own in kept.patterns.values() for key in own} == {"r"}
+    settled = load_recipe(str(tmp_path / "run/recipe.yaml"), {})
+    assert settled.allocate == "none"
+    assert settled.patterns == kept.patterns
 
 
 def test_data_of_another_form_is_refused_by_name():

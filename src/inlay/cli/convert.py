@@ -84,7 +84,8 @@ def export_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the arguments of `inlay export`."""
     verb.add_argument("adapter", help="run folder or adapter folder")
     verb.add_argument("out", help="folder of the LoRA")
-    verb.add_argument("--to", default="lora", choices=("lora", "gguf"), help="lora (default): for PEFT and vLLM")
+    verb.add_argument("--to", default="lora", choices=("lora", "vllm", "gguf"), help="lora (default): for PEFT and "
+                      "vLLM; vllm: for vLLM where experts are adapted")  # fmt: skip
     verb.add_argument("--rank", type=int, help="at most so many ranks (DoTA, Bat: needed, or --energy)")
     verb.add_argument("--energy", type=float, help="as many ranks as keep this share of the change, 0 to 1")
     verb.add_argument("--scale", "--weight", type=float, default=1.0, help=SCALE)

@@ -37,7 +37,7 @@ def inspect_command(options: argparse.Namespace) -> None:
     if "layers" in given:
         given["layers"] = from_flag("layers_to_transform", given["layers"])
     if is_adapter(options.model):
-        if wrong := sorted(given.keys() & {"method", "r", "direction", "target_modules", "joint"}):
+        if wrong := sorted(given.keys() & {"method", "r", "direction", "target_modules", "experts", "joint"}):
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
             raise ValueError(f"{options.model} is an adapter, and {flags} is asked of a model; leave it out")
         name, base = given.pop("model"), given.pop("base", None)
@@ -49,10 +49,9 @@ def inspect_command(options: argparse.Namespace) -> None:
     elif "base" in given:
         raise ValueError(f"{options.model} is a model, and --base is of an adapter; leave it out")
     else:
-        if "target_modules" in given:
-            given["target_modules"] = from_flag("target_modules", given["target_modules"])
+        given |= {name: from_flag(name, given[name]) for name in given.keys() & {"target_modules", "experts"}}
         if given.pop("joint", False):
-            if wrong := sorted(given.keys() & {"method", "direction"}):
+            if wrong := sorted(given.keys() & {"method", "direction", "experts"}):
                 flags = ", ".join(f"--{name}" for name in wrong)
                 raise ValueError(f"--joint allocates no ranks, which {flags} is for; leave out one of the two")
             groups = inspect_joint(**given)
@@ -80,6 +79,7 @@ def inspect_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--direction", choices=("flat", "peaked"), help="for a model: which spectra get the higher ranks")
     verb.add_argument("--target-modules", help="for a model: names, a regex, or all-linear (default)")
     verb.add_argument("--layers", help="layer indices, as 0,1,2 (of a model with names in --target-modules)")
+    verb.add_argument("--experts", help="for a model: a mixture's experts too: true, or {layers.0.mlp.experts: [0, 3]}")
     verb.add_argument(
         "--joint", action="store_true", help="for a model: how much one right factor carries of layers with one input"
     )

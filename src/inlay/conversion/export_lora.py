@@ -15,6 +15,7 @@ from inlay.models.adapters import Adapter, adapter_folder
 from inlay.models.loading import DTYPES
 from inlay.models.vocabulary import grew
 
+FORMS = ("lora", "vllm", "gguf")
 EXPORTED = "export.json"  # in a LoRA folder: rank and error of every weight
 
 
@@ -50,7 +51,8 @@ def export_lora(
     Args:
         adapter: a run folder or an adapter folder; or several, of any methods, each with a weight: their weighted sum.
         out: appears whole or not at all.
-        to: "lora", a PEFT folder, or "gguf", one for llama.cpp and Ollama.
+        to: "lora", a PEFT folder, "vllm", the same with the experts of a mixture of experts one by one, as vLLM reads
+            them, or "gguf", one for llama.cpp and Ollama.
         rank: at most so many ranks per weight.
         energy: as many as keep this share of ‖ΔW‖², in (0, 1].
         model: the base, if not the one the adapter names.
@@ -64,8 +66,8 @@ def export_lora(
         ValueError: the change has full rank and neither `rank` nor `energy` is given, adapters do not fit each other
             or the format, or a path cannot be used.
     """
-    if to not in ("lora", "gguf"):
-        raise ValueError(f"to={to!r} is not one of lora, gguf")
+    if to not in FORMS:
+        raise ValueError(f"to={to!r} is not one of {', '.join(FORMS)}")
     if rank is not None and rank < 1:
         raise ValueError(f"rank={rank} is below 1")
     if energy is not None and not 0 < energy <= 1:
@@ -104,7 +106,7 @@ def export_lora(
             write_lora_gguf(part / FILE, config, deltas, size, DTYPES[dtype])
             (part / "Modelfile").write_text(modelfile(base.name), encoding="utf-8")
         else:
-            write_lora(part, first, blanks[0][1], deltas, size, DTYPES[dtype], grown)
+            write_lora(part, first, blanks[0][1], deltas, size, DTYPES[dtype], grown, each=to == "vllm")
         lost = {d.module: 0.0 if dtype == "float32" else d.rounding(DTYPES[dtype]) for d in deltas}
         rows = [{"module": d.module, "rank": d.rank, "error": d.error, "rounding": lost[d.module]} for d in deltas]
         (part / EXPORTED).write_text(json.dumps({"rank": size, "weights": rows}, indent=1), encoding="utf-8")

@@ -93,7 +93,10 @@ def fold(
     if config.folded:
         raise ValueError("this config is of a folded adapter; fold with a fresh one")
     if config.experts:
-        raise ValueError("experts: a fold quantises linear layers only; leave experts out")
+        raise ValueError(
+            "experts: transformers packs linear layers only, so a 4-bit checkpoint keeps experts in 16 bits, and a "
+            "fold has nothing to cut them into; leave experts out, or train them with quantize: nf4_offset"
+        )
     source = BaseModel(model, revision, trust_remote_code)
     tokenizer, dtype = source.tokenizer(), source.stored_dtype
     blank = source.meta(dtype)

@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Conv1D
 
-from inlay.conversion.stored_experts import StoredExperts
+from inlay.conversion.stored_experts import ExpertFiles, StoredExperts
 from inlay.host import seal
 from inlay.host.adapter_state import ROOT
 from inlay.host.config import InlayConfig
-from inlay.host.experts import InlayExperts
+from inlay.host.experts import ExpertWeight, InlayExperts, expert_weights, fused_experts
 from inlay.host.layer import PREFIX, START, Holder, InlayLinear, adapted
 from inlay.method import LowRank
 from inlay.models.adapters import WEIGHTS, Adapter
@@ -30,6 +30,7 @@ from inlay.numerics import linalg
 
 TINY = torch.finfo(torch.float64).tiny
 SIZES = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the ranks vLLM serves
+FUSED = ("gpt_oss",)  # types of models whose fused experts vLLM adapts in the form that PEFT writes
 
 
 @dataclass(frozen=True)
@@ -209,6 +210,7 @@ def write_lora(
     r: int,
     dtype: torch.dtype,
     grown: bool = False,
+    each: bool = False,
 ) -> None:
     """Write an ordinary PEFT folder: adapter_config.json and adapter_model.safetensors.
 
@@ -220,30 +222,35 @@ def write_lora(
         r: the rank of the LoRA.
         dtype: of its tensors.
         grown: whether the vocabulary grew, so that its embeddings are part of the adapter.
+        each: whether experts are written one by one, by the names of their matrices in the checkpoint, for vLLM.
 
     Raises:
-        ValueError: a value does not fit the dtype.
+        ValueError: a value does not fit the dtype, or vLLM has no such form for the model's experts.
     """
     tensors = saved_beside(source, grown)
     fused = {layer.cuts["default"].module: layer for layer in adapted(model, "default").values()
              if isinstance(layer, InlayExperts)}  # fmt: skip
     own = [delta for delta in deltas if delta.module.rpartition(".")[0] not in fused]
-    for name, layer in fused.items():
-        each = [widened_to_rank(d, r) for d in deltas if d.module.rpartition(".")[0] == name]
-        tensors |= {k: v.to(dtype).contiguous() for k, v in lora_of_experts(name, layer, each, list(fused)).items()}
-    for delta in own:
-        B, A = widened_to_rank(delta, r)
-        for kind, value in (("lora_A", A), ("lora_B", B)):
-            name, rounded = f"{ROOT}{delta.module}.{kind}.weight", value.to(dtype).contiguous()
-            if not rounded.isfinite().all():
-                raise ValueError(f"{name} does not fit {dtype}; choose the dtype bfloat16 or float32")
-            tensors[name] = rounded
+    matrices: dict[str, tuple[Tensor, Tensor]] = {}
+    if each and fused:
+        matrices = loras_of_matrices(source.base_weights(), model, deltas, r)
+    new: dict[str, Tensor] = {}
+    for name, layer in {} if matrices else fused.items():
+        factors = [widened_to_rank(d, r) for d in deltas if d.module.rpartition(".")[0] == name]
+        new |= lora_of_experts(name, layer, factors, list(fused))
+    for module, (B, A) in {**{d.module: widened_to_rank(d, r) for d in own}, **matrices}.items():
+        new |= {f"{ROOT}{module}.lora_A.weight": A, f"{ROOT}{module}.lora_B.weight": B}
+    for name, value in new.items():
+        tensors[name] = value.to(dtype).clone(memory_format=torch.contiguous_format)
+        if not tensors[name].isfinite().all():
+            raise ValueError(f"{name} does not fit {dtype}; choose the dtype bfloat16 or float32")
+    targets = target_names(model, [delta.module for delta in own]) if own else []
     given = cast(InlayConfig, source.config)
     config = LoraConfig(
         r=r,
         lora_alpha=r,
-        target_modules=target_names(model, [delta.module for delta in own]) if own else [],
-        target_parameters=sorted({".".join(name.split(".")[-3:]) for name in fused}) or None,
+        target_modules=sorted({*targets, *(module.rpartition(".")[2] for module in matrices)}),
+        target_parameters=None if matrices else sorted({".".join(name.split(".")[-3:]) for name in fused}) or None,
         bias="lora_only" if given.bias == "inlay_only" else given.bias,  # type: ignore[arg-type]
         modules_to_save=given.modules_to_save,
         trainable_token_indices=given.trainable_token_indices,
@@ -271,6 +278,43 @@ def lora_of_experts(
     A = torch.cat([A for _, A in factors])
     B = torch.stack([B for B, _ in factors], -1).flatten(1)
     return {f"{prefix}.lora_A.weight": A, f"{prefix}.lora_B.weight": B}
+
+
+def loras_of_matrices(
+    weights: Weights, model: PeftModel, deltas: list[LoraDelta], r: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return (B, A) of every matrix that the checkpoint stores of adapted experts, by its name there.
+
+    vLLM packs these into its fused layers (`PackedLoRALayerWeights.pack_moe`), and wants all matrices of all experts of
+    a layer: where one has no change, they are zeros. Nothing is returned of a model in `FUSED`, for which vLLM reads
+    what PEFT does (`LoRAModelManager._stack_moe_lora_weights`).
+
+    Raises:
+        ValueError: vLLM has no known form for experts that are stored in this way.
+    """
+    base = model.get_base_model()
+    known = {delta.module: widened_to_rank(delta, r) for delta in deltas}
+    adapted_experts = {name.rpartition(".")[0].rpartition(".")[0] for name in known}
+    parameters = {
+        f"{name}.{weight}": ExpertWeight(module, weight)
+        for name, module in fused_experts(base).items()
+        for weight in expert_weights(module)
+        if name in adapted_experts
+    }
+    files = ExpertFiles(weights, parameters)
+    if whole := [piece.module for piece in files.pieces.values() if piece.expert is None]:
+        alone = [name for name in parameters if f"{name}.0" not in known]
+        if str(base.config.model_type) in FUSED and not alone:  # type: ignore[union-attr]
+            return {}
+        why = f"{alone[0]} has no adapter" if alone else f"{whole[0]} is stored fused, in a layout of its own"
+        raise ValueError(f"to=vllm: vLLM has no form for these experts ({why}); merge the adapter, which is exact")
+    found = {}
+    for key, piece in files.pieces.items():
+        parameter = parameters[piece.module]
+        nothing = torch.zeros(parameter.out_features, r), torch.zeros(r, parameter.in_features)
+        B, A = known.get(f"{piece.module}.{piece.expert}", nothing)
+        found[key.removesuffix(".weight")] = B[piece.rows], A
+    return found
 
 
 def target_names(model: PeftModel, names: list[str]) -> list[str]:

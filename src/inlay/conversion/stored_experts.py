@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from inlay.host import seal
-from inlay.host.experts import InlayExperts
+from inlay.host.experts import ExpertWeight, InlayExperts
 from inlay.host.layer import InlayLinear, change_of
 from inlay.models.stored_weights import Weights
 
@@ -25,24 +25,24 @@ class Piece(NamedTuple):
     rows: slice = slice(None)
 
 
-class StoredExperts:
-    """Read the base weights of adapted experts, one parameter at a time, and merge adapters into them.
+class ExpertFiles:
+    """Read the weights of experts, one parameter at a time.
 
     Args:
         weights: the checkpoint.
-        layers: the adapted layers by their modules' names, others than experts among them.
+        parameters: those of a model without memory, by name.
     """
 
-    def __init__(self, weights: Weights, layers: Mapping[str, InlayLinear]) -> None:
+    def __init__(self, weights: Weights, parameters: Mapping[str, ExpertWeight]) -> None:
         self.weights = weights
-        self.layers = {name: layer for name, layer in layers.items() if isinstance(layer, InlayExperts)}
+        self.parameters = parameters
         self.pieces: dict[str, Piece] = {}
-        for name, layer in self.layers.items():
+        for name, parameter in parameters.items():
             fused = weights.key(name)
-            self.pieces |= {fused: Piece(name)} if fused else self.pieces_of(name, layer)
+            self.pieces |= {fused: Piece(name)} if fused else self.pieces_of(name, parameter)
         self.read: dict[str, Tensor] = {}
 
-    def pieces_of(self, name: str, layer: InlayExperts) -> dict[str, Piece]:
+    def pieces_of(self, name: str, parameter: ExpertWeight) -> dict[str, Piece]:
         """Return what each stored matrix holds of a parameter that is stored expert by expert.
 
         Raises:
@@ -53,35 +53,51 @@ class StoredExperts:
             if (match := re.search(r"\.(\d+)\.(\w+)\.weight$", key)) and match[2] in PARTS:
                 found[int(match[1]), PARTS[match[2]]] = key
         count = 1 + max((part for _, part in found), default=-1)
-        experts, out, _ = layer.shape
-        if not count or found.keys() != {(e, part) for e in range(experts) for part in range(count)}:
+        every = {(e, part) for e in range(parameter.count) for part in range(count)}
+        if not count or found.keys() != every:
             raise ValueError(
                 f"the checkpoint of {self.weights.model!r} stores {name} in a layout that is not known here; merge in "
                 "Python: PeftModel.from_pretrained(...).merge_and_unload()"
             )
-        step = out // count
+        step = parameter.out_features // count
         return {key: Piece(name, e, slice(part * step, (part + 1) * step)) for (e, part), key in found.items()}
 
     def whole(self, name: str) -> Tensor:
-        """Return the base weight of a parameter, (E, out, in), as it is stored, which the adapter was cut from.
-
-        What was read of other layers is forgotten.
-        """
+        """Return a parameter, (E, out, in), as it is stored; what was read of other layers is forgotten."""
         if name not in self.read:
-            layer, beside = self.layers[name], name.rpartition(".")[0]
+            beside = name.rpartition(".")[0]
             self.read = {n: W for n, W in self.read.items() if n.rpartition(".")[0] == beside}
             parts: dict[int | None, list[tuple[int, str]]] = {}
             for key, piece in self.pieces.items():
                 if piece.module == name:
                     parts.setdefault(piece.expert, []).append((piece.rows.start or 0, key))
             if None in parts:
-                W = layer.base_layer.matrices(self.weights.read(parts[None][0][1]))
+                W = self.parameters[name].matrices(self.weights.read(parts[None][0][1]))
             else:
                 experts = (torch.cat([self.weights.read(key) for _, key in sorted(parts[e])]) for e in sorted(parts))  # type: ignore[type-var]
                 W = torch.stack(list(experts))
-            layer.check_base("default", seal.of_base(W))
+            self.check(name, W)
             self.read[name] = W
         return self.read[name]
+
+    def check(self, name: str, W: Tensor) -> None:
+        """Look at a parameter that was read."""
+
+
+class StoredExperts(ExpertFiles):
+    """Read the base weights of adapted experts, which are what the adapter was cut from, and merge it into them.
+
+    Args:
+        weights: the checkpoint.
+        layers: the adapted layers by their modules' names, others than experts among them.
+    """
+
+    def __init__(self, weights: Weights, layers: Mapping[str, InlayLinear]) -> None:
+        self.layers = {name: layer for name, layer in layers.items() if isinstance(layer, InlayExperts)}
+        super().__init__(weights, {name: layer.base_layer for name, layer in self.layers.items()})
+
+    def check(self, name: str, W: Tensor) -> None:
+        self.layers[name].check_base("default", seal.of_base(W))
 
     def merged(self, key: str, dtype: torch.dtype | None) -> tuple[Tensor, float]:
         """Return a stored tensor with the adapter in it, and the share of the change that rounding it lost."""

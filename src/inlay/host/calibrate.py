@@ -82,10 +82,7 @@ def calibrate(
         raise ValueError(f"adapter {adapter_name!r} has its start already; calibrate before the first use, and once")
     seen = {name: [f"{name}.{part}" for part in layer.seen] for name, layer in layers.items()}
     methods = {part: layers[name].cuts[adapter_name].method for name, parts in seen.items() for part in parts}
-    with without_adapters(layers.values()), ExitStack() as watched:
-        for layer in layers.values():
-            if isinstance(layer, InlayExperts):
-                watched.enter_context(layer.base_layer.watched())
+    with watched_experts(layers.values()):
         result = gather_statistics(model, methods, batches, most, loss)
     stats = {name: of_every_part(name, [result.stats[part] for part in parts]) for name, parts in seen.items()}
     run_jobs(job for name, layer in layers.items() for job in layer.jobs(adapter_name, stats=stats[name]))
@@ -241,6 +238,17 @@ def still(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
         for module in training:
             module.training = True
+
+
+@contextmanager
+def watched_experts(layers: Iterable[InlayLinear]) -> Iterator[None]:
+    """Switch all adapters of `layers` off in this block, and let each of their experts be a module to hook."""
+    layers = list(layers)
+    with without_adapters(layers), ExitStack() as watched:
+        for layer in layers:
+            if isinstance(layer, InlayExperts):
+                watched.enter_context(layer.base_layer.watched())
+        yield
 
 
 @contextmanager

@@ -387,6 +387,11 @@ def expert_weights(experts: nn.Module) -> list[str]:
     return [name for name, p in experts.named_parameters(recurse=False) if p.ndim == 3]
 
 
+def count_of(experts: nn.Module) -> int:
+    """Return how many experts a module holds."""
+    return len(experts.get_parameter(expert_weights(experts)[0]))
+
+
 def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules of `model`, adapted or not, that hold a layer's experts in parameters of three dimensions."""
     return {
@@ -395,6 +400,18 @@ def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
         if PREFIX not in name
         if expert_weights(module) and (is_transposed(module) is not None or "experts" in name.split("."))
     }
+
+
+def some_experts(model: nn.Module) -> dict[str, nn.Module]:
+    """Return what `fused_experts` does.
+
+    Raises:
+        ValueError: there are none.
+    """
+    experts = fused_experts(model)
+    if not experts:
+        raise ValueError("experts: this model has no fused experts; leave experts out")
+    return experts
 
 
 def check_experts(name: str, experts: nn.Module, method: Method) -> None:

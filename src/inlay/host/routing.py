@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.host.calibrate import MASKS, MOST, still
-from inlay.host.experts import expert_weights, fused_experts, is_in_interface
+from inlay.host.experts import count_of, is_in_interface, some_experts
 
 
 @torch.no_grad()
@@ -27,15 +27,11 @@ def routed_tokens(model: nn.Module, batches: Iterable[Any], most: int | None = M
     Raises:
         ValueError: the model has no fused experts, or they are not told where their rows go.
     """
-    modules = fused_experts(model)
-    if not modules:
-        raise ValueError("experts: this model has no fused experts; leave experts out")
+    modules = some_experts(model)
     for name, module in modules.items():
         if not is_in_interface(module):
             raise ValueError(f"experts: {name} is not told which expert a token goes to; take experts: true")
-    counts = {
-        name: torch.zeros(len(m.get_parameter(expert_weights(m)[0])), dtype=torch.long) for name, m in modules.items()
-    }
+    counts = {name: torch.zeros(count_of(module), dtype=torch.long) for name, module in modules.items()}
     masks: list[Tensor] = []
     device = next(p.device for p in model.parameters())
     with still(model), ExitStack() as hooks:

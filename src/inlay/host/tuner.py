@@ -34,9 +34,11 @@ from inlay.host.experts import (
     ExpertWeight,
     InlayExperts,
     check_experts,
+    count_of,
     expert_weights,
     fused_experts,
     report_frozen_experts,
+    some_experts,
     taken_experts,
 )
 from inlay.host.first_pass import FirstPass
@@ -122,21 +124,24 @@ class InlayModel(BaseTuner):
         Raises:
             ValueError: the model has none, or they cannot be adapted.
         """
-        experts = fused_experts(model)
-        if not experts:
-            raise ValueError("experts: this model has no fused experts; leave experts out")
+        experts = some_experts(model)
         if isinstance(config.experts, dict):
             for module, chosen in config.experts.items():
                 found = [m for n, m in experts.items() if is_named(module, [n])]
                 if not found:
                     raise ValueError(f"experts: {module!r} is none of {', '.join(experts)}")
-                count = len(found[0].get_parameter(expert_weights(found[0])[0]))
+                count = count_of(found[0])
                 if wrong := [e for e in chosen if not 0 <= e < count]:
                     raise ValueError(f"experts: {module} has no expert {wrong[0]}; it has 0 to {count - 1}")
         for name, module in experts.items():
             weights = [w for w in expert_weights(module) if taken_experts(config, f"{name}.{w}", module)]
             for weight in weights:
                 check_experts(name, module, config.build(without_wrappers(f"{name}.{weight}")))
+            if weights and is_offloaded(model, module):
+                raise ValueError(
+                    f"experts: the device map keeps {name} off the device that computes, where its weights are loaded "
+                    "past an adapter; give it a device in the map, or leave it out (exclude_modules)"
+                )
             parent, child = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
             wrapper = parent.get_submodule(child)
             if weights and not isinstance(wrapper, AdaptedExperts):
@@ -517,10 +522,20 @@ def check_parent(parent: nn.Module, child: str, name: str) -> None:
 
 def home_of(model: nn.Module, module: nn.Module) -> torch.device | None:
     """Return where a module computes whose weight accelerate keeps on the disk; None for all others."""
-    devices = cast(dict, getattr(model, "hf_device_map", None) or {})
-    if "disk" not in devices.values() or not any(p.is_meta for p in module.parameters()):
+    devices = device_map_of(model)
+    if "disk" not in devices.values() or not is_offloaded(model, module):
         return None
     return torch.device(next((d for d in devices.values() if d not in ("cpu", "disk")), "cpu"))
+
+
+def is_offloaded(model: nn.Module, module: nn.Module) -> bool:
+    """Return whether accelerate keeps the weights of a module elsewhere until they are used, by a map of devices."""
+    return bool(device_map_of(model)) and any(p.is_meta for p in module.parameters())
+
+
+def device_map_of(model: nn.Module) -> dict[str, Any]:
+    """Return where accelerate keeps which module; empty where it has not placed the model."""
+    return getattr(model, "hf_device_map", None) or {}
 
 
 def register() -> None:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from inlay.files.atomic import check_free, new_folder
 from inlay.host.config import InlayConfig
+from inlay.host.module_names import layer_index
 from inlay.inspection.noise_edge import edge, effective_rank, stable_rank
 from inlay.inspection.ranks import Inspection, Weight, inspection, patterns
 from inlay.models.base import BaseModel
@@ -31,6 +32,7 @@ def inspect(
     *,
     target_modules: list[str] | str = "all-linear",
     layers: list[int] | None = None,
+    experts: bool | dict[str, list[int]] = False,
     output: str | Path | None = None,
     overwrite: bool = False,
     revision: str | None = None,
@@ -47,6 +49,7 @@ def inspect(
         direction: "flat" gives more to flat spectra, "peaked" to peaked ones.
         target_modules: which modules, as in `InlayConfig`.
         layers: indices of layers (then `target_modules` must be a list of names).
+        experts: of a mixture-of-experts model, as in `InlayConfig`; each expert has a spectrum and a rank of its own.
         output: a folder for spectra.json, ranks.yaml (a recipe's `patterns`) and plots/.
         overwrite: replace such a folder.
         revision: of a hub model.
@@ -64,6 +67,7 @@ def inspect(
         args={"r": r},
         target_modules=target_modules,
         layers_to_transform=layers,
+        experts=experts,
         task_type="CAUSAL_LM",
     )
     spectra = inspection(BaseModel(model, revision, trust_remote_code), config, direction)
@@ -156,11 +160,16 @@ def suggestion(spectra: Inspection) -> Suggestion:
 
 
 def show_inspection(spectra: Inspection, console: Console) -> None:
-    """Print a table with a line per type of module, the rank of every layer, and the total."""
+    """Print a table with a line per type of module, the ranks of every layer, and the total; of experts, ranges."""
     console.print(inspection_table(spectra))
     console.print("ranks by layer:")
+    width = max(12, *(len(kind) + 1 for kind in spectra.kinds))
     for kind, weights in spectra.kinds.items():
-        console.print(f"  {kind:<12}{' '.join(f'{w.rank:>3}' for w in weights.values())}", soft_wrap=True)
+        of_layer: dict[int, list[int]] = {}
+        for name, weight in weights.items():
+            of_layer.setdefault(layer_index(name), []).append(weight.rank)
+        told = " ".join(f"{range_of(ranks):>3}" for ranks in of_layer.values())
+        console.print(f"  {kind:<{width}}{told}", soft_wrap=True)
     console.print(spectra.summary())
     console.print(f"{suggestion(spectra)} (from spectra alone; inlay compare shows which trains better)")
 
@@ -185,7 +194,7 @@ def inspection_table(spectra: Inspection) -> Table:
 
 def inspection_cells(weights: list[Weight], r: int) -> Iterator[str]:
     """Yield the cells of one type of module."""
-    shapes, ranks = sorted({w.shape for w in weights}), sorted({w.rank for w in weights})
+    shapes, ranks = sorted({w.shape for w in weights}), [w.rank for w in weights]
     signals = sorted(w.signal for w in weights)
     yield "{} × {}".format(*shapes[0]) if len(shapes) == 1 else f"{len(shapes)} shapes"
     yield f"{statistics.median(w.S[0].item() for w in weights):.3g}"
@@ -194,4 +203,10 @@ def inspection_cells(weights: list[Weight], r: int) -> Iterator[str]:
     yield f"{signals[0]}..{statistics.median_low(signals)}..{signals[-1]}"
     yield f"{statistics.median(w.energy(r) for w in weights):.2f}"
     yield f"{statistics.median(w.minor(r) for w in weights):.1g}"
-    yield f"{ranks[0]}..{ranks[-1]}" if len(ranks) > 1 else str(ranks[0])
+    yield range_of(ranks)
+
+
+def range_of(ranks: list[int]) -> str:
+    """Return the smallest and the largest of some ranks as text, or the one that all are."""
+    low, high = min(ranks), max(ranks)
+    return f"{low}..{high}" if low < high else str(low)

@@ -22,7 +22,7 @@ from inlay.numerics.rank_allocation import Direction, allocate, module_type
 
 @dataclass(frozen=True)
 class Weight:
-    """Hold one module's shape (out, in), singular values and rank, and its trained parameters.
+    """Hold one weight's shape (out, in), singular values and rank, and its trained parameters.
 
     `numbers` counts the parameters at that rank, `uniform` those at the same r everywhere.
     """
@@ -49,7 +49,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Hold the spectra of a model's adapted modules and the ranks that follow from them."""
+    """Hold the spectra of a model's adapted weights and the ranks that follow; of experts, each has its own."""
 
     model: str
     method: str
@@ -64,7 +64,7 @@ class Inspection:
 
     @property
     def kinds(self) -> dict[str, dict[str, Weight]]:
-        """Return the modules by type, the last component of their names."""
+        """Return the weights by type, the last component of their modules' names."""
         groups: dict[str, dict[str, Weight]] = {}
         for name, weight in self.weights.items():
             groups.setdefault(module_type(name), {})[name] = weight
@@ -80,15 +80,21 @@ class Inspection:
         )
 
 
-def inspection(base: BaseModel, config: InlayConfig, direction: Direction) -> Inspection:
-    """Compute spectra and ranks of the modules that a config adapts.
+def inspection(base: BaseModel, config: InlayConfig, direction: Direction, **model: Any) -> Inspection:
+    """Compute spectra and ranks of the weights that a config adapts.
+
+    Args:
+        base: the model.
+        config: of the adapter.
+        direction: which spectra get more.
+        model: further arguments of `BaseModel.meta`: its class, its settings.
 
     Raises:
         ValueError: the model or the config cannot be used, or the method has no rank.
     """
     r = allocated_ranks(config)
-    shapes = target_weights(base, config)
-    values = weight_spectra(base, shapes)
+    shapes = target_weights(base, config, **model)
+    values = weight_spectra(base, shapes, **model)
     cost = rank_cost(config, shapes)
     ranks = allocate(values, r, cost, direction)
     weights = {
@@ -128,14 +134,19 @@ def rank_cost(config: InlayConfig, shapes: Mapping[str, Shape]) -> Callable[[str
 def patterns(ranks: Mapping[str, int], key: str = "r") -> dict[str, dict[str, int]]:
     """Return ranks (or another hyperparameter `key`) as a recipe's `patterns`.
 
-    These are regexes for whole names; one regex covers all layers with the same rank.
+    These are regexes for whole names; one regex covers all layers with the same rank, and the experts of a layer.
     """
-    groups: dict[tuple[str, str, int], list[str]] = {}
+    experts: dict[tuple[str, str, str, int], list[str]] = {}  # of one layer and rank; [""] where there are none
     for name, rank in ranks.items():
         head, index, tail = split_name(name)
-        groups.setdefault((head, tail, rank), []).append(index)
+        part, _, e = tail.rpartition(".")
+        part, e = (f"{part}.", e) if part and e.isdigit() else (tail, "")
+        experts.setdefault((head, index, part, rank), []).append(e)
+    groups: dict[tuple[str, str, str, int], list[str]] = {}
+    for (head, index, part, rank), numbers in experts.items():
+        groups.setdefault((head, part, any_of(numbers), rank), []).append(index)
     # ^, because without it a pattern may match the end of a longer name
     return {
-        f"^{re.escape(head)}{any_of(indices)}{re.escape(tail)}": {key: rank}
-        for (head, tail, rank), indices in groups.items()
+        f"^{re.escape(head)}{any_of(indices)}{re.escape(part)}{numbers}": {key: rank}
+        for (head, part, numbers, rank), indices in groups.items()
     }

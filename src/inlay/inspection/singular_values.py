@@ -18,17 +18,21 @@ from peft import get_peft_model
 from torch import Tensor
 from tqdm import tqdm
 
+from inlay.conversion.stored_experts import ExpertFiles
 from inlay.files import cache
 from inlay.host.config import InlayConfig
-from inlay.host.experts import InlayExperts
+from inlay.host.experts import ExpertWeight, InlayExperts, expert_weights, fused_experts
 from inlay.host.layer import adapted
 from inlay.models.base import BaseModel
+from inlay.models.stored_weights import Weights
 
 Shape = tuple[int, int]  # out, in
 
 
 def target_weights(base: BaseModel, config: InlayConfig, **model: Any) -> dict[str, Shape]:
-    """Return the linear modules of a model that a config adapts, in order, with their (out, in); no weights are read.
+    """Return the weights of a model that a config adapts, in order, with their (out, in); none is read.
+
+    They go by the names of their modules; experts by that of their parameter and their number, as in `patterns`.
 
     Args:
         base: the model.
@@ -40,20 +44,31 @@ def target_weights(base: BaseModel, config: InlayConfig, **model: Any) -> dict[s
     """
     config = copy.deepcopy(config)  # PEFT writes what it finds into it
     empty = get_peft_model(base.meta(torch.float32, **model), config)
-    layers = (layer for layer in adapted(empty, "default").values() if not isinstance(layer, InlayExperts))
-    return {layer.cuts["default"].module: (layer.out_features, layer.in_features) for layer in layers}
+    shapes: dict[str, Shape] = {}
+    for layer in adapted(empty, "default").values():
+        name, shape = layer.cuts["default"].module, (layer.out_features, layer.in_features)
+        experts = isinstance(layer, InlayExperts)
+        shapes |= {f"{name}.{e}": shape for e in layer.shares["default"].methods} if experts else {name: shape}
+    return shapes
 
 
-def weight_spectra(base: BaseModel, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
-    """Return the singular values of each named module's weight: fp32 (min(out, in),), descending, on the CPU.
+def weight_spectra(base: BaseModel, shapes: Mapping[str, Shape], **model: Any) -> dict[str, Tensor]:
+    """Return the singular values of each named weight: fp32 (min(out, in),), descending, on the CPU.
+
+    Args:
+        base: the model.
+        shapes: of the weights, by the names that `target_weights` gives them.
+        model: as for `target_weights`.
 
     Raises:
         ValueError: the checkpoint lacks a weight, stores it quantised or in another shape, or it holds NaN or Inf.
     """
-    weights = base.weights()
+    weights = base.weights(**model)
+    experts = stored_parameters(weights, shapes)
     spectra: dict[str, Tensor] = {}
     for name in tqdm(shapes, desc="Spectra", unit="weight", disable=None, delay=1):
-        W = weights.read(f"{name}.weight")
+        parameter, _, e = name.rpartition(".")
+        W = experts.whole(parameter)[int(e)] if parameter in experts.parameters else weights.read(f"{name}.weight")
         if not W.is_floating_point() or W.element_size() < 2:
             raise ValueError(f"{name} is stored quantised ({W.dtype}); take the spectra of the model in full precision")
         if sorted(W.shape) != sorted(shapes[name]):  # a Conv1D stores (in, out), and has the same spectrum
@@ -63,6 +78,14 @@ def weight_spectra(base: BaseModel, shapes: Mapping[str, Shape]) -> dict[str, Te
         except ValueError as error:
             raise ValueError(f"the weight of {name} {error}; repair it or leave that module out") from None
     return spectra
+
+
+def stored_parameters(weights: Weights, names: Mapping[str, object]) -> ExpertFiles:
+    """Return what reads the experts among the named weights; of other models, nothing."""
+    wanted = {parameter for name in names if (parts := name.rpartition("."))[2].isdigit() and (parameter := parts[0])}
+    modules = fused_experts(weights.blank()) if wanted else {}
+    every = {f"{name}.{w}": ExpertWeight(module, w) for name, module in modules.items() for w in expert_weights(module)}
+    return ExpertFiles(weights, {name: every[name] for name in every if name in wanted})
 
 
 def all_singular_values(W: Tensor) -> Tensor:

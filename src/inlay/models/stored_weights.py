@@ -97,8 +97,8 @@ class Weights:
         key = self.key(name)
         if key is None:
             raise ValueError(
-                f"the checkpoint of {self.model!r} stores no tensor {name} (tied to another, or under another name); "
-                "leave that module out"
+                f"the checkpoint of {self.model!r} stores no tensor {name} (tied to another, new in this model, or "
+                "under another name); leave that module out (exclude_modules)"
             )
         try:
             with safe_open(regular_file(self._files[key]), "pt") as file:

@@ -45,8 +45,9 @@ def energy(S: Tensor, r: int) -> float:
 
 
 def module_type(name: str) -> str:
-    """Return the type of a module: the last component of its name."""
-    return name.rpartition(".")[2]
+    """Return the type of a weight: the last component of its module's name; of an expert, "experts.down_proj"."""
+    *words, last = [part for part in name.split(".") if not part.isdigit()] or [name]
+    return ".".join([*words[-1:], last]) if name.rpartition(".")[2].isdigit() else last
 
 
 def rank_set(r: int) -> list[int]:

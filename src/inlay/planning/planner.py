@@ -98,7 +98,8 @@ class PlannedRun:
         """
         if self.unpacked is not None:
             return self.unpacked.parts
-        uneven = self.config is not None and any(vars(self.config).get(name) for name in UNEVEN)
+        given = vars(self.config) if self.config is not None else {}
+        uneven = any(map(given.get, UNEVEN)) or isinstance(given.get("experts"), dict)
         depths = None if uneven else repeated_depths(self.blank())
         return [self.build(depth) for depth in depths or (None,)]
 

@@ -218,7 +218,10 @@ class Recipe:
             check_allocate(self)
         check_inlay_only(self)
         if self.experts and self.quantize == "nf4":
-            raise ValueError("experts: quantize: nf4 folds linear layers only; take nf4_offset, or leave experts out")
+            raise ValueError(
+                "experts: transformers packs linear layers only, so quantize: nf4 cannot fold experts; take "
+                "nf4_offset, which keeps them in 16 bits, or leave experts out"
+            )
         if self.experts and self.flat_noise:
             raise ValueError(f"flat_noise={self.flat_noise} does not reach experts; set it to 0, or leave experts out")
         check_task(self)
@@ -422,8 +425,8 @@ def check_task(recipe: Recipe) -> None:
         )
     if recipe.task == "grpo":
         check_rewards(recipe)
-    if recipe.allocate != "none" and not kind.causal:
-        raise ValueError(f"allocate: ranks from spectra are for causal language models, not task {recipe.task}")
+    if recipe.task == "vision" and recipe.allocate in ("variance", "blocks"):
+        raise ValueError(f"allocate: {recipe.allocate} reads data, which task vision does not provide; take energy")
 
 
 def check_rewards(recipe: Recipe) -> None:

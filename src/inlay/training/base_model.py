@@ -21,6 +21,7 @@ from inlay.recipe.peft_methods import FULL
 from inlay.recipe.recipe import Recipe
 from inlay.training.arguments import attention_settings
 from inlay.training.checkpoints import Checkpoint
+from inlay.training.examples import Examples
 from inlay.training.prepared import Prepared
 from inlay.training.tasks import TASKS
 
@@ -40,6 +41,12 @@ def check_fold(recipe: Recipe, adapter: Path) -> None:
             )
     if recipe.quantize != "none":
         raise ValueError(f"{recipe.model} is folded already; leave out quantize: {recipe.quantize}")
+
+
+def model_of(recipe: Recipe, rows: Examples | None) -> dict[str, Any]:
+    """Return the class of a recipe's model as `auto`, and what of its configuration the examples settle."""
+    settings = {} if rows is None else TASKS[recipe.task].model_settings(rows)
+    return {"auto": find_model_class(recipe.task).auto, **settings}
 
 
 def load_training_model(
@@ -64,9 +71,8 @@ def load_training_model(
     dtype = torch.float32 if recipe.method == FULL else dtype  # updates of full fine-tuning are too small for 16 bits
     if recipe.quantize != "nf4":
         quantization = None if recipe.quantize == "none" else quantization_config(recipe.quantize, dtype)
-        auto = find_model_class(recipe.task).auto
-        settings = {**TASKS[recipe.task].model_settings(prepared.rows), **attention_settings(recipe)}
-        return prepared.base.load(dtype, quantization, auto=auto, **settings)
+        settings = {**model_of(recipe, prepared.rows), **attention_settings(recipe)}
+        return prepared.base.load(dtype, quantization, **settings)
     result = fold(
         recipe.model, folder / "folded", recipe.config(), rounds=recipe.fold_rounds, batches=batches,
         revision=recipe.revision, trust_remote_code=recipe.trust_remote_code,

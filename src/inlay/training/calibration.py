@@ -8,10 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from peft import get_peft_model
 from rich.console import Console
 
-from inlay.host.calibrate import calibrate, gather_statistics
-from inlay.host.layer import InlayLinear
+from inlay.host.calibrate import Calibration, calibrate, gather_statistics, watched_experts
+from inlay.host.experts import InlayExperts
+from inlay.host.layer import InlayLinear, adapted
 from inlay.host.routing import busiest_experts, routed_tokens
 from inlay.inspection.ranks import allocated_ranks, patterns, rank_cost
 from inlay.inspection.singular_values import target_weights
@@ -19,7 +21,7 @@ from inlay.method import Method
 from inlay.methods.eva import EVA
 from inlay.numerics.rank_allocation import allocate_blocks, by_variance
 from inlay.recipe.recipe import Recipe
-from inlay.training.base_model import load_training_model
+from inlay.training.base_model import load_training_model, model_of
 from inlay.training.prepared import Prepared
 from inlay.training.tasks import TASKS
 
@@ -97,27 +99,52 @@ def settle_calibration(prepared: Prepared) -> Recipe:
     if recipe.allocate not in ("variance", "blocks"):
         return recipe
     config = recipe.config()
-    shapes = target_weights(prepared.base, config)
+    shapes = target_weights(prepared.base, config, **model_of(recipe, prepared.rows))
     method = config.build()
     watched: dict[str, Method] = dict.fromkeys(shapes, method)
     if recipe.allocate == "variance":
         watched = {name: EVA(r=min(math.ceil(RHO * allocated_ranks(config)), *shape)) for name, shape in shapes.items()}
-    quantize = "none" if recipe.quantize == "nf4" else recipe.quantize  # the fold comes later, with these ranks
-    base = load_training_model(replace(prepared, recipe=replace(recipe, allocate="none", quantize=quantize)))
-    batches = calibration_batches(prepared)
-    gathered = gather_statistics(base, watched, batches, recipe.calibration, TASKS[recipe.task].loss(recipe))
+    gathered = gather_by_weight(prepared, watched)
     report_unsettled(gathered.unsettled, len(watched), console)
     if recipe.allocate == "blocks":
         budget = sum(len(method.start(torch.empty(shape, device="meta"))["D"]) for shape in shapes.values())
-        shares = allocate_blocks({name: stats["score"] for name, stats in gathered.stats.items()}, budget)
+        blank = {name: method.statistic(torch.zeros(shape))["score"] for name, shape in shapes.items()}
+        scores = {name: gathered.stats[name].get("score", blank[name]) for name in shapes}
+        shares = allocate_blocks(scores, budget)
         console.print(
             f"blocks by gradient: {min(shares.values())} to {max(shares.values())} a weight, {budget} in total"
         )
         return replace(recipe, allocate="none", patterns=patterns(shares, "blocks"))
     r = allocated_ranks(config)
     ratios = {
-        name: stats["S"][: math.ceil(RHO * r)].square() / stats["total"] for name, stats in gathered.stats.items()
+        name: stats["S"][: math.ceil(RHO * r)].square() / stats["total"] if stats else torch.zeros(1)
+        for name, stats in gathered.stats.items()
     }
     ranks = by_variance(ratios, r, rank_cost(config, shapes))
     console.print(f"ranks by explained variance: {min(ranks.values())} to {max(ranks.values())}, {r} on average")
     return replace(recipe, allocate="none", patterns=patterns(ranks))
+
+
+def gather_by_weight(prepared: Prepared, methods: dict[str, Method]) -> Calibration:
+    """Return the statistics that `methods` need of a recipe's weights, which go by their names in `patterns`.
+
+    The model is loaded for it. An expert that no row is routed to has none.
+    """
+    recipe = prepared.recipe
+    quantize = "none" if recipe.quantize == "nf4" else recipe.quantize  # the fold comes later, with these ranks
+    plain = replace(recipe, allocate="none", quantize=quantize)
+    base = load_training_model(replace(prepared, recipe=plain))
+    where = replace(plain, method="lora", args={"r": 1}, scale=None)  # which only says which weights these are
+    model = get_peft_model(base, where.config())  # type: ignore[arg-type]
+    layers = adapted(model, "default")
+    names: dict[str, str] = {}
+    for path, layer in layers.items():
+        module = layer.cuts["default"].module
+        experts = isinstance(layer, InlayExperts)
+        names |= {f"{path}.{part}": f"{module}.{e}" if experts else module for e, part in enumerate(layer.seen)}
+    watched = {path: methods[name] for path, name in names.items() if name in methods}
+    batches, loss = calibration_batches(prepared), TASKS[recipe.task].loss(recipe)
+    with watched_experts(layers.values()):
+        seen = gather_statistics(model, watched, batches, recipe.calibration, loss)
+    stats = {names[path]: own for path, own in seen.stats.items()}
+    return Calibration(seen.batches, {name: stats[name] for name in methods}, [names[path] for path in seen.unsettled])

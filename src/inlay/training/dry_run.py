@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import cast
 
 import torch
 from rich.console import Console
 
 from inlay.files.atomic import check_free
+from inlay.host.experts import count_of, some_experts
+from inlay.host.routing import busiest_experts
 from inlay.messages import dtype_name, duration, gib
+from inlay.models.base import BaseModel
 from inlay.models.folded import fold_at
 from inlay.models.loading import dtype_for
 from inlay.models.model_classes import PLANNED_TASKS, find_model_class
@@ -19,7 +23,7 @@ from inlay.recipe.peft_methods import without_start
 from inlay.recipe.recipe import Recipe
 from inlay.training.allocate_ranks import settle_ranks
 from inlay.training.arguments import check_means, optimizer_steps
-from inlay.training.base_model import check_fold
+from inlay.training.base_model import check_fold, model_of
 from inlay.training.batch_size import fitting_batch, largest_useful_batch, planned_step
 from inlay.training.examples import TOKENS, Examples
 from inlay.training.run_folder import MARK
@@ -47,7 +51,7 @@ def dry_run(recipe: Recipe, console: Console, verbose: bool = False) -> None:
     tokenizer = task.processor(recipe)
     base = recipe.base_model
     rows = task.examples(recipe, tokenizer, console)
-    recipe = settle_ranks(recipe, base, console)
+    recipe = settle_ranks(with_first_experts(recipe, base, rows, console), base, rows, console)
     batch = recipe.batch_size
     if batch == "auto":
         batch = fitting_batch(*planned_step(recipe, base, rows, dtype), largest_useful_batch(rows), loaded=False)
@@ -56,7 +60,7 @@ def dry_run(recipe: Recipe, console: Console, verbose: bool = False) -> None:
     if kind.planned:
         show_memory(resolved, rows, *planned_step(resolved, base, rows, dtype), console)
     else:
-        trained = count_parameters(base, without_start(recipe.adapter()), kind.auto, **task.model_settings(rows))
+        trained = count_parameters(base, without_start(recipe.adapter()), **model_of(recipe, rows))
         console.print(f"{trained:,} trainable parameters; memory is predicted for tasks {', '.join(PLANNED_TASKS)}")
     console.print("\nfirst example, the learned part in ⟦⟧:" if not kind.causal else TOKENS)
     console.print(task.shown(rows.train[0], tokenizer, resolved), soft_wrap=True, markup=False, highlight=False)
@@ -64,6 +68,19 @@ def dry_run(recipe: Recipe, console: Console, verbose: bool = False) -> None:
         "\nrecipe:" if verbose else "\nrecipe, where it differs from the defaults (--verbose shows all of it):"
     )
     console.print((resolved.to_yaml() if verbose else recipe.differences()).rstrip(), soft_wrap=True)
+
+
+def with_first_experts(recipe: Recipe, base: BaseModel, rows: Examples, console: Console) -> Recipe:
+    """Return the recipe with the first experts of each layer, where the run itself will look for the busiest."""
+    if isinstance(recipe.experts, bool | dict):
+        return recipe
+    experts = some_experts(base.meta(torch.float32, **model_of(recipe, rows)))
+    counts = {name: -torch.arange(count_of(module)) for name, module in experts.items()}
+    console.print(
+        f"the run trains the busiest {recipe.experts} experts of each layer, which it looks for in the data; here the "
+        f"first {recipe.experts} stand for them"
+    )
+    return replace(recipe, experts=busiest_experts(counts, recipe.experts))
 
 
 def show_amount(recipe: Recipe, rows: Examples, console: Console) -> None:

@@ -30,10 +30,10 @@ def settle(prepared: Prepared, checkpoint: Checkpoint | None = None) -> tuple[Pr
     Raises:
         ValueError: the model or the data cannot be used.
     """
-    ranked = distributed.from_first(lambda: settle_ranks(prepared.recipe, prepared.base, prepared.console))
-    ranked = replace(prepared, recipe=ranked)
-    chosen = replace(ranked, recipe=distributed.from_first(lambda: settle_experts(ranked)))
-    settled = replace(chosen, recipe=distributed.from_first(lambda: settle_calibration(chosen)))
+    chosen = replace(prepared, recipe=distributed.from_first(lambda: settle_experts(prepared)))
+    ranks = distributed.from_first(lambda: settle_ranks(chosen.recipe, chosen.base, chosen.rows, chosen.console))
+    ranked = replace(chosen, recipe=ranks)
+    settled = replace(ranked, recipe=distributed.from_first(lambda: settle_calibration(ranked)))
     set_seed(settled.recipe.seed)
     base = load_training_model(settled, checkpoint, calibration_batches(settled))
     checksum = checkpoints.base_mark(base)  # before some of PEFT's starts change the base itself

@@ -10,14 +10,13 @@ from dataclasses import replace
 from inlay.experiments.compare.spec import Entry
 from inlay.inspection.singular_values import target_weights
 from inlay.models.loading import dtype_for
-from inlay.models.model_classes import find_model_class
 from inlay.models.sizes import count_parameters
 from inlay.planning.planner import size_name, takes
 from inlay.recipe.peft_methods import FULL, is_inlay, peft_size_field, without_start
 from inlay.recipe.recipe import Recipe
+from inlay.training.base_model import model_of
 from inlay.training.batch_size import planned_step
 from inlay.training.examples import Examples
-from inlay.training.tasks import TASKS
 
 Cost = Callable[[Recipe], float]
 
@@ -34,12 +33,6 @@ def budget_cost(kind: str, rows: Examples) -> Cost:
         return run.step(int(recipe.batch_size), length).peak / 2**30
 
     return peak
-
-
-def model_of(recipe: Recipe, rows: Examples | None) -> dict[str, object]:
-    """Return the class of a recipe's model as `auto`, and what of its configuration the examples settle."""
-    settings = {} if rows is None else TASKS[recipe.task].model_settings(rows)
-    return {"auto": find_model_class(recipe.task).auto, **settings}
 
 
 def solve_size(entry: Entry, cost: Cost, limit: float, rows: Examples | None = None) -> Entry:
