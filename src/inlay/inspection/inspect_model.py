@@ -168,7 +168,7 @@ def show_inspection(spectra: Inspection, console: Console) -> None:
         of_layer: dict[int, list[int]] = {}
         for name, weight in weights.items():
             of_layer.setdefault(layer_index(name), []).append(weight.rank)
-        told = " ".join(f"{range_of(ranks):>3}" for ranks in of_layer.values())
+        told = " ".join(f"{ranks_told(ranks):>3}" for ranks in of_layer.values())
         console.print(f"  {kind:<{width}}{told}", soft_wrap=True)
     console.print(spectra.summary())
     console.print(f"{suggestion(spectra)} (from spectra alone; inlay compare shows which trains better)")
@@ -203,10 +203,10 @@ def inspection_cells(weights: list[Weight], r: int) -> Iterator[str]:
     yield f"{signals[0]}..{statistics.median_low(signals)}..{signals[-1]}"
     yield f"{statistics.median(w.energy(r) for w in weights):.2f}"
     yield f"{statistics.median(w.minor(r) for w in weights):.1g}"
-    yield range_of(ranks)
+    yield ranks_told(ranks)
 
 
-def range_of(ranks: list[int]) -> str:
+def ranks_told(ranks: list[int]) -> str:
     """Return the smallest and the largest of some ranks as text, or the one that all are."""
     low, high = min(ranks), max(ranks)
     return f"{low}..{high}" if low < high else str(low)
