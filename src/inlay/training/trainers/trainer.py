@@ -510,7 +510,7 @@ class GRPOTrainer(CausalTrainer, trl.GRPOTrainer):
         """Return the rewards of greedy answers, (prompts, functions), which transformers gathers."""
         chats = [json.loads(row["example"]) for row in inputs]
         unwrapped = self.accelerator.unwrap_model(self.model)
-        texts = answer(unwrapped, self.tokenizer, chats, self.max_completion_length)
+        texts = answer(unwrapped, self.tokenizer, chats, cast(int, self.max_completion_length))  # the recipe gives it
         given = {
             "prompts": [row["prompt"] for row in inputs],
             "completions": [[{"role": "assistant", "content": text}] for text in texts],
