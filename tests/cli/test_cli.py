@@ -355,7 +355,7 @@ def test_one_method_is_shown_in_full(tiny, capsys):
     for words in (
         "B S A",
         "2406.12832",
-        "0.0015 unless",
+        "0.0005 unless",
         "--freeze-order",
         "what is trained changes",
         "--method lamda",

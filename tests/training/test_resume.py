@@ -466,7 +466,7 @@ def test_checkpoints_hold_no_pickle_that_is_not_read(cut):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--learning-rate", "1e-3"], "learning_rate was 0.0015 and is 0.001"),
+        (["--learning-rate", "1e-3"], "learning_rate was 0.0005 and is 0.001"),
         (["--method", "bone", "--args", "{r: 4}"], "method was 'lamda' and is 'bone'"),
         (["--batch-size", "2"], "batch_size was 4 and is 2"),
         (["--accumulation", "1"], "accumulation was 2 and is 1"),
