@@ -155,7 +155,7 @@ def table(path: str) -> list[dict[str, str]]:
 
 
 def evidence() -> str:
-    """Draw what was measured of eight methods: loss and forgetting of the comparison, time and memory of a step."""
+    """Draw what was measured of the compared methods: loss and forgetting of the comparison, time and memory of a step."""
     compared = {row["method"]: row for row in table("docs/results/e2e/results.csv")}
     steps = {
         r["method"]: r
@@ -163,11 +163,11 @@ def evidence() -> str:
         if (r["model"], r["precision"]) == ("llama", "bf16")
     }
     names = {"peft:dora": "PEFT DoRA"}
-    order = ["lora", "bone", "pissa", "milora", "bat", "dota", "lamda", "peft:dora"]
+    order = [m for m in ("lora", "bone", "pissa", "milora", "bat", "dota", "lamda", "peft:dora") if m in compared]
     zero = {"difference": "0", "difference_low": "0", "difference_high": "0"}
     panels: list[tuple[str, str, dict[str, tuple[float, float, float]]]] = [
-        ("Loss, beside LoRA", "95 % interval, 3 seeds", {}),
-        ("Forgetting", "± sd of 3 seeds", {}),
+        ("Loss, beside LoRA", "95 % interval, 5 seeds", {}),
+        ("Forgetting", "± sd of 5 seeds", {}),
         ("Time of a step, × frozen", "median, quartiles", {}),
         ("Peak memory, MiB", "beyond the weights", {}),
     ]

@@ -159,7 +159,7 @@ def rates_plot(outcome: Outcome) -> Figure:
 
 def rate_forgetting_plot(outcome: Outcome) -> Figure:
     """Plot the loss gained on unrelated text against the task's loss along the rates of every method's first rung."""
-    task = f"loss on the selection examples ({outcome.unit}; left is better)"
+    task = f"loss on the selection examples\n({outcome.unit}; left is better)"
     forgotten = "rise of the loss on unrelated text\n(nats per token)"
     figure, axes = new_plot("Forgetting along each method's rates", task, forgotten)
     points = {
