@@ -155,7 +155,7 @@ def table(path: str) -> list[dict[str, str]]:
 
 
 def evidence() -> str:
-    """Draw what was measured of the compared methods: loss and forgetting of the comparison, time and memory of a step."""
+    """Draw what was measured of the compared methods: loss and forgetting, and time and memory of a step."""
     compared = {row["method"]: row for row in table("docs/results/e2e/results.csv")}
     steps = {
         r["method"]: r
