@@ -185,6 +185,7 @@ def test_a_run_and_its_figures(tiny, data, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:dota. the train of:UserWarning")
 @pytest.mark.parametrize("method", [method.name for method in METHODS])
 def test_every_method_learns_from_rewards(method, tiny, data, tmp_path):
     result = run(tiny, data, tmp_path / "run", method=method, args=SIZES[method], calibration=2, samples=0)
@@ -193,7 +194,12 @@ def test_every_method_learns_from_rewards(method, tiny, data, tmp_path):
 
 @pytest.mark.slow
 def test_rewards_rise(tiny, data, tmp_path):
-    result = run(tiny, data, tmp_path / "run", steps=40, num_generations=8, batch_size=16, samples=0)
+    """Longer answers are rewarded, which a random model can learn."""
+    (tmp_path / "own.py").write_text(OWN)
+    reward = f"{tmp_path / 'own.py'}:letters"
+    rewards.import_reward(reward)
+    asked = {"reward": reward, "steps": 40, "num_generations": 8, "batch_size": 16}
+    result = run(tiny, data, tmp_path / "run", **asked, samples=0)
     before, after = result.scores["reward"]
     assert after > before + 0.3
 
