@@ -20,7 +20,7 @@ reasons: Counter[str] = Counter()
 jobs = InlayLinear.jobs
 
 
-def jobs_with_data(layer: InlayLinear, name: str, like: str | None = None, stats: dict | None = None):
+def jobs_with_data(layer: InlayLinear, name: str, like: str | None = None, stats: list | None = None):
     """What is to be computed for a start. PEFT's tests give data to none of its methods that want some before the first
     use, and take its weights alone; ours has nothing to fall back on, so it sees random numbers.
     """
@@ -28,7 +28,7 @@ def jobs_with_data(layer: InlayLinear, name: str, like: str | None = None, stats
     if method.needs and not stats:
         rows = layer.out_features if method.needs == "gradients" else 64
         drawn = torch.randn(rows, layer.in_features, generator=torch.Generator().manual_seed(0))
-        stats = method.observe({}, drawn.to(layer.get_base_layer().weight.device))
+        stats = [method.observe({}, drawn.to(layer.get_base_layer().weight.device))]
     return jobs(layer, name, like, stats)
 
 

@@ -174,12 +174,14 @@ class PlannedRun:
         """Return the largest batch of sequences of `length` tokens whose step fits `budget` bytes, or 0."""
         # The smallest batch that fills a tile of the head.
         whole = min(-(-TILE[0] // labelled_positions(1, length, self.labelled)), MOST - 1)
-        if self.step(whole, length).peak > budget:
-            return bisect.bisect_right(range(1, whole), budget, key=lambda n: self.step(n, length).peak)
         first = self.step(whole, length)
+        fixed = first.frozen + first.trained + first.optimizer  # whatever the batch
+        if fixed > budget:
+            return 0
+        if first.peak > budget:
+            return bisect.bisect_right(range(1, whole), budget, key=lambda n: self.step(n, length).peak)
         points = [(whole, first.peak)]
         fits, fails = whole, MOST
-        fixed = first.frozen + first.trained + first.optimizer  # whatever the batch
         guess = int(min(max(reach((0, fixed), points[0], budget), whole + 1), MOST - 1))
         while fails - fits > 1:
             points.append((guess, self.step(guess, length).peak))

@@ -91,7 +91,8 @@ class Step:
 
 Form = tuple[torch.Size, tuple[int, ...], torch.dtype]  # all that a tensor on the meta device has, but for its memory
 PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
-RESULTS: dict[tuple, tuple[type, list[Form]] | None] = {}  # what operations make, by their arguments; None: in place
+IN_PLACE, RUN = (), None  # the operation gives its first argument as it was; it must be run, as a view of another tensor
+RESULTS: dict[tuple, tuple[type, list[Form]] | tuple[()] | None] = {}  # what operations make, by their arguments
 
 
 def form_of(t: Tensor) -> Form:
@@ -126,26 +127,33 @@ def result_of(func: Callable, args: tuple, kwargs: dict) -> object:
         return func(*args, **kwargs)
     if key not in RESULTS:
         out = func(*args, **kwargs)
-        remember(key, args, kwargs, out)
+        RESULTS[key] = known_result(key[1:2], args, kwargs, out)
         return out
-    kind, forms = RESULTS[key] or (None, [])
-    if kind is None:
+    known = RESULTS[key]
+    if known is RUN:
+        return func(*args, **kwargs)
+    if known == IN_PLACE:
         return args[0]
+    kind, forms = known
     made = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in forms]
     return made[0] if kind is Tensor else kind(made)
 
 
-def remember(key: tuple, args: tuple, kwargs: dict, out: object) -> None:
-    """Keep the form of an operation's results, where these are new tensors, or its first argument as it was."""
+def known_result(before: tuple, args: tuple, kwargs: dict, out: object) -> tuple[type, list[Form]] | tuple[()] | None:
+    """Return what to keep of an operation: the forms of the new tensors that it made, `IN_PLACE`, or `RUN`.
+
+    `before` has the key of the first argument, if there is one.
+    """
     given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     parts = list(out) if isinstance(out, tuple | list) else [out]
     made = [one for one in parts if isinstance(one, Tensor) and one.is_meta]
     if not given or not made or len(made) < len(parts):
-        return
-    if args and out is args[0] and form_of(made[0]) == key[1]:
-        RESULTS[key] = None
-    elif not {id(t.untyped_storage()) for t in given} & {id(one.untyped_storage()) for one in made}:
-        RESULTS[key] = (Tensor if isinstance(out, Tensor) else type(out), list(map(form_of, made)))
+        return RUN
+    if args and out is args[0] and (form_of(made[0]),) == before:
+        return IN_PLACE
+    if {id(t.untyped_storage()) for t in given} & {id(one.untyped_storage()) for one in made}:
+        return RUN
+    return Tensor if isinstance(out, Tensor) else type(out), list(map(form_of, made))
 
 
 class Meter(TorchDispatchMode):
