@@ -91,7 +91,7 @@ class Step:
 
 Form = tuple[torch.Size, tuple[int, ...], torch.dtype]  # all that a tensor on the meta device has, but for its memory
 PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
-IN_PLACE, RUN = (), None  # the operation gives its first argument as it was; it must be run, as a view of another tensor
+IN_PLACE, RUN = (), None  # an operation gives its first argument as it was; it must be run, as a view must
 RESULTS: dict[tuple, tuple[type, list[Form]] | tuple[()] | None] = {}  # what operations make, by their arguments
 
 
