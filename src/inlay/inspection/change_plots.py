@@ -39,10 +39,10 @@ def draw_change_plots(plots: Iterator[Plot], folder: Path) -> dict[str, str]:
     elements: dict[str, str] = {}
     with matplotlib.rc_context(LOOK):
         for name, figure in plots:
-            save_figure(figure, folder / f"{name}.png")
+            svg = save_figure(figure, folder / f"{name}.png")
             label, inches = html.escape(plot_name(figure)), figure.get_figwidth()
             wide = f' style="--inches: {inches:g}; --least: {68 * inches if inches > PHONE else 0:g}px"'
-            elements[name] = f"<figure{wide}>{inline_svg(name, figure, label)}</figure>"
+            elements[name] = f"<figure{wide}>{inline_svg(name, svg, label)}</figure>"
     return elements
 
 

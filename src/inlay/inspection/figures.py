@@ -64,34 +64,31 @@ LOOK: Any = {  # matplotlib types its keys as literals
 }
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Save a figure as PNG, on white, and as SVG, in the ink of a light or a dark page; both repeat byte for byte."""
-    with matplotlib.rc_context({"svg.hashsalt": "inlay"}):
+def save_figure(figure: Figure, path: Path) -> str:
+    """Save a figure as PNG, on white, and as SVG, in the ink of a light or a dark page; both repeat byte for byte.
+
+    Returns:
+        The SVG, whose ink is the text colour of what it lies on.
+    """
+    with matplotlib.rc_context({**LOOK, "svg.fonttype": "none"}):
         figure.savefig(path, dpi=150)
-    figure.set_layout_engine("none")  # each form that follows would find the layout again, a third of its time
+        figure.set_layout_engine("none")  # the SVG would find the layout again, a third of its time
+        file = io.StringIO()
+        about = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=about)
+    svg = file.getvalue().replace(INK, "currentColor")
     ink = (
         f"<style>svg {{ color: {INK} }} @media (prefers-color-scheme: dark) {{ svg {{ color: {LIGHT_INK} }} }}</style>"
     )
-    svg = transparent_svg(figure)
     path.with_suffix(".svg").write_text(svg.replace("<defs>", ink + "<defs>", 1), encoding="utf-8")
+    return svg
 
 
-def inline_svg(name: str, figure: Figure, label: str) -> str:
-    """Return a figure as an SVG element with text as text, the page's ink, and ids prefixed by `name`."""
-    with matplotlib.rc_context({"svg.fonttype": "none"}):
-        svg = transparent_svg(figure)
+def inline_svg(name: str, svg: str, label: str) -> str:
+    """Return an SVG as an element of a page, with ids prefixed by `name`."""
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg[svg.index("<svg") :])
     svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
     return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
-
-
-def transparent_svg(figure: Figure) -> str:
-    """Return a figure as SVG without a background, whose ink is the text colour of what it lies on."""
-    file = io.StringIO()
-    with matplotlib.rc_context(LOOK):
-        about = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(file, format="svg", transparent=True, metadata=about)
-    return file.getvalue().replace(INK, "currentColor")
 
 
 def short_labels(parts: list[str]) -> list[str]:

@@ -49,9 +49,8 @@ def write_comparison_page(outcome: Outcome) -> None:
     folder.mkdir(exist_ok=True)
     pictures = []
     for name, figure in comparison_figures(outcome):
-        save_figure(figure, folder / f"{name}.png")
         label = html.escape(plot_name(figure))
-        svg = inline_svg(name, figure, label)
+        svg = inline_svg(name, save_figure(figure, folder / f"{name}.png"), label)
         inches = figure.get_figwidth()
         wide = f' style="--inches: {inches:g}"' if inches > 6 else ""
         pictures.append(f"<figure{wide}>{svg}<figcaption><small>{CAPTIONS[name]}</small></figcaption></figure>")
