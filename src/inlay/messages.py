@@ -16,6 +16,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -131,11 +132,19 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
 
     One with the same letters, two of which changed places, comes before one with fewer.
     """
-    close = difflib.get_close_matches(name, choices := sorted(choices))
+    choices = sorted(choices)
+    close = difflib.get_close_matches(name, choices) or difflib.get_close_matches(name.lower(), choices)
     if not close:
         return f"it has {', '.join(choices)}"
     best = next((choice for choice in close if sorted(choice) == sorted(name)), close[0])
     return f"did you mean {best!r}?"
+
+
+def similar_paths(path: Path) -> str:
+    """Return a hint, in brackets, at what lies under a similar name where a `path` is not there; empty for none."""
+    names = sorted(file.name for file in path.parent.glob("*"))
+    close = difflib.get_close_matches(path.name, names)
+    return f" (did you mean {', '.join(str(path.parent / name) for name in close)}?)" if close else ""
 
 
 def duration(seconds: float) -> str:
@@ -173,8 +182,8 @@ def loading(what: str, kind: type[ValueError] = ValueError) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if out_of_memory(error):
-            raise
+        if out_of_memory(error) or (isinstance(error, kind) and str(error).startswith(what)):
+            raise  # memory, or a line of ours, which says already what it is about
         raise kind(f"{what} cannot be loaded: {first_line(error)}") from error
 
 

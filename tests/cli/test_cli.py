@@ -98,7 +98,11 @@ def test_papers_as_bibtex(capsys):
         ("dtype: fp8", "one of auto, float32, bfloat16, float16"),
         ("learning_rate: .nan", "learning_rate: nan is not a number"),
         ("early_stopping: 2", "needs eval_every"),
-        ("method: dora", "unknown method 'dora'; choose one of lora, pissa, milora, olora"),
+        ("method: dora", "unknown method 'dora'; PEFT has it: did you mean 'peft:dora'?"),
+        (
+            "method: LoRAXS",
+            "unknown method 'LoRAXS'; did you mean 'lora_xs'? Or choose one of lora, pissa, milora, olora",
+        ),
         ("args: {rank: 3}", "bone has no hyperparameter 'rank'; it has scale, dropout, r"),
         (
             "method: peft:lora\nargs: {alora_invocation_tokens: x}",
@@ -289,6 +293,37 @@ def test_mistakes_are_one_line_and_leave_nothing(tiny, records, tmp_path, capsys
         assert says in fails(capsys, *base, *extra), extra
         assert not out.exists(), extra
     assert not list(tmp_path.iterdir())
+
+
+def test_a_slip_of_a_newcomer_is_answered_by_what_was_meant(tiny, tmp_path, monkeypatch, capsys):
+    """Each line names what was given, and a fix that can be pasted."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/shop/adapter").mkdir(parents=True)
+    (tmp_path / "runs/shop/recipe.yaml").write_text("steps: 1")
+    (tmp_path / "shop.csv").write_text("Question;Antwort\nWhen?;At ten.\n;At six.\n")
+    (tmp_path / "names.csv").write_text("question,answer\n")
+    train = ["train", "--model", tiny, "--data", "shop.csv"]
+    cases = {
+        ("train", "shop.csv"): "shop.csv is data, by its name, and no recipe; name it with --data shop.csv",
+        ("train", "runs/shop"): "recipe runs/shop is a folder; give the YAML file in it, as runs/shop/recipe.yaml",
+        ("train", "runs/shop/recip.yaml"): "does not exist (did you mean runs/shop/recipe.yaml?)",
+        ("train", "--data", "names.csv", "--model", tiny): "names.csv: found no row of data in it",
+        ("generate", "runs/shopp"): "runs/shopp does not exist (did you mean runs/shop?)",
+        ("eval", "runs/shop"): "give one of the two, as --task text (of commonsense, ",
+        ("merge", "runs/shop"): "OUT is missing; as in: inlay merge ",
+        ("plan", "builtin", "--fits", "2GB"): "--fits: '2GB' is not a number",
+        ("generate", "runs/shop", "--prompt"): "--prompt needs a value after it",
+        (*train, "--columns", "prompt=Question, answer=Antwort"): "--columns '{prompt: Question, answer: Antwort}'",
+        (*train, "--columns", "prompt: Question, answer: Antwort"): "--columns '{prompt: Question, answer: Antwort}'",
+        (*train, "--columns", "{question: Question, answer: Antwort}"): "did you mean prompt: Question?",
+        (
+            *train,
+            "--columns",
+            "{prompt: Question, answer: Antwort}",
+        ): "correct such rows in the file, or take them out of it",
+    }
+    for words, says in cases.items():
+        assert says in fails(capsys, *words), words
 
 
 def test_missing_things_are_named(tiny, tmp_path, capsys):

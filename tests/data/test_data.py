@@ -223,7 +223,7 @@ def test_reading_a_folder(write, tmp_path):
 FILES = {
     "empty.jsonl": ("", ["empty"]),
     "empty.json": ("[]", ["empty"]),
-    "header.csv": ("mr,ref\n", ["empty"]),
+    "header.csv": ("mr,ref\n", ["no row of data"]),
     "blank.txt": ("\n \n", ["empty"]),
     "line.jsonl": ('{"a": 1}\n{"a": }\n', ["line.jsonl, line 2: found '{\"a\": }'", "Expecting value", "a line"]),
     "list.jsonl": ('{"a": 1}\n\n[1]\n', ["line 3: found '[1]'", "one JSON object a line"]),
@@ -259,7 +259,7 @@ def test_a_missing_file_is_named_and_no_hub_is_asked(write, tmp_path, monkeypatc
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     write("train.jsonl", '{"text": "a"}')
-    assert "trian.jsonl: found no such file (did you mean train.jsonl?)" in fault(
+    assert f"trian.jsonl: found no such file (did you mean {tmp_path}/train.jsonl?)" in fault(
         read_records, f"{tmp_path}/trian.jsonl"
     )
     monkeypatch.chdir(tmp_path)

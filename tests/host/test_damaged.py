@@ -89,7 +89,7 @@ def other_method(_, settings):
 def unknown_method(_, settings):
     settings.pop("hyperparameters", None)
     settings["method"] = "pizza"
-    return r"unknown method 'pizza'; choose one of lora, pissa"
+    return r"unknown method 'pizza'; did you mean 'pissa'\? Or choose one of lora, pissa"
 
 
 def edited_scale(_, settings):

@@ -31,7 +31,8 @@ def unreachable(monkeypatch, tmp_path):
 def test_a_hub_out_of_reach_is_one_line(unreachable, capsys):
     said = fails(capsys, "methods", "--model", "no-such/model")
     assert (
-        "model 'no-such/model' is not in the cache, and huggingface.co cannot be reached; give a local folder" in said
+        "model 'no-such/model' is no folder here and is not in the cache, and huggingface.co cannot be reached; "
+        "give a local folder" in said
     )
     assert constants.HF_HUB_OFFLINE
     with pytest.raises(ValueError, match=r"no-such/data: no local file, .* huggingface.co cannot be reached"):

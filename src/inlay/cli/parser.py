@@ -20,6 +20,12 @@ SCALE = "strength of the adapter: 0 is the base, 1 (default) as it was trained"
 OUT_OF_MEMORY = """out of memory. What helps, most first: --batch-size auto (or a smaller one, with --accumulation to
 make up for it), --gradient-checkpointing true, a smaller --max-length, --dtype bfloat16, a model quantised to 4 bits;
 inlay train --dry-run counts what a setting needs"""
+ARGPARSE = (  # what argparse says of a mistake, and what we say
+    (r"^argument (\S+): invalid float value: (.*)", r"\1: \2 is not a number"),
+    (r"^argument (\S+): invalid int value: (.*)", r"\1: \2 is not a whole number"),
+    (r"^argument (\S+): expected (?:one|at least one) argument", r"\1 needs a value after it"),
+    (r"^the following arguments are required: ", "missing: "),
+)
 COLUMN = 27  # where the texts of flags begin
 
 
@@ -39,7 +45,11 @@ class Parser(argparse.ArgumentParser):
         return self.arguments[-1]
 
     def error(self, message: str) -> NoReturn:
-        """End with a mistake in the arguments."""
+        """End with a mistake in the arguments, in our words where argparse's are for programmers."""
+        for pattern, words in ARGPARSE:
+            message = re.sub(pattern, words, message)
+        if message.startswith("missing: ") and self.example:
+            fail(f"{message.upper()[9:]} is missing; as in: {self.example.strip().splitlines()[0]}")
         fail(message if message.endswith("?") else f"{message}; see {self.prog} --help")
 
     def flags(self) -> list[str]:

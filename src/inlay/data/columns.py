@@ -153,7 +153,9 @@ def assign_roles(seen: Survey, mapped: Roles, formats: Formats) -> Roles:
     listed = ", ".join(map(short, seen.names))
     for role, column in mapped.items():
         if role not in known:
-            raise ValueError(f"columns: found the role {role!r}; accepted: {', '.join(known)}")
+            meant = next((own for one in formats.values() for own, names in one.items() if role in names), None)
+            hint = f"; did you mean {meant}: {mapped[role]}?" if meant else ""
+            raise ValueError(f"columns: found the role {role!r}; accepted: {', '.join(known)}{hint}")
         if column not in seen.names:
             raise ValueError(f"columns: {role} is mapped to {column!r}, which is not among the columns {listed}")
     for format in formats.values():

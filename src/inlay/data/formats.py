@@ -260,6 +260,8 @@ class Faults:
             if self.empty and self.strict
             else ""
         )
+        if self.count > self.empty and self.strict:
+            hint += f"; correct {'all other' if self.empty else 'such'} rows in the file, or take them out of it"
         raise ValueError(self.said[0] + more + hint)
 
 

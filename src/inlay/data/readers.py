@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import difflib
 import gzip
 import io
 import re
@@ -21,7 +20,7 @@ from inlay.data.records import Numbered, Record, Records, refusal
 from inlay.data.table_streams import streamed_table
 from inlay.data.tables import table_records
 from inlay.files.untrusted import DamagedFileError, regular_file
-from inlay.messages import gib
+from inlay.messages import gib, similar_paths
 from inlay.models import builtin
 from inlay.models.hub import offline, why_offline
 
@@ -91,10 +90,9 @@ def read_splits(source: str, split: str | None = None, reading: Reading | None =
         and not path.parent.is_dir()
     ):
         return _read_hub(source, split, reading)
-    names = sorted(file.name for file in path.parent.glob("*"))
-    close = difflib.get_close_matches(path.name, names, cutoff=0.5)
-    hint = f" (did you mean {', '.join(close)}?)" if close else ""
-    raise refusal(path, f"no such file{hint}", f"builtin, {KINDS}, a folder of these, or a hub's owner/name")
+    raise refusal(
+        path, f"no such file{similar_paths(path)}", f"builtin, {KINDS}, a folder of these, or a hub's owner/name"
+    )
 
 
 def _read_folder(parts: Parts, reading: Reading) -> dict[str, Records]:
@@ -110,7 +108,7 @@ def read_files(files: list[Path], folder: Path, reading: Reading) -> Records:
         records.add_file(str(path.relative_to(folder)), file_records(path, reading))
         records.name_unit(reading.unit)
         if len(records) == before:
-            raise refusal(path, "no record (empty)", "at least one")
+            raise refusal(path, "no row of data in it", "at least one")
     return records
 
 

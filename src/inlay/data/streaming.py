@@ -113,7 +113,7 @@ def open_stream(
                 else:
                     repeated += example_key(example) in held
         if not seen.names:
-            raise ValueError(f"{source}: found no record; accepted: at least one")
+            raise ValueError(f"{source}: found no row of data in it; accepted: at least one")
         by_all = Conversion(seen, rules, FORMATS, instruction_converter(rules))
         if conversion is not None and conversion.roles == by_all.roles:
             break

@@ -13,6 +13,7 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from inlay.evaluation.eval_tasks import EVAL_TASKS
 from inlay.evaluation.metric import OnTask, Rows, load_metric, run_metric
 from inlay.evaluation.run_settings import chat_settings
 from inlay.evaluation.scores import Score, score_as_data, score_difference, write_scores
@@ -97,7 +98,8 @@ def evaluate_model(
             `merged` or a `scale` is asked of what is no adapter.
     """
     if (task is None) == (metric is None):
-        raise ValueError("--task or --metric says what is asked, one of the two")
+        tasks = ", ".join(known.name for known in EVAL_TASKS)
+        raise ValueError(f"--task or --metric says what is asked; give one of the two, as --task text (of {tasks})")
     if metric:
         run = load_metric(metric)
     else:

@@ -19,7 +19,7 @@ from inlay.files.atomic import find_again, siblings
 from inlay.files.untrusted import LENGTH, DamagedFileError, from_json, read_regular, regular_file, regular_files
 from inlay.host.config import INLAY, check_imports
 from inlay.host.strength import check_config_scalable, set_scale
-from inlay.messages import first_line, loading
+from inlay.messages import first_line, loading, similar_paths
 from inlay.models.base import BaseModel, read_tokenizer
 from inlay.models.folded import FOLDED
 from inlay.models.model_classes import SEQUENCE
@@ -40,6 +40,9 @@ def adapter_folder(path: str | Path) -> Path:
         if regular_file(folder / CONFIG).is_file():
             return folder
     replaced = siblings(Path(path), "old")
+    if not replaced and not Path(path).exists():
+        near = similar_paths(Path(path))
+        raise ValueError(f"{path} does not exist{near}; give a run's folder, or an adapter's, as runs/mine")
     hint = f"; what it is to replace is in {replaced[-1]} until it is finished" if replaced else ""
     raise ValueError(f"{path} holds no adapter: neither {path}/{CONFIG} nor {path}/adapter/ is there{hint}")
 

@@ -6,11 +6,14 @@ import os
 import socket
 import threading
 from functools import cache
+from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import huggingface_hub
 from huggingface_hub import constants
+
+from inlay.messages import similar_paths
 
 WAIT = 4.0  # seconds for the hub's machine to take a connection
 
@@ -60,4 +63,5 @@ def check_hub_model(name: str, revision: str | None) -> None:
     if offline() and not isinstance(
         huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision), str
     ):
-        raise ValueError(f"model {name!r} is not in the cache, and {why_offline()}")
+        near = similar_paths(Path(name))
+        raise ValueError(f"model {name!r} is no folder here{near} and is not in the cache, and {why_offline()}")

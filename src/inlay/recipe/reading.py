@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import typing
 from collections.abc import Sequence
 from dataclasses import fields
@@ -14,13 +15,15 @@ import yaml
 from inlay.files.atomic import find_again
 from inlay.files.fetched import is_url
 from inlay.files.untrusted import LENGTH, DamagedFileError, from_yaml, read_regular, regular_file
-from inlay.messages import did_you_mean
+from inlay.messages import did_you_mean, similar_paths
 from inlay.method import Method
 from inlay.methods import every, import_methods, imports
 from inlay.outside import MODULE, UnknownMethodError, is_plain_name
 from inlay.recipe.recipe import Recipe, by_key
 from inlay.recipe.rewards import import_rewards
 from inlay.recipe.schema import default_of, describe_type, yaml_key
+
+DATA = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".arrow", ".gz")  # what no recipe is called
 
 
 def non_defaults(recipe: Recipe) -> dict[str, Any]:
@@ -107,10 +110,17 @@ def read_yaml(path: str) -> dict[str, Any]:
     if is_url(path):
         raise ValueError(f"recipe {path} is not read: it says what is run on this machine; inlay train has --from-url")
     file = regular_file(find_again(Path(path)))
+    if file.suffix in DATA:
+        raise ValueError(f"{path} is data, by its name, and no recipe; name it with --data {path}")
+    if file.is_dir():
+        raise ValueError(
+            f"recipe {path} is a folder; give the YAML file in it, as {file / 'recipe.yaml'}, or go on with a run that "
+            f"was stopped by inlay train --resume {path}"
+        )
     try:
         values = from_yaml(read_regular(file, LENGTH + 1))
     except FileNotFoundError:
-        raise ValueError(f"recipe {path} does not exist") from None
+        raise ValueError(f"recipe {path} does not exist{similar_paths(file)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DamagedFileError(f"recipe {path} cannot be read: {error}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date
@@ -151,8 +161,23 @@ def from_flag(name: str, text: str) -> Any:
     if str in options and not read:
         return text
     try:
-        return from_yaml(text)
+        value = from_yaml(text)
     except (yaml.YAMLError, ValueError):
+        hint = _as_mapping(name, text) if dict in options else ""
         raise ValueError(
-            f"{name}: {text[:60]!r} cannot be read as {' or '.join(map(describe_type, options))}"
+            f"{name}: {text[:60]!r} cannot be read as {' or '.join(map(describe_type, options))}{hint}"
         ) from None
+    if options == (dict,) and not isinstance(value, dict):
+        raise ValueError(f"{name}: {text[:60]!r} is not a mapping{_as_mapping(name, text)}")
+    return value
+
+
+def _as_mapping(name: str, text: str) -> str:
+    """Return the end of an error on a flag whose text is no mapping: the mapping that was meant, to be pasted."""
+    flow = "{" + re.sub(r"\s*[=:]\s*", ": ", text.strip("{} ")) + "}"
+    try:
+        meant = from_yaml(flow)
+    except (yaml.YAMLError, ValueError):
+        meant = {}
+    good = isinstance(meant, dict) and meant and None not in meant.values()
+    return f"; write --{name.replace('_', '-')} {shlex.quote(flow if good else '{name: value}')}"

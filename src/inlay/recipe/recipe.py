@@ -19,8 +19,9 @@ from inlay.methods import find
 from inlay.models.base import BaseModel
 from inlay.models.model_classes import CHAT_TASKS, find_model_class
 from inlay.numerics.zeroth_order import ZerothOrder
+from inlay.outside import UnknownMethodError
 from inlay.recipe.optimizers import check_optimizer, is_own_optimizer
-from inlay.recipe.peft_methods import FULL, is_inlay, peft_config
+from inlay.recipe.peft_methods import FULL, is_inlay, peft_config, peft_method_names
 from inlay.recipe.rates import UNKNOWN, default_rate
 from inlay.recipe.rewards import ACCEPTED, OF_RUN, reward_terms
 from inlay.recipe.schema import conform, conform_all, default_of, field_of, yaml_key
@@ -245,12 +246,19 @@ class Recipe:
     def config(self) -> InlayConfig:
         """Return the config of one of Inlay's methods; raise a ValueError for an unknown method or hyperparameter."""
         names = ("method", "args", "scale", "dropout", "patterns", "bias", "saver")
-        return InlayConfig(
-            task_type=find_model_class(self.task).peft,
-            **{name: vars(self)[name] for name in names},
-            experts=bool(self.experts) if isinstance(self.experts, int) else self.experts,
-            **self._where(),
-        )
+        try:
+            return InlayConfig(
+                task_type=find_model_class(self.task).peft,
+                **{name: vars(self)[name] for name in names},
+                experts=bool(self.experts) if isinstance(self.experts, int) else self.experts,
+                **self._where(),
+            )
+        except UnknownMethodError:
+            if (name := self.method.lower()) not in peft_method_names():
+                raise
+            raise UnknownMethodError(
+                f"unknown method {self.method!r}; PEFT has it: did you mean 'peft:{name}'?"
+            ) from None
 
     def _where(self) -> dict[str, Any]:
         names = ("modules_to_save", "target_modules", "exclude_modules", "layers_to_transform")

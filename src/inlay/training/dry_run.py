@@ -61,7 +61,9 @@ def dry_run(recipe: Recipe, console: Console, verbose: bool = False) -> None:
         show_memory(resolved, rows, *planned_step(resolved, base, rows, dtype), console)
     else:
         trained = count_parameters(base, without_start(recipe.adapter()), **model_of(recipe, rows))
-        console.print(f"{trained:,} trainable parameters; memory is predicted for tasks {', '.join(PLANNED_TASKS)}")
+        console.print(
+            f"{trained:,} trainable parameters; the memory of a run is predicted for {' and '.join(PLANNED_TASKS)} only"
+        )
     console.print("\nfirst example, the learned part in ⟦⟧:" if not kind.causal else TOKENS)
     console.print(task.shown(rows.train[0], tokenizer, resolved), soft_wrap=True, markup=False, highlight=False)
     console.print(

@@ -74,7 +74,7 @@ def train(recipe: Recipe, console: Console | None = None, resume: bool = False) 
                 hint = "" if recipe.method == ADALORA else f"; to resume it: inlay train --resume {folder}"
                 console.print(f"the checkpoints so far are kept{hint}")
             raise
-        console.print(f"run folder: {folder}")
+        console.print(f"run folder: {folder}; open {folder / PAGE} in a browser")
         if distributed.is_first():
             finish_run(recipe, folder, console)
     return result
