@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, XLoraConfig, get_peft_model
 from sizes import SIZES
 from torch import nn
 from transformers import AutoModelForCausalLM, WavLMConfig, WavLMModel
@@ -232,6 +232,24 @@ def test_no_module_is_imported_because_a_configuration_names_it(more, llama_orig
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match="PEFT imports the module that is named there"):
         Adapter.open(tmp_path / "adapter").attach(copy.deepcopy(llama_original))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("where", ["inner", "someone/adapter"])
+def test_adapters_that_an_adapter_names_are_looked_at_too(where, llama_original, tmp_path, monkeypatch):
+    """X-LoRA's configuration names adapters, which PEFT opens, or fetches, in their turn."""
+    monkeypatch.chdir(tmp_path)
+    llama_original.save_pretrained("base")
+    base = AutoModelForCausalLM.from_pretrained("base", use_cache=False)
+    get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained("inner")
+    path = tmp_path / "inner" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"megatron_config": {"a": 1}, "megatron_core": "evil"}))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    outer = XLoraConfig(hidden_size=64, adapters={"0": where}, base_model_name_or_path="base", task_type="CAUSAL_LM")
+    outer.save_pretrained("outer")
+    with pytest.raises(ValueError, match=r"PEFT imports the module|is not the folder of an adapter on this machine"):
+        Adapter.open("outer").config  # noqa: B018
     assert not (tmp_path / "ran").exists()
 
 

@@ -201,6 +201,45 @@ def test_hyperparameters_are_bounded_by_the_weight(name, args, llama):
     assert not layers(llama)
 
 
+@pytest.mark.filterwarnings("ignore:Adapter name")  # PEFT's, of what stands in the prefix of our tensors
+@pytest.mark.parametrize("name", ["", "a.b", "training", "_modules", "keys"])
+def test_names_that_no_adapter_can_have_are_refused(name, llama):
+    model = get_peft_model(llama, config("bone"))
+    with pytest.raises(ValueError, match="an adapter cannot be called"):
+        model.add_adapter(name, config("bone"))
+
+
+@pytest.mark.parametrize(("pattern", "chosen"), [
+    ("(?i)Q_PROJ", {"q_proj"}), (r"layers\.(\d)\.self_attn\.q_proj", {"q_proj"}), (r"(q)_proj|(d)own_proj", set(WHERE)),
+    (r"(.)\w*_pro\1?j", set(WHERE)), ("(?<=self_attn\\.)q_proj", {"q_proj"}),
+])  # fmt: skip
+def test_a_regular_expression_means_what_it_says_alone(pattern, chosen, llama_original, tmp_path):
+    """In `patterns`, and in `exclude_modules` of an adapter that is loaded again."""
+    one = InlayConfig(method="lora", args={"r": 4}, patterns={pattern: {"r": 2}}, target_modules=WHERE)
+    model = get_peft_model(copy.deepcopy(llama_original), one)
+    small = [layer.cuts["default"] for layer in layers(model) if layer.cuts["default"].method.r == 2]
+    assert {cut.module.rpartition(".")[2] for cut in small} == chosen
+    left = InlayConfig(method="lora", args={"r": 4}, exclude_modules=f"(?i).*{'K_PROJ'}", target_modules="all-linear")
+    model = trained(get_peft_model(copy.deepcopy(llama_original), left))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(copy.deepcopy(llama_original), tmp_path)
+    assert torch.equal(logits(model), logits(again))
+
+
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_a_merge_that_leaves_the_range_of_float16_is_refused_and_changes_nothing(merge, llama_original):
+    base = copy.deepcopy(llama_original).half()
+    with torch.no_grad():
+        base.model.layers[1].mlp.down_proj.weight[0, 0] = 60_000.0
+    model = get_peft_model(base, config("bone"))
+    with torch.no_grad():
+        layers(model)[-1].inlay_D["default"].weight.fill_(20_000.0)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj: the merged weight reaches 8e\+04, and float16"):
+        getattr(model, merge)()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 def test_a_scale_that_is_refused_leaves_the_others_as_they_were(llama):
     model = get_peft_model(llama, config("lora"))
     model.add_adapter("other", config("bone"))

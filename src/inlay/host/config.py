@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 from peft import PeftConfig, PeftType
 
 from inlay import methods, outside
+from inlay.files.untrusted import from_json, read_regular
 from inlay.host import seal
 from inlay.method import Method
 from inlay.numerics.ops import SAVERS
@@ -18,8 +21,11 @@ BIAS = ("none", "all", "inlay_only")
 NAMES, SEALED = (list, set, tuple), {"tensors", "base"}
 
 
-def check_imports(config: PeftConfig) -> None:
-    """Raise a ValueError where PEFT would import a module, or run code, because a config of any type names it."""
+def check_imports(config: PeftConfig | SimpleNamespace) -> None:
+    """Raise a ValueError where PEFT would import a module, or run code, because a config of any type names it.
+
+    So it is with the configs of the adapters that one of X-LoRA's names.
+    """
     core = getattr(config, "megatron_core", None)
     if getattr(config, "megatron_config", None) or core not in (None, "megatron.core"):
         raise ValueError(
@@ -31,6 +37,17 @@ def check_imports(config: PeftConfig) -> None:
             "tokenizer_kwargs: trust_remote_code would run code of the repository that the configuration names; "
             "remove it from the configuration"
         )
+    for where in (getattr(config, "adapters", None) or {}).values():  # X-LoRA's, which PEFT opens in their turn
+        file = Path(str(where)) / "adapter_config.json"
+        try:
+            inner = from_json(read_regular(file))
+        except (OSError, ValueError):
+            raise ValueError(
+                f"adapters: {str(where)!r:.100} is not the folder of an adapter on this machine, and none is fetched "
+                "because a configuration names it; download it, and name its folder"
+            ) from None
+        if isinstance(inner, dict):
+            check_imports(SimpleNamespace(**inner))
 
 
 def check_where(config: PeftConfig) -> None:
@@ -50,6 +67,15 @@ def check_regex(what: str, pattern: Any) -> None:
         re.compile(pattern)
     except (re.error, TypeError, RecursionError, OverflowError) as error:
         raise ValueError(f"{what}: {pattern!r} is not a regular expression ({error})") from None
+
+
+def matches_end(pattern: str, name: str) -> bool:
+    """Return whether a regular expression matches a module's name, or what follows one of its dots.
+
+    It stays as it was written: within another one, (?i) would be an error, and \\1 another group.
+    """
+    starts = [0, *(dot.end() for dot in re.finditer(r"\.", name))]
+    return any(re.compile(pattern).fullmatch(name, start) for start in starts)
 
 
 def add_peft_type(name: str) -> PeftType:
@@ -234,7 +260,7 @@ class InlayConfig(PeftConfig):
 
     def pattern_of(self, module_name: str) -> str | None:
         """Return the first of `patterns` that matches the end of `module_name`."""
-        return next((p for p in self.patterns if re.match(rf"(.*\.)?({p})$", module_name)), None)
+        return next((p for p in self.patterns if matches_end(p, module_name)), None)
 
     def build(self, module_name: str = "") -> Method:
         """Return the method with the hyperparameters of one module."""

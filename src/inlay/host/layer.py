@@ -648,8 +648,8 @@ class InlayLinear(nn.Module, BaseTunerLayer):
         """Add the adapters to the base weight: summed in fp32, rounded once. The old weight is kept for `unmerge`.
 
         Raises:
-            ValueError: with `safe_merge`, the merged weight is not finite; or there is no bias to shift. The base is
-                then untouched.
+            ValueError: with `safe_merge`, the merged weight is not finite; or it is too large for the base's dtype, or
+                there is no bias to shift. The base is then untouched.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.cuts]
         if not names:
@@ -662,6 +662,7 @@ class InlayLinear(nn.Module, BaseTunerLayer):
             raise ValueError(
                 f"merging {', '.join(names)} gives NaN or Inf; the adapter is broken, the base is untouched"
             )
+        self.check_range(W, old.dtype)
         if self.unmerged is None:
             self.unmerged = self._what_a_merge_replaces()
         self.set_base_weight((W.T if isinstance(self.base_layer, Conv1D) else W).to(old.dtype).contiguous())
@@ -670,6 +671,20 @@ class InlayLinear(nn.Module, BaseTunerLayer):
             self.unmerged_bias = held.data if self.unmerged_bias is None else self.unmerged_bias
             held.data = bias.to(held.dtype)
         self.merged_adapters.extend(names)
+
+    def check_range(self, W: Tensor, dtype: torch.dtype) -> None:
+        """Raise a ValueError where a merged weight is finite and its numbers are too large for float16."""
+        if dtype == torch.float16 and W.isfinite().all() and W.abs().max() > torch.finfo(dtype).max:
+            module = next((cut.module for cut in self.cuts.values()), "a layer")
+            raise ValueError(
+                f"{module}: the merged weight reaches {W.abs().max():.3g}, and float16 ends at 65,504; load the base "
+                "in bfloat16 or float32 and merge there"
+            )
+
+    @torch.no_grad()
+    def merged_weight(self, names: list[str]) -> Tensor:
+        """Return the weight that `merge` would give, in fp32 at least."""
+        return self._merged(self.matrix(), names)
 
     def _merged(self, old: Tensor, names: list[str]) -> Tensor:
         """Return the weight with these adapters in it, each over those before, in fp32 at least."""

@@ -28,7 +28,7 @@ from transformers import Conv1D
 
 from inlay.host import adapter_state, seal
 from inlay.host.compute_starts import run_jobs
-from inlay.host.config import INLAY, InlayConfig
+from inlay.host.config import INLAY, InlayConfig, matches_end
 from inlay.host.experts import (
     AdaptedExperts,
     ExpertWeight,
@@ -78,7 +78,7 @@ class InlayModel(BaseTuner):
             (config, config.target_modules, adapter_name, (adapter_name, twin) if fill else None),
             low_cpu_mem_usage,
         )
-        if "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
+        if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
             raise ValueError(f"an adapter cannot be called {adapter_name!r}; use letters, digits and underscores")
         check_tokens(model, config)
         self._touched: list[tuple[str, nn.Module, str, nn.Module]] = []
@@ -89,16 +89,18 @@ class InlayModel(BaseTuner):
         try:
             config.target_modules = DUMMY_TARGET_MODULES if alone else config.target_modules
             with warnings.catch_warnings():
-                if config.experts:  # PEFT does not see those that are excluded; `_check_patterns` does
+                if config.experts or listed(config.exclude_modules):  # `_check_patterns` sees all of them
                     warnings.filterwarnings("ignore", "You have passed exclude_modules")
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        except Exception:
+        except Exception as error:
             for parent, child, module in self._wrapped:
                 setattr(parent, child, module)
             for _, parent, child, module in self._touched:
                 if isinstance(module, InlayLinear):
                     module.delete_adapter(adapter_name)
                 setattr(parent, child, module)
+            if isinstance(error, ValueError) and re.match(r"Target modules|No `target_modules`", str(error)):  # PEFT's
+                raise ValueError(f"{str(error).removesuffix('.')}; {self._kinds()}") from None
             raise
         finally:
             self._touched = []
@@ -178,7 +180,7 @@ class InlayModel(BaseTuner):
             n for n in everything if any(is_named(t, [n]) for t in config.modules_to_save or ())
         ]  # not cut as well
         loaded = left_out(config) if config.format_version is not None else []
-        left = [n for n in everything if any(re.fullmatch(f"(.*\\.)?({t})", n) for t in loaded)]
+        left = [n for n in everything if any(matches_end(t, n) for t in loaded)]
         for target in listed(targets):
             if not is_named(target, names + whole + left):
                 raise ValueError(f"target_modules: {target!r} matches no module that can be adapted; {self._kinds()}")
@@ -328,7 +330,8 @@ class InlayModel(BaseTuner):
         """Raise a ValueError for what would go wrong half-way or silently, before any weight changes.
 
         Raises:
-            ValueError: an adapter holds NaN or Inf, or is on a weight that another module shares or that is on disk.
+            ValueError: an adapter holds NaN or Inf, leaves the range of float16, or is on a weight that another module
+                shares or that is on disk.
         """
         layers = {n: m for n, m in self.model.named_modules() if isinstance(m, InlayLinear)}
         places = weight_places(self.model)
@@ -344,6 +347,9 @@ class InlayModel(BaseTuner):
                         f"or Inf in {name}; the base is untouched"
                     )
             layer.check_plain_weight()
+            names = [a for a in layer.active_adapters if a in layer.cuts and a not in layer.merged_adapters]
+            if names and own_dtype(layer) == torch.float16:  # the one that a merge can leave by far
+                layer.check_range(layer.merged_weight(names), torch.float16)
             if not isinstance(layer, InlayExperts) and places[id(own_weight(layer.base_layer))] > 1:
                 raise ValueError(
                     f"{name} shares its weight with another module (tied embeddings), which merging would change too; "
@@ -438,6 +444,11 @@ def check_tokens(model: nn.Module, config: InlayConfig) -> None:
                         f"trainable_token_indices: {beyond[0]} is beyond the {rows} tokens of {name}; "
                         f"first model.resize_token_embeddings({max(beyond) + 1}), or to the size it was trained with"
                     )
+
+
+def own_dtype(layer: InlayLinear) -> torch.dtype | None:
+    """Return the dtype of the weight under an adapted layer."""
+    return layer._get_base_layer_device_and_dtype(layer.base_layer)[1]
 
 
 def weight_places(model: nn.Module) -> Counter[int]:
