@@ -130,10 +130,11 @@ class AfterTrainingError(ValueError):
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Return the end of an error's line: the choice that `name` probably means, or all `choices`.
 
-    One with the same letters, two of which changed places, comes before one with fewer.
+    One with other capitals comes first, then one with the same letters, two of which changed places.
     """
     choices = sorted(choices)
-    close = difflib.get_close_matches(name, choices) or difflib.get_close_matches(name.lower(), choices)
+    close = [choice for choice in choices if choice.lower() == name.lower()]
+    close = close or difflib.get_close_matches(name, choices) or difflib.get_close_matches(name.lower(), choices)
     if not close:
         return f"it has {', '.join(choices)}"
     best = next((choice for choice in close if sorted(choice) == sorted(name)), close[0])

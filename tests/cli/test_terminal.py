@@ -4,6 +4,7 @@ import ast
 import io
 import subprocess
 import sys
+import typing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ import inlay
 from inlay.cli import main
 from inlay.cli.entry import parser
 from inlay.cli.flags import ELSEWHERE, recipe_flags
-from inlay.cli.parser import flag_help
+from inlay.cli.parser import SEVERAL, flag_help
 from inlay.evaluation.evaluate_model import evaluate_model
 from inlay.messages import PACKAGES, Terminal, one_line, printable, show_text
 from inlay.recipe.recipe import Recipe
@@ -107,6 +108,12 @@ def test_help_breaks_no_word_and_cuts_no_sentence(columns, monkeypatch, capsys):
     assert "(TensorBoard on 127.0.0.1)." in " ".join(shown(capsys, "--help").split())
 
 
+@pytest.mark.parametrize("columns", ["0", "1", "10", "-5", "many"])
+def test_help_is_shown_on_a_screen_of_any_width(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", columns)
+    assert "--output" in shown(capsys, "train", "--help")
+
+
 def test_help_of_train_shows_the_defaults_on_one_screen(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     said = shown(capsys, "train", "--help")
@@ -135,6 +142,12 @@ def test_help_of_train_shows_the_defaults_on_one_screen(monkeypatch, capsys):
         ("generate --max-new-tokens 9", "did you mean --tokens?"),
         ("eval x --lr 9", "unknown flag --lr; see inlay eval --help"),
         ("trane", "invalid choice 'trane': did you mean 'train'?"),
+        ("train \u2013\u2013steps 3", "begins with a dash that is no hyphen; did you mean --steps?"),
+        ("train \u2014max_length=3", "did you mean --max-length?"),
+        ("train --data a --data b", "--data is given twice, as 'a' and 'b'; one --data takes all of it"),
+        ("plan --target_modules a --target-modules b", "--target-modules is given twice"),
+        ("methods PiSSA", "unknown method 'PiSSA'; did you mean 'pissa'?"),
+        ("methods bat-col", "did you mean 'bat_col'?"),
     ],
 )
 def test_an_unknown_flag_gets_a_suggestion(arguments, says, capsys):
@@ -146,6 +159,15 @@ def test_flags_have_two_spellings():
         assert parser().parse_arguments(["train", *spelling]).learning_rate == "1e-3"
     given = parser().parse_arguments(["generate", "run", "--prompt", "a_b", "--temperature", "-1"])
     assert (given.prompt, given.temperature) == ("a_b", -1.0)
+
+
+def test_flags_that_hold_one_thing_may_be_given_again():
+    given = parser().parse_arguments(["train", "--steps", "1", "--steps", "2", "--data", "a", "--data", "a"])
+    assert (given.steps, given.data) == ("2", "a")
+    assert parser().parse_arguments(["generate", "run", "--system", "\u2014 hi"]).system == "\u2014 hi"
+    hints = typing.get_type_hints(Recipe)
+    holds = {n for n, hint in hints.items() if {list, dict} & {hint, *typing.get_args(hint)}}
+    assert set(SEVERAL) == holds
 
 
 def test_what_others_call_a_flag_names_one_of_ours():

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -76,8 +77,14 @@ def test_the_fuzzing_sees_what_goes_wrong(fuzz, tmp_path, monkeypatch):
         ("model: a\0b", "not YAML"),
         ("a: &a {x: 1}\nargs: {<<: [*a, *a]}", "merge key"),
         ("model: " + "x" * 1_000_000, "longer than 1,000,000"),
+        ("seed: 1\nsteps: 2\nseed: 3", r"the key 'seed' twice in one mapping \(again in line 3\)"),
+        ("columns: {prompt: a, prompt: b}", "the key 'prompt' twice"),
+        ("patterns: {a: {r: 1, r: 2}}", "the key 'r' twice"),
+        ("steps: 010", "'010' is not a whole number"),
+        ("steps: 1:30", "'1:30' is not a whole number"),
     ],
-    ids=["list", "mapping", "bomb", "ring", "code", "date", "key", "args", "NUL", "merge", "long"],
+    ids=["list", "mapping", "bomb", "ring", "code", "date", "key", "args", "NUL", "merge", "long",
+         "twice", "twice in a flow", "twice within", "octal", "base 60"],
 )  # fmt: skip
 def test_a_recipe_that_is_none(text, why, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -108,9 +115,39 @@ def test_values_that_libraries_would_trip_over_are_refused(text, tmp_path, monke
     (["plan", "--csv", "/nonexistent/x.csv"], "no folder /nonexistent"),
     (["plan", "--length", "9" * 400], "whole number"),
     (["plan", "--r", "9" * 5000], "whole number"), (["merge", "\x1b[2J", "o"], "\\x1b[2J"),
+    (["train", "--args", "r=8"], "args: 'r=8' is not a mapping; write --args '{r: 8}'"),
+    (["train", "--columns", "{prompt: a, prompt: b}"], "the key 'prompt' twice"),
+    (["train", "--r", ""], "r: nothing is given"), (["train", "--epochs="], "epochs: nothing is given; give a number"),
+    (["train", "--seed", str(2**32)], "seed: 4294967296 is beyond 4,294,967,295"),
+    (["train", "--trainer", "{learning_rate: 1}", "--dry-run"], "'learning_rate' is set from fields of the recipe"),
+    (["train", "--scheduler", "", "--dry-run"], "scheduler: '' is not one of linear, cosine"),
+    (["plan", "--fits", "nan"], "'nan' is not a number above 0"), (["plan", "--labelled", "-1"], "a number above 0"),
+    (["compare", "--data", "x", "--minutes", "inf"], "'inf' is not a number above 0"),
 ])  # fmt: skip
 def test_flags_that_libraries_would_trip_over_are_refused(arguments, why, capsys):
     assert why in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize(("text", "value"), [
+    ("1e-3", 0.001), ("2E5", 2e5), ("-.5", -0.5), ("1_000", 1000), ("0x10", 16), ("0", 0), (".inf", math.inf),
+    ("010", "010"), ("1:30", "1:30"), ("0b11", "0b11"), ("1.0.0", "1.0.0"),
+])  # fmt: skip
+def test_numbers_are_those_that_a_reader_sees(text, value):
+    read = from_yaml(text)
+    assert (read, type(read)) == (value, type(value))
+
+
+@pytest.mark.parametrize("words", [
+    ["eval", "--task", "exact", "--data", "facts.jsonl"], ["inspect"], ["fold"], ["train", "--dry-run", "--model"],
+], ids=lambda words: words[0])  # fmt: skip
+@pytest.mark.parametrize("where", ["facts.jsonl/out", "/proc/nowhere/out"])
+def test_an_output_that_cannot_be_is_refused_before_work_begins(words, where, tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("facts.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    monkeypatch.setattr(BaseModel, "load", lambda *_, **__: pytest.fail("it was loaded"))
+    out = [where] if words[0] == "fold" else ["--output", where]
+    assert "cannot be written" in refused(capsys, *words, tiny, *out)
+    assert [path.name for path in tmp_path.iterdir()] == ["facts.jsonl"]
 
 
 def test_values_are_counted_while_they_are_read(monkeypatch):

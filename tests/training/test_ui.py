@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from helpers import fails
 
 from inlay.cli import main
 from inlay.training import live_page
@@ -199,3 +200,8 @@ def test_the_page_shows_a_run_that_grows_to_this_machine_alone(tmp_path):
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+@pytest.mark.parametrize("port", ["-1", "65536", "99999999"])
+def test_a_port_that_is_none_is_refused(port, tmp_path, capsys):
+    assert f"port {port} is none of 0 to 65535" in fails(capsys, "ui", str(tmp_path), "--port", port)

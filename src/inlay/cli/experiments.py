@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from inlay.cli.parser import add_fields, whole_number
+from inlay.cli.parser import add_fields, positive, whole_number
 from inlay.messages import Terminal
 
 OF_DATA = ["data", "model", "task", "columns", "batch_size", "max_length", "eval_size", "target_modules", "dtype"]
@@ -46,7 +46,7 @@ def compare_command(options: argparse.Namespace) -> None:
 def compare_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the arguments of `inlay compare`."""
     verb.add_argument("recipe", nargs="?", help="YAML file: what all runs share, and under compare what differs")
-    verb.add_argument("--minutes", type=float, help="without a recipe: choose methods, steps and seeds for so long")
+    verb.add_argument("--minutes", type=positive, help="without a recipe: choose methods, steps and seeds for so long")
     add_fields(verb, OF_DATA)
     verb.add_argument("--jobs", type=int, help="runs at a time (default 1, seconds then say less; with --ray: all)")
     add_cluster(verb)
@@ -113,4 +113,6 @@ def add_cluster(verb: argparse.ArgumentParser) -> None:
     """Add the flags that say where trials run, and with what."""
     verb.add_argument("--ray", nargs="?", const="", metavar="ADDRESS", help="run them on a Ray cluster (none: here)")
     verb.add_argument("--cpus", type=whole_number, help="cores of a trial there (default 1)")
-    verb.add_argument("--gpus", type=float, help="GPUs of a trial there, or a part of one (default 1, if it has any)")
+    verb.add_argument(
+        "--gpus", type=positive, help="GPUs of a trial there, or a part of one (default 1, if it has any)"
+    )

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from inlay.cli.parser import WHAT_AND_WHERE, Parser, add_fields, add_learned, whole_number, whole_numbers
+from inlay.cli.parser import WHAT_AND_WHERE, Parser, add_fields, add_learned, positive, whole_number, whole_numbers
 from inlay.messages import Terminal, progress_bars, show_json, show_text
 
 if TYPE_CHECKING:
@@ -173,13 +173,13 @@ def plan_arguments(verb: Parser) -> None:
     verb.add_argument("--length", type=whole_number, default=1024, help="tokens of a sequence (default 1024)")
     verb.add_argument(
         "--labelled",
-        type=float,
+        type=positive,
         default=1.0,
         metavar="SHARE",
         help="share of the tokens that has a label (default 1); the head sees no others",
     )
     verb.add_argument(
-        "--fits", type=float, metavar="GB", help="find the largest run that fits into a GPU with so much memory"
+        "--fits", type=positive, metavar="GB", help="find the largest run that fits into a GPU with so much memory"
     )
     verb.add_argument(
         "--dtype",

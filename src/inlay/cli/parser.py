@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import shutil
 import textwrap
@@ -10,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from inlay.cli.flags import flag_suggestion, learned_flags, recipe_flags
-from inlay.messages import did_you_mean, one_line, show_text
+from inlay.messages import did_you_mean, one_line, short, show_text
 
 COMMON = """data output method r scale target_modules learning_rate steps epochs batch_size max_length dtype
 eval_size gradient_checkpointing seed samples model overwrite""".split()
@@ -25,8 +26,13 @@ ARGPARSE = (  # what argparse says of a mistake, and what we say
     (r"^argument (\S+): invalid int value: (.*)", r"\1: \2 is not a whole number"),
     (r"^argument (\S+): expected (?:one|at least one) argument", r"\1 needs a value after it"),
     (r"^the following arguments are required: ", "missing: "),
+    (r"^argument (-\S+): ", r"\1: "),
 )
 COLUMN = 27  # where the texts of flags begin
+# Fields that hold several things, of which a flag that is given again would drop those that were given first.
+SEVERAL = """args chat_template_kwargs columns data exclude_modules experts ignore imports layers_to_transform
+modules_to_save optimizer_args patterns reward step_args target_modules trainer""".split()
+DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\uff0d"  # what editors and web pages make of hyphens
 
 
 class Parser(argparse.ArgumentParser):
@@ -69,6 +75,8 @@ class Parser(argparse.ArgumentParser):
         found = []
         for text in arguments:
             flag, equals, value = text.partition("=")
+            if text.startswith(tuple(DASHES)) and (name := flag.lstrip(DASHES + "-").replace("_", "-")) in known:
+                self.error(f"{flag!r} begins with a dash that is no hyphen; did you mean --{name}?")
             if re.match("-{1,2}[A-Za-z]", text) and flag not in every:
                 name = flag.lstrip("-").replace("_", "-")
                 if not (flag.startswith("--") and name in known):
@@ -145,8 +153,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def screen() -> int:
-    """Return the columns that help takes: those of the terminal, at most 100."""
-    return min(100, shutil.get_terminal_size().columns)
+    """Return the columns that help takes: those of the terminal, from 40 to 100."""
+    return max(40, min(100, shutil.get_terminal_size().columns))
 
 
 def paragraph(text: str, indent: int = 0) -> str:
@@ -207,6 +215,17 @@ def whole_numbers(flag: str, text: str) -> list[int]:
         raise ValueError(f"{flag}: {error}; several go with commas, as in {flag} 8,16") from None
 
 
+def positive(text: str) -> float:
+    """Parse a number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number
+
+
 def whole_number(text: str) -> int:
     """Parse a whole number from 1 up."""
     if not text.isdecimal() or len(text) > 9 or not int(text):
@@ -240,6 +259,8 @@ def add_fields(verb: argparse.ArgumentParser, names: Sequence[str], hidden: bool
         option: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text, "metavar": "VALUE"}
         if flag.switch:
             option |= {"nargs": "?", "const": True, "metavar": ""}
+        if name in SEVERAL:
+            option["action"] = Once
         verb.add_argument(f"--{name.replace('_', '-')}", **option)
 
 
@@ -256,6 +277,18 @@ def flag_help(name: str) -> str:
     """Return the help of a recipe field or hyperparameter, with its default."""
     flag = recipe_flags()[name]
     return flag.help if flag.default is None or "default" in flag.help else f"{flag.help} (default {flag.default})"
+
+
+class Once(argparse.Action):
+    """Take a flag that holds several things once: given again, it would drop what was given first."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: object) -> None:
+        before = getattr(namespace, self.dest, values)
+        if before != values:
+            flag = self.option_strings[0]
+            given = f"{short(before)} and {short(values)}"
+            parser.error(f"{flag} is given twice, as {given}; one {flag} takes all of it, in [] or {{}}")
+        setattr(namespace, self.dest, values)
 
 
 class HelpAll(argparse.Action):

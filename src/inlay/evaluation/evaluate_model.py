@@ -17,7 +17,7 @@ from inlay.evaluation.eval_tasks import EVAL_TASKS
 from inlay.evaluation.metric import OnTask, Rows, load_metric, run_metric
 from inlay.evaluation.run_settings import chat_settings
 from inlay.evaluation.scores import Score, score_as_data, score_difference, write_scores
-from inlay.files.atomic import find_again
+from inlay.files.atomic import check_writable, find_again
 from inlay.messages import dtype_name
 from inlay.models.adapters import CONFIG, Adapter
 from inlay.models.base import BaseModel
@@ -112,13 +112,14 @@ def evaluate_model(
         raise ValueError(f"{model} is no adapter: --base, --merged and --scale are for one")
     if base and merged:
         raise ValueError("--merged leaves no base to compare with; leave out one of the two")
+    folder = scores_folder(model, adapter, output)
+    check_writable(folder)
     computed = dtype_for(dtype)
     if adapter is None:
         loaded, tokenizer = load_evaluated(BaseModel(model, revision, trust_remote_code), computed)
     else:
         loaded, tokenizer = adapter.load(computed, scale=scale)
     loaded = cast(Any, loaded).merge_and_unload() if merged else loaded
-    folder = scores_folder(model, adapter, output)
     name = scores_name(metric or str(task), data, by, merged, scale)
     about = {"model": model, "data": data, "by": by, "limit": limit, "tokens": tokens, "merged": merged, "scale": scale}
     about |= {"adapter": str(adapter.folder) if adapter else None, "dtype": dtype_name(computed)}

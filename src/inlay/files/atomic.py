@@ -201,15 +201,26 @@ def put_back(path: Path) -> None:
             old.rmdir()
 
 
+def check_writable(folder: Path) -> None:
+    """Raise a ValueError, before work begins, where `folder` cannot be made or written into. Nothing is left there."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        if not there.is_dir():
+            raise NotADirectoryError(None, f"{there} is a file")
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written: {error.strerror}; choose another output") from None
+
+
 def check_free(path: Path, overwrite: bool, marker: str) -> None:
-    """Refuse a `path` that is in use; with `overwrite`, only one without the `marker` of this command.
+    """Refuse a `path` that cannot be written or is in use; with `overwrite`, only one without this command's `marker`.
 
     Raises:
         ValueError: the path may not be written.
     """
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return
-    if not overwrite:
-        raise ValueError(f"{path} exists; choose another output or pass --overwrite")
-    if not (path / marker).is_file():
-        raise ValueError(f"{path} is not overwritten: it has no {marker}, so it was not made by this command")
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        if not overwrite:
+            raise ValueError(f"{path} exists; choose another output or pass --overwrite")
+        if not (path / marker).is_file():
+            raise ValueError(f"{path} is not overwritten: it has no {marker}, so it was not made by this command")
+    check_writable(path.absolute().parent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import yaml
 DEPTH = 50
 SIZE = 100_000
 LENGTH = 1_000_000
+
+INT, FLOAT = NUMBER_TAGS = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 
 
 class DamagedFileError(ValueError):
@@ -92,10 +95,17 @@ def from_yaml(text: str) -> Any:
 
 
 class Shallow(yaml.SafeLoader):
-    """Load YAML of at most DEPTH levels and SIZE values, without merge keys."""
+    """Load YAML of at most DEPTH levels and SIZE values, without merge keys and without a key that stands twice.
+
+    Numbers are those of YAML 1.2: 1e-3 is one, 1:30 is text and not 90, and 010 is text and not 8.
+    """
 
     level = 0
     seen = 0
+    yaml_implicit_resolvers = {
+        start: [pair for pair in pairs if pair[0] not in NUMBER_TAGS]
+        for start, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         self.level += 1
@@ -114,3 +124,20 @@ class Shallow(yaml.SafeLoader):
         ):  # it multiplies values before they can be counted
             raise yaml.YAMLError("it has a merge key (<<); write the values out")
         super().flatten_mapping(node)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        made = super().construct_mapping(node, deep)
+        if len(made) < len(node.value):  # the first of the two would be lost
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            twice = next(key for i, key in enumerate(keys) if key in keys[:i])
+            line = next(key.start_mark.line for key, _ in node.value[::-1] if self.construct_object(key) == twice)
+            raise yaml.YAMLError(f"it has the key {twice!r:.60} twice in one mapping (again in line {line + 1})")
+        return made
+
+
+WHOLE = r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)"
+REAL = (
+    r"[-+]?((\.[0-9]+|[0-9][0-9_]*\.[0-9_]*)([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(inf|Inf|INF))|\.(nan|NaN|NAN)"
+)
+Shallow.add_implicit_resolver(INT, re.compile(f"({WHOLE})$"), list("-+0123456789"))
+Shallow.add_implicit_resolver(FLOAT, re.compile(f"({REAL})$"), list("-+.0123456789"))

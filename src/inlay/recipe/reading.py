@@ -152,6 +152,9 @@ def from_flag(name: str, text: str) -> Any:
     options = typing.get_args(hint) or (hint,)
     if type(None) in options and text in ("null", "none", ""):
         return None
+    if not text.strip() and str not in options:
+        wanted = f"; give {' or '.join(map(describe_type, options))}" if hint else ""  # a hyperparameter's is not here
+        raise ValueError(f"{name}: nothing is given{wanted}")
     names = re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*", text)
     texts = str in options[: options.index(list)] if list in options else True
     if names and not texts:
@@ -162,8 +165,10 @@ def from_flag(name: str, text: str) -> Any:
         return text
     try:
         value = from_yaml(text)
-    except (yaml.YAMLError, ValueError):
+    except (yaml.YAMLError, ValueError) as error:
         hint = _as_mapping(name, text) if dict in options else ""
+        if type(error) is yaml.YAMLError:  # ours, which is one line
+            hint = f": {error}"
         raise ValueError(
             f"{name}: {text[:60]!r} cannot be read as {' or '.join(map(describe_type, options))}{hint}"
         ) from None

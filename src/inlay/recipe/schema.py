@@ -38,8 +38,8 @@ def conform_all(filled: Any) -> None:
         value = conform(f.name, hints[f.name], vars(filled)[f.name])
         if "min" in f.metadata and isinstance(value, (int, float)) and value < f.metadata["min"]:
             raise ValueError(f"{f.name}: {value} is below {f.metadata['min']}")
-        if isinstance(value, (int, float)) and abs(value) > LARGEST:
-            raise ValueError(f"{f.name}: {value!r:.40} is beyond {LARGEST:,}")
+        if isinstance(value, (int, float)) and abs(value) >= LARGEST:
+            raise ValueError(f"{f.name}: {value!r:.40} is beyond {LARGEST - 1:,}")
         setattr(filled, f.name, value)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import SchedulerType
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from inlay.host import distributed
@@ -39,10 +40,23 @@ def training_arguments(recipe: Recipe, folder: Path, batch: int, steps: int, dty
     Raises:
         ValueError: a value, or a key of `trainer`, that trl or transformers refuse.
     """
-    task = TASKS[recipe.task]
+    arguments = TASKS[recipe.task].arguments
+    values = argument_values(recipe, folder, batch, steps, dtype)
+    if distributed.process_count() > 1:
+        values["accelerator_config"] = {"use_configured_state": True}  # as `distributed.joined` configured it
+    for key in recipe.trainer:
+        check_extra(key, values, arguments)
+    try:
+        return arguments(**{**values, **recipe.trainer})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the trainer refuses this recipe: {first_line(error)}") from None
+
+
+def argument_values(recipe: Recipe, folder: Path, batch: int, steps: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Return what fields of a recipe say to its trainer, by the names of the trainer's arguments."""
     evaluating = recipe.eval_every
     saving = steps_between_checkpoints(recipe, steps)
-    values: dict[str, Any] = {
+    return {
         "output_dir": str(folder / checkpoints.FOLDER),
         "learning_rate": recipe.rate,
         "num_train_epochs": recipe.epochs,
@@ -77,16 +91,8 @@ def training_arguments(recipe: Recipe, folder: Path, batch: int, steps: int, dty
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
         "ddp_broadcast_buffers": False,  # θ₀ and frozen factors, equal from the start
-        **task.settings(recipe),
+        **TASKS[recipe.task].settings(recipe),
     }
-    if distributed.process_count() > 1:
-        values["accelerator_config"] = {"use_configured_state": True}  # as `distributed.joined` configured it
-    for key in recipe.trainer:
-        check_extra(key, values, task.arguments)
-    try:
-        return task.arguments(**{**values, **recipe.trainer})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"the trainer refuses this recipe: {first_line(error)}") from None
 
 
 def optimizer_steps(recipe: Recipe, examples: int, batch: int) -> int:
@@ -149,6 +155,17 @@ def check_means(recipe: Recipe) -> None:
     if recipe.attention != "auto":
         check_attention_runs(recipe)
     check_tracker(recipe.report_to)
+    check_arguments(recipe)
+
+
+def check_arguments(recipe: Recipe) -> None:
+    """Refuse a scheduler that there is none of, and keys of `trainer` that its arguments do not take."""
+    schedulers = [kind.value for kind in SchedulerType]
+    if recipe.scheduler not in schedulers:
+        raise ValueError(f"scheduler: {recipe.scheduler!r} is not one of {', '.join(schedulers)}")
+    values = argument_values(recipe, Path(), 1, recipe.steps or 1, torch.float32)
+    for key in recipe.trainer:
+        check_extra(key, values, TASKS[recipe.task].arguments)
 
 
 def check_liger(base: BaseModel) -> None:

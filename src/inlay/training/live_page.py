@@ -189,6 +189,8 @@ def serve(folder: str, port: int = 6006, console: Console | None = None) -> None
     program = board()
     if not runs.is_dir():
         raise ValueError(f"{runs} is not a folder; give the one that holds the runs, as in inlay ui runs")
+    if not 0 <= port < 2**16:
+        raise ValueError(f"port {port} is none of 0 to 65535; --port 0 takes any that is free")
     with tempfile.TemporaryDirectory() as events:
         follower = Follower(runs.resolve(), Path(events))
         follower.look()
