@@ -283,7 +283,7 @@ class Once(argparse.Action):
     """Take a flag that holds several things once: given again, it would drop what was given first."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: object) -> None:
-        before = getattr(namespace, self.dest, values)
+        before = vars(namespace).get(self.dest, values)
         if before != values:
             flag = self.option_strings[0]
             given = f"{short(before)} and {short(values)}"

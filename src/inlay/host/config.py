@@ -37,7 +37,7 @@ def check_imports(config: PeftConfig | SimpleNamespace) -> None:
             "tokenizer_kwargs: trust_remote_code would run code of the repository that the configuration names; "
             "remove it from the configuration"
         )
-    for where in (getattr(config, "adapters", None) or {}).values():  # X-LoRA's, which PEFT opens in their turn
+    for where in (vars(config).get("adapters") or {}).values():  # X-LoRA's, which PEFT opens in their turn
         file = Path(str(where)) / "adapter_config.json"
         try:
             inner = from_json(read_regular(file))
