@@ -260,7 +260,7 @@ def add_fields(verb: argparse.ArgumentParser, names: Sequence[str], hidden: bool
         if flag.switch:
             option |= {"nargs": "?", "const": True, "metavar": ""}
         if name in SEVERAL:
-            option["action"] = Once
+            option["action"] = GivenOnce
         verb.add_argument(f"--{name.replace('_', '-')}", **option)
 
 
@@ -279,7 +279,7 @@ def flag_help(name: str) -> str:
     return flag.help if flag.default is None or "default" in flag.help else f"{flag.help} (default {flag.default})"
 
 
-class Once(argparse.Action):
+class GivenOnce(argparse.Action):
     """Take a flag that holds several things once: given again, it would drop what was given first."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: object) -> None:
