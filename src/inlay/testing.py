@@ -95,10 +95,12 @@ def check_start(method: Method, W: Tensor) -> None:
     other = method.start(W) if not method.needs else again
     assert all(torch.equal(p[k], again[k]) for k in p), "two starts under one seed differ"
     same = all(torch.equal(p[k], other[k]) for k in p)
-    assert same or method.draws, "the start draws random numbers, and the class does not say so (`draws`)"
+    assert same or method.draws, "the start draws random numbers, and the class does not say so: `draws = True`"
     if method.linear:
         zero = not method.delta(p, W).any()
-        assert zero == method.zero_init, f"zero_init is {method.zero_init}, and ΔW(θ₀) is {'' if zero else 'not '}0"
+        assert zero == method.zero_init, (
+            f"ΔW(θ₀) is {'' if zero else 'not '}0, so say `zero_init = {zero}` in the class"
+        )
     for value in p.values():
         value.add_(1)
     assert torch.equal(W, before), "start changes W, or gives a tensor that shares its memory; clone it"
@@ -126,7 +128,9 @@ def check_change(method: Method, W: Tensor, reference: Reference | None) -> None
     if reference is not None:
         assert torch.allclose(D, reference(p, W), rtol=1e-10, atol=1e-10), "delta is not the reference"
     reads = not torch.equal(method.delta(p, 2 * W), D)
-    assert reads == method.reads_weight, f"reads_weight is {method.reads_weight}, and ΔW depends on W: {reads}"
+    assert reads == method.reads_weight, (
+        f"ΔW {'depends' if reads else 'does not depend'} on W, so say `reads_weight = {reads}` in the class"
+    )
 
 
 def check_gradients(method: Method, W: Tensor) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 
 from inlay import methods, outside
 from inlay.cli import flags, main
+from inlay.experiments.compare.spec import load_comparison
 from inlay.host.config import InlayConfig
 from inlay.methods import Bone
 from inlay.models.adapters import Adapter
@@ -135,6 +136,23 @@ def test_the_method_of_contributing_runs_in_any_folder(place, tiny, records, cap
     main(["train", "--import", "rows", "--method", "rows", "--model", tiny, "--data", records, "--dry-run"])
     assert "method: rows" in capsys.readouterr().out
     check_method(methods.find("rows")(), lambda p, W: torch.diag(p["d"]) @ W)
+
+
+def test_the_commands_of_the_page_run(place, tiny, records, capsys):
+    """docs/add_a_method.md, but for its comparison, whose recipe is read."""
+    page = (ROOT / "docs" / "add_a_method.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)[1]
+    (place / "rows.py").write_text(code)
+    (place / "compare.yaml").write_text(re.search(r"```yaml compare.yaml\n(.*?)```", page, re.DOTALL)[1])
+    lines = re.search(r"```bash\n(.*?)```", page, re.DOTALL)[1].splitlines()
+    assert [line.split()[1] for line in lines] == ["methods", "train", "compare", "merge"]
+    for line in lines:
+        words = line.split()[1:]
+        if words[0] == "compare":
+            assert [entry.name for entry in load_comparison(words[1]).entries] == ["lora", "rows"]
+        else:
+            main([*words, *(["--model", tiny, "--data", records, *SMALL] if words[0] == "train" else [])])
+    assert (place / "merged" / "model.safetensors").exists()
 
 
 def test_fold_takes_it_too(place, tiny):

@@ -45,10 +45,10 @@ def twice(self, p, p0, x, base, drop=None):
 
 
 MISTAKES = [
-    ({"reads_weight": False}, "reads_weight is False, and ΔW depends on W: True"),
-    ({"zero_init": False}, r"zero_init is False, and ΔW\(θ₀\) is 0"),
-    ({"start": lambda self, W, stats=None: {"d": torch.ones(len(W), device=W.device)}}, "zero_init is True"),
-    ({"start": noisy}, "draws random numbers, and the class does not say so"),
+    ({"reads_weight": False}, "ΔW depends on W, so say `reads_weight = True`"),
+    ({"zero_init": False}, r"ΔW\(θ₀\) is 0, so say `zero_init = True`"),
+    ({"start": lambda self, W, stats=None: {"d": torch.ones(len(W), device=W.device)}}, "so say `zero_init = False`"),
+    ({"start": noisy}, "draws random numbers, and the class does not say so: `draws = True`"),
     ({"start": lambda self, W, stats=None: {"d": W[:, 0]}, "zero_init": False}, "shares its memory"),
     ({"start": lambda self, W, stats=None: {"d": torch.zeros(len(W))}}, "on a meta tensor gives a real d"),
     (

@@ -46,7 +46,7 @@ class Recipe:
         "none", "base in 4 or 8 bits; nf4: with a fold (QDoTA, QPiSSA); nf4_offset, int8: without"
     )
     fold_rounds: int = field_of(
-        1, "of quantize: nf4: rounds of quantising the base and decomposing the error again", min=1
+        1, "with quantize: nf4, rounds of quantising the base and decomposing the error again", min=1
     )
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = field_of(
         "auto", "the base's attention; auto: transformers' choice, which is sdpa where the model has it"
@@ -77,25 +77,27 @@ class Recipe:
     )
     columns: dict = field_of(dict, "the column of each role: {prompt: mr, answer: ref}")
     system: str | None = field_of(None, "system message before every example that has none of its own")
-    empty_answers: Literal["refuse", "skip"] = field_of("refuse", "rows without an answer or a label: skip counts them")
+    empty_answers: Literal["refuse", "skip"] = field_of(
+        "refuse", "rows without an answer or a label: refuse the run, or skip them and count them"
+    )
     unlabelled: str = field_of("-1", "label that marks a row without one; none: every label is a class")
     ignore: list = field_of(list, "columns and message keys to leave out that would change what is learned: [weight]")
-    encoding: str = field_of("utf-8", "of text files: cp1252, utf-16, ...")
+    encoding: str = field_of("utf-8", "encoding of text files: cp1252, utf-16, ...")
     tsv_quotes: Literal["auto", "quoted", "plain"] = field_of(
         "auto", "quotation marks in TSV: quoted encloses fields (pandas, spreadsheets), plain is text (GLUE)"
     )
     chat_template: str | None = field_of(
         None, "Jinja file in place of the model's chat template; training: the one that trl has for training its family"
     )
-    chat_template_kwargs: dict = field_of(dict, "what the chat template gets too: {enable_thinking: false}")
+    chat_template_kwargs: dict = field_of(dict, "further arguments of the chat template: {enable_thinking: false}")
     reward: str | list | dict | None = field_of(
         None,
         "of task grpo: exact_match, {format: REGEX}, or a function of yours, module:function or file.py:function; or a "
         "list of them, each with a weight if need be: [exact_match, {format: REGEX, weight: 0.2}]",
     )
-    num_generations: int = field_of(8, "of task grpo: answers that are drawn to each prompt", min=2)
-    temperature: float = field_of(1.0, "of task grpo: of these draws", min=0)
-    max_new_tokens: int = field_of(128, "of task grpo: longest answer", min=1)
+    num_generations: int = field_of(8, "of task grpo: answers that are drawn for each prompt", min=2)
+    temperature: float = field_of(1.0, "of task grpo: temperature at which these answers are drawn", min=0)
+    max_new_tokens: int = field_of(128, "of task grpo: most tokens of an answer", min=1)
     answers: Literal["all", "last"] = field_of("all", "which answers of a conversation are learned")
     max_length: int = field_of(512, "tokens; longer examples are truncated", min=8)
     packing: bool = field_of(False, "pack short examples into full sequences")
@@ -115,9 +117,9 @@ class Recipe:
     args: dict = field_of(
         dict, "the method's hyperparameters (for peft:NAME, fields of its config); Inlay's are flags too: --r 16"
     )
-    scale: float | None = field_of(None, "factor on the weight change")
+    scale: float | None = field_of(None, "factor s on the weight change")
     dropout: float = field_of(0.0, "dropout on the weight change")
-    target_modules: list | str = field_of("all-linear", "names, a regex, or all-linear")
+    target_modules: list | str = field_of("all-linear", "layers to adapt: names, a regex, or all-linear")
     exclude_modules: list | str | None = field_of(None, "names or a regex")
     layers_to_transform: list | None = field_of(None, "layer indices")
     experts: bool | int | dict = field_of(
@@ -207,9 +209,11 @@ class Recipe:
         if self.eval_size is not None and self.eval_size <= 0:
             raise ValueError(f"eval_size: {self.eval_size} holds out nothing; give a number of examples or a share")
         if self.early_stopping and not self.eval_every:
-            raise ValueError(f"early_stopping={self.early_stopping} needs eval_every: the steps between evaluations")
+            raise ValueError(
+                f"early_stopping={self.early_stopping} needs eval_every: the steps between evaluations, as --eval-every 20"
+            )
         if self.keep_best and not self.eval_every:
-            raise ValueError("keep_best needs eval_every: the steps between evaluations")
+            raise ValueError("keep_best needs eval_every: the steps between evaluations, as --eval-every 20")
         if self.streaming and (self.steps is None or self.split is not None):
             raise ValueError(
                 "streaming needs steps, because the data's length is unknown, and takes no split; name the files"

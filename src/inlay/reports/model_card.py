@@ -75,7 +75,7 @@ tags: [inlay, "{method}"]
 {opening}
 ```
 {merging}
-Recipe:
+The recipe, where it differs from the defaults:
 
 {fenced(result.recipe.differences())}
 
