@@ -296,7 +296,14 @@ class Method(ABC):
         """Return s (ΔW(θ) − ΔW(θ₀)) for `ops.dense`, built from p's values: whole by default, else by rows."""
 
         def build(*values: Tensor) -> tuple[Tensor]:
-            return (self.s * self.offset(dict(zip(p, values, strict=True)), p0, base.weight),)
+            W = base.weight
+            D = self.offset(dict(zip(p, values, strict=True)), p0, W)
+            if D.shape != W.shape:
+                raise ValueError(
+                    f"{self.name}: ΔW is {tuple(D.shape)}, and W is {tuple(W.shape)}; choose hyperparameters that fit "
+                    "this weight, or exclude its module"
+                )
+            return (self.s * D,)
 
         return ops.Rows(build)
 

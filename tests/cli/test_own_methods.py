@@ -155,6 +155,19 @@ def test_the_commands_of_the_page_run(place, tiny, records, capsys):
     assert (place / "merged" / "model.safetensors").exists()
 
 
+def test_a_change_that_does_not_fit_a_weight_is_one_line(place, tiny, records, capsys):
+    """A Kronecker product of sides that do not divide the weight's."""
+    code = GAINS.replace("reads_weight = True", "").replace("d (out)", "B (out/r × in/r)").replace('"gains"', '"kron"')
+    code = code.replace("lift: float = field(default=1.0", "r: int = field(default=8").replace('"above": 0', '"min": 1')
+    code = code.replace('"d": torch.zeros(W.shape[0]', '"B": torch.zeros(W.shape[0] // self.r, W.shape[1] // self.r')
+    code = code.replace('self.lift * p["d"][:, None] * W.to(p["d"].dtype)', 'torch.kron(torch.eye(self.r), p["B"])')
+    (place / "kron.py").write_text(code)
+    train = ["train", "--import", "kron", "--method", "kron", "--model", tiny, "--data", records, *SMALL]
+    said = fails(capsys, *train, "--r", "7", "--output", "runs/seven")
+    assert re.search(r"kron: ΔW is \(\d+, \d+\), and W is \(\d+, \d+\); choose hyperparameters that fit", said)
+    main([*train, "--r", "8", "--output", "runs/eight"])
+
+
 def test_fold_takes_it_too(place, tiny):
     main(["fold", tiny, "folded", "--import", "my_gains", "--method", "gains", "--lift=2"])
     about = json.loads((place / "folded" / "adapter" / "adapter_config.json").read_text())

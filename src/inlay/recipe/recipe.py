@@ -210,7 +210,8 @@ class Recipe:
             raise ValueError(f"eval_size: {self.eval_size} holds out nothing; give a number of examples or a share")
         if self.early_stopping and not self.eval_every:
             raise ValueError(
-                f"early_stopping={self.early_stopping} needs eval_every: the steps between evaluations, as --eval-every 20"
+                f"early_stopping={self.early_stopping} needs eval_every: the steps between evaluations, as "
+                "--eval-every 20"
             )
         if self.keep_best and not self.eval_every:
             raise ValueError("keep_best needs eval_every: the steps between evaluations, as --eval-every 20")
