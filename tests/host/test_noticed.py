@@ -251,6 +251,11 @@ def test_adapters_that_an_adapter_names_are_looked_at_too(where, llama_original,
     with pytest.raises(ValueError, match=r"PEFT imports the module|is not the folder of an adapter on this machine"):
         Adapter.open("outer").config  # noqa: B018
     assert not (tmp_path / "ran").exists()
+    check_imports(SimpleNamespace(tokenizer_kwargs=5))  # which PEFT's own error says
+    (tmp_path / "inner" / "adapter_config.json").write_text('{"adapters": {"0": "inner"}}')
+    check_imports(SimpleNamespace(adapters={"0": "inner"}))  # one that names itself
+    with pytest.raises(ValueError, match=r"adapters: \['a'\] is not a mapping"):
+        check_imports(SimpleNamespace(adapters=["a"]))
 
 
 def test_a_configuration_cannot_ask_for_code_of_a_repository():

@@ -26,18 +26,22 @@ def check_imports(config: PeftConfig | SimpleNamespace) -> None:
 
     So it is with the configs of the adapters that one of X-LoRA's names.
     """
-    core = getattr(config, "megatron_core", None)
-    if getattr(config, "megatron_config", None) or core not in (None, "megatron.core"):
+    core = vars(config).get("megatron_core")
+    if vars(config).get("megatron_config") or core not in (None, "megatron.core"):
         raise ValueError(
             f"megatron_config, megatron_core={core!r}: PEFT imports the module that is named there, which is not done "
             "here; remove both from the configuration"
         )
-    if "trust_remote_code" in (getattr(config, "tokenizer_kwargs", None) or {}):
+    options = vars(config).get("tokenizer_kwargs")
+    if isinstance(options, dict) and "trust_remote_code" in options:
         raise ValueError(
             "tokenizer_kwargs: trust_remote_code would run code of the repository that the configuration names; "
             "remove it from the configuration"
         )
-    for where in (vars(config).get("adapters") or {}).values():  # X-LoRA's, which PEFT opens in their turn
+    adapters = vars(config).get("adapters") or {}  # X-LoRA's, which PEFT opens in their turn
+    if not isinstance(adapters, dict):
+        raise ValueError(f"adapters: {adapters!r:.100} is not a mapping of names to the folders of adapters")
+    for where in adapters.values():
         file = Path(str(where)) / "adapter_config.json"
         try:
             inner = from_json(read_regular(file))
@@ -46,8 +50,8 @@ def check_imports(config: PeftConfig | SimpleNamespace) -> None:
                 f"adapters: {str(where)!r:.100} is not the folder of an adapter on this machine, and none is fetched "
                 "because a configuration names it; download it, and name its folder"
             ) from None
-        if isinstance(inner, dict):
-            check_imports(SimpleNamespace(**inner))
+        if isinstance(inner, dict):  # PEFT takes it for a LoRA, whatever more it names
+            check_imports(SimpleNamespace(**{**inner, "adapters": None}))
 
 
 def check_where(config: PeftConfig) -> None:
