@@ -146,7 +146,7 @@ def test_an_output_that_cannot_be_is_refused_before_work_begins(words, where, ti
     Path("facts.jsonl").write_text('{"question": "a", "answer": "b"}\n')
     monkeypatch.setattr(BaseModel, "load", lambda *_, **__: pytest.fail("it was loaded"))
     out = [where] if words[0] == "fold" else ["--output", where]
-    assert "cannot be written" in refused(capsys, *words, tiny, *out)
+    assert f"{where} cannot be written" in refused(capsys, *words, tiny, *out)
     assert [path.name for path in tmp_path.iterdir()] == ["facts.jsonl"]
 
 

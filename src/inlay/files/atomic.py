@@ -201,15 +201,18 @@ def put_back(path: Path) -> None:
             old.rmdir()
 
 
-def check_writable(folder: Path) -> None:
-    """Raise a ValueError, before work begins, where `folder` cannot be made or written into. Nothing is left there."""
+def check_writable(folder: Path, named: Path | None = None) -> None:
+    """Raise a ValueError, before work begins, where `folder` cannot be made or written into. Nothing is left there.
+
+    `named` is what the user wrote, where that is something in the folder.
+    """
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
         if not there.is_dir():
             raise NotADirectoryError(None, f"{there} is a file")
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
-        raise ValueError(f"{folder} cannot be written: {error.strerror}; choose another output") from None
+        raise ValueError(f"{named or folder} cannot be written: {error.strerror}; choose another output") from None
 
 
 def check_free(path: Path, overwrite: bool, marker: str) -> None:
@@ -223,4 +226,4 @@ def check_free(path: Path, overwrite: bool, marker: str) -> None:
             raise ValueError(f"{path} exists; choose another output or pass --overwrite")
         if not (path / marker).is_file():
             raise ValueError(f"{path} is not overwritten: it has no {marker}, so it was not made by this command")
-    check_writable(path.absolute().parent)
+    check_writable(path.absolute().parent, path)
