@@ -130,11 +130,15 @@ class AfterTrainingError(ValueError):
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Return the end of an error's line: the choice that `name` probably means, or all `choices`.
 
-    One with other capitals comes first, then one with the same letters, two of which changed places.
+    One with other capitals comes first, then several that begin with it, then one with the same letters, two of which
+    changed places.
     """
     choices = sorted(choices)
     close = [choice for choice in choices if choice.lower() == name.lower()]
     close = close or difflib.get_close_matches(name, choices) or difflib.get_close_matches(name.lower(), choices)
+    longer = [choice for choice in choices if len(name) > 2 and choice.startswith(f"{name}_")]
+    if len(longer) > 1 and name.lower() not in map(str.lower, close):
+        return f"did you mean one of {', '.join(longer)}?"
     if not close:
         return f"it has {', '.join(choices)}"
     best = next((choice for choice in close if sorted(choice) == sorted(name)), close[0])

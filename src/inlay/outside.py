@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 
 from inlay.files.untrusted import regular_file
-from inlay.messages import one_line
+from inlay.messages import did_you_mean, one_line
 from inlay.method import Method
 
 GROUP = "inlay.methods"
@@ -36,6 +36,15 @@ LONGEST = 100  # characters of a name that a file may suggest
 
 class UnknownMethodError(ValueError):
     """Report that no method of a name is known."""
+
+
+def unknown_method(name: str, known: Sequence[str]) -> UnknownMethodError:
+    """Return the error that no method is called `name`, with the one of the `known` names that is probably meant."""
+    meant = did_you_mean(name, known)
+    hint = f"{meant} Or choose" if meant.startswith("did you mean") else "choose"
+    return UnknownMethodError(
+        f"unknown method {name!r}; {hint} one of {', '.join(known)}, or name the module of your own with --import"
+    )
 
 
 @cache

@@ -146,6 +146,10 @@ REFUSED = {  # name -> content, what the line says
     "windows.jsonl": ('{"a": "b"}\n{"a": "é"}'.encode("cp1252"), ["line 2", "--encoding cp1252"]),
     "excel.csv": (TABLE.encode("utf-16"), ["--encoding utf-16"]),
     "packed.jsonl.gz": (gzip.compress(TEXT.encode())[:-9], ["cannot be unpacked"]),
+    "twice.jsonl.gz": (
+        gzip.compress(gzip.compress(TEXT.encode())),
+        ["a gzip file within it: gunzip -c twice.jsonl.gz > twice.jsonl"],
+    ),
     "none.jsonl.gz": (b"x", ["cannot be unpacked"]),
     "a.jsonl.zst": ("x", ["found the suffix '.zst'", "zstd -d a.jsonl.zst"]),
     "none.arrow": ("x" * 100, ["an Arrow file"]),

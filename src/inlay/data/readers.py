@@ -209,6 +209,8 @@ def _open_text(path: Path) -> IO[bytes]:
     kind = next((kind for mark, kind in BEGINNINGS.items() if beginning.startswith(mark)), None)
     if kind is not None:
         file.close()
+        if path.suffix.lower() == ".gz":
+            kind = re.split("[:,]", kind)[0] + " within it: gunzip -c {name} > {stem}"
         raise refusal(path, kind.format(name=path.name, stem=path.stem), f"text in a {kind_of(path)} file")
     return file
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from inlay import outside
-from inlay.messages import did_you_mean
 from inlay.method import Method
 
 # isort: off
@@ -77,11 +76,7 @@ def find(name: str) -> type[Method]:
             return method
     names = [method.name for method in (*METHODS, *_added.values())]
     names += [other for other in installed if other not in names]
-    meant = did_you_mean(name, names)
-    hint = f"{meant} Or choose" if meant.startswith("did you mean") else "choose"
-    raise outside.UnknownMethodError(
-        f"unknown method {name!r}; {hint} one of {', '.join(names)}, or name the module of your own with --import"
-    )
+    raise outside.unknown_method(name, names)
 
 
 def every() -> tuple[type[Method], ...]:
