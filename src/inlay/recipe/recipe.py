@@ -119,7 +119,7 @@ class Recipe:
     )
     scale: float | None = field_of(None, "factor s on the weight change")
     dropout: float = field_of(0.0, "dropout on the weight change")
-    target_modules: list | str = field_of("all-linear", "layers to adapt: names, a regex, or all-linear")
+    target_modules: list | str = field_of("all-linear", "names, a regex, or all-linear")
     exclude_modules: list | str | None = field_of(None, "names or a regex")
     layers_to_transform: list | None = field_of(None, "layer indices")
     experts: bool | int | dict = field_of(
