@@ -224,7 +224,7 @@ FILES = {
     "empty.jsonl": ("", ["empty"]),
     "empty.json": ("[]", ["empty"]),
     "header.csv": ("mr,ref\n", ["no row of data"]),
-    "blank.txt": ("\n \n", ["empty"]),
+    "blank.txt": ("\n \n", ["no row of data in it"]),
     "line.jsonl": ('{"a": 1}\n{"a": }\n', ["line.jsonl, line 2: found '{\"a\": }'", "Expecting value", "a line"]),
     "list.jsonl": ('{"a": 1}\n\n[1]\n', ["line 3: found '[1]'", "one JSON object a line"]),
     "lines.json": ('{"a": 1}\n{"a": }\n', ["line 2: found '{\"a\": }'", "Expecting value", "one JSON object a line"]),
