@@ -252,11 +252,12 @@ def test_mistakes_are_named_and_leave_nothing(tiny, gpt2_original, tmp_path, cap
     gpt2_original.save_pretrained(tmp_path / "gpt2")
     adapter(str(tmp_path / "gpt2"), tmp_path / "other", "bone", target_modules=["c_attn"])
     before = sorted(p.name for p in tmp_path.iterdir())
+    capsys.readouterr()
     cases = {
         ("dota",): "has full rank",
         ("dota", "--rank", "0"): "rank=0 is below 1",
         ("dota", "--energy", "1.5"): "energy=1.5 is not in (0, 1]",
-        ("nothing",): "holds no adapter",
+        ("nothing",): "nothing does not exist",
         ("bone", "--to", "onnx"): "invalid choice: 'onnx'",
         ("other", "--to", "gguf"): "gpt2 models are not written as GGUF here",
         ("bone", "--model", str(tmp_path / "gpt2")): "not found in the base model",

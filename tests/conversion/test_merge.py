@@ -267,7 +267,7 @@ def test_mistakes_are_named_and_leave_nothing(tiny, tmp_path, capsys, copy_token
         ("a", "--shard", "0"): "'0' is no size",
         ("a", "--dtype", "float16"): "does not fit torch.float16",
         ("a", "--model", str(tmp_path / "other")): "was cut from another base model",
-        ("nothing",): "holds no adapter",
+        ("nothing",): "nothing does not exist",
     }
     for (name, *extra), says in cases.items():
         with pytest.raises(SystemExit) as stop:
