@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import socket
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -57,8 +58,8 @@ def in_place_of(file: Path) -> Path:
 
 @pytest.mark.parametrize("flag", ["--data", "--eval-data", "--chat-template"])
 def test_a_name_longer_than_a_file_system_takes(flag, tiny, records, capsys):
-    words = ["train", "--model", tiny, "--data", records, flag, "a" * 5000, "--dry-run"]
-    assert "File name too long" in fails(capsys, *words)
+    flags = {"--model": tiny, "--data": records, flag: "a" * 5000}
+    assert "File name too long" in fails(capsys, "train", *chain(*flags.items()), "--dry-run")
 
 
 def test_what_is_no_regular_file(tmp_path):
