@@ -56,7 +56,7 @@ def test_what_is_missing_or_too_much_is_said(tmp_path, capsys):
     recipe = str(tmp_path / "c.yaml")
     assert "--data is for a comparison without a recipe" in fails(capsys, "compare", recipe, "--data", "a.jsonl")
     assert "--minutes is for a comparison without" in fails(capsys, "compare", recipe, "--minutes", "3")
-    assert "minutes: -1 is not above 0" in fails(capsys, "compare", "--data", "a.jsonl", "--minutes", "-1")
+    assert "--minutes: '-1' is not a number above 0" in fails(capsys, "compare", "--data", "a.jsonl", "--minutes", "-1")
 
 
 @pytest.mark.slow

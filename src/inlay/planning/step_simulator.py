@@ -91,8 +91,9 @@ class Step:
 
 Form = tuple[torch.Size, tuple[int, ...], torch.dtype]  # all that a tensor on the meta device has, but for its memory
 PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
-IN_PLACE, RUN = (), None  # an operation gives its first argument as it was; it must be run, as a view must
-RESULTS: dict[tuple, tuple[type, list[Form]] | tuple[()] | None] = {}  # what operations make, by their arguments
+# What an operation makes: the type of its result (None: its first argument, in place) and the forms of the new tensors.
+Made = tuple[type | None, list[Form]]
+RESULTS: dict[tuple, Made | None] = {}  # by the operation and its arguments; None: it must be run, as a view must
 
 
 def form_of(t: Tensor) -> Form:
@@ -130,17 +131,17 @@ def result_of(func: Callable, args: tuple, kwargs: dict) -> object:
         RESULTS[key] = known_result(key[1:2], args, kwargs, out)
         return out
     known = RESULTS[key]
-    if known is RUN:
+    if known is None:
         return func(*args, **kwargs)
-    if known == IN_PLACE:
-        return args[0]
     kind, forms = known
+    if kind is None:
+        return args[0]
     made = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in forms]
     return made[0] if kind is Tensor else kind(made)
 
 
-def known_result(before: tuple, args: tuple, kwargs: dict, out: object) -> tuple[type, list[Form]] | tuple[()] | None:
-    """Return what to keep of an operation: the forms of the new tensors that it made, `IN_PLACE`, or `RUN`.
+def known_result(before: tuple, args: tuple, kwargs: dict, out: object) -> Made | None:
+    """Return what an operation made, where that can be made again by its form alone.
 
     `before` has the key of the first argument, if there is one.
     """
@@ -148,11 +149,11 @@ def known_result(before: tuple, args: tuple, kwargs: dict, out: object) -> tuple
     parts = list(out) if isinstance(out, tuple | list) else [out]
     made = [one for one in parts if isinstance(one, Tensor) and one.is_meta]
     if not given or not made or len(made) < len(parts):
-        return RUN
+        return None
     if args and out is args[0] and (form_of(made[0]),) == before:
-        return IN_PLACE
+        return None, []
     if {id(t.untyped_storage()) for t in given} & {id(one.untyped_storage()) for one in made}:
-        return RUN
+        return None
     return Tensor if isinstance(out, Tensor) else type(out), list(map(form_of, made))
 
 
