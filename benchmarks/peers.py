@@ -5,7 +5,8 @@
 Each cell is one process, from its start to its end: the built-in model (SmolLM2-135M, fp32) takes one epoch of six
 steps with rank 16 on all linear layers, is evaluated on 8 held-out rows before and after, and writes a checkpoint and
 its adapter. Inlay reads, renders and tokenises the data itself and writes its report; the others are given the same
-tokens and labels ready made. OMP_NUM_THREADS is 1. CPU time is the process's own, user and system; peak is its largest
+tokens and labels ready made. OMP_NUM_THREADS is 1. CPU time is the process's own, user and system, of the whole process
+and of its training, evaluations and saving alone, without imports, loading and Inlay's report; peak is its largest
 resident set. The loss is over the held-out answer tokens, from the adapter that was saved, by the same code for all.
 
 "By length" is `group_by_length: auto`. The chats are five turns of E2E each. `--old SOURCE` is the `src` of Inlay at
@@ -29,12 +30,14 @@ from collections.abc import Callable
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from time import process_time
 from typing import Any
 
 STEPS, HELD, RANK, RATE = 6, 8, 16, 5e-4
 ROWS = 800  # of a set, whose lengths are told
 BATCHES = {"E2E": 8, "GSM8K": 4, "ARC-Easy": 8, "5-turn chats": 4}  # rows of a step
 TARGETS = {"E2E": 0.65, "GSM8K": 0.62, "ARC-Easy": 0.68}  # Inlay over trl with PEFT's LoRA
+LEARNING = "learning.json"  # in a cell's folder: the CPU seconds of training, evaluations and saving
 TRL, OLD, GROUPED = "trl, PEFT LoRA", "Inlay 5c35904, LoRA", "Inlay, LoRA, by length"
 MAKES_DATA = """
 import datasets, json, sys
@@ -143,12 +146,42 @@ def train_with_trl(folder: Path, model: str, method: str, batch: int) -> None:
         processing_class=AutoTokenizer.from_pretrained(model),
         peft_config=configs[method](),
     )  # fmt: skip
+    begun = process_time()
     trainer.train()
     trainer.evaluate()
     trainer.save_model(str(folder / "out" / "adapter"))
+    write_learning(folder, process_time() - begun)
 
 
-def inlay_command(folder: Path, model: str, batch: int, method: str, groups: str | None = None) -> list[str]:
+def train_with_inlay(folder: Path, arguments: list[str]) -> None:
+    """Run `inlay train` in this process, and note the CPU time of training, evaluations and saving."""
+    import inlay.training.train as stages
+    from inlay.cli.entry import main as inlay
+
+    spent: list[float] = []
+
+    def timed(function: Callable[..., Any], *given: Any) -> Any:
+        begun = process_time()
+        result = function(*given)
+        spent.append(process_time() - begun)
+        return result
+
+    for name in ("fit_steps", "write_trained", "measure"):
+        setattr(stages, name, partial(timed, getattr(stages, name)))
+    sys.argv = ["inlay", "train", *arguments]
+    try:
+        inlay()
+    finally:
+        write_learning(folder, sum(spent))
+
+
+def write_learning(folder: Path, seconds: float) -> None:
+    (folder / LEARNING).write_text(json.dumps(seconds), encoding="utf-8")
+
+
+def inlay_command(
+    folder: Path, model: str, batch: int, method: str, groups: str | None = None, old: bool = False
+) -> list[str]:
     """Return the command of a run of Inlay's; the learning rate is the one that all have."""
     flags = {
         "model": model,
@@ -157,7 +190,8 @@ def inlay_command(folder: Path, model: str, batch: int, method: str, groups: str
         "save-every": 10**6, "dtype": "float32", "output": folder / "out",
     }  # fmt: skip
     flags |= {"group-by-length": groups} if groups else {}
-    return [sys.executable, "-m", "inlay", "train", *(f"--{key}={value}" for key, value in flags.items())]
+    start = ["-m", "inlay", "train"] if old else [str(Path(__file__).resolve()), "--inlay", str(folder), "--"]
+    return [sys.executable, *start, *(f"--{key}={value}" for key, value in flags.items())]
 
 
 def llama_factory_command(python: str, folder: Path, model: str, batch: int) -> list[str]:
@@ -191,7 +225,7 @@ def ways(asked: argparse.Namespace) -> dict[str, Callable[[Path, str, int], list
     if asked.llama_factory:
         found["LLaMA-Factory, LoRA"] = partial(llama_factory_command, asked.llama_factory)
     if asked.old:
-        found[OLD] = partial(inlay_command, method="lora")
+        found[OLD] = partial(inlay_command, method="lora", old=True)
     return found
 
 
@@ -227,6 +261,9 @@ def read_cells(kept: Path) -> dict[str, dict[str, Any]]:
     return json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
 
 
+FIGURES = ("seconds", "learning", "peak")
+
+
 def table_of(cells: dict[str, dict[str, Any]]) -> list[list[str]]:
     """Return the rows of the table: each set, and how each way learned it."""
     rows = []
@@ -234,8 +271,12 @@ def table_of(cells: dict[str, dict[str, Any]]) -> list[list[str]]:
         mine = {way: cells[f"{name} | {way}"] for way in sorted(order(cells, name))}
         of = mine.get(TRL)
         for way, cell in mine.items():
-            over = [f"{cell[key] / of[key]:.2f}" if of else "" for key in ("seconds", "peak")]
-            values = [f"{cell['seconds']:.0f}", over[0], f"{cell['peak'] / 2**30:.2f}", over[1], f"{cell['loss']:.3f}"]
+            whole, learning, peak = (
+                f"{cell[key] / of[key]:.2f}" if of and key in cell and key in of else "" for key in FIGURES
+            )
+            alone = f"{cell['learning']:.0f}" if "learning" in cell else ""
+            used = f"{cell['peak'] / 2**30:.2f}"
+            values = [f"{cell['seconds']:.0f}", whole, alone, learning, used, peak, f"{cell['loss']:.3f}"]
             rows.append([name, way, *values])
     return rows
 
@@ -273,19 +314,23 @@ def write(cells: dict[str, dict[str, Any]], tokens: list[list[str]], out: Path) 
     machines = sorted({cell["machine"] for cell in cells.values()})
     about = (__doc__ or "").partition("\n\n")[2].partition("\n\n")[2]
     reached = [
-        f"{name} {cells[f'{name} | Inlay, LoRA']['seconds'] / cells[f'{name} | {TRL}']['seconds']:.2f} ({aim})"
+        f"{name} {cells[f'{name} | Inlay, LoRA']['learning'] / cells[f'{name} | {TRL}']['learning']:.2f} ({aim})"
         for name, aim in TARGETS.items()
-        if f"{name} | Inlay, LoRA" in cells and f"{name} | {TRL}" in cells
+        if all("learning" in cells.get(f"{name} | {way}", {}) for way in ("Inlay, LoRA", TRL))
     ]
     new, old = (f"5-turn chats | {way}" for way in ("Inlay, LoRA", OLD))
     if new in cells and old in cells:
         reached.append(f"{new} over 5c35904 {cells[new]['seconds'] / cells[old]['seconds']:.2f} (0.4)")
     text = [f"# Whole runs beside other libraries: `python benchmarks/peers.py`, {'; '.join(machines)}", about.strip()]
-    text.append(f"CPU time of Inlay's LoRA over trl's with PEFT's (and the aim): {', '.join(reached)}. One run a cell.")
+    text.append(
+        "CPU time of training, evaluations and saving, Inlay's LoRA over trl's with PEFT's (and the aim): "
+        f"{', '.join(reached)}. One run a cell."
+    )
     names = ["data", "tokens a row", "labelled", "real in random batches of 8", "spared by length"]
     text.append("\n".join(table(names, tokens)))
     text.append("![CPU time and memory over trl's](peers.png)")
-    header = ["data", "run", "CPU, s", "over trl's LoRA", "peak, GiB", "over trl's LoRA", "held-out loss"]
+    over = "over trl's LoRA"
+    header = ["data", "run", "CPU, s", over, "without imports and report, s", over, "peak, GiB", over, "held-out loss"]
     report(out, "peers", "\n\n".join(text), header, table_of(cells))
     plot(cells, out / "peers.png")
 
@@ -301,7 +346,12 @@ def main() -> None:
     parser.add_argument("--model", help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--method", help=argparse.SUPPRESS)
+    parser.add_argument("--inlay", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("flags", nargs="*", help=argparse.SUPPRESS)
     asked = parser.parse_args()
+    if asked.inlay:
+        train_with_inlay(asked.inlay, asked.flags)
+        return
     if asked.trl:
         train_with_trl(asked.trl, asked.model, asked.method, asked.batch)
         return
@@ -325,6 +375,8 @@ def main() -> None:
                 rows = prepare(name, data, folder)
                 source = asked.old if way == OLD else None
                 cell = measured(command(folder, str(model_dir()), BATCHES[name]), source, folder / "log.txt")
+                if (folder / LEARNING).exists():
+                    cell["learning"] = json.loads((folder / LEARNING).read_text(encoding="utf-8"))
                 cell |= {"loss": held_out_loss(folder, rows["validation"]), "machine": machine()}
             print(key, cell, flush=True)
             cells = {**read_cells(kept), key: cell}  # another process may have added some
