@@ -22,8 +22,8 @@ TOKENS = {"emb": [0, 10]}
 # Of a tenth of 40 entries, all may meet inputs that are 0; PEFT's tests ask that outputs change. The gradient of each
 # factor of Deep LoRA is ε² of what it is at ε = 1: from 0.001 three steps of PEFT's tests move not all of them by 1e-4.
 MORE: dict[str, dict[str, Any]] = {"snell": {"sparsity": 0.5}, "deep_lora": {"epsilon": 0.5}}
-# In transformers' models; 2 elsewhere. Two of SVFit's numbers, moved by 0.02, move outputs by less than 1e-4.
-SIZES = {"svfit": 16}
+# In transformers' models; 2 elsewhere. Two of SVFit's numbers or four of LoRA-XS's move outputs by less than 1e-4.
+SIZES = {"svfit": 16, "lora_xs": 8}
 
 
 def kwargs(name: str, size: int = 2, shapes: tuple[tuple[int, int], ...] = (LIN0,), **more: Any) -> dict[str, Any]:

@@ -66,6 +66,23 @@ def test_deep_lora_moves_at_once_where_its_start_is_not_small(epsilon, moves):
     assert all(moved(model, torch.arange(90.0).view(9, 10), 0.5)) == moves
 
 
+def test_oplora_moves_a_by_the_square_of_the_rate():
+    """B starts at 0 between two projections: three steps at 0.5 move A by less than 1e-4 on some draws."""
+
+    def share(rate: float) -> float:
+        count = 0
+        for seed in range(8):
+            torch.manual_seed(seed)
+            norms = nn.LayerNorm(10, eps=10), nn.LayerNorm(20, eps=20)  # as in PEFT's MLP_LayerNorm
+            base = nn.Sequential(norms[0], nn.Linear(10, 20), nn.ReLU(), norms[1], nn.Linear(20, 2), nn.LogSoftmax(-1))
+            config = InlayConfig(method="oplora", args={"r": 1}, target_modules=["1", "4"])
+            count += all(moved(get_peft_model(base, config), torch.arange(90.0).view(9, 10), rate))
+        return count / 8
+
+    assert share(0.5) < 1
+    assert share(50) == 1
+
+
 def test_lorta_has_as_many_tensors_for_one_layer_as_for_all():
     def tensors(method: str, layers: list[int] | None) -> int:
         config = LlamaConfig(
