@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import warnings
 
 import pytest
@@ -312,3 +313,21 @@ def test_an_adapter_from_before_a_start_was_redefined_is_the_same(llama, llama_o
     kept, saved = (load_file(f / "adapter_model.safetensors") for f in (tmp_path, tmp_path / "again"))
     assert kept.keys() == saved.keys()
     assert all(torch.equal(kept[name], saved[name]) for name in kept)
+
+
+def test_an_adapter_is_never_saved_as_a_pickle(llama, llama_original, tmp_path):
+    """PEFT writes one when it is told to; the adapter that was saved there before loads on, and so does the next."""
+    model = trained(get_peft_model(llama, config()))
+    model.add_adapter("other", config())
+    for where, names in ((tmp_path / "new", None), (tmp_path / "old", ["other"]), (tmp_path / "old", None)):
+        with pytest.raises(ValueError, match=r"adapter_model\.bin is a pickle.*save without safe_serialization=False"):
+            model.save_pretrained(where, safe_serialization=False, selected_adapters=names)
+        assert not list(where.rglob("adapter_config.json"))
+        model.save_pretrained(where)  # a newer file counts, though the pickle is there
+        with pytest.raises(ValueError, match="is a pickle"):
+            trained(model, seed=2).save_pretrained(where, safe_serialization=False)
+        trained(model, seed=3)
+        assert not torch.equal(logits(PeftModel.from_pretrained(copy.deepcopy(llama_original), where)), logits(model))
+        model.save_pretrained(where)
+        assert torch.equal(logits(PeftModel.from_pretrained(copy.deepcopy(llama_original), where)), logits(model))
+        shutil.rmtree(where)

@@ -22,7 +22,7 @@ def eval_command(options: argparse.Namespace) -> None:
     given = {key: value for key, value in vars(options).items() if key not in ("verb", "run", "json")}
     say = partial(show_text, to_stderr=options.json)
     evaluation = evaluate_model(**given, console=Terminal(stderr=options.json), done=say)
-    say(f"written to {evaluation.folder}")
+    say(f"written to {evaluation.file}")
     if options.json:
         show_json(evaluation.as_data())
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from inlay.evaluation.eval_tasks import EVAL_TASKS
 from inlay.evaluation.metric import OnTask, Rows, load_metric, run_metric
 from inlay.evaluation.run_settings import chat_settings
-from inlay.evaluation.scores import Score, score_as_data, score_difference, write_scores
+from inlay.evaluation.scores import Score, score_as_data, score_difference, unused_name, write_scores
 from inlay.files.atomic import check_writable, find_again
 from inlay.messages import dtype_name
 from inlay.models.adapters import CONFIG, Adapter
@@ -29,14 +29,14 @@ class Evaluation:
     """Hold the scores of a model, and those of its base where these were requested.
 
     Attributes:
-        folder: where the scores and every example's part in them are written.
+        file: where the scores are written; beside it, as .jsonl, every example's part in them.
         scores: of the model.
         rows: each example's prompt, answer and part in the scores.
         base: the scores of the base without the adapter.
         differences: by the name of a score, what the adapter changed, in words; none where that is not known.
     """
 
-    folder: Path
+    file: Path
     scores: list[Score]
     rows: Rows
     base: list[Score] = field(default_factory=list)
@@ -46,7 +46,7 @@ class Evaluation:
         """Return the scores for JSON, without the examples, which are in the folder."""
         kinds = {"scores": self.scores, "base": self.base}
         told = {kind: [score_as_data(score) for score in scores] for kind, scores in kinds.items()}
-        return {"folder": str(self.folder), **told, "differences": self.differences}
+        return {"folder": str(self.file.parent), "file": str(self.file), **told, "differences": self.differences}
 
 
 def evaluate_model(
@@ -120,29 +120,33 @@ def evaluate_model(
     else:
         loaded, tokenizer = adapter.load(computed, scale=scale)
     loaded = cast(Any, loaded).merge_and_unload() if merged else loaded
-    name = scores_name(metric or str(task), data, by, merged, scale)
     about = {"model": model, "data": data, "by": by, "limit": limit, "tokens": tokens, "merged": merged, "scale": scale}
-    about |= {"adapter": str(adapter.folder) if adapter else None, "dtype": dtype_name(computed)}
+    about |= {"batch_size": batch_size, "revision": revision, "dtype": dtype_name(computed)}
+    written = {"": {**about, "adapter": str(adapter.folder) if adapter else None}}
+    if base:
+        written["-base"] = {**about, "adapter": None}
+    name = scores_name(metric or str(task), data, by, merged, scale, limit, tokens, dtype)
+    name = unused_name(folder, name, written)
     scores, rows = run_metric(run, loaded, tokenizer)
-    write_scores(folder, name, scores, rows, about)
+    file = write_scores(folder, name, scores, rows, written[""])
     for score in scores:
         done(str(score))
     if adapter is None or not base:
-        return Evaluation(folder, scores, rows)
+        return Evaluation(file, scores, rows)
     if adapter.may_modify_base:
         del loaded  # before its base is loaded a second time
         before, base_rows = run_metric(run, adapter.load_unadapted_base(computed), tokenizer)
     else:
         with cast(PeftModel, loaded).disable_adapter():
             before, base_rows = run_metric(run, loaded, tokenizer)
-    write_scores(folder, f"{name}-base", before, base_rows, {**about, "adapter": None})
+    write_scores(folder, f"{name}-base", before, base_rows, written["-base"])
     differences: dict[str, str] = {}
     for was, now in zip(before, scores, strict=True):
         done(f"base, {was}")
         if difference := score_difference(was, now, base_rows, rows):
             differences[now.name] = difference
             done(f"  the adapter, {now.name}: {difference}")
-    return Evaluation(folder, scores, rows, before, differences)
+    return Evaluation(file, scores, rows, before, differences)
 
 
 def load_evaluated(base: BaseModel, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -160,9 +164,14 @@ def scores_folder(model: str, adapter: Adapter | None, output: str | Path | None
     return (where if in_run else Path()) / "eval"
 
 
-def scores_name(what: str, data: str | None, by: str, merged: bool, scale: float = 1.0) -> str:
+def scores_name(
+    what: str, data: str | None, by: str, merged: bool, scale: float = 1.0,
+    limit: int | None = None, tokens: int | None = None, dtype: str = "auto",
+) -> str:  # fmt: skip
     """Return the name of the files: the task or metric, the data, and what is not as usual."""
     file = Path(data or "")
-    parts = (what, file.parent.name, file.stem, by if by == "likelihood" else "", "merged" if merged else "")
-    parts += () if scale == 1 else (f"scale {scale:g}".replace("-", "minus "),)
+    parts = [what, file.parent.name, file.stem, by if by == "likelihood" else "", "merged" if merged else ""]
+    parts += [] if scale == 1 else [f"scale {scale:g}".replace("-", "minus ")]
+    parts += [f"{key} {value}" for key, value in (("limit", limit), ("tokens", tokens)) if value is not None]
+    parts += [] if dtype == "auto" else [dtype]
     return "-".join(re.sub(r"\W+", "-", part).strip("-") for part in parts if part)

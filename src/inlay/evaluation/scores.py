@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -14,6 +15,7 @@ from inlay.evaluation.eval_tasks import EVAL_TASKS, Question
 from inlay.evaluation.paired import Difference, paired
 from inlay.evaluation.text_overlap import installed_measures
 from inlay.files.atomic import write_text
+from inlay.files.untrusted import from_json, read_regular
 
 Scores = list[float]
 
@@ -93,13 +95,36 @@ def score_as_data(score: Score) -> dict[str, Any]:
     return {key: value for key, value in vars(score).items() if key != "draws"}
 
 
+def unused_name(folder: Path, name: str, written: dict[str, dict[str, Any]]) -> str:
+    """Return `name`, or with the first number after it under which no scores of other settings would be replaced.
+
+    `written` holds the settings of each file that is to be written, by the end of its name.
+    """
+    for one in itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2))):
+        if not any(has_others(folder / f"{one}{end}.json", about) for end, about in written.items()):
+            return one
+    raise AssertionError("numbers do not end")
+
+
+def has_others(path: Path, about: dict[str, Any]) -> bool:
+    """Return whether a file is there that does not hold scores of the settings `about`."""
+    if not path.exists():
+        return False
+    try:
+        found = from_json(read_regular(path))
+    except (OSError, ValueError):
+        return True
+    return not isinstance(found, dict) or {key: found[key] for key in found if key != "figures"} != about
+
+
 def write_scores(
     folder: Path, name: str, figures: list[Score], rows: list[dict[str, Any]], about: dict[str, Any]
-) -> None:
-    """Write NAME.json with the scores, and NAME.jsonl with a line for each example."""
+) -> Path:
+    """Write NAME.json with the scores, and NAME.jsonl with a line for each example; return the first."""
     folder.mkdir(parents=True, exist_ok=True)
     values = list(map(score_as_data, figures))
     write_text(
         folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
     )
     write_text(folder / f"{name}.json", json.dumps({**about, "figures": values}, indent=1))
+    return folder / f"{name}.json"

@@ -276,6 +276,20 @@ class InlayConfig(PeftConfig):
         name = f"{module_name}.{expert}"
         return self.build(name if self.pattern_of(name) is not None else module_name)
 
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write the configuration, as PEFT does once it has written the tensors.
+
+        Raises:
+            ValueError: PEFT wrote them as a pickle, which nobody of ours reads. An adapter in the folder stays.
+        """
+        pickled, tensors = (Path(save_directory, f"adapter_model.{end}") for end in ("bin", "safetensors"))
+        if pickled.is_file() and not (tensors.is_file() and tensors.stat().st_mtime_ns >= pickled.stat().st_mtime_ns):
+            raise ValueError(
+                f"{pickled} is a pickle, from which no adapter of Inlay's is loaded; remove it, and save without "
+                "safe_serialization=False"
+            )
+        super().save_pretrained(save_directory, **kwargs)
+
     def to_dict(self) -> dict:
         """Return the configuration as it is saved, with every hyperparameter: a later default changes no adapter.
 
