@@ -19,8 +19,8 @@ BUDGETS = {"parameters": "trained parameters", "memory": "GiB at the peak of a s
 
 # Fields of a recipe in which methods may differ; all others define the task, which all share.
 OF_METHOD = """method args scale dropout target_modules exclude_modules layers_to_transform experts modules_to_save
-patterns allocate bias quantize fold_rounds scheduler warmup weight_decay optimizer optimizer_args
-lr_ratio core_ratio step step_args flat_noise saver max_grad_norm gradient_checkpointing trainer""".split()
+patterns allocate bias quantize fold_rounds scheduler warmup weight_decay optimizer optimizer_args lr_ratio
+core_ratio step step_args flat_noise saver max_grad_norm gradient_checkpointing group_by_length trainer""".split()
 
 
 @dataclass
