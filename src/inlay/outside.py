@@ -22,7 +22,7 @@ from importlib.metadata import EntryPoint, entry_points, packages_distributions
 from pathlib import Path
 from types import ModuleType
 
-from inlay.files.untrusted import regular_file
+from inlay.files.untrusted import regular_file, user_path
 from inlay.messages import did_you_mean, one_line
 from inlay.method import Method
 
@@ -95,7 +95,7 @@ def import_module(name: str, folders: Sequence[Path]) -> ModuleType:
     """
     file = None
     if name.endswith(".py") or os.sep in name:
-        paths = [(folder / Path(name).expanduser()).resolve() for folder in folders]
+        paths = [(folder / user_path(name)).resolve() for folder in folders]
         file = next((path for path in paths if path.suffix == ".py" and regular_file(path).is_file()), None)
         if file is None:
             raise ValueError(f"import: there is no Python file {name} in {' or '.join(map(str, folders))}")

@@ -2,22 +2,25 @@
 
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from helpers import fails
 from rich.console import Console
+from safetensors.torch import save_file
 
 from inlay.cli import main
 from inlay.experiments import runner
 from inlay.experiments.runner import ORIGIN, experiment_folder
 from inlay.experiments.trial import TRIAL, end_with_parent
 from inlay.files import atomic
-from inlay.files.atomic import find_again, locked, set_aside
+from inlay.files.atomic import find_again, locked, new_folder, set_aside
 from inlay.recipe.recipe import Recipe
 from inlay.training import live_page
 from inlay.training.train import train
@@ -233,3 +236,39 @@ def test_a_trial_ends_with_the_process_that_began_it(tmp_path):
         time.sleep(0.1)
     os.close(read)
     os.close(write)
+
+
+def rust_error():
+    """What safetensors says of a disk that is full; a limit on the size of files is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, hard))
+    try:
+        save_file({"a": torch.zeros(9_000)}, "large.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("error", [
+    OSError(28, "No space left on device"), OSError(122, "Disk quota exceeded"), rust_error,
+    Exception("No space left on device (os error 28)"),
+], ids=repr)  # fmt: skip
+def test_a_disk_that_is_full_is_one_line_wherever_a_folder_is_written(error, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mark").touch()
+    full = pytest.raises(ValueError, match=r"out cannot be written, with .* MiB free on its disk")
+    with full, new_folder(tmp_path / "out", True, "mark") as part:
+        (part / "half").touch()
+        error() if callable(error) else (_ for _ in ()).throw(error)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mark"]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_disk_that_is_full_names_the_file(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"large\.json"):
+            atomic.write_text(tmp_path / "large.json", "a" * 9_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -20,6 +20,7 @@ from inlay.host.config import InlayConfig
 from inlay.methods import METHODS
 from inlay.methods.milora import MiLoRA
 from inlay.methods.pissa import PiSSA
+from inlay.models import builtin
 from inlay.numerics import linalg
 
 
@@ -179,6 +180,28 @@ def test_a_cache_that_cannot_be_written_costs_time_only(folder):
     folder.parent.joinpath("starts").write_text("a file where the folder should be")
     with pytest.warns(UserWarning, match="cannot be written"):
         start_of(PiSSA(r=3), torch.randn(60, 50))
+
+
+def test_a_cache_that_is_read_only_is_read(folder, monkeypatch):
+    first = start_of(PiSSA(r=3), torch.ones(60, 50))
+    monkeypatch.setattr(cache.os, "utime", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    monkeypatch.setattr(cache, "store", lambda *_: pytest.fail("computed again"))
+    assert all(torch.equal(tensor, first[name]) for name, tensor in start_of(PiSSA(r=3), torch.ones(60, 50)).items())
+
+
+@pytest.mark.parametrize("where", ["/proc/x", "/dev/null/x", "~nobody-at-all/x", "no home"])
+def test_whatever_the_name_of_a_cache_its_loss_costs_time_only(where, monkeypatch, tmp_path):
+    """A user without a home, as in a container, gets no folder called ~ either."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("INLAY_CACHE", where.replace("no home", ""))
+    monkeypatch.setattr(builtin, "gguf_path", lambda: tmp_path / "model.gguf")
+    monkeypatch.setattr(compute_starts, "COSTLY", 0.0)
+    monkeypatch.setattr(os.path, "expanduser", str if where == "no home" else os.path.expanduser)
+    with pytest.warns(UserWarning, match=r"cannot be written .* name another folder in INLAY_CACHE"):
+        start_of(PiSSA(r=3), torch.randn(60, 50))
+    with pytest.raises(ValueError, match=r"cannot be written.*; name another folder in INLAY_CACHE"):
+        builtin.model_dir()
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_cache_keeps_to_its_size(folder, monkeypatch):

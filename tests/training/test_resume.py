@@ -1,8 +1,10 @@
 """A run that is stopped, by whatever, goes on to the same end; what cannot be gone on from is refused, and why."""
 
 import contextlib
+import copy
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -11,6 +13,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
@@ -18,11 +21,13 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from inlay.cli import main
 from inlay.files import atomic
 from inlay.files.atomic import locked, new_folder, set_aside, write_text
 from inlay.models.base import BaseModel
+from inlay.recipe import named_code
 from inlay.recipe.reading import load_recipe
 from inlay.recipe.recipe import Recipe
 from inlay.reports.result import environment
@@ -486,6 +491,57 @@ def test_other_data_under_the_same_name_is_refused(cut, records, tmp_path, capsy
         assert "data was" in fails(capsys, "train", "--resume", str(cut))
     finally:
         Path(records).write_text(text)
+
+
+def test_a_chat_template_that_changed_is_refused(cut, tiny, capsys):
+    """By its text, as the first example need not show it."""
+    file = Path(tiny) / "chat_template.jinja"
+    text = file.read_text()
+    try:
+        file.write_text(text + "{# for others #}")
+        assert "another run: the chat template was" in fails(capsys, "train", "--resume", str(cut))
+    finally:
+        file.write_text(text)
+
+
+def identity(tokenizer, recipe: Recipe, train: list, heldout: list) -> dict:
+    arguments = SimpleNamespace(train_batch_size=1, gradient_accumulation_steps=1, world_size=1)
+    trainer = SimpleNamespace(train_dataset=[{"input_ids": [1]}], model=nn.Identity(), args=arguments, base="")
+    rows = SimpleNamespace(train=train, heldout=heldout, shards=())
+    return checkpoints.run_identity(trainer, rows, recipe, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("row", "data was"), ("order", "data was"), ("grown", "the number of examples was 2 and is 3"),
+        ("shorter", "the number of examples was 2 and is 1"), ("held-out row", "the held-out data was"),
+        ("held-out grown", "the number of held-out examples was 1 and is 2"), ("template", "the chat template was"),
+        ("word", "the vocabulary was"), ("code", "method own was"), ("code", "reward own.py:short was"),
+    ],
+)  # fmt: skip
+def test_whatever_a_run_reads_is_compared_when_it_is_resumed(what, says, small_tokenizer, tmp_path, monkeypatch):
+    tokenizer, train, heldout = copy.deepcopy(small_tokenizer), [{"a": 1}, {"a": 2}], [{"a": 3}]
+    (tmp_path / "own.py").write_text("")
+    monkeypatch.setitem(sys.modules, "own", SimpleNamespace(__file__=str(tmp_path / "own.py")))
+    monkeypatch.setattr(named_code, "every", lambda: [SimpleNamespace(name="own", __module__="own")])
+    monkeypatch.setattr(named_code, "find_function", lambda *_: SimpleNamespace(__module__="own"))
+    recipe = SimpleNamespace(method="own", reward=["exact_match", "own.py:short"])
+    before = identity(tokenizer, recipe, train, heldout)
+    checkpoint = SimpleNamespace(path=tmp_path, run={"identity": before})
+    checkpoints.check_same(checkpoint, "identity", identity(tokenizer, recipe, train, heldout))
+    if what in ("row", "order", "grown", "shorter"):
+        train = {"row": [{"a": 1}, {"a": 9}], "order": train[::-1], "grown": [*train, {}], "shorter": train[:1]}[what]
+    elif what in ("held-out row", "held-out grown"):
+        heldout = {"held-out row": [{"a": 9}], "held-out grown": [*heldout, {}]}[what]
+    elif what == "template":
+        tokenizer.chat_template += "{# for others #}"
+    elif what == "word":
+        tokenizer.add_tokens(["anotherword"])
+    else:
+        (tmp_path / "own.py").write_text("# changed")
+    with pytest.raises(ValueError, match=re.escape(says)):
+        checkpoints.check_same(checkpoint, "identity", identity(tokenizer, recipe, train, heldout))
 
 
 @pytest.mark.parametrize("tensor", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])

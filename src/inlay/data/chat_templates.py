@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template
 
 from inlay.data.chats import Message
-from inlay.files.untrusted import LENGTH, read_regular, regular_file
+from inlay.files.untrusted import LENGTH, read_regular, regular_file, user_path
 from inlay.messages import first_line
 
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of an answer's thoughts, as templates name them
@@ -113,7 +112,7 @@ def read_template(source: str, tokenizer: PreTrainedTokenizerBase) -> str:
                 "chat_template: trl has none for training this model, or needs none; give a file of your own"
             )
         return found
-    path = regular_file(Path(source).expanduser())
+    path = regular_file(user_path(source))
     if not path.is_file():
         raise ValueError(f"chat_template: {source} is no file; accepted: one in Jinja, or training")
     try:

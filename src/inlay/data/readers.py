@@ -19,7 +19,7 @@ from inlay.data.json_files import is_json_object, json_records
 from inlay.data.records import Numbered, Record, Records, refusal
 from inlay.data.table_streams import streamed_table
 from inlay.data.tables import table_records
-from inlay.files.untrusted import DamagedFileError, regular_file
+from inlay.files.untrusted import DamagedFileError, regular_file, user_path
 from inlay.messages import gib, similar_paths
 from inlay.models import builtin
 from inlay.models.hub import offline, why_offline
@@ -60,7 +60,7 @@ def read_records(
     Raises:
         ValueError: as `read_splits`; with `one_split`, a folder has several, of which the first may be trained on.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     if one_split and path.is_dir() and len(files := folder_parts(path, None, KINDS).by_split()) > 1:
         listed = ", ".join(f"{split} ({short_list(names)})" for split, names in files.items())
         raise refusal(path, f"the splits {listed}", f"one of their files, as {path / next(iter(files.values()))[0]}")
@@ -77,7 +77,7 @@ def read_splits(source: str, split: str | None = None, reading: Reading | None =
         ValueError: there is no such source or split, or a file of it cannot be read.
     """
     reading = reading or Reading()
-    path = builtin.data_path() if source == builtin.MODEL else regular_file(Path(source).expanduser())
+    path = builtin.data_path() if source == builtin.MODEL else regular_file(user_path(source))
     if path.is_dir():
         return _read_folder(folder_parts(path, split, KINDS), reading)
     if path.is_file():

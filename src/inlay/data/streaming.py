@@ -25,7 +25,7 @@ from inlay.data.formats import FORMATS, Conversion, Faults, Rules, example_key, 
 from inlay.data.readers import KINDS, Reading, file_records
 from inlay.data.records import Record
 from inlay.data.render import answer_weights
-from inlay.files.untrusted import regular_file
+from inlay.files.untrusted import regular_file, user_path
 
 STREAMED_KINDS = (".jsonl", ".csv", ".tsv", ".parquet", ".arrow")
 EXAMPLE_COLUMNS = ("text", "prompt", "completion", "tools", "chat_template_kwargs")  # what an example may hold
@@ -68,7 +68,7 @@ def shards(source: str, reading: Reading | None = None) -> list[Path]:
     Raises:
         ValueError: there are none, or they are not all JSONL, all Parquet or all Arrow.
     """
-    path = regular_file(Path(source).expanduser())
+    path = regular_file(user_path(source))
     if path.is_dir():
         parts = folder_parts(path, None, KINDS) if any(path.iterdir()) else Parts(path, {"train": []})
         files = parts.files["train"]

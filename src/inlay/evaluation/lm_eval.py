@@ -18,7 +18,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from inlay.files.untrusted import read_regular, regular_file, regular_files
+from inlay.files.untrusted import read_regular, regular_file, regular_files, user_path
 from inlay.messages import first_line
 
 PREFIX = "lm-eval:"
@@ -40,7 +40,7 @@ def load_lm_eval(name: str, limit: int | None, size: int) -> Callable[[Any, Any]
     except ImportError as error:
         raise ValueError(f"task {PREFIX}{name} needs lm-eval ({error}); pip install 'inlay[harness]'") from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    path = Path(name).expanduser()
+    path = user_path(name)
     local = regular_files(regular_file(path)).exists()
     if not local and (path.suffix in (".yaml", ".yml") or len(path.parts) > 1):
         raise ValueError(f"task {PREFIX}{name}: there is no such file or folder")

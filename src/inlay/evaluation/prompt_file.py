@@ -12,7 +12,7 @@ from inlay.data.readers import Record, read_records
 from inlay.data.records import place_of
 from inlay.evaluation.growing import Growing
 from inlay.files.atomic import locked, write_text
-from inlay.files.untrusted import regular_file
+from inlay.files.untrusted import regular_file, user_path
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def read_prompts(path: str) -> list[Asked]:
     Raises:
         ValueError: the file cannot be read, or a row has no prompt.
     """
-    if not regular_file(Path(path).expanduser()).is_file():
+    if not regular_file(user_path(path)).is_file():
         raise ValueError(f"--prompts {path}: there is no such file; give one with a JSON object a line")
     records = read_records(path)
     rows = []

@@ -20,10 +20,11 @@ from rich.progress import TaskID, TimeElapsedColumn
 from inlay.experiments import trial as trial_module
 from inlay.experiments.trial import LOG, TRIAL, Trial, trial_process
 from inlay.files.atomic import check_free, put_back, remove_siblings, siblings, staged, write_text
-from inlay.files.untrusted import from_json, read_regular, regular_file
+from inlay.files.untrusted import from_json, read_regular, regular_file, user_path
 from inlay.messages import progress_bars
 from inlay.methods import imports
 from inlay.models.loading import resolve
+from inlay.recipe.named_code import code_digests, file_digest
 from inlay.recipe.recipe import Recipe
 from inlay.recipe.rewards import reward_places
 from inlay.training.arguments import optimizer_steps
@@ -46,9 +47,9 @@ def steps_of(recipe: Recipe, examples: int) -> int:
 
 
 def origin(recipe: Recipe, rows: Examples) -> dict[str, str]:
-    """Return checksums of the examples and, by a sample, of a local model's weights.
+    """Return checksums of the examples, of code that the recipe names and, by a sample, of a local model's weights.
 
-    They reveal data or a model that changed under the same name.
+    They reveal what changed under the same name.
     """
     texts = json.dumps([rows.train, rows.heldout], default=lambda value: type(value).__name__)
     data = hashlib.sha256(texts.encode())
@@ -60,7 +61,9 @@ def origin(recipe: Recipe, rows: Examples) -> dict[str, str]:
             for part in range(SAMPLES):
                 file.seek(size * part // SAMPLES)
                 model.update(file.read(4096))
-    return {"data": data.hexdigest(), "model": model.hexdigest()}
+    template = user_path(recipe.chat_template or "")
+    shown = {"chat template": file_digest(template)} if template.is_file() else {}
+    return {"data": data.hexdigest(), "model": model.hexdigest(), **shown, **code_digests(recipe)}
 
 
 @contextmanager

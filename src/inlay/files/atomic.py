@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -17,10 +19,20 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` to the file `path` in one step, and sync it to the disk."""
     part = path.with_name(f".{path.name}.part")
     part.unlink(missing_ok=True)
-    with part.open("x", encoding="utf-8") as file:  # fails on an existing link, which could lead elsewhere
-        file.write(text)
-    sync(part)
+    try:
+        with part.open("x", encoding="utf-8") as file:  # fails on an existing link, which could lead elsewhere
+            file.write(text)
+        sync(part)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None  # which a write does not name
     os.replace(part, path)
+
+
+def no_room(error: Exception) -> bool:
+    """Return whether an error means that the disk is full, or a limit on it; libraries in Rust say so in words."""
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(told[1]) if told else 0
+    return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def sync(path: Path) -> None:
@@ -137,7 +149,11 @@ def new_folder(path: Path, overwrite: bool = False, marker: str = "") -> Iterato
 
 @contextmanager
 def staged(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling of `path` as `new_folder` does, for a caller that holds the lock already."""
+    """Yield a temporary sibling of `path` as `new_folder` does, for a caller that holds the lock already.
+
+    Raises:
+        ValueError: it cannot be written, or the disk is full before the block ends.
+    """
     try:
         part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
         part.mkdir()  # with the user's usual permissions, which mkdtemp would not give
@@ -149,8 +165,11 @@ def staged(path: Path) -> Iterator[Path]:
         set_aside(path)
         os.replace(part, path)
         sync(path.parent)
-    except BaseException:
+    except BaseException as error:
         put_back(path)
+        if isinstance(error, Exception) and no_room(error):
+            free = shutil.disk_usage(path.parent).free / 2**20
+            raise ValueError(f"{path} cannot be written, with {free:,.1f} MiB free on its disk ({error})") from error
         raise
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from inlay.files.untrusted import regular_file
+from inlay.files.untrusted import regular_file, user_path
 
 DAY = 86_400  # seconds
 LIMIT = 10 << 30  # bytes per kind; the least recently used entries are deleted first
@@ -25,8 +25,12 @@ CHUNK = 1 << 26  # bytes hashed at a time, so that a tensor on a GPU is never co
 
 
 def cache_folder() -> Path:
-    """Return the folder for data that can be computed again: $INLAY_CACHE, or ~/.cache/inlay."""
-    return Path(os.environ.get("INLAY_CACHE") or "~/.cache/inlay").expanduser()
+    """Return the folder for data that can be computed again: $INLAY_CACHE, or ~/.cache/inlay.
+
+    Where a user has no home, as in a container, it is one that nobody can write.
+    """
+    path = user_path(os.environ.get("INLAY_CACHE") or "~/.cache/inlay")
+    return Path(os.devnull, "no home folder") if path.parts[0].startswith("~") else path
 
 
 def fingerprint(tensor: Tensor) -> str:
@@ -54,7 +58,8 @@ def load(kind: str, key: str) -> dict[str, Tensor] | None:
         with safe_open(regular_file(path), "pt") as file:
             fingerprints = dict(json.loads((file.metadata() or {})["fingerprints"]))
             tensors = {name: file.get_tensor(name) for name in fingerprints}
-        os.utime(path)
+        with suppress(OSError):  # a cache that cannot be written is read all the same
+            os.utime(path)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError):
         return None
     return tensors if all(fingerprint(t) == fingerprints[name] for name, t in tensors.items()) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import stat
 from pathlib import Path
@@ -21,6 +22,11 @@ INT, FLOAT = NUMBER_TAGS = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 
 class DamagedFileError(ValueError):
     """Report a file that is incomplete, or not what its name says."""
+
+
+def user_path(path: str | Path) -> Path:
+    """Return a path as a user wrote it, with ~ as the home folder; where nobody knows that, ~ is a name like others."""
+    return Path(os.path.expanduser(path))
 
 
 def regular_file(path: Path) -> Path:

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from inlay.files.atomic import find_again
-from inlay.files.untrusted import regular_files
+from inlay.files.untrusted import regular_files, user_path
 from inlay.models import builtin
 from inlay.models.folded import fold_at
 
@@ -24,7 +24,7 @@ def resolve(name: str) -> str:
     """
     if name == builtin.MODEL or (not Path(name).exists() and Path(name).name.startswith(builtin.FOLDER)):
         return str(builtin.model_dir())
-    path = find_again(Path(name).expanduser())
+    path = find_again(user_path(name))
     if path.suffix == ".gguf" and path.is_file():
         raise ValueError(f"{name} is packed for llama.cpp; give the folder or hub id of the model it was made of")
     if path.exists():

@@ -14,7 +14,7 @@ import yaml
 
 from inlay.files.atomic import find_again
 from inlay.files.fetched import is_url
-from inlay.files.untrusted import LENGTH, DamagedFileError, from_yaml, read_regular, regular_file
+from inlay.files.untrusted import LENGTH, DamagedFileError, from_yaml, read_regular, regular_file, user_path
 from inlay.messages import did_you_mean, similar_paths
 from inlay.method import Method
 from inlay.methods import every, import_methods, imports
@@ -80,7 +80,7 @@ def named_modules(values: dict[str, Any], path: str | None) -> list[str]:
 
 def import_named(values: dict[str, Any], path: str) -> None:
     """Import what the recipe at `path` names, from its folder or elsewhere: modules of methods, and rewards."""
-    folders = [Path(path).expanduser().parent]
+    folders = [user_path(path).parent]
     for module in named_modules(values, path):
         import_methods(module, folders)
     if values.get("reward") is not None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import yaml
 from peft import PeftConfig
 
+from inlay.files.untrusted import user_path
 from inlay.host.config import InlayConfig
 from inlay.method import Method
 from inlay.methods import find
@@ -320,7 +321,7 @@ class Recipe:
     def run_folder(self) -> Path:
         """Return the run's folder: `output`, or the first of runs/<model>-<method>, -2, -3, ... that is free."""
         if self.output:
-            return Path(self.output).expanduser()
+            return user_path(self.output)
         name = Path("runs") / f"{Path(self.model).name}-{self.method.replace(':', '-')}"
         others = (name.with_name(f"{name.name}-{i}") for i in itertools.count(2))
         return next(path for path in itertools.chain([name], others) if not path.exists())

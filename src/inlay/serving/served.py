@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from inlay.evaluation.answering import Answering, check_answers
 from inlay.evaluation.run_settings import KEPT, ChatSettings, chat_settings
 from inlay.files.atomic import find_again
+from inlay.files.untrusted import user_path
 from inlay.models import builtin
 from inlay.models.adapters import CONFIG, Adapter
 from inlay.models.base import BaseModel
@@ -68,7 +69,7 @@ def named(text: str) -> tuple[str, str]:
 
 def default_name(place: str) -> str:
     """Return the name of a model that was given none: its hub id, or the name of its folder or of its run."""
-    path = Path(place).expanduser()
+    path = user_path(place)
     if not path.exists():
         return place if re.fullmatch(rf"{NAME}(/{NAME})?", place) else path.name
     path = path.resolve()

@@ -22,13 +22,16 @@ from peft import PeftModel
 from rich.console import Console
 from safetensors import SafetensorError
 from torch import nn
+from transformers import ProcessorMixin
 
+from inlay.data.chat_templates import template_text
 from inlay.files.atomic import sync, sync_all
 from inlay.files.untrusted import DamagedFileError, read_regular, regular_file
 from inlay.host import distributed, seal
 from inlay.host.layer import PREFIX, InlayLinear
 from inlay.messages import first_line, gib, short
 from inlay.models.base import BaseModel
+from inlay.recipe.named_code import code_digests
 from inlay.recipe.recipe import Recipe
 from inlay.reports.result import environment
 
@@ -190,16 +193,33 @@ def configuration(base: BaseModel) -> dict[str, Any]:
     return {f"the base's {k}": v for k, v in values.items() if k not in ("transformers_version", "_name_or_path")}
 
 
-def run_identity(trainer: Any, rows: Any) -> dict[str, Any]:
-    """Return what a recipe names but does not hold: the data, the base's weights, the batch over all devices."""
-    digest = hashlib.sha256()
+def run_identity(trainer: Any, rows: Any, recipe: Recipe, processor: Any) -> dict[str, Any]:
+    """Return what a recipe names but does not hold: data, tokenizer, code, the base's weights, the batch in all.
+
+    Args:
+        trainer: of the run.
+        rows: its examples.
+        recipe: what is trained and how.
+        processor: the tokenizer; where the model sees images, what holds it.
+    """
+    digest, held = hashlib.sha256(), hashlib.sha256()
+    for row in rows.heldout:
+        held.update(json.dumps(row, sort_keys=True, default=str).encode())
     first = next(iter(trainer.train_dataset))  # tokenised, with the chat template
     for row in (*rows.train, *rows.heldout, first, *rows.shards):
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
     layers = {n: m for n, m in trainer.model.named_modules() if isinstance(m, InlayLinear)}
     args = trainer.args
+    tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
+    words = hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
     return {
+        "the number of examples": len(rows.train),
+        "the number of held-out examples": len(rows.heldout),
+        "the held-out data": held.hexdigest()[:16],
         "data": digest.hexdigest()[:16],
+        "the chat template": hashlib.sha256(template_text(processor.chat_template or "").encode()).hexdigest()[:16],
+        "the vocabulary": words.hexdigest()[:16],
+        **code_digests(recipe),
         "base": seal.of_values({n: m.base_mark(m.cuts["default"].folded) for n, m in layers.items()}),
         "whole base": trainer.base,
         "effective batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,

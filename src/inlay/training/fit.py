@@ -69,7 +69,7 @@ def fit_steps(prepared: Prepared, trainer: Trainer, checkpoint: Checkpoint | Non
     model = cast(Any, trainer.model)
     trainer.run = {
         "recipe": checkpoints.learning_settings(recipe),
-        "identity": checkpoints.run_identity(trainer, rows),
+        "identity": checkpoints.run_identity(trainer, rows, recipe, tokenizer),
         "versions": environment(),
         "configuration": checkpoints.configuration(prepared.base),
     }

@@ -24,6 +24,7 @@ from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 from rich.console import Console
 
 from inlay.files.atomic import find_again
+from inlay.files.untrusted import user_path
 from inlay.messages import Terminal, check_installed, first_line, printable, show_text
 from inlay.training.checkpoints import METRICS
 
@@ -183,7 +184,7 @@ def serve(folder: str, port: int = 6006, console: Console | None = None) -> None
     Raises:
         ValueError: there is no such folder, the port is taken, or TensorBoard is not installed.
     """
-    runs = find_again(Path(folder).expanduser())
+    runs = find_again(user_path(folder))
     for old in runs.rglob(".?*.????????.old"):  # runs that were to be replaced when a process died
         find_again(old.parent / old.name[1 : -len(".????????.old")])
     program = board()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 from rich.console import Console
 
@@ -15,6 +14,7 @@ from inlay.data.readers import KINDS, Reading, read_files, read_records, read_sp
 from inlay.data.records import Record
 from inlay.data.split import split_examples
 from inlay.data.streaming import Stream, first_examples, mix_streams, open_stream, taken
+from inlay.files.untrusted import user_path
 from inlay.recipe.recipe import Recipe
 from inlay.recipe.sources import Source, sources
 
@@ -56,7 +56,7 @@ def own_heldout(recipe: Recipe, given: list[Source], reading: Reading, found: Fi
         return at_most_eval_size(convert_records(records, rules=rules_of(recipe, source, found)), recipe)
     held = []
     for source in given:
-        folder = Path(source.path).expanduser()
+        folder = user_path(source.path)
         parts = folder_parts(folder, None, KINDS) if folder.is_dir() and any(folder.iterdir()) else None
         if parts is not None and "validation" in parts.files:
             records = read_files(parts.files["validation"], folder, reading)

@@ -15,7 +15,7 @@ from inlay.data.chat_templates import templated
 from inlay.data.chats import chat_cell, conversation, text_cell, turn_by_turn, with_system
 from inlay.data.formats import Row, Rules, convert_all, earlier_turns, question_of
 from inlay.data.records import Record
-from inlay.files.untrusted import regular_file
+from inlay.files.untrusted import regular_file, user_path
 from inlay.messages import loading, short
 from inlay.recipe.recipe import Recipe
 from inlay.training.examples import Examples, announce, measured
@@ -87,7 +87,7 @@ class Vision(Task):
 
 def vision_examples(records: list[Record], rules: Rules) -> list[Row]:
     """Return records as {"prompt", "completion", "images"}: one example per assistant turn, all with the images."""
-    source = Path(rules.source).expanduser()
+    source = user_path(rules.source)
     folders = (source, source.parent) if source.is_dir() else (source.parent,)
 
     def row(record: Record, roles: dict[str, str]) -> list[Row]:
