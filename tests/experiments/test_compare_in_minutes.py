@@ -9,9 +9,11 @@ import pytest
 from helpers import fails
 from rich.console import Console
 
+from inlay.cli import main
 from inlay.experiments import trial
 from inlay.experiments.compare import in_minutes
 from inlay.experiments.compare.in_minutes import compare_in_minutes, fit_to_time, seconds_of
+from inlay.experiments.compare.spec import load_comparison
 from inlay.experiments.runner import Runner
 from inlay.recipe.reading import load_recipe
 from inlay.recipe.recipe import Recipe
@@ -54,9 +56,19 @@ def test_what_is_missing_or_too_much_is_said(tmp_path, capsys):
     assert "give a recipe, or --data and --minutes" in fails(capsys, "compare", "--minutes", "3")
     assert "give a recipe, or --data and --minutes" in fails(capsys, "compare", "--data", "a.jsonl")
     recipe = str(tmp_path / "c.yaml")
-    assert "--data is for a comparison without a recipe" in fails(capsys, "compare", recipe, "--data", "a.jsonl")
     assert "--minutes is for a comparison without" in fails(capsys, "compare", recipe, "--minutes", "3")
     assert "--minutes: '-1' is not a number above 0" in fails(capsys, "compare", "--data", "a.jsonl", "--minutes", "-1")
+
+
+def test_flags_override_the_recipe_of_a_comparison(tmp_path, monkeypatch):
+    (tmp_path / "c.yaml").write_text("{data: a.jsonl, max_length: 64, compare: {methods: [lora]}}")
+    called = []
+    monkeypatch.setattr("inlay.experiments.compare.compare.compare", lambda *given: called.append(given))
+    main(["compare", str(tmp_path / "c.yaml"), "--data", "b.jsonl", "--batch-size", "2"])
+    path, _, output, overwrite, _, _, given = called[0]
+    plan = load_comparison(path, output, overwrite, given)
+    for recipe in (plan.recipe, plan.entries[0].recipe):
+        assert (recipe.data, recipe.batch_size, recipe.max_length) == ("b.jsonl", 2, 64)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import fails
 from rich.console import Console
 
 from inlay.cli import main
@@ -38,6 +40,30 @@ def ask(path: Path, tiny: str, records: str, space: dict | None = None, **values
     usual = {"space": space or SPACE, "trials": 8, "selection": 4, "evaluations": 4, "rescore": {"top": 2}}
     path.write_text(yaml.safe_dump({"model": tiny, "data": records, **SHORT, "tune": {**usual, **values}}))
     return str(path)
+
+
+def test_flags_override_the_recipe_of_a_search(tmp_path, monkeypatch, capsys):
+    """But not what is searched. Without a recipe, one line makes one that works."""
+    path = ask(
+        tmp_path / "t.yaml",
+        "builtin",
+        "a.jsonl",
+        {"args.r": {"choices": [2, 4]}, "weight_decay": SPACE["weight_decay"]},
+    )
+    called = []
+    monkeypatch.setattr("inlay.experiments.tune.search.tune", lambda *given: called.append(given))
+    main(["tune", path, "--data", "b.jsonl", "--learning-rate", "1e-3", "--method", "milora", "--steps", "3"])
+    recipe = load_search(path, given=called[0][-1]).recipe
+    assert (recipe.data, recipe.learning_rate, recipe.method, recipe.steps) == ("b.jsonl", 1e-3, "milora", 3)
+    for name in ("r", "weight_decay"):
+        with pytest.raises(ValueError, match=f"{name}: .* searches it, under tune; leave it out here"):
+            load_search(path, given={name: 1})
+    said = fails(capsys, "tune", "--data", "my data.jsonl", "--r", "4")
+    write, run = said.partition("searched: ")[2].split(" && ")
+    assert shlex.split(run) == ["inlay", "tune", "tune.yaml", "--data", "my data.jsonl", "--r", "4"]
+    subprocess.run(["bash", "-c", write], cwd=tmp_path, check=True)
+    plan = load_search(str(tmp_path / "tune.yaml"), given={"data": "my data.jsonl", "r": 4})
+    assert (plan.recipe.data, plan.recipe.args, [*plan.ranges]) == ("my data.jsonl", {"r": 4}, ["learning_rate"])
 
 
 def quality(told: Recipe) -> float:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from typing import Any
 
 from inlay.cli.parser import add_fields, positive, whole_number
 from inlay.messages import Terminal
 
 OF_DATA = ["data", "model", "task", "columns", "batch_size", "max_length", "eval_size", "target_modules", "dtype"]
+OF_TRIALS = [*OF_DATA, "method", "r", "learning_rate", "steps", "epochs", "seed"]
+SEARCH = "tune: {space: {learning_rate: {low: 1e-4, high: 1e-2, log: true}}}"
 
 
 def compare_command(options: argparse.Namespace) -> None:
     """Compare methods on one task under one budget, each at its own learning rate, over several seeds.
 
     A recipe says under `compare:` which methods, rates, seeds and budget. Without a recipe, --data and --minutes choose
-    them. The same command resumes a comparison that was stopped.
+    them. Flags override the recipe. The same command resumes a comparison that was stopped.
 
     example:  inlay compare recipes/compare_e2e_small.yaml --output runs/compare
               inlay compare --data mine.jsonl --minutes 30
@@ -24,23 +27,24 @@ def compare_command(options: argparse.Namespace) -> None:
     from inlay.messages import quiet
 
     quiet()
-    given = {name: value for name, value in vars(options).items() if name in OF_DATA}
+    given = fields_given(options, OF_DATA)
     if options.recipe is None:
         if "data" not in given or options.minutes is None:
             raise ValueError("give a recipe, or --data and --minutes: inlay compare --data mine.jsonl --minutes 30")
         if options.jobs is not None or options.ray is not None:
             raise ValueError("--jobs and --ray are for a recipe: --minutes counts on one run at a time")
         from inlay.experiments.compare.in_minutes import compare_in_minutes
-        from inlay.recipe.reading import from_flag, from_values
+        from inlay.recipe.reading import from_values
 
-        values = {name: from_flag(name, text) for name, text in given.items()}
-        recipe = from_values({**values, "output": options.output, "overwrite": options.overwrite}, {})
+        recipe = from_values({**given, "output": options.output, "overwrite": options.overwrite}, {})
         compare_in_minutes(recipe, options.minutes, Terminal())
         return
-    if given or options.minutes is not None:
-        flag = next(iter(given), "minutes").replace("_", "-")
-        raise ValueError(f"--{flag} is for a comparison without a recipe; write it in {options.recipe}")
-    compare(options.recipe, options.jobs, options.output, options.overwrite, Terminal(), cluster(options))
+    if options.minutes is not None:
+        raise ValueError(
+            "--minutes is for a comparison without a recipe; with one, write in it compare: {budget: {time: SECONDS}}, "
+            "for each run"
+        )
+    compare(options.recipe, options.jobs, options.output, options.overwrite, Terminal(), cluster(options), given)
 
 
 def compare_arguments(verb: argparse.ArgumentParser) -> None:
@@ -57,8 +61,8 @@ def compare_arguments(verb: argparse.ArgumentParser) -> None:
 def tune_command(options: argparse.Namespace) -> None:
     """Search the fields of a recipe for the least loss, and evaluate the best few again.
 
-    A recipe says under `tune:` what is searched, and may name your own metric. The result is best.yaml. The same
-    command resumes a search that was stopped.
+    A recipe says under `tune:` what is searched, and may name your own metric; flags override its other fields. The
+    result is best.yaml. The same command resumes a search that was stopped.
 
     example:  inlay tune recipes/tune_e2e_small.yaml --jobs 2 --output runs/tune
     """
@@ -66,16 +70,31 @@ def tune_command(options: argparse.Namespace) -> None:
     from inlay.messages import quiet
 
     quiet()
-    tune(options.recipe, options.jobs, options.output, options.overwrite, Terminal(), cluster(options))
+    if options.recipe is None:
+        flags = [f"--{name.replace('_', '-')} {shlex.quote(str(vars(options)[name]))}" for name in OF_TRIALS
+                 if name in options]  # fmt: skip
+        raise ValueError(
+            f"a file says what is searched: echo '{SEARCH}' > tune.yaml && {' '.join(['inlay tune tune.yaml', *flags])}"
+        )
+    given = fields_given(options, OF_TRIALS)
+    tune(options.recipe, options.jobs, options.output, options.overwrite, Terminal(), cluster(options), given)
 
 
 def tune_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the arguments of `inlay tune`."""
-    verb.add_argument("recipe", help="YAML file: what all trials share, and under tune what is searched")
+    verb.add_argument("recipe", nargs="?", help="YAML file: what all trials share, and under tune what is searched")
+    add_fields(verb, OF_TRIALS)
     verb.add_argument("--jobs", type=int, help="trials at a time (default 1; with --ray: as many as it has room for)")
     add_cluster(verb)
     verb.add_argument("--output", help="folder (default: the recipe's output, or runs/<name of the recipe>)")
     verb.add_argument("--overwrite", action="store_true", help="replace another search that is there")
+
+
+def fields_given(options: argparse.Namespace, names: list[str]) -> dict[str, Any]:
+    """Return the fields of a recipe and hyperparameters, of those called `names`, that were given as flags."""
+    from inlay.recipe.reading import from_flag
+
+    return {name: from_flag(name, value) for name, value in vars(options).items() if name in names}
 
 
 def cluster(options: argparse.Namespace) -> Any:

@@ -95,11 +95,66 @@ def learn_flags() -> None:
                 _learned[f.name] = Flag(f.metadata["help"], None if f.default is None else str(f.default), False)
 
 
+# What stands without a flag, by its name in the help, and the flags under which others have it.
+PLAIN = {
+    "adapter": "adapter lora lora-path path run",
+    "kind": "kind",
+    "model": "model adapter path run",
+    "models": "adapter path run",
+    "name": "method name",
+    "out": "output",
+    "recipe": "config config-file recipe",
+    "runs": "logdir output path run",
+}
+
+# What to do instead of a flag that a command does not have, by its commands (* for all).
+INSTEAD = {
+    ("compare tune", "dry-run"): "inlay train FILE --dry-run shows one run of it, without its block of compare or tune",
+    ("compare tune", "resume"): "the same command resumes what was stopped",
+    ("compare", "learning-rate"): "write it in the recipe, as in compare: {learning_rates: [1e-4, 3e-4, 1e-3]}",
+    ("compare", "method"): "write it in the recipe, as in compare: {methods: [lora, bone, lamda]}",
+    ("compare", "seed"): "write it in the recipe, as in compare: {seeds: [0, 1, 2]}",
+    ("compare", "r"): "write it in the recipe, as in compare: {methods: [{method: lora, args: {r: 8}}]}",
+    ("env methods schema", "output"): "it prints, and > FILE behind it writes a file",
+    ("eval", "seed temperature top-p top-k"): "answers are greedy here; inlay generate draws",
+    ("generate", "data"): "--prompts FILE --output FILE answers the prompts of a file",
+    ("generate", "json"): "--prompts FILE --output FILE writes lines of JSON",
+    ("plan", "output"): "--json FILE and --csv FILE write the rows",
+    ("serve ui", "host"): "it answers on 127.0.0.1 alone, to which ssh -L 8000:127.0.0.1:8000 HOST leads",
+    ("train", "jobs"): "--num-processes trains on several GPUs; inlay compare and inlay tune have --jobs",
+    ("train", "json"): "metrics.jsonl in the run folder has every step",
+    ("*", "device"): "CUDA_VISIBLE_DEVICES says which GPUs are used: CUDA_VISIBLE_DEVICES= for none",
+}
+
+
+def names_of(name: str) -> set[str]:
+    """Return a flag's name, and what it is called here if it is another tool's."""
+    return {name, *(own for own, names in ELSEWHERE.items() if name in names.split())}
+
+
+def instead_of(verb: str, name: str) -> str:
+    """Return what to do instead of the flag `name`, which `verb` does not have; empty where nothing is said of it."""
+    for (verbs, flags), says in INSTEAD.items():
+        if (verbs == "*" or verb in verbs.split()) and names_of(name) & set(flags.split()):
+            return says
+    field = next((own for own in map(field_name, sorted(names_of(name))) if own in recipe_flags()), None)
+    if field is None or verb not in ("compare", "tune"):
+        return ""
+    return f"write it in the recipe, as in {field}: VALUE (under args where it is a hyperparameter)"
+
+
+def field_name(flag: str) -> str:
+    """Return the field that a flag stands for."""
+    return flag.replace("-", "_")
+
+
+def synonym(name: str, known: Iterable[str]) -> str | None:
+    """Return the one of the flags `known` that other tools call `name`, if any."""
+    known = list(known)
+    return next((own for own, names in ELSEWHERE.items() if name in names.split() and own in known), None)
+
+
 def flag_suggestion(name: str, known: Iterable[str]) -> str:
     """Return the end of an error's line on the flag `name`: the one of `known` that it probably means, if any."""
-    known = list(known)
-    meant = next((own for own, names in ELSEWHERE.items() if name in names.split() and own in known), None)
-    if meant is not None:
-        return f"did you mean --{meant}?"
-    close = did_you_mean(name, known)
+    close = did_you_mean(name, list(known))
     return close.replace("'", "--", 1).replace("'", "") if close.startswith("did you mean") else ""

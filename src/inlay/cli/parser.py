@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from inlay.cli.flags import flag_suggestion, learned_flags, recipe_flags
+from inlay.cli.flags import PLAIN, flag_suggestion, instead_of, learned_flags, names_of, recipe_flags, synonym
 from inlay.messages import did_you_mean, one_line, short, show_text
 
 COMMON = """data output method r scale target_modules learning_rate steps epochs batch_size max_length dtype
@@ -41,6 +41,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.arguments: list[argparse.Action] = []
         self.verbs: dict[str, Parser] = {}
+        self.siblings: dict[str, Parser] = {}  # of a verb, all of them
         self.example = ""
         super().__init__(*args, **{"allow_abbrev": False, "add_help": False, **kwargs})
         self.add_argument("--help", "-h", action="help", help="show this help and stop")
@@ -80,11 +81,28 @@ class Parser(argparse.ArgumentParser):
             if re.match("-{1,2}[A-Za-z]", text) and flag not in every:
                 name = flag.lstrip("-").replace("_", "-")
                 if not (flag.startswith("--") and name in known):
-                    hint = flag_suggestion(name.lower(), known)
-                    self.error(f"unknown flag {flag}" + (f"; {hint}" if hint else ""))
+                    if hint := self.hint(name.lower()):
+                        fail(f"unknown flag {flag}; {hint}")
+                    self.error(f"unknown flag {flag}")
                 text = f"--{name}{equals}{value}"
             found.append(text)
         return found
+
+    def hint(self, name: str) -> str:
+        """Return the end of the line on the unknown flag `name`: what is meant, what to do, or which command has it."""
+        plain = [action for action in self.arguments if not action.option_strings and self.example]
+        for names in ({name}, names_of(name)):
+            for action in plain:
+                if names & set(PLAIN[action.dest].split()):
+                    return f"{head(action)} needs no flag, as in {self.example.strip().splitlines()[0]}"
+            if (meant := synonym(name, self.flags())) is not None:
+                return f"did you mean --{meant}?"
+        if says := instead_of(self.prog.split()[-1], name):
+            return says
+        if others := [verb for verb, own in self.siblings.items() if names_of(name) & set(own.flags())]:
+            more = f" and {len(others) - 3} others" if len(others) > 3 else ""
+            return f"it is for inlay {', '.join(others[:3])}{more}; see {self.prog} --help"
+        return flag_suggestion(name, self.flags())
 
     def unknown(self, arguments: Sequence[str]) -> bool:
         """Return whether a verb has a flag among its `arguments` that is not known here, or wants help on all flags."""
@@ -239,6 +257,7 @@ def add_verb(top: Parser, verbs: Any, function: Callable[[argparse.Namespace], N
     name = function.__name__.removesuffix("_command")
     verb = top.verbs[name] = verbs.add_parser(name, description=textwrap.dedent(text).strip())
     verb.example = example
+    verb.siblings = top.verbs
     verb.set_defaults(run=function)
     return verb
 

@@ -25,6 +25,7 @@ from inlay.experiments.ray_cluster import Cluster
 from inlay.experiments.runner import Runner, experiment_folder, origin, steps_of
 from inlay.experiments.trial import Trial, unrelated
 from inlay.files.atomic import locked
+from inlay.files.untrusted import user_path
 from inlay.messages import Terminal
 from inlay.training.arguments import check_means
 from inlay.training.examples import Examples
@@ -41,6 +42,7 @@ def compare(
     overwrite: bool = False,
     console: Console | None = None,
     cluster: Cluster | None = None,
+    given: dict[str, Any] | None = None,
 ) -> Path:
     """Run or resume a comparison, and return its folder with the results and the report.
 
@@ -51,16 +53,17 @@ def compare(
         overwrite: replace the folder of another comparison.
         console: for messages.
         cluster: the Ray cluster that runs the trials; None: this machine.
+        given: fields that override the recipe's.
 
     Raises:
         ValueError: the recipe or the data cannot be used, the folder is in use or holds another comparison or one of
             other data, Ray is requested and not installed, or every run failed.
     """
     console = console or Terminal()
-    plan = load_comparison(path, output, overwrite)
+    plan = load_comparison(path, output, overwrite, given)
     for entry in plan.entries:
         check_means(entry.recipe)
-    folder = Path(plan.recipe.output or Path("runs") / Path(path).stem).expanduser()
+    folder = user_path(plan.recipe.output or Path("runs") / Path(path).stem)
     with ray_cluster.workers(jobs, cluster, console) as workers, locked(folder):
         rows = shared_examples(plan, console)
         plan, shares = settle_sizes(plan, rows, console)

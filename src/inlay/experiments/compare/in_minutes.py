@@ -16,6 +16,7 @@ from inlay.experiments.compare.compare import PLAN, PROBE, compare, shared_examp
 from inlay.experiments.compare.spec import Comparison, ComparisonPlan, load_comparison, plan_comparison
 from inlay.experiments.ray_cluster import workers
 from inlay.experiments.runner import Runner, steps_of
+from inlay.files.untrusted import user_path
 from inlay.messages import duration
 from inlay.recipe.reading import non_defaults
 from inlay.recipe.recipe import Recipe
@@ -87,7 +88,7 @@ def compare_in_minutes(recipe: Recipe, minutes: float, console: Console) -> Path
     if minutes <= 0:
         raise ValueError(f"minutes: {minutes:g} is not above 0")
     name = f"compare-{Path(str(recipe.data)).stem}-{minutes:g}-minutes"
-    folder = Path(recipe.output or Path("runs") / name).expanduser()
+    folder = user_path(recipe.output or Path("runs") / name)
     if (folder / PLAN).is_file() and not recipe.overwrite:
         planned = load_comparison(str(folder / PLAN)).recipe
         if (planned.data, planned.model, planned.task) != (recipe.data, recipe.model, recipe.task):

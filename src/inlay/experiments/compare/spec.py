@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -116,15 +116,19 @@ class ComparisonPlan:
         return yaml.safe_dump({**non_defaults(self.recipe), "compare": block}, sort_keys=False, allow_unicode=True)
 
 
-def load_comparison(path: str, output: str | None = None, overwrite: bool = False) -> ComparisonPlan:
+def load_comparison(
+    path: str, output: str | None = None, overwrite: bool = False, given: dict[str, Any] | None = None
+) -> ComparisonPlan:
     """Read a comparison from a YAML file; without a `compare` block it compares the default methods on that task.
+
+    The fields `given` override those of the file.
 
     Raises:
         ValueError: the file, a key or a value cannot be used.
     """
     values, block = read_block(path, "compare", Comparison)
     more = {"output": output or values.get("output"), "overwrite": overwrite}
-    return plan_comparison(from_values({**values, **more}, {}, path), Comparison(**block))
+    return plan_comparison(from_values({**values, **more}, given or {}, path), Comparison(**block))
 
 
 def plan_comparison(recipe: Recipe, spec: Comparison) -> ComparisonPlan:

@@ -38,6 +38,7 @@ from inlay.experiments.tune.study import (
     values_of,
 )
 from inlay.files.atomic import locked, write_text
+from inlay.files.untrusted import user_path
 from inlay.messages import Terminal, check_installed
 from inlay.training.arguments import check_means
 from inlay.training.tasks import TASKS
@@ -54,6 +55,7 @@ def tune(
     overwrite: bool = False,
     console: Console | None = None,
     cluster: Cluster | None = None,
+    given: dict[str, Any] | None = None,
 ) -> Path:
     """Run or resume a search, and return its folder with the best recipe, a table and plots.
 
@@ -64,16 +66,17 @@ def tune(
         overwrite: replace the folder of another search.
         console: for messages.
         cluster: the Ray cluster that runs the trials; None: this machine.
+        given: fields that override the recipe's.
 
     Raises:
         ValueError: the recipe or the data cannot be used, the folder holds something else, Optuna, NOMAD or Ray is not
             installed, or every trial failed.
     """
     console = console or Terminal()
-    plan = load_search(path, output, overwrite)
+    plan = load_search(path, output, overwrite, given)
     check_trial(plan, jobs)
     check_means(plan.recipe)
-    folder = Path(plan.recipe.output or Path("runs") / Path(path).stem).expanduser()
+    folder = user_path(plan.recipe.output or Path("runs") / Path(path).stem)
     recipe = plan.recipe
     task = TASKS[recipe.task]
     rows = task.examples(recipe, task.processor(recipe), console)

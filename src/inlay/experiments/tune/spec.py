@@ -121,15 +121,22 @@ def same_values(old: str, new: str) -> bool:
     return searches[0] == searches[1]
 
 
-def load_search(path: str, output: str | None = None, overwrite: bool = False) -> SearchPlan:
-    """Read a search from a YAML file.
+def load_search(
+    path: str, output: str | None = None, overwrite: bool = False, given: dict[str, Any] | None = None
+) -> SearchPlan:
+    """Read a search from a YAML file, of which the fields and hyperparameters `given` override its own.
 
     Raises:
-        ValueError: the file, a key or a value cannot be used.
+        ValueError: the file, a key or a value cannot be used, or what is given is searched.
     """
+    given = given or {}
     values, block = read_block(path, "tune", SearchSpec)
     more = {"output": output or values.get("output"), "overwrite": overwrite}
-    return plan_search(from_values({**values, **more}, {}, path), SearchSpec(**block))
+    spec = SearchSpec(**block)
+    for name in given:
+        if name in spec.space or f"args.{name}" in spec.space:
+            raise ValueError(f"{name}: {path} searches it, under tune; leave it out here, or out of the space there")
+    return plan_search(from_values({**values, **more}, given, path), spec)
 
 
 def plan_search(recipe: Recipe, spec: SearchSpec) -> SearchPlan:
