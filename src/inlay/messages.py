@@ -210,7 +210,8 @@ def first_line(error: BaseException) -> str:
 
 def quiet_imports() -> None:
     """Keep out what libraries log while they are imported, on any machine that has them: before they are."""
-    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):  # the last logs every product that it rounds, too
+    # bitsandbytes logs every product that it rounds, too; matplotlib, that it cannot keep a list of fonts.
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
+from helpers import fails
 
 from inlay.cli import main
 from inlay.cli.json_schema import json_schema
@@ -88,3 +89,46 @@ def test_the_environment_says_what_a_bug_report_needs(capsys, monkeypatch, tmp_p
     text = capsys.readouterr().out
     assert f"cache                   {tmp_path}\n" in text
     assert "secret" not in text
+
+
+@pytest.mark.parametrize(
+    ("verb", "variables", "says"),
+    [
+        ("methods", {"RANK": "abc"}, "RANK='abc' in the environment is not a whole number; unset RANK"),
+        ("eval", {"WORLD_SIZE": "two"}, "WORLD_SIZE='two'"),
+        ("train", {"LOCAL_RANK": "1.5"}, "LOCAL_RANK='1.5'"),
+        ("train", {"MASTER_PORT": "tcp"}, "MASTER_PORT='tcp'"),
+        ("train", {"OMPI_COMM_WORLD_SIZE": "x"}, "OMPI_COMM_WORLD_SIZE='x'"),
+        ("train", {"INLAY_LAUNCHER": "x" * 500}, "INLAY_LAUNCHER='xxx"),
+        ("plan", {"HF_HUB_ETAG_TIMEOUT": "10s"}, "HF_HUB_ETAG_TIMEOUT='10s'"),
+        ("plan", {"OMP_NUM_THREADS": "abc"}, "OMP_NUM_THREADS='abc'"),
+        ("plan", {"INLAY_TRITON": "off"}, "INLAY_TRITON='off' in the environment is not one of 0 (off) and 1 (on)"),
+        ("train", {"WORLD_SIZE": "2"}, "no RANK is set; inlay train --num-processes 2 starts all of them"),
+        ("compare", {"WORLD_SIZE": "2", "RANK": "0"}, "no MASTER_ADDR is set"),
+        ("tune", {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}, "no MASTER_PORT is set"),
+        ("train", {"LOCAL_RANK": "99"}, "LOCAL_RANK=99 in the environment is not below WORLD_SIZE=1; unset LOCAL_RANK"),
+        ("train", {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "RANK=2 in the"),
+    ],
+)
+def test_a_variable_that_would_end_a_command_is_refused_first(verb, variables, says, monkeypatch, capsys):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert says in fails(capsys, verb, "--no-such-flag")
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{"RANK": "", "WORLD_SIZE": " "}, {"LOCAL_RANK": "-1"}, {"OMP_NUM_THREADS": "4,2"}, {"OMP_NUM_THREADS": ""},
+     {"INLAY_TRITON": "0"}, {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}],
+    ids=str,
+)  # fmt: skip
+def test_what_a_launcher_or_a_shell_sets_is_taken(variables, monkeypatch, capsys):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert "unknown flag --no-such-flag" in fails(capsys, "train", "--no-such-flag")
+
+
+@pytest.mark.parametrize("where", [["--data", "d\udce4ta.jsonl"], ["--output=l\udcffuf"], ["\ud800.yaml"]], ids=ascii)
+def test_a_name_that_is_no_text_is_refused_before_training(where, capsys):
+    """It is refused by safetensors too, when everything is trained."""
+    assert "is not UTF-8, or was read as" in fails(capsys, "train", *where)

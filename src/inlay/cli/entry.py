@@ -1,7 +1,7 @@
 """The command line. A verb is a function: its docstring is its help, its arguments are declared beside it.
 
 Exit codes: 0 done, 2 the user's mistake (one line), 1 ours (a traceback), 130 interrupted (and how to resume), 3 it is
-trained and saved, and something after that failed (one line).
+done and saved, and something after that failed, or could not be shown (one line).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import os
 import re
 import sys
 from importlib.metadata import entry_points
-from pathlib import Path
 
 from inlay._version import __version__
 from inlay.cli.convert import (
@@ -25,7 +24,14 @@ from inlay.cli.convert import (
     merge_arguments,
     merge_command,
 )
-from inlay.cli.environment import env_arguments, env_command, schema_arguments, schema_command
+from inlay.cli.environment import (
+    check_text,
+    check_variables,
+    env_arguments,
+    env_command,
+    schema_arguments,
+    schema_command,
+)
 from inlay.cli.evaluate import eval_arguments, eval_command, generate_arguments, generate_command
 from inlay.cli.experiments import (
     compare_arguments,
@@ -40,8 +46,9 @@ from inlay.cli.inspect import inspect_arguments, inspect_command, plan_arguments
 from inlay.cli.list_methods import methods_arguments, methods_command
 from inlay.cli.parser import OUT_OF_MEMORY, Parser, add_import, add_verb, fail
 from inlay.cli.serve import serve_arguments, serve_command
+from inlay.cli.streams import Streams
 from inlay.cli.train import train_arguments, train_command
-from inlay.messages import quiet_imports, show_text
+from inlay.messages import AfterTrainingError, out_of_memory, quiet_imports, show_text
 
 VERBS = (
     (train_command, train_arguments),
@@ -65,29 +72,44 @@ VERBS = (
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a verb; a mistake of the user's is one line and exit code 2."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    streams, code, ended = Streams(), 0, False
+    try:
+        run_verb(sys.argv[1:] if arguments is None else arguments)
+    except SystemExit as stop:
+        code, ended = int(stop.code or 0), True
+    except KeyboardInterrupt:
+        show_text("inlay: interrupted", to_stderr=True)
+        code = 130
+    code = streams.exit_code(code)
+    if code or ended:
+        raise SystemExit(code)
+
+
+def run_verb(arguments: list[str]) -> None:
+    """Run the verb that `arguments` name, with all that is checked before."""
+    try:
+        check_text(arguments)
+        check_variables(trains=arguments[:1] in (["train"], ["compare"], ["tune"]))
+    except ValueError as error:
+        fail(str(error))
     options = parse_line(arguments)
     modules = vars(options).pop("imports")
     if options.verb == "train":
         options.arguments = arguments  # for the processes that it starts
 
-    quiet_imports()
-    from inlay.host.distributed import Elsewhere
-    from inlay.messages import AfterTrainingError, out_of_memory
-
     try:
+        quiet_imports()
         import_all(modules)
         options.run(options)
-    except KeyboardInterrupt:
-        show_text("inlay: interrupted", to_stderr=True)
-        raise SystemExit(130) from None
-    except Elsewhere:  # which is said there
-        raise SystemExit(1) from None
     except (ValueError, OSError) as error:
         if os.environ.get("INLAY_DEBUG"):
             raise
         fail(str(error), 3 if isinstance(error, AfterTrainingError) else 2)
     except Exception as error:
+        from inlay.host.distributed import Elsewhere
+
+        if isinstance(error, Elsewhere):  # which is said there
+            raise SystemExit(1) from None
         if not out_of_memory(error):
             raise
         fail(OUT_OF_MEMORY)
@@ -129,10 +151,10 @@ def imports_in(arguments: list[str]) -> list[str]:
 
 def names_modules(recipe: str) -> bool:
     """Return whether a file seems to be a recipe with modules under `import`; reading it as one would import torch."""
-    from inlay.files.untrusted import LENGTH, read_regular
+    from inlay.files.untrusted import LENGTH, read_regular, user_path
 
     try:
-        text = read_regular(Path(recipe).expanduser(), LENGTH)
+        text = read_regular(user_path(recipe), LENGTH)
     except (OSError, ValueError):
         return False  # which is reported when it is read for good
     return re.search(r"""^["']?import["']?\s*:""", text, re.MULTILINE) is not None
