@@ -40,11 +40,11 @@ class Streams:
         if sys.stdout is sys.__stdout__ and sys.stderr is sys.__stderr__:
             sys.stdout, sys.stderr = map(self.made_steady, (sys.stdout, sys.stderr))
 
-    def made_steady(self, stream: TextIO) -> TextIO:
+    def made_steady(self, stream: Any) -> TextIO:
         """Return a stream to the same file, which writes out what its encoding lacks, as \\xe9."""
         file = Steady(stream.fileno(), "w", closefd=False)
         self.steady.append(file)
-        at_once = bool(getattr(stream, "write_through", False))  # python -u
+        at_once = bool(stream.write_through)  # python -u
         return io.TextIOWrapper(
             cast(Any, file if at_once else io.BufferedWriter(file)), stream.encoding, errors="backslashreplace",
             line_buffering=bool(stream.line_buffering), write_through=at_once,
@@ -75,7 +75,7 @@ def open_closed() -> None:
             os.fstat(number)
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it takes the least free number
-        if getattr(sys, name) is None:
+        if vars(sys)[name] is None:
             stream = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115 (it stays open)
             setattr(sys, name, stream)
             setattr(sys, f"__{name}__", stream)
