@@ -72,7 +72,8 @@ VERBS = (
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a verb; a mistake of the user's is one line and exit code 2."""
-    streams, code, ended = Streams(), 0, False
+    streams = Streams()
+    code, ended = 0, False
     try:
         run_verb(sys.argv[1:] if arguments is None else arguments)
     except SystemExit as stop:

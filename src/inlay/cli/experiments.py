@@ -90,7 +90,7 @@ def tune_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--overwrite", action="store_true", help="replace another search that is there")
 
 
-def fields_given(options: argparse.Namespace, names: list[str]) -> dict[str, Any]:
+def fields_given(options: argparse.Namespace, names: list[str]) -> dict[str, object]:
     """Return the fields of a recipe and hyperparameters, of those called `names`, that were given as flags."""
     from inlay.recipe.reading import from_flag
 

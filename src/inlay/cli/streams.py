@@ -38,9 +38,9 @@ class Streams:
         self.steady: list[Steady] = []
         open_closed()
         if sys.stdout is sys.__stdout__ and sys.stderr is sys.__stderr__:
-            sys.stdout, sys.stderr = map(self.made_steady, (sys.stdout, sys.stderr))
+            sys.stdout, sys.stderr = (self.made_steady(cast(io.TextIOWrapper, s)) for s in (sys.stdout, sys.stderr))
 
-    def made_steady(self, stream: Any) -> TextIO:
+    def made_steady(self, stream: io.TextIOWrapper) -> TextIO:
         """Return a stream to the same file, which writes out what its encoding lacks, as \\xe9."""
         file = Steady(stream.fileno(), "w", closefd=False)
         self.steady.append(file)

@@ -22,7 +22,7 @@ from peft import PeftModel
 from rich.console import Console
 from safetensors import SafetensorError
 from torch import nn
-from transformers import ProcessorMixin
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from inlay.data.chat_templates import template_text
 from inlay.files.atomic import sync, sync_all
@@ -193,7 +193,9 @@ def configuration(base: BaseModel) -> dict[str, Any]:
     return {f"the base's {k}": v for k, v in values.items() if k not in ("transformers_version", "_name_or_path")}
 
 
-def run_identity(trainer: Any, rows: Any, recipe: Recipe, processor: Any) -> dict[str, Any]:
+def run_identity(
+    trainer: Any, rows: Any, recipe: Recipe, processor: PreTrainedTokenizerBase | ProcessorMixin
+) -> dict[str, Any]:
     """Return what a recipe names but does not hold: data, tokenizer, code, the base's weights, the batch in all.
 
     Args:

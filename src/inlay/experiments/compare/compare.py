@@ -42,7 +42,7 @@ def compare(
     overwrite: bool = False,
     console: Console | None = None,
     cluster: Cluster | None = None,
-    given: dict[str, Any] | None = None,
+    given: dict[str, object] | None = None,
 ) -> Path:
     """Run or resume a comparison, and return its folder with the results and the report.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 
@@ -117,7 +117,7 @@ class ComparisonPlan:
 
 
 def load_comparison(
-    path: str, output: str | None = None, overwrite: bool = False, given: dict[str, Any] | None = None
+    path: str, output: str | None = None, overwrite: bool = False, given: dict[str, object] | None = None
 ) -> ComparisonPlan:
     """Read a comparison from a YAML file; without a `compare` block it compares the default methods on that task.
 

@@ -55,7 +55,7 @@ def tune(
     overwrite: bool = False,
     console: Console | None = None,
     cluster: Cluster | None = None,
-    given: dict[str, Any] | None = None,
+    given: dict[str, object] | None = None,
 ) -> Path:
     """Run or resume a search, and return its folder with the best recipe, a table and plots.
 

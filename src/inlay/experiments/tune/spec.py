@@ -122,7 +122,7 @@ def same_values(old: str, new: str) -> bool:
 
 
 def load_search(
-    path: str, output: str | None = None, overwrite: bool = False, given: dict[str, Any] | None = None
+    path: str, output: str | None = None, overwrite: bool = False, given: dict[str, object] | None = None
 ) -> SearchPlan:
     """Read a search from a YAML file, of which the fields and hyperparameters `given` override its own.
 
