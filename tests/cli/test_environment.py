@@ -131,4 +131,4 @@ def test_what_a_launcher_or_a_shell_sets_is_taken(variables, monkeypatch, capsys
 @pytest.mark.parametrize("where", [["--data", "d\udce4ta.jsonl"], ["--output=l\udcffuf"], ["\ud800.yaml"]], ids=ascii)
 def test_a_name_that_is_no_text_is_refused_before_training(where, capsys):
     """It is refused by safetensors too, when everything is trained."""
-    assert "is not UTF-8, or was read as" in fails(capsys, "train", *where)
+    assert "is not UTF-8, or was read as" in fails(capsys, "train", *where, "--no-such-flag")
