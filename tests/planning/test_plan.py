@@ -21,7 +21,6 @@ from inlay.methods import HiRA
 from inlay.models.base import BaseModel
 from inlay.models.sizes import count_parameters, count_trainable, layers_of, repeated_depths
 from inlay.planning.planner import FrozenLimit, PlannedRun
-from inlay.planning.step_simulator import simulate
 from inlay.planning.table import candidates
 from inlay.recipe.recipe import Recipe
 from inlay.training.batch_size import labelled_share, planned_step
@@ -105,8 +104,18 @@ def test_the_peak_of_a_step_on_experts(benchmark, tmp_path, method):
 def test_a_few_layers_say_what_all_of_them_do(small, method, checkpointing):
     run = PlannedRun(BaseModel(small), None if method == "full" else config(method), checkpointing=checkpointing)
     assert [len(layers_of(part)) for part in run.parts] == [2, 3]
-    whole = simulate(run.build(None), 2, 64, "cuda")
+    whole = run.follow(run.build(None), 2, 64, 1.0)
     assert asdict(run.step(2, 64)) == pytest.approx(asdict(whole))
+
+
+@pytest.mark.parametrize("method", ["lora", "dota", "full"])
+def test_runs_with_models_in_common_are_planned_as_each_alone(small, method):
+    asked = None if method == "full" else config(method)
+    alone = [PlannedRun(BaseModel(small), asked, checkpointing=saving).step(2, 64) for saving in (False, True)]
+    plain = PlannedRun(BaseModel(small), asked)
+    saving = replace(plain, checkpointing=True, like=plain)
+    assert saving.parts is plain.parts
+    assert [saving.step(2, 64), plain.step(2, 64)] == alone[::-1]
 
 
 def test_layers_of_two_kinds_are_counted_in_pairs(tmp_path):
@@ -325,7 +334,7 @@ def no_bitsandbytes(monkeypatch):
 def test_four_bits_by_size_are_near_those_followed(trainable_model, method, checkpointing):
     plain = PlannedRun(BaseModel(trainable_model), config(method), checkpointing=checkpointing)
     run = replace(plain, quantize="nf4")
-    followed, step = run.step(4, 192), replace(run, plain=plain).step(4, 192)
+    followed, step = run.step(4, 192), replace(run, like=plain).step(4, 192)
     assert (step.parameters, step.file, step.gradients) == (followed.parameters, followed.file, followed.gradients)
     assert step.frozen == pytest.approx(followed.frozen, rel=0.02)
     assert step.peak == pytest.approx(followed.peak, rel=0.08)

@@ -146,6 +146,11 @@ class BaseModel:
         with loading(f"model {self.name!r}"), torch.device("meta"):
             return auto.from_config(config, dtype=dtype, trust_remote_code=self.trust_remote_code)
 
+    @cached_property
+    def outline(self) -> PreTrainedModel:
+        """Return the model on the meta device, built once, to be read and never changed."""
+        return self.meta(torch.float32)
+
     def load(
         self,
         dtype: torch.dtype,

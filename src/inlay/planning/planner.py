@@ -12,13 +12,14 @@ from __future__ import annotations
 import bisect
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -74,8 +75,9 @@ class PlannedRun:
         checkpointing: whether activations are recomputed.
         device: "cpu" or "cuda".
         labelled: share of the tokens that have a label; the head sees no others.
-        plain: the same run on an unquantised base; a 4-bit one is then planned by its steps and the sizes of the
-            weights, as it is without bitsandbytes.
+        like: the same run on an unquantised base, for a 4-bit one, which is then planned by its steps and the sizes of
+            the weights, as it is without bitsandbytes; for any other the same run without checkpointing, whose models
+            are then those of this run too.
 
     Raises (from any method):
         ValueError: the config does not fit the model, or the model cannot be simulated without its weights.
@@ -88,26 +90,26 @@ class PlannedRun:
     checkpointing: bool = False
     device: str = "cuda"
     labelled: float = 1.0
-    plain: PlannedRun | None = None
+    like: PlannedRun | None = None
 
     @cached_property
     def parts(self) -> list[nn.Module]:
         """Build the adapted model at two depths, or whole where it cannot be extrapolated from shorter ones.
 
-        Where there is an unpacked run, its models are those.
+        Where there is an unpacked run, or one like this, its models are those.
         """
-        if self.unpacked is not None:
-            return self.unpacked.parts
+        if (same := self.unpacked or self.like) is not None:
+            return same.parts
         given = vars(self.config) if self.config is not None else {}
         uneven = any(map(given.get, UNEVEN)) or isinstance(given.get("experts"), dict)
-        depths = None if uneven else repeated_depths(self.blank())
+        depths = None if uneven else repeated_depths(self.base.outline)
         return [self.build(depth) for depth in depths or (None,)]
 
     @cached_property
     def share(self) -> float:
         """Return where the whole model lies between the first (0) and the last (1) of `parts`, or beyond."""
         few, more = (len(layers_of(self.parts[i])) for i in (0, -1))
-        return (len(layers_of(self.blank())) - few) / (more - few) if more > few else 0.0
+        return (len(layers_of(self.base.outline)) - few) / (more - few) if more > few else 0.0
 
     def blank(self, layers: int | None = None) -> PreTrainedModel:
         return self.base.meta(self.dtype, layers)
@@ -121,10 +123,6 @@ class PlannedRun:
             with warnings.catch_warnings():  # PEFT's LoRA names experts by itself, and warns where it finds none
                 warnings.filterwarnings("ignore", r"The following \w+_pattern keys", RuntimeWarning)
                 model = get_peft_model(base, copy.deepcopy(self.config))
-        if self.checkpointing:
-            base.gradient_checkpointing_enable()
-            if self.config is not None:
-                base.enable_input_require_grads()
         if self.quantize != "none" and not isinstance(self.config, InlayConfig):
             for p in (p for p in model.parameters() if p.requires_grad):
                 p.data = p.data.to(torch.bfloat16)  # as trl does; Inlay's are fp32 again before a step
@@ -135,11 +133,11 @@ class PlannedRun:
         """Return the same run on an unquantised base, by whose steps this one is planned, if it is."""
         if not self.quantize.startswith("nf4"):
             return None
-        return self.plain or (None if installed("bitsandbytes") else replace(self, quantize="none"))
+        return self.like or (None if installed("bitsandbytes") else replace(self, quantize="none"))
 
     @cached_property
     def savings(self) -> tuple[float, float]:
-        return nf4_savings(self.blank(), self.dtype)
+        return nf4_savings(self.base.outline, self.dtype)
 
     @cached_property
     def steps(self) -> dict[tuple[int, int, float], Step]:
@@ -157,12 +155,17 @@ class PlannedRun:
             return replace(step, frozen=step.frozen - saved, update=step.update - saved, **less)
         if (batch, length, labelled) not in self.steps:
             try:
-                steps = [simulate(model, batch, length, self.device, labelled) for model in self.parts]
+                steps = [self.follow(model, batch, length, labelled) for model in self.parts]
             except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
                 what = f"a step of {self.base.name} cannot be simulated without its weights"
                 raise NotPlannedError(f"{what}: {first_line(error)[:200]}") from error
             self.steps[batch, length, labelled] = steps[0].towards(steps[-1], self.share)
         return self.steps[batch, length, labelled]
+
+    def follow(self, model: nn.Module, batch: int, length: int, labelled: float) -> Step:
+        """Simulate a step of a model that `build` made, with checkpointing where the run has it."""
+        with checkpointed(model) if self.checkpointing else nullcontext():
+            return simulate(model, batch, length, self.device, labelled)
 
     @cached_property
     def parameters(self) -> int:
@@ -178,16 +181,14 @@ class PlannedRun:
         fixed = first.frozen + first.trained + first.optimizer  # whatever the batch
         if fixed > budget:
             return 0
-        if first.peak > budget:
-            return bisect.bisect_right(range(1, whole), budget, key=lambda n: self.step(n, length).peak)
         points = [(whole, first.peak)]
-        fits, fails = whole, MOST
-        guess = int(min(max(reach((0, fixed), points[0], budget), whole + 1), MOST - 1))
+        fits, fails = (whole, MOST) if first.peak <= budget else (0, whole)
+        guess = int(min(max(reach((0, fixed), points[0], budget), fits + 1), fails - 1))
         while fails - fits > 1:
             points.append((guess, self.step(guess, length).peak))
             fits, fails = (guess, fails) if points[-1][1] <= budget else (fits, guess)
-            # The peak is the largest of lines: beyond two points it rises at least as fast as between them.
-            below = sorted(point for point in points if point[1] <= budget)[-2:]
+            # With a full tile the peak is the largest of lines: beyond two points it rises no slower than between them.
+            below = sorted(point for point in points if point[0] >= whole and point[1] <= budget)[-2:]
             if len(below) == 2 and self.dtype != torch.float32 and reach(below[0], below[1], budget) < fits + 1:
                 break  # in fp32 a method may take another way with more tokens
             guess = int(min(max(reach(points[-2], points[-1], budget), fits + 1), fails - 1))
@@ -205,14 +206,14 @@ class PlannedRun:
 
     def sized(self, size: int) -> PlannedRun:
         """Return this run with the rank, block size or bond `size`, or as it is where its method has none."""
-        plain = self.plain and self.plain.sized(size)
+        like = self.like and self.like.sized(size)
         if not isinstance(self.config, InlayConfig):
-            return replace(self, plain=plain, config=replace(self.config, r=size))  # type: ignore[type-var]
+            return replace(self, like=like, config=replace(self.config, r=size))  # type: ignore[type-var]
         name = size_name(str(self.config.method))
         if name is None:
             return self
         args = {**self.config.args, name: size}
-        return replace(self, plain=plain, config=replace(self.config, args=args))
+        return replace(self, like=like, config=replace(self.config, args=args))
 
     def sizes(self) -> list[int]:
         """Return the ranks, up to `LARGEST`, that every adapted weight accepts; 1 alone where there is none."""
@@ -241,6 +242,18 @@ class PlannedRun:
         sizes = self.sizes() if sizes is None else sizes
         fit = bisect.bisect_right(sizes, budget, key=lambda n: need(self.sized(n)))
         return sizes[fit - 1] if fit else None
+
+
+@contextmanager
+def checkpointed(model: nn.Module) -> Iterator[None]:
+    """Let a model compute its activations again in the backward pass, until the block ends."""
+    base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+    base.gradient_checkpointing_enable()  # which also lets the embeddings' output require gradients
+    try:
+        yield
+    finally:
+        base.gradient_checkpointing_disable()
+        base.disable_input_require_grads()
 
 
 def reach(one: tuple[int, float], other: tuple[int, float], budget: float) -> float:

@@ -90,10 +90,11 @@ class Step:
 
 
 Form = tuple[torch.Size, tuple[int, ...], torch.dtype]  # all that a tensor on the meta device has, but for its memory
-PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
-# What an operation makes: the type of its result (None: its first argument, in place) and the forms of the new tensors.
-Made = tuple[type | None, list[Form]]
-RESULTS: dict[tuple, Made | None] = {}  # by the operation and its arguments; None: it must be run, as a view must
+PLAIN = {int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
+# What an operation makes: the type of its result (or the place of the argument that it is), the forms of new tensors.
+Made = tuple[type | int, list[Form]]
+# By the operation and its arguments; None in place of what it makes: it must be run, as a view must. And its FLOPs.
+RESULTS: dict[tuple, tuple[Made | None, int]] = {}
 
 
 def form_of(t: Tensor) -> Form:
@@ -107,51 +108,54 @@ def key_of(argument: object) -> tuple:
     Raises:
         TypeError: that is not known.
     """
+    kind = type(argument)
+    if kind in PLAIN:
+        return kind, argument
     if isinstance(argument, Tensor) and argument.is_meta:
         return form_of(argument)
-    if isinstance(argument, tuple | list):
-        return (type(argument), *map(key_of, argument))
-    if isinstance(argument, PLAIN):
-        return type(argument), argument
-    raise TypeError(f"{type(argument)} is no argument by which a result is known")
+    if isinstance(argument, (tuple, list)):
+        return (kind, *map(key_of, argument))
+    raise TypeError(f"{kind} is no argument by which a result is known")
 
 
-def result_of(func: Callable, args: tuple, kwargs: dict) -> object:
+def result_of(func: Callable, count: Callable | None, args: tuple, kwargs: dict) -> tuple[object, int]:
     """Return what an operation gives on the meta device, whose kernels in Python take most of a simulation's time.
 
-    Layers repeat the same operations on the same shapes, so each is run once, and its results are then made by their
-    form. Views are always run: they cost little, and share memory.
+    Its FLOPs are returned too, as `count`, which only products have, gives them. Layers repeat the same operations on
+    the same shapes, so each is run once, and its results are then made by their form. Views are always run: they cost
+    little, and share memory.
     """
     try:
         key = (func, *map(key_of, args), *((name, key_of(value)) for name, value in kwargs.items()))
     except TypeError:
-        return func(*args, **kwargs)
-    if key not in RESULTS:
+        key = ()
+    known, flops = RESULTS.get(key, (None, None))
+    if flops is None:
         out = func(*args, **kwargs)
-        RESULTS[key] = known_result(key[1:2], args, kwargs, out)
-        return out
-    known = RESULTS[key]
+        flops = count(*args, **kwargs, out_val=out) if count else 0
+        if key:
+            RESULTS[key] = known_result(key, args, kwargs, out), flops
+        return out, flops
     if known is None:
-        return func(*args, **kwargs)
+        return func(*args, **kwargs), flops
     kind, forms = known
-    if kind is None:
-        return args[0]
+    if isinstance(kind, int):
+        return [*args, *kwargs.values()][kind], flops
     made = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in forms]
-    return made[0] if kind is Tensor else kind(made)
+    return made[0] if kind is Tensor else kind(made), flops
 
 
-def known_result(before: tuple, args: tuple, kwargs: dict, out: object) -> Made | None:
-    """Return what an operation made, where that can be made again by its form alone.
-
-    `before` has the key of the first argument, if there is one.
-    """
+def known_result(key: tuple, args: tuple, kwargs: dict, out: object) -> Made | None:
+    """Return what an operation made, where that can be made again by its form alone; `key` was made before it ran."""
     given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     parts = list(out) if isinstance(out, tuple | list) else [out]
     made = [one for one in parts if isinstance(one, Tensor) and one.is_meta]
-    if not given or not made or len(made) < len(parts):
+    if not made or len(made) < len(parts):
         return None
-    if args and out is args[0] and (form_of(made[0]),) == before:
-        return None, []
+    for place, argument in enumerate([*args, *kwargs.values()]):
+        if argument is out:
+            same = form_of(made[0]) in (key[1 + place], key[1 + place][-1])  # a keyword's has its name before it
+            return (place, []) if same else None
     if {id(t.untyped_storage()) for t in given} & {id(one.untyped_storage()) for one in made}:
         return None
     return Tensor if isinstance(out, Tensor) else type(out), list(map(form_of, made))
@@ -185,14 +189,13 @@ class Meter(TorchDispatchMode):
         return peak
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        out = result_of(func, args, kwargs or {})
+        out, flops = result_of(func, FLOPS.get(func.overloadpacket), args, kwargs or {})
+        self.flops += flops
         for leaf in [out] if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self.see(leaf)
         if func.namespace == "bitsandbytes" and str(func) in WITHIN:
             self.peak = max(self.peak, self.live + round(WITHIN[str(func)](out, *args)))
-        if func.overloadpacket in FLOPS:
-            self.flops += FLOPS[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
         return out
 
 

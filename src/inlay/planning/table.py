@@ -121,11 +121,11 @@ def planned_runs(
     Full fine-tuning is planned unquantised only.
     """
     for name, config in compared:
-        widths_of = kinds if config is not None else ("none",)
-        plain = {saving: replace(of, config=config, checkpointing=saving) for saving in (False, True)}
-        for kind, saving in itertools.product(widths_of, (False, True)):
-            run = plain[saving]
-            yield name, run if kind == "none" else replace(run, quantize=kind, plain=run)
+        made: dict[tuple[str, bool], PlannedRun] = {}
+        for kind, saving in itertools.product(kinds if config is not None else ("none",), (False, True)):
+            like = made.get(("none", saving) if kind == "nf4" else (kind, False))
+            made[kind, saving] = replace(of, config=config, quantize=kind, checkpointing=saving, like=like)
+            yield name, made[kind, saving]
 
 
 def plan_rows(
