@@ -10,14 +10,17 @@ one thread, CPU time. Each part is a difference of two measurements on the same 
 - head and loss: the trainer's loss with its backward pass, less the backbone with its adapter
 - optimiser: clipping and AdamW
 - the rest: the same steps in the trainer's own loop (batches, callbacks, logs, checks), less all of the above
+- in parts: the whole step as `inlay train` takes it, each batch in parts of rows of similar length
 
 "All positions" is trl's head as it runs where Triton does not; shares are of a whole step with it. Peak: bytes held at
-once in a forward and backward pass.
+once in a forward and backward pass. "A pass costs" is what it takes beside its tokens, in tokens, from passes over 32
+and over 256 of them: a part has to spare more.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import tempfile
 import time
@@ -42,6 +45,7 @@ from inlay.training.base_model import load_training_model
 from inlay.training.fit import build_trainer
 from inlay.training.prepared import Prepared
 from inlay.training.tasks import TASKS
+from inlay.training.trainers.batch_parts import parts_of
 
 SILENT = Console(quiet=True)
 DATA = {"E2E": ("e2e/devset.csv", 8), "GSM8K": ("gsm8k/train.jsonl", 4)}  # and the rows of a batch
@@ -128,19 +132,44 @@ def profiled(name: str, rounds: int, method: str, folder: Path) -> tuple[list[li
     rows = []
     for part, before in columns[0].items():
         after = columns[1][part]
-        show, of = (gib, before) if part == "peak of a pass" else (lambda seconds: f"{seconds:.2f}", whole)
+        show, of = (
+            (gib, columns[0]["peak of a pass"])
+            if part.startswith("peak")
+            else (lambda seconds: f"{seconds:.2f}", whole)
+        )
         rows.append([name, part, show(before), show(after), f"{before / of:.0%}", f"{after / of:.0%}"])
-    return rows, f"{name}: {rounds} batches of {size} rows, {described(batches)}."
+    cost = pass_cost(trainers[WAYS[1]].model)
+    return rows, f"{name}: {rounds} batches of {size} rows, {described(batches)}. A pass costs {cost:.0f} tokens."
+
+
+def pass_cost(model: Any) -> float:
+    """The tokens whose time a pass takes beside its tokens."""
+
+    def seconds(tokens: int) -> float:
+        ids = torch.arange(tokens)[None]
+        return min(cpu_seconds(lambda: model(input_ids=ids, labels=ids).loss.backward()) for _ in range(3))
+
+    few, many = seconds(32), seconds(256)
+    return few / ((many - few) / (256 - 32)) - 32
 
 
 def column(trainer: Any, batches: list[dict[str, torch.Tensor]], mean: dict[str, float], way: str) -> dict[str, float]:
     """Each part of a step the one way, with the whole of it and its peak."""
-    held = peak(lambda: trainer.compute_loss(trainer.model, dict(batches[0])).backward())
-    trainer.model.zero_grad()
+    parts = parts_of(batches[0]) if way == WAYS[1] else [batches[0]]  # trl takes batches whole
+
+    def held(batch: dict[str, torch.Tensor]) -> float:
+        most = peak(lambda: trainer.compute_loss(trainer.model, dict(batch)).backward())
+        trainer.model.zero_grad()
+        return most
+
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(clock := Clock())
-    trainer.train()
-    whole = clock.seconds / len(batches)
+    with patch("inlay.training.trainers.batch_parts.PASS", math.inf):
+        trainer.train()
+    whole = in_parts = clock.seconds / len(batches)
+    if way == WAYS[1]:
+        trainer.train()
+        in_parts = clock.seconds / len(batches)
     return {
         "frozen layers": mean["frozen"],
         "adapter": mean["adapted"] - mean["frozen"],
@@ -148,7 +177,9 @@ def column(trainer: Any, batches: list[dict[str, torch.Tensor]], mean: dict[str,
         "optimiser": mean["optimiser"],
         "the rest": whole - mean[way] - mean["optimiser"],
         "whole step": whole,
-        "peak of a pass": held,
+        "whole step, in parts": in_parts,
+        "peak of a pass": held(batches[0]),
+        "peak of a pass, in parts": max(map(held, parts)),
     }
 
 

@@ -1,10 +1,13 @@
 """Which examples make a batch, and how many steps a run has of them."""
 
 import json
+from itertools import combinations, pairwise
 
 import pytest
 import torch
 from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 from inlay.models.base import BaseModel
@@ -14,6 +17,8 @@ from inlay.training.base_model import load_training_model
 from inlay.training.fit import build_trainer
 from inlay.training.prepared import Prepared
 from inlay.training.tasks import TASKS
+from inlay.training.trainers import batch_parts
+from inlay.training.trainers.batch_parts import PASS, cut_by_length, parts_of
 from inlay.training.trainers.length_groups import LengthGroups, padded_tokens, token_counts, tokens_spared
 
 SILENT = Console(quiet=True)
@@ -82,6 +87,88 @@ def test_groups_are_drawn_by_our_sampler(short, tiny, tmp_path):
     loader.set_epoch(1)
     assert sampler.epoch == 1
     assert isinstance(trainer.get_eval_dataloader().batch_sampler.sampler, LengthGroups)
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=7))
+def test_parts_of_a_batch_cost_least(lengths):
+    """Beside every way to cut the rows, in the order of their lengths."""
+    parts = cut_by_length(lengths)
+    assert sorted(row for part in parts for row in part) == list(range(len(lengths)))
+    ordered, n = sorted(lengths), len(lengths)
+    ways = [(0, *inner, n) for k in range(n) for inner in combinations(range(1, n), k)]
+    least = min(sum((b - a) * ordered[b - 1] + PASS for a, b in pairwise(way)) for way in ways)
+    assert sum(len(part) * max(lengths[i] for i in part) + PASS for part in parts) == least
+
+
+def test_a_part_is_as_long_as_its_longest_row():
+    """Padding on the left is kept, because it counts in the positions."""
+    ids = torch.arange(4 * 200).view(4, 200)
+    mask = torch.ones(4, 200, dtype=torch.long)
+    mask[0, 10:] = mask[2, 12:] = mask[3, :150] = 0
+    short_rows, long_rows = parts_of({"input_ids": ids, "attention_mask": mask})
+    assert torch.equal(short_rows["input_ids"], ids[[0, 2], :12])
+    assert torch.equal(long_rows["attention_mask"], mask[[1, 3]])
+    whole = {"input_ids": ids[[1, 1]], "attention_mask": mask[[1, 1]]}
+    assert parts_of(whole)[0] is whole
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_parts_have_the_loss_and_the_gradients_of_the_batch(weighted, tiny, tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    sizes = [1, 2, 90, 3, 100, 1, 5, 95, 2, 2, 4, 80]
+    rows = [{"prompt": f"q {i}", "completion": "a " * size} for i, size in enumerate(sizes)]
+    if weighted:
+        user, assistant = {"role": "user"}, {"role": "assistant"}
+        rows = [
+            {
+                "messages": [
+                    {**user, "content": row["prompt"]},
+                    {**assistant, "content": row["completion"], "weight": 1 + i % 3},
+                ]
+            }
+            for i, row in enumerate(rows)
+        ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+
+    def step(cost: float):
+        monkeypatch.setattr(batch_parts, "PASS", cost)
+        values = {"eval_size": 2, "batch_size": 5, "accumulation": 2, "dtype": "float32", "max_length": 256}
+        trainer = settled(Recipe(model=tiny, data=str(path), method="lora", args={"r": 2}, **values), tmp_path)
+        trainer.create_optimizer()
+        trainer.current_gradient_accumulation_steps = 2
+        sizes = []
+        trainer.model.register_forward_pre_hook(
+            lambda *given: sizes.append(given[2]["input_ids"].shape), with_kwargs=True
+        )
+        batches, count = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 2, torch.device("cpu"))
+        losses = [trainer.training_step(trainer.model, batch, count) for batch in batches]
+        named = trainer.model.named_parameters()
+        noted = trainer._metrics["train"]
+        gradients = {name: p.grad for name, p in named if p.grad is not None}
+        return losses, gradients, [noted[name] for name in ("entropy", "mean_token_accuracy", "num_tokens")], sizes
+
+    losses, gradients, noted, shapes = step(48)
+    whole, expected, means, padded = step(float("inf"))
+    assert len(padded) == 2
+    assert len(shapes) > 2
+    assert sum(r * w for r, w in shapes) < 0.7 * sum(r * w for r, w in padded)
+    torch.testing.assert_close(losses, whole)
+    assert gradients.keys() == expected.keys()
+    largest = max(value.abs().max() for value in expected.values())
+    assert largest > 0
+    for name, value in expected.items():
+        torch.testing.assert_close(gradients[name], value, rtol=1e-4, atol=float(largest) * 1e-5)
+    for own, mean in zip(noted, means, strict=True):
+        assert own == pytest.approx(mean, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("more", "divides"),
+    [({}, True), ({"trainer": {"neftune_noise_alpha": 5.0}}, False), ({"optimizer": "adalomo"}, False)],
+)
+def test_batches_are_whole_where_parts_would_mean_something_else(more, divides, short, tiny, tmp_path):
+    trainer = settled(Recipe(model=tiny, data=short, eval_size=4, dtype="float32", **more), tmp_path)
+    assert trainer._divides() == divides
 
 
 @pytest.fixture(scope="module")

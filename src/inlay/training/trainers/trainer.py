@@ -40,6 +40,7 @@ from inlay.models.scored_positions import base_model_of
 from inlay.numerics.zeroth_order import ZerothOrder
 from inlay.training import checkpoints
 from inlay.training.checkpoints import Checkpoint
+from inlay.training.trainers.batch_parts import InParts
 from inlay.training.trainers.deepspeed_zero3 import for_all, for_own, gather_state, hold, load_state
 from inlay.training.trainers.faults import bad_gradients, first_bad_output
 from inlay.training.trainers.held_out import HeldOutTokens
@@ -351,7 +352,7 @@ class CausalTrainer(Safe):
             self.data_collator = WithWeights(cast(Any, self.data_collator))
 
 
-class Trainer(HeldOutTokens, CausalTrainer, SFTTrainer):
+class Trainer(HeldOutTokens, CausalTrainer, InParts, SFTTrainer):
     """Extend trl's SFTTrainer, for instructions, plain text and images."""
 
     token_metrics = ("loss", "mean_token_accuracy", "entropy")
