@@ -7,7 +7,7 @@ A part costs one pass more through the model, which on a CPU takes the time of s
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from inlay.data.render import IGNORED
 from inlay.host.distributed import process_count
-from inlay.training.trainers.token_weights import WEIGHTS
+from inlay.training.trainers.token_weights import WEIGHTS, Batch
 
 Base = transformers.Trainer if TYPE_CHECKING else object
 
@@ -38,7 +38,7 @@ class InParts(Base):
             and "lomo" not in self.args.optim  # moves weights during the backward pass
         )
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:  # type: ignore[override]
         """Take a micro-batch as trl does, in the parts that cost least."""
         step = super().training_step
         divides = num_items_in_batch is not None and inputs.keys() <= OF_ROWS and self._divides()
@@ -56,7 +56,7 @@ class InParts(Base):
             values[-len(counts) :] = [sum(value * count for value, count in own) / max(1, sum(counts))]
 
 
-def parts_of(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+def parts_of(batch: Batch) -> list[Batch]:
     """Return a batch (rows × tokens each) in parts, each as long as its longest row; one part is the batch itself."""
     mask = batch["attention_mask"]
     ends = (mask.shape[1] - mask.flip(1).argmax(1)).tolist()  # padding on the left keeps its place
