@@ -20,7 +20,7 @@ from inlay.training.trainers.token_weights import WEIGHTS, Batch
 Base = transformers.Trainer if TYPE_CHECKING else object
 
 PASS = 48  # tokens that take as long as what a pass costs beside its tokens: `benchmarks/step_profile.py`
-OF_ROWS = {"input_ids", "attention_mask", "labels", WEIGHTS}  # what a batch of text holds, each rows × tokens
+TEXT = {"input_ids", "attention_mask", "labels"}  # what a batch of text holds, each rows × tokens
 PER_BATCH = ("entropy", "mean_token_accuracy")  # what trl notes of each batch, as means over its labelled tokens
 
 
@@ -41,7 +41,7 @@ class InParts(Base):
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:  # type: ignore[override]
         """Take a micro-batch as trl does, in the parts that cost least."""
         step = super().training_step
-        divides = num_items_in_batch is not None and inputs.keys() <= OF_ROWS and self._divides()
+        divides = num_items_in_batch is not None and TEXT <= inputs.keys() <= {*TEXT, WEIGHTS} and self._divides()
         parts = parts_of(inputs) if divides else [inputs]
         loss = torch.stack([step(model, part, num_items_in_batch) for part in parts]).sum()
         if len(parts) > 1:
