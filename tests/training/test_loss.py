@@ -9,9 +9,14 @@ from datasets import Dataset
 from peft import PromptTuningConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
     DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
     Gemma2Config,
     Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
     TrainingArguments,
@@ -22,7 +27,7 @@ from trl.trainer import add_fused_lm_head
 from inlay.host.config import InlayConfig
 from inlay.models.scored_positions import logits_at
 from inlay.training.trainers.labelled_head import PER_TOKEN, score_labelled_positions
-from inlay.training.trainers.trainer import PreferenceTrainer, TargetTrainer, Trainer
+from inlay.training.trainers.trainer import PlainTrainer, PreferenceTrainer, TargetTrainer, Trainer
 
 LENGTHS = ((9, 1), (4, 12), (6, 3), (20, 2), (3, 5), (7, 30), (5, 2), (8, 8))  # of prompts and answers, in tokens
 
@@ -241,10 +246,54 @@ def test_held_out_loss_is_the_mean_over_answer_tokens(llama, small_tokenizer, tm
         assert one["eval_loss"] == pytest.approx(found[0]["eval_loss"], abs=1e-6)
 
 
+T5_SIZES = {"vocab_size": 128, "decoder_start_token_id": 0, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1,
+            "num_heads": 2, "dropout_rate": 0.0}  # fmt: skip
+SIZES = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+         "intermediate_size": 64}  # fmt: skip
+STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def one_step(kind: str, batch: int, parts: int, tokenizer, folder) -> tuple[dict, dict]:
+    """What a step over eight examples logs, and what it trained, by plain gradient descent."""
+    torch.manual_seed(0)
+    examples = [{"input_ids": row["input_ids"], "labels": i % 3} for i, row in enumerate(rows())]
+    trainer, collate, pad = PlainTrainer, DataCollatorWithPadding(tokenizer), tokenizer.pad_token_id
+    if kind == "t5":
+        model = T5ForConditionalGeneration(T5Config(**T5_SIZES))
+        examples = [{**row, "labels": [t for t in row["labels"] if t != -100]} for row in rows()]
+        trainer, collate = TargetTrainer, DataCollatorForSeq2Seq(tokenizer)
+    elif kind == "regression":
+        model = LlamaForSequenceClassification(
+            LlamaConfig(num_labels=1, problem_type="regression", pad_token_id=pad, **SIZES)
+        )
+        examples = [{**row, "labels": float(row["labels"])} for row in examples]
+    elif kind == "bert":
+        model = BertForSequenceClassification(BertConfig(num_labels=3, pad_token_id=pad, **SIZES, **STILL))
+    else:
+        model = LlamaForSequenceClassification(LlamaConfig(num_labels=3, pad_token_id=pad, **SIZES))
+    plain = {key: value for key, value in ARGUMENTS.items() if key not in ("max_length", "max_steps")}
+    more = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": parts, "optim": "sgd", "max_steps": 1}
+    arguments = TrainingArguments(str(folder), **{**plain, **more}, train_sampling_strategy="sequential")
+    data = Dataset.from_list(examples)
+    run = trainer(model, args=arguments, train_dataset=data, data_collator=collate)
+    run.train()
+    return run.state.log_history[0], {n: p.detach() for n, p in run.model.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", ["t5", "bert", "llama", "regression"])
+def test_a_step_of_micro_batches_is_that_of_one_batch(kind, small_tokenizer, tmp_path):
+    """Also where a model's loss is the mean of a batch although it takes the count of a whole step."""
+    row, expected = one_step(kind, 8, 1, small_tokenizer, tmp_path)
+    for batch, parts in ((4, 2), (2, 4)):
+        again, found = one_step(kind, batch, parts, small_tokenizer, tmp_path)
+        assert [again[k] for k in ("loss", "grad_norm")] == pytest.approx([row[k] for k in ("loss", "grad_norm")], 1e-4)
+        for name, weight in expected.items():
+            torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-6, msg=name)
+
+
 @torch.no_grad()
 def test_held_out_loss_of_summaries_is_the_mean_over_target_tokens(small_tokenizer, tmp_path):
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 2}
-    model = T5ForConditionalGeneration(T5Config(vocab_size=128, decoder_start_token_id=0, **sizes)).eval()
+    model = T5ForConditionalGeneration(T5Config(**T5_SIZES)).eval()
     plain = {key: value for key, value in ARGUMENTS.items() if key != "max_length"}
     arguments = partial(TrainingArguments, str(tmp_path), **plain, label_smoothing_factor=0.1)
     targets = [[token for token in row["labels"] if token != -100] for row in rows()]

@@ -565,23 +565,51 @@ class ByEpoch(Sampler[int]):
 
 
 class PlainTrainer(Safe, transformers.Trainer):
-    """Extend transformers' own trainer, so that it takes an adapter as trl's do."""
+    """Extend transformers' own trainer, so that it takes an adapter as trl's do, and the mean over a step's batches."""
 
     def __init__(self, model: Any, *args: Any, peft_config: PeftConfig | None = None, **kwargs: Any) -> None:
         model = get_peft_model(model, peft_config) if peft_config is not None else model
         if isinstance(model, PeftModel) and kwargs["args"].gradient_checkpointing:
             cast(Any, model).enable_input_require_grads()
         super().__init__(model, *args, **kwargs)
+        # BERT, T5, every regression: the loss is a batch's mean although `forward` takes the count of a whole step, and
+        # transformers would add these means up over micro-batches and processes.
+        self.model_accepts_loss_kwargs = False
 
 
 class TargetTrainer(HeldOutTokens, PlainTrainer):
-    """Extend transformers' own trainer, for models whose every label is a token of a target text."""
+    """Extend transformers' own trainer, for models whose every label is a token of a target text.
+
+    The loss of a step is the mean over all its tokens, however they are divided into micro-batches and processes.
+    """
+
+    tokens: Tensor  # of targets in a micro-batch, on average over the step
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | int | None]:
+        """Return the micro-batches of a step as transformers does, and count their tokens."""
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches:
+            own = torch.stack([target_tokens(batch).float() for batch in batches]).mean()
+            self.tokens = cast(Tensor, self.accelerator.reduce(own.to(self.args.device), "mean"))
+        return batches, count
+
+    def compute_loss(self, model: nn.Module, inputs: Inputs, *args: Any, **kwargs: Any) -> Any:
+        """Return the mean loss of a micro-batch, weighted by its share of the step's tokens."""
+        share = target_tokens(inputs).to(self.args.device) / self.tokens
+        return super().compute_loss(model, inputs, *args, **kwargs) * share
 
     def token_scores(self, model: nn.Module, inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
         """Return which tokens are no padding, and each one's loss."""
         logits, labels = model(**inputs).logits, inputs["labels"]
         losses = cross_entropy(logits.transpose(1, 2).float(), labels, reduction="none", ignore_index=IGNORED)
         return labels != IGNORED, [losses]
+
+
+def target_tokens(batch: Inputs) -> Tensor:
+    """Return how many tokens of targets a batch holds."""
+    return (batch["labels"] != IGNORED).sum()
 
 
 def state_of(found: Checkpoint) -> TrainerState:
