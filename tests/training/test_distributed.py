@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
@@ -18,6 +19,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from inlay.cli import main
 from inlay.files.atomic import locked
+from inlay.host import distributed
 from inlay.method import Method
 from inlay.methods import METHODS
 from inlay.recipe.recipe import Recipe
@@ -302,6 +304,27 @@ def test_experts_in_two_processes(tmp_path, small_tokenizer, records):
         assert_same(tmp_path / run, alone)
     names = load_file(alone / "adapter" / "adapter_model.safetensors")
     assert any(".experts.down_proj.inlay_A" in name for name in names)
+
+
+def test_processes_wait_for_as_long_as_the_first_one_works(monkeypatch):
+    """It alone computes spectra, reads data first, draws plots and uploads, which may take hours."""
+    given = {}
+
+    class MadeError(Exception):
+        pass
+
+    class State:
+        _shared_state: dict = {}
+
+        def __init__(self, **kwargs):
+            given.update(kwargs)
+            raise MadeError
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed, "PartialState", State)
+    with pytest.raises(MadeError), distributed.joined_processes():
+        pass
+    assert given["timeout"] >= timedelta(hours=12)
 
 
 def test_a_process_ends_with_its_launcher(tmp_path, monkeypatch):

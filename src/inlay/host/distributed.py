@@ -9,6 +9,7 @@ import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 
 T = TypeVar("T")
+PATIENCE = timedelta(days=1)  # of processes that wait, for spectra, data or an upload; torch gives NCCL ten minutes
 
 
 class Elsewhere(Exception):  # noqa: N818 (it is no error of this process)
@@ -54,7 +56,7 @@ def joined_processes() -> Iterator[None]:
     if not launched() or PartialState._shared_state:
         yield
         return
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     allow_sharding(state)
     try:
         yield
