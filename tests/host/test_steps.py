@@ -358,6 +358,23 @@ def test_a_projection_follows_the_gradients():
     torch.testing.assert_close(P.T @ P, torch.eye(2), atol=0.1, rtol=0)
 
 
+def test_subspace_descent_goes_on_in_bf16_as_if_it_had_not_been_saved():
+    """torch casts a state to its parameter's dtype when it is loaded, and bf16 has no 257 to count to."""
+    slopes = torch.randn(300, 8, 12).bfloat16()
+    whole, saved = (nn.Parameter(torch.zeros(8, 12).bfloat16()) for _ in range(2))
+    one, other = (SubspaceDescent([p], lr=1e-2, rank=2) for p in (whole, saved))
+    for i, slope in enumerate(slopes):
+        if i == 290:
+            state = copy.deepcopy(other.state_dict())
+            other = SubspaceDescent([saved], lr=1e-2, rank=2)
+            other.load_state_dict(state)
+        for p, optimizer in ((whole, one), (saved, other)):
+            p.grad = slope.clone()
+            optimizer.step()
+    assert torch.equal(whole, saved)
+    assert all(torch.equal(value, other.state[saved][name]) for name, value in one.state[whole].items())
+
+
 def test_subspace_descent_waits_for_a_gradient_and_is_adamw_where_a_matrix_is_narrow():
     wide, narrow = (nn.Parameter(torch.randn(s)) for s in ((8, 8), (8, 3)))
     twin = nn.Parameter(narrow.detach().clone())

@@ -88,15 +88,15 @@ class SubspaceDescent(Optimizer):
 
 
 def adam(state: dict[str, Any], name: str, g: Tensor, group: dict[str, Any]) -> Tensor:
-    """Return Adam's direction for a gradient, with its moments in `state` under names that begin with `name`."""
+    """Return Adam's direction for a gradient, with its moments in `state` under names that begin with `name`.
+
+    P's steps begin one after W's, whose "step" alone torch keeps in fp32 when a state is loaded: bf16 counts to 256.
+    """
     if f"{name}mean" not in state:
-        state |= {
-            f"{name}step": torch.zeros(()),
-            f"{name}mean": torch.zeros_like(g),
-            f"{name}square": torch.zeros_like(g),
-        }
-    state[f"{name}step"] += 1
-    t, (first, second) = state[f"{name}step"].item(), group["betas"]
+        state |= {f"{name}mean": torch.zeros_like(g), f"{name}square": torch.zeros_like(g)}
+    step = state.setdefault("step", torch.zeros(()))
+    step += not name
+    t, (first, second) = step.item() - bool(name), group["betas"]
     mean = state[f"{name}mean"].lerp_(g, 1 - first)
     square = state[f"{name}square"].mul_(second).addcmul_(g, g, value=1 - second)
     return mean / (1 - first**t) / ((square / (1 - second**t)).sqrt() + group["eps"])
