@@ -197,6 +197,23 @@ def test_it_finds_the_entries_that_matter():
     torch.testing.assert_close(layer.get_delta_weight("default"), target, rtol=0, atol=0.05)
 
 
+@pytest.mark.parametrize("wrong", [float("inf"), float("nan")])
+@pytest.mark.parametrize("when", [0, 1])
+def test_a_step_that_is_passed_over_leaves_no_mark(wrong, when):
+    """As the first ones of fp16, whose gradients are infinite until its loss scaling has found its scale."""
+    found = []
+    for bad in ((), (when,)):
+        model, x, y = one_layer(SpIEL(r=2, rounds=1))
+        (layer,) = layers(model).values()
+        step(model, 0.0)
+        for i in range(2):
+            F.mse_loss(model(x), y).backward()
+            if i in bad:
+                (F.mse_loss(model(x), y) * wrong).backward()
+        found.append({k: layer.theta("default")[1][k].clone() for k in ("candidates", "g")})
+    assert all(torch.equal(found[0][k], found[1][k]) for k in found[0])
+
+
 def test_no_more_is_kept_than_the_input_and_the_entries():
     model, x, _ = one_layer(SpIEL(r=2))
     seen: list[Tensor] = []

@@ -14,6 +14,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import pyarrow
 import pyarrow.parquet
@@ -32,6 +33,7 @@ from inlay.recipe.reading import load_recipe
 from inlay.recipe.recipe import Recipe
 from inlay.reports.result import environment
 from inlay.training import calibration, checkpoints, mixture
+from inlay.training.peft_extras import Allocation
 from inlay.training.progress import RunProgress
 from inlay.training.train import train, unfinished
 from inlay.training.trainers.faults import bad_gradients
@@ -726,6 +728,38 @@ def test_a_step_with_nan_is_passed_over_as_often_as_allowed(tiny, records, tmp_p
     (row,) = [row for row in result.history if "passed_over" in row]
     assert row["step"] == 3
     assert "v_proj" in row["passed_over"]
+
+
+def test_a_step_that_is_passed_over_in_fp16_moves_nothing():
+    """Its loss scaling fails where no gradient is left."""
+    model, scaler = nn.Linear(3, 2), torch.amp.GradScaler("cpu")
+    optimizer, before = torch.optim.AdamW(model.parameters(), weight_decay=0.1), copy.deepcopy(model.state_dict())
+    scaler.scale(model(torch.ones(1, 3)).sum()).backward()
+    trainer = SimpleNamespace(
+        state=SimpleNamespace(global_step=0), passed={}, skips=1, fault="the loss is nan",
+        accelerator=SimpleNamespace(scaler=scaler),
+    )  # fmt: skip
+    Safe._pass_over(cast(Safe, trainer), model)
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert trainer.passed == {1: "the loss is nan"}
+
+
+@pytest.mark.parametrize("grad", [None, torch.full((2, 3), torch.nan)], ids=["none", "nan"])
+def test_adalora_does_nothing_in_a_step_that_is_passed_over(grad):
+    """PEFT multiplies parameters by their gradients, which are not there, or stay NaN in its means."""
+    asked, model = [], nn.Module()
+    model.lora_A, model.base_model = nn.Parameter(torch.ones(2, 3)), nn.Module()
+    model.base_model.update_and_allocate = asked.append
+    model.peft_config = {"default": SimpleNamespace(orth_reg_weight=0.5)}
+    for value, steps in ((grad, []), (torch.ones(2, 3), [8])):
+        model.lora_A.grad = None if value is None else value.clone()
+        callback, state = Allocation(), SimpleNamespace(global_step=7)
+        callback.on_pre_optimizer_step(None, state, None, model=model)
+        callback.on_optimizer_step(None, state, None, model=model)
+        assert asked == steps
+        assert (model.lora_A.grad is None) == (value is None)
 
 
 def test_a_run_that_goes_on_passes_over_no_more_steps(tiny, records, tmp_path, monkeypatch):

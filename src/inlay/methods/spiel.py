@@ -57,8 +57,8 @@ class SpIEL(Method):
         return base(x) + change if linear is None else change
 
     def look(self, p: Params, slope: Tensor) -> None:
-        """Sum up the gradient of the candidates, after choosing them from the first one of a round."""
-        if (now := self.place.t * self.rounds + 1e-6) % 1 < 0.25 and now < p["round"] + 0.25:
+        """Sum up the gradient of the candidates, if it is finite, after choosing them from the first one of a round."""
+        if (now := self.place.t * self.rounds + 1e-6) % 1 < 0.25 and now < p["round"] + 0.25 and ops.all_finite(slope):
             if p["candidates"][0] < 0:
                 p["candidates"].copy_(ops.of_the_first(slope.flatten().abs().topk(len(p["g"])).indices))
             p["g"] += ops.mean_of_all(slope.flatten()[p["candidates"]])

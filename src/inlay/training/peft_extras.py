@@ -19,11 +19,20 @@ def complete_peft_method(trainer: Any) -> None:
 
 
 class Allocation(TrainerCallback):
-    """Apply AdaLoRA's penalty and ranks in every step; PEFT adds the penalty to a loss that trl does not read."""
+    """Apply AdaLoRA's penalty and ranks in every step; PEFT adds the penalty to a loss that trl does not read.
+
+    A step that is passed over has no gradients, or NaN, and neither moves anything nor counts for the ranks.
+    """
+
+    moves = False
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: object
     ) -> None:
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        self.moves = bool(grads) and all(bool(grad.isfinite().all()) for grad in grads)
+        if not self.moves:
+            return
         defects = [
             torch.linalg.matrix_norm(
                 (p @ p.T if "lora_A" in name else p.T @ p) - torch.eye(min(p.shape), device=p.device)
@@ -36,4 +45,5 @@ class Allocation(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: object
     ) -> None:
-        model.base_model.update_and_allocate(state.global_step + 1)
+        if self.moves:
+            model.base_model.update_and_allocate(state.global_step + 1)

@@ -192,6 +192,11 @@ def of_the_first(value: Tensor) -> Tensor:
     return value
 
 
+def all_finite(value: Tensor) -> bool:
+    """Return whether a tensor is finite in every process; all have to call this."""
+    return not mean_of_all((~value.isfinite()).any().float())
+
+
 def mean_of_all(value: Tensor) -> Tensor:
     """Replace a value, in place, by its mean over the processes, as DDP does with gradients; all have to call this."""
     if dist.is_initialized():

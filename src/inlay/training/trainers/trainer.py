@@ -329,7 +329,11 @@ class Safe(Base):
                 f"step {step}: {self.fault}. Nothing was changed by it; try a lower learning_rate, or "
                 f"--skip-nan {self.skips + 1} to pass over such a step"
             )
-        model.zero_grad()  # to None: the optimiser moves nothing
+        if self.accelerator.scaler is None:
+            model.zero_grad()  # to None: the optimiser moves nothing
+        else:  # fp16's loss scaling fails without gradients, and passes over those that are not finite
+            for p in model.parameters():
+                p.grad = None if p.grad is None else p.grad.fill_(math.nan)
         self.passed[step], self.fault = str(self.fault), None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
