@@ -158,7 +158,7 @@ def check_in_model(method: Method, shape: tuple[int, int]) -> None:
     model = get_peft_model(net, InlayConfig(method=method, target_modules=["0"]))
     if method.needs:
         calibrate(model, [{"x": x}] * 2, loss=lambda m, batch: m(batch["x"]).square().mean())
-    assert torch.equal(model(x), first), "the adapted model does not start as its base"
+    assert method.departs or torch.equal(model(x), first), "the adapted model does not start as its base"
     model(x).square().mean().backward()
     trained = [p for p in model.parameters() if p.requires_grad]
     assert any(p.grad is not None and p.grad.any() for p in trained), "no gradient reaches what is trained"

@@ -11,7 +11,7 @@ from inlay.method import Method
 from inlay.methods import METHODS
 from inlay.testing import check_method
 
-FAST = ("lora", "dota", "bat", "smt", "eva", "psoft")  # one of each kind
+FAST = ("lora", "dota", "bat", "smt", "eva", "psoft", "kasa")  # one of each kind
 EACH = [pytest.param(m, id=m.name, marks=() if m.name in FAST else pytest.mark.slow) for m in METHODS]
 
 
