@@ -114,6 +114,7 @@ def table(folder: Path) -> list[dict[str, str]]:
         ("tune: {}", "space is empty"),
         ("tune: {spaces: {}}", "did you mean 'space'?"),
         ("tune: {space: {data: {choices: [a]}}}", "data cannot be tuned: it defines the task"),
+        ("tune: {space: {answers: {choices: [all, last]}}}", "answers cannot be tuned: it defines the task"),
         ("tune: {space: {r: {choices: [4]}}}", "write it as args.r"),
         ("tune: {space: {learning_rat: {choices: [4]}}}", "did you mean 'learning_rate'?"),
         ("tune: {space: {dropout.x: {choices: [4]}}}", "dropout has no parts"),

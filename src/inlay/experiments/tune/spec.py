@@ -21,7 +21,8 @@ from inlay.recipe.schema import conform, conform_all, field_of
 
 # Fields that define the task, so that losses at other values do not compare; and fields that do not affect quality.
 FIXED = """model revision trust_remote_code data split eval_data eval_size columns system max_length seed eval_every
-report_to output overwrite samples encoding tsv_quotes empty_answers ignore imports task reward""".split()
+report_to output overwrite samples encoding tsv_quotes empty_answers ignore imports task reward answers unlabelled
+chat_template chat_template_kwargs""".split()
 TUNED = [f.name for f in fields(Recipe) if f.name not in (*FIXED, *ELSEWHERE)]
 EXAMPLES = "{low: 1e-5, high: 1e-2, log: true} or {choices: [4, 8, 16]}"
 Value = bool | int | float | str | None
