@@ -114,6 +114,19 @@ def test_saved_and_loaded_to_the_bit(name, tmp_path):
         PeftModel.from_pretrained(other, tmp_path)
 
 
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_a_merge_that_leaves_the_range_of_float16_is_refused_and_changes_nothing(merge):
+    model = adapt(mixtral(dtype=torch.float16), "lora")
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "down_proj.inlay_B" in n).fill_(1e6)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=r"experts\.down_proj: the merged weight reaches .*, and float16 ends at 65,504"
+    ):
+        getattr(model, merge)()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_merged_unmerged_and_unloaded(dtype):
     base = mixtral(dtype=dtype)

@@ -314,6 +314,7 @@ class InlayExperts(InlayLinear):
             W = W.to(torch.promote_types(old.dtype, torch.float32))
             for part in (part for part in parts if e in part):
                 W = W + change_of(*part[e], W).to(W.dtype)
+            self.check_range(W, old.dtype)
             new[e] = W
         return new
 
