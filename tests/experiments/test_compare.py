@@ -36,8 +36,9 @@ from inlay.experiments.compare.halving import pareto, row_noise, rungs, survivor
 from inlay.experiments.compare.outcome import Outcome, spread_text
 from inlay.experiments.compare.plots import allocated, comparison_figures, memory_stack, ranks_plot, spectra_of
 from inlay.experiments.compare.result_files import results_table
-from inlay.experiments.compare.spec import Entry, load_comparison
+from inlay.experiments.compare.spec import Comparison, Entry, load_comparison, plan_comparison
 from inlay.experiments.compare.sweep import Sweep
+from inlay.experiments.compare.tables import best_recipe
 from inlay.experiments.runner import Runner, origin
 from inlay.experiments.trial import LOG, SAMPLES, read_trial, run_trial, unrelated
 from inlay.files.atomic import locked
@@ -98,6 +99,20 @@ def test_what_cannot_be_compared_is_not():
     assert paired([1.0] * 3, [1.0] * 3).verdict("lora", 0.01) == "equivalent to lora within 0.01"
     assert paired([1.0, INF], [1.0, 1.0]).verdict("lora") == "no comparison: a run failed or diverged"
     assert math.isnan(paired([1.0, 2.0], []).mean)
+
+
+def test_a_method_that_diverged_with_a_seed_is_not_the_best():
+    plan = plan_comparison(Recipe(), Comparison(methods=["lora", "bone", "pissa"], learning_rates=[1e-3, 2e-3]))
+    run = {"before": 2.0, "forgetting": None, "parameters": 1, "parameters_last": 1, "seconds": 1.0, "memory": 1}
+    losses = {"lora": [1.0, 1.1, 1.2], "bone": [0.5, None, 0.5], "pissa": [0.8, 0.9, 0.9]}
+    finals = {name: [{**run, "after": loss} for loss in own] for name, own in losses.items()}
+    ends = {"lora": [1e-3, 2e-3, 3e-3], "bone": [1e-3, 2e-3, 3e-3], "pissa": [2e-3, 3e-3]}
+    sweeps = {name: Sweep([2e-3], rungs=[(2, dict.fromkeys(tried, 1.0))]) for name, tried in ends.items()}
+    made = Outcome(plan, Path(), dict.fromkeys(losses, 6), sweeps, finals, {})
+    assert [row.method for row in made.standings()] == ["bone", "pissa", "lora"]
+    assert yaml.safe_load(best_recipe(made))["method"] == "lora"  # PiSSA's rate is at an end
+    made.finals["lora"][0]["after"] = None
+    assert yaml.safe_load(best_recipe(made))["method"] == "pissa"
 
 
 @pytest.mark.parametrize(
@@ -371,6 +386,8 @@ def test_adaloras_penalty_is_the_one_that_peft_adds_to_a_loss(llama):
     expected = [a - b for a, b in zip(gradients(3.0), gradients(0.0), strict=True)]
     model.peft_config["default"].orth_reg_weight = 3.0
     callback = Allocation()
+    for p in parts:
+        p.grad = torch.zeros_like(p)
     callback.on_pre_optimizer_step(None, None, None, model=model)
     for p, gradient in zip(parts, expected, strict=True):
         torch.testing.assert_close(p.grad, gradient, atol=1e-5, rtol=1e-3)
@@ -379,6 +396,7 @@ def test_adaloras_penalty_is_the_one_that_peft_adds_to_a_loss(llama):
         torch.nn.init.normal_(p)
     for step in range(6):
         model(input_ids=ids, labels=ids).loss.backward()
+        callback.on_pre_optimizer_step(None, None, None, model=model)
         callback.on_optimizer_step(None, SimpleNamespace(global_step=step), None, model=model)
     assert 0 < sum(int((p != 0).sum()) for p in values) <= 2 * len(values)
 

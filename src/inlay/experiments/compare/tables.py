@@ -58,9 +58,12 @@ def paper_latex(outcome: Outcome) -> str:
 
 
 def best_recipe(outcome: Outcome) -> str:
-    """Return the recipe of the method with the lowest loss as YAML, of those whose rate is tuned if there are any."""
+    """Return the recipe of the method with the lowest loss as YAML.
+
+    One of which a run failed or diverged is the last choice, then one whose rate is not tuned.
+    """
     rows = [row for row in outcome.standings() if row.losses]
-    row = next((row for row in rows if not outcome.sweeps[row.method].untuned), rows[0])
+    row = min(rows, key=lambda row: (row.failed > 0, outcome.sweeps[row.method].untuned != ""))
     recipe = next(entry.recipe for entry in outcome.plan.entries if entry.name == row.method)
     recipe = replace(recipe, learning_rate=row.learning_rate, steps=row.steps, output=None, overwrite=False)
     head = f"# the lowest loss of inlay compare, {row.method}: {row.verdict}\n"
