@@ -105,10 +105,12 @@ def paired(values: Sequence[float], reference: Sequence[float], confidence: floa
 
 
 def holm(differences: Mapping[str, Difference], confidence: float = CONFIDENCE) -> dict[str, Difference]:
-    """Return differences with intervals that all hold together with the given confidence (Holm 1979).
+    """Return differences with the intervals by which each is judged, so that all signs hold together (Holm 1979).
 
     The smallest of m p-values is judged at α / m, the next at α / (m − 1), and so on until one is not below its bound;
-    that one and all larger ones have the interval of its bound, and every such interval includes 0.
+    that one and all larger ones have the interval of its bound, and every such interval includes 0. With the given
+    confidence no interval leaves out 0 wrongly. As bounds for sizes they hold one by one: of seven intervals that all
+    leave out 0, one misses its difference more often than that.
     """
     known = sorted((d.p_value, name) for name, d in differences.items() if not math.isnan(d.p_value))
     corrected, bound = dict(differences), 0.0

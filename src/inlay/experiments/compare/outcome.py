@@ -37,7 +37,7 @@ WORDS = ("better", "equivalent", "cannot tell", "worse", "not tuned", "no compar
 class Standing:
     """Hold one method's row: means over its seeds, standard deviations of single runs, NaN where unknown.
 
-    The intervals of all rows' differences hold together (`holm`). `word` is the verdict in one of `WORDS`.
+    The signs of all rows' differences hold together (`holm`). `word` is the verdict in one of `WORDS`.
     """
 
     method: str
@@ -139,7 +139,7 @@ class Outcome:
 
     @cached_property
     def differences(self) -> dict[str, Difference]:
-        """Return each method's difference to the reference in the loss, with intervals that hold together."""
+        """Return each method's difference to the reference in the loss, with the interval it is judged by."""
         return self._corrected(losses_of)
 
     @cached_property

@@ -25,7 +25,7 @@ body { max-width: 84rem; } p, pre { max-width: 60rem; } pre { box-sizing: border
 small { opacity: .7; } pre { font-size: .85rem; } h3 { font-size: 1rem; max-width: 60rem; white-space: pre-line; }
 """
 CAPTIONS = {
-    "differences": "The intervals hold together; one that crosses the line cannot tell the two apart.",
+    "differences": "One that crosses the line cannot tell the two apart; the signs of all others hold together.",
     "curves": "Training loss, smoothed, averaged over seeds.",
     "parameters": "Bars: standard deviation over seeds. Ringed: no other method is better in both.",
     "memory": "Memory of the whole process, libraries included.",
@@ -131,9 +131,10 @@ def reading_guide(outcome: Outcome) -> list[str]:
         f"known, {spec.margin:g}), and while the best is at an end of the grid up to {spec.extend} more "
         "are tried beyond it. A method whose best rate is still at an end, or that had one rate only, is not ranked.",
         f"At that rate, seeds {', '.join(map(str, spec.seeds))}. Intervals: Student's t on the differences of runs "
-        "with the same seed, corrected for the number of methods (Holm), so that all hold together with "
-        f"{CONFIDENCE:.0%}. Equivalent: all of the interval lies within {spec.margin:g}. Cannot tell: it includes 0 "
-        "and more; the difference beside it is what so many seeds, as noisy as these, show four times in five. Losses "
+        "with the same seed, corrected for the number of methods (Holm), so that with "
+        f"{CONFIDENCE:.0%} every better and worse is right. Equivalent: all of the interval lies within "
+        f"{spec.margin:g}. Cannot tell: it includes 0 and more; the difference beside it is what so many seeds, as "
+        "noisy as these, show four times in five. Losses "
         f"are in {outcome.unit}, means over the held-out examples.",
         *(["Forgetting: the loss over unrelated text after training minus before."] if outcome.forgets else []),
     ] + (
