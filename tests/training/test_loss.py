@@ -258,7 +258,7 @@ def one_step(kind: str, batch: int, parts: int, tokenizer, folder) -> tuple[dict
     torch.manual_seed(0)
     examples = [{"input_ids": row["input_ids"], "labels": i % 3} for i, row in enumerate(rows())]
     trainer, collate, pad = PlainTrainer, DataCollatorWithPadding(tokenizer), tokenizer.pad_token_id
-    if kind == "t5":
+    if kind in ("t5", "smoothed"):
         model = T5ForConditionalGeneration(T5Config(**T5_SIZES))
         examples = [{**row, "labels": [t for t in row["labels"] if t != -100]} for row in rows()]
         trainer, collate = TargetTrainer, DataCollatorForSeq2Seq(tokenizer)
@@ -273,6 +273,7 @@ def one_step(kind: str, batch: int, parts: int, tokenizer, folder) -> tuple[dict
         model = LlamaForSequenceClassification(LlamaConfig(num_labels=3, pad_token_id=pad, **SIZES))
     plain = {key: value for key, value in ARGUMENTS.items() if key not in ("max_length", "max_steps")}
     more = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": parts, "optim": "sgd", "max_steps": 1}
+    more |= {"label_smoothing_factor": 0.1} if kind == "smoothed" else {}
     arguments = TrainingArguments(str(folder), **{**plain, **more}, train_sampling_strategy="sequential")
     data = Dataset.from_list(examples)
     run = trainer(model, args=arguments, train_dataset=data, data_collator=collate)
@@ -280,7 +281,8 @@ def one_step(kind: str, batch: int, parts: int, tokenizer, folder) -> tuple[dict
     return run.state.log_history[0], {n: p.detach() for n, p in run.model.named_parameters()}
 
 
-@pytest.mark.parametrize("kind", ["t5", "bert", "llama", "regression"])
+@pytest.mark.filterwarnings("ignore:.label_smoothing_factor. is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", ["t5", "smoothed", "bert", "llama", "regression"])
 def test_a_step_of_micro_batches_is_that_of_one_batch(kind, small_tokenizer, tmp_path):
     """Also where a model's loss is the mean of a batch although it takes the count of a whole step."""
     row, expected = one_step(kind, 8, 1, small_tokenizer, tmp_path)

@@ -23,7 +23,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
-from transformers import PreTrainedTokenizerBase, TrainerState
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from trl import DPOTrainer, KTOConfig, SFTTrainer
 
@@ -579,6 +579,8 @@ class PlainTrainer(Safe, transformers.Trainer):
         # BERT, T5, every regression: the loss is a batch's mean although `forward` takes the count of a whole step, and
         # transformers would add these means up over micro-batches and processes.
         self.model_accepts_loss_kwargs = False
+        if self.label_smoother is not None and isinstance(self.data_collator, DataCollatorForSeq2Seq):
+            self.data_collator.model = self.model  # smoothing takes out the labels, of which a model makes its inputs
 
 
 class TargetTrainer(HeldOutTokens, PlainTrainer):
@@ -599,10 +601,17 @@ class TargetTrainer(HeldOutTokens, PlainTrainer):
             self.tokens = cast(Tensor, self.accelerator.reduce(own.to(self.args.device), "mean"))
         return batches, count
 
-    def compute_loss(self, model: nn.Module, inputs: Inputs, *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(  # type: ignore[override]
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
         """Return the mean loss of a micro-batch, weighted by its share of the step's tokens."""
         share = target_tokens(inputs).to(self.args.device) / self.tokens
-        return super().compute_loss(model, inputs, *args, **kwargs) * share
+        loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)  # type: ignore[arg-type]
+        return cast(Tensor, loss) * share
 
     def token_scores(self, model: nn.Module, inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
         """Return which tokens are no padding, and each one's loss."""
