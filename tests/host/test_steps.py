@@ -14,6 +14,8 @@ from rich.console import Console
 from sizes import SIZES
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import inlay
 from inlay import methods
@@ -356,6 +358,25 @@ def test_a_projection_follows_the_gradients():
     assert held(new) > 0.9
     P = made.state[p]["P"]
     torch.testing.assert_close(P.T @ P, torch.eye(2), atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa", "lamda"])
+def test_noise_is_as_large_where_fsdp2_shards_the_weights(method, tmp_path):
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        found = []
+        for sharded in (False, True):
+            torch.manual_seed(0)
+            net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 3))
+            config = InlayConfig(method=method, args={"r": 4}, target_modules=["0"])
+            model = get_peft_model(net, config).train()
+            model = fully_shard(model, mesh=init_device_mesh("cpu", (1,))) if sharded else model
+            inlay.flat_noise(model, 0.5, sigma=0.1, seed=1)
+            found.append(model(torch.ones(2, 16)))
+        torch.testing.assert_close(*found)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_subspace_descent_goes_on_in_bf16_as_if_it_had_not_been_saved():

@@ -637,10 +637,11 @@ class InlayLinear(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def row_norms(self) -> Tensor:
-        """Return the norm of each row of the adapted weight, (out)."""
-        W = self.matrix().float()
+        """Return the norm of each row of the adapted weight, (out), of a sharded one in every process."""
+        W = distributed.borrowed(self.matrix()).float()
         for name in (a for a in self.active_adapters if a in self.cuts and a not in self.merged_adapters):
-            W = W + self.change(name, W)
+            method, p, p0 = self.theta(name)
+            W = W + change_of(method, {k: distributed.borrowed(v) for k, v in p.items()}, p0, W)
         return W.norm(dim=1)
 
     @torch.no_grad()
