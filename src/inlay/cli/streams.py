@@ -19,7 +19,7 @@ class Steady(io.FileIO):
 
     failure: OSError | None = None
 
-    def write(self, data) -> int | None:
+    def write(self, data) -> int:
         """Write `data`, or pretend to."""
         try:
             return super().write(data)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -212,14 +212,15 @@ def run_identity(
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
     layers = {n: m for n, m in trainer.model.named_modules() if isinstance(m, InlayLinear)}
     args = trainer.args
-    tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
+    template = template_text(cast(Any, processor).chat_template or "")
+    tokenizer = cast(Any, processor).tokenizer if isinstance(processor, ProcessorMixin) else processor
     words = hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
     return {
         "the number of examples": len(rows.train),
         "the number of held-out examples": len(rows.heldout),
         "the held-out data": held.hexdigest()[:16],
         "data": digest.hexdigest()[:16],
-        "the chat template": hashlib.sha256(template_text(processor.chat_template or "").encode()).hexdigest()[:16],
+        "the chat template": hashlib.sha256(template.encode()).hexdigest()[:16],
         "the vocabulary": words.hexdigest()[:16],
         **code_digests(recipe),
         "base": seal.of_values({n: m.base_mark(m.cuts["default"].folded) for n, m in layers.items()}),
