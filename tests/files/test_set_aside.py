@@ -251,7 +251,7 @@ def rust_error():
 @pytest.mark.parametrize("error", [
     OSError(28, "No space left on device"), OSError(122, "Disk quota exceeded"), rust_error,
     Exception("No space left on device (os error 28)"),
-], ids=repr)  # fmt: skip
+], ids=lambda error: getattr(error, "__name__", repr(error)))  # fmt: skip
 def test_a_disk_that_is_full_is_one_line_wherever_a_folder_is_written(error, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
