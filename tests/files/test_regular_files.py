@@ -152,8 +152,10 @@ def test_every_reader_of_files_asks():
     found = {name: readers(tree) for name, tree in trees.items() if not name.startswith("files/")}
     assert {name: calls for name, calls in found.items() if calls} == {
         "cli/flags.py": ["FILE.read_text(encoding='utf-8')"],  # of the package
+        "cli/streams.py": ["open(os.devnull, mode, encoding='utf-8')", "os.open(os.devnull, os.O_WRONLY)",
+                           "os.open(os.devnull, os.O_RDWR)"],
         "experiments/trial.py": ["os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 420)"],
         "serving/endpoint.py": ["build_opener(ProxyHandler({})).open(request)"],  # an address
         "serving/packed.py": ["build_opener(ProxyHandler({})).open(request)"],  # an address
         "training/live_page.py": ["os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)"],  # then looked at
-    }
+    }  # fmt: skip

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from inlay.files.untrusted import regular_file
-from inlay.methods import every
+from inlay.methods import find
+from inlay.recipe.peft_methods import is_inlay
 from inlay.recipe.recipe import Recipe
 from inlay.recipe.rewards import find_function, reward_terms
 
@@ -17,7 +18,7 @@ def code_digests(recipe: Recipe) -> dict[str, str]:
 
     A script that is running is none of them: it changes for many reasons.
     """
-    made = {f"method {m.name}": m.__module__ for m in every() if m.name == recipe.method}
+    made = {f"method {recipe.method}": find(recipe.method).__module__} if is_inlay(recipe.method) else {}
     if recipe.reward is not None:
         functions = [term.name for term in reward_terms(recipe.reward) if term.is_function]
         made |= {f"reward {name}": find_function(name, recipe.reward).__module__ for name in functions}
