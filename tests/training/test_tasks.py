@@ -244,7 +244,7 @@ def test_a_trained_classifier_is_evaluated(models_of, data_of, tmp_path, capsys)
     ask = ["--task", "classification", "--data", data_of["classification"], "--dtype", "float32", "--batch-size", "5"]
     main(["eval", str(tmp_path / "run"), *ask])
     data = f"{Path(data_of['classification']).parent.name}-classification"
-    told = json.loads((tmp_path / "run" / "eval" / f"classification-{data}-float32.json").read_text())["figures"]
+    told = json.loads((tmp_path / "run" / "eval" / f"classification-{data}.json").read_text())["figures"]
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     said = [int(model(**tokenizer(r["sentence"], return_tensors="pt")).logits.argmax()) for r in DATA["classification"]]
@@ -255,11 +255,11 @@ def test_a_trained_classifier_is_evaluated(models_of, data_of, tmp_path, capsys)
     assert told[0]["value"] == right / 24
     assert told[1]["value"] == pytest.approx(2 * both / (sum(said) + sum(want)))
     assert all(f["low"] <= f["value"] <= f["high"] and f["count"] == 24 for f in told)
-    lines = (tmp_path / "run" / "eval" / f"classification-{data}-float32.jsonl").read_text().splitlines()
+    lines = (tmp_path / "run" / "eval" / f"classification-{data}.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert [int(row["said"]) for row in rows] == said
     main(["eval", str(tmp_path / "merged"), *ask, "--output", str(tmp_path / "m")])
-    assert json.loads((tmp_path / "m" / f"classification-{data}-float32.json").read_text())["figures"] == told
+    assert json.loads((tmp_path / "m" / f"classification-{data}.json").read_text())["figures"] == told
     capsys.readouterr()
     for where, task, rows, why in (
         (models_of["preference"], "classification", "classification", "this one has no labels"),
@@ -280,7 +280,7 @@ def test_a_reward_model_is_evaluated(models_of, data_of, tmp_path, capsys):
     main(["merge", str(tmp_path / "run"), str(tmp_path / "merged"), "--no-probe"])
     main(["eval", str(tmp_path / "run"), "--task", "reward", "--data", data_of["reward"], "--dtype", "float32"])
     data = f"{Path(data_of['reward']).parent.name}-reward"
-    told = json.loads((tmp_path / "run" / "eval" / f"reward-{data}-float32.json").read_text())["figures"]
+    told = json.loads((tmp_path / "run" / "eval" / f"reward-{data}.json").read_text())["figures"]
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     margins = []

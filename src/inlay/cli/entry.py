@@ -77,7 +77,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         run_verb(sys.argv[1:] if arguments is None else arguments)
     except SystemExit as stop:
-        code, ended = int(stop.code or 0), True
+        if isinstance(stop.code, str):  # a library's words, which Python prints
+            raise
+        code, ended = stop.code or 0, True
     except KeyboardInterrupt:
         show_text("inlay: interrupted", to_stderr=True)
         code = 130

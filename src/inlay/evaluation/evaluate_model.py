@@ -125,7 +125,7 @@ def evaluate_model(
     written = {"": {**about, "adapter": str(adapter.folder) if adapter else None}}
     if base:
         written["-base"] = {**about, "adapter": None}
-    name = scores_name(metric or str(task), data, by, merged, scale, limit, tokens, dtype)
+    name = scores_name(metric or str(task), data, by, merged, scale)
     name = unused_name(folder, name, written)
     scores, rows = run_metric(run, loaded, tokenizer)
     file = write_scores(folder, name, scores, rows, written[""])
@@ -164,14 +164,9 @@ def scores_folder(model: str, adapter: Adapter | None, output: str | Path | None
     return (where if in_run else Path()) / "eval"
 
 
-def scores_name(
-    what: str, data: str | None, by: str, merged: bool, scale: float = 1.0,
-    limit: int | None = None, tokens: int | None = None, dtype: str = "auto",
-) -> str:  # fmt: skip
+def scores_name(what: str, data: str | None, by: str, merged: bool, scale: float = 1.0) -> str:
     """Return the name of the files: the task or metric, the data, and what is not as usual."""
     file = Path(data or "")
-    parts = [what, file.parent.name, file.stem, by if by == "likelihood" else "", "merged" if merged else ""]
-    parts += [] if scale == 1 else [f"scale {scale:g}".replace("-", "minus ")]
-    parts += [f"{key} {value}" for key, value in (("limit", limit), ("tokens", tokens)) if value is not None]
-    parts += [] if dtype == "auto" else [dtype]
+    parts = (what, file.parent.name, file.stem, by if by == "likelihood" else "", "merged" if merged else "")
+    parts += () if scale == 1 else (f"scale {scale:g}".replace("-", "minus "),)
     return "-".join(re.sub(r"\W+", "-", part).strip("-") for part in parts if part)

@@ -589,7 +589,7 @@ class TargetTrainer(HeldOutTokens, PlainTrainer):
     The loss of a step is the mean over all its tokens, however they are divided into micro-batches and processes.
     """
 
-    tokens: Tensor  # of targets in a micro-batch, on average over the step
+    tokens: Tensor | None = None  # of targets in a micro-batch, on average over the step; None: it is not of a step
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -609,9 +609,9 @@ class TargetTrainer(HeldOutTokens, PlainTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """Return the mean loss of a micro-batch, weighted by its share of the step's tokens."""
-        share = target_tokens(inputs).to(self.args.device) / self.tokens
+        own = target_tokens(inputs).to(self.args.device)
         loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)  # type: ignore[arg-type]
-        return cast(Tensor, loss) * share
+        return cast(Tensor, loss) if self.tokens is None else cast(Tensor, loss) * (own / self.tokens)
 
     def token_scores(self, model: nn.Module, inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
         """Return which tokens are no padding, and each one's loss."""
