@@ -526,7 +526,7 @@ def test_whatever_a_run_reads_is_compared_when_it_is_resumed(what, says, small_t
     tokenizer, train, heldout = copy.deepcopy(small_tokenizer), [{"a": 1}, {"a": 2}], [{"a": 3}]
     (tmp_path / "own.py").write_text("")
     monkeypatch.setitem(sys.modules, "own", SimpleNamespace(__file__=str(tmp_path / "own.py")))
-    monkeypatch.setattr(named_code, "every", lambda: [SimpleNamespace(name="own", __module__="own")])
+    monkeypatch.setattr(named_code, "find", lambda _: SimpleNamespace(__module__="own"))
     monkeypatch.setattr(named_code, "find_function", lambda *_: SimpleNamespace(__module__="own"))
     recipe = SimpleNamespace(method="own", reward=["exact_match", "own.py:short"])
     before = identity(tokenizer, recipe, train, heldout)
