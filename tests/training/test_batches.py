@@ -68,11 +68,11 @@ def test_groups_are_chosen_where_they_spare_a_twentieth(words, grouped, tiny, tm
     assert trainer.args.train_sampling_strategy == ("group_by_length" if grouped else "random")
 
 
-def settled(recipe: Recipe, folder):
+def settled(recipe: Recipe, folder, dtype=torch.float32):
     """The trainer of a recipe."""
     task, tokenizer = TASKS[recipe.task], BaseModel(recipe.model).tokenizer()
     rows = task.examples(recipe, tokenizer, SILENT)
-    prepared = Prepared(recipe, recipe.base_model, torch.float32, folder, tokenizer, rows, SILENT)
+    prepared = Prepared(recipe, recipe.base_model, dtype, folder, tokenizer, rows, SILENT)
     return build_trainer(prepared, load_training_model(prepared))
 
 
@@ -164,11 +164,17 @@ def test_parts_have_the_loss_and_the_gradients_of_the_batch(weighted, tiny, tmp_
 
 @pytest.mark.parametrize(
     ("more", "divides"),
-    [({}, True), ({"trainer": {"neftune_noise_alpha": 5.0}}, False), ({"optimizer": "adalomo"}, False)],
+    [
+        ({}, True),
+        ({"dtype": "bfloat16"}, False),
+        ({"trainer": {"neftune_noise_alpha": 5.0}}, False),
+        ({"optimizer": "adalomo"}, False),
+    ],
 )
 def test_batches_are_whole_where_parts_would_mean_something_else(more, divides, short, tiny, tmp_path):
-    trainer = settled(Recipe(model=tiny, data=short, eval_size=4, dtype="float32", **more), tmp_path)
-    assert trainer._divides() == divides
+    values = {"eval_size": 4, "dtype": "float32", **more}
+    recipe = Recipe(model=tiny, data=short, **values)
+    assert settled(recipe, tmp_path, getattr(torch, values["dtype"]))._divides() == divides
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,14 @@
 """Batches taken in parts of rows of similar length, so that little of their padding is computed.
 
 A loss that is a sum over tokens, divided by a number that is known before, may be summed over any parts of its batch.
-A part costs one pass more through the model, which on a CPU takes the time of some tens of tokens.
+A part costs one pass more through the model, which on a CPU in fp32 takes the time of some tens of tokens. In bf16,
+whose products are fast only with many tokens, it takes more than is spared.
 """
 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import transformers
@@ -25,13 +26,15 @@ PER_BATCH = ("entropy", "mean_token_accuracy")  # what trl notes of each batch, 
 
 
 class InParts(Base):
-    """Extend trl's SFTTrainer: on a CPU it takes a padded batch in parts, with the same loss and gradients."""
+    """Extend trl's SFTTrainer: on a CPU in fp32 it takes a padded batch in parts, with the same loss and gradients."""
 
     def _divides(self) -> bool:
         """Return whether a step may be taken in parts: by one process, where only the sum of the gradients counts."""
         return (
             self.args.device.type == "cpu"
             and process_count() == 1
+            and not self.args.bf16
+            and all(p.dtype == torch.float32 for p in cast(nn.Module, self.model).parameters())
             and not self.args.torch_compile  # it would compile anew for every shape
             and not self.aux_loss_enabled  # type: ignore[attr-defined]  # a mean over each batch
             and self.args.neftune_noise_alpha is None  # its noise depends on the padded length
